@@ -1,0 +1,119 @@
+# Onlap: what to run. "make" alone lists the targets.
+#
+#   PYTHON=python3.12 make ...   use this Python
+#   make demo ARGS="--require overlay"
+#   make test ARGS="-k whiteout"
+
+SHELL := /bin/sh
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+# "make peers lint test" in that order, also under -j.
+.NOTPARALLEL:
+.PHONY: help demo peers peers-soft lint test test-long bench clean
+
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+
+# The Pythons to try. Each is run before it is taken: a name on PATH may be a shim without a Python behind it.
+PYTHONS := $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
+
+# $(call find_python,MODULES,PACKAGE): sets the shell's $$py to the first that is new enough and has the modules,
+# else says what is missing and ends the recipe.
+define find_python
+for py in $(PYTHONS) ''; do \
+	"$${py:-false}" -c 'import sys; assert sys.version_info >= (3, 11); import $(1)' 2>/dev/null && break; \
+done; \
+if [ -z "$$py" ]; then \
+	echo 'Onlap needs Python 3.11 or newer, with the modules $(1).' >&2; \
+	echo 'Tried: $(PYTHONS). On Debian and Ubuntu: apt-get install $(2)' >&2; \
+	exit 1; \
+fi
+endef
+
+# Mounts of tests stay in a mount namespace of their own, which the kernel takes down with its last process.
+PRIVATE = private=; \
+	if unshare --mount --propagation private true 2>/dev/null; then \
+		private='unshare --mount --propagation private'; \
+	fi
+
+# $(call run_tests,OPTIONS): pure and kernel beside each other; peers one after the other, since a daemon is a
+# module's and the machine has one dockerd; crash a file a worker, since its files share a filesystem to cut the power
+# of. All of them run, also after a failure. A folder without tests (pytest's status 5) is no failure.
+define run_tests
+	@$(PRIVATE); started=$$(date +%s); status=0; \
+	suite() { \
+		dirs=; \
+		for name in $$1; do \
+			if [ -n "$$(find tests/$$name -name 'test_*.py' 2>/dev/null | head -n 1)" ]; then dirs="$$dirs tests/$$name"; fi; \
+		done; \
+		[ -n "$$dirs" ] || return 0; \
+		shift; \
+		echo; echo "==$$dirs"; \
+		$$private $(BIN)/python -m pytest -q --durations=15 --durations-min=0.5 $(1) "$$@" $$dirs $(ARGS); rc=$$?; \
+		[ $$rc -eq 0 ] || [ $$rc -eq 5 ] || status=$$rc; \
+	}; \
+	suite 'pure kernel' -n 2; \
+	suite peers -n 0; \
+	suite crash -n 2 --dist loadfile; \
+	took=$$(($$(date +%s) - started)); echo; \
+	if [ $$status -eq 0 ]; then echo "All passed in $$took s."; else echo "Tests failed ($$took s)." >&2; fi
+endef
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: ## the main job, on a real tree; installs nothing
+	@$(call find_python,ctypes$(,) sqlite3$(,) zlib,python3); PYTHONPATH=src exec "$$py" -B -m onlap demo $(ARGS)
+
+peers: ## install what Onlap is tested against (as root; Debian, Ubuntu)
+	@tools/peers
+
+peers-soft:
+	@tools/peers --soft
+
+lint: $(STAMP) ## ruff, mypy, the layers of the house
+	@status=0; \
+	$(BIN)/ruff check --quiet . || status=1; \
+	$(BIN)/ruff format --check --quiet --diff . || status=1; \
+	$(BIN)/mypy --no-error-summary || status=1; \
+	said=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$said"; status=1; }; \
+	[ $$status -eq 0 ] && echo 'lint: clean'; \
+	exit $$status
+
+# 720 s on 2 cores is the budget of the whole run.
+test: $(STAMP) peers-soft ## the tests, in a virtual environment that this makes
+	$(run_tests); \
+	if [ "$${CI-}" = true ] && [ $$took -gt 720 ]; then echo "Over the budget of 720 s." >&2; status=1; fi; \
+	exit $$status
+
+test-long: export HYPOTHESIS_PROFILE := long
+test-long: $(STAMP) peers-soft ## the same with the long tests and the long Hypothesis profile (hours)
+	$(call run_tests,--long --timeout=3600 -o faulthandler_timeout=3500); exit $$status
+
+bench: $(STAMP) peers-soft ## the benchmarks, beside the peers
+	@$(PRIVATE); status=0; \
+	for script in $$(grep -ls '__main__' bench/*.py || echo none); do \
+		[ -e "$$script" ] || { echo 'bench: no benchmark yet'; break; }; \
+		echo "== $$script"; $$private $(BIN)/python "$$script" $(ARGS) || status=1; \
+	done; \
+	exit $$status
+
+clean: ## remove all that make made
+	@rm -rf $(VENV) .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find src tests tools bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || :
+
+# A virtual environment whose Python has gone, or was another one, is made anew.
+$(STAMP): pyproject.toml
+	@$(call find_python,ctypes$(,) ensurepip$(,) sqlite3$(,) venv$(,) zlib,python3 python3-venv); \
+	want=$$("$$py" -c 'import sys; print(sys.version)'); \
+	if [ "$$want" != "$$($(BIN)/python -c 'import sys; print(sys.version)' 2>/dev/null)" ]; then \
+		echo "Making $(VENV) with $$py"; "$$py" -m venv --clear $(VENV) || exit 1; \
+	fi; \
+	echo 'Installing Onlap and its tools into $(VENV)'; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,containerd]'
+	@touch $@
+
+# A comma inside the arguments of a call.
+, := ,

@@ -1,0 +1,479 @@
+"""The catalog: records and the directories that belong to them, changed together.
+
+Order (so that a crash at any point loses nothing that was acknowledged, and leaves at most garbage):
+
+- *create*: the tree is built in staging; in the write transaction the row is inserted and the tree renamed to its
+  place; then it commits. A directory already at that place has no record, since we hold the lock: it goes to the trash.
+- *remove*: the row is deleted and durable first, then the tree is renamed to the trash.
+- No walk, copy, delete, sync or mkdir inside the write transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+from onlap import errors
+from onlap.catalog import pins, records
+from onlap.catalog.database import Connection, Database
+from onlap.catalog.epoch import epoch
+from onlap.catalog.janitor import Janitor
+from onlap.catalog.layout import Layout
+from onlap.catalog.locks import open_directory, try_lock
+from onlap.catalog.records import ACTIVE, COMMITTED, Condition, Record
+from onlap.catalog.staging import Staging
+from onlap.catalog.sync import Syncer
+from onlap.catalog.trash import Swept, Trash
+from onlap.errors import shown
+from onlap.trees.usage import usage
+
+T = TypeVar("T")
+
+# Files a second that the background deletes at most: about a tenth of what a disk of this decade manages, so that it
+# is not felt; a layer of 30,000 files is gone in ten seconds.
+_BACKGROUND_RATE = 3000.0
+# Measured in one go between two transactions of the background.
+_MEASURED_AT_ONCE = 64
+
+
+class Catalog:
+    """One root, opened.
+
+    Args:
+        root: its path.
+        create: make it when it does not exist.
+        timeout: how many seconds to wait for other processes.
+
+    Raises:
+        NotFound, FailedPrecondition, Unavailable, DataLoss: see :meth:`Layout.prepare` and :meth:`Database.set_up`.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, create: bool, timeout: float) -> None:
+        self.layout = Layout(root)
+        self.layout.prepare(create=create)
+        self._lease = self._take_lease()
+        self.database = Database(self.layout.database, self.layout.lock, timeout)
+        try:
+            self.database.set_up(self._check_alone)
+        except errors.OnlapError:
+            self.database.close()
+            os.close(self._lease)
+            raise
+        self.staging = Staging(self.layout.staging)
+        self.trash = Trash(self.layout.root, self.layout.trash)
+        self._syncer = Syncer(self.layout.snapshots)
+        self._janitor = Janitor(self._background)
+        self._floor = self._highest_number()
+        self._closed = False
+        _catalogs.add(self)
+        if self.trash.names():
+            self._janitor.wake()
+
+    def close(self) -> None:
+        """Stop the background and close everything; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._janitor.stop()
+        self.staging.close()
+        self.database.close()
+        self._syncer.close()
+        os.close(self._lease)
+        _catalogs.discard(self)
+
+    def _take_lease(self) -> int:
+        # Whoever has the root open holds its staging directory shared; a migration needs it alone.
+        fd = open_directory(self.layout.staging)
+        if not try_lock(fd, shared=True):
+            os.close(fd)
+            raise errors.Unavailable(
+                f"the root {shown(self.layout.root)} is being brought to a newer format",
+                key=self.layout.root,
+                hint="try again in a moment",
+            )
+        return fd
+
+    def _check_alone(self) -> None:
+        if not try_lock(self._lease):
+            raise errors.Unavailable(
+                f"the root {shown(self.layout.root)} has an older format, and other processes have it open",
+                key=self.layout.root,
+                hint="end them, then open it again to bring it to this Onlap's format",
+            )
+        try_lock(self._lease, shared=True)
+
+    def _highest_number(self) -> int:
+        numbers = [0]
+        for directory in (self.layout.snapshots, self.layout.trash):
+            numbers += [int(m[0]) for name in os.listdir(directory) if (m := re.match("[0-9]+", name))]
+        return max(numbers)
+
+    def _after_fork_in_child(self) -> None:
+        # The lease's lock belongs to the open file that parent and child share: it holds as long as either lives.
+        self.staging.after_fork()
+        self._syncer.after_fork()
+        self._janitor.after_fork()
+
+    def recover(self, remake: Callable[[Record], bool]) -> list[Record]:
+        """Look for trees that a power cut took, when there may have been one since the root was opened last.
+
+        A durable row does not make its fresh directory durable: the rename into ``snapshots/`` may be lost while the
+        row is kept, and an fsync of ``snapshots/`` on every prepare would double its time.
+
+        Args:
+            remake: makes what is missing of a snapshot's directory and says whether it is whole then.
+
+        Returns:
+            The snapshots whose trees are lost.
+        """
+        now = epoch(self.layout.snapshots)
+        if self.database.read(lambda c: records.setting(c, "epoch")) == now:
+            return []
+        lost = [record for record in self.walk(None) if not remake(record)]
+        self.database.write(lambda c: records.put_setting(c, "epoch", now))
+        for record in lost:
+            _warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, leaf first")
+        return lost
+
+    # Reading
+
+    def get(self, owner: str, name: str) -> Record:
+        """The record of a key or name; NotFound if there is none."""
+        return self.database.read(lambda c: records.get(c, owner, name))
+
+    def chain(self, record: Record) -> list[int]:
+        """The ids of a snapshot's ancestors, parent first."""
+        if record.parent_id is None:
+            return []
+        return self.database.read(lambda c: records.chain(c, record.id))
+
+    def walk(self, owner: str | None, condition: Condition | None = None) -> Iterator[Record]:
+        """Records in the order of their making, a page a transaction and none open while the caller has one."""
+        after = 0
+        while True:
+            start = after
+            rows = self.database.read(lambda c: records.page(c, owner, start, condition))  # noqa: B023 - run at once
+            yield from rows
+            if len(rows) < records.PAGE:
+                return
+            after = rows[-1].id
+
+    def usage(self, record: Record) -> tuple[int, int]:
+        """Inodes and bytes of a committed snapshot; measured now if nobody has done it yet."""
+        if record.inodes is not None and record.size is not None:
+            return record.inodes, record.size
+        measured = usage(self.layout.tree(record.id))
+        self.database.write(lambda c: records.set_usage(c, record.id, *measured))
+        return measured
+
+    @contextlib.contextmanager
+    def hold(self, identifiers: list[int]) -> Iterator[None]:
+        """Keep trees from being deleted while they are read.
+
+        Raises:
+            NotFound: one of them is gone.
+        """
+        with contextlib.ExitStack() as stack:
+            for identifier in identifiers:
+                path = self.layout.snapshot(identifier)
+                try:
+                    fd = open_directory(path)
+                except FileNotFoundError as error:
+                    raise errors.NotFound(
+                        f"the tree {path} is gone", hint="it was removed meanwhile"
+                    ) from error
+                stack.callback(os.close, fd)
+                if not try_lock(fd, shared=True):
+                    raise errors.NotFound(
+                        f"the tree {path} is being deleted", hint="it was removed meanwhile"
+                    )
+            yield
+
+    @contextlib.contextmanager
+    def hold_for_writing(self, identifier: int) -> Iterator[None]:
+        """Say that an active snapshot's tree is being written to, for a mount that no mountinfo shows."""
+        fd = open_directory(self.layout.tree(identifier))
+        try:
+            if not try_lock(fd, shared=True):
+                raise errors.FailedPrecondition(
+                    "the snapshot is being committed", hint="prepare another on it"
+                )
+            yield
+        finally:
+            os.close(fd)
+
+    def is_written(self, identifier: int) -> bool:
+        """Whether somebody is inside :meth:`hold_for_writing`."""
+        fd = open_directory(self.layout.tree(identifier))
+        try:
+            return not try_lock(fd)
+        finally:
+            os.close(fd)
+
+    # Changing
+
+    def create(
+        self,
+        owner: str,
+        name: str,
+        kind: str,
+        parent: str | None,
+        labels: Mapping[str, str],
+        staged: str,
+    ) -> Record:
+        """Record an active snapshot or view, and move its tree from staging to its place.
+
+        Raises:
+            NotFound: there is no such parent.
+            InvalidArgument: the parent is not committed.
+            AlreadyExists: the name is taken.
+        """
+
+        def operation(connection: Connection) -> Record:
+            above = check_parent(connection, owner, parent)
+            if records.find(connection, owner, name) is not None:
+                raise records.already_exists(name)
+            identifier = records.next_id(connection, self._floor)
+            while os.path.lexists(self.layout.snapshot(identifier)):
+                # Its transaction never committed. The number is not used a second time: its tree waits in the trash
+                # under it.
+                self.trash.put(self.layout.snapshot(identifier))
+                identifier += 1
+            records.insert(connection, identifier, owner, name, above.id if above else None, kind, labels)
+            os.rename(staged, self.layout.snapshot(identifier))
+            return records.get(connection, owner, name)
+
+        return self.database.write(operation)
+
+    def commit(
+        self,
+        owner: str,
+        name: str,
+        record: Record,
+        parent: str | None,
+        labels: Mapping[str, str],
+        empty: bool,
+    ) -> None:
+        """Turn an active snapshot into a committed one; the caller has synced its tree.
+
+        Raises:
+            NotFound: it is gone, or is another one by now, or there is no such parent.
+            AlreadyExists: the name is taken.
+            FailedPrecondition: it is not active, or the parent is not committed.
+            InvalidArgument: it has another parent already.
+        """
+
+        def operation(connection: Connection) -> None:
+            now = check_commit(connection, owner, name, record.name, parent)
+            if now.id != record.id:
+                raise records.not_found(record.name)
+            above = check_rebase(connection, owner, parent) if parent else None
+            records.make_committed(connection, now, name, above.id if above else now.parent_id, labels, empty)
+
+        self.database.write(operation)
+        self._janitor.wake()
+
+    def remove(self, owner: str, name: str, *, wait: bool) -> None:
+        """Forget a snapshot, and delete its tree: at once when ``wait`` is set, else behind.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: others stand on it, or it is pinned.
+        """
+
+        def operation(connection: Connection) -> int:
+            record = records.get(connection, owner, name)
+            above = records.children(connection, record.id)
+            if above:
+                raise errors.FailedPrecondition(
+                    f"cannot remove snapshot {shown(name)}: {shown(', '.join(above))} stands on it",
+                    key=name,
+                    hint="remove that first",
+                )
+            pins.check_unpinned(connection, record)
+            records.delete(connection, record.id)
+            return record.id
+
+        try:
+            identifier = self.database.write(operation)
+        except errors.ResourceExhausted:
+            # The write-ahead log needs a page or two, and a full disk must not keep anybody from removing things.
+            if not self.layout.drop_reserve():
+                raise
+            identifier = self.database.write(operation)
+        try:
+            self.trash.put(self.layout.snapshot(identifier))
+        except OSError as error:
+            raise errors.from_oserror(error, doing="move the removed tree to the trash", key=name) from error
+        if wait:
+            self.sweep()
+        else:
+            self._janitor.wake()
+
+    def update(self, owner: str, name: str, change: Callable[[Connection, Record], None]) -> Record:
+        """Change a snapshot's labels in one transaction; returns the record after it."""
+
+        def operation(connection: Connection) -> Record:
+            record = records.get(connection, owner, name)
+            change(connection, record)
+            records.touch(connection, record.id)
+            return records.get(connection, owner, name)
+
+        return self.database.write(operation)
+
+    def sync(self) -> None:
+        """Return when every file written so far is on the disk; shared with others that wait.
+
+        Raises:
+            OnlapError: the write-back failed.
+        """
+        try:
+            self._syncer.sync()
+        except OSError as error:
+            raise errors.from_oserror(error, doing="write the layer to the disk") from error
+
+    # Garbage
+
+    def cleanup(self) -> int:
+        """Delete what belongs to nobody: removed trees, orphans in ``snapshots/``, staging of dead processes.
+
+        Returns:
+            How many trees were deleted; those that are mounted or read wait for the next time.
+
+        Raises:
+            OnlapError: the filesystem refuses.
+        """
+        try:
+            return self.staging.collect() + self._collect_orphans() + self.sweep()
+        except OSError as error:
+            raise errors.from_oserror(error, doing="clean up", key=self.layout.root) from error
+
+    def _collect_orphans(self) -> int:
+        names = [name for name in os.listdir(self.layout.snapshots) if name.isdigit()]
+        known = self.database.read(records.ids)
+        suspects = [int(name) for name in names if int(name) not in known]
+        if not suspects:
+            return 0
+
+        def operation(connection: Connection) -> None:
+            # Under the lock: a tree without a record now has none because its transaction failed, not because that
+            # is still going on.
+            now = records.ids(connection)
+            for identifier in suspects:
+                if identifier not in now:
+                    self.trash.put(self.layout.snapshot(identifier))
+
+        self.database.write(operation)
+        return 0  # counted by the sweep
+
+    def sweep(self) -> int:
+        """Delete what waits in the trash and nobody uses; returns how many trees."""
+        try:
+            removed = self.trash.sweep().removed
+            self.layout.make_reserve()
+        except OSError as error:
+            raise errors.from_oserror(error, doing="delete a removed tree", key=self.layout.root) from error
+        return removed
+
+    def _background(self, stop: Callable[[], bool]) -> bool:
+        self._measure(stop)
+        self.database.checkpoint()
+        swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE) if self.trash.names() else Swept(0, 0)
+        if swept.removed:
+            self.layout.make_reserve()
+        return swept.waiting > 0
+
+    def _measure(self, stop: Callable[[], bool]) -> None:
+        while due := self.database.read(lambda c: records.unmeasured(c, _MEASURED_AT_ONCE)):
+            measured = []
+            for identifier in due:
+                if stop():
+                    return
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or lost: others tell
+                    measured.append((identifier, *usage(self.layout.tree(identifier))))
+            self.database.write(lambda c: _note_usages(c, measured))  # noqa: B023 - run at once
+            if len(measured) < len(due):
+                return
+
+
+def _note_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:
+    for identifier, inodes, size in measured:
+        records.set_usage(connection, identifier, inodes, size)
+
+
+def check_parent(connection: Connection, owner: str, parent: str | None) -> Record | None:
+    """The record of a parent that something new may stand on."""
+    if not parent:
+        return None
+    record = records.find(connection, owner, parent)
+    if record is None:
+        raise errors.NotFound(
+            f"there is no snapshot {shown(parent)} to be the parent",
+            key=parent,
+            hint="see the names with: onlap ls",
+        )
+    if record.kind != COMMITTED:
+        raise errors.InvalidArgument(
+            f"the parent {shown(parent)} is {_kind(record)}, not committed",
+            key=parent,
+            hint="commit it first",
+        )
+    return record
+
+
+def check_commit(connection: Connection, owner: str, name: str, key: str, parent: str | None) -> Record:
+    """The record that is to be committed, or the error of the contract, in the contract's order."""
+    record = records.find(connection, owner, key)
+    taken = records.find(connection, owner, name)
+    if record is None:
+        swapped = taken is not None and taken.kind == ACTIVE
+        hint = f"commit(name, key): {shown(name)} is active; did you swap the two?" if swapped else None
+        raise errors.NotFound(f"there is no snapshot {shown(key)}", key=key, hint=hint or "see: onlap ls")
+    if taken is not None:
+        raise records.already_exists(name)
+    if record.kind != ACTIVE:
+        raise errors.FailedPrecondition(
+            f"snapshot {shown(key)} is {_kind(record)}, and only an active one can be committed", key=key
+        )
+    if parent and record.parent is not None and record.parent != parent:
+        raise errors.InvalidArgument(
+            f"snapshot {shown(key)} stands on {shown(record.parent)} already, not on {shown(parent)}", key=key
+        )
+    return record
+
+
+def check_rebase(connection: Connection, owner: str, parent: str) -> Record:
+    """The record of the parent that a commit names."""
+    above = records.find(connection, owner, parent)
+    if above is None:
+        raise errors.NotFound(f"there is no snapshot {shown(parent)} to be the parent", key=parent)
+    if above.kind != COMMITTED:
+        raise errors.FailedPrecondition(
+            f"the parent {shown(parent)} is {_kind(above)}, not committed", key=parent
+        )
+    return above
+
+
+def _kind(record: Record) -> str:
+    return {"view": "a view", "active": "active", "committed": "committed"}[record.kind]
+
+
+def _warn(message: str) -> None:
+    import logging  # a tenth of the time that a short command may take to start
+
+    logging.getLogger("onlap.catalog").warning("%s", message)
+
+
+_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for catalog in list(_catalogs):
+        catalog._after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,443 @@
+"""SQLite under many threads, many processes and forks: group commit behind one lock.
+
+Facts that force this (sqlite.org/wal.html, sqlite.org/howtocorrupt.html):
+
+- SQLite 3.7.0 to 3.51.2 can corrupt a write-ahead log when one process writes while another checkpoints
+  ("WAL-reset bug"). So all writes and all checkpoints, also the one of the last close, run under ``catalog.lock``.
+- No connection may cross a fork: a child that opens a new one while the parent holds one loses acknowledged commits.
+  So all are closed before a fork and opened again after it, on both sides.
+- Closing *any* descriptor of the file drops the process's POSIX locks on it. So nothing but SQLite opens it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from onlap import errors
+from onlap.catalog import schema
+from onlap.catalog.locks import FileLock
+
+T = TypeVar("T")
+Connection = sqlite3.Connection
+
+# A write-ahead log of this many bytes is worth a checkpoint; a transaction of ours writes about ten pages of 4 KiB, so
+# that it is due after some 400 of them.
+CHECKPOINT_SIZE = 16 << 20
+
+
+class _Ticket(Generic[T]):
+    """One operation that waits for its transaction."""
+
+    __slots__ = ("_wake", "error", "finished", "operation", "result")
+
+    def __init__(self, operation: Callable[[Connection], T]) -> None:
+        self.operation = operation
+        self.result: T
+        self.error: BaseException | None = None
+        self.finished = False
+        # A plain lock is the cheapest thing in Python that one thread can wait on until another says go.
+        self._wake = threading.Lock()
+        self._wake.acquire()
+
+    def wait(self) -> None:
+        self._wake.acquire()
+
+    def wake(self) -> None:
+        self._wake.release()
+
+
+class Database:
+    """The catalog's connections: any number of readers, and one writer that commits for all who wait.
+
+    The first thread that wants to write leads: it takes the lock, begins, runs what has queued up meanwhile, each
+    operation in a savepoint, commits once, and wakes the others; whoever came later is led by the first of them.
+
+    Args:
+        path: catalog.db.
+        lock_path: catalog.lock.
+        timeout: how many seconds to wait for other processes.
+    """
+
+    def __init__(self, path: str, lock_path: str, timeout: float) -> None:
+        self._path = path
+        self._lock_path = lock_path
+        self._timeout = timeout
+        self._fresh()
+        _databases.add(self)
+
+    def _fresh(self) -> None:
+        self._pid = os.getpid()
+        self._lock = FileLock(self._lock_path, self._timeout)
+        self._mutex = threading.Lock()
+        self._queue: list[_Ticket[object]] = []
+        self._led = False
+        self._successor: _Ticket[object] | None = None
+        self._writer: Connection | None = None
+        self._readers: list[Connection] = []
+        self._gate = threading.Condition(threading.Lock())
+        self._inside = 0
+        self._frozen = False
+        self._closed = False
+
+    def set_up(self, may_migrate: Callable[[], None]) -> None:
+        """Make the tables, or bring them to our format.
+
+        Args:
+            may_migrate: raises when an old catalog must not be changed now.
+
+        Raises:
+            FailedPrecondition: a newer Onlap wrote it.
+            OnlapError: what ``may_migrate`` raises, or what SQLite says.
+        """
+        if os.path.lexists(self._path) and self.read(schema.version) == schema.VERSION:
+            return  # as it mostly is: without the lock, so that opening waits for nobody
+        with self._lock_of_own():
+            connection = None
+            try:
+                connection = self._connect()
+                found = schema.version(connection)
+                if found > schema.VERSION:
+                    raise other_version(found, self._path)
+                if found < schema.VERSION:
+                    if found:
+                        may_migrate()
+                    connection.execute("BEGIN IMMEDIATE")
+                    schema.migrate(connection, found)
+                    connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise translated(error, self._path) from error
+            finally:
+                if connection is not None:
+                    connection.close()
+
+    # The ways in
+
+    def read(self, query: Callable[[Connection], T]) -> T:
+        """Run ``query`` on a connection of its own; several statements see several states unless it begins.
+
+        Raises:
+            OnlapError: what SQLite says.
+        """
+        self._enter()
+        try:
+            with self._mutex:
+                connection = self._readers.pop() if self._readers else None
+            try:
+                if connection is None:
+                    connection = self._connect()
+                result = query(connection)
+            except sqlite3.Error as error:
+                if connection is not None:
+                    self._close(connection)
+                raise translated(error, self._path) from error
+            with self._mutex:
+                self._readers.append(connection)
+            return result
+        finally:
+            self._leave()
+
+    def write(self, operation: Callable[[Connection], T]) -> T:
+        """Run ``operation`` in a transaction and return when it is durable.
+
+        It may run together with others, and must not take long: every process waits for it.
+
+        Raises:
+            Unavailable: another process held the lock too long.
+            OnlapError: what the operation raises, or what SQLite says; nothing of it is kept then.
+        """
+        self._enter()
+        try:
+            ticket = _Ticket(operation)
+            with self._mutex:
+                self._queue.append(ticket)  # type: ignore[arg-type]
+                leads = not self._led
+                self._led = True
+            if not leads:
+                self._await(ticket)
+            if not ticket.finished:
+                self._lead(ticket)
+        finally:
+            self._leave()
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result
+
+    def checkpoint(self) -> bool:
+        """Move the write-ahead log into the database when it has grown; whether it was done."""
+        try:
+            size = os.stat(self._path + "-wal").st_size
+        except FileNotFoundError:
+            return False
+        if size < CHECKPOINT_SIZE:
+            return False
+        self._enter()
+        try:
+            connection = self._connect()
+            try:
+                # Readers that are still in the log are not worth waiting for, with the lock held.
+                connection.execute("PRAGMA busy_timeout = 100").fetchall()
+                with self._lock_of_own():
+                    # TRUNCATE, so that its size tells the next time whether there is something to do.
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error as error:
+                raise translated(error, self._path) from error
+            finally:
+                self._close(connection)
+        finally:
+            self._leave()
+        return True
+
+    def close(self) -> None:
+        """Close every connection; later calls fail."""
+        if self._closed or self._pid != os.getpid():
+            return
+        self._freeze()
+        self._closed = True
+        self._lock.close()
+        self._thaw()
+        _databases.discard(self)
+
+    # Group commit
+
+    def _await(self, ticket: _Ticket[T]) -> None:
+        """Wait until the operation was done, or its thread is to lead."""
+        try:
+            ticket.wait()
+        except BaseException:
+            # A signal (KeyboardInterrupt) ended the wait. The others must not be left without a leader.
+            with self._mutex:
+                if ticket in self._queue:
+                    self._queue.remove(ticket)  # type: ignore[arg-type]
+                to_lead = self._successor is ticket
+            if to_lead:
+                self._lead(None)
+            raise
+
+    def _lead(self, own: _Ticket[T] | None) -> None:
+        """Commit what has queued up; then hand the lead to the first who came meanwhile."""
+        batch: list[_Ticket[object]] = []
+        try:
+            with self._lock:
+                batch = self._take()
+                if batch:
+                    self._commit(batch)
+        except BaseException as error:
+            # The lock, BEGIN or COMMIT failed: nothing of the batch is kept, and each gets the error as its own.
+            batch = batch or self._take()
+            self._fail(batch, error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            with self._mutex:
+                self._successor = self._queue[0] if self._queue else None
+                self._led = self._successor is not None
+                successor = self._successor
+            for ticket in batch:
+                ticket.finished = True
+                if ticket is not own:
+                    ticket.wake()
+            if successor is not None:
+                successor.wake()
+
+    def _fail(self, batch: list[_Ticket[object]], error: BaseException) -> None:
+        if isinstance(error, sqlite3.Error):
+            error = translated(error, self._path)
+        elif not isinstance(error, Exception):
+            error = errors.Unavailable("the thread that was to commit it was interrupted", hint="try again")
+        for ticket in batch:
+            ticket.error = error
+        # After a failed statement nothing is sure of the connection's transaction: SQLite may have rolled it back.
+        if not isinstance(error, errors.Unavailable) or (
+            self._writer is not None and self._writer.in_transaction
+        ):
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                self._close(writer)
+
+    def _take(self) -> list[_Ticket[object]]:
+        with self._mutex:
+            batch, self._queue = self._queue, []
+        return batch
+
+    def _commit(self, batch: list[_Ticket[object]]) -> None:
+        writer = self._writer
+        if writer is None:
+            writer = self._writer = self._connect()
+        writer.execute("BEGIN IMMEDIATE")
+        found = schema.version(writer)
+        if found != schema.VERSION:
+            writer.execute("ROLLBACK")
+            raise other_version(found, self._path)
+        if len(batch) == 1:
+            if not _run(batch[0], writer):
+                writer.execute("ROLLBACK")
+                return
+        else:
+            for ticket in batch:
+                writer.execute("SAVEPOINT operation")
+                if not _run(ticket, writer):
+                    writer.execute("ROLLBACK TO operation")
+                writer.execute("RELEASE operation")
+        writer.execute("COMMIT")
+
+    # Connections
+
+    def _connect(self) -> Connection:
+        connection = sqlite3.connect(
+            self._path,
+            timeout=self._timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        try:
+            for pragma in (
+                "journal_mode = WAL",
+                "synchronous = FULL",  # WAL with NORMAL would lose the last acknowledged commits in a power cut
+                "wal_autocheckpoint = 0",
+                "foreign_keys = ON",
+            ):
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _close(self, connection: Connection) -> None:
+        # The last connection of all processes checkpoints as it closes: under the lock, as every checkpoint.
+        with self._lock_of_own():
+            connection.close()
+
+    def _lock_of_own(self) -> FileLock:
+        return _BriefLock(self._lock_path, self._timeout)
+
+    # Forks
+
+    def _enter(self) -> None:
+        if self._pid != os.getpid():
+            raise errors.FailedPrecondition(
+                "this process was forked behind Python's back, with SQLite connections open",
+                key=self._path,
+                hint="fork with os.fork or multiprocessing, or open the store in the new process",
+            )
+        with self._gate:
+            while self._frozen:
+                self._gate.wait()
+            if self._closed:
+                raise errors.FailedPrecondition("the store is closed", key=self._path, hint="open it again")
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._inside -= 1
+            if self._frozen:
+                self._gate.notify_all()
+
+    def _freeze(self) -> None:
+        """Wait until nobody is inside, keep everybody out, and close every connection."""
+        with self._gate:
+            while self._frozen:
+                self._gate.wait()
+            self._frozen = True
+            while self._inside:
+                self._gate.wait()
+        connections, self._readers = self._readers, []
+        if self._writer is not None:
+            connections.append(self._writer)
+            self._writer = None
+        for connection in connections:
+            self._close(connection)
+
+    def _thaw(self) -> None:
+        with self._gate:
+            self._frozen = False
+            self._gate.notify_all()
+
+    def _after_fork_in_child(self) -> None:
+        if not self._closed:
+            # The lock's descriptor is shared with the parent, and so would be the lock: a new one, of our own.
+            self._lock.close()
+            self._fresh()
+
+
+class _BriefLock(FileLock):
+    """A FileLock that is opened for one use."""
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_frozen_for_fork: list[Database] = []
+
+
+def _before_fork() -> None:
+    _frozen_for_fork[:] = list(_databases)
+    for database in _frozen_for_fork:
+        database._freeze()
+
+
+def _after_fork_in_parent() -> None:
+    for database in _frozen_for_fork:
+        database._thaw()
+    _frozen_for_fork.clear()
+
+
+def _after_fork_in_child() -> None:
+    for database in _frozen_for_fork:
+        database._after_fork_in_child()
+    _frozen_for_fork.clear()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)
+
+
+def _run(ticket: _Ticket[object], connection: Connection) -> bool:
+    """Run one operation; what it raises is its own, unless it is SQLite's, after which nothing of the batch is sure."""
+    try:
+        ticket.result = ticket.operation(connection)
+    except sqlite3.Error:
+        raise
+    except Exception as error:
+        ticket.error = error
+        return False
+    return True
+
+
+def other_version(found: int, path: str) -> errors.FailedPrecondition:
+    """The error for a catalog of another format than ours."""
+    newer = "newer" if found > schema.VERSION else "older"
+    return errors.FailedPrecondition(
+        f"the catalog has format {found}, this Onlap writes format {schema.VERSION}",
+        key=path,
+        hint=f"it is a {newer} one: " + ("upgrade Onlap" if newer == "newer" else "open the store again"),
+    )
+
+
+# sqlite.org/rescode.html; the lower 8 bits of an extended code are its primary one.
+_SQLITE_FULL = 13
+_BY_CODE: dict[int, tuple[type[errors.OnlapError], str]] = {
+    sqlite3.SQLITE_BUSY: (errors.Unavailable, "another process holds it; try again"),
+    sqlite3.SQLITE_LOCKED: (errors.Unavailable, "try again"),
+    _SQLITE_FULL: (errors.ResourceExhausted, "free some space there"),
+    sqlite3.SQLITE_CORRUPT: (errors.DataLoss, "restore a backup"),
+    sqlite3.SQLITE_NOTADB: (errors.DataLoss, "restore a backup"),
+    sqlite3.SQLITE_IOERR: (errors.DataLoss, "look into the kernel's log (dmesg)"),
+    sqlite3.SQLITE_CANTOPEN: (errors.PermissionDenied, "see that it exists and is yours"),
+    sqlite3.SQLITE_READONLY: (errors.PermissionDenied, "the filesystem or the file is read-only"),
+    sqlite3.SQLITE_PERM: (errors.PermissionDenied, "see that it is yours"),
+}
+
+
+def translated(error: sqlite3.Error, path: str) -> errors.OnlapError:
+    """What SQLite says, as one of our errors."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    cls, hint = _BY_CODE.get(code, (errors.Internal, ""))
+    return cls(f"the catalog {path}: {error}", key=path, hint=hint or None)

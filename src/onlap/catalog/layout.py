@@ -1,0 +1,161 @@
+"""ROOT on disk: its places and the checks before anybody trusts it.
+
+::
+
+    ROOT/                     0700, owned by us
+      catalog.db              SQLite; only SQLite ever opens it
+      catalog.lock            flock: all writes and checkpoints, of all processes
+      staging/<process>/<n>   trees being built; the process holds its directory's flock
+      snapshots/<id>/fs       the tree; the upperdir while active
+      snapshots/<id>/work     the workdir, while active
+      trash/<id>              removed trees, deleted later
+      empty                   0755, never written: a lower layer where the kernel wants one
+      reserve                 1 MiB, given up when a remove meets a full disk
+      content/blobs/sha256/   blobs of images
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from onlap import errors
+from onlap.errors import shown
+
+# SQLite's DELETE fails on a full disk, where rename still works; a few pages of the write-ahead log are enough for it,
+# and 1 MiB is hundreds of them.
+RESERVE_SIZE = 1 << 20
+
+
+class Layout:
+    """The places below one root.
+
+    Args:
+        root: its path; made absolute.
+    """
+
+    __slots__ = ("content", "database", "empty", "lock", "reserve", "root", "snapshots", "staging", "trash")
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.path.abspath(os.fspath(root))
+        self.database = self._place("catalog.db")
+        self.lock = self._place("catalog.lock")
+        self.staging = self._place("staging")
+        self.snapshots = self._place("snapshots")
+        self.trash = self._place("trash")
+        self.empty = self._place("empty")
+        self.reserve = self._place("reserve")
+        self.content = self._place("content")
+
+    def _place(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def snapshot(self, identifier: int) -> str:
+        """The directory of a snapshot."""
+        return f"{self.snapshots}/{identifier}"
+
+    def tree(self, identifier: int) -> str:
+        """A snapshot's tree."""
+        return f"{self.snapshots}/{identifier}/fs"
+
+    def work(self, identifier: int) -> str:
+        """A snapshot's workdir."""
+        return f"{self.snapshots}/{identifier}/work"
+
+    def prepare(self, *, create: bool) -> None:
+        """Check the root, and make what it lacks.
+
+        Args:
+            create: make the root itself when it does not exist.
+
+        Raises:
+            NotFound: there is no root and ``create`` is false.
+            FailedPrecondition: it is a symlink, somebody else's, open to others, or a directory of something else.
+            OnlapError: of another kind, for what the filesystem says.
+        """
+        try:
+            self._make_root(create)
+            self._check_root()
+            for directory in (self.staging, self.snapshots, self.trash):
+                _make_directory(directory, 0o700)
+            _make_directory(self.empty, 0o755)
+            self.make_reserve()
+        except OSError as error:
+            raise errors.from_oserror(error, doing="prepare the root", key=self.root) from error
+
+    def _make_root(self, create: bool) -> None:
+        if os.path.lexists(self.root):
+            if not create and not os.path.lexists(self.database):
+                raise self._missing()
+            return
+        if not create:
+            raise self._missing()
+        os.makedirs(os.path.dirname(self.root), exist_ok=True)
+        _make_directory(self.root, 0o700)
+
+    def _missing(self) -> errors.NotFound:
+        return errors.NotFound(
+            f"there is no root at {shown(self.root)}", key=self.root, hint="make one with: onlap init"
+        )
+
+    def _check_root(self) -> None:
+        status = os.lstat(self.root)
+        if stat.S_ISLNK(status.st_mode):
+            raise self._refused("is a symlink", "give the directory that it points to")
+        if not stat.S_ISDIR(status.st_mode):
+            raise self._refused("is not a directory", "give another place")
+        if status.st_uid != os.geteuid():
+            raise self._refused(f"belongs to user {status.st_uid}", "run as that user, or give another place")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise self._refused("can be written by others", f"chmod 700 {shown(self.root)}")
+        if not os.path.lexists(self.database):
+            strangers = sorted(set(os.listdir(self.root)) - _OURS)
+            if strangers:
+                raise self._refused(
+                    f"holds something else ({shown(strangers[0])})", "give an empty or new directory"
+                )
+
+    def _refused(self, why: str, hint: str) -> errors.FailedPrecondition:
+        return errors.FailedPrecondition(f"the root {shown(self.root)} {why}", key=self.root, hint=hint)
+
+    def make_reserve(self) -> None:
+        """Allocate the reserve when it is not there; a disk too full for it is no error."""
+        try:
+            fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return
+            raise
+        try:
+            os.posix_fallocate(fd, 0, RESERVE_SIZE)
+        except OSError as error:
+            os.unlink(self.reserve)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(fd)
+
+    def drop_reserve(self) -> bool:
+        """Give the reserve's space back to the filesystem; whether there was one."""
+        try:
+            os.unlink(self.reserve)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+_OURS = {
+    "catalog.db", "catalog.db-wal", "catalog.db-shm", "catalog.lock", "staging", "snapshots", "trash", "empty",
+    "reserve", "content", "lost+found",
+}  # fmt: skip
+
+
+def _make_directory(path: str, mode: int) -> None:
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    os.chmod(path, mode)  # whatever the umask took away

@@ -1,0 +1,279 @@
+"""The records of snapshots: their values, and the SQL for them.
+
+Every function takes a connection, so that several can share one transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+
+VIEW = "view"
+ACTIVE = "active"
+COMMITTED = "committed"
+
+# Rows that one page of a walk holds, as containerd's proxy sends them; no transaction is open between two pages.
+PAGE = 100
+
+
+class Info(NamedTuple):
+    """A snapshot as everybody may see it.
+
+    Attributes:
+        name: the key of an active snapshot or view, the name of a committed one.
+        parent: the name of its parent, None where it has none.
+        kind: ``"active"``, ``"view"`` or ``"committed"``.
+        labels: what its users noted on it.
+        created_ns: nanoseconds since the epoch; a commit makes a new one.
+        updated_ns: when its labels changed last, likewise.
+        owner: empty for library and command, else the server that made it.
+    """
+
+    name: str
+    parent: str | None
+    kind: str
+    labels: Mapping[str, str]
+    created_ns: int
+    updated_ns: int
+    owner: str = ""
+
+
+class Record(NamedTuple):
+    """A row: what :class:`Info` shows, and what only we use."""
+
+    id: int
+    owner: str
+    name: str
+    parent_id: int | None
+    parent: str | None
+    kind: str
+    created_ns: int
+    updated_ns: int
+    inodes: int | None
+    size: int | None
+    empty: bool
+    labels: Mapping[str, str]
+
+    @property
+    def info(self) -> Info:
+        """The public part."""
+        return Info(
+            self.name, self.parent, self.kind, self.labels, self.created_ns, self.updated_ns, self.owner
+        )
+
+
+_SELECT = """
+SELECT s.id, s.owner, s.name, s.parent, p.name, s.kind, s.created_ns, s.updated_ns, s.inodes, s.size, s.empty,
+       (SELECT json_group_object(key, value) FROM labels WHERE snapshot = s.id)
+FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent
+"""
+
+
+def _record(row: tuple[object, ...]) -> Record:
+    *columns, empty, labels = row
+    return Record(*columns, bool(empty), json.loads(labels) if labels != "{}" else {})  # type: ignore[arg-type, call-arg]
+
+
+def find(connection: sqlite3.Connection, owner: str, name: str) -> Record | None:
+    """The record of a key or name."""
+    row = connection.execute(_SELECT + "WHERE s.owner = ? AND s.name = ?", (owner, name)).fetchone()
+    return _record(row) if row is not None else None
+
+
+def get(connection: sqlite3.Connection, owner: str, name: str) -> Record:
+    """The same, or NotFound."""
+    record = find(connection, owner, name)
+    if record is None:
+        raise not_found(name)
+    return record
+
+
+def by_id(connection: sqlite3.Connection, identifier: int) -> Record | None:
+    """The record of an id."""
+    row = connection.execute(_SELECT + "WHERE s.id = ?", (identifier,)).fetchone()
+    return _record(row) if row is not None else None
+
+
+def not_found(name: str) -> errors.NotFound:
+    """The error for an unknown key."""
+    return errors.NotFound(
+        f"there is no snapshot {shown(name)}", key=name, hint="see the names with: onlap ls"
+    )
+
+
+def chain(connection: sqlite3.Connection, identifier: int) -> list[int]:
+    """The ids of a snapshot's ancestors, parent first."""
+    rows = connection.execute(
+        """
+        WITH RECURSIVE chain (id, parent, depth) AS (
+            SELECT id, parent, 0 FROM snapshots WHERE id = ?
+            UNION ALL
+            SELECT s.id, s.parent, depth + 1 FROM chain c JOIN snapshots s ON s.id = c.parent
+        )
+        SELECT id FROM chain WHERE depth > 0 ORDER BY depth
+        """,
+        (identifier,),
+    )
+    return [row[0] for row in rows]
+
+
+class Condition(NamedTuple):
+    """A restriction of a walk, as SQL on ``s`` (snapshots) and ``p`` (their parents)."""
+
+    sql: str
+    parameters: tuple[str | None, ...]
+
+
+def page(
+    connection: sqlite3.Connection, owner: str | None, after: int, condition: Condition | None
+) -> list[Record]:
+    """The next records after an id, in the order of their ids; of every owner when ``owner`` is None."""
+    sql, parameters = "WHERE s.id > ?", [after]  # type: tuple[str, list[object]]
+    if owner is not None:
+        sql += " AND s.owner = ?"
+        parameters.append(owner)
+    if condition is not None:
+        sql += f" AND ({condition.sql})"
+        parameters += condition.parameters
+    rows = connection.execute(_SELECT + sql + f" ORDER BY s.id LIMIT {PAGE}", parameters)
+    return [_record(row) for row in rows]
+
+
+def next_id(connection: sqlite3.Connection, floor: int) -> int:
+    """An id that no snapshot had; ``floor`` is the highest that directories on disk have."""
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
+    return max(int(row[0]) if row else 0, floor) + 1
+
+
+def insert(
+    connection: sqlite3.Connection,
+    identifier: int,
+    owner: str,
+    name: str,
+    parent: int | None,
+    kind: str,
+    labels: Mapping[str, str],
+) -> None:
+    """A new active snapshot or view; AlreadyExists when the name is taken."""
+    now = time.time_ns()
+    try:
+        connection.execute(
+            "INSERT INTO snapshots (id, owner, name, parent, kind, created_ns, updated_ns) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (identifier, owner, name, parent, kind, now, now),
+        )
+    except sqlite3.IntegrityError as error:
+        raise already_exists(name) from error
+    if labels:
+        _put_labels(connection, identifier, labels)
+
+
+def already_exists(name: str) -> errors.AlreadyExists:
+    """The error for a taken name."""
+    return errors.AlreadyExists(
+        f"there already is a snapshot {shown(name)}", key=name, hint="take another name, or remove it first"
+    )
+
+
+def make_committed(
+    connection: sqlite3.Connection,
+    record: Record,
+    name: str,
+    parent: int | None,
+    labels: Mapping[str, str],
+    empty: bool,
+) -> None:
+    """Turn an active snapshot into a committed one under another name; its labels are replaced."""
+    now = time.time_ns()
+    try:
+        connection.execute(
+            """
+            UPDATE snapshots SET name = ?, kind = 'committed', parent = ?, created_ns = ?, updated_ns = ?, empty = ?
+            WHERE id = ?
+            """,
+            (name, parent, now, now, empty, record.id),
+        )
+    except sqlite3.IntegrityError as error:
+        raise already_exists(name) from error
+    replace_labels(connection, record.id, labels)
+
+
+def replace_labels(connection: sqlite3.Connection, identifier: int, labels: Mapping[str, str]) -> None:
+    """Give a snapshot these labels and no others."""
+    connection.execute("DELETE FROM labels WHERE snapshot = ?", (identifier,))
+    _put_labels(connection, identifier, labels)
+
+
+def set_labels(connection: sqlite3.Connection, identifier: int, changes: Mapping[str, str | None]) -> None:
+    """Set some labels; None or an empty value takes one away, as containerd does (boltutil.writeMap)."""
+    gone = [(identifier, key) for key, value in changes.items() if not value]
+    connection.executemany("DELETE FROM labels WHERE snapshot = ? AND key = ?", gone)
+    _put_labels(connection, identifier, {key: value for key, value in changes.items() if value})
+
+
+def _put_labels(connection: sqlite3.Connection, identifier: int, labels: Mapping[str, str]) -> None:
+    rows = [(identifier, key, value) for key, value in labels.items() if value]
+    if rows:
+        connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
+
+
+def touch(connection: sqlite3.Connection, identifier: int) -> None:
+    """Note that a snapshot was updated now."""
+    connection.execute("UPDATE snapshots SET updated_ns = ? WHERE id = ?", (time.time_ns(), identifier))
+
+
+def children(connection: sqlite3.Connection, identifier: int) -> list[str]:
+    """The names of up to three snapshots that stand on this one."""
+    rows = connection.execute("SELECT name FROM snapshots WHERE parent = ? LIMIT 3", (identifier,))
+    return [row[0] for row in rows]
+
+
+def delete(connection: sqlite3.Connection, identifier: int) -> None:
+    """Forget a snapshot; its labels go with it, and its expired pins."""
+    connection.execute("DELETE FROM pins WHERE snapshot = ?", (identifier,))
+    connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
+
+
+def unmeasured(connection: sqlite3.Connection, limit: int) -> list[int]:
+    """Committed snapshots whose usage nobody has measured yet."""
+    rows = connection.execute(
+        "SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL ORDER BY id LIMIT ?", (limit,)
+    )
+    return [row[0] for row in rows]
+
+
+def set_usage(connection: sqlite3.Connection, identifier: int, inodes: int, size: int) -> None:
+    """Note a committed snapshot's usage."""
+    connection.execute(
+        "UPDATE snapshots SET inodes = ?, size = ? WHERE id = ? AND kind = 'committed'",
+        (inodes, size, identifier),
+    )
+
+
+def ids(connection: sqlite3.Connection) -> set[int]:
+    """Every id."""
+    return {row[0] for row in connection.execute("SELECT id FROM snapshots")}
+
+
+def everything(connection: sqlite3.Connection) -> Iterator[Record]:
+    """Every record, of every owner."""
+    after = 0
+    while rows := page(connection, None, after, None):
+        yield from rows
+        after = rows[-1].id
+
+
+def setting(connection: sqlite3.Connection, key: str) -> str | None:
+    """A property of the root."""
+    row = connection.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
+    return str(row[0]) if row is not None else None
+
+
+def put_setting(connection: sqlite3.Connection, key: str, value: str) -> None:
+    """Note a property of the root."""
+    connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))

@@ -1,0 +1,83 @@
+"""The tables of catalog.db, and how an older format becomes the newest."""
+
+from __future__ import annotations
+
+import sqlite3
+
+# "Onlp", so that file(1) and we can tell a catalog from another database.
+APPLICATION_ID = 0x4F6E6C70
+
+_VERSION_1 = """
+CREATE TABLE settings (
+    key   TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+-- AUTOINCREMENT: the id of a removed snapshot is never given again, since its tree may still wait in the trash, or
+-- be mounted somewhere.
+CREATE TABLE snapshots (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    owner      TEXT NOT NULL,
+    name       TEXT NOT NULL,
+    parent     INTEGER REFERENCES snapshots (id),
+    kind       TEXT NOT NULL CHECK (kind IN ('view', 'active', 'committed')),
+    created_ns INTEGER NOT NULL,
+    updated_ns INTEGER NOT NULL,
+    inodes     INTEGER,          -- NULL: not measured yet
+    size       INTEGER,          -- bytes, likewise
+    empty      INTEGER NOT NULL DEFAULT 0,  -- committed with nothing in it: can be made again after a crash
+    UNIQUE (owner, name)
+);
+CREATE INDEX snapshots_by_parent ON snapshots (parent) WHERE parent IS NOT NULL;
+CREATE INDEX snapshots_unmeasured ON snapshots (id) WHERE kind = 'committed' AND size IS NULL;
+
+CREATE TABLE labels (
+    snapshot INTEGER NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE,
+    key      TEXT NOT NULL,
+    value    TEXT NOT NULL,
+    PRIMARY KEY (snapshot, key)
+) WITHOUT ROWID;
+CREATE INDEX labels_by_value ON labels (key, value);
+
+-- What keeps a snapshot, or a blob, from being removed.
+CREATE TABLE pins (
+    owner      TEXT NOT NULL,
+    snapshot   INTEGER REFERENCES snapshots (id),
+    digest     TEXT,
+    expires_ns INTEGER,          -- NULL: until it is taken away
+    CHECK ((snapshot IS NULL) <> (digest IS NULL))
+);
+CREATE UNIQUE INDEX pins_by_snapshot ON pins (snapshot, owner) WHERE snapshot IS NOT NULL;
+CREATE UNIQUE INDEX pins_by_digest ON pins (digest, owner) WHERE digest IS NOT NULL;
+"""
+
+# The step at index N takes a catalog from format N to N + 1.
+_STEPS = (_VERSION_1,)
+VERSION = len(_STEPS)
+
+
+def version(connection: sqlite3.Connection) -> int:
+    """The format of a catalog; 0 for a new file."""
+    row = connection.execute("PRAGMA user_version").fetchone()
+    return int(row[0])
+
+
+def migrate(connection: sqlite3.Connection, current: int) -> None:
+    """Bring a catalog from format ``current`` to the newest, inside the caller's transaction."""
+    for step in _STEPS[current:]:
+        # Not executescript(), which would commit the caller's transaction first.
+        for statement in _statements(step):
+            connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _statements(script: str) -> list[str]:
+    statements = []
+    text = ""
+    for line in script.splitlines(keepends=True):
+        text += line
+        if sqlite3.complete_statement(text):
+            statements.append(text)
+            text = ""
+    return statements

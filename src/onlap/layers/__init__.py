@@ -1,0 +1,1 @@
+"""A layer as an archive, and what a layer changed."""

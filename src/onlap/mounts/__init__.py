@@ -1,0 +1,9 @@
+"""Mounts: values that describe them, what gives them to the kernel, and who holds them.
+
+A snapshotter answers with :class:`Mount` values and never mounts; :func:`mounted` does, and cleans up.
+"""
+
+from onlap.mounts.plan import Mount
+from onlap.mounts.temporary import mounted
+
+__all__ = ["Mount", "mounted"]

@@ -1,0 +1,334 @@
+"""From a plan to the kernel: one mount, attached or detached.
+
+An overlay goes through the mount API of Linux 5.2 with one ``lowerdir+`` a layer, as a file descriptor (6.13) or as
+``/proc/self/fd/N`` (6.8): any path, 500 layers, no page. Elsewhere mount(2) takes an escaped string whose length is
+checked first, with relative paths where it is long, since the kernel cuts it silently at its page.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.mounts.plan import Mount
+from onlap.overlayfs import options
+from onlap.syscalls import mount as sys
+
+# Option names of mount(8) that are flags of mount(2); the second value is the flag's counterpart of fsmount(2).
+_FLAGS: dict[str, tuple[int, int]] = {
+    "ro": (sys.MS_RDONLY, sys.MOUNT_ATTR_RDONLY),
+    "rw": (0, 0),
+    "nosuid": (sys.MS_NOSUID, sys.MOUNT_ATTR_NOSUID),
+    "nodev": (sys.MS_NODEV, sys.MOUNT_ATTR_NODEV),
+    "noexec": (sys.MS_NOEXEC, sys.MOUNT_ATTR_NOEXEC),
+    "noatime": (sys.MS_NOATIME, sys.MOUNT_ATTR_NOATIME),
+    "nodiratime": (sys.MS_NODIRATIME, sys.MOUNT_ATTR_NODIRATIME),
+    "relatime": (sys.MS_RELATIME, 0),
+    "strictatime": (sys.MS_STRICTATIME, sys.MOUNT_ATTR_STRICTATIME),
+}
+_BIND = ("bind", "rbind")
+
+# How this kernel takes the layers of an overlay; found by trial on first use, and a test may set it.
+LAYERS_BY_FD = "fd"  # 6.13
+LAYERS_BY_PROC = "proc"  # 6.8: a string of at most 255 bytes, so /proc/self/fd/N
+LAYERS_BY_STRING = "string"  # mount(2)
+_layers_by: str | None = None
+
+
+def layers_by() -> str:
+    """How this kernel takes an overlay's layers: one of the LAYERS_BY constants.
+
+    Raises:
+        OSError: EPERM without CAP_SYS_ADMIN in the current user namespace.
+    """
+    global _layers_by
+    if _layers_by is None:
+        _layers_by = _try_layers()
+    return _layers_by
+
+
+def _try_layers() -> str:
+    try:
+        fs = sys.fsopen("overlay")
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return LAYERS_BY_STRING
+        raise
+    with ExitStack() as stack:
+        stack.callback(os.close, fs)
+        directory = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, directory)
+        trials: tuple[tuple[str, Callable[[], None]], ...] = (
+            (LAYERS_BY_FD, lambda: sys.fsconfig_fd(fs, "lowerdir+", directory)),
+            (LAYERS_BY_PROC, lambda: sys.fsconfig_string(fs, "lowerdir+", f"/proc/self/fd/{directory}")),
+        )
+        for name, trial in trials:
+            try:
+                trial()
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                    raise
+            else:
+                return name
+    return LAYERS_BY_STRING
+
+
+def attach(plan: Mount, target: str) -> None:
+    """Mount ``plan`` at the existing directory ``target``.
+
+    Raises:
+        InvalidArgument: more layers than OverlayFS stacks, or options that it does not take together.
+        PermissionDenied: no CAP_SYS_ADMIN here.
+        OnlapError: of another kind, for whatever else the kernel says; the kernel's own words are in it.
+    """
+    _check(plan)
+    with _translated(plan):
+        if plan.type == "overlay" and layers_by() == LAYERS_BY_STRING:
+            _mount_by_string(plan, target)
+        elif plan.type == "overlay":
+            fd = _overlay_fd(plan)
+            try:
+                sys.move_mount(fd, target)
+            finally:
+                os.close(fd)
+        elif plan.type == "bind" or _is_bind(plan):
+            _bind(plan, target)
+        else:
+            flags, _, data = _split_flags(plan.flags)
+            sys.mount(os.fsencode(plan.source), target, plan.type, flags, ",".join(data).encode() or None)
+
+
+def detached(plan: Mount) -> int:
+    """A mount of ``plan`` that is attached nowhere: a descriptor of its root, unmounted when it is closed.
+
+    Raises:
+        Unimplemented: the kernel has no detached mounts (before 5.2; overlays before 6.8).
+        OnlapError: as :func:`attach`.
+    """
+    _check(plan)
+    with _translated(plan):
+        if plan.type == "overlay":
+            if layers_by() == LAYERS_BY_STRING:
+                raise errors.Unimplemented(
+                    "this kernel has no detached overlay mounts",
+                    hint="Linux 6.8 has them; give a mount point",
+                )
+            return _overlay_fd(plan)
+        if plan.type == "bind" or _is_bind(plan):
+            return _bind_fd(plan)
+        return _plain_fd(plan)
+
+
+def _check(plan: Mount) -> None:
+    if len(plan.lowers) > options.MAX_LOWERS:
+        raise errors.InvalidArgument(
+            f"{len(plan.lowers)} lower layers: OverlayFS stacks {options.MAX_LOWERS} at most",
+            hint="merge some first (onlap squash)",
+        )
+
+
+class _translated:
+    """Turns an OSError of mounting into an error that names the plan; a context manager."""
+
+    def __init__(self, plan: Mount) -> None:
+        self._plan = plan
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _cls: object, error: object, _trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        what = f"mount the {self._plan.type} of {shown(self._plan.upper or (self._plan.lowers or (self._plan.source,))[0])}"
+        if error.errno == errno.EPERM:
+            raise errors.PermissionDenied(
+                f"cannot {what}: the kernel lets only CAP_SYS_ADMIN mount",
+                hint="run it as root, or use a detached mount",
+            ) from error
+        if error.errno == errno.ENODEV:
+            raise errors.Unimplemented(f"cannot {what}: this kernel does not have that filesystem") from error
+        raise errors.from_oserror(error, doing=what) from error
+
+
+# Overlay, new API
+
+
+def _overlay_fd(plan: Mount) -> int:
+    flags, attributes, rest = _split_flags(plan.flags)
+    del flags
+    with ExitStack() as stack:
+        fs = sys.fsopen("overlay")
+        stack.callback(os.close, fs)
+        try:
+            sys.fsconfig_string(fs, "source", plan.source)
+            for lower in plan.lowers:
+                _add_layer(fs, "lowerdir+", lower)
+            # The upperdir must come before the workdir is looked at, and both by the same mount.
+            if plan.upper is not None:
+                _add_layer(fs, "upperdir", plan.upper)
+            if plan.work is not None:
+                _add_layer(fs, "workdir", plan.work)
+            for option in rest:
+                key, equals, value = option.partition("=")
+                if equals:
+                    sys.fsconfig_string(fs, key, value)
+                else:
+                    sys.fsconfig_flag(fs, key)
+            sys.fsconfig_create(fs)
+        except OSError as error:
+            said = sys.fs_context_log(fs)
+            if said and error.errno is not None:
+                raise OSError(
+                    error.errno, f"{error.strerror} (the kernel: {said})", error.filename
+                ) from error
+            raise
+        return sys.fsmount(fs, attributes)
+
+
+def _add_layer(fs: int, key: str, directory: str) -> None:
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if layers_by() == LAYERS_BY_FD:
+            sys.fsconfig_fd(fs, key, fd)
+        else:
+            sys.fsconfig_string(fs, key, f"/proc/self/fd/{fd}")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, directory) from error
+    finally:
+        os.close(fd)
+
+
+# Overlay, mount(2)
+
+
+def _mount_by_string(plan: Mount, target: str) -> None:
+    flags, _, rest = _split_flags(plan.flags)
+    data = _data(plan, rest, None)
+    if len(data) <= options.MAX_DATA:
+        sys.mount(plan.source, target, "overlay", flags, data)
+        return
+    layers = [path for path in (*plan.lowers, plan.upper, plan.work) if path is not None]
+    base = os.path.commonpath(layers)
+    data = _data(plan, rest, base)
+    if len(data) > options.MAX_DATA:
+        raise errors.InvalidArgument(
+            f"{len(plan.lowers)} layers make {len(data)} bytes of options, and mount(2) takes {options.MAX_DATA}",
+            hint="merge some first (onlap squash), shorten their paths, or use Linux 6.8, which has no such limit",
+        )
+    where = os.path.abspath(target)
+    _in_directory(base, lambda: sys.mount(plan.source, where, "overlay", flags, data))
+
+
+def _data(plan: Mount, rest: list[str], base: str | None) -> bytes:
+    def path(p: str) -> str:
+        return p if base is None else os.path.relpath(p, base)
+
+    moved = plan._replace(
+        lowers=tuple(path(p) for p in plan.lowers),
+        upper=path(plan.upper) if plan.upper is not None else None,
+        work=path(plan.work) if plan.work is not None else None,
+        flags=tuple(rest),
+    )
+    return os.fsencode(",".join(moved.options))
+
+
+def _in_directory(directory: str, action: Callable[[], None]) -> None:
+    """Run ``action`` with ``directory`` as the working directory, of one thread that is then thrown away.
+
+    The working directory belongs to the whole process, unless a thread asks for its own with unshare(CLONE_FS).
+    """
+    from onlap.syscalls.namespaces import CLONE_FS, unshare
+
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            unshare(CLONE_FS)
+            os.chdir(directory)
+            action()
+        except BaseException as error:  # handed to the caller's thread, whatever it is
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="onlap-mount")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+# Bind and others
+
+
+def _is_bind(plan: Mount) -> bool:
+    return any(flag in _BIND for flag in plan.flags)
+
+
+def _bind(plan: Mount, target: str) -> None:
+    try:
+        fd = _bind_fd(plan)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+    else:
+        try:
+            sys.move_mount(fd, target)
+        finally:
+            os.close(fd)
+        return
+    flags, _, _ = _split_flags(plan.flags)
+    recursive = sys.MS_REC if "rbind" in plan.flags else 0
+    sys.mount(os.fsencode(plan.source), target, None, sys.MS_BIND | recursive, None)
+    if flags:
+        # mount(2): the flags of a bind are ignored but for MS_REC; they take a remount.
+        try:
+            sys.mount("none", target, None, sys.MS_BIND | sys.MS_REMOUNT | flags, None)
+        except OSError:
+            sys.umount2(target)
+            raise
+
+
+def _bind_fd(plan: Mount) -> int:
+    _, attributes, _ = _split_flags(plan.flags)
+    fd = sys.open_tree(os.fsencode(plan.source), recursive="rbind" in plan.flags)
+    try:
+        if attributes:
+            sys.mount_setattr(fd, set_attributes=attributes)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _plain_fd(plan: Mount) -> int:
+    _, attributes, rest = _split_flags(plan.flags)
+    fs = sys.fsopen(plan.type)
+    try:
+        sys.fsconfig_string(fs, "source", os.fsencode(plan.source))
+        for option in rest:
+            key, equals, value = option.partition("=")
+            if equals:
+                sys.fsconfig_string(fs, key, value)
+            else:
+                sys.fsconfig_flag(fs, key)
+        sys.fsconfig_create(fs)
+        return sys.fsmount(fs, attributes)
+    finally:
+        os.close(fs)
+
+
+def _split_flags(flags: tuple[str, ...]) -> tuple[int, int, list[str]]:
+    """Flags of mount(2), attributes of fsmount(2), and what is left for the filesystem."""
+    for_mount = attributes = 0
+    rest = []
+    for flag in flags:
+        if flag in _FLAGS:
+            for_mount |= _FLAGS[flag][0]
+            attributes |= _FLAGS[flag][1]
+        elif flag not in _BIND:
+            rest.append(flag)
+    return for_mount, attributes, rest

@@ -1,0 +1,123 @@
+"""Mounts that last as long as a ``with`` block."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from onlap import errors
+from onlap.mounts import kernel
+from onlap.mounts.plan import Mount
+from onlap.mounts.unmount import unmount
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@contextlib.contextmanager
+def mounted(
+    mounts: Mount | Sequence[Mount],
+    at: str | os.PathLike[str] | None = None,
+    *,
+    detached: bool = False,
+    timeout: float = 5.0,
+) -> Iterator[Path]:
+    """Mount a plan for the time of a ``with`` block, and always clean up.
+
+    Without the privilege to mount, a read-write bind is its own source, and everything else becomes a detached mount
+    that a helper in a user namespace makes.
+
+    Args:
+        mounts: the plan, as a snapshotter's ``mounts`` gives it; the first is mounted first.
+        at: an existing directory to mount at; by default a temporary one, removed at the end.
+        detached: mount it nowhere: the path is ``/proc/<pid>/fd/<n>`` of this process, which sees it as long as the
+            block runs, as do other processes of the same user. Nothing is left behind even by SIGKILL. ``getcwd()``
+            fails inside it.
+        timeout: how many seconds to wait at the end for those who still use it.
+
+    Yields:
+        Where the tree is.
+
+    Raises:
+        Busy: at the end, somebody still used it; ``.holders`` says who, and the mount is left as it is.
+        PermissionDenied: mounting is not allowed here, not even in a user namespace.
+        OnlapError: of another kind, for what the kernel says.
+    """
+    from pathlib import Path
+
+    plan = [mounts] if isinstance(mounts, Mount) else list(mounts)
+    if not plan:
+        raise errors.InvalidArgument("an empty plan mounts nothing")
+    with ExitStack() as stack:
+        if at is None and len(plan) == 1 and plan[0].needs_no_mount and (detached or not may_mount()):
+            where = os.path.abspath(plan[0].source)
+        elif detached or (at is None and not may_mount()):
+            where = _detached(plan, stack)
+        else:
+            where = _attached(plan, at, timeout, stack)
+        yield Path(where)
+
+
+def may_mount() -> bool:
+    """Whether this process may mount in its mount namespace (CAP_SYS_ADMIN), found by asking the kernel."""
+    from onlap.syscalls.mount import open_tree
+
+    # open_tree(OPEN_TREE_CLONE) asks for the capability before all else, changes nothing, and /proc is everywhere.
+    try:
+        fd = open_tree("/proc")
+    except OSError:
+        return _may_unmount()
+    os.close(fd)
+    return True
+
+
+def _may_unmount() -> bool:
+    # Before Linux 5.2 (ENOSYS above), or where /proc cannot be cloned: umount2(2) answers EPERM without the
+    # capability, and EINVAL with it since nothing is mounted at this path.
+    from onlap.syscalls.mount import umount2
+
+    with tempfile.TemporaryDirectory(prefix="onlap-") as directory:
+        try:
+            umount2(directory)
+        except OSError as error:
+            return error.errno == 22
+    return True
+
+
+def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: float, stack: ExitStack) -> str:
+    if at is None:
+        where = tempfile.mkdtemp(prefix="onlap-")
+        # rmdir, never a recursive delete: if the unmount failed, that would delete the tree through the mount.
+        stack.callback(_remove_if_empty, where)
+    else:
+        where = os.path.abspath(os.fspath(at))
+    for mount in plan:
+        target = os.path.join(where, mount.target.lstrip("/")) if mount.target else where
+        kernel.attach(mount, target)
+        stack.callback(unmount, target, timeout=timeout)
+    return where
+
+
+def _remove_if_empty(directory: str) -> None:
+    with contextlib.suppress(OSError):  # EBUSY, ENOTEMPTY: the unmount failed, and its own error tells
+        os.rmdir(directory)
+
+
+def _detached(plan: list[Mount], stack: ExitStack) -> str:
+    if len(plan) > 1:
+        raise errors.Unimplemented(
+            "a plan of several mounts cannot be detached",
+            hint="mount it somewhere, with the privilege to do so",
+        )
+    if may_mount():
+        fd = kernel.detached(plan[0])
+    else:
+        from onlap.mounts import userns
+
+        fd = userns.detached(plan[0])
+    stack.callback(os.close, fd)
+    return f"/proc/{os.getpid()}/fd/{fd}"

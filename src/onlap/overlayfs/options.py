@@ -1,0 +1,80 @@
+"""The text form of overlay options: what mount(2) and /proc/self/mountinfo show.
+
+Sources: the kernel's Documentation/filesystems/overlayfs.rst, fs/overlayfs/params.c, fs/proc_namespace.c.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# OVL_MAX_STACK, fs/overlayfs/params.h: the number of lower layers that one mount takes.
+MAX_LOWERS = 500
+
+# mount(2) copies one page of data and puts a NUL at its end; a longer string is cut without an error, so that the
+# mount has fewer layers than asked for. The page is 4096 bytes or more on every architecture.
+MAX_DATA = 4096 - 1
+
+# params.c: a value of fsconfig(2) is at most 255 bytes, else EINVAL.
+MAX_FSCONFIG_STRING = 255
+
+
+def escape(path: bytes) -> bytes:
+    """``path`` as a value in an option string: a backslash before ``\\``, ``:`` and ``,``."""
+    return path.replace(b"\\", b"\\\\").replace(b":", b"\\:").replace(b",", b"\\,")
+
+
+def unescape(value: bytes) -> bytes:
+    """The opposite of :func:`escape`; a backslash gives the byte that follows it (params.c, ovl_unescape)."""
+    out = bytearray()
+    escaped = False
+    for byte in value:
+        if escaped or byte != 0x5C:
+            out.append(byte)
+            escaped = False
+        else:
+            escaped = True
+    return bytes(out)
+
+
+def split(value: bytes, separator: bytes) -> list[bytes]:
+    """Split at unescaped separators, keeping the escapes (params.c, ovl_next_opt and ovl_parse_param_split_lowerdirs)."""
+    parts = [bytearray()]
+    escaped = False
+    for byte in value:
+        if not escaped and byte == separator[0]:
+            parts.append(bytearray())
+            continue
+        escaped = not escaped and byte == 0x5C
+        parts[-1].append(byte)
+    return [bytes(p) for p in parts]
+
+
+def join_lowers(lowers: Iterable[bytes]) -> bytes:
+    """The value of ``lowerdir=``, topmost first."""
+    return b":".join(escape(lower) for lower in lowers)
+
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+def octal_unescape(field: bytes) -> bytes:
+    """A field of /proc without the ``\\040`` that the kernel writes for what would end the field (mangle_path)."""
+    return _OCTAL.sub(lambda m: bytes((int(m[1], 8),)), field)
+
+
+def layer_paths(super_options: bytes) -> list[bytes]:
+    """Every path that an overlay's options name, as mountinfo shows them.
+
+    A comma in a value is shown as an octal escape (seq_show_option), so that the commas left separate options.
+    ``lowerdir=`` is shown as it was given to mount(2), the others as the paths that they are.
+    """
+    paths: list[bytes] = []
+    for option in super_options.split(b","):
+        key, _, value = option.partition(b"=")
+        value = octal_unescape(value)
+        if key == b"lowerdir":
+            paths += [unescape(part) for part in split(value, b":") if part]
+        elif key in (b"lowerdir+", b"datadir+", b"upperdir", b"workdir"):
+            paths.append(value)
+    return paths

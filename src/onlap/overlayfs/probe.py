@@ -1,0 +1,275 @@
+"""What this kernel and a directory can do, found by trial.
+
+:func:`probe` tries everything; :func:`overlay_mode` tries only what decides how a root is to keep its
+snapshots. Both work in a scratch directory inside the one they are asked about, and leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from onlap import errors
+from onlap.overlayfs.trials import bench as how
+from onlap.overlayfs.trials import files as plain
+from onlap.overlayfs.trials import mounts
+from onlap.overlayfs.trials.bench import Bench, Feature, No, attempt
+from onlap.syscalls import files
+
+__all__ = ["FEATURES", "MODES", "Feature", "Probe", "overlay_mode", "probe"]
+
+StrPath = str | os.PathLike[str]
+
+# Every name in Probe.features, in its order.
+FEATURES = (
+    "overlay",
+    "d_type",
+    "trusted_xattr",
+    "user_xattr",
+    "redirect_dir",
+    "metacopy",
+    "index",
+    "xino",
+    "volatile",
+    "lowerdir_fd",
+    "data_only",
+    "xattr_whiteout",
+    "rename_whiteout",
+    "overlay_on_overlay",
+    "idmapped",
+    "user_namespaces",
+    "unprivileged",
+    "tmpfs",
+    "fuse",
+    "reflink",
+)
+
+OVERLAY = "overlay"
+OVERLAY_USERXATTR = "overlay-userxattr"
+NATIVE = "native"
+MODES = (OVERLAY, OVERLAY_USERXATTR, NATIVE)
+
+# include/uapi/linux/magic.h, and the filesystems' own sources; for a directory whose mount
+# /proc/self/mountinfo does not show (a chroot into the middle of a mount, a detached mount).
+_MAGIC = {
+    how.OVERLAYFS_MAGIC: "overlay",
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x6969: "nfs",
+    0x65735546: "fuse",
+    0xF2F52010: "f2fs",
+    0xCA451A4E: "bcachefs",
+    0x2FC12FC1: "zfs",
+    0x01021997: "9p",
+}
+
+# sqlite.org/wal.html, "WAL-reset bug": the branches it was in, each from its first version to its fixed one.
+_WAL_BUG = (((3, 7, 0), (3, 44, 6)), ((3, 45, 0), (3, 50, 7)), ((3, 51, 0), (3, 51, 3)))
+
+
+class Probe:
+    """What was found.
+
+    Attributes:
+        directory: absolute.
+        features: each of :data:`FEATURES` with whether it works and why not.
+        kernel: its release, as ``uname -r`` has it; nothing is decided by it.
+        filesystem: the type of the directory's, as ``"ext4"``.
+        free: bytes that an ordinary user can still write there.
+        mode: how a root here keeps its snapshots, one of :data:`MODES`.
+        why: the reason for ``mode``, in one line.
+    """
+
+    __slots__ = ("directory", "features", "filesystem", "free", "kernel", "mode", "why")
+
+    def __init__(
+        self, directory: str, features: Mapping[str, Feature], filesystem: str, free: int, mode: str, why: str
+    ) -> None:
+        self.directory = directory
+        self.features = features
+        self.kernel = os.uname().release
+        self.filesystem = filesystem
+        self.free = free
+        self.mode = mode
+        self.why = why
+
+    def __repr__(self) -> str:
+        return f"<Probe of {self.directory!r}: {self.mode}>"
+
+    @property
+    def sqlite(self) -> str:
+        """The version of SQLite that this Python uses."""
+        # Here, and not at the top: it takes longer to load than most trials take.
+        import sqlite3
+
+        return sqlite3.sqlite_version
+
+    @property
+    def sqlite_wal_bug(self) -> bool:
+        """Whether that version can damage a database that two processes write and checkpoint at once."""
+        return has_wal_bug(self.sqlite)
+
+
+def has_wal_bug(version: str) -> bool:
+    """Whether a version of SQLite has the "WAL-reset bug": 3.7.0 to 3.51.2 but for fixed branches."""
+    numbers = tuple(int(part) for part in version.split("."))
+    return any(first <= numbers < fixed for first, fixed in _WAL_BUG)
+
+
+def probe(directory: StrPath) -> Probe:
+    """Find out what this kernel, with this process's privilege, can do in ``directory``.
+
+    It takes about a tenth of a second. What does not work is an answer, with the kernel's words as the
+    reason, and no error.
+
+    Args:
+        directory: exists, and we can write in it.
+
+    Raises:
+        NotFound: it does not exist.
+        PermissionDenied: we cannot write in it.
+        OnlapError: of another kind, when nothing can be written in it for another reason.
+    """
+    with _scratch(directory) as (where, base):
+        on = _filesystem(base)
+        free = os.statvfs(base)
+        found = {name: attempt(trial, base) for name, trial in plain.PLAIN.items()}
+        bench, found["overlay"] = _overlay(base)
+        found |= _rest(bench, found["overlay"], base)
+        mode, why = _mode(found["overlay"], found["unprivileged"])
+    features = MappingProxyType({name: found[name] for name in FEATURES})
+    return Probe(where, features, on, free.f_bavail * free.f_frsize, mode, why)
+
+
+def overlay_mode(directory: StrPath) -> tuple[str, str]:
+    """How a root in ``directory`` is to keep its snapshots, by trying only what decides it.
+
+    With the privilege to mount it takes a few milliseconds, without it a tenth of a second.
+
+    Returns:
+        One of :data:`MODES`, and the reason in one line.
+
+    Raises:
+        OnlapError: as :func:`probe`.
+    """
+    with _scratch(directory) as (_, base):
+        bench, overlay = _overlay(base)
+        if overlay.ok:
+            return _mode(overlay, None)
+        from onlap.overlayfs.trials.process import UNPRIVILEGED, Running
+
+        with Running(bench or Bench(base, how.BY_FD, ()), [UNPRIVILEGED], drop=False) as running:
+            return _mode(overlay, running.results()[UNPRIVILEGED])
+
+
+def _mode(overlay: Feature, unprivileged: Feature | None) -> tuple[str, str]:
+    if overlay.ok:
+        return OVERLAY, "an overlay can be mounted and works here"
+    if unprivileged is not None and unprivileged.ok:
+        return OVERLAY_USERXATTR, f"an overlay works in a user namespace (without one: {overlay.reason})"
+    other = unprivileged.reason if unprivileged is not None else "not tried"
+    if other == overlay.reason:
+        return NATIVE, f"no overlay here: {other}"
+    return NATIVE, f"no overlay here: {overlay.reason}; in a user namespace: {other}"
+
+
+def _overlay(base: str) -> tuple[Bench | None, Feature]:
+    """Try an overlay; with how it goes, None where it cannot be mounted at all."""
+    try:
+        bench = how.detect(base)
+    except No as no:
+        return None, Feature(False, str(no))
+    if bench.way != how.BY_STRING:
+        overlay = attempt(mounts.overlay, bench)
+    else:
+        from onlap.overlayfs.trials.process import Running
+
+        with Running(bench, ["overlay"], drop=False) as running:
+            overlay = running.results()["overlay"]
+    return bench, how.with_upper_in_mind(base, overlay)
+
+
+def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature]:
+    """All that needs the privilege to mount, or a process of its own."""
+    from onlap.overlayfs.trials.process import IDMAPPED, UNPRIVILEGED, USER_NAMESPACES, Running
+
+    ordinary = [USER_NAMESPACES, UNPRIVILEGED]
+    if bench is None or overlay.reason == how.NEEDS_PRIVILEGE:
+        found = dict.fromkeys(
+            [*mounts.ON_OVERLAY, *mounts.ATTACHING, IDMAPPED, "tmpfs"], Feature(False, overlay.reason)
+        )
+        detached = Bench(base, how.BY_FD, ())
+        if overlay.reason != how.NEEDS_PRIVILEGE:
+            found["tmpfs"] = attempt(mounts.tmpfs, detached)
+        with Running(detached, ordinary, drop=False) as running:
+            return found | running.results()
+    found = {}
+    here = {"tmpfs": mounts.tmpfs}
+    elsewhere = ["overlay_on_overlay"]
+    if overlay.ok:
+        here |= mounts.ON_OVERLAY
+        elsewhere += ["xino", IDMAPPED]
+    else:
+        no = Feature(False, f"no overlay here: {overlay.reason}")
+        found = dict.fromkeys([*mounts.ON_OVERLAY, "xino", IDMAPPED], no)
+    if bench.way == how.BY_STRING:
+        elsewhere += here
+        here = {}
+    # Root in full becomes somebody else to try what others can; who cannot mount is an ordinary user himself.
+    with Running(bench, elsewhere + ordinary, drop=overlay.ok and os.geteuid() == 0) as running:
+        found |= {name: attempt(trial, bench) for name, trial in here.items()}
+        return found | running.results()
+
+
+@contextlib.contextmanager
+def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
+    """A new directory inside ``directory`` for the time of a block; yields both, absolute."""
+    where = os.path.abspath(os.fspath(directory))
+    base = os.path.join(where, f".onlap-probe-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        os.mkdir(base, 0o700)
+    except OSError as error:
+        raise errors.from_oserror(error, doing="try out that directory", key=where) from error
+    try:
+        yield where, base
+    finally:
+        try:
+            _remove(base)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="remove what was tried out", key=base) from error
+
+
+def _remove(directory: str) -> None:
+    """Delete a tree that we made."""
+    # An overlay's work/work has mode 0, which shuts out an owner without privilege.
+    os.chmod(directory, 0o700)
+    with os.scandir(directory) as entries:
+        found = list(entries)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            _remove(entry.path)
+        else:
+            os.unlink(entry.path)
+    os.rmdir(directory)
+
+
+def _filesystem(directory: str) -> str:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            fields = dict(line.split(b":", 1) for line in file if b":" in line)
+        mount_id = fields.get(b"mnt_id", b"").strip()
+        with open("/proc/self/mountinfo", "rb") as file:
+            for line in file:
+                before, _, after = line.partition(b" - ")
+                if before.split(b" ", 1)[0] == mount_id:
+                    return after.split(b" ", 1)[0].decode()
+        magic = files.filesystem_magic(fd)
+    finally:
+        os.close(fd)
+    return _MAGIC.get(magic, f"{magic:#x}")

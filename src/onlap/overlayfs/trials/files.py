@@ -1,0 +1,86 @@
+"""Trials of a filesystem alone, no mount. Each takes a directory to work in and gives a note, or raises."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from onlap.overlayfs import markers
+from onlap.overlayfs.trials.bench import NEEDS_PRIVILEGE, No, expect, read, said, write
+from onlap.syscalls import files
+
+
+def d_type(base: str) -> str:
+    """readdir(3) tells the types of files, as OverlayFS wants of an upper; XFS with ftype=0 does not."""
+    directory = os.path.join(base, "d_type")
+    os.makedirs(os.path.join(directory, "dir"))
+    with os.scandir(directory) as entries:
+        (entry,) = entries
+    # os.scandir asks with lstat where readdir did not tell. It knows what is gone only when readdir told.
+    os.rmdir(entry.path)
+    expect(entry.is_dir(follow_symlinks=False), "readdir does not tell file types (XFS: mkfs.xfs -n ftype=1)")
+    return ""
+
+
+def user_xattr(base: str) -> str:
+    """Xattrs of the class ``user``."""
+    return _xattr(base, "user.overlay.opaque")
+
+
+def trusted_xattr(base: str) -> str:
+    """Xattrs of the class ``trusted``, which OverlayFS uses."""
+    try:
+        return _xattr(base, "trusted.overlay.opaque")
+    except PermissionError as error:
+        raise No(NEEDS_PRIVILEGE) from error
+
+
+def _xattr(base: str, name: str) -> str:
+    directory = os.path.join(base, name)
+    os.mkdir(directory)
+    os.setxattr(directory, name, b"y")
+    expect(os.getxattr(directory, name) == b"y", "what was set reads otherwise")
+    return ""
+
+
+def reflink(base: str) -> str:
+    """Two files can share their blocks (FICLONE)."""
+    path = os.path.join(base, "reflink")
+    write(path, "content" * 1000)
+    with open(path, "rb") as source, open(path + ".clone", "wb") as target:
+        files.clone_file(source.fileno(), target.fileno())
+    expect(read(path + ".clone") == read(path), "the clone has another content")
+    return ""
+
+
+def rename_whiteout(base: str) -> str:
+    """A rename can leave a whiteout (RENAME_WHITEOUT)."""
+    directory = os.path.join(base, "rename_whiteout")
+    os.mkdir(directory)
+    write(os.path.join(directory, "old"), "")
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        files.renameat2(fd, "old", fd, "new", files.RENAME_WHITEOUT)
+        expect(markers.is_whiteout(os.stat("old", dir_fd=fd, follow_symlinks=False)), "it left no whiteout")
+    finally:
+        os.close(fd)
+    return ""
+
+
+def fuse(_base: str) -> str:
+    """/dev/fuse can be opened."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise No(f"cannot open /dev/fuse: {said(error)}") from error
+    return ""
+
+
+PLAIN: dict[str, Callable[[str], str]] = {
+    "d_type": d_type,
+    "trusted_xattr": trusted_xattr,
+    "user_xattr": user_xattr,
+    "reflink": reflink,
+    "rename_whiteout": rename_whiteout,
+    "fuse": fuse,
+}

@@ -1,0 +1,59 @@
+"""How far a long operation is, told to whoever asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+# A callback more often than this is no use to a reader, and would cost more than the work on small files.
+_INTERVAL = 0.1
+
+
+class Progress(NamedTuple):
+    """A report.
+
+    Attributes:
+        stage: what is being done, as ``"import"``.
+        done: how many units are done.
+        total: how many there will be, None where nobody knows.
+        unit: ``"bytes"``, ``"files"`` or ``"layers"``.
+        item: what is being worked on, if it has a name.
+    """
+
+    stage: str
+    done: int
+    total: int | None
+    unit: str
+    item: str | None = None
+
+
+Callback = Callable[[Progress], None]
+
+
+class Reporter:
+    """Calls a callback at most ten times a second, in the caller's thread, and once more at the end.
+
+    What the callback raises goes up through the operation, which cleans up and ends: that is how it is cancelled.
+    """
+
+    def __init__(self, callback: Callback | None, stage: str, unit: str, total: int | None = None) -> None:
+        self._callback = callback
+        self._stage = stage
+        self._unit = unit
+        self._total = total
+        self._next = 0.0
+
+    def __call__(self, done: int, item: str | None = None) -> None:
+        """So much is done."""
+        if self._callback is None:
+            return
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _INTERVAL
+            self._callback(Progress(self._stage, done, self._total, self._unit, item))
+
+    def finish(self, done: int) -> None:
+        """All is done."""
+        if self._callback is not None:
+            self._callback(Progress(self._stage, done, done, self._unit, None))

@@ -1,0 +1,1 @@
+"""Snapshots: the contract, its implementations, and the language of its filters."""

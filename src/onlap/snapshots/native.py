@@ -1,0 +1,85 @@
+"""The native snapshotter: a snapshot is a whole tree, copied from its parent; for places where nothing can be mounted.
+
+Where the filesystem shares blocks between files (xfs, btrfs) a copy takes inodes and time, but no space for content.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from onlap.catalog.records import ACTIVE, VIEW, Record
+from onlap.mounts import plan
+from onlap.mounts.plan import Mount
+from onlap.snapshots.properties import settle
+from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.trees.compare import Change, added_tree, compare
+from onlap.trees.copy import Copier
+from onlap.trees.walk import OPEN_DIRECTORY
+
+KIND = "native"
+
+
+class NativeSnapshotter(RecordedSnapshotter):
+    """Snapshots as copies; the arguments are those of :class:`RecordedSnapshotter`.
+
+    Its ``usage`` is that of the whole tree, parents included, since all of it is there.
+    """
+
+    def _settle(self) -> None:
+        settle(self.catalog.database, KIND, dict)
+
+    def _build(self, staged: str, kind: str, parent: Record | None, labels: Mapping[str, str]) -> None:
+        tree = f"{staged}/fs"
+        os.mkdir(tree, 0o755)
+        if parent is None:
+            os.chmod(tree, 0o755)  # whatever the umask took away
+        elif kind == ACTIVE:
+            with self.catalog.hold([parent.id]):
+                copy_tree(self.catalog.layout.tree(parent.id), tree)
+
+    def _remake(self, record: Record) -> bool:
+        tree = self.catalog.layout.tree(record.id)
+        if os.path.isdir(tree):
+            return True
+        if record.kind not in (ACTIVE, VIEW) and not record.empty:
+            return False
+        os.makedirs(tree, 0o755)
+        os.chmod(self.catalog.layout.snapshot(record.id), 0o700)
+        if record.kind == ACTIVE and record.parent_id is not None:
+            above = self.catalog.layout.tree(record.parent_id)
+            if not os.path.isdir(above):
+                return False
+            copy_tree(above, tree)
+        return True
+
+    def layers(self, record: Record) -> list[str]:
+        """The directory that holds a snapshot's tree: the parent's, for a view."""
+        shown = record.parent_id if record.kind == VIEW and record.parent_id is not None else record.id
+        return [self.catalog.layout.tree(shown)]
+
+    def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
+        return [plan.bind(self.layers(record)[0], readonly=record.kind == VIEW)]
+
+    def _changes(self, record: Record) -> Iterator[Change]:
+        tree = self.layers(record)[0]
+        if record.parent_id is None:
+            yield from added_tree(tree)
+        else:
+            yield from compare(self.catalog.layout.tree(record.parent_id), tree)
+
+    def _differences(self, one: Record, other: Record) -> Iterator[Change]:
+        yield from compare(self.layers(one)[0], self.layers(other)[0])
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Copy a tree into an empty directory; raises OSError."""
+    one = os.open(source, OPEN_DIRECTORY)
+    try:
+        other = os.open(target, OPEN_DIRECTORY)
+        try:
+            Copier(allow_changes=True).tree(one, other)
+        finally:
+            os.close(other)
+    finally:
+        os.close(one)

@@ -1,0 +1,261 @@
+"""The overlay snapshotter: a snapshot is one layer, and the kernel merges it with its parents.
+
+Laid out and mounted as containerd's own (v1.7.24, snapshots/overlay/overlay.go), so that what looks for an ``upperdir``
+in a plan goes on working; durable and exact where that one is not (docs/adr/).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.catalog import records
+from onlap.catalog.records import ACTIVE, VIEW, Info, Record
+from onlap.errors import shown
+from onlap.layers.changes import stack_changes
+from onlap.mounts import plan
+from onlap.mounts.plan import Mount
+from onlap.overlayfs.markers import TRUSTED, USER, Markers
+from onlap.snapshots.properties import settle
+from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.trees.compare import Change
+from onlap.trees.copy import Copier
+
+KIND = "overlay"
+
+# containerd's labels (snapshots/snapshotter.go): "container id:host id:length[,...]", and where the upperdir is.
+LABEL_UIDS = "containerd.io/snapshot/uidmapping"
+LABEL_GIDS = "containerd.io/snapshot/gidmapping"
+LABEL_UPPERDIR = "containerd.io/snapshot/overlay.upperdir"
+
+_INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
+
+
+class Properties(NamedTuple):
+    """What is fixed when a root is made.
+
+    Attributes:
+        flavour: of OverlayFS's markers: ``"trusted"``, or ``"user"`` where nobody may set those.
+        redirect_dir: let directories of lower layers be renamed (the kernel then writes redirects into the layers,
+            which containerd, BuildKit and Docker cannot read; such a root is not served to them).
+    """
+
+    flavour: str
+    redirect_dir: bool = False
+
+
+class OverlaySnapshotter(RecordedSnapshotter):
+    """Snapshots as overlays.
+
+    Args:
+        root: the root; made when it does not exist.
+        properties: of a new root; an existing one has its own, and others are refused. By default the flavour that
+            this process may write.
+        upperdir_label: show the upperdir of a snapshot as its label ``containerd.io/snapshot/overlay.upperdir``.
+        mount_options: more options for every overlay, as ``"volatile"``.
+        remap_ids: let the labels ``containerd.io/snapshot/uidmapping`` and ``.../gidmapping`` ask for an ID-mapped
+            mount (Linux 5.19).
+        slow_chown: do not insist on it: let the client copy and chown where it has to.
+        options: those of :class:`RecordedSnapshotter`.
+
+    Raises:
+        FailedPrecondition: the root has other properties, or is of another kind.
+        InvalidArgument: options that exclude one another.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        properties: Properties | None = None,
+        upperdir_label: bool = False,
+        mount_options: tuple[str, ...] = (),
+        remap_ids: bool = False,
+        slow_chown: bool = False,
+        **options: object,
+    ) -> None:
+        self._wanted = properties
+        self._upperdir_label = upperdir_label
+        self._mount_options = tuple(mount_options)
+        self._remap_ids = remap_ids
+        self._slow_chown = slow_chown
+        super().__init__(root, **options)  # type: ignore[arg-type]
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What containerd calls this snapshotter's capabilities (snapshots/overlay/plugin/plugin.go)."""
+        found = ["rebase"] if self.markers.flavour == TRUSTED else []
+        if self._remap_ids:
+            found.append("remap-ids")
+            if not self._slow_chown:
+                found.append("only-remap-ids")
+        return tuple(found)
+
+    # Properties of the root
+
+    def _settle(self) -> None:
+        wanted = self._wanted
+        if wanted is not None and wanted.redirect_dir and wanted.flavour == USER:
+            raise errors.InvalidArgument(
+                "redirect_dir needs trusted xattrs: the kernel takes it not together with userxattr"
+            )
+        found = settle(
+            self.catalog.database, KIND, lambda: _as_settings(wanted or Properties(default_flavour()))
+        )
+        properties = Properties(found["flavour"], found["redirect_dir"] == "on")
+        if wanted is not None and wanted != properties:
+            raise errors.FailedPrecondition(
+                f"the root {shown(self.root)} has {_as_settings(properties)}, not {_as_settings(wanted)}",
+                key=self.root,
+                hint="open it without saying so, or make another root",
+            )
+        self.properties = properties
+        self.markers = Markers(properties.flavour)
+        self._flags = self._overlay_flags()
+
+    def _overlay_flags(self) -> tuple[str, ...]:
+        flags = list(self._mount_options)
+        # As the peer: with the index on, an upper that was mounted with other lowers before fails with ESTALE. An
+        # option that the module does not know would fail the mount, and a user's own choice stays.
+        if os.path.exists(_INDEX_PARAMETER) and not any(flag.startswith("index=") for flag in flags):
+            flags.append("index=off")
+        flags += self.markers.mount_flags
+        if self.properties.redirect_dir:
+            flags.append("redirect_dir=on")
+        return tuple(flags)
+
+    # Trees and plans
+
+    def _build(self, staged: str, kind: str, parent: Record | None, labels: Mapping[str, str]) -> None:
+        tree = f"{staged}/fs"
+        os.mkdir(tree, 0o755)
+        if kind == ACTIVE:
+            os.mkdir(f"{staged}/work", 0o711)
+        self._inherit(tree, parent, labels)
+
+    def _inherit(self, tree: str, parent: Record | None, labels: Mapping[str, str]) -> None:
+        """Give a new layer's top directory the attributes of the parent's.
+
+        The top directory of the merged tree shows those of the uppermost layer. containerd copies the owner only, and
+        so loses the mode of an image's root (containers/storage#743).
+        """
+        owner = _mapped_root(labels)
+        if parent is None:
+            os.chmod(tree, 0o755)  # whatever the umask took away
+            if owner is not None:
+                os.chown(tree, *owner)
+            return
+        above = self.catalog.layout.tree(parent.id)
+        status = os.stat(above)
+        uid, gid = owner or (status.st_uid, status.st_gid)
+        if (uid, gid) != (os.geteuid(), os.getegid()):
+            os.chown(tree, uid, gid)
+        os.chmod(tree, stat.S_IMODE(status.st_mode))
+        if os.listxattr(above):
+            _copy_xattrs(above, tree)
+        os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _remake(self, record: Record) -> bool:
+        tree, work = self.catalog.layout.tree(record.id), self.catalog.layout.work(record.id)
+        if not os.path.isdir(tree):
+            if record.kind not in (ACTIVE, VIEW) and not record.empty:
+                return False
+            os.makedirs(tree, 0o755)
+            os.chmod(self.catalog.layout.snapshot(record.id), 0o700)
+            parent = None
+            if record.parent_id is not None:
+                parent = self.catalog.database.read(lambda c: records.by_id(c, record.parent_id or 0))
+                # A parent comes first in the walk by id, so that it has been made again already, or is lost itself.
+                if not os.path.isdir(self.catalog.layout.tree(record.parent_id)):
+                    parent = None
+            self._inherit(tree, parent, record.labels)
+        if record.kind == ACTIVE and not os.path.isdir(work):
+            os.mkdir(work, 0o711)
+        return True
+
+    def layers(self, record: Record) -> list[str]:
+        """The directories that make up a snapshot's tree, topmost first."""
+        own = [] if record.kind == VIEW else [self.catalog.layout.tree(record.id)]
+        return own + [self.catalog.layout.tree(identifier) for identifier in self.ancestors(record)]
+
+    def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
+        layout = self.catalog.layout
+        if not ancestors:
+            return [plan.bind(layout.tree(record.id), readonly=record.kind == VIEW)]
+        lowers = tuple(layout.tree(identifier) for identifier in ancestors)
+        if record.kind == VIEW and len(lowers) == 1:
+            # OverlayFS wants two lower layers where there is no upper.
+            return [plan.bind(lowers[0], readonly=True)]
+        flags = self._flags + self._mapping_flags(record)
+        if record.kind == VIEW:
+            return [plan.overlay(lowers, flags=flags)]
+        return [plan.overlay(lowers, upper=layout.tree(record.id), work=layout.work(record.id), flags=flags)]
+
+    def _mapping_flags(self, record: Record) -> tuple[str, ...]:
+        if not self._remap_ids:
+            return ()
+        names = (("uidmap", LABEL_UIDS), ("gidmap", LABEL_GIDS))
+        return tuple(f"{flag}={record.labels[label]}" for flag, label in names if label in record.labels)
+
+    def _info(self, record: Record) -> Info:
+        info = record.info
+        if not self._upperdir_label or record.kind == VIEW:
+            return info
+        return info._replace(labels={**info.labels, LABEL_UPPERDIR: self.catalog.layout.tree(record.id)})
+
+    # Changes
+
+    def _changes(self, record: Record) -> Iterator[Change]:
+        layers = self.layers(record)
+        below = layers if record.kind == VIEW else layers[1:]
+        yield from stack_changes(below, layers, self.markers)
+
+    def _differences(self, one: Record, other: Record) -> Iterator[Change]:
+        yield from stack_changes(self.layers(one), self.layers(other), self.markers)
+
+
+def default_flavour() -> str:
+    """The flavour that this process may write: the kernel reads and writes ``trusted.*`` for CAP_SYS_ADMIN alone."""
+    from onlap.mounts.temporary import may_mount
+
+    return TRUSTED if may_mount() else USER
+
+
+def _as_settings(properties: Properties) -> dict[str, str]:
+    return {"flavour": properties.flavour, "redirect_dir": "on" if properties.redirect_dir else "off"}
+
+
+def _copy_xattrs(source: str, target: str) -> None:
+    one = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        other = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            Copier().directory_attributes(one, other)
+        finally:
+            os.close(other)
+    finally:
+        os.close(one)
+
+
+def _mapped_root(labels: Mapping[str, str]) -> tuple[int, int] | None:
+    """The host's owner of container root, where the labels map it."""
+    uids, gids = labels.get(LABEL_UIDS), labels.get(LABEL_GIDS)
+    if uids is None or gids is None:
+        return None
+    return _host_root(uids), _host_root(gids)
+
+
+def _host_root(mapping: str) -> int:
+    for part in mapping.split(","):
+        try:
+            inside, outside, length = (int(number) for number in part.split(":"))
+        except ValueError as error:
+            raise errors.InvalidArgument(
+                f"the ID mapping {shown(mapping)} is not of the form container:host:length[,...]"
+            ) from error
+        if inside == 0 and length > 0:
+            return outside
+    raise errors.InvalidArgument(f"the ID mapping {shown(mapping)} does not map container id 0")

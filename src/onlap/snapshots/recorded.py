@@ -1,0 +1,341 @@
+"""What all snapshotters with a catalog share: records, names, labels, walks. How a tree is built and mounted is theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from onlap import errors
+from onlap.catalog import records
+from onlap.catalog.catalog import Catalog, check_commit, check_parent
+from onlap.catalog.database import Connection
+from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
+from onlap.errors import shown
+from onlap.layers.changes import is_empty_layer
+from onlap.mounts.plan import Mount
+from onlap.snapshots import filters as language
+from onlap.snapshots.contract import check_name
+from onlap.trees.compare import Change
+from onlap.trees.usage import Usage, usage
+
+Self = TypeVar("Self", bound="RecordedSnapshotter")
+
+SYNC_LAYER = "layer"
+SYNC_NONE = "none"
+
+# How the catalog states what an index can answer of a filter (filters.Filter.where).
+_TERMS = {
+    "name": "s.name = ?",
+    "kind": "s.kind = ?",
+    "parent": "p.name IS ?",
+    "label": "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ? AND l.value = ?)",
+    "labelled": "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ?)",
+}
+
+
+class RecordedSnapshotter(ABC):
+    """A snapshotter whose records are in a root's catalog.
+
+    Args:
+        root: the root; made when it does not exist and ``create`` is set.
+        owner: whose snapshots it sees and makes; empty for library and command, else a server's name.
+        sync: ``"layer"``: a commit is durable with its content, when it returns; ``"none"``: only its record is, as
+            with containerd's own snapshotters.
+        asynchronous_remove: delete removed trees in the background; else ``remove`` returns when they are deleted.
+        create: make the root when it does not exist.
+        timeout: how many seconds to wait for other processes.
+
+    Raises:
+        InvalidArgument: ``sync`` is another word.
+        NotFound, FailedPrecondition, Unavailable, DataLoss: the root cannot be opened; the error says why.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        owner: str = "",
+        sync: str | None = None,
+        asynchronous_remove: bool = True,
+        create: bool = True,
+        timeout: float = 30.0,
+    ) -> None:
+        if sync not in (None, SYNC_LAYER, SYNC_NONE):
+            raise errors.InvalidArgument(f"sync is {sync!r}", hint='it can be "layer" or "none"')
+        self._sync = sync or SYNC_LAYER
+        self._owner = owner
+        self._asynchronous_remove = asynchronous_remove
+        self._ancestors: dict[int, tuple[int, ...]] = {}
+        self.catalog = Catalog(root, create=create, timeout=timeout)
+        try:
+            self._settle()
+            self.catalog.recover(self._remake)
+        except BaseException:
+            self.catalog.close()
+            raise
+
+    # Theirs
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Check that the root is of this kind, with these properties, or make a new one so."""
+
+    @abstractmethod
+    def _build(self, staged: str, kind: str, parent: Record | None, labels: Mapping[str, str]) -> None:
+        """Fill a staging directory with what a new snapshot begins with; raises OSError."""
+
+    @abstractmethod
+    def _remake(self, record: Record) -> bool:
+        """After a power cut: make what is missing of a snapshot's directory; whether it is whole now."""
+
+    @abstractmethod
+    def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
+        """The mounts of an active snapshot or view."""
+
+    @abstractmethod
+    def _changes(self, record: Record) -> Iterator[Change]:
+        """What a snapshot changed against its parent; raises OSError."""
+
+    @abstractmethod
+    def _differences(self, one: Record, other: Record) -> Iterator[Change]:
+        """How the tree of one snapshot differs from another's; raises OSError."""
+
+    @abstractmethod
+    def layers(self, record: Record) -> list[str]:
+        """The directories that make up a snapshot's tree, topmost first."""
+
+    # Context manager
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything; idempotent."""
+        self.catalog.close()
+
+    @property
+    def root(self) -> str:
+        """The root's absolute path."""
+        return self.catalog.layout.root
+
+    # Looking
+
+    def stat(self, key: str) -> Info:
+        """See :meth:`Snapshotter.stat`."""
+        return self._info(self.record(key))
+
+    def record(self, key: str) -> Record:
+        """The catalog's record of a snapshot; NotFound if there is none."""
+        return self.catalog.get(self._owner, key)
+
+    def _info(self, record: Record) -> Info:
+        return record.info
+
+    def walk(self, *filters: str) -> Iterator[Info]:
+        """See :meth:`Snapshotter.walk`."""
+        return self._walk(self._owner, filters)
+
+    def walk_owners(self, *filters: str) -> Iterator[Info]:
+        """The same over the snapshots of every owner, for those who only look."""
+        return self._walk(None, filters)
+
+    def _walk(self, owner: str | None, filters: tuple[str, ...]) -> Iterator[Info]:
+        # Parsed now, so that a wrong filter raises where it is given rather than at the first step of the walk.
+        parsed = language.parse(*filters)
+        sql, parameters = parsed.where(_TERMS)
+        found = map(self._info, self.catalog.walk(owner, Condition(sql, parameters)))
+        return (info for info in found if parsed.matches(info))
+
+    def usage(self, key: str) -> Usage:
+        """See :meth:`Snapshotter.usage`."""
+        record = self.record(key)
+        if record.kind == VIEW:
+            return Usage()
+        with self._translated("measure snapshot", key):
+            if record.kind == COMMITTED:
+                return Usage(*self.catalog.usage(record))
+            return usage(self.catalog.layout.tree(record.id))
+
+    def mounts(self, key: str) -> list[Mount]:
+        """See :meth:`Snapshotter.mounts`."""
+        record = self.record(key)
+        if record.kind == COMMITTED:
+            raise errors.FailedPrecondition(
+                f"snapshot {shown(key)} is committed and has no mounts",
+                key=key,
+                hint=f"make a view of it: onlap view KEY {shown(key)}",
+            )
+        return self._plan(record, self.ancestors(record))
+
+    def ancestors(self, record: Record) -> tuple[int, ...]:
+        """The ids below a snapshot, parent first."""
+        parent = record.parent_id
+        if parent is None:
+            return ()
+        known = self._ancestors.get(parent)
+        if known is None:
+            known = tuple(self.catalog.chain(record))
+            # A committed snapshot never gets another parent, and ids are never used again: it stays true for ever.
+            if len(self._ancestors) > 4096:
+                self._ancestors.clear()
+            self._ancestors[parent] = known
+        return known
+
+    def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
+        """See :meth:`Differ.changes`; two snapshots are compared by their trees, through the layers' directories."""
+        if other is not None:
+            yield from self._compare(key, other)
+            return
+        record = self.record(key)
+        with (
+            self.catalog.hold([record.id, *self.ancestors(record)]),
+            self._translated("compare snapshot", key),
+        ):
+            yield from self._changes(record)
+
+    def _compare(self, key: str, other: str) -> Iterator[Change]:
+        one, two = self.record(key), self.record(other)
+        held = {one.id, two.id, *self.ancestors(one), *self.ancestors(two)}
+        with self.catalog.hold(sorted(held)), self._translated("compare snapshot", key):
+            yield from self._differences(one, two)
+
+    # Changing
+
+    def update(self, info: Info, *fieldpaths: str) -> Info:
+        """See :meth:`Snapshotter.update`."""
+        changes: dict[str, str | None] = {}
+        whole = not fieldpaths
+        for path in fieldpaths:
+            field, dot, key = path.partition(".")
+            if field != "labels" or (dot and not key):
+                raise errors.InvalidArgument(
+                    f"cannot update {shown(path)} of snapshot {shown(info.name)}",
+                    key=info.name,
+                    hint='only labels can change: "labels" or "labels.KEY"',
+                )
+            if dot:
+                changes[key] = info.labels.get(key)
+            else:
+                whole = True
+
+        def change(connection: Connection, record: Record) -> None:
+            if whole:
+                records.replace_labels(connection, record.id, info.labels)
+            else:
+                records.set_labels(connection, record.id, changes)
+
+        return self._info(self.catalog.update(self._owner, info.name, change))
+
+    def label(self, key: str, changes: Mapping[str, str | None]) -> Info:
+        """Set some labels and leave the others; None takes one away."""
+        return self._info(
+            self.catalog.update(self._owner, key, lambda c, record: records.set_labels(c, record.id, changes))
+        )
+
+    def prepare(
+        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> list[Mount]:
+        """See :meth:`Snapshotter.prepare`."""
+        return self._new(ACTIVE, key, parent, labels or {})
+
+    def view(
+        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> list[Mount]:
+        """See :meth:`Snapshotter.view`."""
+        return self._new(VIEW, key, parent, labels or {})
+
+    def _new(self, kind: str, key: str, parent: str | None, labels: Mapping[str, str]) -> list[Mount]:
+        check_name(key)
+
+        def look(connection: Connection) -> Record | None:
+            above = check_parent(connection, self._owner, parent)
+            # Looked up here already, though the transaction will again: not to build a tree for nothing.
+            if records.find(connection, self._owner, key) is not None:
+                raise records.already_exists(key)
+            return above
+
+        above = self.catalog.database.read(look)
+        with self._translated("prepare snapshot", key):
+            staged = self.catalog.staging.new()
+        try:
+            with self._translated("prepare snapshot", key):
+                self._build(staged, kind, above, labels)
+                record = self.catalog.create(self._owner, key, kind, parent or None, labels, staged)
+        except BaseException:
+            # Renamed away already when the transaction failed late; then it is an orphan, and cleanup's.
+            with contextlib.suppress(OSError):
+                self.catalog.staging.discard(staged)
+            raise
+        return self._plan(record, self.ancestors(record))
+
+    def commit(
+        self,
+        name: str,
+        key: str,
+        labels: Mapping[str, str] | None = None,
+        *,
+        parent: str | None = None,
+        allow_mounted: bool = False,
+    ) -> None:
+        """See :meth:`Snapshotter.commit`.
+
+        Args:
+            name: what to call it from now on.
+            key: the active snapshot.
+            labels: of the committed one.
+            parent: what it shall stand on, when it was prepared without a parent.
+            allow_mounted: commit it even though it is mounted read-write somewhere, as containerd does; who has it
+                mounted goes on writing into the committed layer.
+
+        Raises:
+            FailedPrecondition: it is mounted read-write. For all else see :meth:`Snapshotter.commit`.
+        """
+        check_name(name, "name")
+        record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
+        with self._translated("commit snapshot", key):
+            tree = self.catalog.layout.tree(record.id)
+            empty = is_empty_layer(tree)
+            if not allow_mounted:
+                self._check_unmounted(record, empty)
+            if self._sync == SYNC_LAYER and not empty:
+                self.catalog.sync()
+            # Listed again: an empty layer is one that may be made again after a power cut.
+            empty = empty and is_empty_layer(tree)
+        self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
+
+    def _check_unmounted(self, record: Record, empty: bool) -> None:
+        from onlap.snapshots.mounted import writable_mounts
+
+        layout = self.catalog.layout
+        plan = self._plan(record, self.ancestors(record))
+        tree, work = layout.tree(record.id), layout.work(record.id)
+        found = writable_mounts(tree, work, bound=plan[0].type == "bind", everywhere=not empty)
+        if not found and self.catalog.is_written(record.id):
+            found = ["a detached mount, or in a program that works on it"]
+        if found:
+            raise errors.FailedPrecondition(
+                f"snapshot {shown(record.name)} is mounted read-write: {found[0]}",
+                key=record.name,
+                hint="unmount it first; what is open there would go on writing into the committed layer",
+            )
+
+    def remove(self, key: str) -> None:
+        """See :meth:`Snapshotter.remove`."""
+        self.catalog.remove(self._owner, key, wait=not self._asynchronous_remove)
+
+    def cleanup(self) -> None:
+        """See :meth:`Cleaner.cleanup`."""
+        self.catalog.cleanup()
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key) from error

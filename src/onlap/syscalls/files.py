@@ -1,0 +1,107 @@
+"""Calls on files that the standard library lacks: openat2, FICLONE, syncfs, renameat2, statfs, a mount's id.
+
+Sources: openat2(2), ioctl_ficlone(2), syncfs(2), rename(2), statfs(2), statx(2);
+include/uapi/linux/{openat2,fs,stat}.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+from onlap.syscalls import _libc
+from onlap.syscalls._libc import fspath
+
+# openat2(2), how.resolve
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+# _IOW(0x94, 9, int), include/uapi/linux/fs.h
+FICLONE = 0x40049409
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_STATX_MNT_ID_UNIQUE = 0x4000  # Linux 6.8
+_STATX_MASK_OFFSET = 0  # struct statx: stx_mask, the first 32 bits
+_STATX_MNT_ID_OFFSET = 0x90  # struct statx: stx_mnt_id
+_STATX_SIZE = 0x100
+_STATFS_SIZE = 0x100  # struct statfs is 120 bytes on 64-bit machines, and less on others
+
+
+class _OpenHow(ctypes.Structure):
+    """struct open_how (include/uapi/linux/openat2.h), version 0: 24 bytes."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int, mode: int = 0) -> int:
+    """Open ``path`` under ``dir_fd`` with restrictions on how it may be resolved; close-on-exec."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    return _libc.syscall(
+        _libc.OPENAT2, dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how), path=path
+    )
+
+
+def clone_file(source_fd: int, target_fd: int) -> None:
+    """Make the target share all of the source's blocks (FICLONE); EOPNOTSUPP or EXDEV where that cannot be."""
+    # fcntl.ioctl instead of libc's: it does the same and is in the standard library.
+    import fcntl
+
+    fcntl.ioctl(target_fd, FICLONE, source_fd)
+
+
+def syncfs(fd: int) -> None:
+    """Write all of the filesystem that ``fd`` is on to the disk.
+
+    Since Linux 5.8 it fails with an error of write-back that happened after ``fd`` was opened.
+    """
+    _libc.call("syncfs", ctypes.c_int(fd))
+
+
+def renameat2(
+    source_dir_fd: int, source: str | bytes, target_dir_fd: int, target: str | bytes, flags: int
+) -> None:
+    """renameat2(2)."""
+    _libc.call(
+        "renameat2",
+        ctypes.c_int(source_dir_fd),
+        fspath(source),
+        ctypes.c_int(target_dir_fd),
+        fspath(target),
+        ctypes.c_uint(flags),
+        path=source,
+    )
+
+
+def filesystem_magic(fd: int) -> int:
+    """The number of the type of filesystem that ``fd`` is on (statfs(2), ``f_type``; linux/magic.h)."""
+    buffer = ctypes.create_string_buffer(_STATFS_SIZE)
+    _libc.call("fstatfs", ctypes.c_int(fd), buffer)
+    # The first member is a long of 32 useful bits; a wider one may repeat their sign.
+    kind = int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
+    return kind & 0xFFFFFFFF
+
+
+def unique_mount_id(fd: int) -> int | None:
+    """The id of the mount that ``fd`` is on, never used again until reboot; None before Linux 6.8."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    _libc.call(
+        "statx",
+        ctypes.c_int(fd),
+        b"",
+        ctypes.c_int(_AT_EMPTY_PATH),
+        ctypes.c_uint(_STATX_MNT_ID_UNIQUE),
+        buffer,
+    )
+    mask = int.from_bytes(buffer.raw[_STATX_MASK_OFFSET : _STATX_MASK_OFFSET + 4], sys.byteorder)
+    if not mask & _STATX_MNT_ID_UNIQUE:
+        return None
+    return int.from_bytes(buffer.raw[_STATX_MNT_ID_OFFSET : _STATX_MNT_ID_OFFSET + 8], sys.byteorder)

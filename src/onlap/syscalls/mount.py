@@ -1,0 +1,166 @@
+"""mount(2), umount2(2) and the mount API of Linux 5.2: fsopen, fsconfig, fsmount, move_mount, open_tree, mount_setattr.
+
+Sources: mount(2), fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2), mount_setattr(2);
+include/uapi/linux/mount.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from onlap.syscalls import _libc
+from onlap.syscalls._libc import fspath
+
+Path = str | bytes | os.PathLike[str]
+
+# mount(2), flags
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_SYNCHRONOUS = 16
+MS_REMOUNT = 32
+MS_MANDLOCK = 64
+MS_DIRSYNC = 128
+MS_NOSYMFOLLOW = 256
+MS_NOATIME = 1024
+MS_NODIRATIME = 2048
+MS_BIND = 4096
+MS_REC = 16384
+MS_SILENT = 32768
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+MS_LAZYTIME = 1 << 25
+
+# umount2(2)
+MNT_FORCE = 1
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+# fsopen(2), fsconfig(2), fsmount(2)
+FSOPEN_CLOEXEC = 1
+FSCONFIG_SET_FLAG = 0
+FSCONFIG_SET_STRING = 1
+FSCONFIG_SET_FD = 5
+FSCONFIG_CMD_CREATE = 6
+FSMOUNT_CLOEXEC = 1
+
+# fsmount(2) and mount_setattr(2)
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_STRICTATIME = 0x20
+MOUNT_ATTR_NODIRATIME = 0x80
+MOUNT_ATTR_IDMAP = 0x100000
+
+# open_tree(2), move_mount(2)
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC if hasattr(os, "O_CLOEXEC") else 0o2000000
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
+
+
+def mount(source: str | bytes, target: Path, fstype: str | None, flags: int, data: bytes | None) -> None:
+    """mount(2). ``data`` of more than a page is *silently cut* by the kernel: the caller checks its length."""
+    _libc.call(
+        "mount",
+        fspath(source),
+        fspath(target),
+        fspath(fstype) if fstype is not None else None,
+        ctypes.c_ulong(flags),
+        data,
+        path=target,
+    )
+
+
+def umount2(target: Path, flags: int = 0) -> None:
+    """umount2(2)."""
+    _libc.call("umount2", fspath(target), ctypes.c_int(flags), path=target)
+
+
+def fsopen(fstype: str) -> int:
+    """A file descriptor to configure a new superblock of ``fstype`` with."""
+    return _libc.syscall(_libc.FSOPEN, fspath(fstype), FSOPEN_CLOEXEC, path=fstype)
+
+
+def fsconfig_string(fs: int, key: str, value: str | bytes) -> None:
+    """Set an option to a string; the kernel takes 255 bytes at most and answers EINVAL above that."""
+    encoded = fspath(value)
+    _libc.syscall(_libc.FSCONFIG, fs, FSCONFIG_SET_STRING, key.encode(), encoded, 0, path=value)
+
+
+def fsconfig_fd(fs: int, key: str, fd: int) -> None:
+    """Set an option to an open directory."""
+    _libc.syscall(_libc.FSCONFIG, fs, FSCONFIG_SET_FD, key.encode(), None, fd)
+
+
+def fsconfig_flag(fs: int, key: str) -> None:
+    """Set an option that has no value."""
+    _libc.syscall(_libc.FSCONFIG, fs, FSCONFIG_SET_FLAG, key.encode(), None, 0, path=key)
+
+
+def fsconfig_create(fs: int) -> None:
+    """Make the superblock from what was configured."""
+    _libc.syscall(_libc.FSCONFIG, fs, FSCONFIG_CMD_CREATE, None, None, 0)
+
+
+def fsmount(fs: int, attributes: int = 0) -> int:
+    """A detached mount of the superblock, as a file descriptor that opens its root; gone when the last one closes."""
+    return _libc.syscall(_libc.FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes)
+
+
+def fs_context_log(fs: int) -> str:
+    """What the kernel says of a failed configuration, its messages joined; empty when it says nothing."""
+    messages: list[str] = []
+    while True:
+        try:
+            message = os.read(fs, 1024)
+        except OSError:  # ENODATA: the log is empty; EINVAL before Linux 5.2: there is none
+            return "; ".join(messages)
+        # "e overlay: text": the first letter is the level (error, warning, info).
+        messages.append(message.decode("utf-8", "replace").strip()[2:])
+
+
+def move_mount(mount_fd: int, target: Path) -> None:
+    """Attach a detached mount at ``target``."""
+    _libc.syscall(
+        _libc.MOVE_MOUNT, mount_fd, b"", AT_FDCWD, fspath(target), MOVE_MOUNT_F_EMPTY_PATH, path=target
+    )
+
+
+def open_tree(path: Path, *, recursive: bool = False, dir_fd: int = AT_FDCWD) -> int:
+    """A detached bind mount of ``path``."""
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    encoded = fspath(path)
+    if not encoded:
+        flags |= AT_EMPTY_PATH
+    return _libc.syscall(_libc.OPEN_TREE, dir_fd, encoded, flags, path=path)
+
+
+class _MountAttr(ctypes.Structure):
+    """struct mount_attr (include/uapi/linux/mount.h), version 0: 32 bytes."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def mount_setattr(
+    fd: int, *, set_attributes: int = 0, propagation: int = 0, userns_fd: int = 0, recursive: bool = False
+) -> None:
+    """Change the attributes of the mount that ``fd`` is the root of."""
+    attributes = _MountAttr(set_attributes, 0, propagation, userns_fd)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    _libc.syscall(_libc.MOUNT_SETATTR, fd, b"", flags, ctypes.byref(attributes), ctypes.sizeof(attributes))

@@ -1,0 +1,1 @@
+"""A tree of files, handled through directory descriptors: walk, copy, compare, measure, remove, sync."""

@@ -1,0 +1,397 @@
+"""Copying a tree with all that belongs to it: owners, modes, times, xattrs, hard links, holes; reflinks where they are.
+
+What cannot be kept is counted in the result, never only logged.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.overlayfs.markers import is_marker
+from onlap.syscalls import files
+from onlap.trees.meta import OVERRIDE_XATTR, format_override
+from onlap.trees.walk import OPEN_DIRECTORY, path_of
+
+_CHUNK = 256 * 1024
+# copy_file_range(2) is asked for this much at once: large enough that the call does not count, small enough that a
+# signal or a callback is not kept waiting for a whole disk image.
+_RANGE = 64 * 1024 * 1024
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
+_NO_XATTR = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
+
+
+class Copied(NamedTuple):
+    """What a copy did.
+
+    Attributes:
+        entries: files made, directories and links too.
+        size: bytes of content.
+        skipped: how many of each kind could not be kept: ``socket``, ``device``, ``owner`` (recorded in an xattr
+            instead), ``xattr``, ``mountpoint`` (made as an empty directory).
+    """
+
+    entries: int
+    size: int
+    skipped: dict[str, int]
+
+
+class Copier:
+    """A copy of one tree, and what it has to remember on the way.
+
+    Args:
+        allow_changes: let files change while they are read.
+        exclude: patterns as :mod:`fnmatch` has them, against the path from the top and against the last name; what
+            matches is left out with all below it.
+        avoid: directories, as ``(st_dev, st_ino)``, that are left out with all below them.
+        keep_markers: copy OverlayFS's own xattrs, as a layer's copy wants; else they are left out.
+        progress: called with the entries and bytes done; an exception from it ends the copy.
+    """
+
+    def __init__(
+        self,
+        *,
+        allow_changes: bool = False,
+        exclude: Collection[str] = (),
+        avoid: Collection[tuple[int, int]] = (),
+        keep_markers: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._allow_changes = allow_changes
+        self._exclude = tuple(exclude)
+        self._avoid = frozenset(avoid)
+        self._keep_markers = keep_markers
+        self._progress = progress
+        self._skipped: Counter[str] = Counter()
+        self._entries = 0
+        self._size = 0
+        self._linked: dict[tuple[int, int], str] = {}
+        self._clone = True
+        self._set_owner = True
+        self._top = -1
+
+    def tree(self, source: int, target: int) -> Copied:
+        """Copy what is in the directory ``source`` into the directory ``target``, and its own attributes.
+
+        Args:
+            source: a descriptor of a directory, open for reading.
+            target: a descriptor of an empty directory, open for reading.
+
+        Raises:
+            FailedPrecondition: a file changed while it was read.
+            OSError: something cannot be read or written.
+        """
+        self._top = target
+        stack = [(source, target, "", _names(source))]
+        try:
+            while stack:
+                source_dir, target_dir, prefix, names = stack[-1]
+                for name in names:
+                    path = prefix + name
+                    below = self._entry(source_dir, target_dir, name, path)
+                    if below is not None:
+                        stack.append((*below, path + "/", _names(below[0])))
+                        break
+                else:
+                    self._attributes(source_dir, target_dir, os.fstat(source_dir))
+                    stack.pop()
+                    if source_dir != source:
+                        os.close(source_dir)
+                        os.close(target_dir)
+        finally:
+            for source_dir, target_dir, _, _ in stack:
+                if source_dir != source:
+                    os.close(source_dir)
+                    os.close(target_dir)
+        return Copied(self._entries, self._size, dict(self._skipped))
+
+    def entry(self, source_dir: int, name: str, target_dir: int, target_name: str) -> None:
+        """Copy one file that is no directory, as a copy-up does.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+        status = os.stat(name, dir_fd=source_dir, follow_symlinks=False)
+        self._file(source_dir, name, target_dir, target_name, status, name)
+
+    def directory_attributes(self, source: int, target: int) -> None:
+        """Give one open directory the attributes of another."""
+        self._attributes(source, target, os.fstat(source))
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What could not be kept so far."""
+        return dict(self._skipped)
+
+    def _entry(self, source_dir: int, target_dir: int, name: str, path: str) -> tuple[int, int] | None:
+        """Copy one entry; a directory is made and its two descriptors are returned for what is in it."""
+        try:
+            status = os.stat(name, dir_fd=source_dir, follow_symlinks=False)
+        except FileNotFoundError:
+            if self._allow_changes:
+                return None
+            raise
+        if self._left_out(name, path, status):
+            return None
+        self._entries += 1
+        if self._progress is not None:
+            self._progress(self._entries, self._size)
+        if not stat.S_ISDIR(status.st_mode):
+            self._file(source_dir, name, target_dir, name, status, path)
+            return None
+        return self._directory(source_dir, target_dir, name)
+
+    def _left_out(self, name: str, path: str, status: os.stat_result) -> bool:
+        if self._avoid and (status.st_dev, status.st_ino) in self._avoid:
+            return True
+        return any(fnmatch.fnmatchcase(path, p) or fnmatch.fnmatchcase(name, p) for p in self._exclude)
+
+    def _directory(self, source_dir: int, target_dir: int, name: str) -> tuple[int, int] | None:
+        os.mkdir(name, 0o700, dir_fd=target_dir)
+        try:
+            # RESOLVE_NO_XDEV: st_dev does not differ for a bind mount of the same filesystem.
+            source = files.openat2(
+                name,
+                OPEN_DIRECTORY,
+                dir_fd=source_dir,
+                resolve=files.RESOLVE_NO_XDEV | files.RESOLVE_NO_SYMLINKS,
+            )
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                self._skipped["mountpoint"] += 1
+                return None
+            if error.errno != errno.ENOSYS:
+                raise OSError(error.errno, error.strerror, path_of(source_dir, name)) from error
+            source = os.open(name, OPEN_DIRECTORY, dir_fd=source_dir)
+        try:
+            return source, os.open(name, OPEN_DIRECTORY, dir_fd=target_dir)
+        except OSError:
+            os.close(source)
+            raise
+
+    def _file(
+        self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result, path: str
+    ) -> None:
+        mode = status.st_mode
+        if stat.S_ISSOCK(mode):
+            self._skipped["socket"] += 1
+            return
+        if status.st_nlink > 1 and self._link(status, target_dir, target_name, path):
+            return
+        if stat.S_ISREG(mode):
+            self._regular(source_dir, name, target_dir, target_name, status, path)
+            return
+        if stat.S_ISLNK(mode):
+            os.symlink(os.readlink(name, dir_fd=source_dir), target_name, dir_fd=target_dir)
+        elif not self._node(target_dir, target_name, status):
+            return
+        self._attributes_at(source_dir, name, target_dir, target_name, status)
+
+    def _link(self, status: os.stat_result, target_dir: int, target_name: str, path: str) -> bool:
+        if self._top < 0:
+            return False
+        identity = (status.st_dev, status.st_ino)
+        first = self._linked.setdefault(identity, path)
+        if first == path:
+            return False
+        try:
+            os.link(first, target_name, src_dir_fd=self._top, dst_dir_fd=target_dir, follow_symlinks=False)
+        except OSError as error:
+            # EMLINK: the filesystem's limit of names; ENAMETOOLONG: the first name lies too deep; ENOENT: it was
+            # skipped. This name becomes the first of a new file.
+            if error.errno not in (errno.EMLINK, errno.ENAMETOOLONG, errno.ENOENT):
+                raise
+            self._linked[identity] = path
+            return False
+        return True
+
+    def _node(self, target_dir: int, name: str, status: os.stat_result) -> bool:
+        try:
+            os.mknod(name, stat.S_IFMT(status.st_mode) | 0o600, status.st_rdev, dir_fd=target_dir)
+        except PermissionError:
+            self._skipped["device"] += 1
+            return False
+        return True
+
+    def _regular(
+        self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result, path: str
+    ) -> None:
+        source = os.open(name, _READ, dir_fd=source_dir)
+        try:
+            opened = os.fstat(source)
+            if (opened.st_dev, opened.st_ino) != (status.st_dev, status.st_ino) and not self._allow_changes:
+                raise _changed(path)
+            target = os.open(target_name, _CREATE, 0o600, dir_fd=target_dir)
+            try:
+                self._size += self._content(source, target, opened)
+                self._attributes(source, target, opened)
+            finally:
+                os.close(target)
+            now = os.fstat(source)
+            if not self._allow_changes and _version(now) != _version(opened):
+                raise _changed(path)
+        finally:
+            os.close(source)
+
+    def _content(self, source: int, target: int, status: os.stat_result) -> int:
+        if status.st_size == 0:
+            return 0
+        if self._clone:
+            try:
+                files.clone_file(source, target)
+            except OSError as error:
+                if error.errno not in _NO_CLONE:
+                    raise
+                self._clone = False
+            else:
+                return status.st_size
+        if status.st_blocks * 512 < status.st_size:
+            done = sum(
+                copy_range(source, target, start, end) for start, end in data_ranges(source, status.st_size)
+            )
+            os.ftruncate(target, status.st_size)
+            return done
+        return copy_range(source, target, 0, None)
+
+    def _attributes(self, source: int, target: int, status: os.stat_result) -> None:
+        """Give an open file or directory the attributes of another; its time last, since the rest changes it."""
+        self._xattrs(source, target)
+        if not self._chown(target, status, lambda: os.chown(target, status.st_uid, status.st_gid)):
+            os.setxattr(target, OVERRIDE_XATTR, format_override(status.st_uid, status.st_gid, status.st_mode))
+        # After chown, which clears the set-user-ID bits.
+        os.chmod(target, stat.S_IMODE(status.st_mode))
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _attributes_at(
+        self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result
+    ) -> None:
+        """The same for what cannot be opened: a symlink, a device, a FIFO."""
+        self._xattrs(path_of(source_dir, name), path_of(target_dir, target_name))
+        self._chown(
+            target_dir,
+            status,
+            lambda: os.chown(
+                target_name, status.st_uid, status.st_gid, dir_fd=target_dir, follow_symlinks=False
+            ),
+        )
+        if not stat.S_ISLNK(status.st_mode):
+            # fchmodat(2) has no way not to follow a symlink before Linux 6.6; we have just made it, and it is none.
+            os.chmod(target_name, stat.S_IMODE(status.st_mode), dir_fd=target_dir)
+        os.utime(
+            target_name,
+            ns=(status.st_atime_ns, status.st_mtime_ns),
+            dir_fd=target_dir,
+            follow_symlinks=False,
+        )
+
+    def _chown(self, _target: int, status: os.stat_result, change: Callable[[], None]) -> bool:
+        if not self._set_owner:
+            same = status.st_uid == os.geteuid() and status.st_gid == os.getegid()
+            if not same:
+                self._skipped["owner"] += 1
+            return same
+        try:
+            change()
+        except OSError as error:
+            # EPERM: not ours to give away; EINVAL: outside the map of a user namespace.
+            if error.errno not in (errno.EPERM, errno.EINVAL):
+                raise
+            self._set_owner = False
+            return self._chown(_target, status, change)
+        return True
+
+    def _xattrs(self, source: str | int, target: str | int) -> None:
+        follow = isinstance(source, int)
+        try:
+            names = os.listxattr(source, follow_symlinks=follow)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return
+            raise
+        for name in names:
+            if not self._keep_markers and is_marker(name):
+                continue
+            try:
+                value = os.getxattr(source, name, follow_symlinks=follow)
+                os.setxattr(target, name, value, follow_symlinks=follow)
+            except OSError as error:
+                if error.errno == errno.ENODATA:
+                    continue
+                if error.errno not in _NO_XATTR:
+                    raise
+                self._skipped["xattr"] += 1
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file has data, as ``(start, end)`` (lseek(2), SEEK_DATA and SEEK_HOLE)."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, position
+
+
+def copy_range(source: int, target: int, start: int, end: int | None) -> int:
+    """Copy bytes to the same place of another file, to the end of the file when ``end`` is None; returns how many."""
+    position = start
+    while end is None or position < end:
+        length = _RANGE if end is None else min(_RANGE, end - position)
+        try:
+            copied = os.copy_file_range(source, target, length, position, position)
+        except OSError as error:
+            # EXDEV before Linux 5.19, EINVAL and EOPNOTSUPP on filesystems that have no such thing.
+            if error.errno not in (*_NO_CLONE, errno.EIO, errno.EBADF):
+                raise
+            return position - start + _copy_by_hand(source, target, position, end)
+        if copied == 0:
+            # Linux 5.3 to 5.18 answer 0 for files of /proc and /sys, whose size is 0 and which have content.
+            return position - start + _copy_by_hand(source, target, position, end)
+        position += copied
+    return position - start
+
+
+def _copy_by_hand(source: int, target: int, start: int, end: int | None) -> int:
+    position = start
+    while end is None or position < end:
+        length = _CHUNK if end is None else min(_CHUNK, end - position)
+        data = os.pread(source, length, position)
+        if not data:
+            break
+        view = memoryview(data)
+        while view:
+            view = view[os.pwrite(target, view, position + len(data) - len(view)) :]
+        position += len(data)
+    return position - start
+
+
+def _names(fd: int) -> Iterator[str]:
+    with os.scandir(fd) as entries:
+        names = [entry.name for entry in entries]
+    names.sort(key=os.fsencode)
+    return iter(names)
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _changed(path: str) -> errors.FailedPrecondition:
+    return errors.FailedPrecondition(
+        f"{shown(path)} changed while it was read",
+        key=path,
+        hint="import it when it is quiet, or allow changes",
+    )

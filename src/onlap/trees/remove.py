@@ -1,0 +1,132 @@
+"""Removing a tree without ever leaving it: not through a symlink, not into a mount.
+
+Each directory is opened with openat2(RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS): st_dev does not differ for a bind mount of
+the same filesystem, so that comparing it would delete through one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from onlap.syscalls import files
+from onlap.trees.walk import OPEN_DIRECTORY
+
+_RESOLVE = files.RESOLVE_NO_XDEV | files.RESOLVE_NO_SYMLINKS | files.RESOLVE_BENEATH
+
+# Directories deeper than this are renamed up to the top of the tree and removed from there, so that the number of open
+# descriptors stays below the usual limit of 1024 whatever the depth.
+_MAX_DEPTH = 128
+
+
+def remove(dir_fd: int, name: str, *, pace: Callable[[], None] | None = None) -> None:
+    """Remove ``name`` in ``dir_fd``, with all that is in it.
+
+    Args:
+        dir_fd: the directory that holds it.
+        name: a file or directory; nothing happens when it does not exist.
+        pace: called after every removed file, to limit the rate; an exception from it ends the removal.
+
+    Raises:
+        OSError: EXDEV or EBUSY where something is mounted inside; what is left can be removed later.
+    """
+    top = _open(dir_fd, name)
+    if top is None:
+        return
+    try:
+        moved = 0
+        while True:
+            deep = _empty(top, pace, moved)
+            if deep == moved:
+                break
+            moved = deep
+    finally:
+        os.close(top)
+    os.rmdir(name, dir_fd=dir_fd)
+
+
+def _open(dir_fd: int, name: str) -> int | None:
+    """A descriptor of the directory ``name``; what is no directory is unlinked at once and gives None."""
+    try:
+        return files.openat2(name, OPEN_DIRECTORY, dir_fd=dir_fd, resolve=_RESOLVE)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            _unlink(dir_fd, name)
+            return None
+        if error.errno == errno.EACCES:
+            # The kernel's work/work has mode 000, and layers may hold such directories too; as their owner we may
+            # change that. O_PATH needs no permission of the directory itself.
+            fd = files.openat2(
+                name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd, resolve=_RESOLVE
+            )
+            try:
+                os.chmod(f"/proc/self/fd/{fd}", 0o700)
+            finally:
+                os.close(fd)
+            return files.openat2(name, OPEN_DIRECTORY, dir_fd=dir_fd, resolve=_RESOLVE)
+        if error.errno != errno.ENOSYS:
+            raise
+    # Before Linux 5.6 there is no openat2; such a kernel has no way to see a bind mount of the same filesystem, but
+    # rmdir of a mount point fails with EBUSY, and the trash is looked through for mounts beforehand.
+    try:
+        return os.open(name, OPEN_DIRECTORY, dir_fd=dir_fd)
+    except NotADirectoryError:
+        _unlink(dir_fd, name)
+        return None
+
+
+def _unlink(dir_fd: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return
+
+
+def _empty(top: int, pace: Callable[[], None] | None, moved: int) -> int:
+    """Remove what is in ``top``; directories too deep are moved to ``top`` under a number. Returns the next number."""
+    stack: list[tuple[int, str, list[str]]] = [(top, "", _names(top))]
+    try:
+        while stack:
+            fd, name, names = stack[-1]
+            if not names:
+                stack.pop()
+                if fd != top:
+                    os.close(fd)
+                    os.rmdir(name, dir_fd=stack[-1][0])
+                    if pace is not None:
+                        pace()
+                continue
+            child_name = names.pop()
+            child = _open(fd, child_name)
+            if child is None:
+                if pace is not None:
+                    pace()
+            elif len(stack) < _MAX_DEPTH:
+                stack.append((child, child_name, _names(child)))
+            else:
+                os.close(child)
+                moved = _move_up(fd, child_name, top, moved)
+    finally:
+        for fd, _, _ in stack:
+            if fd != top:
+                os.close(fd)
+    return moved
+
+
+def _move_up(dir_fd: int, name: str, top: int, number: int) -> int:
+    while True:
+        number += 1
+        try:
+            # RENAME_NOREPLACE: the tree may have a name like ours.
+            files.renameat2(dir_fd, name, top, f"onlap-deep-{number}", files.RENAME_NOREPLACE)
+        except FileExistsError:
+            continue
+        return number
+
+
+def _names(fd: int) -> list[str]:
+    with os.scandir(fd) as entries:
+        return [entry.name for entry in entries]

@@ -1,0 +1,72 @@
+"""Directories in and out of a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.trees.copy import Copied, Copier
+from onlap.trees.walk import OPEN_DIRECTORY
+
+
+def import_directory(
+    source: str,
+    target: str,
+    *,
+    root: str,
+    exclude: Collection[str],
+    allow_changes: bool,
+    progress: Callable[[int, int], None],
+) -> Copied:
+    """Copy the directory ``source`` into the empty layer ``target`` of the store at ``root``.
+
+    Raises:
+        NotFound, InvalidArgument, FailedPrecondition, OnlapError: see :meth:`Store.import_`.
+    """
+    real = os.path.realpath(source)
+    if real == os.path.realpath(root) or real.startswith(os.path.realpath(root) + "/"):
+        raise errors.InvalidArgument(
+            f"{shown(source)} lies inside the root {shown(root)}", key=source, hint="import something else"
+        )
+    own = os.stat(root)
+    copier = Copier(
+        exclude=exclude, allow_changes=allow_changes, avoid=[(own.st_dev, own.st_ino)], progress=progress
+    )
+    return _copy(copier, source, target, f"import {shown(source)}")
+
+
+def export_directory(source: str, target: str, progress: Callable[[int, int], None]) -> Copied:
+    """Copy the tree ``source`` into the directory ``target``, which is made when it does not exist.
+
+    Raises:
+        FailedPrecondition, OnlapError: see :meth:`Store.export`.
+    """
+    doing = f"export to {shown(target)}"
+    try:
+        os.makedirs(target, exist_ok=True)
+        if os.listdir(target):
+            raise errors.FailedPrecondition(
+                f"the directory {shown(target)} is not empty", key=target, hint="give a new or an empty one"
+            )
+    except OSError as error:
+        raise errors.from_oserror(error, doing=doing, key=target) from error
+    # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
+    return _copy(Copier(allow_changes=True, progress=progress), source, target, doing)
+
+
+def _copy(copier: Copier, source: str, target: str, doing: str) -> Copied:
+    try:
+        # Followed, if it is a symlink: the person who names it means what it points to.
+        one = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            other = os.open(target, OPEN_DIRECTORY)
+            try:
+                return copier.tree(one, other)
+            finally:
+                os.close(other)
+        finally:
+            os.close(one)
+    except OSError as error:
+        raise errors.from_oserror(error, doing=doing, key=source) from error

@@ -1,0 +1,136 @@
+"""What the project promises about itself: small modules, a cheap import, a core without dependencies."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[2]
+PACKAGE = TOP / "src" / "onlap"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+MAX_LINES = 600
+
+# Dependencies, each with the rooms that may import it.
+ROOMS = {
+    "isal": {"layers"},
+    "backports": {"layers"},
+    "rich": {"cli"},
+    "msgspec": {"images"},
+    "urllib3": {"images"},
+    "grpc": {"serve", "testing"},
+    "google": {"serve", "testing"},
+}
+
+# In brackets, since this file is searched as well.
+UNFINISHED = re.compile(r"\b(?:TOD[O]|FIXM[E])\b")
+GENERATED = {".git", "build", "dist", "__pycache__"}
+
+
+def module_id(path: Path) -> str:
+    return str(path.relative_to(TOP))
+
+
+def files_of_the_tree() -> Iterator[Path]:
+    """All files that belong to the project: hidden directories at the top are caches, but for .ci."""
+    for directory, names, files in os.walk(TOP):
+        here = Path(directory)
+        names[:] = [
+            name
+            for name in names
+            if name not in GENERATED and (not name.startswith(".") or name in {".ci", ".github"})
+        ]
+        yield from (here / name for name in files if (here / name).is_file())
+
+
+def run_bare_python(code: str, cwd: Path) -> str:
+    """The output of `code` under an interpreter that sees the standard library and src, and nothing else."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["PYTHONPATH"] = str(PACKAGE.parent)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_id)
+def test_module_is_small_enough_to_read(path: Path) -> None:
+    lines = path.read_bytes().count(b"\n")
+    assert lines <= MAX_LINES, f"{module_id(path)} has {lines} lines"
+
+
+def test_nothing_is_left_unfinished() -> None:
+    found = [
+        f"{module_id(path)}: {match[0]}"
+        for path in files_of_the_tree()
+        for match in UNFINISHED.finditer(path.read_text(encoding="utf-8", errors="replace"))
+    ]
+    assert found == []
+
+
+def test_exports_are_sorted_and_exist() -> None:
+    import onlap
+
+    names = list(onlap.__all__)
+    assert names == sorted(set(names))
+    assert [name for name in names if not hasattr(onlap, name)] == []
+
+
+def test_version_is_said_once() -> None:
+    import onlap
+    from onlap._version import __version__
+
+    assert onlap.__version__ == __version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+(?:[ab.]\w+)?", __version__)
+
+
+def test_import_needs_the_standard_library_only(tmp_path: Path) -> None:
+    code = "import onlap; [getattr(onlap, name) for name in onlap.__all__]; print('imported')"
+    assert run_bare_python(code, tmp_path) == "imported\n"
+
+
+def test_import_loads_no_costly_module(tmp_path: Path) -> None:
+    """What the interpreter loads by itself does not count: some builds load more of it than others."""
+    code = (
+        "import json, sys; bare = set(sys.modules) - {'json'}; import onlap; "
+        "print(json.dumps(sorted(set(sys.modules) - bare)))"
+    )
+    loaded = set(json.loads(run_bare_python(code, tmp_path)))
+    assert "onlap" in loaded
+    assert loaded & {"sqlite3", "_sqlite3", "dataclasses", "logging", "pathlib"} == set()
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """The top-level names that a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_id)
+def test_dependencies_stay_in_their_rooms(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    names = set(imported_names(ast.parse(path.read_bytes())))
+    foreign = names - sys.stdlib_module_names - {"onlap", "compression"}  # compression: standard from 3.14
+    assert {name for name in foreign if room not in ROOMS.get(name, set())} == set()
+
+
+def test_every_declared_dependency_has_its_room() -> None:
+    import tomllib
+
+    project = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["containerd"]
+    names = {re.split(r"[^\w.-]", line)[0] for line in declared}
+    top_level = {"backports.zstd": "backports", "grpcio": "grpc", "protobuf": "google"}
+    assert {top_level.get(name, name) for name in names} == set(ROOMS)
