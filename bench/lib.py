@@ -71,9 +71,7 @@ def enter_namespace() -> None:
         return
     unshare = ["unshare", "--mount", "--propagation", "private"]
     if subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL, check=False).returncode != 0:
-        raise BenchError(
-            "no mount namespace may be made here; run it as root, outside an unprivileged container"
-        )
+        raise BenchError("no mount namespace may be made here; run it as root, outside an unprivileged container")
     sys.stdout.flush()
     os.environ["ONLAP_BENCH_NAMESPACE"] = "private"
     os.execvp("unshare", [*unshare, sys.executable, *sys.orig_argv[1:]])
@@ -106,9 +104,7 @@ class LoopExt4:
                     f"{self._directory} has {free >> 20} MiB free, the image needs {self._size >> 20} MiB "
                     "and some more; give another place with --dir"
                 )
-            work = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="onlap-bench-", dir=self._directory))
-            )
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onlap-bench-", dir=self._directory)))
             image, target = work / "image", work / "mnt"
             with image.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self._size)
@@ -174,9 +170,7 @@ def go_build(source: Path, *, test: bool = False) -> Path:
         "GOFLAGS": "",
         "CGO_ENABLED": "0",  # needs no C compiler
     }
-    unfinished = binary.with_suffix(
-        f".{os.getpid()}"
-    )  # renamed when whole: others may build it at the same time
+    unfinished = binary.with_suffix(f".{os.getpid()}")  # renamed when whole: others may build it at the same time
     _run(
         ["go", *(["test", "-c"] if test else ["build"]), "-o", str(unfinished), "."],
         cwd=source,
@@ -334,8 +328,7 @@ def text_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     table = [headings, *lines]
     widths = [max(len(line[column]) for line in table) for column in range(len(headings))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
     )
 
 
@@ -444,13 +437,9 @@ def publish(
 def options(parser: argparse.ArgumentParser, *, rounds: int) -> argparse.Namespace:
     """Parse the command line, with the options that every benchmark has: rounds, quick, record, dir."""
     parser.add_argument("--rounds", type=int, help=f"(default {rounds}; 2 with --quick)")
-    parser.add_argument(
-        "--quick", action="store_true", help="short runs, to see that it works; not published"
-    )
+    parser.add_argument("--quick", action="store_true", help="short runs, to see that it works; not published")
     parser.add_argument("--no-publish", action="store_true", help="leave docs/benchmarks.md as it is")
-    parser.add_argument(
-        "--dir", type=Path, default=Path("/var/tmp"), help="where the image lies (default %(default)s)"
-    )
+    parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the image lies (default %(default)s)")
     chosen = parser.parse_args()
     if chosen.rounds is None:
         chosen.rounds = 2 if chosen.quick else rounds

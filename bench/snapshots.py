@@ -152,9 +152,7 @@ def calls(runs: dict[str, list[lib.Result]]) -> lib.Details:
 
     lines = []
     for name, results in runs.items():
-        rates = [
-            run["cycles"] / (run["seconds"] + run["cleanup_ms"] / 1000) for run in results if "cycles" in run
-        ]
+        rates = [run["cycles"] / (run["seconds"] + run["cleanup_ms"] / 1000) for run in results if "cycles" in run]
         whole = f"{statistics.median(rates):.0f}" if rates else "-"
         columns = ("prepare_ms", "commit_ms", "remove_ms", "cleanup_ms")
         lines.append([name, *(median(name, column) for column in columns), whole])

@@ -140,9 +140,7 @@ def _unshare(flags: int) -> None:
     _check(libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
-def _mount(
-    source: str | None, target: str, fstype: str | None, flags: int = 0, data: str | None = None
-) -> None:
+def _mount(source: str | None, target: str, fstype: str | None, flags: int = 0, data: str | None = None) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     texts = [None if text is None else os.fsencode(text) for text in (source, target, fstype, data)]
     _check(

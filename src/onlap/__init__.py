@@ -1,7 +1,7 @@
 """Onlap: OverlayFS for Python.
 
-A snapshot engine for file trees: stacks of read-only layers, a writable view on top in about a millisecond, and what was
-written there becomes the next layer.
+A snapshot engine for file trees: stacks of read-only layers, a writable view on top in about a millisecond, and what
+was written there becomes the next layer.
 
 >>> import onlap, tempfile
 >>> directory = tempfile.TemporaryDirectory()

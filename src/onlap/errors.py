@@ -218,7 +218,7 @@ def from_oserror(error: OSError, *, doing: str, key: str | None = None) -> Onlap
 
 
 def shown(text: object) -> str:
-    """``text`` fit for a message: C escapes for what a terminal would act on, ``\\xNN`` for bytes that are not UTF-8."""
+    """``text`` fit for a message: C escapes for what terminals act on, ``\\xNN`` for bytes that are not UTF-8."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
     return "".join(_shown_char(c) for c in str(text))
@@ -234,10 +234,4 @@ def _shown_char(c: str) -> str:
         return f"\\x{ord(c) - 0xDC00:02x}"
     if c.isprintable():
         return c
-    return (
-        f"\\x{ord(c):02x}"
-        if ord(c) < 0x100
-        else f"\\u{ord(c):04x}"
-        if ord(c) < 0x10000
-        else f"\\U{ord(c):08x}"
-    )
+    return f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"

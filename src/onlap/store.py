@@ -93,9 +93,7 @@ def open_snapshotter(
         raise errors.InvalidArgument(f"there is no snapshotter {shown(kind)}", hint="overlay, native or auto")
     if kind == "overlay":
         wanted = Properties(properties) if properties else None
-        return OverlaySnapshotter(
-            root, properties=wanted, owner=owner, sync=sync, create=create, timeout=timeout
-        )
+        return OverlaySnapshotter(root, properties=wanted, owner=owner, sync=sync, create=create, timeout=timeout)
     return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout)
 
 
@@ -125,9 +123,7 @@ def best_snapshotter(root: StrPath) -> tuple[str, str | None]:
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     mode, _ = overlay_mode(above)
-    return {"overlay": ("overlay", "trusted"), "overlay-userxattr": ("overlay", "user")}.get(
-        mode, ("native", None)
-    )
+    return {"overlay": ("overlay", "trusted"), "overlay-userxattr": ("overlay", "user")}.get(mode, ("native", None))
 
 
 class Store:
@@ -182,15 +178,11 @@ class Store:
         """See :meth:`Snapshotter.mounts`."""
         return self.snapshotter.mounts(key)
 
-    def prepare(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.prepare`."""
         return self.snapshotter.prepare(key, parent, labels)
 
-    def view(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.view`."""
         return self.snapshotter.view(key, parent, labels)
 
@@ -290,9 +282,7 @@ class Store:
             yield tree
 
     @contextlib.contextmanager
-    def build(
-        self, name: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> Iterator[Path]:
+    def build(self, name: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> Iterator[Path]:
         """A writable view that is committed as ``name`` at the end, or dropped when the body raises.
 
         Args:
@@ -398,9 +388,7 @@ class Store:
 
         report = Reporter(progress, "export", "files")
         with self.mounted(key) as tree:
-            copied = export_directory(
-                os.fspath(tree), os.fspath(directory), lambda entries, _size: report(entries)
-            )
+            copied = export_directory(os.fspath(tree), os.fspath(directory), lambda entries, _size: report(entries))
         report.finish(copied.entries)
         return Imported(self.stat(key), copied.entries, copied.size, copied.skipped)
 

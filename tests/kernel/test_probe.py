@@ -174,9 +174,7 @@ def test_the_versions_with_the_wal_bug(version: str, bug: bool) -> None:
 
 @pytest.mark.needs("overlay")
 @pytest.mark.parametrize("kind, size, reflink", [("ext4", 32, False), ("xfs", 320, True)], ids=str)
-def test_reflink_is_the_filesystems(
-    loop_fs: Callable[[str, int], Path], kind: str, size: int, reflink: bool
-) -> None:
+def test_reflink_is_the_filesystems(loop_fs: Callable[[str, int], Path], kind: str, size: int, reflink: bool) -> None:
     found = probe(loop_fs(kind, size))
     assert found.filesystem == kind
     assert found.features["reflink"].ok is reflink
@@ -221,9 +219,7 @@ def test_a_full_filesystem_says_so(attach: Callable[..., Path]) -> None:
 
 
 @pytest.mark.needs("overlay")
-@pytest.mark.parametrize(
-    "name", [b"a:b,c\\d e\nf", b"caf\xe9", b"x" * 255], ids=["separators", "latin-1", "long"]
-)
+@pytest.mark.parametrize("name", [b"a:b,c\\d e\nf", b"caf\xe9", b"x" * 255], ids=["separators", "latin-1", "long"])
 def test_any_name(root: Path, name: bytes) -> None:
     where = os.path.join(os.fsencode(root), name)
     os.mkdir(where)
@@ -345,9 +341,7 @@ def test_layers_by_proc_strings(root: Path, name: str) -> None:
 def test_an_option_without_its_effect_is_a_no(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As where the kernel takes an option and then turns it off by itself."""
 
-    def without(
-        bench: how.Bench, case: how.Case, *_: str, **more: Any
-    ) -> contextlib.AbstractContextManager[str]:
+    def without(bench: how.Bench, case: how.Case, *_: str, **more: Any) -> contextlib.AbstractContextManager[str]:
         return how.mounted_overlay(bench, case, **more)
 
     monkeypatch.setattr(mounts, "mounted_overlay", without)
@@ -442,9 +436,7 @@ def test_a_directory_that_takes_no_files() -> None:
 
 @pytest.mark.needs("overlay")
 def test_the_fast_question_loads_little(root: Path) -> None:
-    code = (
-        "import sys; from onlap.overlayfs import probe; probe.overlay_mode(sys.argv[1]); print(*sys.modules)"
-    )
+    code = "import sys; from onlap.overlayfs import probe; probe.overlay_mode(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, str(root)],
         capture_output=True,

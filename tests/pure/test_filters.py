@@ -171,9 +171,7 @@ def test_errors_name_filter_position_and_need(text: str, position: int, expected
 
 # --------------------------------------------------------------------------- quoting
 
-ANY_NAME = st.binary().map(lambda name: name.decode("utf-8", "surrogateescape")) | st.text(
-    st.characters(codec="utf-8")
-)
+ANY_NAME = st.binary().map(lambda name: name.decode("utf-8", "surrogateescape")) | st.text(st.characters(codec="utf-8"))
 
 
 @given(ANY_NAME)
@@ -214,9 +212,7 @@ FIELDS = (
 )
 VALUES = ("p", "a", "v", "view", "active", "2", '""', '"x,y"', "é")
 SELECTORS = st.one_of(
-    st.builds(
-        "{}{}{}".format, st.sampled_from(FIELDS), st.sampled_from(["==", "!=", "~="]), st.sampled_from(VALUES)
-    ),
+    st.builds("{}{}{}".format, st.sampled_from(FIELDS), st.sampled_from(["==", "!=", "~="]), st.sampled_from(VALUES)),
     st.sampled_from([*FIELDS, GC_ROOT, r'name=="\xff"', "name~=^a", "labels.l~=^.?$"]),
 )
 GOOD_FILTERS = st.lists(SELECTORS, max_size=3).map(",".join)
@@ -247,17 +243,13 @@ def select(what: str, infos: list[Info], chosen: Filter) -> list[str | int]:
     """The last column of `what` (SELECT, EXPLAIN QUERY PLAN SELECT) in a small catalog that holds `infos`."""
     condition, parameters = chosen.where(TERMS)
     with closing(sqlite3.connect(":memory:")) as db:
-        db.execute(
-            "CREATE TABLE snapshots (id INTEGER PRIMARY KEY, name TEXT UNIQUE, parent TEXT, kind TEXT)"
-        )
+        db.execute("CREATE TABLE snapshots (id INTEGER PRIMARY KEY, name TEXT UNIQUE, parent TEXT, kind TEXT)")
         db.execute("CREATE TABLE labels (id INTEGER, key TEXT, value TEXT)")
         db.execute("CREATE INDEX parents ON snapshots (parent)")
         for i, info in enumerate(infos):
             row = (i, info.name, info.parent or None, info.kind)
             db.execute("INSERT INTO snapshots VALUES (?, ?, ?, ?)", row)
-            db.executemany(
-                "INSERT INTO labels VALUES (?, ?, ?)", [(i, *pair) for pair in info.labels.items()]
-            )
+            db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(i, *pair) for pair in info.labels.items()])
         return [row[-1] for row in db.execute(f"{what} id FROM snapshots s WHERE {condition}", parameters)]
 
 
@@ -291,9 +283,7 @@ def test_sql_narrows_to_the_equalities(filters: list[str], ids: set[int]) -> Non
     assert ("SCAN s" in plan) == filters[0].startswith("labels")  # this schema has indexes for the others
 
 
-@pytest.mark.parametrize(
-    "filters", [[], [""], ["name==a", "name!=b"], ["name~=a"], [r'name=="\xff"'], ["kind"]]
-)
+@pytest.mark.parametrize("filters", [[], [""], ["name==a", "name!=b"], ["name~=a"], [r'name=="\xff"'], ["kind"]])
 def test_sql_without_equalities_is_a_scan(filters: list[str]) -> None:
     assert parse(*filters).where(TERMS) == ("TRUE", ())
 

@@ -44,9 +44,7 @@ def files_of_the_tree() -> Iterator[Path]:
     for directory, names, files in os.walk(TOP):
         here = Path(directory)
         names[:] = [
-            name
-            for name in names
-            if name not in GENERATED and (not name.startswith(".") or name in {".ci", ".github"})
+            name for name in names if name not in GENERATED and (not name.startswith(".") or name in {".ci", ".github"})
         ]
         yield from (here / name for name in files if (here / name).is_file())
 

@@ -56,7 +56,10 @@ class Catalog:
         self.layout = Layout(root)
         self.layout.prepare(create=create)
         self._lease = self._take_lease()
-        self.database = Database(self.layout.database, self.layout.lock, timeout)
+        self._janitor = Janitor(self._upkeep, self._background)
+        self.database = Database(
+            self.layout.database, self.layout.lock, timeout, lambda: self._janitor.wake(urgent=True)
+        )
         try:
             self.database.set_up(self._check_alone)
         except errors.OnlapError:
@@ -66,7 +69,6 @@ class Catalog:
         self.staging = Staging(self.layout.staging)
         self.trash = Trash(self.layout.root, self.layout.trash)
         self._syncer = Syncer(self.layout.snapshots)
-        self._janitor = Janitor(self._background)
         self._floor = self._highest_number()
         self._closed = False
         _catalogs.add(self)
@@ -183,14 +185,10 @@ class Catalog:
                 try:
                     fd = open_directory(path)
                 except FileNotFoundError as error:
-                    raise errors.NotFound(
-                        f"the tree {path} is gone", hint="it was removed meanwhile"
-                    ) from error
+                    raise errors.NotFound(f"the tree {path} is gone", hint="it was removed meanwhile") from error
                 stack.callback(os.close, fd)
                 if not try_lock(fd, shared=True):
-                    raise errors.NotFound(
-                        f"the tree {path} is being deleted", hint="it was removed meanwhile"
-                    )
+                    raise errors.NotFound(f"the tree {path} is being deleted", hint="it was removed meanwhile")
             yield
 
     @contextlib.contextmanager
@@ -199,9 +197,7 @@ class Catalog:
         fd = open_directory(self.layout.tree(identifier))
         try:
             if not try_lock(fd, shared=True):
-                raise errors.FailedPrecondition(
-                    "the snapshot is being committed", hint="prepare another on it"
-                )
+                raise errors.FailedPrecondition("the snapshot is being committed", hint="prepare another on it")
             yield
         finally:
             os.close(fd)
@@ -235,17 +231,15 @@ class Catalog:
 
         def operation(connection: Connection) -> Record:
             above = check_parent(connection, owner, parent)
-            if records.find(connection, owner, name) is not None:
-                raise records.already_exists(name)
             identifier = records.next_id(connection, self._floor)
             while os.path.lexists(self.layout.snapshot(identifier)):
                 # Its transaction never committed. The number is not used a second time: its tree waits in the trash
                 # under it.
                 self.trash.put(self.layout.snapshot(identifier))
                 identifier += 1
-            records.insert(connection, identifier, owner, name, above.id if above else None, kind, labels)
+            record = records.insert(connection, identifier, owner, name, above, kind, labels)
             os.rename(staged, self.layout.snapshot(identifier))
-            return records.get(connection, owner, name)
+            return record
 
         return self.database.write(operation)
 
@@ -379,9 +373,11 @@ class Catalog:
             raise errors.from_oserror(error, doing="delete a removed tree", key=self.layout.root) from error
         return removed
 
+    def _upkeep(self) -> None:
+        self.database.upkeep()
+
     def _background(self, stop: Callable[[], bool]) -> bool:
         self._measure(stop)
-        self.database.checkpoint()
         swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE) if self.trash.names() else Swept(0, 0)
         if swept.removed:
             self.layout.make_reserve()
@@ -428,12 +424,12 @@ def check_parent(connection: Connection, owner: str, parent: str | None) -> Reco
 def check_commit(connection: Connection, owner: str, name: str, key: str, parent: str | None) -> Record:
     """The record that is to be committed, or the error of the contract, in the contract's order."""
     record = records.find(connection, owner, key)
-    taken = records.find(connection, owner, name)
     if record is None:
-        swapped = taken is not None and taken.kind == ACTIVE
+        other = records.find(connection, owner, name)
+        swapped = other is not None and other.kind == ACTIVE
         hint = f"commit(name, key): {shown(name)} is active; did you swap the two?" if swapped else None
         raise errors.NotFound(f"there is no snapshot {shown(key)}", key=key, hint=hint or "see: onlap ls")
-    if taken is not None:
+    if records.exists(connection, owner, name):
         raise records.already_exists(name)
     if record.kind != ACTIVE:
         raise errors.FailedPrecondition(
@@ -452,9 +448,7 @@ def check_rebase(connection: Connection, owner: str, parent: str) -> Record:
     if above is None:
         raise errors.NotFound(f"there is no snapshot {shown(parent)} to be the parent", key=parent)
     if above.kind != COMMITTED:
-        raise errors.FailedPrecondition(
-            f"the parent {shown(parent)} is {_kind(above)}, not committed", key=parent
-        )
+        raise errors.FailedPrecondition(f"the parent {shown(parent)} is {_kind(above)}, not committed", key=parent)
     return above
 
 

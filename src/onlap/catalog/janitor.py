@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 # A burst of removes or commits is over before the janitor starts, so that it does not compete with them.
 _QUIET = 0.25
+# But a burst that does not end must not put the work off for ever.
+_LONGEST_BURST = 5.0
+# How long to wait before trying again what was in use.
+_RETRY = 5.0
 
 
 class Janitor:
-    """One background thread, started when there is something to do and gone when all is done.
+    """One background thread, started when there is first something to do.
 
     Args:
-        work: does all that is due, asks its argument now and then whether to stop, and says whether something is left
-            that has to be tried again later.
+        urgent: what cannot wait for quiet, and takes milliseconds.
+        work: does all else that is due, asks its argument now and then whether to stop, and says whether something is
+            left that has to be tried again later.
     """
 
-    # How long to wait before trying again what was in use.
-    _RETRY = 5.0
-
-    def __init__(self, work: Callable[[Callable[[], bool]], bool]) -> None:
+    def __init__(self, urgent: Callable[[], None], work: Callable[[Callable[[], bool]], bool]) -> None:
+        self._urgent = urgent
         self._work = work
         self._fresh()
 
     def _fresh(self) -> None:
         self._mutex = threading.Lock()
         self._due = threading.Event()
+        self._pressing = threading.Event()
+        self._later = False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -34,8 +40,12 @@ class Janitor:
         """In the child: the thread stayed with the parent."""
         self._fresh()
 
-    def wake(self) -> None:
+    def wake(self, *, urgent: bool = False) -> None:
         """There is something to do."""
+        if urgent:
+            self._pressing.set()
+        else:
+            self._later = True
         self._due.set()
         if self._thread is None:
             with self._mutex:
@@ -54,20 +64,33 @@ class Janitor:
             thread.join()
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._due.wait()
+        retry = False
+        while True:
+            self._due.wait(_RETRY if retry else None)
+            busy_since = time.monotonic()
             while self._due.is_set():
                 self._due.clear()
-                if self._stopping.wait(_QUIET):
+                if self._stopping.is_set():
                     return
-            try:
-                left = self._work(self._stopping.is_set)
-            except Exception as error:
-                # Nobody waits for this thread, so the log is the only place to tell; it is tried again all the same.
-                # Imported here, since it is a tenth of the time that a short command may take to start.
-                import logging
+                if self._pressing.is_set():
+                    self._pressing.clear()
+                    self._attempt(self._urgent)
+                if time.monotonic() - busy_since < _LONGEST_BURST:
+                    self._due.wait(_QUIET)
+            if self._stopping.is_set():
+                return
+            if self._later or retry:
+                self._later = False
+                retry = self._attempt(lambda: self._work(self._stopping.is_set))
 
-                logging.getLogger("onlap.catalog").warning("background work failed: %s", error)
-                left = True
-            if left and not self._stopping.wait(self._RETRY):
-                self._due.set()
+    def _attempt(self, action: Callable[[], bool | None]) -> bool:
+        """Do it; whether it has to be done again."""
+        try:
+            return bool(action())
+        except Exception as error:  # noqa: BLE001 - a thread that ends is a thread that never tries again
+            # Nobody waits for this thread, so the log is the only place to tell; it is tried again all the same.
+            # Imported here, since it is a tenth of the time that a short command may take to start.
+            import logging
+
+            logging.getLogger("onlap.catalog").warning("background work failed: %s", error)
+            return True

@@ -112,9 +112,7 @@ class Layout:
         if not os.path.lexists(self.database):
             strangers = sorted(set(os.listdir(self.root)) - _OURS)
             if strangers:
-                raise self._refused(
-                    f"holds something else ({shown(strangers[0])})", "give an empty or new directory"
-                )
+                raise self._refused(f"holds something else ({shown(strangers[0])})", "give an empty or new directory")
 
     def _refused(self, why: str, hint: str) -> errors.FailedPrecondition:
         return errors.FailedPrecondition(f"the root {shown(self.root)} {why}", key=self.root, hint=hint)

@@ -47,9 +47,7 @@ def unpin_all(connection: sqlite3.Connection, owner: str) -> None:
     connection.execute("DELETE FROM pins WHERE owner = ?", (owner,))
 
 
-def holders(
-    connection: sqlite3.Connection, *, snapshot: int | None = None, digest: str | None = None
-) -> list[str]:
+def holders(connection: sqlite3.Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
     """Who keeps a snapshot or a blob now; what has expired keeps nothing."""
     column, value = ("snapshot", snapshot) if snapshot is not None else ("digest", digest)
     rows = connection.execute(

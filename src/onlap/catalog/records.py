@@ -63,9 +63,7 @@ class Record(NamedTuple):
     @property
     def info(self) -> Info:
         """The public part."""
-        return Info(
-            self.name, self.parent, self.kind, self.labels, self.created_ns, self.updated_ns, self.owner
-        )
+        return Info(self.name, self.parent, self.kind, self.labels, self.created_ns, self.updated_ns, self.owner)
 
 
 _SELECT = """
@@ -94,6 +92,12 @@ def get(connection: sqlite3.Connection, owner: str, name: str) -> Record:
     return record
 
 
+def exists(connection: sqlite3.Connection, owner: str, name: str) -> bool:
+    """Whether a key or name is taken."""
+    row = connection.execute("SELECT 1 FROM snapshots WHERE owner = ? AND name = ?", (owner, name)).fetchone()
+    return row is not None
+
+
 def by_id(connection: sqlite3.Connection, identifier: int) -> Record | None:
     """The record of an id."""
     row = connection.execute(_SELECT + "WHERE s.id = ?", (identifier,)).fetchone()
@@ -102,9 +106,7 @@ def by_id(connection: sqlite3.Connection, identifier: int) -> Record | None:
 
 def not_found(name: str) -> errors.NotFound:
     """The error for an unknown key."""
-    return errors.NotFound(
-        f"there is no snapshot {shown(name)}", key=name, hint="see the names with: onlap ls"
-    )
+    return errors.NotFound(f"there is no snapshot {shown(name)}", key=name, hint="see the names with: onlap ls")
 
 
 def chain(connection: sqlite3.Connection, identifier: int) -> list[int]:
@@ -130,9 +132,7 @@ class Condition(NamedTuple):
     parameters: tuple[str | None, ...]
 
 
-def page(
-    connection: sqlite3.Connection, owner: str | None, after: int, condition: Condition | None
-) -> list[Record]:
+def page(connection: sqlite3.Connection, owner: str | None, after: int, condition: Condition | None) -> list[Record]:
     """The next records after an id, in the order of their ids; of every owner when ``owner`` is None."""
     sql, parameters = "WHERE s.id > ?", [after]  # type: tuple[str, list[object]]
     if owner is not None:
@@ -156,21 +156,27 @@ def insert(
     identifier: int,
     owner: str,
     name: str,
-    parent: int | None,
+    parent: Record | None,
     kind: str,
     labels: Mapping[str, str],
-) -> None:
+) -> Record:
     """A new active snapshot or view; AlreadyExists when the name is taken."""
     now = time.time_ns()
+    above = parent.id if parent is not None else None
     try:
         connection.execute(
-            "INSERT INTO snapshots (id, owner, name, parent, kind, created_ns, updated_ns) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (identifier, owner, name, parent, kind, now, now),
+            """
+            INSERT INTO snapshots (id, owner, name, parent, kind, created_ns, updated_ns)
+            VALUES (?, ?, ?, ?, ?, ?, ?)
+            """,
+            (identifier, owner, name, above, kind, now, now),
         )
     except sqlite3.IntegrityError as error:
         raise already_exists(name) from error
-    if labels:
-        _put_labels(connection, identifier, labels)
+    kept = {key: value for key, value in labels.items() if value}
+    _put_labels(connection, identifier, kept)
+    parent_name = parent.name if parent is not None else None
+    return Record(identifier, owner, name, above, parent_name, kind, now, now, None, None, False, kept)
 
 
 def already_exists(name: str) -> errors.AlreadyExists:
@@ -235,6 +241,7 @@ def children(connection: sqlite3.Connection, identifier: int) -> list[str]:
 
 def delete(connection: sqlite3.Connection, identifier: int) -> None:
     """Forget a snapshot; its labels go with it, and its expired pins."""
+    connection.execute("DELETE FROM labels WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM pins WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
 

@@ -60,9 +60,7 @@ def stack_changes(before: Sequence[str], after: Sequence[str], markers: Markers)
             old, skip = cleanup.enter_context(Stack(before, markers)), 0
         one, other = old.top(skip), new.top()
         if one.parts and other.parts:
-            yield from top_change(
-                read_directory_meta(one.parts[0].fd), read_directory_meta(other.parts[0].fd)
-            )
+            yield from top_change(read_directory_meta(one.parts[0].fd), read_directory_meta(other.parts[0].fd))
         yield from _directory(one, other, "")
 
 
@@ -113,9 +111,7 @@ def _added(parent: MergedDirectory, found: Found, path: str) -> Iterator[Change]
                 yield from _added(here, below, f"{path}/{name}")
 
 
-def _changed(
-    before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str
-) -> Iterator[Change]:
+def _changed(before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str) -> Iterator[Change]:
     old_meta, new_meta = _meta(old), _meta(new)
     what = differences(old_meta, new_meta)
     if not what and stat.S_ISREG(new.status.st_mode) and not _same_data(before, after, old, new, path):

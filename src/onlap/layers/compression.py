@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from onlap import errors
 from onlap.layers import tarformat as tar
@@ -139,9 +139,7 @@ class Inflater:
         if self._started:
             self._fill(6)
             if detect(self._pending) != self._kind:
-                raise errors.InvalidArgument(
-                    f"something that is no {self._kind} follows the {self._kind} stream"
-                )
+                raise errors.InvalidArgument(f"something that is no {self._kind} follows the {self._kind} stream")
         self._started = True
         self._stream = self._new()
         return True
@@ -255,7 +253,8 @@ def _decompressors(kind: str) -> tuple[Callable[[], Decompressor], tuple[type[Ex
             from isal import igzip_lib
         except ImportError:
             return _ZlibStream, (zlib.error,)
-        return _IsalStream, (igzip_lib.IsalError, ValueError)
+        failure: Any = igzip_lib.IsalError
+        return _IsalStream, (failure, ValueError)
     if kind == BZIP2:
         import bz2
 
@@ -268,7 +267,7 @@ def _decompressors(kind: str) -> tuple[Callable[[], Decompressor], tuple[type[Ex
     return zstd.ZstdDecompressor, (zstd.ZstdError, EOFError)
 
 
-def _zstd():  # type: ignore[no-untyped-def]
+def _zstd() -> Any:
     """The module ``compression.zstd``, or its backport."""
     import sys
 

@@ -67,9 +67,11 @@ class _Channel:
             self._changed.notify()
 
     def get(self) -> bytes:
-        """The next item; an exception that was put is raised."""
+        """The next item, none once the channel is closed and empty; an exception that was put is raised."""
         with self._changed:
             while not self._items:
+                if self._closed:
+                    return b""
                 self._changed.wait()
             item = self._items.popleft()
             self._changed.notify()
@@ -78,10 +80,10 @@ class _Channel:
         return item
 
     def close(self) -> None:
-        """Let the writer end at its next item."""
+        """Let both sides end."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
 
 
 class Input:
@@ -174,6 +176,7 @@ class Pipeline:
         self._out = _Channel()
         self._to_hash = _Channel()
         self._inflater: compression.Inflater | None = None
+        self._ended = False
         self.produced = 0
         try:
             self.total = self._input.total
@@ -212,6 +215,8 @@ class Pipeline:
             DataLoss: the compressed stream is damaged.
             OSError: it cannot be read.
         """
+        if self._ended:
+            return b""
         if self._threads:
             data = self._out.get()
         else:
@@ -219,6 +224,7 @@ class Pipeline:
             if self._inflater is not None:
                 self._hash.update(data)
         self.produced += len(data)
+        self._ended = not data
         return data
 
     def digests(self) -> Digests:

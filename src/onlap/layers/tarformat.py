@@ -118,9 +118,7 @@ class Entry:
         self.offset = offset
 
     def __repr__(self) -> str:
-        return (
-            f"<Entry {self.type} {shown(self.name)} mode={self.mode:o} size={self.size} offset={self.offset}>"
-        )
+        return f"<Entry {self.type} {shown(self.name)} mode={self.mode:o} size={self.size} offset={self.offset}>"
 
 
 def bad(message: str, name: str | None, offset: int) -> errors.InvalidArgument:

@@ -21,7 +21,6 @@ from onlap.layers.tarformat import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal,
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
 
 _USTAR = b"ustar\00000"
-_GNU = b"ustar  \0"
 
 # GNU tar, src/tar.h: struct oldgnu_header and struct sparse_header.
 _OLD_SPARSE_MAP = 386
@@ -49,7 +48,11 @@ _KNOWN = {
     b"6": tar.FIFO,
     b"D": tar.DIRECTORY,  # GNU: a directory with the names in it as its data
 }
-_FILES = b"\00007S"
+_FILES = (b"\0", b"0", b"7")
+
+# Headers that are no entries: pax records (x, and X of Solaris), global ones, GNU's long names and volume labels.
+_META = b"xXgLKV"
+_GLOBAL, _LONG_NAME, _LONG_LINK, _LABEL = b"gLKV"
 
 _MAX_NUMBERS = 4096
 
@@ -115,19 +118,17 @@ class TarReader:
             offset = self.position - BLOCK
             if start is None:
                 start = offset
-            flag = header[156:157]
-            if flag == b"x" or flag == b"X":  # X: Solaris
-                records = self._records(header, offset)
-            elif flag == b"g":
+            flag = header[156]
+            if flag not in _META:
+                return self._entry(header, start, records, long_name, long_link)
+            if flag == _GLOBAL:
                 self._global(self._records(header, offset))
-            elif flag == b"L":
+            elif flag == _LONG_NAME:
                 long_name = tar.cut(self._meta(header, offset))
-            elif flag == b"K":
+            elif flag == _LONG_LINK:
                 long_link = tar.cut(self._meta(header, offset))
-            elif flag == b"V":  # GNU: the label of a volume
-                self._begin(0)
-            else:
-                return self._entry(header, offset, start, records, long_name, long_link)
+            elif flag != _LABEL:
+                records = self._records(header, offset)
 
     def piece(self) -> memoryview:
         """The next piece of the current entry's data, empty at its end; valid until the reader is used again."""
@@ -140,7 +141,7 @@ class TarReader:
             self._fill()
             at = 0
             available = len(self._chunk)
-        size = left if left < available else available
+        size = min(available, left)
         self._left = left - size
         self._at = end = at + size
         return self._chunk[at:end]
@@ -165,9 +166,7 @@ class TarReader:
 
     def _truncated(self, offset: int) -> errors.DataLoss:
         what = f"in entry {shown(self._name)}" if self._name is not None else "in a header"
-        return errors.DataLoss(
-            f"the archive ends at byte {self.position}, {what} (byte {offset})", key=self._name
-        )
+        return errors.DataLoss(f"the archive ends at byte {self.position}, {what} (byte {offset})", key=self._name)
 
     def _pass(self, count: int) -> None:
         while count > (available := len(self._chunk) - self._at):
@@ -207,7 +206,8 @@ class TarReader:
                 return None
             header = memoryview(self._take(BLOCK))
         if not header[0] and header == ZERO_BLOCK:
-            return self._end()
+            self._end()
+            return None
         expected: int | None = None
         try:
             expected = parse_number(header[148:156].tobytes())
@@ -282,7 +282,6 @@ class TarReader:
     def _entry(
         self,
         header: memoryview,
-        header_at: int,
         offset: int,
         records: list[tuple[str, bytes]] | None,
         long_name: bytes | None,
@@ -304,11 +303,10 @@ class TarReader:
             prefix,
         ) = _HEADER.unpack_from(header)
         raw_name = raw_name.partition(b"\0")[0]
-        if magic == _USTAR:
-            if prefix[0]:
-                # star: "tar\0" at the end of the block, access and change times behind a shorter prefix.
-                prefix = tar.cut(prefix[:131] if header[508:512] == b"tar\0" else prefix)
-                raw_name = prefix + b"/" + raw_name
+        if magic == _USTAR and prefix[0]:
+            # star: "tar\0" at the end of the block, access and change times behind a shorter prefix.
+            prefix = tar.cut(prefix[:131] if header[508:512].tobytes() == b"tar\0" else prefix)
+            raw_name = prefix + b"/" + raw_name
         name = os.fsdecode(raw_name if long_name is None else long_name)
         self._name = name
         type = _KNOWN.get(flag)
@@ -331,7 +329,7 @@ class TarReader:
         if records is not None or self._globals:
             self._apply_records(entry, self._globals + (records or []), long_name, long_link)
             name = entry.name
-        if flag in _FILES and name.endswith("/") and flag != b"S":
+        if flag in _FILES and name.endswith("/"):
             # Before directories had a type of their own, a slash told them apart.
             type = entry.type = tar.DIRECTORY
         if type in _HEADER_ONLY:
@@ -509,9 +507,7 @@ class TarReader:
         if end > entry.size or entry.size > tar.MAX_SECONDS:
             raise bad("its sparse map reaches beyond the end of the file", entry.name, entry.offset)
         if total != self._left:
-            raise bad(
-                f"its sparse map is of {total} bytes, its data of {self._left}", entry.name, entry.offset
-            )
+            raise bad(f"its sparse map is of {total} bytes, its data of {self._left}", entry.name, entry.offset)
         entry.sparse = [(offset, length) for offset, length in pieces if length]
 
 

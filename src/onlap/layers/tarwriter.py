@@ -126,9 +126,7 @@ def _name(entry: Entry, records: dict[str, bytes]) -> tuple[bytes, bytes]:
     name = os.fsencode(entry.name)
     for text in (name, os.fsencode(entry.linkname)):
         if b"\0" in text:
-            raise errors.InvalidArgument(
-                f"a name in a tar archive holds no NUL: {shown(text)}", key=entry.name
-            )
+            raise errors.InvalidArgument(f"a name in a tar archive holds no NUL: {shown(text)}", key=entry.name)
     if name.isascii():
         if len(name) <= 100:
             return name, b""

@@ -3,6 +3,8 @@
 A snapshotter answers with :class:`Mount` values and never mounts; :func:`mounted` does, and cleans up.
 """
 
+from __future__ import annotations
+
 from onlap.mounts.plan import Mount
 from onlap.mounts.temporary import mounted
 

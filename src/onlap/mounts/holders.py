@@ -19,9 +19,7 @@ def holders(target: str) -> list[str]:
     prefix = os.fsencode(os.path.realpath(target))
     device = os.stat(target).st_dev
     found = [
-        f"mount {shown(entry.mountpoint)}"
-        for entry in mountinfo.read()
-        if entry.mountpoint.startswith(prefix + b"/")
+        f"mount {shown(entry.mountpoint)}" for entry in mountinfo.read() if entry.mountpoint.startswith(prefix + b"/")
     ]
     for pid in mountinfo.pids():
         for what, link in _links(pid):

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.mounts import idmap
 from onlap.mounts.plan import Mount
 from onlap.overlayfs import options
 from onlap.syscalls import mount as sys
@@ -144,7 +145,9 @@ class _translated:
     def __exit__(self, _cls: object, error: object, _trace: object) -> None:
         if not isinstance(error, OSError):
             return
-        what = f"mount the {self._plan.type} of {shown(self._plan.upper or (self._plan.lowers or (self._plan.source,))[0])}"
+        plan = self._plan
+        directory = plan.upper or (plan.lowers[0] if plan.lowers else plan.source)
+        what = f"mount the {plan.type} of {shown(directory)}"
         if error.errno == errno.EPERM:
             raise errors.PermissionDenied(
                 f"cannot {what}: the kernel lets only CAP_SYS_ADMIN mount",
@@ -159,15 +162,20 @@ class _translated:
 
 
 def _overlay_fd(plan: Mount) -> int:
-    flags, attributes, rest = _split_flags(plan.flags)
-    del flags
+    _, attributes, rest = _split_flags(plan.flags)
     with ExitStack() as stack:
+        namespace = _mapping_namespace(plan, stack)
         fs = sys.fsopen("overlay")
         stack.callback(os.close, fs)
         try:
             sys.fsconfig_string(fs, "source", plan.source)
             for lower in plan.lowers:
-                _add_layer(fs, "lowerdir+", lower)
+                if namespace is None:
+                    _add_layer(fs, "lowerdir+", lower)
+                else:
+                    fd = idmap.mapped(lower, namespace)
+                    stack.callback(os.close, fd)
+                    _add_fd(fs, "lowerdir+", fd)
             # The upperdir must come before the workdir is looked at, and both by the same mount.
             if plan.upper is not None:
                 _add_layer(fs, "upperdir", plan.upper)
@@ -183,9 +191,7 @@ def _overlay_fd(plan: Mount) -> int:
         except OSError as error:
             said = sys.fs_context_log(fs)
             if said and error.errno is not None:
-                raise OSError(
-                    error.errno, f"{error.strerror} (the kernel: {said})", error.filename
-                ) from error
+                raise OSError(error.errno, f"{error.strerror} (the kernel: {said})", error.filename) from error
             raise
         return sys.fsmount(fs, attributes)
 
@@ -193,14 +199,28 @@ def _overlay_fd(plan: Mount) -> int:
 def _add_layer(fs: int, key: str, directory: str) -> None:
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if layers_by() == LAYERS_BY_FD:
-            sys.fsconfig_fd(fs, key, fd)
-        else:
-            sys.fsconfig_string(fs, key, f"/proc/self/fd/{fd}")
+        _add_fd(fs, key, fd)
     except OSError as error:
         raise OSError(error.errno, error.strerror, directory) from error
     finally:
         os.close(fd)
+
+
+def _add_fd(fs: int, key: str, fd: int) -> None:
+    if layers_by() == LAYERS_BY_FD:
+        sys.fsconfig_fd(fs, key, fd)
+    else:
+        sys.fsconfig_string(fs, key, f"/proc/self/fd/{fd}")
+
+
+def _mapping_namespace(plan: Mount, stack: ExitStack) -> int | None:
+    """The user namespace that maps the owners of the plan's layers, if its flags ask for that."""
+    maps = idmap.mapping(plan.flags)
+    if maps is None:
+        return None
+    namespace = idmap.user_namespace(*maps)
+    stack.callback(os.close, namespace)
+    return namespace
 
 
 # Overlay, mount(2)
@@ -208,6 +228,8 @@ def _add_layer(fs: int, key: str, directory: str) -> None:
 
 def _mount_by_string(plan: Mount, target: str) -> None:
     flags, _, rest = _split_flags(plan.flags)
+    if idmap.mapping(plan.flags) is not None:
+        raise errors.Unimplemented("this kernel has no ID-mapped layers", hint="Linux 6.8 takes them as descriptors")
     data = _data(plan, rest, None)
     if len(data) <= options.MAX_DATA:
         sys.mount(plan.source, target, "overlay", flags, data)
@@ -251,7 +273,7 @@ def _in_directory(directory: str, action: Callable[[], None]) -> None:
             unshare(CLONE_FS)
             os.chdir(directory)
             action()
-        except BaseException as error:  # handed to the caller's thread, whatever it is
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, whatever it is
             failure.append(error)
 
     thread = threading.Thread(target=body, name="onlap-mount")
@@ -294,14 +316,19 @@ def _bind(plan: Mount, target: str) -> None:
 
 def _bind_fd(plan: Mount) -> int:
     _, attributes, _ = _split_flags(plan.flags)
-    fd = sys.open_tree(os.fsencode(plan.source), recursive="rbind" in plan.flags)
-    try:
-        if attributes:
-            sys.mount_setattr(fd, set_attributes=attributes)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+    with ExitStack() as stack:
+        namespace = _mapping_namespace(plan, stack)
+        if namespace is None:
+            fd = sys.open_tree(os.fsencode(plan.source), recursive="rbind" in plan.flags)
+        else:
+            fd = idmap.mapped(plan.source, namespace)
+        try:
+            if attributes:
+                sys.mount_setattr(fd, set_attributes=attributes)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
 
 def _plain_fd(plan: Mount) -> int:
@@ -329,6 +356,6 @@ def _split_flags(flags: tuple[str, ...]) -> tuple[int, int, list[str]]:
         if flag in _FLAGS:
             for_mount |= _FLAGS[flag][0]
             attributes |= _FLAGS[flag][1]
-        elif flag not in _BIND:
+        elif flag not in _BIND and not flag.startswith((idmap.UID_OPTION, idmap.GID_OPTION)):
             rest.append(flag)
     return for_mount, attributes, rest

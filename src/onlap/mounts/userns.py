@@ -68,9 +68,7 @@ def _raise(answer: bytes, stderr: bytes) -> NoReturn:
     cls = getattr(errors, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, errors.OnlapError)):
         last = stderr.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-        raise errors.Unavailable(
-            f"the helper that mounts in a user namespace ended without an answer: {last}"
-        )
+        raise errors.Unavailable(f"the helper that mounts in a user namespace ended without an answer: {last}")
     raise cls(message)
 
 

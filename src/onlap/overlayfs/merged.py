@@ -3,7 +3,8 @@
 What the kernel's lookup does (fs/overlayfs/namei.c), with the same answers: whiteouts in both forms, opaque
 directories, redirects. It needs no privilege but to read the markers (``trusted.*`` takes CAP_SYS_ADMIN).
 
-Source: the kernel's Documentation/filesystems/overlayfs.rst, "Merging objects", "redirect_dir", "Metadata only copy up".
+Source: the kernel's Documentation/filesystems/overlayfs.rst, "Merging objects", "redirect_dir", "Metadata only
+copy up".
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ class MergedDirectory:
 
     __slots__ = ("_markers", "_owned", "_roots", "parts")
 
-    def __init__(
-        self, parts: Sequence[_Part], roots: Sequence[int], markers: Markers, *, owned: bool = True
-    ) -> None:
+    def __init__(self, parts: Sequence[_Part], roots: Sequence[int], markers: Markers, *, owned: bool = True) -> None:
         self.parts = tuple(parts)
         self._roots = roots
         self._markers = markers

@@ -38,7 +38,7 @@ def unescape(value: bytes) -> bytes:
 
 
 def split(value: bytes, separator: bytes) -> list[bytes]:
-    """Split at unescaped separators, keeping the escapes (params.c, ovl_next_opt and ovl_parse_param_split_lowerdirs)."""
+    """Split at unescaped separators, keeping the escapes (params.c, ovl_next_opt)."""
     parts = [bytearray()]
     escaped = False
     for byte in value:

@@ -130,9 +130,7 @@ class Snapshotter(Protocol):
         """
         ...
 
-    def prepare(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """A new active snapshot, which begins with the parent's content.
 
         Args:
@@ -147,9 +145,7 @@ class Snapshotter(Protocol):
         """
         ...
 
-    def view(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """The same, read-only; it can be removed, but not committed."""
         ...
 
@@ -230,8 +226,6 @@ def check_name(name: str, what: str = "key") -> None:
     try:
         encoded = name.encode()
     except UnicodeEncodeError as error:
-        raise errors.InvalidArgument(
-            f"the {what} {errors.shown(name)} is not valid UTF-8", key=name
-        ) from error
+        raise errors.InvalidArgument(f"the {what} {errors.shown(name)} is not valid UTF-8", key=name) from error
     if b"\0" in encoded:
         raise errors.InvalidArgument(f"the {what} {errors.shown(name)} holds a NUL", key=name)

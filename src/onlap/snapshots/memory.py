@@ -87,15 +87,11 @@ class MemorySnapshotter:
                 raise errors.FailedPrecondition(f"snapshot {key} is committed and has no mounts", key=key)
             return [plan.bind(self._trees[key], readonly=kind == VIEW)]
 
-    def prepare(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.prepare`."""
         return self._new(ACTIVE, key, parent, labels)
 
-    def view(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.view`."""
         return self._new(VIEW, key, parent, labels)
 

@@ -102,9 +102,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
             raise errors.InvalidArgument(
                 "redirect_dir needs trusted xattrs: the kernel takes it not together with userxattr"
             )
-        found = settle(
-            self.catalog.database, KIND, lambda: _as_settings(wanted or Properties(default_flavour()))
-        )
+        found = settle(self.catalog.database, KIND, lambda: _as_settings(wanted or Properties(default_flavour())))
         properties = Properties(found["flavour"], found["redirect_dir"] == "on")
         if wanted is not None and wanted != properties:
             raise errors.FailedPrecondition(

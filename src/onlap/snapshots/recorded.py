@@ -1,4 +1,4 @@
-"""What all snapshotters with a catalog share: records, names, labels, walks. How a tree is built and mounted is theirs."""
+"""What all snapshotters with a catalog share: records, names, labels, walks; trees and mounts are their own."""
 
 from __future__ import annotations
 
@@ -238,15 +238,11 @@ class RecordedSnapshotter(ABC):
             self.catalog.update(self._owner, key, lambda c, record: records.set_labels(c, record.id, changes))
         )
 
-    def prepare(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.prepare`."""
         return self._new(ACTIVE, key, parent, labels or {})
 
-    def view(
-        self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None
-    ) -> list[Mount]:
+    def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.view`."""
         return self._new(VIEW, key, parent, labels or {})
 
@@ -256,7 +252,7 @@ class RecordedSnapshotter(ABC):
         def look(connection: Connection) -> Record | None:
             above = check_parent(connection, self._owner, parent)
             # Looked up here already, though the transaction will again: not to build a tree for nothing.
-            if records.find(connection, self._owner, key) is not None:
+            if records.exists(connection, self._owner, key):
                 raise records.already_exists(key)
             return above
 

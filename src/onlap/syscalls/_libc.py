@@ -50,11 +50,7 @@ def syscall(number: int, *args: object, path: object = None) -> int:
 
 def _error(path: object) -> OSError:
     number = ctypes.get_errno()
-    return (
-        OSError(number, os.strerror(number), path)
-        if path is not None
-        else OSError(number, os.strerror(number))
-    )
+    return OSError(number, os.strerror(number), path) if path is not None else OSError(number, os.strerror(number))
 
 
 def fspath(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> bytes:

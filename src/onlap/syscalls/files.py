@@ -45,9 +45,7 @@ class _OpenHow(ctypes.Structure):
 def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int, mode: int = 0) -> int:
     """Open ``path`` under ``dir_fd`` with restrictions on how it may be resolved; close-on-exec."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    return _libc.syscall(
-        _libc.OPENAT2, dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how), path=path
-    )
+    return _libc.syscall(_libc.OPENAT2, dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how), path=path)
 
 
 def clone_file(source_fd: int, target_fd: int) -> None:
@@ -66,9 +64,7 @@ def syncfs(fd: int) -> None:
     _libc.call("syncfs", ctypes.c_int(fd))
 
 
-def renameat2(
-    source_dir_fd: int, source: str | bytes, target_dir_fd: int, target: str | bytes, flags: int
-) -> None:
+def renameat2(source_dir_fd: int, source: str | bytes, target_dir_fd: int, target: str | bytes, flags: int) -> None:
     """renameat2(2)."""
     _libc.call(
         "renameat2",

@@ -132,9 +132,7 @@ def fs_context_log(fs: int) -> str:
 
 def move_mount(mount_fd: int, target: Path) -> None:
     """Attach a detached mount at ``target``."""
-    _libc.syscall(
-        _libc.MOVE_MOUNT, mount_fd, b"", AT_FDCWD, fspath(target), MOVE_MOUNT_F_EMPTY_PATH, path=target
-    )
+    _libc.syscall(_libc.MOVE_MOUNT, mount_fd, b"", AT_FDCWD, fspath(target), MOVE_MOUNT_F_EMPTY_PATH, path=target)
 
 
 def open_tree(path: Path, *, recursive: bool = False, dir_fd: int = AT_FDCWD) -> int:

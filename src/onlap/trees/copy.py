@@ -255,9 +255,7 @@ class Copier:
             else:
                 return status.st_size
         if status.st_blocks * 512 < status.st_size:
-            done = sum(
-                copy_range(source, target, start, end) for start, end in data_ranges(source, status.st_size)
-            )
+            done = sum(copy_range(source, target, start, end) for start, end in data_ranges(source, status.st_size))
             os.ftruncate(target, status.st_size)
             return done
         return copy_range(source, target, 0, None)
@@ -279,9 +277,7 @@ class Copier:
         self._chown(
             target_dir,
             status,
-            lambda: os.chown(
-                target_name, status.st_uid, status.st_gid, dir_fd=target_dir, follow_symlinks=False
-            ),
+            lambda: os.chown(target_name, status.st_uid, status.st_gid, dir_fd=target_dir, follow_symlinks=False),
         )
         if not stat.S_ISLNK(status.st_mode):
             # fchmodat(2) has no way not to follow a symlink before Linux 6.6; we have just made it, and it is none.

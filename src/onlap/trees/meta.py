@@ -37,7 +37,7 @@ class Meta(NamedTuple):
     mtime_ns: int
     rdev: int = 0
     target: str | None = None
-    xattrs: Mapping[str, bytes] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
+    xattrs: Mapping[str, bytes] = {}
 
     @property
     def is_dir(self) -> bool:

@@ -59,9 +59,7 @@ def _open(dir_fd: int, name: str) -> int | None:
         if error.errno == errno.EACCES:
             # The kernel's work/work has mode 000, and layers may hold such directories too; as their owner we may
             # change that. O_PATH needs no permission of the directory itself.
-            fd = files.openat2(
-                name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd, resolve=_RESOLVE
-            )
+            fd = files.openat2(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd, resolve=_RESOLVE)
             try:
                 os.chmod(f"/proc/self/fd/{fd}", 0o700)
             finally:

@@ -31,9 +31,7 @@ def import_directory(
             f"{shown(source)} lies inside the root {shown(root)}", key=source, hint="import something else"
         )
     own = os.stat(root)
-    copier = Copier(
-        exclude=exclude, allow_changes=allow_changes, avoid=[(own.st_dev, own.st_ino)], progress=progress
-    )
+    copier = Copier(exclude=exclude, allow_changes=allow_changes, avoid=[(own.st_dev, own.st_ino)], progress=progress)
     return _copy(copier, source, target, f"import {shown(source)}")
 
 

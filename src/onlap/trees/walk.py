@@ -29,9 +29,7 @@ class Entry(NamedTuple):
     status: os.stat_result
 
 
-def walk(
-    top: int, *, descend: Callable[[Entry], bool] | None = None, ordered: bool = True
-) -> Iterator[Entry]:
+def walk(top: int, *, descend: Callable[[Entry], bool] | None = None, ordered: bool = True) -> Iterator[Entry]:
     """Every file below ``top``, a directory before what is in it; ``top`` itself is not among them.
 
     Args:

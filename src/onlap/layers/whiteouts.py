@@ -1,0 +1,232 @@
+"""What an archive removes: whiteouts and opaque marks.
+
+They act on what was there before the archive, in whatever order they come among its entries (OCI image specification,
+layer.md): on the layers below, and on what the layer itself held. What the archive itself puts there stays.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from onlap.errors import shown
+from onlap.layers import paths
+from onlap.layers.directories import Blocked, Directory
+from onlap.layers.upper import MAX_SYMLINKS, Upper
+from onlap.overlayfs.markers import is_whiteout, make_whiteout
+
+
+class Whiteouts:
+    """The removals of one archive.
+
+    Args:
+        upper: the layer that is written.
+    """
+
+    def __init__(self, upper: Upper) -> None:
+        self._upper = upper
+        self._directories = upper.directories
+        self._lowers = upper.lowers
+
+    def whiteout(self, parent: str, base: str) -> None:
+        """Remove what was at ``base`` in ``parent`` before the archive.
+
+        Raises:
+            ValueError: an entry was put through the symlink that goes.
+            OSError: it cannot be removed.
+        """
+        where = self._before(parent)
+        if where is not None:
+            self._remove_before(where, base)
+
+    def opaque(self, path: str) -> None:
+        """Remove all that was in the directory ``path`` before the archive.
+
+        Raises:
+            ValueError: an entry was put through a symlink that goes.
+            OSError: it cannot be removed.
+        """
+        where = self._before(path)
+        if where is None:
+            return
+        if not where:
+            self._clear_top()
+            return
+        upper = self._directories.find(where)
+        if isinstance(upper, Blocked):
+            return
+        self._check_followed(where)
+        if upper is not None:
+            self._prune(where)
+        if self._lowers.directory(where) is not None:
+            directory = self._upper.ensure(where)
+            directory.dirty = True
+            self._upper.make_opaque(directory)
+
+    def _clear_top(self) -> None:
+        # fs/overlayfs/super.c merges the tops of all layers, whatever their xattrs say: each name needs a whiteout.
+        below = self._lowers.directory("")
+        names = set(below.names()) if below is not None else set()
+        if self._upper.tracking:
+            names.update(os.listdir(self._upper.top.fd))
+        for name in sorted(names):
+            self._remove_before("", name)
+
+    def _before(self, path: str) -> str | None:
+        """Where the directory called ``path`` was before the archive; None when there was none, or it is hidden."""
+        pending = path.split("/")[::-1]
+        here = ""
+        links = 0
+        while pending:
+            name = pending.pop()
+            if not name or name == ".":
+                continue
+            if name == "..":
+                here = here.rpartition("/")[0]
+                continue
+            child = paths.join(here, name)
+            target = self._step_before(here, name, child)
+            if target is None:
+                return None
+            if not target:
+                here = child
+                continue
+            links += 1
+            if links > MAX_SYMLINKS:
+                raise ValueError("too many symlinks on the way to it")
+            if target.startswith("/"):
+                here = ""
+            pending += target.split("/")[::-1]
+        return here
+
+    def _step_before(self, here: str, name: str, child: str) -> str | None:
+        """As :meth:`_step`, in the tree as it was before the archive."""
+        if self._upper.tracking:
+            if child in self._upper.replaced:
+                return self._upper.replaced[child]
+            upper = self._directories.find(here)
+            status = upper.status(name) if isinstance(upper, Directory) else None
+            if status is not None and isinstance(upper, Directory):
+                if stat.S_ISDIR(status.st_mode):
+                    return ""
+                if stat.S_ISLNK(status.st_mode) and not self._upper.is_own(child):
+                    return os.readlink(name, dir_fd=upper.fd)
+                if is_whiteout(status) or not self._upper.is_own(child):
+                    return None
+        found = self._lowers.lookup(here, name)
+        if found is None:
+            return None
+        if stat.S_ISLNK(found.status.st_mode):
+            return os.readlink(found.name, dir_fd=found.dir_fd)
+        return "" if stat.S_ISDIR(found.status.st_mode) else None
+
+    def _remove_before(self, where: str, base: str) -> None:
+        """Remove what was at a path without symlinks, and hide what is below; the archive's own entries stay."""
+        path = paths.join(where, base)
+        upper = self._directories.find(where)
+        if isinstance(upper, Blocked):
+            return  # hidden already: by a whiteout, or by a file of the archive
+        if upper is not None:
+            status = upper.status(base)
+            if status is not None:
+                if is_whiteout(status):
+                    return
+                self._check_followed(path)
+                if self._kept(upper, base, path, status):
+                    return
+        else:
+            self._check_followed(path)
+        if self._lowers.lookup(where, base) is not None:
+            directory = self._upper.ensure(where)
+            directory.dirty = True
+            make_whiteout(base, dir_fd=directory.fd)
+
+    def _kept(self, upper: Directory, base: str, path: str, status: os.stat_result) -> bool:
+        """Remove what of ``path`` the archive did not make; whether anything is left."""
+        if not stat.S_ISDIR(status.st_mode):
+            if self._upper.is_own(path):
+                return True
+            upper.dirty = True
+            os.unlink(base, dir_fd=upper.fd)
+            self._upper.forget(path)
+            return False
+        kept = self._prune(path) or self._upper.is_own(path)
+        directory = self._directories.find(path)
+        if not isinstance(directory, Directory):
+            return False
+        if kept:
+            if not self._upper.is_own(path):
+                self._upper.attributes.reset_directory(directory)
+            self._upper.make_opaque(directory)
+            return True
+        self._rmdir(path)
+        return False
+
+    def _rmdir(self, path: str) -> None:
+        parent_path, _, base = path.rpartition("/")
+        self._directories.close_below(path, forget=True)
+        parent = self._directories.find(parent_path)
+        if isinstance(parent, Directory):
+            parent.dirty = True
+            os.rmdir(base, dir_fd=parent.fd)
+        self._upper.forget(path)
+
+    def _prune(self, top: str) -> bool:
+        """Remove from a directory of the layer what the archive did not make; whether anything is left in it.
+
+        Directories that stay and that the archive did not name lose what they had from the layers below.
+        """
+        # One frame a directory: its path, those in it that are still to be visited, whether anything is left.
+        frames: list[tuple[str, list[str]]] = []
+        left: set[str] = set()
+        frames.append((top, self._prune_files(top, left)))
+        while frames:
+            path, below = frames[-1]
+            if below:
+                child = below.pop()
+                frames.append((child, self._prune_files(child, left)))
+                continue
+            frames.pop()
+            if path == top:
+                break
+            if path in left or self._upper.is_own(path):
+                left.add(frames[-1][0])
+                directory = self._directories.find(path)
+                if not self._upper.is_own(path) and isinstance(directory, Directory):
+                    self._upper.attributes.reset_directory(directory)
+                left.discard(path)
+            else:
+                self._rmdir(path)
+        return top in left
+
+    def _prune_files(self, path: str, left: set[str]) -> list[str]:
+        """Remove what is no directory; the directories in it, as paths."""
+        directory = self._directories.find(path)
+        if not isinstance(directory, Directory):
+            return []
+        below = []
+        with os.scandir(directory.fd) as entries:
+            listed = list(entries)
+        for entry in listed:
+            child = paths.join(path, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                below.append(child)
+                continue
+            own = self._upper.is_own(child)
+            if own and not entry.is_file(follow_symlinks=False) and not entry.is_symlink():
+                own = not is_whiteout(entry.stat(follow_symlinks=False))
+            if own:
+                left.add(path)
+            else:
+                directory.dirty = True
+                os.unlink(entry.name, dir_fd=directory.fd)
+                self._upper.forget(child)
+        return below
+
+    def _check_followed(self, path: str) -> None:
+        for followed in self._upper.followed:
+            if paths.is_below(followed, path):
+                raise ValueError(
+                    f"it removes the symlink {shown(followed)} after entries that were put through it; "
+                    "such an archive must have its whiteouts first"
+                )
