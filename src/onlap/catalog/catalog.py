@@ -23,7 +23,7 @@ from onlap.catalog.database import Connection, Database
 from onlap.catalog.epoch import epoch
 from onlap.catalog.janitor import Janitor
 from onlap.catalog.layout import Layout
-from onlap.catalog.locks import open_directory, try_lock
+from onlap.catalog.locks import claim_directory, open_directory, try_lock
 from onlap.catalog.records import ACTIVE, COMMITTED, Condition, Record
 from onlap.catalog.staging import Staging
 from onlap.catalog.sync import Syncer
@@ -69,6 +69,7 @@ class Catalog:
         self.staging = Staging(self.layout.staging)
         self.trash = Trash(self.layout.root, self.layout.trash)
         self._syncer = Syncer(self.layout.snapshots)
+        self.lost: list[Record] = []
         self._floor = self._highest_number()
         self._closed = False
         _catalogs.add(self)
@@ -120,26 +121,23 @@ class Catalog:
         self._syncer.after_fork()
         self._janitor.after_fork()
 
-    def recover(self, remake: Callable[[Record], bool]) -> list[Record]:
+    def recover(self, remake: Callable[[Record], bool]) -> None:
         """Look for trees that a power cut took, when there may have been one since the root was opened last.
 
         A durable row does not make its fresh directory durable: the rename into ``snapshots/`` may be lost while the
         row is kept, and an fsync of ``snapshots/`` on every prepare would double its time.
 
         Args:
-            remake: makes what is missing of a snapshot's directory and says whether it is whole then.
-
-        Returns:
-            The snapshots whose trees are lost.
+            remake: makes what is missing of a snapshot's directory and says whether it is whole then. Those that are
+                not are in :attr:`lost`.
         """
         now = epoch(self.layout.snapshots)
         if self.database.read(lambda c: records.setting(c, "epoch")) == now:
-            return []
-        lost = [record for record in self.walk(None) if not remake(record)]
+            return
+        self.lost = [record for record in self.walk(None) if not remake(record)]
         self.database.write(lambda c: records.put_setting(c, "epoch", now))
-        for record in lost:
+        for record in self.lost:
             _warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, leaf first")
-        return lost
 
     # Reading
 
@@ -190,6 +188,29 @@ class Catalog:
                 if not try_lock(fd, shared=True):
                     raise errors.NotFound(f"the tree {path} is being deleted", hint="it was removed meanwhile")
             yield
+
+    @contextlib.contextmanager
+    def serve(self, owner: str) -> Iterator[None]:
+        """Be the one server of an owner's snapshots.
+
+        Raises:
+            FailedPrecondition: there is another.
+        """
+        # A directory in staging, held by its lock: when the server is dead, it is what every dead process leaves.
+        path = f"{self.layout.staging}/server-{owner.encode().hex()}"
+        fd = claim_directory(path)
+        if fd is None:
+            raise errors.FailedPrecondition(
+                f"another server serves the snapshots of {shown(owner)} in this root",
+                key=owner,
+                hint="stop it first, or give another --owner",
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # cleanup takes what is left
+                os.rmdir(path)
+            os.close(fd)
 
     @contextlib.contextmanager
     def hold_for_writing(self, identifier: int) -> Iterator[None]:
@@ -333,25 +354,33 @@ class Catalog:
     # Garbage
 
     def cleanup(self) -> int:
-        """Delete what belongs to nobody: removed trees, orphans in ``snapshots/``, staging of dead processes.
+        """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
+        self.collect()
+        return self.sweep()
 
-        Returns:
-            How many trees were deleted; those that are mounted or read wait for the next time.
+    def collect(self, *, wake: bool = False) -> None:
+        """Move what belongs to nobody to the trash: orphans in ``snapshots/``, staging of dead processes.
+
+        Args:
+            wake: let the background delete it, and all that waits in the trash.
 
         Raises:
             OnlapError: the filesystem refuses.
         """
         try:
-            return self.staging.collect() + self._collect_orphans() + self.sweep()
+            self.staging.collect(self.trash.put)
+            self._collect_orphans()
         except OSError as error:
             raise errors.from_oserror(error, doing="clean up", key=self.layout.root) from error
+        if wake:
+            self._janitor.wake()
 
-    def _collect_orphans(self) -> int:
-        names = [name for name in os.listdir(self.layout.snapshots) if name.isdigit()]
+    def _collect_orphans(self) -> None:
+        numbers = [int(name) for name in os.listdir(self.layout.snapshots) if name.isdigit()]
         known = self.database.read(records.ids)
-        suspects = [int(name) for name in names if int(name) not in known]
+        suspects = [number for number in numbers if number not in known]
         if not suspects:
-            return 0
+            return
 
         def operation(connection: Connection) -> None:
             # Under the lock: a tree without a record now has none because its transaction failed, not because that
@@ -362,7 +391,6 @@ class Catalog:
                     self.trash.put(self.layout.snapshot(identifier))
 
         self.database.write(operation)
-        return 0  # counted by the sweep
 
     def sweep(self) -> int:
         """Delete what waits in the trash and nobody uses; returns how many trees."""

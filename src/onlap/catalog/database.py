@@ -26,10 +26,10 @@ T = TypeVar("T")
 Connection = sqlite3.Connection
 
 # A commit appends five to ten pages of 4 KiB to the write-ahead log. In a file that grows, its fdatasync has to write
-# the file's new size too, and takes twice as long (467 us against 220 us). So the log is made large once, and emptied by
-# a checkpoint before it would outgrow that size; SQLite then begins it anew.
-LOG_SIZE = 4 << 20
-COMMITS_TO_CHECKPOINT = 100
+# the file's new size too, and takes twice as long (467 us against 220 us). So the log is made large once, and emptied
+# by a checkpoint before it would outgrow that size; SQLite then begins it anew.
+LOG_SIZE = 8 << 20
+COMMITS_TO_CHECKPOINT = 300
 # A process that writes less than this is a short command, which would only pay for a large log.
 COMMITS_TO_GROW = 10
 

@@ -47,12 +47,11 @@ class Janitor:
         else:
             self._later = True
         self._due.set()
-        if self._thread is None:
-            with self._mutex:
-                if self._thread is None and not self._stopping.is_set():
-                    # A daemon: what it has not done, the next one does; nothing of it is needed for correctness.
-                    self._thread = threading.Thread(target=self._run, name="onlap-janitor", daemon=True)
-                    self._thread.start()
+        with self._mutex:
+            if self._thread is None and not self._stopping.is_set():
+                # A daemon: what it has not done, the next one does; nothing of it is needed for correctness.
+                self._thread = threading.Thread(target=self._run, name="onlap-janitor", daemon=True)
+                self._thread.start()
 
     def stop(self) -> None:
         """End the thread soon, and wait for it."""

@@ -27,6 +27,39 @@ def open_directory(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
+def claim_directory(path: str) -> int | None:
+    """Make a directory and hold its lock; None when somebody holds it already.
+
+    Returns:
+        The descriptor to keep open. Whoever takes the directory away for dead takes its lock first.
+    """
+    while True:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        try:
+            fd = open_directory(path)
+        except FileNotFoundError:
+            continue
+        if not try_lock(fd):
+            os.close(fd)
+            return None
+        # Between mkdir and flock somebody may have taken it for a dead one's: then the name is gone, or another's.
+        if _still_at(fd, path):
+            return fd
+        os.close(fd)
+
+
+def _still_at(fd: int, path: str) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
 class FileLock:
     """An exclusive lock on a file, waited for in the order of arrival.
 

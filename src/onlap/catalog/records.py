@@ -262,6 +262,11 @@ def set_usage(connection: sqlite3.Connection, identifier: int, inodes: int, size
     )
 
 
+def count(connection: sqlite3.Connection) -> list[tuple[str, str, int]]:
+    """How many snapshots there are, by kind and owner."""
+    return connection.execute("SELECT kind, owner, count(*) FROM snapshots GROUP BY kind, owner").fetchall()
+
+
 def ids(connection: sqlite3.Connection) -> set[int]:
     """Every id."""
     return {row[0] for row in connection.execute("SELECT id FROM snapshots")}

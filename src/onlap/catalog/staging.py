@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+from collections.abc import Callable
 
-from onlap.catalog.locks import open_directory, try_lock
+from onlap.catalog.locks import claim_directory, open_directory, try_lock
 from onlap.trees.remove import remove
 
 
@@ -46,13 +47,10 @@ class Staging:
     def _claim(self) -> str:
         while True:
             path = f"{self._directory}/{os.getpid()}-{secrets.token_hex(4)}"
-            os.mkdir(path, 0o700)
-            fd = open_directory(path)
-            # Between our mkdir and our flock a cleanup may have taken it for a dead process's: then the name is gone.
-            if try_lock(fd) and _still_at(fd, path):
+            fd = claim_directory(path)
+            if fd is not None:
                 self._own, self._fd = path, fd
                 return path
-            os.close(fd)
 
     def discard(self, path: str) -> None:
         """Remove a directory that :meth:`new` gave, if it is still there."""
@@ -63,28 +61,21 @@ class Staging:
         finally:
             os.close(fd)
 
-    def collect(self) -> int:
-        """Remove what dead processes left; returns the number of directories."""
-        removed = 0
-        top = open_directory(self._directory)
-        try:
-            for name in os.listdir(top):
-                path = f"{self._directory}/{name}"
-                if path == self._own:
-                    continue
-                try:
-                    fd = open_directory(path)
-                except FileNotFoundError:
-                    continue
-                try:
-                    if try_lock(fd):
-                        remove(top, name)
-                        removed += 1
-                finally:
-                    os.close(fd)
-        finally:
-            os.close(top)
-        return removed
+    def collect(self, put: Callable[[str], None]) -> None:
+        """Hand what dead processes left to ``put``, which moves it away."""
+        for name in os.listdir(self._directory):
+            path = f"{self._directory}/{name}"
+            if path == self._own:
+                continue
+            try:
+                fd = open_directory(path)
+            except FileNotFoundError:
+                continue
+            try:
+                if try_lock(fd):
+                    put(path)
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Remove our own directory when it is empty, and give its lock back."""
@@ -97,12 +88,3 @@ class Staging:
             pass
         os.close(self._fd)
         self._fresh()
-
-
-def _still_at(fd: int, path: str) -> bool:
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(fd)
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)

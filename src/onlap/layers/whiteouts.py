@@ -100,19 +100,23 @@ class Whiteouts:
         return here
 
     def _step_before(self, here: str, name: str, child: str) -> str | None:
-        """As :meth:`_step`, in the tree as it was before the archive."""
+        """One name on the way.
+
+        Returns:
+            The target of a symlink, nothing for a directory, None where the way ends.
+        """
+        upper = self._directories.find(here)
+        status = upper.status(name) if isinstance(upper, Directory) else None
+        if status is not None and is_whiteout(status):
+            return None  # an earlier whiteout removed it
         if self._upper.tracking:
             if child in self._upper.replaced:
                 return self._upper.replaced[child]
-            upper = self._directories.find(here)
-            status = upper.status(name) if isinstance(upper, Directory) else None
             if status is not None and isinstance(upper, Directory):
                 if stat.S_ISDIR(status.st_mode):
                     return ""
-                if stat.S_ISLNK(status.st_mode) and not self._upper.is_own(child):
-                    return os.readlink(name, dir_fd=upper.fd)
-                if is_whiteout(status) or not self._upper.is_own(child):
-                    return None
+                if not self._upper.is_own(child):
+                    return os.readlink(name, dir_fd=upper.fd) if stat.S_ISLNK(status.st_mode) else None
         found = self._lowers.lookup(here, name)
         if found is None:
             return None

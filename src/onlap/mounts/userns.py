@@ -14,8 +14,6 @@ import os
 import socket
 import subprocess
 import sys
-from typing import NoReturn
-
 from onlap import errors
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
@@ -60,16 +58,16 @@ def detached(plan: Mount) -> int:
     if fds:
         os.set_inheritable(fds[0], False)
         return fds[0]
-    _raise(answer, stderr)
+    raise _failure(answer, stderr)
 
 
-def _raise(answer: bytes, stderr: bytes) -> NoReturn:
+def _failure(answer: bytes, stderr: bytes) -> errors.OnlapError:
     kind, _, message = answer.decode("utf-8", "surrogateescape").partition("\n")
     cls = getattr(errors, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, errors.OnlapError)):
         last = stderr.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-        raise errors.Unavailable(f"the helper that mounts in a user namespace ended without an answer: {last}")
-    raise cls(message)
+        return errors.Unavailable(f"the helper that mounts in a user namespace ended without an answer: {last}")
+    return cls(message)
 
 
 def _package_parent() -> str:

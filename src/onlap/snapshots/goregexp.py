@@ -1,8 +1,8 @@
 """Go's regular expressions, translated to Python's `re`.
 
-Source: Go's regexp/syntax/parse.go, with its Perl flags. Only whether something matches counts, so groups lose
-their names, and U (ungreedy) its meaning. Flags are applied to each atom, since they may change inside a group. Python repeats
-no bare assertion, so those become groups.
+Source: Go's regexp/syntax/parse.go, with its Perl flags. Only whether something matches counts, so groups lose their
+names, and U (ungreedy) its meaning. Flags are applied to each atom, since they may change inside a group. Python
+repeats no bare assertion, so those become groups.
 """
 
 from __future__ import annotations

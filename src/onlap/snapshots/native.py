@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
+from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
+from onlap.errors import shown
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.snapshots.properties import settle
@@ -52,6 +54,14 @@ class NativeSnapshotter(RecordedSnapshotter):
                 return False
             copy_tree(above, tree)
         return True
+
+    def _check_rebase(self, record: Record, parent: str | None) -> None:
+        if parent and record.parent is None:
+            raise errors.Unimplemented(
+                f"snapshot {shown(record.name)} is a copy, which cannot be put on a parent afterwards",
+                key=record.name,
+                hint="prepare it on the parent",
+            )
 
     def layers(self, record: Record) -> list[str]:
         """The directory that holds a snapshot's tree: the parent's, for a view."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from onlap import errors
@@ -59,6 +59,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
         remap_ids: let the labels ``containerd.io/snapshot/uidmapping`` and ``.../gidmapping`` ask for an ID-mapped
             mount (Linux 5.19).
         slow_chown: do not insist on it: let the client copy and chown where it has to.
+        unpacked: says of a key whether a layer is unpacked into it that may get a parent only at its commit. Then it is
+            an overlay over an empty directory rather than a bind, so that whiteouts are written as OverlayFS has them.
         options: those of :class:`RecordedSnapshotter`.
 
     Raises:
@@ -75,6 +77,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
         mount_options: tuple[str, ...] = (),
         remap_ids: bool = False,
         slow_chown: bool = False,
+        unpacked: Callable[[str], bool] = lambda _key: False,
         **options: object,
     ) -> None:
         self._wanted = properties
@@ -82,6 +85,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
         self._mount_options = tuple(mount_options)
         self._remap_ids = remap_ids
         self._slow_chown = slow_chown
+        self._unpacked = unpacked
         super().__init__(root, **options)  # type: ignore[arg-type]
 
     @property
@@ -181,9 +185,10 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         layout = self.catalog.layout
-        if not ancestors:
-            return [plan.bind(layout.tree(record.id), readonly=record.kind == VIEW)]
-        lowers = tuple(layout.tree(identifier) for identifier in ancestors)
+        if not ancestors and not (record.kind == ACTIVE and self._unpacked(record.name)):
+            bind = plan.bind(layout.tree(record.id), readonly=record.kind == VIEW)
+            return [bind._replace(flags=self._mapping_flags(record) + bind.flags)]
+        lowers = tuple(layout.tree(identifier) for identifier in ancestors) or (layout.empty,)
         if record.kind == VIEW and len(lowers) == 1:
             # OverlayFS wants two lower layers where there is no upper.
             return [plan.bind(lowers[0], readonly=True)]

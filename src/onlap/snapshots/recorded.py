@@ -103,9 +103,17 @@ class RecordedSnapshotter(ABC):
     def _differences(self, one: Record, other: Record) -> Iterator[Change]:
         """How the tree of one snapshot differs from another's; raises OSError."""
 
+    def _check_rebase(self, record: Record, parent: str | None) -> None:  # noqa: B027 - most can, and need no check
+        """Refuse to give a snapshot a parent at its commit, where that cannot be done."""
+
     @abstractmethod
     def layers(self, record: Record) -> list[str]:
         """The directories that make up a snapshot's tree, topmost first."""
+
+    @property
+    def owner(self) -> str:
+        """Whose snapshots it sees and makes; empty for library and command."""
+        return self._owner
 
     # Context manager
 
@@ -294,6 +302,7 @@ class RecordedSnapshotter(ABC):
         """
         check_name(name, "name")
         record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
+        self._check_rebase(record, parent)
         with self._translated("commit snapshot", key):
             tree = self.catalog.layout.tree(record.id)
             empty = is_empty_layer(tree)

@@ -1,0 +1,26 @@
+"""The command ``onlap``: one module a verb, each loaded only when it is asked for.
+
+:mod:`onlap.cli.registry` lists the verbs; :mod:`onlap.cli.program` runs one and turns errors into exit statuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit status (:mod:`onlap.cli.exits`).
+    """
+    import sys
+
+    from onlap.cli.program import run
+
+    return run(list(sys.argv[1:] if argv is None else argv))

@@ -1,0 +1,46 @@
+"""What ``onlap --help`` says."""
+
+from __future__ import annotations
+
+from onlap._version import __version__
+from onlap.cli import exits
+from onlap.cli.registry import VERBS
+
+
+def overview() -> str:
+    """The text, without its last line end."""
+    lines = [
+        f"Onlap {__version__}: OverlayFS for Python. Stacks of read-only layers, a writable view on top, and what was",
+        "written there becomes the next layer.",
+        "",
+        "usage: onlap [--root DIR] [--json] [-q] [-v] VERB ...",
+    ]
+    group = ""
+    for verb in VERBS.values():
+        if verb.group != group:
+            group = verb.group
+            lines += ["", f"{group}:"]
+        lines.append(f"  {verb.name:<10}  {verb.summary}")
+    lines += [
+        "",
+        "options, before or after the verb:",
+        "  --root DIR  where the snapshots are; else $ONLAP_ROOT, else /var/lib/onlap for root and",
+        "              $XDG_DATA_HOME/onlap (~/.local/share/onlap) for others",
+        '  --json      JSON Lines: an object a thing; a name that is not UTF-8 is {"bytes": base64}',
+        "  -q          no warnings, no progress; ls: names only",
+        "  -v          say more; -vv: with tracebacks",
+        "  --version   print the version",
+        "",
+        "a first round:",
+        "  onlap import ./project base       # a committed snapshot",
+        "  onlap prepare work base           # a writable view of it, in about a millisecond",
+        "  onlap enter work -- sh -c 'echo hello > greeting'",
+        "  onlap diff work                   # A /greeting",
+        "  onlap commit next work            # what was written is the next layer",
+        "",
+        "exit status:",
+        *(f"  {line}" for line in exits.MEANING.split("\n")),
+        "",
+        "More: onlap VERB --help. Names are shown with C escapes where a terminal would act on them.",
+    ]
+    return "\n".join(lines)

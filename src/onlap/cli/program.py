@@ -1,0 +1,193 @@
+"""From a command line to an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from onlap import errors
+from onlap.cli import exits
+from onlap.cli.call import Call
+from onlap.cli.output import Output, complain
+from onlap.cli.parser import UsageError, make_parser
+from onlap.cli.registry import VERBS
+from onlap.cli.text import safe
+
+# Options that stand before the verb and take a value.
+_WITH_VALUE = frozenset({"--root"})
+# Verbs that run a command of the user's, whose statuses are theirs.
+_RUNNERS = frozenset({"enter"})
+
+
+class Terminated(BaseException):
+    """A signal asked us to end; raised so that everything is cleaned up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run(argv: list[str]) -> int:
+    """Run a command line; nothing is raised."""
+    out = _first_output(argv)
+    _prepare_process()
+    verb, arguments = split(argv)
+    try:
+        status = _run(verb, arguments, out)
+    except SystemExit as end:  # argparse's --help
+        status = end.code if isinstance(end.code, int) else exits.DONE
+    return _finish(out, status)
+
+
+def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The verb, and the rest: options before the verb count as if they stood behind it."""
+    before: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if not word.startswith("-"):
+            return word, [*before, *rest]
+        before.append(word)
+        if word in _WITH_VALUE:
+            before += [value for value in [next(rest, None)] if value is not None]
+    return None, before
+
+
+def _first_output(argv: Sequence[str]) -> Output:
+    # For the errors of a command line that is not understood; what follows "--" is not ours.
+    ours = list(argv[: argv.index("--")] if "--" in argv else argv)
+    verbose = 2 if "-vv" in ours or ours.count("-v") > 1 else 0
+    return Output(json="--json" in ours, quiet="-q" in ours or "--quiet" in ours, verbose=verbose)
+
+
+def _prepare_process() -> None:
+    from onlap.cli import limits
+
+    limits.raise_open_files()
+    if hasattr(sys.stdout, "reconfigure"):
+        # A locale that cannot show a name is no reason to end.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # SIG_IGN was somebody's wish: nohup(1).
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _terminate)
+
+
+def _terminate(number: int, _frame: object) -> None:
+    raise Terminated(number)
+
+
+def _run(verb: str | None, arguments: list[str], out: Output) -> int:
+    """Run a verb, and say what goes wrong."""
+    runs = verb in _RUNNERS
+    try:
+        return _dispatch(verb, arguments, out)
+    except UsageError as error:
+        out.error("Usage", str(error), hint=f"see: onlap {verb if verb in VERBS else ''} --help".replace("  ", " "))
+        return exits.RUN_FAILED if runs else exits.USAGE
+    except errors.OnlapError as error:
+        _traceback(out)
+        out.onlap_error(error)
+        return exits.RUN_FAILED if runs else exits.BY_KIND.get(error.kind, exits.BUG)
+    except BrokenPipeError:
+        return exits.SIGNAL + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return exits.SIGNAL + signal.SIGINT
+    except Terminated as end:
+        return exits.SIGNAL + end.number
+    except Exception as error:  # noqa: BLE001 - the last one to see it: a line for the user instead of a traceback
+        _traceback(out)
+        where = _place(error)
+        hint = "please report it" if out.verbose > 1 else "please report it, with what -vv shows"
+        out.error("Internal", f"a bug of ours, {type(error).__name__} at {where}: {error}", hint=hint)
+        return exits.RUN_FAILED if runs else exits.BUG
+
+
+def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
+    if verb is None:
+        return _without_verb(arguments, out)
+    if verb not in VERBS:
+        raise UsageError(f"there is no verb {errors.shown(verb)}{_similar(verb)}")
+    module = VERBS[verb].load()
+    args = make_parser(VERBS[verb]).read(arguments)
+    out.json, out.quiet, out.verbose = args.json, args.quiet, args.verbose
+    if out.quiet or out.verbose:
+        _configure_logging(out)
+    action: Callable[[Call], int | None] = module.run
+    status = action(Call(verb, args, out)) or exits.DONE
+    out.flush()
+    return status
+
+
+def _without_verb(arguments: list[str], out: Output) -> int:
+    from onlap.cli.overview import overview
+
+    if "--version" in arguments:
+        from onlap._version import __version__
+
+        out.line(f"onlap {__version__}")
+    elif "-h" in arguments or "--help" in arguments:
+        out.line(overview())
+    elif arguments:
+        raise UsageError("a verb is missing")
+    else:
+        complain(overview())
+        return exits.USAGE
+    out.flush()
+    return exits.DONE
+
+
+def _similar(verb: str) -> str:
+    from difflib import get_close_matches
+
+    found = get_close_matches(verb, VERBS, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _configure_logging(out: Output) -> None:
+    """Without -q or -v the standard library prints warnings as they are, and ``logging`` need not be loaded."""
+    import logging
+
+    level = logging.ERROR if out.quiet else logging.DEBUG if out.verbose > 1 else logging.INFO
+    logging.basicConfig(level=level, format="onlap: %(message)s", stream=sys.stderr)
+
+
+def _traceback(out: Output) -> None:
+    if out.verbose > 1:
+        import traceback
+
+        # Control characters stay out of the terminal; the line ends are ours.
+        complain("\n".join(map(safe, traceback.format_exc().rstrip("\n").split("\n"))))
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "?"
+    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+
+
+def _finish(out: Output, status: int) -> int:
+    """Give away what is still buffered, so that the interpreter finds nothing to complain of at its end."""
+    try:
+        out.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        return status or exits.SIGNAL + signal.SIGPIPE
+    except errors.OnlapError as error:
+        _discard_stdout()
+        if status == exits.DONE:
+            out.onlap_error(error)
+            return exits.BY_KIND[error.kind]
+    return status
+
+
+def _discard_stdout() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, sys.stdout.fileno())
+    finally:
+        os.close(nowhere)

@@ -1,0 +1,65 @@
+"""Every verb, with the module that runs it; nothing is loaded before it is asked for.
+
+A module of a verb has ``arguments(parser)``, which declares what it takes, and ``run(call)``, which does it and returns
+the exit status (None for 0).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """One verb.
+
+    Attributes:
+        name: what the user types.
+        module: of :mod:`onlap.cli.verbs`.
+        group: the heading that it stands under in the help.
+        summary: what it does, in a line.
+    """
+
+    name: str
+    module: str
+    group: str
+    summary: str
+
+    def load(self) -> ModuleType:
+        """Its module."""
+        from importlib import import_module
+
+        return import_module(f"onlap.cli.verbs.{self.module}")
+
+
+_SNAPSHOTS = "snapshots"
+_MOUNTING = "mounting"
+_CONTENT = "content"
+_CARE = "care"
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb("init", "init", _SNAPSHOTS, "make a root, or say what the one that is there is"),
+        Verb("prepare", "prepare", _SNAPSHOTS, "a new active snapshot, which can be written to"),
+        Verb("view", "prepare", _SNAPSHOTS, "a new read-only snapshot"),
+        Verb("commit", "commit", _SNAPSHOTS, "turn an active snapshot into a committed one"),
+        Verb("rm", "rm", _SNAPSHOTS, "remove snapshots, and free their space"),
+        Verb("ls", "ls", _SNAPSHOTS, "list the snapshots"),
+        Verb("tree", "tree", _SNAPSHOTS, "show which snapshot stands on which"),
+        Verb("info", "info", _SNAPSHOTS, "all that is known of a snapshot"),
+        Verb("label", "label", _SNAPSHOTS, "set, take away or show labels"),
+        Verb("usage", "usage", _SNAPSHOTS, "bytes and inodes that snapshots take"),
+        Verb("mounts", "mounts", _MOUNTING, "print how a snapshot is mounted"),
+        Verb("mount", "mount", _MOUNTING, "mount a snapshot at a directory"),
+        Verb("umount", "mount", _MOUNTING, "unmount it"),
+        Verb("enter", "enter", _MOUNTING, "run a command in a snapshot's tree, in a namespace of its own"),
+        Verb("diff", "diff", _CONTENT, "what a snapshot changed, or how two differ"),
+        Verb("import", "import_", _CONTENT, "take a directory in, as a committed snapshot"),
+        Verb("export", "export", _CONTENT, "copy a snapshot's tree into a directory"),
+        Verb("cleanup", "cleanup", _CARE, "delete what belongs to no snapshot"),
+        Verb("probe", "probe", _CARE, "what this kernel and a directory can do"),
+        Verb("demo", "demo", _CARE, "the main job, on a real tree; leaves nothing behind"),
+        Verb("completion", "completion", _CARE, "print a script that completes onlap's command lines"),
+    )
+}

@@ -1,0 +1,63 @@
+"""Values as text for people, and for a terminal that must not act on what it is shown."""
+
+from __future__ import annotations
+
+import re
+
+from onlap.errors import shown
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+# Seconds in one, from the largest.
+_AGES = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60))
+
+# What no shell looks into.
+_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+
+
+def size(count: int) -> str:
+    """Bytes in IEC units, as ``12.3 MiB``."""
+    value, unit = float(count), 0
+    # 1023.95 would be printed as 1024.0.
+    while value >= 1023.95 and unit < len(_UNITS) - 1:
+        value /= 1024
+        unit += 1
+    return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} B"
+
+
+def age(ns: int, now_ns: int) -> str:
+    """How long ago a time was, as ``3h``."""
+    seconds = max(0, now_ns - ns) // 1_000_000_000
+    for letter, length in _AGES:
+        if seconds >= length:
+            return f"{seconds // length}{letter}"
+    return f"{seconds}s"
+
+
+def moment(ns: int) -> str:
+    """A time in the zone of the user, as ``2026-11-24 12:10:31 +0100``."""
+    import time
+
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(ns / 1e9))
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """``1 file``, ``2,113 files``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def safe(message: str) -> str:
+    """A message in one line without control characters; what is quoted in it already is not quoted again."""
+    return "\\".join(shown(part) for part in message.split("\\"))
+
+
+def for_shell(word: str) -> str:
+    """A word of a command line that can be copied into a shell."""
+    if _PLAIN.fullmatch(word):
+        return word
+    quoted = shown(word)
+    if quoted == word:
+        return "'" + word.replace("'", "'\\''") + "'"
+    if "\\" in word and quoted.replace("\\\\", "\\") == word:
+        return "'" + word.replace("'", "'\\''") + "'"
+    # bash, zsh, ksh and POSIX 2024 know $'...', whose escapes are those of C.
+    return "$'" + quoted.replace("'", "\\'") + "'"

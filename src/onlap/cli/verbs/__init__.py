@@ -1,0 +1,1 @@
+"""The verbs: ``arguments(parser)`` declares what one takes, ``run(call)`` does it."""

@@ -1,0 +1,28 @@
+"""``onlap cleanup``."""
+
+from __future__ import annotations
+
+from onlap.cli.call import Call
+from onlap.cli.parser import Parser
+from onlap.cli.text import count
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Delete what belongs to no snapshot: removed trees that wait, and what a crash left behind. A tree that is\n"
+        "mounted or read somewhere goes on waiting.",
+        "onlap cleanup",
+    )
+
+
+def run(call: Call) -> None:
+    with call.store() as store:
+        catalog = store.snapshotter.catalog
+        deleted = catalog.cleanup()
+        waiting = len(catalog.trash.names())
+    if call.out.json:
+        call.out.item({"deleted": deleted, "waiting": waiting})
+        return
+    call.out.line(f"deleted {count(deleted, 'tree')}" if deleted else "nothing to delete")
+    if waiting:
+        call.out.warn(f"{count(waiting, 'removed tree is', 'removed trees are')} still mounted or read somewhere")

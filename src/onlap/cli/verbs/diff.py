@@ -1,0 +1,62 @@
+"""``onlap diff``."""
+
+from __future__ import annotations
+
+from onlap.cli import exits
+from onlap.cli.call import Call
+from onlap.cli.parser import Parser
+from onlap.errors import shown
+from onlap.trees.compare import Change
+from onlap.trees.meta import Meta
+
+_STYLES = {"A": "green", "C": "yellow", "D": "red"}
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "What KEY changed against its parent; with OTHER: how OTHER differs from KEY. A line a path, as docker diff:\n"
+        "A added, C changed (or something in it did), D deleted. With --json also what changed, and the attributes\n"
+        "before and after (sizes in bytes, times in nanoseconds).",
+        "onlap diff work",
+        "onlap diff step-1 step-2 --exit-code && echo the same",
+    )
+    parser.key("key", help="a snapshot of any kind")
+    parser.key("other", nargs="?", metavar="OTHER", help="another one to compare with")
+    parser.add_argument("--exit-code", action="store_true", help="end with 1 when anything differs")
+
+
+def run(call: Call) -> int:
+    out = call.out
+    differs = False
+    with call.store() as store:
+        for change in store.diff(call.args.key, call.args.other):
+            differs = True
+            if out.json:
+                out.item(change_as_json(change))
+            else:
+                out.line(f"{out.paint(change.kind, _STYLES[change.kind])} {shown(path_of(change))}")
+    return exits.NO if differs and call.args.exit_code else exits.DONE
+
+
+def path_of(change: Change) -> str:
+    """Where it is, from the top of the tree: ``/etc/passwd``."""
+    return "/" if change.path == "." else "/" + change.path
+
+
+def change_as_json(change: Change) -> dict[str, object]:
+    """A change as a JSON object."""
+    return {
+        "kind": change.kind,
+        "path": path_of(change),
+        "what": change.what,
+        "before": _meta_as_json(change.before),
+        "after": _meta_as_json(change.after),
+    }
+
+
+def _meta_as_json(meta: Meta | None) -> dict[str, object] | None:
+    if meta is None:
+        return None
+    # A list, since the name of an xattr need not be UTF-8 either, and only a value can be {"bytes": ...}.
+    xattrs = [{"name": name, "value": value} for name, value in sorted(meta.xattrs.items())]
+    return {**meta._asdict(), "xattrs": xattrs}

@@ -1,0 +1,55 @@
+"""``onlap import``."""
+
+from __future__ import annotations
+
+from onlap.cli.call import Call
+from onlap.cli.parser import Parser
+from onlap.cli.progress import progress, skipped_text
+from onlap.cli.text import count, size
+from onlap.cli.things import as_json
+from onlap.cli.verbs.commit import note_usage
+from onlap.errors import shown
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Take a directory in, as the committed snapshot NAME, with owners, modes, times, xattrs, hard links and holes;\n"
+        "content is shared where the filesystem can (reflink). It stays on the source's filesystem. A file that\n"
+        "changes while it is read is an error. The root is made where there is none.",
+        "onlap import ./project base --exclude .git --exclude '*.o'",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a directory")
+    parser.key("name", metavar="NAME", help="what to call it")
+    parser.key("--parent", metavar="P", help="a committed snapshot that it is laid over")
+    parser.add_argument(
+        "--exclude",
+        metavar="P",
+        action="append",
+        default=[],
+        help="leave out what matches, with all below it: * ? [a-z], on the path or the last name; repeatable",
+    )
+    parser.add_argument("--allow-changes", action="store_true", help="take files as they are, though they change")
+    parser.labels()
+
+
+def run(call: Call) -> None:
+    args, out = call.args, call.out
+    with call.store(create=True, sweep=True) as store:
+        with progress(out) as report:
+            done = store.import_(
+                args.source,
+                args.name,
+                parent=args.parent,
+                exclude=args.exclude,
+                allow_changes=args.allow_changes,
+                labels=call.labels,
+                progress=report,
+            )
+        taken = note_usage(call, store, args.name)
+    if done.skipped:
+        out.warn(f"not kept: {skipped_text(done.skipped)}")
+    if out.json:
+        thing = {"entries": done.entries, "bytes": done.size, "skipped": done.skipped}
+        out.item({**as_json(done.info, taken), **thing})
+    else:
+        out.line(f"{shown(args.name)}: {count(done.entries, 'entry', 'entries')}, {size(done.size)}")

@@ -1,0 +1,27 @@
+"""``onlap rm``."""
+
+from __future__ import annotations
+
+from onlap.cli.call import Call
+from onlap.cli.each import each
+from onlap.cli.parser import Parser
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Remove snapshots in the order given, and free their space before this ends. What others stand on cannot be\n"
+        "removed before them. A failure is said, and the next one is tried.",
+        "onlap rm work step-1",
+    )
+    parser.key("keys", nargs="+", help="snapshots of any kind")
+
+
+def run(call: Call) -> int:
+    with call.store(sweep=True) as store:
+
+        def remove(key: str) -> None:
+            store.remove(key)
+            if call.out.json:
+                call.out.item({"removed": key})
+
+        return each(call, call.args.keys, remove)

@@ -1,0 +1,105 @@
+"""The life of the server: the owner's lock, the socket, readiness, and a quick end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from onlap.errors import shown
+from onlap.serve import sockets, systemd
+from onlap.serve.containerd.calls import Calls, Observer
+from onlap.serve.containerd.service import Service, check_root
+from onlap.serve.containerd.transport import Transport
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+_log = logging.getLogger("onlap.serve")
+
+# What runs when SIGTERM comes may finish: a commit that waits for a slow disk is the longest. systemd kills after 90 s.
+_GRACE = 60.0
+
+
+class Server:
+    """The snapshotter of one owner, on one socket; a context manager.
+
+    Args:
+        snapshotter: what to serve; closed by its owner, after the server.
+        socket: where to listen.
+        mode: permissions of the socket.
+        group: who gets the group's permissions of it.
+        observer: told of every call.
+
+    Raises:
+        FailedPrecondition: the root cannot be served, the owner is served already, or somebody listens there.
+        OnlapError: of another kind, when the socket cannot be made.
+    """
+
+    def __init__(
+        self,
+        snapshotter: RecordedSnapshotter,
+        socket: str,
+        *,
+        mode: int = 0o600,
+        group: str | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        check_root(snapshotter)
+        self._socket = os.path.abspath(socket)
+        self._cleanup = ExitStack()
+        with ExitStack() as on_error:
+            on_error.callback(self._cleanup.close)
+            self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
+            self._transport = Transport(Calls(Service(snapshotter), observer))
+            self._cleanup.callback(self._transport.stop, _GRACE)
+            sockets.claim(self._socket)
+            # The socket is made by the library: nobody else may connect in the moment before its mode is set.
+            with _umask(0o177):
+                self._transport.start(self._socket)
+            self._cleanup.callback(self._remove_socket)
+            sockets.grant(self._socket, mode, group)
+            on_error.pop_all()
+        for record in snapshotter.catalog.lost:
+            _log.error(
+                "a snapshot has lost its tree; remove it, leaf first, and pull its image again",
+                extra={"fields": {"name": record.name, "owner": record.owner, "id": record.id}},
+            )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no more calls, finish those that run, and let go of the socket and the lock."""
+        self._cleanup.close()
+
+    def _remove_socket(self) -> None:
+        try:
+            os.unlink(self._socket)
+        except FileNotFoundError:
+            pass  # the library removes it too
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread."""
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        systemd.notify("READY=1")
+        _log.info("serving", extra={"fields": {"socket": shown(self._socket), "pid": os.getpid()}})
+        stop.wait()
+        systemd.notify("STOPPING=1")
+        _log.info("stopping")
+        return 0
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,89 @@
+"""The one door to the gRPC library: everything else speaks of bytes.
+
+The library is grpcio, the reference implementation (docs/adr/0002-grpc-library.md has the figures). It gets identity
+functions for codecs, so that messages are encoded and decoded where the calls are, and errors there become statuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from onlap import errors
+from onlap.serve.containerd.calls import Calls, Failure
+from onlap.serve.containerd.service import NAME, Method
+
+# containerd's defaults.DefaultMaxRecvMsgSize and DefaultMaxSendMsgSize: 16 MiB both ways.
+_MESSAGE_SIZE = 16 << 20
+
+# Calls that wait for the disk share a commit with those that wait beside them, so that more threads than processors
+# pay; above 32 the interpreter's lock is all that they wait for.
+_THREADS = 32
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class Transport:
+    """A gRPC server on a unix socket.
+
+    Args:
+        calls: what answers.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="onlap-call")
+        self._server = grpc.server(
+            self._pool,
+            options=[
+                ("grpc.max_receive_message_length", _MESSAGE_SIZE),
+                ("grpc.max_send_message_length", _MESSAGE_SIZE),
+                # Two servers on one socket would answer in turn; the second is refused before it comes to this.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        handlers = {name: _handler(calls, name, method) for name, method in calls.methods.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+
+    def start(self, socket: str) -> None:
+        """Listen on ``socket``, which must not exist, and answer.
+
+        Raises:
+            Unavailable: it cannot be listened on.
+        """
+        try:
+            self._server.add_insecure_port(f"unix:{socket}")
+        except RuntimeError as error:
+            raise errors.Unavailable(
+                f"cannot listen on {errors.shown(socket)}",
+                key=socket,
+                hint="see that its directory exists and is yours",
+            ) from error
+        self._server.start()
+
+    def stop(self, grace: float) -> None:
+        """Take no new calls, let those that run finish for so many seconds, and return."""
+        self._server.stop(grace).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _handler(calls: Calls, name: str, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+    if method.streams:
+
+        def stream(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            try:
+                yield from calls.stream(name, method, data)
+            except Failure as failure:
+                context.abort(_CODES[failure.code], failure.message)
+
+        return grpc.unary_stream_rpc_method_handler(stream, None, None)
+
+    def unary(data: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            return calls.answer(name, method, data)
+        except Failure as failure:
+            context.abort(_CODES[failure.code], failure.message)
+            raise
+
+    return grpc.unary_unary_rpc_method_handler(unary, None, None)

@@ -1,0 +1,159 @@
+"""Which error, where a call is wrong in more than one way; and that it changed nothing.
+
+Source: containerd v1.7.24, snapshots/storage/bolt.go, CreateSnapshot and CommitActive; the parent of a commit as in
+containerd 2.2, core/snapshots/storage/bolt.go.
+"""
+
+from __future__ import annotations
+
+from onlap import errors
+from onlap.snapshots.contract import ACTIVE
+from onlap.testing.site import Site, equal, raises
+from onlap.testing.snapshotters import case
+
+GHOST = "nobody"
+
+
+@case()
+def what_is_unknown(site: Site) -> None:
+    sn = site.snapshotter
+    info = sn.prepare("key") and sn.stat("key")
+    calls = {
+        "stat": lambda: sn.stat(GHOST),
+        "update": lambda: sn.update(info._replace(name=GHOST)),
+        "update of labels": lambda: sn.update(info._replace(name=GHOST), "labels"),
+        "usage": lambda: sn.usage(GHOST),
+        "mounts": lambda: sn.mounts(GHOST),
+        "prepare": lambda: sn.prepare("x", GHOST),
+        "view": lambda: sn.view("x", GHOST),
+        "commit": lambda: sn.commit("x", GHOST),
+        "remove": lambda: sn.remove(GHOST),
+    }
+    for what, call in calls.items():
+        raises(errors.NotFound, call, what)
+    equal(site.names(), {"key"}, "the snapshots after what failed")
+
+
+@case()
+def prepare_looks_at_the_parent_first(site: Site) -> None:
+    """NotFound (parent), InvalidArgument (not committed), AlreadyExists (key), in this order; for views as well."""
+    sn = site.snapshotter
+    site.committed("base")
+    sn.prepare("active", "base")
+    sn.view("view", "base")
+    before = site.everything()
+    for make in (sn.prepare, sn.view):
+        for key in ("free", "active", "view", "base"):
+            for parent, wanted in (
+                (GHOST, errors.NotFound),
+                ("active", errors.InvalidArgument),
+                ("view", errors.InvalidArgument),
+            ):
+                raises(wanted, lambda m=make, k=key, p=parent: m(k, p), f"{key} on {parent}")  # type: ignore[misc]
+            if key != "free":
+                for parent in ("", "base"):
+                    raises(
+                        errors.AlreadyExists,
+                        lambda m=make, k=key, p=parent: m(k, p),  # type: ignore[misc]
+                        f"{key} on {parent!r}",
+                    )
+    # On itself: the parent is looked at before the key.
+    raises(errors.NotFound, lambda: sn.prepare("self", "self"), "prepare on itself")
+    equal(site.everything(), before, "the snapshots after what failed")
+
+
+@case()
+def commit_looks_at_the_key_first(site: Site) -> None:
+    """NotFound (key), AlreadyExists (name), FailedPrecondition (kind), InvalidArgument (another parent)."""
+    sn = site.snapshotter
+    site.committed("base")
+    site.committed("other")
+    sn.prepare("active", "base")
+    sn.prepare("second")
+    sn.view("view", "base")
+    before = site.everything()
+    for parent in (None, "base", "other", "active", GHOST):
+        for name in ("free", "base", "active", "view"):
+            raises(
+                errors.NotFound,
+                lambda n=name, p=parent: sn.commit(n, GHOST, parent=p),  # type: ignore[misc]
+                f"unknown key, as {name}, on {parent}",
+            )
+        for key in ("active", "second", "view", "base"):
+            for name in ("base", "other", "active", "view", "second"):
+                raises(
+                    errors.AlreadyExists,
+                    lambda n=name, k=key, p=parent: sn.commit(n, k, parent=p),  # type: ignore[misc]
+                    f"{key} as {name}, on {parent}",
+                )
+        for key in ("view", "base"):
+            raises(
+                errors.FailedPrecondition,
+                lambda k=key, p=parent: sn.commit("free", k, parent=p),  # type: ignore[misc]
+                f"{key}, on {parent}",
+            )
+    for parent in ("other", "second", GHOST):
+        raises(
+            errors.InvalidArgument,
+            lambda p=parent: sn.commit("free", "active", parent=p),  # type: ignore[misc]
+            f"another parent: {parent}",
+        )
+    equal(site.everything(), before, "the snapshots after what failed")
+
+
+@case()
+def commit_of_a_view_fails(site: Site) -> None:
+    sn = site.snapshotter
+    site.committed("base")
+    sn.view("view", "base")
+    sn.view("empty")
+    for key in ("view", "empty"):
+        raises(errors.FailedPrecondition, lambda k=key: sn.commit("new", k), f"commit of {key}")  # type: ignore[misc]
+        sn.remove(key)
+
+
+@case()
+def a_commit_may_name_its_parent(site: Site) -> None:
+    """The one that it has: nothing changes by it."""
+    site.committed("base")
+    site.snapshotter.prepare("active", "base")
+    site.snapshotter.commit("new", "active", parent="base")
+    equal(site.snapshotter.stat("new").parent, "base", "the parent")
+
+
+@case("rebase")
+def rebase_looks_at_the_parent_last(site: Site) -> None:
+    sn = site.snapshotter
+    site.committed("base")
+    sn.prepare("active")
+    sn.prepare("other")
+    sn.view("view")
+    before = site.everything()
+    raises(errors.NotFound, lambda: sn.commit("new", "active", parent=GHOST), "an unknown parent")
+    raises(errors.NotFound, lambda: sn.commit("new", "active", parent="new"), "itself as the parent")
+    for parent in ("active", "other", "view"):
+        raises(
+            errors.FailedPrecondition,
+            lambda p=parent: sn.commit("new", "active", parent=p),  # type: ignore[misc]
+            f"{parent} as the parent",
+        )
+    equal(site.everything(), before, "the snapshots after what failed")
+    sn.commit("new", "active", {"l": "1"}, parent="base")
+    info = sn.stat("new")
+    equal((info.parent, dict(info.labels)), ("base", {"l": "1"}), "parent and labels after it")
+    raises(errors.FailedPrecondition, lambda: sn.remove("base"), "removing the new parent")
+
+
+@case(lacks=["rebase"])
+def rebase_is_refused(site: Site) -> None:
+    """Who cannot do it says so after all that is wrong anyway, and leaves the snapshot as it was."""
+    sn = site.snapshotter
+    site.committed("base")
+    sn.prepare("active")
+    sn.view("view")
+    raises(errors.AlreadyExists, lambda: sn.commit("base", "active", parent="base"), "a taken name")
+    raises(errors.FailedPrecondition, lambda: sn.commit("new", "view", parent="base"), "a view")
+    raises(errors.Unimplemented, lambda: sn.commit("new", "active", parent="base"), "rebase")
+    equal(sn.stat("active").kind, ACTIVE, "the snapshot after it")
+    sn.commit("new", "active")
+    equal(sn.stat("new").parent, None, "its parent")
