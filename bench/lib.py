@@ -7,7 +7,6 @@ Runs take turns round by round, so that what else the machine does falls on both
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -27,13 +26,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-CACHE = REPOSITORY / ".cache"
-DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-# Debian's Go packages are plain sources below one GOPATH; modules would go to the network instead.
-GO_SOURCES = "/usr/share/gocode"
-GO_PEER = "golang-github-containerd-containerd-dev"
+import gobuild  # of the tests, which use it, too
+
+REPOSITORY = gobuild.REPOSITORY
+CACHE = gobuild.CACHE
+DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
 
 Result = dict[str, Any]
 
@@ -127,14 +126,14 @@ class LoopExt4:
         self._stack.close()
 
 
-def _run(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+def _run(command: Sequence[str]) -> str:
     """The standard output of a command.
 
     Raises:
         BenchError: it is not installed, or failed.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise BenchError(f"{command[0]} is not installed") from error
     if done.returncode != 0:
@@ -145,44 +144,24 @@ def _run(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, s
 # --------------------------------------------------------------------------------------------------- Go peers
 
 
-def go_build(source: Path, *, test: bool = False) -> Path:
-    """The program built from the Go package in ``source``; with ``test``, its test binary.
-
-    Built once: the file in .cache/go-bin is named by a hash of sources, compiler and the peer's package.
+def go_build(source: Path) -> Path:
+    """The program built from the Go package in ``source``, once (tests/gobuild.py).
 
     Raises:
         BenchError: Go or the peer's sources are missing, or do not compile.
     """
-    if shutil.which("go") is None or not Path(GO_SOURCES, "src/github.com/containerd/containerd").is_dir():
-        raise BenchError(f"it needs Debian's golang-go and {GO_PEER}; install them with: make peers")
-    identity = hashlib.sha256(f"{_run(['go', 'version'])} {containerd_version()} {test}".encode())
-    for file in sorted(source.glob("*.go")):
-        identity.update(file.read_bytes())
-    binary = CACHE / "go-bin" / f"{source.name}-{identity.hexdigest()[:16]}"
-    if binary.exists():
-        return binary
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "GO111MODULE": "off",
-        "GOPATH": f"{CACHE / 'gopath'}:{GO_SOURCES}",
-        "GOCACHE": str(CACHE / "go-build"),
-        "GOFLAGS": "",
-        "CGO_ENABLED": "0",  # needs no C compiler
-    }
-    unfinished = binary.with_suffix(f".{os.getpid()}")  # renamed when whole: others may build it at the same time
-    _run(
-        ["go", *(["test", "-c"] if test else ["build"]), "-o", str(unfinished), "."],
-        cwd=source,
-        env=environment,
-    )
-    unfinished.replace(binary)
-    return binary
+    try:
+        return gobuild.build(source)
+    except gobuild.GoError as error:
+        raise BenchError(str(error)) from error
 
 
 def containerd_version() -> str:
     """The version of the package that the Go peers are built from, as Debian writes it."""
-    return _run(["dpkg-query", "--show", "--showformat=${Version}", GO_PEER])
+    try:
+        return gobuild.containerd_version()
+    except gobuild.GoError as error:
+        raise BenchError(str(error)) from error
 
 
 class Worker:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         Unavailable,
         Unimplemented,
     )
+    from onlap.layers.apply import Applied, Limits
+    from onlap.layers.write import Written
     from onlap.mounts.plan import Mount
     from onlap.mounts.temporary import mounted
     from onlap.overlayfs.probe import Probe, probe
@@ -56,12 +58,14 @@ _ERRORS = (
 )
 _WHERE = {
     **dict.fromkeys(_ERRORS.split(), "onlap.errors"),
+    "Applied": "onlap.layers.apply",
     "Change": "onlap.trees.compare",
     "Cleaner": "onlap.snapshots.contract",
     "Differ": "onlap.snapshots.contract",
     "Feature": "onlap.overlayfs.trials.bench",
     "Imported": "onlap.store",
     "Info": "onlap.snapshots.contract",
+    "Limits": "onlap.layers.apply",
     "Meta": "onlap.trees.meta",
     "Mount": "onlap.mounts.plan",
     "NativeSnapshotter": "onlap.snapshots.native",
@@ -71,6 +75,7 @@ _WHERE = {
     "Snapshotter": "onlap.snapshots.contract",
     "Store": "onlap.store",
     "Usage": "onlap.trees.usage",
+    "Written": "onlap.layers.write",
     "mounted": "onlap.mounts.temporary",
     "open": "onlap.store",
     "probe": "onlap.overlayfs.probe",
@@ -78,6 +83,7 @@ _WHERE = {
 
 __all__ = [
     "AlreadyExists",
+    "Applied",
     "Busy",
     "Canceled",
     "Change",
@@ -91,6 +97,7 @@ __all__ = [
     "Info",
     "Internal",
     "InvalidArgument",
+    "Limits",
     "Meta",
     "Mount",
     "NativeSnapshotter",
@@ -106,6 +113,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "Usage",
+    "Written",
     "__version__",
     "mounted",
     "open",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
@@ -20,6 +20,9 @@ from onlap.trees.usage import Usage
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from onlap.layers.apply import Applied, Limits
+    from onlap.layers.write import Written
 
 __all__ = ["Imported", "Progress", "Store", "open", "open_snapshotter"]
 
@@ -316,9 +319,11 @@ class Store:
             with contextlib.suppress(errors.NotFound):  # it was committed
                 self.snapshotter.remove(key)
 
+    # Trees and layers, in and out
+
     def import_(
         self,
-        source: StrPath,
+        source: StrPath | BinaryIO,
         name: str,
         *,
         parent: str | None = None,
@@ -327,70 +332,209 @@ class Store:
         labels: Mapping[str, str] | None = None,
         progress: Callback | None = None,
     ) -> Imported:
-        """Take a directory in, as a committed snapshot.
+        """Take a directory or an archive in, as a committed snapshot.
 
-        Owners, modes, times, xattrs, hard links and holes are kept, content is shared where the filesystem can
-        (reflink). It stays on the source's filesystem and never enters a root of Onlap that lies inside it.
+        Of a directory owners, modes, times, xattrs, hard links and holes are kept, and content is shared where the
+        filesystem can (reflink). It stays on the source's filesystem and never enters a root of Onlap that lies inside
+        it. An archive is a tar, plain or compressed; over a parent its whiteouts count.
 
         Args:
-            source: the directory.
+            source: a directory, an archive, or a binary file to read one from.
             name: what to call the snapshot.
-            parent: what it stands on; the directory's files are laid over it.
-            exclude: patterns as :mod:`fnmatch` has them, against the path from the top and against the last name.
-            allow_changes: take files as they are read, even though somebody writes to them meanwhile.
+            parent: what it stands on; the source's files are laid over it.
+            exclude: for a directory: patterns as :mod:`fnmatch` has them, against the path from the top and against the
+                last name.
+            allow_changes: take a directory's files as they are read, even though somebody writes to them meanwhile.
             labels: of the snapshot.
             progress: called with what is done, at most ten times a second.
 
         Raises:
-            NotFound: there is no such directory.
-            InvalidArgument: it is not a directory, or lies inside the root.
+            NotFound: there is no such directory or archive.
+            InvalidArgument: it is neither, or lies inside the root.
             AlreadyExists: the name is taken.
             FailedPrecondition: a file changed while it was read.
             OnlapError: of another kind, for what the filesystem says.
         """
-        from onlap.trees.transfer import import_directory
-
         if name in self:
             raise errors.AlreadyExists(
-                f"there already is a snapshot {shown(name)}",
-                key=name,
-                hint="take another name, or remove it first",
+                f"there already is a snapshot {shown(name)}", key=name, hint="take another name, or remove it first"
             )
         with self._prepared(parent) as key:
-            report = Reporter(progress, "import", "files")
-            record = self.snapshotter.record(key)
-            copied = import_directory(
-                os.fspath(source),
-                self.snapshotter.catalog.layout.tree(record.id),
-                root=self.snapshotter.root,
-                exclude=exclude,
-                allow_changes=allow_changes,
-                progress=lambda entries, _size: report(entries),
-            )
+            if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
+                done = self._import_directory(os.fspath(source), key, exclude, allow_changes, progress)
+            elif exclude:
+                raise errors.InvalidArgument("nothing can be excluded from an archive", hint="unpack it first")
+            else:
+                applied = self.apply(key, source, progress=progress)
+                done = (applied.entries, applied.uncompressed, applied.skipped)
             self.commit(name, key, labels)
-            report.finish(copied.entries)
-        return Imported(self.stat(name), copied.entries, copied.size, copied.skipped)
+        return Imported(self.stat(name), *done)
 
-    def export(self, key: str, directory: StrPath, *, progress: Callback | None = None) -> Imported:
-        """Copy the whole tree of a snapshot into a new or empty directory.
+    def _import_directory(
+        self, source: str, key: str, exclude: Collection[str], allow_changes: bool, progress: Callback | None
+    ) -> tuple[int, int, Mapping[str, int]]:
+        from onlap.trees.transfer import import_directory
+
+        report = Reporter(progress, "import", "files")
+        copied = import_directory(
+            source,
+            self.snapshotter.layers(self.snapshotter.record(key))[0],
+            root=self.snapshotter.root,
+            exclude=exclude,
+            allow_changes=allow_changes,
+            progress=lambda entries, _size: report(entries),
+        )
+        report.finish(copied.entries)
+        return copied
+
+    def export(
+        self,
+        key: str,
+        out: StrPath | BinaryIO,
+        *,
+        layer: bool = False,
+        compression: str = "none",
+        level: int | None = None,
+        epoch: int | None = None,
+        progress: Callback | None = None,
+    ) -> Imported | Written:
+        """Write a snapshot's tree into a directory, or as an archive into a binary file.
 
         Args:
             key: a snapshot of any kind.
-            directory: made when it does not exist.
+            out: a new or empty directory; or an open binary file.
+            layer: to a file: only what the snapshot changed against its parent, as a layer.
+            compression: to a file: ``"none"``, ``"gzip"`` or ``"zstd"``.
+            level: of the compression, its own default when None.
+            epoch: to a file: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
             progress: called with what is done, at most ten times a second.
+
+        Returns:
+            What was copied into a directory, or the archive's digests and sizes.
 
         Raises:
             NotFound: there is no such snapshot.
             FailedPrecondition: the directory is not empty.
             OnlapError: of another kind, for what the filesystem or the mount says.
         """
+        if isinstance(out, (str, os.PathLike)):
+            return self._export_directory(key, os.fspath(out), progress)
+        from onlap.snapshots import archives
+
+        if layer:
+            return archives.write_diff(
+                self.snapshotter, key, None, out, compression=compression, level=level, epoch=epoch, progress=progress
+            )
+        return archives.write_tree(
+            self.snapshotter, key, out, compression=compression, level=level, epoch=epoch, progress=progress
+        )
+
+    def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Imported:
         from onlap.trees.transfer import export_directory
 
         report = Reporter(progress, "export", "files")
         with self.mounted(key) as tree:
-            copied = export_directory(os.fspath(tree), os.fspath(directory), lambda entries, _size: report(entries))
+            copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries))
         report.finish(copied.entries)
-        return Imported(self.stat(key), copied.entries, copied.size, copied.skipped)
+        return Imported(self.stat(key), *copied)
+
+    def apply(
+        self,
+        key: str,
+        layer: StrPath | BinaryIO,
+        *,
+        digest: str | None = None,
+        diff_id: str | None = None,
+        limits: Limits | None = None,
+        progress: Callback | None = None,
+    ) -> Applied:
+        """Write the archive of a layer into an active snapshot.
+
+        Args:
+            key: the snapshot; not mounted anywhere.
+            layer: a path, or a binary file: a tar, plain or compressed with gzip, zstd, bzip2 or xz.
+            digest: what the digest of the archive must be, ``"sha256:..."``.
+            diff_id: what the digest of the uncompressed archive must be.
+            limits: how much it may hold; none by default.
+            progress: called with the bytes read, at most ten times a second.
+
+        Raises:
+            NotFound: there is no such snapshot.
+            FailedPrecondition: it is not active, or mounted read-write.
+            InvalidArgument: it is no archive, or an attack; the error names the entry.
+            DataLoss: it is truncated or damaged. DigestMismatch: it is another one.
+            OnlapError: of another kind, for what the filesystem says.
+        """
+        from onlap.snapshots import archives
+
+        return archives.apply_layer(
+            self.snapshotter, key, layer, digest=digest, diff_id=diff_id, limits=limits, progress=progress
+        )
+
+    def write_diff(
+        self,
+        key: str,
+        other: str | None,
+        out: BinaryIO,
+        *,
+        compression: str = "none",
+        level: int | None = None,
+        epoch: int | None = None,
+        content: bool = False,
+        progress: Callback | None = None,
+    ) -> Written:
+        """Write :meth:`diff` as a layer: applied to the one, it makes the other of it.
+
+        Args:
+            key: what it starts from; or, without ``other``, what it ends at, from its parent.
+            other: what it ends at.
+            out: a binary file.
+            compression: ``"none"``, ``"gzip"`` or ``"zstd"``.
+            level: of the compression, its own default when None.
+            epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
+            content: read files whose attributes are the same on both sides.
+            progress: called with the bytes of the uncompressed archive, at most ten times a second.
+
+        Raises:
+            NotFound: there is no such snapshot.
+            OnlapError: of another kind, for what the filesystem says.
+        """
+        from onlap.snapshots import archives
+
+        return archives.write_diff(
+            self.snapshotter,
+            key,
+            other,
+            out,
+            compression=compression,
+            level=level,
+            epoch=epoch,
+            content=content,
+            progress=progress,
+        )
+
+    def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
+        """Make one layer of those above ``base`` up to ``top``, as a new committed snapshot on ``base``.
+
+        Args:
+            top: a snapshot of any kind.
+            name: what to call the new one.
+            base: what stays below; None to make one layer of everything.
+            labels: of the new one.
+
+        Raises:
+            NotFound: there is no such snapshot.
+            InvalidArgument: ``top`` does not stand on ``base``.
+            AlreadyExists: the name is taken.
+            OnlapError: of another kind, for what the filesystem says.
+        """
+        from onlap.snapshots import archives
+
+        self.stat(top)
+        with self._prepared(base) as key:
+            archives.squash(self.snapshotter, top, key, base)
+            self.commit(name, key, labels)
+        return self.stat(name)
 
 
 def _temporary_key(what: str) -> str:

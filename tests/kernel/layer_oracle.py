@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from onlap.layers import tarformat as tar
 from onlap.layers.apply import Applied, Limits, apply
@@ -39,19 +39,19 @@ class Item(NamedTuple):
     data: bytes = b""
 
 
-def entry(name: str, type: str = tar.FILE, data: bytes = b"", **attributes: object) -> Item:
+def entry(name: str, type: str = tar.FILE, data: bytes = b"", **attributes: Any) -> Item:
     """An entry; the defaults are those of a file of root."""
     attributes.setdefault("mode", 0o755 if type == tar.DIRECTORY else 0o644)
     attributes.setdefault("mtime_ns", TIME + 1)
-    return Item(Entry(name, type, size=len(data), **attributes), data)  # type: ignore[arg-type]
+    return Item(Entry(name, type, size=len(data), **attributes), data)
 
 
-def directory(name: str, **attributes: object) -> Item:
+def directory(name: str, **attributes: Any) -> Item:
     """A directory."""
     return entry(name, tar.DIRECTORY, **attributes)
 
 
-def symlink(name: str, target: str, **attributes: object) -> Item:
+def symlink(name: str, target: str, **attributes: Any) -> Item:
     """A symlink."""
     return entry(name, tar.SYMLINK, linkname=target, mode=0o777, **attributes)
 
@@ -207,9 +207,7 @@ class Oracle:
             return
         if source is not None and path in source.parents:
             raise OracleError("replaces its target's directory")
-        if os.path.lexists(path) and not (
-            entry.type == tar.DIRECTORY and path.is_dir() and not path.is_symlink()
-        ):
+        if os.path.lexists(path) and not (entry.type == tar.DIRECTORY and path.is_dir() and not path.is_symlink()):
             self._remove(path)
         if source is not None:
             os.link(source, path, follow_symlinks=False)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -50,7 +51,7 @@ def _items(draw: st.DrawFn, whiteouts: bool) -> Item:
     if whiteouts:
         kinds += ["whiteout"] * 3 + ["opaque", "device"]
     kind = draw(st.sampled_from(kinds))
-    common = {"uid": draw(_OWNERS), "gid": draw(_OWNERS), "mtime_ns": draw(_TIMES)}
+    common: dict[str, Any] = {"uid": draw(_OWNERS), "gid": draw(_OWNERS), "mtime_ns": draw(_TIMES)}
     if kind == "whiteout":
         return entry(f"{draw(_PARENTS)}.wh.{draw(_NAMES)}")
     if kind == "opaque":
@@ -135,7 +136,7 @@ def test_a_layer_is_what_the_mounted_tree_would_be(root: Path, lowers: list[list
         except errors.InvalidArgument as error:
             event("refused")
             assert not list(upper.iterdir())
-            if "put through it" not in str(error):
+            if not _in_one_pass(error):
                 assert _expect(base, stack, items, empty) is None
             return
         expected = _expect(base, stack, items, empty)
@@ -170,7 +171,7 @@ def test_a_whole_tree_is_what_the_mounted_tree_would_be(root: Path, before: list
             apply_to(tree, archive(items), markers=None)
         except errors.InvalidArgument as error:
             event("refused")
-            if "put through it" not in str(error):
+            if not _in_one_pass(error):
                 assert _expect(base, stack, items, empty) is None
             return
         expected = _expect(base, stack, items, empty)
@@ -181,6 +182,11 @@ def test_a_whole_tree_is_what_the_mounted_tree_would_be(root: Path, before: list
         _same(found, expected, whole=False)
     finally:
         shutil.rmtree(base)
+
+
+def _in_one_pass(error: errors.InvalidArgument) -> bool:
+    """Whether it is refused since a whiteout comes after an entry that depends on it: seen in one pass only."""
+    return "put through it" in str(error) or "too many symlinks" in str(error)
 
 
 def _same(found: dict[str, Seen], expected: dict[str, Seen], *, whole: bool) -> None:

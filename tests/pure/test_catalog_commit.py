@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -120,7 +121,7 @@ def test_an_operation_that_fails_alone_leaves_nothing(database: Database) -> Non
 @pytest.mark.parametrize(
     "fails",
     [
-        pytest.param(lambda c: pins.pin(c, "me", snapshot=4711), id="constraint"),
+        pytest.param(lambda c: pins.pin(c, "me"), id="constraint"),
         pytest.param(lambda c: records.put_setting(c, "key", object()), id="binding"),  # type: ignore[arg-type]
     ],
 )
@@ -136,9 +137,12 @@ def test_what_sqlite_refuses_of_one_operation_fails_that_one_alone(
 
 def test_a_failed_commit_fails_its_batch_and_the_next_works(database: Database) -> None:
     def poison(connection: Connection) -> None:
-        # Checked at COMMIT, and not before: the only way to make that fail on a healthy disk.
-        connection.execute("PRAGMA defer_foreign_keys = ON")
-        pins.pin(connection, "me", snapshot=4711)
+        # An authorizer that says no to COMMIT: what makes it fail on a healthy disk.
+        connection.set_authorizer(
+            lambda action, what, *_: (
+                sqlite3.SQLITE_DENY if (action, what) == (sqlite3.SQLITE_TRANSACTION, "COMMIT") else sqlite3.SQLITE_OK
+            )
+        )
 
     outcomes = together(database, put("one"), poison, put("two"))
     assert all(isinstance(outcome, errors.OnlapError) for outcome in outcomes), outcomes
@@ -354,7 +358,7 @@ print("done")
                 reason="locks._Waiter.wait is not abandoned when interrupted: its thread takes the lock for ever",
             ),
         ),
-        pytest.param(_STORM, id="a hundred at any moment"),
+        pytest.param(_STORM, id="a hundred at any moment", marks=pytest.mark.long),
     ],
 )
 def test_an_interrupt_leaves_no_deadlock(root: Path, program: str) -> None:

@@ -22,7 +22,7 @@ PATIENCE = 40.0
 # Each program prints the keys that it was told are there, a line each, and "done" at the end.
 _COMMON = """
 import faulthandler, multiprocessing, os, subprocess, sys, threading, time, warnings
-faulthandler.dump_traceback_later(30, exit=True)
+faulthandler.dump_traceback_later(float(os.environ.get("PATIENCE", 30)), exit=True)
 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads is what is tested
 import onlap
 root = sys.argv[1]
@@ -278,7 +278,8 @@ def test_a_spawned_process_loses_nothing(root: Path, tmp_path: Path) -> None:
     strict=True,
     reason="database._frozen_for_fork is one list for all threads: a fork that ends clears it for one that waits",
 )
-def test_two_threads_fork_at_once(root: Path) -> None:
+def test_two_threads_fork_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATIENCE", "10")
     acknowledged = run(_COMMON + _TWO_FORK + 'print("done")\n', root)
     check(root, acknowledged)
 

@@ -227,14 +227,12 @@ def _pax_sparse(version: str, pieces: list[tuple[int, int]], size: int, data: by
 
 
 def _sparse(version: str, pieces: list[tuple[int, int]], size: int, data: bytes) -> bytes:
-    return (
-        _old_sparse(pieces, size, data) if version == "old" else _pax_sparse(version, pieces, size, data)
-    )
+    return _old_sparse(pieces, size, data) if version == "old" else _pax_sparse(version, pieces, size, data)
 
 
 # 0.0 and 0.1 say nothing of a file that is all hole.
 @pytest.mark.parametrize(
-    ("version", "count"),
+    "version, count",
     [("old", 0), ("1.0", 0)]
     + [(version, count) for version in ("old", "0.0", "0.1", "1.0") for count in (1, 4, 5, 25, 26, 300)],
 )
@@ -249,7 +247,7 @@ def test_sparse_files_of_every_form(version: str, count: int) -> None:
 
 @pytest.mark.parametrize("version", ["old", "0.0", "0.1", "1.0"])
 @pytest.mark.parametrize(
-    ("pieces", "size"),
+    "pieces, size",
     [
         ([(0, 4096), (100, 0)], _SIZE),
         ([(0, 2048), (1024, 2048)], _SIZE),
@@ -332,7 +330,7 @@ def test_what_bsdtar_writes(tmp_path: Path, format: str) -> None:
         (tree / "link").unlink()
     if format == "v7":
         (tree / "dir" / ("long" * 40)).rename(tree / "short")
-    command = ["bsdtar", "-c", "--format", format, "-f", "-", "-C", tree, "."]
+    command = ["bsdtar", "-c", "--format", format, "-f", "-", "-C", str(tree), "."]
     data = subprocess.run(command, check=True, capture_output=True).stdout
     found = {os.path.normpath(entry.name): (entry, content) for entry, content in read(data)}
     entry, content = found["sparse"]

@@ -77,7 +77,9 @@ def _as_tarfile_has_it(entry: Entry) -> str:
     return os.fsencode(entry.name).decode("utf-8", "surrogateescape").rstrip("/")
 
 
-@given(st.text(min_size=1, max_size=20).filter(lambda key: "=" not in key and "\0" not in key), st.binary(max_size=1100))
+@given(
+    st.text(min_size=1, max_size=20).filter(lambda key: "=" not in key and "\0" not in key), st.binary(max_size=1100)
+)
 def test_the_length_of_a_record_counts_itself(key: str, value: bytes) -> None:
     try:
         os.fsencode(key)
@@ -93,7 +95,7 @@ def test_times_survive(nanoseconds: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "pax"),
+    "entry, pax",
     [
         (Entry("plain"), False),
         (Entry("n" * 100), False),

@@ -61,7 +61,7 @@ class Call:
         """
         from onlap.store import open
 
-        check_access(self.root)
+        check_access(self.root, create=create)
         store = open(self.root, create=create, sync=sync)
         try:
             yield store
@@ -85,8 +85,29 @@ def default_root() -> str:
     return os.path.join(data, "onlap")
 
 
-def check_access(root: str) -> None:
-    """Raise PermissionDenied for a root of another user, which would look as if there were none."""
+def existing_above(path: str) -> str:
+    """The directory itself, or the nearest one above it that exists."""
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def check_access(root: str, *, create: bool = False) -> None:
+    """Raise PermissionDenied for a root of another user, which would look as if there were none.
+
+    Args:
+        root: its path.
+        create: whether it is to be made when there is none.
+    """
+    if create and not os.path.lexists(root):
+        above = existing_above(root)
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise errors.PermissionDenied(
+                f"cannot make the root {shown(root)}: no permission to write in {shown(above)}",
+                key=root,
+                hint="run it as root (sudo), or give another with --root",
+            )
     try:
         os.stat(os.path.join(root, "catalog.db"))
     except PermissionError as error:

@@ -53,7 +53,7 @@ def main(task_fd: int, answer_fd: int) -> None:
         _answer(
             answer_fd,
             f"cannot run {shown(command[0])}: {error.strerror}",
-            "see: onlap enter --help" if missing else None,
+            None,
             status=exits.NO_COMMAND if missing else exits.CANNOT_RUN,
         )
 

@@ -60,6 +60,8 @@ class Output:
         return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if self._styled else text
 
     def _write(self, text: str) -> None:
+        if sys.stdout is None:
+            return  # closed before the start: nobody reads
         try:
             sys.stdout.write(text)
         except BrokenPipeError:
@@ -69,6 +71,8 @@ class Output:
 
     def flush(self) -> None:
         """Give everything to the reader; an error of writing comes out here at the latest."""
+        if sys.stdout is None:
+            return
         try:
             sys.stdout.flush()
         except BrokenPipeError:
@@ -131,7 +135,7 @@ def dumped(thing: object) -> str:
 
 
 def _plain(value: object) -> object:
-    """The value with what JSON has no type for replaced: bytes, and names that are not UTF-8, as ``{"bytes": base64}``."""
+    """The value as types of JSON: bytes, and names that are not UTF-8, become ``{"bytes": base64}``."""
     if isinstance(value, str):
         return value if _is_utf8(value) else _bytes(os.fsencode(value))
     if isinstance(value, bytes):

@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     def command(self) -> None:
         """Take what follows ``--`` as a command line, into ``command``."""
         self.takes_command = True
-        self.usage = None
+        self.usage = f"{self.prog} [OPTION...] KEY [-- CMD [ARG...]]"
 
     def labels(self) -> None:
         """The option ``--label K=V``."""

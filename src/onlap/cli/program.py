@@ -64,6 +64,7 @@ def _first_output(argv: Sequence[str]) -> Output:
 def _prepare_process() -> None:
     from onlap.cli import limits
 
+    _open_standard_streams()
     limits.raise_open_files()
     if hasattr(sys.stdout, "reconfigure"):
         # A locale that cannot show a name is no reason to end.
@@ -72,6 +73,15 @@ def _prepare_process() -> None:
         # SIG_IGN was somebody's wish: nohup(1).
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _terminate)
+
+
+def _open_standard_streams() -> None:
+    """Where one was closed, the next file that is opened would become it, and a child would write into the catalog."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
 
 
 def _terminate(number: int, _frame: object) -> None:

@@ -205,7 +205,7 @@ class Applier:
         except FileExistsError:
             self._parent_path = None
             directory, fresh = self.upper.replace_by_directory(parent, base, path)
-        self.attributes.set_directory(directory, entry, fresh=fresh)
+        self.attributes.set_directory(directory, entry, fresh=fresh, own=fresh and parent.plain_group)
         if directory.acl is not None:
             self.upper.directories.check_acl = True
         self.upper.named(path)

@@ -15,8 +15,9 @@ from onlap.trees.meta import OVERRIDE_XATTR, format_override
 
 ACCESS_ACL = "system.posix_acl_access"
 
-# xattr(7): XATTR_NAME_MAX
+# xattr(7): XATTR_NAME_MAX, XATTR_SIZE_MAX
 _MAX_XATTR_NAME = 255
+_MAX_XATTR_VALUE = 65536
 _NO_XATTR = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
 IMPLICIT_MODE = 0o755
@@ -85,12 +86,16 @@ class Attributes:
             target: a descriptor, or a path through ``/proc/self/fd`` to what is no symlink to follow.
 
         Raises:
-            ValueError: an xattr has an impossible name.
-            OSError: the kernel refuses a value.
+            ValueError: an xattr has an impossible name or value.
+            OSError: it cannot be set for another reason than that it must not.
         """
         for name, value in (entry.xattrs or {}).items():
             if not name or len(os.fsencode(name)) > _MAX_XATTR_NAME or "\0" in name:
                 raise ValueError(f"an xattr has an impossible name: {shown(name)}")
+            if len(value) > _MAX_XATTR_VALUE:
+                raise ValueError(
+                    f"the xattr {shown(name)} has {len(value)} bytes, and the kernel takes {_MAX_XATTR_VALUE}"
+                )
             if not _is_safe(name):
                 self.skipped["xattr"] += 1
                 continue
@@ -100,25 +105,27 @@ class Attributes:
                 else:
                     os.setxattr(target, name, value, follow_symlinks=False)
             except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise ValueError(f"the kernel refuses the value of its xattr {shown(name)}") from error
                 if error.errno not in _NO_XATTR:
                     raise
                 self.skipped["xattr"] += 1
 
-    def set_directory(self, directory: Directory, entry: Entry, *, fresh: bool) -> None:
+    def set_directory(self, directory: Directory, entry: Entry, *, fresh: bool, own: bool = False) -> None:
         """Give a directory the attributes of an entry; its times, and what would be in our way, when it is closed.
 
         Args:
             fresh: it was just made, and has no attributes that must go.
+            own: it surely has this process's owner and group.
         """
         fd = directory.fd
         directory.dirty = True
         if not fresh:
             self.clear_xattrs(directory)
-        if not fresh or not self.is_own(entry):
-            if self.is_own(entry):
-                os.chown(fd, entry.uid, entry.gid)
-            else:
-                self.chown(fd, entry)
+        if not self.is_own(entry):
+            self.chown(fd, entry)
+        elif not own:
+            os.chown(fd, entry.uid, entry.gid)
         directory.acl = None
         if entry.xattrs:
             self.set_xattrs(fd, entry)

@@ -1,8 +1,8 @@
 """The layer that an archive is written into, as the archive's entries see it: part of the merged tree.
 
-It is known of everything in the layer whether the archive put it there, since whiteouts must not remove that. In a layer
-that was empty at the start that is all but the little that is made here on the way; in one that was not, the paths of
-the archive's entries are kept in memory.
+It is known of everything in the layer whether the archive put it there, since whiteouts must not remove that. In a
+layer that was empty at the start that is all but the little that is made here on the way; in one that was not, the
+paths of the archive's entries are kept in memory.
 """
 
 from __future__ import annotations

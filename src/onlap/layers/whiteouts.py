@@ -130,16 +130,11 @@ class Whiteouts:
         upper = self._directories.find(where)
         if isinstance(upper, Blocked):
             return  # hidden already: by a whiteout, or by a file of the archive
+        self._check_followed(path)
         if upper is not None:
             status = upper.status(base)
-            if status is not None:
-                if is_whiteout(status):
-                    return
-                self._check_followed(path)
-                if self._kept(upper, base, path, status):
-                    return
-        else:
-            self._check_followed(path)
+            if status is not None and (is_whiteout(status) or self._kept(upper, base, path, status)):
+                return
         if self._lowers.lookup(where, base) is not None:
             directory = self._upper.ensure(where)
             directory.dirty = True

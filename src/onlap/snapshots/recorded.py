@@ -16,6 +16,7 @@ from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Reco
 from onlap.errors import shown
 from onlap.layers.changes import is_empty_layer
 from onlap.mounts.plan import Mount
+from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import filters as language
 from onlap.snapshots.contract import check_name
 from onlap.trees.compare import Change
@@ -110,6 +111,9 @@ class RecordedSnapshotter(ABC):
     def layers(self, record: Record) -> list[str]:
         """The directories that make up a snapshot's tree, topmost first."""
 
+    # The flavour of OverlayFS's markers in this root's layers; a layer that has none does not care.
+    markers = Markers(TRUSTED)
+
     @property
     def owner(self) -> str:
         """Whose snapshots it sees and makes; empty for library and command."""
@@ -165,7 +169,7 @@ class RecordedSnapshotter(ABC):
         record = self.record(key)
         if record.kind == VIEW:
             return Usage()
-        with self._translated("measure snapshot", key):
+        with self.translated("measure snapshot", key):
             if record.kind == COMMITTED:
                 return Usage(*self.catalog.usage(record))
             return usage(self.catalog.layout.tree(record.id))
@@ -203,14 +207,14 @@ class RecordedSnapshotter(ABC):
         record = self.record(key)
         with (
             self.catalog.hold([record.id, *self.ancestors(record)]),
-            self._translated("compare snapshot", key),
+            self.translated("compare snapshot", key),
         ):
             yield from self._changes(record)
 
     def _compare(self, key: str, other: str) -> Iterator[Change]:
         one, two = self.record(key), self.record(other)
         held = {one.id, two.id, *self.ancestors(one), *self.ancestors(two)}
-        with self.catalog.hold(sorted(held)), self._translated("compare snapshot", key):
+        with self.catalog.hold(sorted(held)), self.translated("compare snapshot", key):
             yield from self._differences(one, two)
 
     # Changing
@@ -265,10 +269,10 @@ class RecordedSnapshotter(ABC):
             return above
 
         above = self.catalog.database.read(look)
-        with self._translated("prepare snapshot", key):
+        with self.translated("prepare snapshot", key):
             staged = self.catalog.staging.new()
         try:
-            with self._translated("prepare snapshot", key):
+            with self.translated("prepare snapshot", key):
                 self._build(staged, kind, above, labels)
                 record = self.catalog.create(self._owner, key, kind, parent or None, labels, staged)
         except BaseException:
@@ -303,24 +307,26 @@ class RecordedSnapshotter(ABC):
         check_name(name, "name")
         record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
         self._check_rebase(record, parent)
-        with self._translated("commit snapshot", key):
+        with self.translated("commit snapshot", key):
             tree = self.catalog.layout.tree(record.id)
             empty = is_empty_layer(tree)
             if not allow_mounted:
-                self._check_unmounted(record, empty)
+                self.check_unmounted(record)
             if self._sync == SYNC_LAYER and not empty:
                 self.catalog.sync()
             # Listed again: an empty layer is one that may be made again after a power cut.
             empty = empty and is_empty_layer(tree)
         self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
 
-    def _check_unmounted(self, record: Record, empty: bool) -> None:
+    def check_unmounted(self, record: Record) -> None:
+        """Raise FailedPrecondition when an active snapshot is mounted read-write somewhere."""
         from onlap.snapshots.mounted import writable_mounts
 
         layout = self.catalog.layout
         plan = self._plan(record, self.ancestors(record))
         tree, work = layout.tree(record.id), layout.work(record.id)
-        found = writable_mounts(tree, work, bound=plan[0].type == "bind", everywhere=not empty)
+        written = not is_empty_layer(tree)
+        found = writable_mounts(tree, work, bound=plan[0].type == "bind", everywhere=written)
         if not found and self.catalog.is_written(record.id):
             found = ["a detached mount, or in a program that works on it"]
         if found:
@@ -339,7 +345,8 @@ class RecordedSnapshotter(ABC):
         self.catalog.cleanup()
 
     @contextlib.contextmanager
-    def _translated(self, doing: str, key: str) -> Iterator[None]:
+    def translated(self, doing: str, key: str) -> Iterator[None]:
+        """Turn an OSError in a ``with`` block into an error that says what was being done, and to what."""
         try:
             yield
         except OSError as error:

@@ -206,7 +206,11 @@ class Tree:
             new = where + b".new"
             _write(new, content, os.O_CREAT | os.O_EXCL)
             os.chmod(new, mode)
-            os.rename(new, where)
+            try:
+                os.rename(new, where)
+            except OSError:
+                os.unlink(new)
+                raise
 
         return self._add(f"replace({path!r}, {_short(content)}, mode={mode:#o})", path, change)
 

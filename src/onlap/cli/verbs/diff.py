@@ -9,7 +9,8 @@ from onlap.errors import shown
 from onlap.trees.compare import Change
 from onlap.trees.meta import Meta
 
-_STYLES = {"A": "green", "C": "yellow", "D": "red"}
+# How a terminal shows each kind.
+STYLES = {"A": "green", "C": "yellow", "D": "red"}
 
 
 def arguments(parser: Parser) -> None:
@@ -34,7 +35,7 @@ def run(call: Call) -> int:
             if out.json:
                 out.item(change_as_json(change))
             else:
-                out.line(f"{out.paint(change.kind, _STYLES[change.kind])} {shown(path_of(change))}")
+                out.line(f"{out.paint(change.kind, STYLES[change.kind])} {shown(path_of(change))}")
     return exits.NO if differs and call.args.exit_code else exits.DONE
 
 

@@ -28,7 +28,6 @@ def arguments(parser: Parser) -> None:
         "onlap enter work",
         "onlap enter work -- make install DESTDIR=.",
     )
-    parser.usage = "onlap enter [OPTION...] KEY [-- CMD [ARG...]]"
     parser.key("key", help="a snapshot of any kind")
     parser.add_argument("--chroot", action="store_true", help="make the tree the root of CMD")
     parser.command()

@@ -13,9 +13,9 @@ from onlap.errors import shown
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "Take a directory in, as the committed snapshot NAME, with owners, modes, times, xattrs, hard links and holes;\n"
-        "content is shared where the filesystem can (reflink). It stays on the source's filesystem. A file that\n"
-        "changes while it is read is an error. The root is made where there is none.",
+        "Take a directory in, as the committed snapshot NAME, with owners, modes, times, xattrs, hard links and\n"
+        "holes; content is shared where the filesystem can (reflink). It stays on the source's filesystem. A file\n"
+        "that changes while it is read is an error. The root is made where there is none.",
         "onlap import ./project base --exclude .git --exclude '*.o'",
     )
     parser.add_argument("source", metavar="SOURCE", help="a directory")

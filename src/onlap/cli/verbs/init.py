@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from onlap.cli.call import Call, check_access
+from onlap.cli.call import Call, check_access, existing_above
 from onlap.cli.parser import Parser, UsageError
 from onlap.errors import shown
+from onlap.overlayfs.probe import overlay_mode
 
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "Make a root, where snapshots are kept, or say what the one that is there is. What is chosen here is fixed for\n"
-        'the root\'s life. "auto" takes overlay where that can be mounted (see: onlap probe), and native copies\n'
+        "Make a root, where snapshots are kept, or say what the one that is there is. What is chosen here is fixed\n"
+        'for the root\'s life. "auto" takes overlay where that can be mounted (see: onlap probe), and native copies\n'
         "elsewhere; prepare and import make a root likewise.",
         "onlap init",
         "onlap --root /srv/snapshots init --snapshotter native",
@@ -35,24 +36,15 @@ def run(call: Call) -> None:
     root, args = call.root, call.args
     if args.redirect_dir and args.snapshotter == "native":
         raise UsageError("--redirect-dir is for overlays")
-    check_access(root)
+    check_access(root, create=True)
     made = not os.path.lexists(os.path.join(root, "catalog.db"))
     why = ""
     if made and args.snapshotter != "native":
-        mode, why = _trial(root)
+        mode, why = overlay_mode(existing_above(root))
         if args.snapshotter == "overlay" and mode == "native":
             call.out.warn(f"{why}; the root is made all the same, for a place where overlays work")
     with _open(root, args.snapshotter, args.redirect_dir) as snapshotter:
         _show(call, snapshotter, made, why)
-
-
-def _trial(root: str) -> tuple[str, str]:
-    from onlap.overlayfs.probe import overlay_mode
-
-    above = os.path.abspath(root)
-    while not os.path.isdir(above):
-        above = os.path.dirname(above)
-    return overlay_mode(above)
 
 
 def _open(root: str, kind: str, redirect_dir: bool) -> RecordedSnapshotter:

@@ -16,8 +16,8 @@ from onlap.mounts.plan import Mount
 def arguments(parser: Parser) -> None:
     if parser.prog.endswith("umount"):
         parser.explain(
-            "Unmount what is mounted topmost at TARGET. While it is in use, this waits some seconds, and then says who\n"
-            "uses it.",
+            "Unmount what is mounted topmost at TARGET. While it is in use, this waits some seconds, and then says\n"
+            "who uses it.",
             "onlap umount /mnt",
         )
         parser.add_argument("target", metavar="TARGET", help="the mount point")

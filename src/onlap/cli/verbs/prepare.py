@@ -12,8 +12,8 @@ from onlap.errors import shown
 def arguments(parser: Parser) -> None:
     if parser.prog.endswith("view"):
         parser.explain(
-            "Make a read-only snapshot of PARENT, a committed one, under the new KEY. It is mounted like an active one\n"
-            "(see: onlap mounts), and removed when it is not needed any more.",
+            "Make a read-only snapshot of PARENT, a committed one, under the new KEY. It is mounted like an active\n"
+            "one (see: onlap mounts), and removed when it is not needed any more.",
             "onlap view look base",
         )
     else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from onlap.cli import exits
-from onlap.cli.call import Call
+from onlap.cli.call import Call, existing_above
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.text import size
 from onlap.errors import shown
@@ -22,7 +20,7 @@ def arguments(parser: Parser) -> None:
     parser.explain(
         "Find out by trial what this kernel, with your privilege, can do in DIR: a line a feature, with the reason\n"
         "for each no, and how a new root there would keep its snapshots. Nothing is left behind.\n\n"
-        "features: " + " ".join(FEATURES[:10]) + "\n          " + " ".join(FEATURES[10:]),
+        "features:\n  " + "\n  ".join(" ".join(FEATURES[start : start + 7]) for start in range(0, len(FEATURES), 7)),
         "onlap probe /srv",
         "onlap probe --require overlay && echo yes",
     )
@@ -46,14 +44,6 @@ def run(call: Call) -> int:
     for name in missing:
         out.error("Required", f"{name} does not work here: {found.features[name].reason}")
     return exits.NO if missing else exits.DONE
-
-
-def existing_above(path: str) -> str:
-    """The directory itself, or the nearest one above it that exists."""
-    path = os.path.abspath(path)
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    return path
 
 
 def _print(call: Call, found: Probe) -> None:

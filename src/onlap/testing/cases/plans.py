@@ -93,8 +93,9 @@ def removed_trees_go(site: Site) -> None:
     sn.remove("key")
     sn.remove("alone")
     for _ in range(100):
-        if isinstance(sn, Cleaner):
-            sn.cleanup()
+        if not isinstance(sn, Cleaner):
+            break
+        sn.cleanup()
         if not files_named(site.root, "garbage"):
             break
         time.sleep(0.05)  # a background thread is deleting it at this moment, and tells nobody when it is done

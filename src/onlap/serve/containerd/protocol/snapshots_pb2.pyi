@@ -18,7 +18,6 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VIEW: _ClassVar[Kind]
     ACTIVE: _ClassVar[Kind]
     COMMITTED: _ClassVar[Kind]
-
 UNKNOWN: Kind
 VIEW: Kind
 ACTIVE: Kind
@@ -34,13 +33,7 @@ class Mount(_message.Message):
     source: str
     target: str
     options: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        type: _Optional[str] = ...,
-        source: _Optional[str] = ...,
-        target: _Optional[str] = ...,
-        options: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, type: _Optional[str] = ..., source: _Optional[str] = ..., target: _Optional[str] = ..., options: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Info(_message.Message):
     __slots__ = ("name", "parent", "kind", "created_at", "updated_at", "labels")
@@ -51,7 +44,6 @@ class Info(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     NAME_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -64,15 +56,7 @@ class Info(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     updated_at: _timestamp_pb2.Timestamp
     labels: _containers.ScalarMap[str, str]
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        parent: _Optional[str] = ...,
-        kind: _Optional[_Union[Kind, str]] = ...,
-        created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
-        updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class PrepareSnapshotRequest(_message.Message):
     __slots__ = ("snapshotter", "key", "parent", "labels")
@@ -83,7 +67,6 @@ class PrepareSnapshotRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     SNAPSHOTTER_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -92,13 +75,7 @@ class PrepareSnapshotRequest(_message.Message):
     key: str
     parent: str
     labels: _containers.ScalarMap[str, str]
-    def __init__(
-        self,
-        snapshotter: _Optional[str] = ...,
-        key: _Optional[str] = ...,
-        parent: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-    ) -> None: ...
+    def __init__(self, snapshotter: _Optional[str] = ..., key: _Optional[str] = ..., parent: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class PrepareSnapshotResponse(_message.Message):
     __slots__ = ("mounts",)
@@ -115,7 +92,6 @@ class ViewSnapshotRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     SNAPSHOTTER_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -124,13 +100,7 @@ class ViewSnapshotRequest(_message.Message):
     key: str
     parent: str
     labels: _containers.ScalarMap[str, str]
-    def __init__(
-        self,
-        snapshotter: _Optional[str] = ...,
-        key: _Optional[str] = ...,
-        parent: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-    ) -> None: ...
+    def __init__(self, snapshotter: _Optional[str] = ..., key: _Optional[str] = ..., parent: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ViewSnapshotResponse(_message.Message):
     __slots__ = ("mounts",)
@@ -169,7 +139,6 @@ class CommitSnapshotRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     SNAPSHOTTER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -180,14 +149,7 @@ class CommitSnapshotRequest(_message.Message):
     key: str
     labels: _containers.ScalarMap[str, str]
     parent: str
-    def __init__(
-        self,
-        snapshotter: _Optional[str] = ...,
-        name: _Optional[str] = ...,
-        key: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-        parent: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, snapshotter: _Optional[str] = ..., name: _Optional[str] = ..., key: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., parent: _Optional[str] = ...) -> None: ...
 
 class StatSnapshotRequest(_message.Message):
     __slots__ = ("snapshotter", "key")
@@ -211,12 +173,7 @@ class UpdateSnapshotRequest(_message.Message):
     snapshotter: str
     info: Info
     update_mask: _field_mask_pb2.FieldMask
-    def __init__(
-        self,
-        snapshotter: _Optional[str] = ...,
-        info: _Optional[_Union[Info, _Mapping]] = ...,
-        update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, snapshotter: _Optional[str] = ..., info: _Optional[_Union[Info, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class UpdateSnapshotResponse(_message.Message):
     __slots__ = ("info",)

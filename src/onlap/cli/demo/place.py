@@ -1,0 +1,124 @@
+"""Where the demo runs, how it keeps its snapshots there, and why."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.cli.text import size
+from onlap.errors import shown
+from onlap.mounts.temporary import may_mount
+from onlap.overlayfs.probe import NATIVE, OVERLAY, overlay_mode
+
+# In a container /tmp is mostly on the container's own overlay, which OverlayFS does not take for an upper layer; these
+# are other filesystems in many of them.
+FALLBACKS = ("/var/tmp", "/dev/shm")
+
+
+class Place(NamedTuple):
+    """A directory that the demo may use.
+
+    Attributes:
+        directory: its path.
+        mode: one of :data:`onlap.overlayfs.probe.MODES`.
+        why: the reason for it.
+        free: bytes that can be written there.
+    """
+
+    directory: str
+    mode: str
+    why: str
+    free: int
+
+
+class Choice(NamedTuple):
+    """The place, and one line that says what runs there and why."""
+
+    place: Place
+    line: str
+
+
+def choose(content: int, *, overlay_only: bool) -> Choice:
+    """The first directory where overlays work; if they do nowhere, the first one with room for copies.
+
+    Args:
+        content: bytes of the tree that is imported.
+        overlay_only: never take copies.
+
+    Raises:
+        Unimplemented: overlays work nowhere, and are wanted.
+        ResourceExhausted: there is room nowhere.
+    """
+    tried: list[Place] = []
+    refused: list[str] = []
+    for directory in _candidates():
+        try:
+            place = _look(directory)
+        except errors.OnlapError as error:
+            refused.append(error.message)
+            continue
+        if place.mode != NATIVE and place.free >= _needed(content, place.mode):
+            return Choice(place, _line(place, tried))
+        tried.append(place)
+    if overlay_only:
+        nowhere = "; ".join([*_grouped(tried), *refused])
+        raise errors.Unimplemented(f"an overlay can be used nowhere: {nowhere}", hint=_remedy())
+    for place in tried:
+        if place.mode == NATIVE and place.free >= _needed(content, NATIVE):
+            return Choice(place, _line(place, []))
+    reasons = [f"{shown(place.directory)} has {size(place.free)} free" for place in tried]
+    raise errors.ResourceExhausted(
+        f"no directory has room for the demo: {'; '.join(reasons + refused)}",
+        hint=f"set TMPDIR to one with {size(_needed(content, NATIVE))}",
+    )
+
+
+def _candidates() -> list[str]:
+    found: list[str] = []
+    try:
+        found.append(tempfile.gettempdir())
+    except FileNotFoundError:
+        pass  # none of the usual ones can be written; ours below may
+    found += FALLBACKS
+    return [d for i, d in enumerate(found) if os.path.isdir(d) and os.path.realpath(d) not in found[:i]]
+
+
+def _look(directory: str) -> Place:
+    mode, why = overlay_mode(directory)
+    free = os.statvfs(directory)
+    return Place(directory, mode, why, free.f_bavail * free.f_frsize)
+
+
+def _needed(content: int, mode: str) -> int:
+    # Copies: the base, what is made of it, and two children of that. Overlays: the base, and what changes of it.
+    return content * (4 if mode == NATIVE else 2) + (32 << 20)
+
+
+def _grouped(places: list[Place]) -> list[str]:
+    """Directories with one reason are told of together."""
+    by_reason: dict[str, list[str]] = {}
+    for place in places:
+        by_reason.setdefault(_why_not(place), []).append(shown(place.directory))
+    return [f"in {', '.join(directories)}: {reason}" for reason, directories in by_reason.items()]
+
+
+def _why_not(place: Place) -> str:
+    return place.why.removeprefix("no overlay here: ") if place.mode == NATIVE else f"{size(place.free)} free"
+
+
+def _line(place: Place, passed: list[Place]) -> str:
+    where = f"in {shown(place.directory)}"
+    if place.mode == NATIVE:
+        return f"native copies {where}: {place.why}; {_remedy()}"
+    kind = "overlay" if place.mode == OVERLAY else "overlay with userxattr"
+    how = "" if may_mount() else ", by a detached mount,"
+    skipped = "".join(f"; not in {shown(p.directory)}: {_why_not(p)}" for p in passed)
+    return f"{kind}{how} {where}: {place.why}{skipped}"
+
+
+def _remedy() -> str:
+    if os.geteuid() != 0:
+        return "with overlays: sudo make demo"
+    return "with overlays where root has CAP_SYS_ADMIN"

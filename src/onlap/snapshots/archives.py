@@ -1,0 +1,197 @@
+"""Snapshots and archives: a layer applied to a snapshot, a snapshot written as a layer, layers made into one."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import BinaryIO
+
+from onlap import errors
+from onlap.catalog.records import ACTIVE, Record
+from onlap.errors import shown
+from onlap.layers.apply import Applied, Limits, apply
+from onlap.layers.write import Written, write_layer
+from onlap.progress import Callback
+from onlap.snapshots.overlay import OverlaySnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.trees.walk import OPEN_DIRECTORY
+
+Source = BinaryIO | str | bytes | os.PathLike[str]
+
+
+def apply_layer(
+    snapshotter: RecordedSnapshotter,
+    key: str,
+    source: Source,
+    *,
+    digest: str | None = None,
+    diff_id: str | None = None,
+    limits: Limits | None = None,
+    progress: Callback | None = None,
+) -> Applied:
+    """Write the archive of a layer into an active snapshot, straight into its directory.
+
+    Raises:
+        NotFound: there is no such snapshot.
+        FailedPrecondition: it is not active, or is mounted read-write.
+        OnlapError: see :func:`onlap.layers.apply.apply`.
+    """
+    record = snapshotter.record(key)
+    if record.kind != ACTIVE:
+        raise errors.FailedPrecondition(
+            f"snapshot {shown(key)} is {record.kind}, and a layer is applied to an active one", key=key
+        )
+    snapshotter.check_unmounted(record)
+    tree, *lowers = snapshotter.layers(record)
+    markers = snapshotter.markers if isinstance(snapshotter, OverlaySnapshotter) else None
+    ancestors = snapshotter.ancestors(record)
+    with ExitStack() as stack:
+        stack.enter_context(snapshotter.catalog.hold([record.id, *ancestors]))
+        stack.enter_context(snapshotter.catalog.hold_for_writing(record.id))
+        stack.enter_context(snapshotter.translated("apply a layer to", key))
+        fd = os.open(tree, OPEN_DIRECTORY)
+        stack.callback(os.close, fd)
+        return apply(
+            source,
+            fd,
+            lowers=lowers,
+            markers=markers,
+            digest=digest,
+            diff_id=diff_id,
+            limits=limits,
+            progress=progress,
+        )
+
+
+def write_diff(
+    snapshotter: RecordedSnapshotter,
+    key: str,
+    other: str | None,
+    out: BinaryIO,
+    *,
+    compression: str = "none",
+    level: int | None = None,
+    epoch: int | None = None,
+    content: bool = False,
+    progress: Callback | None = None,
+) -> Written:
+    """Write what ``key`` changed against its parent as a layer; with ``other``: what makes ``other`` of ``key``.
+
+    Raises:
+        NotFound: there is no such snapshot.
+        OnlapError: see :func:`onlap.layers.write.write_layer`.
+    """
+    record = snapshotter.record(key)
+    if other is None:
+        before, after = _parent_layers(snapshotter, record), snapshotter.layers(record)
+        ids = {record.id, *snapshotter.ancestors(record)}
+    else:
+        target = snapshotter.record(other)
+        before, after = snapshotter.layers(record), snapshotter.layers(target)
+        ids = {record.id, target.id, *snapshotter.ancestors(record), *snapshotter.ancestors(target)}
+    with snapshotter.catalog.hold(sorted(ids)), snapshotter.translated("write the layer of", key):
+        return write_layer(
+            before,
+            after,
+            snapshotter.markers,
+            out,
+            compression=compression,
+            level=level,
+            epoch=epoch,
+            content=content,
+            progress=progress,
+        )
+
+
+def write_tree(
+    snapshotter: RecordedSnapshotter,
+    key: str,
+    out: BinaryIO,
+    *,
+    compression: str = "none",
+    level: int | None = None,
+    epoch: int | None = None,
+    progress: Callback | None = None,
+) -> Written:
+    """Write the whole tree of a snapshot as one archive, without whiteouts; nothing is mounted.
+
+    Raises:
+        NotFound: there is no such snapshot.
+        OnlapError: see :func:`onlap.layers.write.write_layer`.
+    """
+    record = snapshotter.record(key)
+    ids = [record.id, *snapshotter.ancestors(record)]
+    with snapshotter.catalog.hold(ids), snapshotter.translated("export", key):
+        return write_layer(
+            [],
+            snapshotter.layers(record),
+            snapshotter.markers,
+            out,
+            compression=compression,
+            level=level,
+            epoch=epoch,
+            progress=progress,
+        )
+
+
+def squash(
+    snapshotter: RecordedSnapshotter, top: str, key: str, base: str | None, progress: Callback | None = None
+) -> Applied:
+    """Write the layers above ``base`` up to ``top`` into the active snapshot ``key``, which stands on ``base``.
+
+    The layers are written as one archive into a pipe and applied from it: whiteouts come out right against what lies
+    below, and nothing is mounted.
+
+    Raises:
+        NotFound: there is no such snapshot.
+        InvalidArgument: ``top`` does not stand on ``base``.
+        OnlapError: of another kind, for what the filesystem says.
+    """
+    record = snapshotter.record(top)
+    before: Sequence[str] = []
+    if base is not None:
+        below = snapshotter.record(base)
+        if below.id != record.id and below.id not in snapshotter.ancestors(record):
+            raise errors.InvalidArgument(
+                f"{shown(top)} does not stand on {shown(base)}", key=top, hint="see with: onlap tree"
+            )
+        before = snapshotter.layers(below)
+    after = snapshotter.layers(record)
+    failure: list[BaseException] = []
+    read_end, write_end = os.pipe()
+
+    def write() -> None:
+        try:
+            with os.fdopen(write_end, "wb", buffering=0) as out:
+                write_layer(before, after, snapshotter.markers, out, progress=progress)
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            failure.append(error)
+
+    with snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]):
+        writer = threading.Thread(target=write, name="onlap-squash")
+        writer.start()
+        try:
+            with os.fdopen(read_end, "rb") as source:
+                return apply_layer(snapshotter, key, source)
+        except errors.OnlapError as error:
+            writer.join()
+            # A writer that failed leaves a truncated archive; its own error tells more. One that met a closed pipe
+            # failed because the reader did.
+            if failure and not isinstance(failure[0], BrokenPipeError):
+                raise _as_error(failure[0], top) from error
+            raise
+        finally:
+            writer.join()
+
+
+def _as_error(error: BaseException, key: str) -> BaseException:
+    return errors.from_oserror(error, doing="read the layers of", key=key) if isinstance(error, OSError) else error
+
+
+def _parent_layers(snapshotter: RecordedSnapshotter, record: Record) -> list[str]:
+    """The layers of the tree that a snapshot began with."""
+    if record.parent is None:
+        return []
+    return snapshotter.layers(snapshotter.record(record.parent))

@@ -1,0 +1,297 @@
+"""A power cut, as FS_IOC_SHUTDOWN makes one: what was acknowledged is there, and what could not be kept is named.
+
+With a journal in steady state a durable row of the catalog does not make the fresh directory durable that it belongs
+to: 20 of 20 acknowledged rows survive NOLOGFLUSH, and 20 of 20 directories do not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import capabilities
+import onlap
+from onlap import errors
+from onlap.store import Store
+
+pytestmark = pytest.mark.needs("ext4", "overlay")
+
+# include/uapi/linux/fs.h and fs/ext4/ext4.h
+FS_IOC_SHUTDOWN = 0x8004587D
+FLAGS = {"default": 0, "logflush": 1, "nologflush": 2}
+COUNT = 20
+
+
+class Machine:
+    """A filesystem whose power can be cut, and a root on it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.root = target / "root"
+        self._device = subprocess.run(
+            ["findmnt", "-no", "SOURCE", target], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def open(self, **options: object) -> Store:
+        return onlap.open(self.root, **options)  # type: ignore[arg-type]
+
+    def cut(self, flag: str) -> None:
+        """From now on nothing reaches the disk; then mount it again, which replays the journal."""
+        fd = os.open(self.target, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, FS_IOC_SHUTDOWN, struct.pack("I", FLAGS[flag]))
+        finally:
+            os.close(fd)
+
+    def reboot(self) -> None:
+        mount, umount = capabilities.find_program("mount"), capabilities.find_program("umount")
+        assert mount is not None
+        assert umount is not None
+        subprocess.run([umount, self.target], check=True)
+        subprocess.run([mount, "-t", "ext4", self._device, self.target], check=True)
+
+
+@pytest.fixture
+def machine(loop_ext4: Callable[[int], Path]) -> Machine:
+    return Machine(loop_ext4(128))
+
+
+def steady(store: Store) -> None:
+    """The log has its size, and the journal has been written: from here on a commit's fdatasync takes nothing along."""
+    for number in range(3):
+        store.prepare(f"steady-{number}")
+        store.remove(f"steady-{number}")
+    os.sync()
+
+
+def crash(machine: Machine, store: Store, flag: str) -> None:
+    machine.cut(flag)
+    try:
+        store.close()
+    except (errors.OnlapError, OSError):
+        # Nothing can be written any more: the program would be gone.
+        machine_close(store)
+    machine.reboot()
+
+
+def machine_close(store: Store) -> None:
+    """Let go of every descriptor on the dead filesystem, as the end of a process does."""
+    prefix = os.fspath(store.snapshotter.root)
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith(prefix):
+                os.close(int(name))
+        except OSError:
+            continue
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("snapshotter", ["overlay", "native"])
+def test_every_acknowledged_record_is_there_and_usable(machine: Machine, flag: str, snapshotter: str) -> None:
+    store = machine.open(snapshotter=snapshotter, sync="layer")
+    with store.build("base") as tree:
+        (tree / "file").write_text("base")
+    store.prepare("empty-key")
+    store.commit("empty", "empty-key")
+    steady(store)
+    for number in range(COUNT):
+        store.prepare(f"active-{number}", "base" if number % 2 else None, {"n": str(number)})
+        store.prepare(f"key-{number}", "empty")
+        store.commit(f"empty-{number}", f"key-{number}", {"n": str(number)})
+    store.view("view", "base")
+    expected = {info.name: info for info in store.walk()}
+    crash(machine, store, flag)
+    with machine.open() as store:
+        assert {info.name: info for info in store.walk()} == expected
+        assert store.snapshotter.catalog.lost == []
+        for number in range(COUNT):
+            with store.mounted(f"active-{number}") as tree:
+                (tree / "written").write_text("after")
+                if number % 2:
+                    assert (tree / "file").read_text() == "base"
+            store.commit(f"after-{number}", f"active-{number}")
+            with store.mounted(f"empty-{number}") as tree:
+                assert os.listdir(tree) == []
+            assert store.usage(f"empty-{number}").inodes == 1
+        with store.mounted("view") as tree:
+            assert (tree / "file").read_text() == "base"
+        with store.build("new", "base") as tree:
+            (tree / "new").touch()
+
+
+def test_a_fresh_directory_is_lost_while_its_row_is_kept(machine: Machine) -> None:
+    """The fact that all of this is for; without it the other tests of this file would prove nothing."""
+    store = machine.open(snapshotter="overlay", sync="layer")
+    steady(store)
+    for number in range(COUNT):
+        store.prepare(f"key-{number}")
+    trees = [store.snapshotter.catalog.layout.tree(store.snapshotter.record(f"key-{n}").id) for n in range(COUNT)]
+    crash(machine, store, "nologflush")
+    assert sum(map(os.path.isdir, trees)) < COUNT // 2
+    with machine.open() as store:
+        assert sum(map(os.path.isdir, trees)) == COUNT
+        assert len(list(store.walk())) == COUNT
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_synced_layer_is_whole(machine: Machine, flag: str) -> None:
+    store = machine.open(snapshotter="overlay", sync="layer")
+    with store.build("base") as tree:
+        (tree / "below").write_text("below")
+    steady(store)
+    for number in range(COUNT):
+        with store.build(f"layer-{number}", "base") as tree:
+            (tree / "file").write_text(f"content {number}" * 1000)
+            (tree / "directory").mkdir(0o751)
+            (tree / "below").unlink()
+    crash(machine, store, flag)
+    with machine.open() as store:
+        assert store.snapshotter.catalog.lost == []
+        survived = 0
+        for number in range(COUNT):
+            with store.mounted(f"layer-{number}") as tree:
+                survived += (tree / "file").read_text() == f"content {number}" * 1000
+                assert (tree / "directory").stat().st_mode & 0o7777 == 0o751
+                assert not (tree / "below").exists()
+        assert survived == COUNT
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a layer whose only change is to its top directory counts as empty: not synced, made again plain"
+)
+def test_a_synced_layer_that_changed_only_its_top_directory_is_whole(machine: Machine) -> None:
+    store = machine.open(snapshotter="overlay", sync="layer")
+    steady(store)
+    with store.build("base") as tree:
+        tree.chmod(0o1777)
+        os.setxattr(tree, "user.note", b"kept")
+    crash(machine, store, "nologflush")
+    with machine.open() as store, store.mounted("base") as tree:
+        assert tree.stat().st_mode & 0o7777 == 0o1777
+        assert os.getxattr(tree, "user.note") == b"kept"
+
+
+@pytest.mark.xfail(
+    strict=True, reason="native: the copy that an active snapshot begins with is not synced, and never checked again"
+)
+def test_an_active_native_snapshot_has_its_parents_content(machine: Machine) -> None:
+    store = machine.open(snapshotter="native", sync="layer")
+    with store.build("base") as tree:
+        for number in range(COUNT):
+            (tree / f"file-{number}").write_text("base" * 5000)
+    steady(store)
+    store.prepare("active", "base")
+    # The journal is written every five seconds, file content after thirty.
+    crash(machine, store, "logflush")
+    with machine.open() as store, store.mounted("active") as tree:
+        assert [(tree / f"file-{n}").read_text() == "base" * 5000 for n in range(COUNT)] == [True] * COUNT
+
+
+def lose(machine: Machine) -> Store:
+    """A store that has lost the tree of the committed snapshot "lost", with "child", "grandchild" and "view" on it."""
+    store = machine.open(snapshotter="overlay", sync="layer")
+    with store.build("whole") as tree:
+        (tree / "file").write_text("whole")
+    store.close()
+    store = machine.open(sync="none")
+    steady(store)
+    with store.build("lost", "whole") as tree:
+        (tree / "new").write_text("new")
+    store.prepare("active", "lost")
+    store.view("view", "lost")
+    crash(machine, store, "nologflush")
+    store = machine.open()
+    assert not os.path.isdir(store.snapshotter.catalog.layout.tree(store.snapshotter.record("lost").id))
+    return store
+
+
+def test_an_unsynced_layer_that_is_lost_is_named(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    with lose(machine) as store:
+        assert [record.name for record in store.snapshotter.catalog.lost] == ["lost"]
+        assert "lost has lost its tree" in caplog.text
+        assert {info.name for info in store.walk()} == {"whole", "lost", "active", "view"}
+        # The rest works.
+        with store.mounted("whole") as tree:
+            assert (tree / "file").read_text() == "whole"
+        with store.build("other", "whole") as tree:
+            (tree / "other").touch()
+        store.cleanup()
+        for key in ("active", "view", "lost"):
+            store.remove(key)
+        store.cleanup()
+        assert os.listdir(machine.root / "trash") == []
+        assert {info.name for info in store.walk()} == {"whole", "other"}
+
+
+_USES: dict[str, Callable[[Store], object]] = {
+    "usage": lambda store: store.usage("lost"),
+    "diff": lambda store: list(store.diff("lost")),
+    "compare": lambda store: list(store.diff("whole", "lost")),
+    "prepare": lambda store: store.prepare("new", "lost"),
+    "mount": lambda store: store.mounted("lost").__enter__(),
+    "mount of a child": lambda store: store.mounted("active").__enter__(),
+    "diff of a child": lambda store: list(store.diff("active")),
+}
+
+
+def test_no_use_of_a_lost_layer_gives_a_traceback(machine: Machine) -> None:
+    with lose(machine) as store:
+        for name, use in _USES.items():
+            with pytest.raises(errors.OnlapError) as caught:
+                use(store)
+            assert "cannot" in str(caught.value) or "gone" in str(caught.value) or "lost" in str(caught.value), name
+
+
+@pytest.mark.xfail(strict=True, reason="NotFound, as if there were no such snapshot: recover() notes nothing on the record")
+@pytest.mark.parametrize("name", _USES)
+def test_a_lost_layer_is_data_loss(machine: Machine, name: str) -> None:
+    with lose(machine) as store, pytest.raises(errors.DataLoss, match="lost"):
+        _USES[name](store)
+
+
+@pytest.mark.xfail(strict=True, reason="Catalog.lost is known to the process that looked, and to no later one")
+def test_a_lost_layer_is_named_to_everybody_who_opens_the_root(machine: Machine) -> None:
+    lose(machine).close()
+    with machine.open() as store:
+        assert [record.name for record in store.snapshotter.catalog.lost] == ["lost"]
+
+
+def test_removed_snapshots_stay_removed_and_ids_are_not_given_again(machine: Machine) -> None:
+    store = machine.open(snapshotter="overlay", sync="none")
+    for number in range(COUNT):
+        store.prepare(f"key-{number}")
+    steady(store)
+    highest = max(record.id for record in store.snapshotter.catalog.walk(None))
+    for number in range(COUNT):
+        store.remove(f"key-{number}")
+    crash(machine, store, "nologflush")
+    with machine.open() as store:
+        assert list(store.walk()) == []
+        # The directories are back, since their renames were lost: they have no records, and are garbage.
+        store.prepare("new")
+        assert store.snapshotter.record("new").id > highest
+        store.cleanup()
+        assert os.listdir(machine.root / "snapshots") == [str(store.snapshotter.record("new").id)]
+        assert os.listdir(machine.root / "trash") == []
+
+
+def test_a_reopened_root_is_looked_through_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.open(snapshotter="overlay").close()
+    looks: list[object] = []
+    whole = onlap.OverlaySnapshotter._remake
+    monkeypatch.setattr(
+        onlap.OverlaySnapshotter, "_remake", lambda self, record: looks.append(record.name) or whole(self, record)
+    )
+    with machine.open() as store:
+        store.prepare("key")
+    machine.open().close()
+    assert looks == []
+    machine.reboot()
+    machine.open().close()
+    assert looks == ["key"]

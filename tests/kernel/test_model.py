@@ -1,0 +1,303 @@
+"""A state machine that drives the overlay snapshotter and the in-memory model side by side, mounts included.
+
+After each step both must have answered the same: the same kind of error, the same infos, trees and changes.
+
+What the kernel does otherwise on an overlay than on a plain filesystem, and is left out here:
+
+- rename(2) of a directory of a lower layer is EXDEV (overlayfs.rst, "redirect_dir"): then nothing is done to the model;
+- a file with several names in a lower layer becomes two files when one of them is written to (overlayfs.rst, "index"):
+  such files are not written to in place, and hard links are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import capabilities
+import onlap
+from onlap import errors
+from onlap.overlayfs.markers import TRUSTED, USER
+from onlap.snapshots.contract import ACTIVE, COMMITTED, Info, Snapshotter
+from onlap.snapshots.memory import MemorySnapshotter
+from onlap.testing import OverlayFactory, Tree, assert_same_tree
+
+NAMES = ["a", "b", "c", "d", "e/f"]
+PATHS = ["x", "y", "d", "d/x", "d/y", "d/e", "d/e/x", "f", "f/x", "caf\udce9"]
+LABELS = st.dictionaries(st.sampled_from(["l", "m.n"]), st.sampled_from(["", "1", "2"]), max_size=2)
+FIELDPATHS = st.sampled_from([(), ("labels",), ("labels.l",), ("labels.m.n", "labels.l"), ("parent",)])
+
+names = st.sampled_from(NAMES)
+START = 1_500_000_000 * 10**9
+
+
+class Step(NamedTuple):
+    """What is done to a tree: what of it needs a file of one name only, and whose times it moves."""
+
+    make: Callable[[str, str, bytes, int], Tree]
+    in_place: bool = False
+    touches: str = ""  # "p": the file at path; "P": its directory; "Q": the other path's directory
+
+
+STEPS = {
+    "mkdir": Step(lambda p, q, data, mode: Tree().directory(p, mode=mode | 0o700), touches="pP"),
+    "create": Step(lambda p, q, data, mode: Tree().file(p, data, mode=mode), touches="pP"),
+    "symlink": Step(lambda p, q, data, mode: Tree().symlink(p, q), touches="pP"),
+    "fifo": Step(lambda p, q, data, mode: Tree().fifo(p, mode=mode), touches="pP"),
+    "write": Step(lambda p, q, data, mode: Tree().write(p, data), in_place=True, touches="p"),
+    "append": Step(lambda p, q, data, mode: Tree().append(p, data), in_place=True, touches="p"),
+    "replace": Step(lambda p, q, data, mode: Tree().replace(p, data, mode=mode), touches="pP"),
+    "remove": Step(lambda p, q, data, mode: Tree().remove(p), touches="P"),
+    "rename": Step(lambda p, q, data, mode: Tree().rename(p, q), touches="PQ"),
+    "link": Step(lambda p, q, data, mode: Tree().link(p, q), touches="P"),
+    "chmod": Step(lambda p, q, data, mode: Tree().chmod(p, mode | 0o700), in_place=True),
+    "chown": Step(lambda p, q, data, mode: Tree().chown(p, mode, len(data)), in_place=True),
+    "set": Step(lambda p, q, data, mode: Tree().xattr(p, "user.x", data), in_place=True),
+    "unset": Step(lambda p, q, data, mode: Tree().xattr(p, "user.x", None), in_place=True),
+}
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(sorted(STEPS)),
+        st.sampled_from(PATHS),
+        st.sampled_from(PATHS),
+        st.binary(max_size=3),
+        st.sampled_from([0o644, 0o755, 0o600, 0o1777]),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def attempt(call: Callable[[], Any]) -> tuple[str, Any]:
+    """The kind of error, or "" and the answer."""
+    try:
+        return "", call()
+    except errors.OnlapError as error:
+        return error.kind, None
+
+
+def plain(info: Info | None) -> tuple[object, ...] | None:
+    return info and (info.name, info.parent, info.kind, dict(info.labels), info.created_ns == info.updated_ns)
+
+
+class Side(NamedTuple):
+    """What may be done to one of the two; the model's trees need no mount."""
+
+    snapshotter: Snapshotter
+    mounts: bool
+
+    @contextlib.contextmanager
+    def tree(self, key: str) -> Iterator[Path]:
+        plan = self.snapshotter.mounts(key)
+        if self.mounts:
+            with onlap.mounted(plan) as path:
+                yield path
+        else:
+            yield Path(plan[0].source)
+
+
+class Machine(RuleBasedStateMachine):
+    flavour = TRUSTED
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        where, _ = capabilities.overlay_directory()
+        self.place = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="onlap-test-", dir=where))
+        (Path(self.place) / "model").mkdir()
+        self.before = Path("/proc/self/mountinfo").read_bytes()
+        self.factory = OverlayFactory(self.flavour)
+        self.open()
+        self.model = Side(MemorySnapshotter(f"{self.place}/model"), False)
+        self.time = START
+
+    def open(self) -> None:
+        self.opened = self.factory(f"{self.place}/root")
+        self.overlay = Side(self.opened.__enter__(), True)
+
+    def teardown(self) -> None:
+        self.opened.__exit__(None, None, None)
+        self.stack.close()
+        assert Path("/proc/self/mountinfo").read_bytes() == self.before
+
+    def both(self, call: Callable[[Snapshotter], Any], kept: Callable[[Any], Any] = lambda answer: None) -> str:
+        """Call it on both; the kinds of errors, and what ``kept`` makes of the answers, must be equal."""
+        ours, model = attempt(lambda: call(self.overlay.snapshotter)), attempt(lambda: call(self.model.snapshotter))
+        assert ours[0] == model[0]
+        if not ours[0]:
+            assert kept(ours[1]) == kept(model[1])
+        return ours[0]
+
+    def of_kind(self, *kinds: str) -> list[str]:
+        return sorted(info.name for info in self.model.snapshotter.walk() if info.kind in kinds)
+
+    def any_of(self, data: st.DataObject, *kinds: str) -> str:
+        """A name of such a snapshot mostly, or any."""
+        known = self.of_kind(*kinds)
+        if known and data.draw(st.integers(0, 7)):
+            return data.draw(st.sampled_from(known))
+        return data.draw(names)
+
+    # Records
+
+    @rule(key=names, data=st.data(), labels=LABELS, on=st.booleans())
+    def prepare(self, key: str, data: st.DataObject, labels: dict[str, str], on: bool) -> None:
+        parent = self.any_of(data, COMMITTED) if on else None
+        failed = self.both(lambda sn: sn.prepare(key, parent, labels))
+        if not failed and not parent:
+            self.set_time(key, ".")
+
+    def set_time(self, key: str, path: str) -> None:
+        """Fresh trees were made at two moments: give both the same, to compare them to the nanosecond."""
+        self.time += 1_000_000_007
+        for side in (self.overlay, self.model):
+            with side.tree(key) as top:
+                Tree().times(path, self.time).apply(top)
+
+    @rule(key=names, data=st.data())
+    def view(self, key: str, data: st.DataObject) -> None:
+        parent = self.any_of(data, COMMITTED)
+        self.both(lambda sn: sn.view(key, parent))
+
+    @rule(name=names, data=st.data(), labels=LABELS, named=st.booleans())
+    def commit(self, name: str, data: st.DataObject, labels: dict[str, str], named: bool) -> None:
+        key = self.any_of(data, ACTIVE)
+        parent = self.any_of(data, COMMITTED) if named else None
+        probe = {info.name: info for info in self.model.snapshotter.walk()}
+        if parent and key in probe and probe[key].parent is None:
+            parent = None  # the one thing that the model cannot do
+        self.both(lambda sn: sn.commit(name, key, labels, parent=parent))
+
+    @rule(key=names)
+    def remove(self, key: str) -> None:
+        self.both(lambda sn: sn.remove(key))
+
+    @rule(key=names, labels=LABELS, paths=FIELDPATHS)
+    def update(self, key: str, labels: dict[str, str], paths: tuple[str, ...]) -> None:
+        if key not in {info.name for info in self.model.snapshotter.walk()}:
+            paths = ()
+        info = Info(key, "forged", "forged", labels, 1, 2)
+        self.both(lambda sn: sn.update(info, *paths), lambda info: plain(info._replace(updated_ns=0)))
+
+    @rule(key=names)
+    def mounts_and_usage(self, key: str) -> None:
+        self.both(lambda sn: sn.mounts(key), lambda plan: plan[-1].readonly)
+        self.both(lambda sn: sn.usage(key), lambda usage: usage.inodes > 0)
+
+    @rule(kind=st.sampled_from(["active", "view", "committed"]), name=names)
+    def walk(self, kind: str, name: str) -> None:
+        for filters in ((f"kind=={kind}",), (f'parent=="{name}"',), (f'name=="{name}"', "labels.l==1"), ("labels.m.n",)):
+            self.both(lambda sn, f=filters: {info.name for info in sn.walk(*f)}, lambda found: found)  # type: ignore[misc]
+
+    @rule()
+    def reopen(self) -> None:
+        self.opened.__exit__(None, None, None)
+        self.open()
+
+    @rule()
+    def cleanup(self) -> None:
+        self.overlay.snapshotter.cleanup()  # type: ignore[attr-defined]
+
+    # Trees
+
+    @precondition(lambda self: self.of_kind(ACTIVE))
+    @rule(data=st.data(), work=steps)
+    def write(self, data: st.DataObject, work: list[tuple[str, str, str, bytes, int]]) -> None:
+        key = data.draw(st.sampled_from(self.of_kind(ACTIVE)))
+        with self.overlay.tree(key) as ours, self.model.tree(key) as model:
+            for verb, path, other, content, mode in work:
+                step = STEPS[verb]
+                self.step(step, step.make(path, other, content, mode), path, other, ours, model)
+            assert_same_tree(model, ours, ignore=("links",))
+        with self.overlay.tree(key) as ours, self.model.tree(key) as model:
+            assert_same_tree(model, ours, ignore=("links",))
+
+    def step(self, step: Step, tree: Tree, path: str, other: str, ours: Path, model: Path) -> None:
+        several = several_names(model / path)
+        if step.in_place and several:
+            return
+        done = number(lambda: tree.apply(ours))
+        if done == errno.EXDEV:
+            return
+        assert number(lambda: tree.apply(model)) == done, f"{tree!r} on the overlay: {errno.errorcode.get(done, 'done')}"
+        # Both happened at times of their own, also what failed half-way: give both the same.
+        self.time += 1_000_000_007
+        moved = {"p": path, "P": os.path.dirname(path) or ".", "Q": os.path.dirname(other) or "."}
+        for letter in step.touches:
+            if not done or (letter != "p" and (model / moved[letter]).is_dir()):
+                Tree().times(moved[letter], self.time).apply(ours)
+                Tree().times(moved[letter], self.time).apply(model)
+
+    @precondition(lambda self: self.of_kind(COMMITTED))
+    @rule(data=st.data())
+    def look(self, data: st.DataObject) -> None:
+        """The tree of a committed snapshot, through a view."""
+        name = data.draw(st.sampled_from(self.of_kind(COMMITTED)))
+        self.both(lambda sn: sn.view("look", name))
+        with self.overlay.tree("look") as ours, self.model.tree("look") as model:
+            assert_same_tree(model, ours, ignore=("links",))
+        self.both(lambda sn: sn.remove("look"))
+
+    @rule(data=st.data(), two=st.booleans())
+    def changes(self, data: st.DataObject, two: bool) -> None:
+        key = self.any_of(data, ACTIVE, COMMITTED)
+        other = self.any_of(data, ACTIVE, COMMITTED) if two else None
+
+        def listed(changes: list[Any]) -> list[tuple[object, ...]]:
+            return [(each.kind, each.path, each.before, each.after, each.what) for each in changes]
+
+        self.both(lambda sn: list(sn.changes(key, other)), listed)  # type: ignore[attr-defined]
+
+    @invariant()
+    def same_infos(self) -> None:
+        ours = {info.name: info for info in self.overlay.snapshotter.walk()}
+        model = {info.name: info for info in self.model.snapshotter.walk()}
+        assert {name: plain(info) for name, info in ours.items()} == {n: plain(info) for n, info in model.items()}
+        for name, info in ours.items():
+            assert self.overlay.snapshotter.stat(name) == info
+
+
+class UserMachine(Machine):
+    flavour = USER
+
+
+def several_names(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode)
+
+
+def number(call: Callable[[], None]) -> int:
+    """The errno of what it raises, 0 if it raises nothing."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+# The profile "long" has its own numbers.
+SHORT = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci"
+
+
+@pytest.mark.needs("overlay")
+@pytest.mark.parametrize("machine, examples", [(Machine, 60), (UserMachine, 20)], ids=[TRUSTED, USER])
+def test_overlay_and_model(machine: type[Machine], examples: int) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    mine = settings(max_examples=examples, stateful_step_count=40) if SHORT else settings()
+    run_state_machine_as_test(machine, settings=mine)  # type: ignore[no-untyped-call]
