@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
@@ -82,22 +82,34 @@ def open_snapshotter(
     sync: str | None = None,
     timeout: float = 30.0,
     owner: str = "",
+    overlay_options: Mapping[str, object] | None = None,
 ) -> RecordedSnapshotter:
-    """The snapshotter of a root, for the owner who asks; arguments and errors as of :func:`open`."""
+    """The snapshotter of a root, for the owner who asks.
+
+    Args:
+        root: see :func:`open`, as for the next four.
+        snapshotter: likewise.
+        create: likewise.
+        sync: likewise.
+        timeout: likewise.
+        owner: whose snapshots it sees and makes.
+        overlay_options: more for :class:`OverlaySnapshotter`, if the root is for that one.
+
+    Raises:
+        OnlapError: see :func:`open`.
+    """
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
 
-    kinds = {"overlay": OverlaySnapshotter, "native": NativeSnapshotter}
-    if snapshotter == AUTO:
-        kind, properties = _choose(root, create, timeout)
-    else:
-        kind, properties = snapshotter, None
-    if kind not in kinds:
+    kind, flavour = _choose(root, create, timeout) if snapshotter == AUTO else (snapshotter, None)
+    if kind == "native":
+        return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout)
+    if kind != "overlay":
         raise errors.InvalidArgument(f"there is no snapshotter {shown(kind)}", hint="overlay, native or auto")
-    if kind == "overlay":
-        wanted = Properties(properties) if properties else None
-        return OverlaySnapshotter(root, properties=wanted, owner=owner, sync=sync, create=create, timeout=timeout)
-    return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout)
+    more: dict[str, Any] = dict(overlay_options or {})
+    if flavour is not None:
+        more["properties"] = Properties(flavour)
+    return OverlaySnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout, **more)
 
 
 def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -37,6 +38,7 @@ from onlap.layers import tarformat as tar
 from onlap.layers.apply import Limits, apply
 from onlap.overlayfs.markers import Markers, is_whiteout
 from onlap.progress import Progress
+from onlap.syscalls import files
 from onlap.trees.meta import OVERRIDE_XATTR
 
 privileged = pytest.mark.needs("mount")
@@ -470,6 +472,17 @@ def test_a_layer_onto_a_layer_that_was_written(stack: Stack) -> None:
         assert set(look(tree)) == {".", "new", "d", "d/kept"}
 
 
+@overlay
+def test_an_archive_onto_a_renamed_directory_is_refused(stack: Stack) -> None:
+    stack.add(directory("d/"), entry("d/f"))
+    upper = stack.root / "upper"
+    (upper / "renamed").mkdir(parents=True)
+    os.setxattr(upper / "renamed", TRUSTED.redirect, b"d")
+    with pytest.raises(errors.Unimplemented, match="renamed"):
+        apply_to(upper, archive([entry("renamed/g")]), stack.layers)
+    assert os.listdir(upper) == ["renamed"]
+
+
 def test_whiteouts_in_a_whole_tree(layer: Path) -> None:
     (layer / "d/sub").mkdir(parents=True)
     for name in ("gone", "kept", "d/old", "d/sub/old"):
@@ -577,6 +590,97 @@ def test_an_ordinary_user_has_whiteouts_too(root: Path) -> None:
     assert stat.S_IMODE((upper / "d").stat().st_mode) == 0o500
 
 
+@pytest.mark.needs("peer:tar")
+@privileged
+def test_it_is_what_gnu_tar_extracts(root: Path) -> None:
+    tree, ours, theirs = root / "tree", root / "ours", root / "theirs"
+    for path in (tree, ours, theirs):
+        path.mkdir()
+    (tree / "d/e").mkdir(parents=True)
+    (tree / "d/e" / ("name" * 40)).write_bytes(os.urandom(70_000))
+    (tree / "d/suid").write_bytes(b"x")
+    os.chown(tree / "d/suid", 5, 6)
+    (tree / "d/suid").chmod(0o6711)
+    os.link(tree / "d/suid", tree / "hard")
+    (tree / "link").symlink_to("d" * 200)
+    os.mkfifo(tree / "fifo")
+    with (tree / "sparse").open("wb") as file:
+        file.seek(1 << 20)
+        file.write(b"data")
+        file.truncate(3 << 20)
+    os.setxattr(tree / "d", "user.a", b"b")
+    os.utime(tree / "d", ns=(TIME, TIME + 3))
+    for options in (["--format=gnu"], ["--format=pax", "--xattrs"]):
+        command = ["tar", "-c", "-S", "--numeric-owner", *options, "-C", str(tree), "."]
+        data = subprocess.run(command, check=True, capture_output=True).stdout
+        for path in (ours, theirs):
+            for name in os.listdir(path):
+                subprocess.run(["rm", "-rf", str(path / name)], check=True)
+        apply_to(ours, data)
+        extract = ["tar", "-x", "-p", "--xattrs", "--numeric-owner", "-C", str(theirs)]
+        subprocess.run(extract, input=data, check=True)
+        assert look(ours) == look(theirs)
+        assert os.path.samefile(ours / "hard", ours / "d/suid")
+        assert (ours / "sparse").stat().st_blocks == (theirs / "sparse").stat().st_blocks
+
+
+def test_before_openat2(layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux 5.5 and older: the same, one name after the other."""
+
+    def missing(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files, "openat2", missing)
+    (layer / "a/b").mkdir(parents=True)
+    (layer / "out").symlink_to("/")
+    apply_to(layer, archive([entry("a/b/c/f"), entry("out/x"), entry("a/b/c/g")]), markers=None)
+    assert {name for name, seen in look(layer).items() if seen.kind == stat.S_IFREG} == {"a/b/c/f", "a/b/c/g", "x"}
+
+
+@pytest.mark.parametrize("compress", ["none", "gzip", "zstd"])
+def test_memory_is_flat(layer: Path, compress: str) -> None:
+    """A file of 600 MB goes through in less memory than a tenth of it."""
+    script = f"""
+import io, os, resource, sys
+from onlap.layers import compression
+from onlap.layers.apply import apply
+from onlap.layers.tarformat import Entry
+from onlap.layers.tarwriter import encode
+
+size = 600_000_000
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if os.fork() == 0:
+    os.dup2(int(sys.argv[2]), 1)
+    out = os.fdopen(1, "wb")
+    made = compression.compressor({compress!r}, 1)
+    for data in [encode(Entry("f", size=size)), *[os.urandom(500_000) * 2] * 600, bytes(1024)]:
+        out.write(made.compress(data))
+    out.write(made.flush())
+    out.flush()
+    os._exit(0)
+os.close(int(sys.argv[2]))
+with open(int(sys.argv[3]), "rb") as source:
+    applied = apply(source, int(sys.argv[1]), markers=None)
+print(applied.uncompressed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    fd = os.open(layer, os.O_RDONLY)
+    end, start = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(fd), str(start), str(end)],
+            capture_output=True,
+            pass_fds=[fd, start, end],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    finally:
+        for descriptor in (fd, start, end):
+            os.close(descriptor)
+    assert done.returncode == 0, done.stderr.decode()
+    uncompressed, kilobytes = map(int, done.stdout.split())
+    assert uncompressed > 600_000_000
+    assert kilobytes < 50_000
+
+
 # Streams
 
 
@@ -610,8 +714,8 @@ def test_digests_of_all_that_is_read(layer: Path, data: bytes, compress: type[by
 @pytest.mark.parametrize("what", ["digest", "diff_id"])
 def test_another_digest_leaves_nothing(layer: Path, data: bytes, what: str) -> None:
     packed = gzip.compress(data)
+    other = _digest(b"other")
     with pytest.raises(errors.DigestMismatch):
-        other = _digest(b"other")
         apply_to(
             layer, packed, digest=other if what == "digest" else None, diff_id=other if what == "diff_id" else None
         )

@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from onlap.snapshots.contract import Info
@@ -22,7 +22,7 @@ from onlap.snapshots.contract import Info
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 
 # Seconds. A busy machine is no defect; a daemon that says nothing for so long is.
-PATIENCE = 40.0
+PATIENCE = 20.0
 
 # What has been started and not stopped, for the logs of a failed test.
 running: list[Daemon] = []
@@ -133,20 +133,26 @@ def eventually(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def run(*command: str | Path, ok: bool = True, text: str | None = None, **variables: str) -> str:
+def output(*command: str | Path, ok: bool = True, given: bytes = b"", **variables: str) -> bytes:
     """The standard output of a command that must succeed, or with ``ok=False`` must fail (then also its errors)."""
     done = subprocess.run(
         [str(word) for word in command],
-        input=text,
+        input=given,
         capture_output=True,
-        text=True,
         env={**os.environ, **variables},
-        timeout=PATIENCE,
+        timeout=2 * PATIENCE,
         check=False,
     )
-    said = f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}{done.stderr}"
-    assert (done.returncode == 0) == ok, said
-    return done.stdout if ok else done.stdout + done.stderr
+    everything = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, (
+        f"{' '.join(map(str, command))}: status {done.returncode}\n{everything.decode(errors='replace')}"
+    )
+    return done.stdout if ok else everything
+
+
+def run(*command: str | Path, ok: bool = True, text: str = "", **variables: str) -> str:
+    """The same as text."""
+    return output(*command, ok=ok, given=text.encode(), **variables).decode()
 
 
 # ----------------------------------------------------------------------------------------------------- Onlap's
@@ -216,6 +222,9 @@ root = "{place}/root"
 state = "{place}/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
 
+[debug]
+  level = "warn"
+
 [grpc]
   address = "{socket}"
 
@@ -240,7 +249,7 @@ class Containerd(Daemon):
         config.write_text(CONTAINERD_CONFIG.format(place=place, socket=listen, onlap=onlap.socket, store=onlap.store))
         super().__init__("containerd", place, listen, ["containerd", "--config", str(config)])
 
-    def ctr(self, *words: str | Path, ok: bool = True, text: str | None = None) -> str:
+    def ctr(self, *words: str | Path, ok: bool = True, text: str = "") -> str:
         """The output of ``ctr``, in the namespace ``default``."""
         return run("ctr", "--address", self.socket, *words, ok=ok, text=text)
 
@@ -314,14 +323,7 @@ class Dockerd(Daemon):
         super().start()
         self.docker("version")
 
-    def docker(self, *words: str | Path, ok: bool = True, text: str | None = None, **variables: str) -> str:
+    def docker(self, *words: str | Path, ok: bool = True, text: str = "", **variables: str) -> str:
         """The output of ``docker``."""
         return run("docker", "--host", f"unix://{self.socket}", *words, ok=ok, text=text, **variables)
 
-
-@contextmanager
-def directory(place: Path, name: str) -> Iterator[Path]:
-    """A new directory in ``place``."""
-    path = place / name
-    path.mkdir()
-    yield path

@@ -36,6 +36,7 @@ _SNAPSHOTS = "snapshots"
 _MOUNTING = "mounting"
 _CONTENT = "content"
 _CARE = "care"
+_SERVE = "serve"
 
 VERBS = {
     verb.name: verb
@@ -55,11 +56,14 @@ VERBS = {
         Verb("umount", "mount", _MOUNTING, "unmount it"),
         Verb("enter", "enter", _MOUNTING, "run a command in a snapshot's tree, in a namespace of its own"),
         Verb("diff", "diff", _CONTENT, "what a snapshot changed, or how two differ"),
+        Verb("apply", "apply", _CONTENT, "write the archive of a layer into an active snapshot"),
         Verb("import", "import_", _CONTENT, "take a directory in, as a committed snapshot"),
         Verb("export", "export", _CONTENT, "copy a snapshot's tree into a directory"),
+        Verb("squash", "squash", _CONTENT, "make one layer of several"),
         Verb("cleanup", "cleanup", _CARE, "delete what belongs to no snapshot"),
         Verb("probe", "probe", _CARE, "what this kernel and a directory can do"),
         Verb("demo", "demo", _CARE, "the main job, on a real tree; leaves nothing behind"),
         Verb("completion", "completion", _CARE, "print a script that completes onlap's command lines"),
+        Verb("serve", "serve", _SERVE, "serve the snapshots to containerd, or be Docker's graph driver"),
     )
 }

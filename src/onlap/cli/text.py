@@ -54,10 +54,16 @@ def for_shell(word: str) -> str:
     """A word of a command line that can be copied into a shell."""
     if _PLAIN.fullmatch(word):
         return word
-    quoted = shown(word)
-    if quoted == word:
-        return "'" + word.replace("'", "'\\''") + "'"
-    if "\\" in word and quoted.replace("\\\\", "\\") == word:
+    if word.isprintable():
         return "'" + word.replace("'", "'\\''") + "'"
     # bash, zsh, ksh and POSIX 2024 know $'...', whose escapes are those of C.
-    return "$'" + quoted.replace("'", "\\'") + "'"
+    return "$'" + "".join(map(_in_dollar_quotes, word)) + "'"
+
+
+def _in_dollar_quotes(c: str) -> str:
+    if c == "'":
+        return "\\'"
+    if c.isprintable() or c.isascii():
+        return shown(c)
+    # By its bytes: \\x85 is a byte there, and not the character of that number.
+    return "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape"))

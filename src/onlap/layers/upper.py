@@ -11,16 +11,18 @@ import os
 import stat
 from collections.abc import Sequence
 
+from onlap import errors
 from onlap.errors import shown
 from onlap.layers import paths
 from onlap.layers.attributes import IMPLICIT_MODE, Attributes
 from onlap.layers.directories import Directories, Directory
 from onlap.layers.lowers import Lowers
 from onlap.layers.tarformat import Entry
-from onlap.overlayfs.markers import Markers, is_whiteout, set_opaque
+from onlap.overlayfs.markers import OPAQUE_YES, Markers, get_xattr, is_whiteout, set_opaque
 from onlap.overlayfs.merged import Found
 from onlap.trees.copy import Copier, copy_range, data_ranges
 from onlap.trees.remove import remove as remove_tree
+from onlap.trees.walk import path_of, walk
 
 # path_resolution(7): the kernel follows as many.
 MAX_SYMLINKS = 40
@@ -54,6 +56,8 @@ class Upper:
         self.directories = Directories(layer, check_acl=self.tracking)
         self.top = self.directories.top
         self._markers = markers
+        if self.tracking and self.lowers:
+            self._note_markers(layer)
         self.attributes = attributes
         self._copier = Copier()
         self._top_named = False
@@ -62,6 +66,22 @@ class Upper:
         self._borrowed: set[str] = set()
         self.followed: set[str] = set()
         self.replaced: dict[str, str] = {}
+
+    def _note_markers(self, layer: int) -> None:
+        """Learn what a layer that was written already hides of those below."""
+        assert self._markers is not None
+        for found in walk(layer, ordered=False):
+            if not stat.S_ISDIR(found.status.st_mode):
+                continue
+            path = path_of(found.dir_fd, found.name)
+            if get_xattr(path, self._markers.redirect) is not None:
+                raise errors.Unimplemented(
+                    f"{shown(found.path)} of the layer was renamed, and nothing can be applied onto that",
+                    key=found.path,
+                    hint="commit the layer, and apply onto a new one",
+                )
+            if get_xattr(path, self._markers.opaque) == OPAQUE_YES:
+                self.lowers.hide(found.path)
 
     def close(self) -> None:
         """Close what is open; directories keep whatever attributes they have."""

@@ -1,0 +1,110 @@
+"""``onlap serve``."""
+
+from __future__ import annotations
+
+from onlap import errors
+from onlap.cli.call import Call, check_access
+from onlap.cli.parser import Parser, UsageError, check_text
+
+_KINDS = ("containerd", "docker")
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Serve the snapshots of this root to containerd, as a proxy snapshotter, or be a graph driver plugin of\n"
+        "Docker, until SIGTERM. For containerd the root is made where there is none. Logs go to stderr, a line an\n"
+        "event; with -v each call is one.",
+        "onlap serve containerd --socket /run/onlap/containerd.sock",
+        "onlap serve docker --name onlap --driver overlay2",
+    )
+    parser.add_argument("kind", choices=_KINDS, metavar="containerd|docker", help="whom to serve")
+    parser.add_argument("--sync", choices=("layer", "none"), default="layer", help="see the documentation of each")
+    one = parser.add_argument_group("containerd")
+    one.add_argument("--socket", metavar="S", help="where to listen")
+    one.add_argument("--owner", metavar="O", default="containerd", help="whose snapshots these are (containerd)")
+    one.add_argument("--socket-mode", metavar="MODE", default="0600", help="permissions of the socket (0600)")
+    one.add_argument("--socket-group", metavar="G", help="the group that gets the group's permissions")
+    one.add_argument("--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there")
+    one.add_argument("--snapshotter", choices=("auto", "overlay", "native"), default="auto", help="of a new root")
+    one.add_argument("--mount-option", metavar="O", action="append", default=[], help="for every overlay; repeatable")
+    one.add_argument("--upperdir-label", action="store_true", help="show the upperdir as a label")
+    one.add_argument("--remap-ids", action="store_true", help="ID-mapped mounts for user namespaces")
+    one.add_argument("--slow-chown", action="store_true", help="let containerd copy and chown where it has to")
+    other = parser.add_argument_group("docker")
+    other.add_argument("--name", metavar="N", help="of the plugin")
+    other.add_argument("--driver", choices=("overlay", "overlay2"), default="overlay2", help="which (overlay2)")
+    other.add_argument(
+        "--socket-dir", metavar="DIR", default="/run/docker/plugins", help="where dockerd looks (/run/docker/plugins)"
+    )
+
+
+def run(call: Call) -> int:
+    import logging
+
+    from onlap.serve import logs
+
+    logs.configure(logging.DEBUG if call.args.verbose else logging.WARNING if call.args.quiet else logging.INFO)
+    return _containerd(call) if call.args.kind == "containerd" else _docker(call)
+
+
+def _containerd(call: Call) -> int:
+    args = call.args
+    if not args.socket:
+        raise UsageError("serve containerd needs --socket")
+    check_text(args.owner, "owner")
+    if not args.owner:
+        raise UsageError("the owner of what a server makes cannot be empty: that is the command's own")
+    try:
+        from onlap.serve.containerd.server import Server
+        from onlap.serve.containerd.service import is_unpacked
+        from onlap.serve.metrics import Metrics
+    except ModuleNotFoundError as error:
+        raise errors.Unimplemented(
+            f"serving containerd needs {error.name}", hint="install it: pip install 'onlap[containerd]'"
+        ) from error
+    from onlap.store import open_snapshotter
+
+    check_access(call.root, create=True)
+    overlay_options = {
+        "mount_options": tuple(args.mount_option),
+        "upperdir_label": args.upperdir_label,
+        "remap_ids": args.remap_ids,
+        "slow_chown": args.slow_chown,
+        "unpacked": is_unpacked,
+    }
+    with open_snapshotter(
+        call.root, snapshotter=args.snapshotter, sync=args.sync, owner=args.owner, overlay_options=overlay_options
+    ) as snapshotter:
+        metrics = Metrics(snapshotter)
+        if args.metrics:
+            metrics.serve(args.metrics)
+        try:
+            with Server(
+                snapshotter,
+                args.socket,
+                mode=_mode(args.socket_mode),
+                group=args.socket_group,
+                observer=metrics if args.metrics else None,
+            ) as server:
+                return server.run()
+        finally:
+            metrics.close()
+
+
+def _docker(call: Call) -> int:
+    args = call.args
+    if not args.name:
+        raise UsageError("serve docker needs --name")
+    from onlap.serve.docker.server import serve
+
+    return serve(args.name, args.driver, socket_dir=args.socket_dir, sync=args.sync)
+
+
+def _mode(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise UsageError(f"the mode of a socket is octal, up to 0777, not {errors.shown(text)}")
+    return mode

@@ -1,0 +1,206 @@
+"""A snapshotter behind a socket: the client's side of the service, as containerd's proxy is.
+
+Source: containerd v1.7.24, snapshots/proxy/proxy.go and convert.go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import grpc
+
+from onlap import errors
+from onlap.mounts.plan import Mount
+from onlap.serve.containerd.protocol import snapshots_pb2 as pb
+from onlap.serve.containerd.server import Server
+from onlap.serve.containerd.service import NAME, is_unpacked
+from onlap.snapshots.contract import Info, Usage
+from onlap.snapshots.native import NativeSnapshotter
+from onlap.snapshots.overlay import OverlaySnapshotter
+
+T = TypeVar("T")
+
+_KINDS = {pb.VIEW: "view", pb.ACTIVE: "active", pb.COMMITTED: "committed"}
+
+_CLASSES: dict[str, type[errors.OnlapError]] = {
+    "INVALID_ARGUMENT": errors.InvalidArgument,
+    "NOT_FOUND": errors.NotFound,
+    "ALREADY_EXISTS": errors.AlreadyExists,
+    "PERMISSION_DENIED": errors.PermissionDenied,
+    "RESOURCE_EXHAUSTED": errors.ResourceExhausted,
+    "FAILED_PRECONDITION": errors.FailedPrecondition,
+    "CANCELLED": errors.Canceled,
+    "UNIMPLEMENTED": errors.Unimplemented,
+    "INTERNAL": errors.Internal,
+    "UNAVAILABLE": errors.Unavailable,
+    "DATA_LOSS": errors.DataLoss,
+}
+
+
+class Remote:
+    """The ten calls of the service; requests and answers are messages.
+
+    Args:
+        socket: where the server listens.
+    """
+
+    def __init__(self, socket: str | os.PathLike[str]) -> None:
+        self._channel = grpc.insecure_channel(f"unix:{os.fspath(socket)}")
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        self._channel.close()
+
+    def call(self, method: str, request: Any, answer: Any) -> Any:
+        """One call; the answer is of the class ``answer``, or, where that is None, empty. Raises grpc.RpcError."""
+        return self._channel.unary_unary(
+            f"/{NAME}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=answer.FromString if answer is not None else lambda _: None,
+        )(request)
+
+    def blocks(self, *filters: str) -> Iterator[list[pb.Info]]:
+        """What List streams, message by message. Raises grpc.RpcError."""
+        stream = self._channel.unary_stream(
+            f"/{NAME}/List",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=pb.ListSnapshotsResponse.FromString,
+        )(pb.ListSnapshotsRequest(snapshotter="onlap", filters=filters))
+        for block in stream:
+            yield list(block.info)
+
+
+class RemoteSnapshotter(Remote):
+    """The contract of :class:`onlap.snapshots.contract.Snapshotter`, through the socket."""
+
+    def __enter__(self) -> RemoteSnapshotter:
+        return self
+
+    def stat(self, key: str) -> Info:
+        return _info(self._ask("Stat", pb.StatSnapshotRequest(key=key), pb.StatSnapshotResponse).info)
+
+    def update(self, info: Info, *fieldpaths: str) -> Info:
+        request = pb.UpdateSnapshotRequest(info=pb.Info(name=info.name, parent=info.parent or "", labels=info.labels))
+        request.update_mask.paths.extend(fieldpaths)
+        return _info(self._ask("Update", request, pb.UpdateSnapshotResponse).info)
+
+    def usage(self, key: str) -> Usage:
+        answer = self._ask("Usage", pb.UsageRequest(key=key), pb.UsageResponse)
+        return Usage(answer.inodes, answer.size)
+
+    def mounts(self, key: str) -> list[Mount]:
+        return _plan(self._ask("Mounts", pb.MountsRequest(key=key), pb.MountsResponse).mounts)
+
+    def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
+        request = pb.PrepareSnapshotRequest(key=key, parent=parent or "", labels=labels or {})
+        return _plan(self._ask("Prepare", request, pb.PrepareSnapshotResponse).mounts)
+
+    def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
+        request = pb.ViewSnapshotRequest(key=key, parent=parent or "", labels=labels or {})
+        return _plan(self._ask("View", request, pb.ViewSnapshotResponse).mounts)
+
+    def commit(
+        self, name: str, key: str, labels: Mapping[str, str] | None = None, *, parent: str | None = None
+    ) -> None:
+        self._ask("Commit", pb.CommitSnapshotRequest(name=name, key=key, labels=labels or {}, parent=parent or ""))
+
+    def remove(self, key: str) -> None:
+        self._ask("Remove", pb.RemoveSnapshotRequest(key=key))
+
+    def walk(self, *filters: str) -> Iterator[Info]:
+        blocks = self.blocks(*filters)
+        # The first block now: a filter that is wrong raises where it is given.
+        first = _translated(lambda: next(blocks, []))
+
+        def infos() -> Iterator[Info]:
+            block = first
+            while block:
+                yield from map(_info, block)
+                block = _translated(lambda: next(blocks, []))
+
+        return infos()
+
+    def cleanup(self) -> None:
+        self._ask("Cleanup", pb.CleanupRequest())
+
+    def _ask(self, method: str, request: Any, answer: Any = None) -> Any:
+        return _translated(lambda: self.call(method, request, answer))
+
+
+def _translated(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        raise _CLASSES[error.code().name](error.details() or "") from error
+
+
+def _info(info: pb.Info) -> Info:
+    created, updated = (stamp.seconds * 10**9 + stamp.nanos for stamp in (info.created_at, info.updated_at))
+    return Info(info.name, info.parent or None, _KINDS[info.kind], dict(info.labels), created, updated)
+
+
+def _plan(mounts: Sequence[pb.Mount]) -> list[Mount]:
+    """Mounts as containerd reads them: its options taken apart, without unescaping."""
+    plan = []
+    for mount in mounts:
+        lowers: tuple[str, ...] = ()
+        flags, directories = [], {"upperdir": "", "workdir": ""}
+        for option in mount.options:
+            name, equals, value = option.partition("=")
+            if name == "lowerdir":
+                lowers = tuple(value.split(":"))
+            elif name in directories:
+                directories[name] = value
+            else:
+                flags.append(option)
+        upper, work = (value or None for value in directories.values())
+        plan.append(Mount(mount.type, mount.source, mount.target, lowers, upper, work, tuple(flags)))
+    return plan
+
+
+class RemoteFactory(NamedTuple):
+    """Onlap's snapshotters for the suite, each through a socket of its own.
+
+    Whoever opens a directory first serves it in its process; who opens it meanwhile is a client of that server.
+
+    Attributes:
+        kind: ``"overlay"`` or ``"native"``.
+    """
+
+    kind: str
+
+    @contextmanager
+    def __call__(self, directory: str) -> Iterator[RemoteSnapshotter]:
+        """Open the one in ``directory``, or make it."""
+        # Short, wherever the directory is: the address of a socket has 108 bytes.
+        digest = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:16]
+        socket = Path(tempfile.gettempdir(), f"onlap-{digest}.sock")
+        with ExitStack() as stack:
+            if not socket.exists():
+                stack.enter_context(serving(self.kind, directory, str(socket)))
+            yield stack.enter_context(RemoteSnapshotter(socket))
+
+
+@contextmanager
+def serving(kind: str, directory: str, socket: str) -> Iterator[None]:
+    """Serve a root from this process."""
+    snapshotter = (
+        NativeSnapshotter(directory, owner="containerd", sync="none")
+        if kind == "native"
+        else OverlaySnapshotter(directory, owner="containerd", sync="none", unpacked=is_unpacked)
+    )
+    with snapshotter, Server(snapshotter, socket):
+        yield
