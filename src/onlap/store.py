@@ -273,7 +273,13 @@ class Store:
             stack.enter_context(catalog.hold(held))
             if record.kind == ACTIVE:
                 stack.enter_context(catalog.hold_for_writing(record.id))
-            yield stack.enter_context(mounted(self.snapshotter.mounts(key), at, detached=detached))
+            try:
+                tree = stack.enter_context(mounted(self.snapshotter.mounts(key), at, detached=detached))
+            except errors.NotFound as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise self.snapshotter.missing("mount", key, error.__cause__) from error
+                raise
+            yield tree
 
     @contextlib.contextmanager
     def _viewed(self, name: str) -> Iterator[str]:

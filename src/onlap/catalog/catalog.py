@@ -175,7 +175,8 @@ class Catalog:
         """Keep trees from being deleted while they are read.
 
         Raises:
-            NotFound: one of them is gone.
+            NotFound: one of them was removed meanwhile.
+            DataLoss: one of them is lost.
         """
         with contextlib.ExitStack() as stack:
             for identifier in identifiers:
@@ -183,11 +184,17 @@ class Catalog:
                 try:
                     fd = open_directory(path)
                 except FileNotFoundError as error:
-                    raise errors.NotFound(f"the tree {path} is gone", hint="it was removed meanwhile") from error
+                    raise self._gone(identifier) from error
                 stack.callback(os.close, fd)
                 if not try_lock(fd, shared=True):
-                    raise errors.NotFound(f"the tree {path} is being deleted", hint="it was removed meanwhile")
+                    raise self._gone(identifier)
             yield
+
+    def _gone(self, identifier: int) -> errors.OnlapError:
+        record = self.database.read(lambda c: records.by_id(c, identifier))
+        if record is not None:
+            return lost(record)
+        return errors.NotFound("the snapshot was removed meanwhile", hint="see what there is with: onlap ls")
 
     @contextlib.contextmanager
     def serve(self, owner: str) -> Iterator[None]:
@@ -482,6 +489,15 @@ def check_rebase(connection: Connection, owner: str, parent: str) -> Record:
 
 def _kind(record: Record) -> str:
     return {"view": "a view", "active": "active", "committed": "committed"}[record.kind]
+
+
+def lost(record: Record) -> errors.DataLoss:
+    """The error for a snapshot whose record is there and whose tree is not."""
+    return errors.DataLoss(
+        f"the tree of snapshot {shown(record.name)} is lost",
+        key=record.name,
+        hint="a crash took it, or somebody deleted it; remove the snapshot, leaf first, and make it again",
+    )
 
 
 def _warn(message: str) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.catalog import Catalog, check_commit, check_parent
+from onlap.catalog.catalog import Catalog, check_commit, check_parent, lost
 from onlap.catalog.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
 from onlap.errors import shown
@@ -349,5 +349,18 @@ class RecordedSnapshotter(ABC):
         """Turn an OSError in a ``with`` block into an error that says what was being done, and to what."""
         try:
             yield
+        except FileNotFoundError as error:
+            raise self.missing(doing, key, error) from error
         except OSError as error:
             raise errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key) from error
+
+    def missing(self, doing: str, key: str, error: FileNotFoundError) -> errors.OnlapError:
+        """What it means that something of a tree is not there: it was removed meanwhile, or it is lost."""
+        path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        inside = path.removeprefix(self.catalog.layout.snapshots + "/")
+        number = inside.split("/", 1)[0]
+        if inside == path or not number.isdigit():
+            return errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key)
+        record = self.catalog.database.read(lambda c: records.by_id(c, int(number)))
+        return records.not_found(key) if record is None else lost(record)
+
