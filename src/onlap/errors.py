@@ -234,4 +234,5 @@ def _shown_char(c: str) -> str:
         return f"\\x{ord(c) - 0xDC00:02x}"
     if c.isprintable():
         return c
-    return f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+    # "\x85" is the byte; the character U+0085 is two bytes in UTF-8, and shown as another escape.
+    return f"\\x{ord(c):02x}" if ord(c) < 0x80 else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -258,6 +257,8 @@ class Store:
 
         Raises:
             NotFound: there is no such snapshot.
+            FailedPrecondition: an overlay of it is mounted read-write already.
+            DataLoss: a layer of it is lost.
             OnlapError: see :func:`onlap.mounted`.
         """
         record = self.snapshotter.record(key)
@@ -271,10 +272,12 @@ class Store:
             hidden = detached or not may_mount()
             held = [record.id, *(self.snapshotter.ancestors(record) if hidden else ())]
             stack.enter_context(catalog.hold(held))
+            mounts = self.snapshotter.mounts(key)
             if record.kind == ACTIVE:
+                self.snapshotter.check_one_writer(record, mounts)
                 stack.enter_context(catalog.hold_for_writing(record.id))
             try:
-                tree = stack.enter_context(mounted(self.snapshotter.mounts(key), at, detached=detached))
+                tree = stack.enter_context(mounted(mounts, at, detached=detached))
             except errors.NotFound as error:
                 if isinstance(error.__cause__, FileNotFoundError):
                     raise self.snapshotter.missing("mount", key, error.__cause__) from error
@@ -556,4 +559,4 @@ class Store:
 
 
 def _temporary_key(what: str) -> str:
-    return f"{what}-{os.getpid()}-{secrets.token_hex(6)}"
+    return f"{what}-{os.getpid()}-{os.urandom(6).hex()}"

@@ -254,7 +254,8 @@ def test_enter_hands_on_clean_signals_and_limits(onlap: Command) -> None:
 
 @pytest.mark.needs("overlay", "mount")
 def test_enter_passes_a_signal_on_and_waits(onlap: Command) -> None:
-    process = onlap.start("enter", "work", "--", "sh", "-c", 'trap "echo got; exit 9" TERM; echo up; cat & wait')
+    script = "trap 'kill $!; echo got; exit 9' TERM; sleep 30 & echo up; wait"
+    process = onlap.start("enter", "work", "--", "sh", "-c", script)
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     said = onlap.fails(125, "enter", "work", "--", "true")

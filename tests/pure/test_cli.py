@@ -331,3 +331,30 @@ def test_ls_loads_what_it_needs(native: Path) -> None:
     assert {name for name in loaded if name.startswith("onlap.cli.verbs.")} == {"onlap.cli.verbs.ls"}
     costly = {"logging", "dataclasses", "pathlib", "rich", "difflib", "traceback", "tomllib", "asyncio", "email"}
     assert loaded & costly == set()
+
+
+def test_progress_is_for_a_terminal(native: Path, tmp_path: Path) -> None:
+    arguments = ["--root", str(native), "import", str(tmp_path / "source")]
+    assert onlap(*arguments, "piped").stderr == ""
+    drawn = on_stderr_terminal(*arguments, "drawn")
+    assert "import: 1" in drawn
+    assert drawn.endswith("\r\x1b[K")
+    assert on_stderr_terminal("-q", *arguments, "quiet") == ""
+    assert on_stderr_terminal("--json", *arguments, "json") == ""
+
+
+def on_stderr_terminal(*arguments: str) -> str:
+    """What a command writes to a terminal that is its stderr alone."""
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-S", "-m", "onlap", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=theirs,
+            env=environment(TERM="xterm"),
+        )
+        assert done.returncode == 0
+        return os.read(ours, 65536).decode() if select.select([ours], [], [], 0)[0] else ""
+    finally:
+        os.close(theirs)
+        os.close(ours)

@@ -24,6 +24,7 @@ from onlap.catalog.epoch import epoch
 from onlap.catalog.janitor import Janitor
 from onlap.catalog.layout import Layout
 from onlap.catalog.locks import claim_directory, open_directory, try_lock
+from onlap.catalog.log import warn
 from onlap.catalog.records import ACTIVE, COMMITTED, Condition, Record
 from onlap.catalog.staging import Staging
 from onlap.catalog.sync import Syncer
@@ -137,7 +138,7 @@ class Catalog:
         self.lost = [record for record in self.walk(None) if not remake(record)]
         self.database.write(lambda c: records.put_setting(c, "epoch", now))
         for record in self.lost:
-            _warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, leaf first")
+            warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, leaf first")
 
     # Reading
 
@@ -498,12 +499,6 @@ def lost(record: Record) -> errors.DataLoss:
         key=record.name,
         hint="a crash took it, or somebody deleted it; remove the snapshot, leaf first, and make it again",
     )
-
-
-def _warn(message: str) -> None:
-    import logging  # a tenth of the time that a short command may take to start
-
-    logging.getLogger("onlap.catalog").warning("%s", message)
 
 
 _catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()

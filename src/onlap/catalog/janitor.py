@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from onlap.catalog.log import warn
+
 # A burst of removes or commits is over before the janitor starts, so that it does not compete with them.
 _QUIET = 0.25
 # But a burst that does not end must not put the work off for ever.
@@ -88,8 +90,5 @@ class Janitor:
             return bool(action())
         except Exception as error:  # noqa: BLE001 - a thread that ends is a thread that never tries again
             # Nobody waits for this thread, so the log is the only place to tell; it is tried again all the same.
-            # Imported here, since it is a tenth of the time that a short command may take to start.
-            import logging
-
-            logging.getLogger("onlap.catalog").warning("background work failed: %s", error)
+            warn(f"background work failed: {error}")
             return True

@@ -86,7 +86,7 @@ class Layout:
 
     def _make_root(self, create: bool) -> None:
         if os.path.lexists(self.root):
-            if not create and not os.path.lexists(self.database):
+            if not create and not _is_there(self.database):
                 raise self._missing()
             return
         if not create:
@@ -143,6 +143,15 @@ class Layout:
         except FileNotFoundError:
             return False
         return True
+
+
+def _is_there(path: str) -> bool:
+    """As os.path.lexists, which says no also where we are only not allowed to look."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 _OURS = {

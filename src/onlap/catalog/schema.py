@@ -53,6 +53,16 @@ CREATE TABLE pins (
 );
 CREATE UNIQUE INDEX pins_by_snapshot ON pins (snapshot, owner) WHERE snapshot IS NOT NULL;
 CREATE UNIQUE INDEX pins_by_digest ON pins (digest, owner) WHERE digest IS NOT NULL;
+
+-- An image: a name for a manifest. What it needs is pinned by the owner "image NAME".
+CREATE TABLE images (
+    name       TEXT PRIMARY KEY,
+    digest     TEXT NOT NULL,    -- of the manifest
+    media_type TEXT NOT NULL,
+    size       INTEGER NOT NULL, -- bytes of the manifest
+    created_ns INTEGER NOT NULL,
+    updated_ns INTEGER NOT NULL
+) WITHOUT ROWID;
 """
 
 # The step at index N takes a catalog from format N to N + 1.

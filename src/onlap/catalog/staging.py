@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 from collections.abc import Callable
 
 from onlap.catalog.locks import claim_directory, open_directory, try_lock
@@ -46,7 +45,7 @@ class Staging:
 
     def _claim(self) -> str:
         while True:
-            path = f"{self._directory}/{os.getpid()}-{secrets.token_hex(4)}"
+            path = f"{self._directory}/{os.getpid()}-{os.urandom(4).hex()}"
             fd = claim_directory(path)
             if fd is not None:
                 self._own, self._fd = path, fd

@@ -7,10 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from onlap import errors
 from onlap.catalog.records import ACTIVE, COMMITTED, Record
 from onlap.cli.text import for_shell
-from onlap.errors import shown
 from onlap.mounts.plan import Mount
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def held(store: Store, key: str) -> Iterator[tuple[Record, list[Mount]]]:
     record = snapshotter.record(key)
     mounts = snapshotter.mounts(key)
     with snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]):
-        check_not_mounted(store, record, mounts)
+        snapshotter.check_one_writer(record, mounts)
         yield record, mounts
 
 
@@ -69,26 +67,3 @@ def held_for_use(store: Store, key: str) -> Iterator[list[Mount]]:
         if record.kind == ACTIVE:
             stack.enter_context(store.snapshotter.catalog.hold_for_writing(record.id))
         yield mounts
-
-
-def check_not_mounted(store: Store, record: Record, mounts: list[Mount]) -> None:
-    """Raise FailedPrecondition when mounting it once more would have two overlays write to one upperdir.
-
-    The kernel only warns of that and calls what follows undefined (Documentation/filesystems/overlayfs.rst, "Sharing
-    and copying layers"). Binds of one directory do no harm.
-    """
-    if not any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
-        return
-    from onlap.snapshots.mounted import writable_mounts
-
-    catalog = store.snapshotter.catalog
-    layout = catalog.layout
-    found = writable_mounts(layout.tree(record.id), layout.work(record.id), bound=False, everywhere=True)
-    if not found and catalog.is_written(record.id):
-        found = ["a program that works on it"]
-    if found:
-        raise errors.FailedPrecondition(
-            f"snapshot {shown(record.name)} is mounted read-write already: {found[0]}",
-            key=record.name,
-            hint="use that one, or unmount it; two overlays must not share an upper layer",
-        )

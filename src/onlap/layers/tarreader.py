@@ -9,6 +9,7 @@ from __future__ import annotations
 import binascii
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote_to_bytes
 
@@ -55,6 +56,9 @@ _META = b"xXgLKV"
 _GLOBAL, _LONG_NAME, _LONG_LINK, _LABEL = b"gLKV"
 
 _MAX_NUMBERS = 4096
+
+# That of os.fsdecode(), which asks for more than is needed here.
+_ENCODING = sys.getfilesystemencoding()
 
 
 class TarReader:
@@ -307,17 +311,19 @@ class TarReader:
             # star: "tar\0" at the end of the block, access and change times behind a shorter prefix.
             prefix = tar.cut(prefix[:131] if header[508:512].tobytes() == b"tar\0" else prefix)
             raw_name = prefix + b"/" + raw_name
-        name = os.fsdecode(raw_name if long_name is None else long_name)
+        name = (raw_name if long_name is None else long_name).decode(_ENCODING, "surrogateescape")
         self._name = name
         type = _KNOWN.get(flag)
         if type is None:
             raise bad(f"type {flag!r} is not supported", name, offset)
         number = self._number
+        known = self._numbers
         try:
-            mode = number(raw_mode) & 0o7777
-            uid = number(raw_uid)
-            gid = number(raw_gid)
-            mtime = number(raw_mtime)
+            # Few modes and owners come again and again; a file's time is its own.
+            mode = (known[raw_mode] if raw_mode in known else number(raw_mode)) & 0o7777
+            uid = known[raw_uid] if raw_uid in known else number(raw_uid)
+            gid = known[raw_gid] if raw_gid in known else number(raw_gid)
+            mtime = parse_number(raw_mtime)
         except ValueError:
             raise bad("its mode, owner or time is not a number", name, offset) from None
         entry = Entry(name, type, mode, uid, gid, 0, mtime * 1_000_000_000, offset=offset)
@@ -343,7 +349,10 @@ class TarReader:
                 self._old_sparse(entry, header)
             elif records is not None:
                 self._pax_sparse(entry, records)
-        self._check(entry)
+        if not 0 <= uid <= tar.MAX_ID or not 0 <= gid <= tar.MAX_ID or records is not None or self._globals:
+            self._check(entry)
+        elif not -tar.MAX_SECONDS <= mtime <= tar.MAX_SECONDS:
+            raise bad("its time is out of range", name, offset)
         return entry
 
     def _device(self, entry: Entry, major: bytes, minor: bytes) -> None:

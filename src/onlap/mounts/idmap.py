@@ -9,7 +9,6 @@ Source: mount_setattr(2), "ID-mapped mounts" (Linux 5.12; as layers of an overla
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 from onlap import errors
@@ -57,6 +56,8 @@ def _proc_form(text: str) -> str:
 
 def user_namespace(uid_map: str, gid_map: str) -> int:
     """A descriptor of a new user namespace with these maps; raises OSError."""
+    import subprocess  # costs more than a short command may, and hardly one maps owners
+
     parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     child = subprocess.Popen(
         [sys.executable, "-S", "-P", "-c", _CHILD],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -78,6 +77,8 @@ def may_mount() -> bool:
 def _may_unmount() -> bool:
     # Before Linux 5.2 (ENOSYS above), or where /proc cannot be cloned: umount2(2) answers EPERM without the
     # capability, and EINVAL with it since nothing is mounted at this path.
+    import tempfile
+
     from onlap.syscalls.mount import umount2
 
     with tempfile.TemporaryDirectory(prefix="onlap-") as directory:
@@ -90,6 +91,8 @@ def _may_unmount() -> bool:
 
 def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: float, stack: ExitStack) -> str:
     if at is None:
+        import tempfile
+
         where = tempfile.mkdtemp(prefix="onlap-")
         # rmdir, never a recursive delete: if the unmount failed, that would delete the tree through the mount.
         stack.callback(_remove_if_empty, where)

@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+
 from onlap import errors
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount

@@ -320,21 +320,40 @@ class RecordedSnapshotter(ABC):
 
     def check_unmounted(self, record: Record) -> None:
         """Raise FailedPrecondition when an active snapshot is mounted read-write somewhere."""
-        from onlap.snapshots.mounted import writable_mounts
-
-        layout = self.catalog.layout
-        plan = self._plan(record, self.ancestors(record))
-        tree, work = layout.tree(record.id), layout.work(record.id)
-        written = not is_empty_layer(tree)
-        found = writable_mounts(tree, work, bound=plan[0].type == "bind", everywhere=written)
-        if not found and self.catalog.is_written(record.id):
-            found = ["a detached mount, or in a program that works on it"]
+        found = self._writers(record, self._plan(record, self.ancestors(record)))
         if found:
             raise errors.FailedPrecondition(
                 f"snapshot {shown(record.name)} is mounted read-write: {found[0]}",
                 key=record.name,
-                hint="unmount it first; what is open there would go on writing into the committed layer",
+                hint="unmount it first; what is open there would go on writing into the layer",
             )
+
+    def check_one_writer(self, record: Record, mounts: list[Mount]) -> None:
+        """Raise FailedPrecondition when mounting it once more would have two overlays write to one upperdir.
+
+        The kernel only warns of that and calls what follows undefined (Documentation/filesystems/overlayfs.rst,
+        "Sharing and copying layers"). Binds of one directory do no harm.
+        """
+        if not any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
+            return
+        found = self._writers(record, mounts)
+        if found:
+            raise errors.FailedPrecondition(
+                f"snapshot {shown(record.name)} is mounted read-write already: {found[0]}",
+                key=record.name,
+                hint="use that one, or unmount it; two overlays must not share an upper layer",
+            )
+
+    def _writers(self, record: Record, mounts: list[Mount]) -> list[str]:
+        from onlap.snapshots.mounted import writable_mounts
+
+        layout = self.catalog.layout
+        tree, work = layout.tree(record.id), layout.work(record.id)
+        written = not is_empty_layer(tree)
+        found = writable_mounts(tree, work, bound=mounts[0].type == "bind", everywhere=written)
+        if not found and self.catalog.is_written(record.id):
+            found = ["a detached mount, or a program that works on it"]
+        return found
 
     def remove(self, key: str) -> None:
         """See :meth:`Snapshotter.remove`."""
@@ -363,4 +382,3 @@ class RecordedSnapshotter(ABC):
             return errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key)
         record = self.catalog.database.read(lambda c: records.by_id(c, int(number)))
         return records.not_found(key) if record is None else lost(record)
-

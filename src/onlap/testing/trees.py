@@ -268,7 +268,8 @@ class Tree:
 
 
 def _write(where: bytes, content: bytes, flags: int) -> None:
-    fd = os.open(where, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+    # O_NONBLOCK: to open a named pipe that nobody reads is ENXIO then, and does not wait for ever.
+    fd = os.open(where, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
     with open(fd, "wb") as file:
         file.write(content)
 

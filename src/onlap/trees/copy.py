@@ -18,6 +18,7 @@ from onlap.errors import shown
 from onlap.overlayfs.markers import is_marker
 from onlap.syscalls import files
 from onlap.trees.meta import OVERRIDE_XATTR, format_override
+from onlap.trees.remove import remove
 from onlap.trees.walk import OPEN_DIRECTORY, path_of
 
 _CHUNK = 256 * 1024
@@ -54,6 +55,7 @@ class Copier:
             matches is left out with all below it.
         avoid: directories, as ``(st_dev, st_ino)``, that are left out with all below them.
         keep_markers: copy OverlayFS's own xattrs, as a layer's copy wants; else they are left out.
+        merge: the target may hold files: a directory is merged with one of its name, anything else is replaced.
         progress: called with the entries and bytes done; an exception from it ends the copy.
     """
 
@@ -64,12 +66,14 @@ class Copier:
         exclude: Collection[str] = (),
         avoid: Collection[tuple[int, int]] = (),
         keep_markers: bool = False,
+        merge: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._allow_changes = allow_changes
         self._exclude = tuple(exclude)
         self._avoid = frozenset(avoid)
         self._keep_markers = keep_markers
+        self._merge = merge
         self._progress = progress
         self._skipped: Counter[str] = Counter()
         self._entries = 0
@@ -84,7 +88,7 @@ class Copier:
 
         Args:
             source: a descriptor of a directory, open for reading.
-            target: a descriptor of an empty directory, open for reading.
+            target: a descriptor of a directory, open for reading; empty, unless trees are to be merged.
 
         Raises:
             FailedPrecondition: a file changed while it was read.
@@ -145,6 +149,8 @@ class Copier:
         self._entries += 1
         if self._progress is not None:
             self._progress(self._entries, self._size)
+        if self._merge:
+            self._make_way(target_dir, name, status)
         if not stat.S_ISDIR(status.st_mode):
             self._file(source_dir, name, target_dir, name, status, path)
             return None
@@ -155,8 +161,20 @@ class Copier:
             return True
         return any(fnmatch.fnmatchcase(path, p) or fnmatch.fnmatchcase(name, p) for p in self._exclude)
 
+    def _make_way(self, target_dir: int, name: str, status: os.stat_result) -> None:
+        try:
+            there = os.stat(name, dir_fd=target_dir, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if not (stat.S_ISDIR(there.st_mode) and stat.S_ISDIR(status.st_mode)):
+            remove(target_dir, name)
+
     def _directory(self, source_dir: int, target_dir: int, name: str) -> tuple[int, int] | None:
-        os.mkdir(name, 0o700, dir_fd=target_dir)
+        try:
+            os.mkdir(name, 0o700, dir_fd=target_dir)
+        except FileExistsError:
+            if not self._merge:
+                raise
         try:
             # RESOLVE_NO_XDEV: st_dev does not differ for a bind mount of the same filesystem.
             source = files.openat2(

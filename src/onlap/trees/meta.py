@@ -65,7 +65,7 @@ def _meta(status: os.stat_result, target: str | None, xattrs: dict[str, bytes]) 
     mode, uid, gid = status.st_mode, status.st_uid, status.st_gid
     override = xattrs.pop(OVERRIDE_XATTR, None)
     if override is not None:
-        uid, gid, mode = parse_override(override, mode)
+        uid, gid = parse_override(override)
     return Meta(
         mode,
         uid,
@@ -83,14 +83,16 @@ def format_override(uid: int, gid: int, mode: int) -> bytes:
     return f"{uid}:{gid}:0{stat.S_IMODE(mode):o}".encode()
 
 
-def parse_override(value: bytes, mode: int) -> tuple[int, int, int]:
-    """Owner, group and mode from OVERRIDE_XATTR; the file's type is kept.
+def parse_override(value: bytes) -> tuple[int, int]:
+    """Owner and group from OVERRIDE_XATTR.
+
+    The mode in it is not taken: it could be set on the file itself, and a chmod since then changed it only there.
 
     Raises:
         ValueError: it has another form.
     """
-    uid, gid, permissions = value.split(b":")[:3]
-    return int(uid), int(gid), stat.S_IFMT(mode) | stat.S_IMODE(int(permissions, 8))
+    uid, gid = value.split(b":")[:2]
+    return int(uid), int(gid)
 
 
 def read_xattrs(path: str | int) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ def import_directory(
     allow_changes: bool,
     progress: Callable[[int, int], None],
 ) -> Copied:
-    """Copy the directory ``source`` into the empty layer ``target`` of the store at ``root``.
+    """Copy the directory ``source`` into the layer or tree ``target`` of the store at ``root``.
 
     Raises:
         NotFound, InvalidArgument, FailedPrecondition, OnlapError: see :meth:`Store.import_`.
@@ -31,7 +31,9 @@ def import_directory(
             f"{shown(source)} lies inside the root {shown(root)}", key=source, hint="import something else"
         )
     own = os.stat(root)
-    copier = Copier(exclude=exclude, allow_changes=allow_changes, avoid=[(own.st_dev, own.st_ino)], progress=progress)
+    copier = Copier(
+        exclude=exclude, allow_changes=allow_changes, avoid=[(own.st_dev, own.st_ino)], merge=True, progress=progress
+    )
     return _copy(copier, source, target, f"import {shown(source)}")
 
 

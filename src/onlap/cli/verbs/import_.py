@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.progress import progress, skipped_text
@@ -15,10 +17,13 @@ def arguments(parser: Parser) -> None:
     parser.explain(
         "Take a directory in, as the committed snapshot NAME, with owners, modes, times, xattrs, hard links and\n"
         "holes; content is shared where the filesystem can (reflink). It stays on the source's filesystem. A file\n"
-        "that changes while it is read is an error. The root is made where there is none.",
+        "that changes while it is read is an error. Or take an archive: a tar, plain or compressed; over a parent its\n"
+        "whiteouts count. The root is made where there is none.",
         "onlap import ./project base --exclude .git --exclude '*.o'",
     )
-    parser.add_argument("source", metavar="SOURCE", help="a directory")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a directory, an archive, or - for an archive on standard input"
+    )
     parser.key("name", metavar="NAME", help="what to call it")
     parser.key("--parent", metavar="P", help="a committed snapshot that it is laid over")
     parser.add_argument(
@@ -37,7 +42,7 @@ def run(call: Call) -> None:
     with call.store(create=True, sweep=True) as store:
         with progress(out) as report:
             done = store.import_(
-                args.source,
+                sys.stdin.buffer if args.source == "-" else args.source,
                 args.name,
                 parent=args.parent,
                 exclude=args.exclude,

@@ -1,0 +1,92 @@
+"""Archives that a verb writes: their options, and what is said of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO, TypedDict
+
+from onlap import errors
+from onlap.cli.call import Call
+from onlap.cli.parser import Parser
+from onlap.cli.progress import progress, skipped_text
+from onlap.cli.text import count, size
+from onlap.errors import shown
+
+if TYPE_CHECKING:
+    from onlap.layers.write import Written
+    from onlap.progress import Callback
+    from onlap.store import Store
+
+STANDARD_OUTPUT = "-"
+
+
+class Options(TypedDict):
+    """What an archive's writer takes from the command line."""
+
+    compression: str
+    level: int | None
+    epoch: int | None
+    progress: Callback | None
+
+
+def archive_arguments(parser: Parser, option: str | None, help: str = "") -> None:
+    """The options of an archive; ``option`` names its file, where that is an option."""
+    if option is not None:
+        parser.add_argument(option, metavar="FILE", help=help)
+    parser.add_argument("--compress", choices=("none", "gzip", "zstd"), default="none", help="of the archive (none)")
+    parser.add_argument("--level", metavar="N", type=int, help="of the compression")
+
+
+def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Written]) -> None:
+    """Write an archive to a file, or to standard output, and say what it is.
+
+    A file appears under its name only when it is whole.
+    """
+    args, out = call.args, call.out
+    with call.store() as store, progress(out) as report, _opened(path) as file:
+        options = Options(compression=args.compress, level=args.level, epoch=_epoch(), progress=report)
+        done = action(store, file, options)
+    if done.skipped:
+        out.warn(f"not kept: {skipped_text(done.skipped)}")
+    if path == STANDARD_OUTPUT:
+        return
+    if out.json:
+        out.item({"file": os.path.abspath(path), **done._asdict()})
+    else:
+        out.line(f"{shown(path)}: {count(done.entries, 'entry', 'entries')}, {size(done.size)}")
+        out.line(f"digest   {done.digest}")
+        out.line(f"diff ID  {done.diff_id}")
+
+
+def _epoch() -> int | None:
+    """SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch): seconds; no time in it is later."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not text:
+        return None
+    if not text.isdigit():
+        raise errors.InvalidArgument(f"SOURCE_DATE_EPOCH is {shown(text)}", hint="it is a number of seconds")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    if path == STANDARD_OUTPUT:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        file = open(partial, "xb", buffering=0)  # noqa: SIM115 - closed below; only the opening is translated
+    except OSError as error:
+        raise errors.from_oserror(error, doing="write the archive", key=path) from error
+    try:
+        with file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise

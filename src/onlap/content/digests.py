@@ -1,0 +1,33 @@
+"""Digests, as the OCI image specification (descriptor.md, "Digests") has them; SHA-256 is the one that is used."""
+
+from __future__ import annotations
+
+import hashlib
+
+from onlap import errors
+from onlap.errors import shown
+
+PREFIX = "sha256:"
+_HEX = frozenset("0123456789abcdef")
+
+
+def check_digest(digest: str) -> str:
+    """The hexadecimal part of a digest.
+
+    Raises:
+        InvalidArgument: it is none; so that no part of it ever leads a path elsewhere.
+        Unimplemented: it is of another algorithm than SHA-256.
+    """
+    algorithm, colon, value = digest.partition(":")
+    if algorithm != "sha256" and colon and algorithm in ("sha384", "sha512", "blake3"):
+        raise errors.Unimplemented(f"digests of {algorithm} are not supported: {shown(digest)}", key=digest)
+    if algorithm != "sha256" or len(value) != 64 or not _HEX.issuperset(value):
+        raise errors.InvalidArgument(
+            f"not a digest: {shown(digest)}", key=digest, hint="a digest is sha256: and 64 characters of 0-9a-f"
+        )
+    return value
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of bytes."""
+    return PREFIX + hashlib.sha256(data).hexdigest()

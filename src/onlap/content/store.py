@@ -1,0 +1,292 @@
+"""The content store: blobs by digest, below ROOT/content.
+
+::
+
+    ROOT/content/blobs/sha256/<hex>   a blob; whole, durable and never changed
+    ROOT/content/ingest/<hex>         a part of one, whose fetching was interrupted; held by its flock while written
+
+What is pinned (onlap.catalog.pins, by digest) stays. All else is garbage, which :meth:`ContentStore.collect` takes: it
+judges under the catalog's lock, and whoever wants a blob to stay pins it before he looks whether it is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import BinaryIO
+
+from onlap import errors
+from onlap.catalog import pins
+from onlap.catalog.catalog import Catalog
+from onlap.catalog.database import Connection
+from onlap.catalog.locks import try_lock
+from onlap.content.digests import PREFIX, check_digest, digest_of
+from onlap.content.lease import Lease
+from onlap.content.writer import Blob, Partial, Writer
+from onlap.errors import shown
+
+# Files renamed in one transaction of the collector.
+_AT_ONCE = 64
+_CHUNK = 1 << 20
+
+
+class ContentStore:
+    """The blobs of a root.
+
+    Args:
+        catalog: the root's; left open.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._blobs = f"{catalog.layout.content}/blobs/sha256"
+        self._ingest = f"{catalog.layout.content}/ingest"
+
+    # Looking
+
+    def path(self, digest: str) -> str:
+        """Where a blob is, or would be.
+
+        Raises:
+            InvalidArgument, Unimplemented: see :func:`check_digest`.
+        """
+        return f"{self._blobs}/{check_digest(digest)}"
+
+    def has(self, digest: str) -> bool:
+        """Whether the blob is there."""
+        return os.path.isfile(self.path(digest))
+
+    def size(self, digest: str) -> int:
+        """Bytes of a blob.
+
+        Raises:
+            NotFound: there is none.
+        """
+        try:
+            return os.stat(self.path(digest)).st_size
+        except OSError as error:
+            raise _missing(error, digest) from error
+
+    def open(self, digest: str) -> BinaryIO:
+        """A blob, to read; not verified again.
+
+        Raises:
+            NotFound: there is none.
+        """
+        try:
+            return open(self.path(digest), "rb")
+        except OSError as error:
+            raise _missing(error, digest) from error
+
+    def read(self, digest: str, limit: int) -> bytes:
+        """All of a small blob, verified.
+
+        Args:
+            digest: which.
+            limit: bytes that it may have.
+
+        Raises:
+            NotFound: there is none.
+            ResourceExhausted: it is larger.
+            DataLoss: it is damaged.
+        """
+        with self.open(digest) as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise errors.ResourceExhausted(f"{digest} has more than {limit} bytes", key=digest)
+        if digest_of(data) != digest:
+            raise errors.DataLoss(
+                f"the blob {digest} is damaged", key=digest, hint="remove the image, then fetch it again"
+            )
+        return data
+
+    def walk(self) -> Iterator[Blob]:
+        """Every blob, sorted by digest."""
+        for name in sorted(_names(self._blobs)):
+            try:
+                size = os.stat(f"{self._blobs}/{name}").st_size
+            except FileNotFoundError:
+                continue  # collected meanwhile
+            yield Blob(PREFIX + name, size)
+
+    # Writing
+
+    def writer(self) -> Writer:
+        """A blob of a digest that is not known yet, to be written.
+
+        Raises:
+            OnlapError: the filesystem refuses.
+        """
+        try:
+            self._make_places()
+            directory = self._catalog.staging.new()
+            return Writer(directory, self._catalog.staging.discard, self._publish)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="write a blob") from error
+
+    def partial(self, digest: str, size: int) -> Partial:
+        """A blob of a known digest, to be fetched, from where an earlier attempt stopped.
+
+        Raises:
+            OnlapError: the filesystem refuses.
+        """
+        hexadecimal = check_digest(digest)
+        try:
+            self._make_places()
+            path = f"{self._ingest}/{hexadecimal}"
+            return Partial(path, digest, size, lambda: self.has(digest), self._publish)
+        except OSError as error:
+            raise errors.from_oserror(error, doing=f"write the blob {digest}", key=digest) from error
+
+    def put(
+        self,
+        source: BinaryIO | Iterable[bytes],
+        *,
+        digest: str | None = None,
+        size: int | None = None,
+        lease: Lease | None = None,
+        progress: Callable[[int], None] = lambda _bytes: None,
+    ) -> Blob:
+        """Write a blob from a binary file, or from chunks.
+
+        Args:
+            source: read to its end.
+            digest: what it must have.
+            size: likewise, in bytes.
+            lease: pins it, before anybody could take it for garbage.
+            progress: told of every chunk's bytes.
+
+        Raises:
+            DigestMismatch: it is something else.
+            OnlapError: of another kind, for what the filesystem says.
+        """
+        chunks = iter(lambda: source.read(_CHUNK), b"") if hasattr(source, "read") else iter(source)
+        try:
+            with self.writer() as writer:
+                for chunk in chunks:
+                    if size is not None and writer.size + len(chunk) > size:
+                        raise errors.DigestMismatch(f"{digest} has more than {size} bytes", key=digest)
+                    writer.write(chunk)
+                    progress(len(chunk))
+                return writer.commit(digest, size, lease=lease)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="write a blob", key=digest) from error
+
+    def put_bytes(self, data: bytes, *, lease: Lease | None = None) -> Blob:
+        """Write a small blob; nothing but pinning it happens when it is there."""
+        digest = digest_of(data)
+        if lease is not None:
+            lease.pin(digest)
+        if self.has(digest):
+            return Blob(digest, len(data))
+        return self.put([data], digest=digest)
+
+    def _make_places(self) -> None:
+        if not os.path.isdir(self._ingest):
+            os.makedirs(self._blobs, 0o700, exist_ok=True)
+            os.makedirs(self._ingest, 0o700, exist_ok=True)
+
+    def _publish(self, path: str, digest: str) -> None:
+        os.rename(path, self.path(digest))
+        fd = os.open(self._blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    # Staying and going
+
+    def lease(self, purpose: str) -> Lease:
+        """A context manager in which blobs and snapshots can be pinned for as long as the work goes on."""
+        return Lease(self._catalog, purpose)
+
+    def delete(self, digest: str) -> None:
+        """Remove a blob.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: somebody needs it.
+        """
+        self.size(digest)
+        holders = self._catalog.database.read(lambda c: pins.holders(c, digest=digest))
+        if holders or not self._take([digest]):
+            raise errors.FailedPrecondition(
+                f"cannot remove the blob {digest}: it is kept by {shown(', '.join(holders))}",
+                key=digest,
+                hint="remove that first",
+            )
+
+    def collect(self, only: Collection[str] | None = None) -> int:
+        """Delete blobs that nobody pins, and what is left of interrupted fetches of such.
+
+        Args:
+            only: these digests alone.
+
+        Returns:
+            How many blobs.
+
+        Raises:
+            OnlapError: the filesystem refuses.
+        """
+        wanted = None if only is None else {check_digest(digest) for digest in only}
+        names = [name for name in _names(self._blobs) if wanted is None or name in wanted]
+        gone = 0
+        try:
+            for start in range(0, len(names), _AT_ONCE):
+                gone += self._take([PREFIX + name for name in names[start : start + _AT_ONCE]])
+            for name in _names(self._ingest):
+                if wanted is None or name in wanted:
+                    self._drop_partial(name)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="delete blobs", key=self._blobs) from error
+        return gone
+
+    def _take(self, digests: list[str]) -> int:
+        known = self._catalog.database.read(lambda c: [d for d in digests if not pins.holders(c, digest=d)])
+        if not known:
+            return 0
+        away = self._catalog.staging.new()
+
+        def operation(connection: Connection) -> int:
+            # Judged again under the lock, where nobody can pin meanwhile; to rename is all that is done here.
+            count = 0
+            for digest in known:
+                if pins.holders(connection, digest=digest):
+                    continue
+                try:
+                    os.rename(self.path(digest), f"{away}/{check_digest(digest)}")
+                except FileNotFoundError:
+                    continue
+                count += 1
+            return count
+
+        try:
+            return self._catalog.database.write(operation)
+        finally:
+            self._catalog.staging.discard(away)
+
+    def _drop_partial(self, name: str) -> None:
+        if self._catalog.database.read(lambda c: pins.holders(c, digest=PREFIX + name)):
+            return
+        try:
+            fd = os.open(f"{self._ingest}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            if try_lock(fd):
+                os.unlink(f"{self._ingest}/{name}")
+        finally:
+            os.close(fd)
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []  # made with the first blob
+
+
+def _missing(error: OSError, digest: str) -> errors.OnlapError:
+    if isinstance(error, FileNotFoundError):
+        return errors.NotFound(f"there is no blob {digest}", key=digest, hint="pull or import the image again")
+    return errors.from_oserror(error, doing=f"read the blob {digest}", key=digest)

@@ -1,0 +1,246 @@
+"""Blobs on their way in: whole and verified before anybody sees them.
+
+A blob of a known digest that comes over a network is written as a *partial*, which another attempt, of this process or
+another, goes on with. All others are written into the staging directory of the process, which nobody ever goes on with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.catalog.locks import try_lock
+from onlap.content.digests import PREFIX
+from onlap.content.lease import Lease
+
+_CHUNK = 1 << 20
+# How long to wait before asking again for a partial that another process writes, in seconds.
+_PATIENCE = 0.1
+
+
+class Blob(NamedTuple):
+    """A blob that is in the store.
+
+    Attributes:
+        digest: ``"sha256:..."``.
+        size: in bytes.
+    """
+
+    digest: str
+    size: int
+
+
+class Writer:
+    """A blob being written; a context manager that leaves nothing unless :meth:`commit` was called.
+
+    Args:
+        directory: an empty directory of our own.
+        discard: removes that directory.
+        publish: moves the finished file to its place, by its digest.
+    """
+
+    def __init__(self, directory: str, discard: Callable[[str], None], publish: Callable[[str, str], None]) -> None:
+        self._directory = directory
+        self._discard = discard
+        self._publish = publish
+        self._path = f"{directory}/blob"
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._discard(self._directory)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Add all of ``data``.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._hash.update(data)
+        self.size += len(data)
+        _write_all(self._fd, data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def commit(self, digest: str | None = None, size: int | None = None, *, lease: Lease | None = None) -> Blob:
+        """Make it durable and visible.
+
+        Args:
+            digest: what it must have.
+            size: likewise, in bytes.
+            lease: pins it, before anybody could take it for garbage.
+
+        Raises:
+            DigestMismatch: it is something else; nothing is kept.
+            OSError: it cannot be written.
+        """
+        found = PREFIX + self._hash.hexdigest()
+        check_same(found, self.size, digest, size)
+        if lease is not None:
+            lease.pin(found)
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._publish(self._path, found)
+        return Blob(found, self.size)
+
+
+class Partial:
+    """A blob of a known digest that is being fetched; a context manager that keeps what is there, for a later attempt.
+
+    Args:
+        path: of the partial; waited for while another process writes it.
+        digest: what the blob must have.
+        size: likewise, in bytes.
+        present: whether the blob has come meanwhile.
+        publish: moves the finished file to its place, by its digest.
+
+    Attributes:
+        done: whether the blob is in the store already, so that there is nothing to do.
+        offset: bytes that are there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        digest: str,
+        size: int,
+        present: Callable[[], bool],
+        publish: Callable[[str, str], None],
+    ) -> None:
+        self._path = path
+        self._digest = digest
+        self._size = size
+        self._publish = publish
+        self._hash = hashlib.sha256()
+        self.offset = 0
+        self._fd = _open_locked(path, present)
+        self.done = self._fd < 0 or present()
+        if self.done:
+            self.close()
+        else:
+            self._take_up()
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others go on with it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _take_up(self) -> None:
+        """Hash what an earlier attempt has left: only the whole has a digest to compare."""
+        if os.fstat(self._fd).st_size > self._size:
+            os.ftruncate(self._fd, 0)
+        while data := os.read(self._fd, _CHUNK):
+            self._hash.update(data)
+            self.offset += len(data)
+
+    def restart(self) -> None:
+        """Begin at the first byte again."""
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self._hash = hashlib.sha256()
+        self.offset = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Add all of ``data``.
+
+        Raises:
+            DigestMismatch: there is more than the blob's size; nothing is kept.
+            OSError: it cannot be written.
+        """
+        if self.offset + len(data) > self._size:
+            self._drop()
+            raise errors.DigestMismatch(
+                f"more than the {self._size} bytes of {self._digest} came", key=self._digest, hint="fetch it again"
+            )
+        self._hash.update(data)
+        self.offset += len(data)
+        _write_all(self._fd, data)
+        return len(data)
+
+    def commit(self) -> Blob:
+        """Make it durable and visible.
+
+        Raises:
+            DigestMismatch: it is something else; nothing is kept, so that the next attempt starts anew.
+            OSError: it cannot be written.
+        """
+        try:
+            check_same(PREFIX + self._hash.hexdigest(), self.offset, self._digest, self._size)
+        except errors.DigestMismatch:
+            self._drop()
+            raise
+        os.fsync(self._fd)
+        self._publish(self._path, self._digest)
+        self.done = True
+        self.close()
+        return Blob(self._digest, self._size)
+
+    def _drop(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self.close()
+
+
+def check_same(found: str, found_size: int, digest: str | None, size: int | None) -> None:
+    """Raise DigestMismatch when content is not what its descriptor says."""
+    if size is not None and found_size != size:
+        raise errors.DigestMismatch(
+            f"{digest or found} has {found_size} bytes, not {size}", key=digest or found, hint="fetch it again"
+        )
+    if digest is not None and found != digest:
+        raise errors.DigestMismatch(f"the content is {found}, not {digest}", key=digest, hint="fetch it again")
+
+
+def _open_locked(path: str, present: Callable[[], bool]) -> int:
+    """A locked descriptor of the partial; -1 when the blob came while another process wrote it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        if try_lock(fd) and _still_at(fd, path):
+            return fd
+        os.close(fd)
+        if present():
+            return -1
+        time.sleep(_PATIENCE)
+
+
+def _still_at(fd: int, path: str) -> bool:
+    """Whether the file is still the partial: whoever had the lock before us may have moved it to its place."""
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,73 @@
+"""Docker's graph drivers: the contract, a differ for drivers that bring none, and ``overlay`` and ``overlay2``.
+
+>>> from onlap.graphdrivers import DRIVERS
+>>> DRIVERS
+('overlay', 'overlay2')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED, Change, DiffDriver, Driver, ProtoDriver
+from onlap.graphdrivers.ids import IdMap
+
+__all__ = [
+    "ADDED",
+    "BUILT_IN",
+    "DELETED",
+    "DRIVERS",
+    "MODIFIED",
+    "Change",
+    "DiffDriver",
+    "Driver",
+    "IdMap",
+    "ProtoDriver",
+    "open_driver",
+]
+
+DRIVERS = ("overlay", "overlay2")
+
+# dockerd looks among its own drivers before it looks for a plugin, and refuses some names that it once had
+# (daemon/graphdriver/driver.go, GetDriver and checkRemoved).
+BUILT_IN = frozenset(
+    {"aufs", "btrfs", "devicemapper", "fuse-overlayfs", "overlay", "overlay2", "vfs", "windowsfilter", "zfs"}
+)
+
+
+def open_driver(
+    kind: str,
+    home: str,
+    *,
+    options: Sequence[str] = (),
+    ids: IdMap | None = None,
+    sync: str = "layer",
+    counts: dict[str, int] | None = None,
+) -> Driver:
+    """Open the driver ``kind`` in ``home``, which is made if need be.
+
+    Args:
+        kind: one of :data:`DRIVERS`.
+        home: the driver's directory, ``<data-root>/<name>``.
+        options: Docker's ``--storage-opt``, as ``"overlay2.size=10G"``.
+        ids: Docker's ``--userns-remap``.
+        sync: ``"layer"``: what :meth:`~onlap.graphdrivers.contract.DiffDriver.apply_diff` wrote is on the disk when
+            it returns; ``"none"``: as Docker's own, only the names of layers are.
+        counts: how often each layer has been got, as another process of this machine knew it before it ended.
+
+    Raises:
+        InvalidArgument: an option is unknown, or there is no such driver.
+        Unimplemented: the kernel or the filesystem cannot do it.
+        OnlapError: of another kind, for what the kernel says.
+    """
+    if kind == "overlay2":
+        from onlap.graphdrivers.overlay2 import Overlay2Driver
+
+        return Overlay2Driver(home, options=options, ids=ids, sync=sync, counts=counts)
+    if kind == "overlay":
+        from onlap.graphdrivers.overlay import OverlayDriver
+
+        return OverlayDriver(home, options=options, ids=ids, sync=sync, counts=counts)
+    raise errors.InvalidArgument(f"no such graph driver: {shown(kind)}", key=kind, hint="overlay or overlay2")

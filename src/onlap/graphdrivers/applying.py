@@ -1,0 +1,104 @@
+"""A layer's archive into a directory, as graph drivers need it.
+
+Other than :func:`onlap.layers.apply.apply`: owners are mapped, nothing is hashed (dockerd does that), and an archive
+without an end marker is whole when it ends between two entries, as Go's archive/tar has it; dockerd compares digests.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from onlap import errors
+from onlap.graphdrivers.ids import IdMap
+from onlap.layers.applier import Applier
+from onlap.layers.tarformat import FILE
+from onlap.layers.tarreader import TarReader
+from onlap.overlayfs.markers import Markers
+from onlap.trees.remove import remove
+from onlap.trees.walk import OPEN_DIRECTORY, walk
+
+_CHUNK = 256 * 1024
+
+
+def apply_archive(
+    archive: BinaryIO, directory: str, *, lowers: Sequence[str] = (), markers: Markers | None, ids: IdMap
+) -> int:
+    """Write an uncompressed tar into ``directory``; if that was empty, it is empty again after an error.
+
+    Args:
+        archive: is read to its end.
+        directory: an upper layer that is not mounted, or a whole tree.
+        lowers: the layers below, topmost first.
+        markers: how whiteouts are written; None: the directory is a whole tree, and they remove from it.
+        ids: what the owners in the archive are on disk.
+
+    Returns:
+        The sizes of all its files, as the archive says them (moby: pkg/archive/diff.go, UnpackLayer).
+
+    Raises:
+        InvalidArgument, DataLoss, ResourceExhausted, OnlapError: see :meth:`DiffDriver.apply_diff`.
+    """
+    try:
+        fd = os.open(directory, OPEN_DIRECTORY)
+    except OSError as error:
+        raise errors.from_oserror(error, doing="open the layer", key=directory) from error
+    try:
+        was_empty = not os.listdir(fd)
+        try:
+            return _apply(archive, fd, lowers, markers, ids)
+        except BaseException:
+            if was_empty:
+                _empty(fd)
+            raise
+    finally:
+        os.close(fd)
+
+
+def _apply(archive: BinaryIO, fd: int, lowers: Sequence[str], markers: Markers | None, ids: IdMap) -> int:
+    def chunk() -> bytes:
+        try:
+            return archive.read(_CHUNK)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="read the archive") from error
+
+    reader = TarReader(chunk)
+    try:
+        applier = Applier(reader, fd, lowers, markers)
+    except OSError as error:
+        raise errors.from_oserror(error, doing="open the layers") from error
+    size = 0
+    try:
+        while (entry := reader.next()) is not None:
+            if ids:
+                entry.uid, entry.gid = ids.to_host(entry.uid, entry.gid)
+            if entry.type == FILE:
+                size += entry.size
+            applier.entry(entry)
+        reader.drain()
+        applier.finish()
+    finally:
+        applier.close()
+    if ids:
+        _give_away(fd, ids)
+    return size
+
+
+def _give_away(fd: int, ids: IdMap) -> None:
+    """Give directories that the archive did not name to the container's root: they were made as ours."""
+    mine = os.geteuid()
+    for entry in walk(fd, ordered=False):
+        if entry.status.st_uid == mine and stat.S_ISDIR(entry.status.st_mode):
+            uid, gid = ids.root
+            os.chown(entry.name, uid, gid, dir_fd=entry.dir_fd, follow_symlinks=False)
+
+
+def _empty(fd: int) -> None:
+    """Remove what was applied. The first error, which led here, says what is wrong; this one would hide it."""
+    for name in os.listdir(fd):
+        try:
+            remove(fd, name)
+        except OSError:
+            return

@@ -1,0 +1,155 @@
+"""What OverlayFS can do in a driver's home: found by one mount, as Docker finds it.
+
+Sources: moby v26.1.5, daemon/graphdriver/overlayutils/overlayutils.go and overlay2/check.go.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.graphdrivers.leftovers import detach, remove_tree
+from onlap.mounts import kernel
+from onlap.mounts.plan import overlay
+from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xattr, set_opaque
+from onlap.overlayfs.trials.bench import No
+from onlap.overlayfs.trials.files import d_type
+from onlap.syscalls.files import filesystem_magic
+
+_INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
+_SELINUX = "/sys/fs/selinux/enforce"
+
+# moby: daemon/graphdriver/driver_linux.go, FsNames; they are what "docker info" shows.
+_NAMES = {
+    0x9123683E: "btrfs",
+    0xEF53: "extfs",
+    0xF15F: "ecryptfs",
+    0x01021994: "tmpfs",
+    0x58465342: "xfs",
+    0x2FC12FC1: "zfs",
+    0x794C7630: "overlayfs",
+    0xF2F52010: "f2fs",
+    0x6969: "nfs",
+    0x858458F6: "ramfs",
+}
+
+
+class Facts(NamedTuple):
+    """What was found.
+
+    Attributes:
+        filesystem: of the home, in Docker's words.
+        markers: the flavour of the markers in layers.
+        flags: options that each mount gets, as Docker gives them.
+        metacopy: whether the kernel copies up without content when only attributes change.
+        native_diff: whether an upper layer tells what changed.
+        reason: why not, else empty.
+    """
+
+    filesystem: str
+    markers: Markers
+    flags: tuple[str, ...]
+    metacopy: bool
+    native_diff: bool
+    reason: str
+
+
+def examine(home: str) -> Facts:
+    """Try an overlay in ``home``, which exists.
+
+    Raises:
+        Unimplemented: there is none here, and why.
+        OnlapError: of another kind, for what else the kernel says.
+    """
+    markers = Markers(USER if in_user_namespace() else TRUSTED)
+    # With the index on, a layer that was mounted with other lowers before fails with ESTALE.
+    index = ("index=off",) if os.path.exists(_INDEX_PARAMETER) else ()
+    flags = (*index, *markers.mount_flags)
+    base = f".onlap-check-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.mkdir(base, 0o700, dir_fd=fd)
+            try:
+                return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
+            finally:
+                remove_tree(fd, home, base)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise errors.from_oserror(error, doing="try OverlayFS", key=home) from error
+
+
+def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -> Facts:
+    try:
+        d_type(base)
+    except No as no:
+        raise errors.Unimplemented(f"OverlayFS does not work on this {filesystem}: {no}", key=base) from no
+    bottom, middle, upper, work, merged = (os.path.join(base, name) for name in ("b", "m", "u", "w", "merged"))
+    for directory in (bottom, middle, upper, work, merged, f"{bottom}/d", f"{middle}/d"):
+        os.mkdir(directory, 0o755)
+    with open(f"{bottom}/f", "wb") as file:
+        file.write(b"content")
+    fd = os.open(f"{middle}/d", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        set_opaque(fd, markers)
+    finally:
+        os.close(fd)
+    try:
+        kernel.attach(overlay((middle, bottom), upper=upper, work=work, flags=flags), merged)
+    except errors.PermissionDenied:
+        raise
+    except errors.OnlapError as error:
+        raise errors.Unimplemented(
+            f"no overlay can be mounted on this {filesystem}: {error.message}",
+            key=base,
+            hint="put Docker's data root on ext4 or xfs",
+        ) from error
+    try:
+        with open(f"{merged}/d/new", "wb"):
+            pass
+        os.chmod(f"{merged}/f", 0o600)
+        metacopy = get_xattr(f"{upper}/f", markers.metacopy) is not None
+        opaque = get_xattr(f"{upper}/d", markers.opaque) == OPAQUE_YES
+    finally:
+        detach(merged)
+    reason = "the kernel copies opaque marks up (before Linux 4.8)" if opaque else ""
+    return Facts(filesystem, markers, flags, metacopy, not opaque, reason)
+
+
+def _filesystem(fd: int) -> str:
+    magic = filesystem_magic(fd)
+    return _NAMES.get(magic, f"{magic:#x}")
+
+
+def in_user_namespace() -> bool:
+    """Whether this process is in another user namespace than the machine's first.
+
+    The first one's map is all ids in one line (user_namespaces(7)); there is no other sign.
+    """
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            return file.read().split() != [b"0", b"0", b"4294967295"]
+    except FileNotFoundError:  # a kernel without user namespaces
+        return False
+
+
+def label_flag(label: str) -> tuple[str, ...]:
+    """The mount option for an SELinux label; none for an empty one.
+
+    Raises:
+        Unimplemented: this kernel has no SELinux in use, so that the label could not be honoured.
+    """
+    if not label:
+        return ()
+    if not os.path.exists(_SELINUX):
+        raise errors.Unimplemented(
+            f"the mount label {shown(label)} cannot be honoured: SELinux is not in use here",
+            hint="start dockerd without --selinux-enabled",
+        )
+    # A label may hold commas, which end an option of mount(2) unless the value is quoted
+    # (security/selinux/hooks.c, selinux_sb_eat_lsm_opts); fsconfig(2) takes the value as it is.
+    quoted = f'"{label}"' if kernel.layers_by() == kernel.LAYERS_BY_STRING else label
+    return (f"context={quoted}",)

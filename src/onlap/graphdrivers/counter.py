@@ -1,0 +1,84 @@
+"""How often each layer is in use, by Docker's rule; and one lock an id.
+
+Source: moby v26.1.5, daemon/graphdriver/counter.go.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+
+class Counter:
+    """Counts a key. The first touch of one that is mounted already counts that as one use.
+
+    So a daemon that starts again under running containers does not unmount them with the first Put.
+
+    Args:
+        is_mounted: asked of a key that is touched for the first time.
+        counts: what is known already; these keys are not asked about.
+    """
+
+    def __init__(self, is_mounted: Callable[[str], bool], counts: Mapping[str, int] | None = None) -> None:
+        self._is_mounted = is_mounted
+        self._counts = dict(counts or {})
+        self._mutex = threading.Lock()
+
+    def increment(self, key: str) -> int:
+        """One more; returns how many that makes."""
+        return self._add(key, 1)
+
+    def decrement(self, key: str) -> int:
+        """One less; returns how many are left, and forgets the key when that is none."""
+        return self._add(key, -1)
+
+    def forget(self, key: str) -> None:
+        """The key is gone."""
+        with self._mutex:
+            self._counts.pop(key, None)
+
+    def clear(self) -> None:
+        """Nothing is in use any more."""
+        with self._mutex:
+            self._counts.clear()
+
+    def counts(self) -> dict[str, int]:
+        """All that is known."""
+        with self._mutex:
+            return dict(self._counts)
+
+    def _add(self, key: str, number: int) -> int:
+        with self._mutex:
+            if key not in self._counts:
+                self._counts[key] = 1 if self._is_mounted(key) else 0
+            count = self._counts[key] = self._counts[key] + number
+            if count <= 0:
+                del self._counts[key]
+            return count
+
+
+class Locks:
+    """A lock an id, there as long as somebody wants it."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._locks: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextmanager
+    def held(self, id: str) -> Iterator[None]:
+        """Nobody else holds the lock of ``id`` in the block."""
+        with self._mutex:
+            lock, waiting = self._locks.get(id, (None, 0))
+            lock = lock or threading.Lock()
+            self._locks[id] = lock, waiting + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._mutex:
+                lock, waiting = self._locks[id]
+                if waiting == 1:
+                    del self._locks[id]
+                else:
+                    self._locks[id] = lock, waiting - 1

@@ -1,0 +1,79 @@
+"""A tree once more, its files hard links of the first: what ``overlay`` makes each image's layer from.
+
+Whoever writes into the copy must never change a file in place, since it is the original's too: not its content, nor
+its mode, owner, times or xattrs. :class:`onlap.layers.applier.Applier` does not: what an archive has is always a new
+file, and a hard-link entry of an archive only makes a name. (Docker sets mode and owner also after a hard link, and so
+changes the parent's file.)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from onlap.trees.copy import Copier
+from onlap.trees.walk import OPEN_DIRECTORY
+
+
+def link_tree(source: str, target: str) -> None:
+    """Make the empty directory ``target`` a copy of ``source``: directories made, everything else linked.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    one = os.open(source, OPEN_DIRECTORY)
+    try:
+        other = os.open(target, OPEN_DIRECTORY)
+        try:
+            _Linker().tree(one, other)
+        finally:
+            os.close(other)
+    finally:
+        os.close(one)
+
+
+class _Linker:
+    def __init__(self) -> None:
+        self._copier = Copier()
+
+    def tree(self, source: int, target: int) -> None:
+        """Without recursion: images may be deep."""
+        stack = [(source, target, os.listdir(source))]
+        try:
+            while stack:
+                one, other, names = stack[-1]
+                if names:
+                    below = self._entry(one, other, names.pop())
+                    if below is not None:
+                        stack.append((*below, os.listdir(below[0])))
+                    continue
+                # Last, since what was made in it moved its time.
+                self._copier.directory_attributes(one, other)
+                stack.pop()
+                if one != source:
+                    os.close(one)
+                    os.close(other)
+        finally:
+            for one, other, _ in stack:
+                if one != source:
+                    os.close(one)
+                    os.close(other)
+
+    def _entry(self, source: int, target: int, name: str) -> tuple[int, int] | None:
+        if not stat.S_ISDIR(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode):
+            try:
+                os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+            except OSError as error:
+                # The filesystem's limit of names for one file is reached (ext4: 65,000); a copy begins a new one.
+                if error.errno != errno.EMLINK:
+                    raise
+                self._copier.entry(source, name, target, name)
+            return None
+        os.mkdir(name, 0o700, dir_fd=target)
+        one = os.open(name, OPEN_DIRECTORY, dir_fd=source)
+        try:
+            return one, os.open(name, OPEN_DIRECTORY, dir_fd=target)
+        except OSError:
+            os.close(one)
+            raise

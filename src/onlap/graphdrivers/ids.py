@@ -1,0 +1,115 @@
+"""Docker's ``--userns-remap``: the owners that a container sees, and those that its files have on disk.
+
+Source: moby v26.1.5, pkg/idtools/idtools.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from onlap import errors
+
+
+class Range(NamedTuple):
+    """Ids in a row, as the container has them and as the disk has them."""
+
+    container: int
+    host: int
+    size: int
+
+
+class IdMap:
+    """Two maps; empty ones change nothing.
+
+    Args:
+        uids: of users.
+        gids: of groups.
+
+    Attributes:
+        uids: of users.
+        gids: of groups.
+    """
+
+    __slots__ = ("gids", "uids")
+
+    def __init__(self, uids: Iterable[Range] = (), gids: Iterable[Range] = ()) -> None:
+        self.uids = tuple(uids)
+        self.gids = tuple(gids)
+
+    def __bool__(self) -> bool:
+        return bool(self.uids or self.gids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IdMap) and (self.uids, self.gids) == (other.uids, other.gids)
+
+    def __hash__(self) -> int:
+        return hash((self.uids, self.gids))
+
+    @property
+    def root(self) -> tuple[int, int]:
+        """The user and group on disk that a container's root is.
+
+        Raises:
+            InvalidArgument: it is nobody.
+        """
+        return self.to_host(0, 0)
+
+    def to_host(self, uid: int, gid: int) -> tuple[int, int]:
+        """What the disk has for a container's owner.
+
+        Raises:
+            InvalidArgument: the map does not have it.
+        """
+        return _up(uid, self.uids, "user"), _up(gid, self.gids, "group")
+
+    def to_container(self, uid: int, gid: int) -> tuple[int, int]:
+        """What a container sees for an owner on disk.
+
+        Raises:
+            InvalidArgument: the map does not have it.
+        """
+        return _up(uid, _turned(self.uids), "user on disk"), _up(gid, _turned(self.gids), "group on disk")
+
+    @classmethod
+    def from_json(cls, uids: object, gids: object) -> IdMap:
+        """From two lists of ``{"container_id": ..., "host_id": ..., "size": ...}``; null is empty.
+
+        Raises:
+            InvalidArgument: they have another form.
+        """
+        return cls(_ranges(uids), _ranges(gids))
+
+    def as_json(self) -> dict[str, list[dict[str, int]]]:
+        """``{"UIDMaps": [...], "GIDMaps": [...]}``, as Docker sends it."""
+        return {
+            key: [{"container_id": part.container, "host_id": part.host, "size": part.size} for part in ranges]
+            for key, ranges in (("UIDMaps", self.uids), ("GIDMaps", self.gids))
+        }
+
+
+def _ranges(value: object) -> list[Range]:
+    if not isinstance(value, (list, type(None))):
+        raise errors.InvalidArgument("an id map is a list")
+    found = []
+    for part in value or []:
+        numbers = (
+            [part.get(key) for key in ("container_id", "host_id", "size")] if isinstance(part, Mapping) else [None]
+        )
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise errors.InvalidArgument("a part of an id map has container_id, host_id and size")
+        found.append(Range(*(int(str(number)) for number in numbers)))
+    return found
+
+
+def _turned(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+    return tuple(Range(part.host, part.container, part.size) for part in ranges)
+
+
+def _up(id: int, ranges: tuple[Range, ...], what: str) -> int:
+    if not ranges:
+        return id
+    for part in ranges:
+        if part.container <= id < part.container + part.size:
+            return part.host + id - part.container
+    raise errors.InvalidArgument(f"the id map has no {what} {id}", hint="give dockerd a larger --userns-remap range")

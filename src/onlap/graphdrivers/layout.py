@@ -1,0 +1,167 @@
+"""Docker's layout of ``overlay2`` on disk, read and written.
+
+::
+
+    HOME/l/<short>          a symlink to ../<id>/diff; its name, 26 characters of base32, is in <id>/link
+    HOME/<id>/diff          what the layer changed; the whole tree where nothing is below
+    HOME/<id>/link          <short>, without a newline
+    HOME/<id>/lower         "l/<short>:l/<short>...", the layers below, uppermost first; none for a base layer
+    HOME/<id>/work          OverlayFS's workdir; none for a base layer
+    HOME/<id>/merged        the mount point, while it is mounted
+    HOME/<id>/committed     empty: a layer stands on this one, so that it is mounted read-only from now on
+
+Why short names: mount(2) takes one page of options, 4096 bytes with the closing NUL, and all lower layers must fit.
+With relative names ``l/<short>:`` of L + 3 bytes, where L is the length of a short name (the colon after the last one is
+not there, but the closing NUL is),
+
+    (L + len("l") + 1 + 1) * depth <= 4096        for L = 26: 29 * 128 = 3712
+
+which leaves 384 bytes for the upperdir, the workdir and ``index=off``: with ids of 64 characters
+
+    len("index=off,lowerdir=" ",upperdir=" id "/diff" ",workdir=" id "/work") = 38 + 2 * (64 + 5) = 176
+
+so that 128 layers fit, and an SELinux label of up to 208 - len(',context=""') = 197 bytes. (Docker's own comment counts
+28 bytes a layer, without the colon: 28 * 128 = 3584 = 4096 - 512.) The new mount API has no such limit, since layers are
+given as descriptors; the limit of 128 stays, because a directory must be readable by Docker's own driver.
+
+Source: moby v26.1.5, daemon/graphdriver/overlay2/overlay.go.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+
+from onlap import errors
+from onlap.errors import shown
+
+LINKS = "l"
+DIFF = "diff"
+LINK = "link"
+LOWER = "lower"
+WORK = "work"
+MERGED = "merged"
+COMMITTED = "committed"
+
+SHORT_LENGTH = 26
+MAX_DEPTH = 128
+
+
+def new_short() -> str:
+    """A name for a link that nobody has: 26 characters of base32 are 130 random bits."""
+    return base64.b32encode(os.urandom((SHORT_LENGTH * 5 + 7) // 8)).decode()[:SHORT_LENGTH]
+
+
+def write_file(path: str, content: str) -> None:
+    """Write a small file and put it on the disk, as Docker does for ``link`` and ``lower``."""
+    with open(path, "x", encoding="ascii") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Layer:
+    """One layer's directory.
+
+    Args:
+        home: the driver's.
+        id: the layer's.
+
+    Attributes:
+        path: the directory.
+        diff: what it changed.
+    """
+
+    __slots__ = ("_home", "diff", "id", "path")
+
+    def __init__(self, home: str, id: str) -> None:
+        self._home = home
+        self.id = id
+        self.path = os.path.join(home, id)
+        self.diff = os.path.join(self.path, DIFF)
+
+    def short(self) -> str | None:
+        """Its short name; None where it has none, which no whole layer lacks."""
+        return _read(os.path.join(self.path, LINK)) or None
+
+    def lower(self) -> list[str]:
+        """What is below it, uppermost first, as ``"l/<short>"``."""
+        text = _read(os.path.join(self.path, LOWER))
+        return text.split(":") if text else []
+
+    def is_committed(self) -> bool:
+        """Whether a layer stands on it."""
+        return os.path.exists(os.path.join(self.path, COMMITTED))
+
+    def lower_for_child(self) -> str:
+        """What the file ``lower`` of a layer on this one holds.
+
+        Raises:
+            InvalidArgument: that would be more layers than Docker stacks.
+            DataLoss: this layer has lost its link.
+        """
+        short = self.short()
+        if short is None:
+            raise errors.DataLoss(f"the layer {shown(self.id)} has no file {LINK}", key=self.id)
+        lowers = [f"{LINKS}/{short}", *self.lower()]
+        if len(lowers) > MAX_DEPTH:
+            raise errors.InvalidArgument(
+                "max depth exceeded", key=self.id, hint=f"a layer stands on {MAX_DEPTH} others at most: squash some"
+            )
+        return ":".join(lowers)
+
+    def lower_directories(self) -> list[str]:
+        """The ``diff`` directories below it, uppermost first.
+
+        Raises:
+            DataLoss: a link is lost.
+        """
+        return [resolve(self._home, link, self.id) for link in self.lower()]
+
+
+def resolve(home: str, link: str, id: str) -> str:
+    """The directory that ``l/<short>`` leads to.
+
+    Args:
+        home: the driver's.
+        link: as the file ``lower`` has it.
+        id: of the layer whose file that is.
+
+    Raises:
+        DataLoss: it leads nowhere.
+    """
+    try:
+        target = os.readlink(os.path.join(home, link))
+    except OSError as error:
+        raise errors.DataLoss(
+            f"the layer {shown(id)} stands on {shown(link)}, which is gone", key=id, hint="see: onlap docker check"
+        ) from error
+    return os.path.normpath(os.path.join(home, LINKS, target))
+
+
+def relink(home: str) -> list[str]:
+    """Make again the links that a crash lost (moby#46498); returns their names.
+
+    Raises:
+        OSError: they cannot be made.
+    """
+    made = []
+    os.makedirs(os.path.join(home, LINKS), 0o700, exist_ok=True)
+    for id in sorted(os.listdir(home)):
+        short = Layer(home, id).short() if not id.startswith(".") and id != LINKS else None
+        if short is None or len(short) != SHORT_LENGTH or not short.isalnum():
+            continue
+        link = os.path.join(home, LINKS, short)
+        if not os.path.lexists(link):
+            os.symlink(os.path.join("..", id, DIFF), link)
+            made.append(short)
+    return made
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="surrogateescape") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""

@@ -1,0 +1,191 @@
+"""Docker's ``overlay``: one lower layer, and so any number of images on one another.
+
+::
+
+    HOME/<id>/root                          an image: the whole tree, its files hard links of its parent's
+    HOME/<id>/{upper,work,merged,lower-id}  a container: what it changed, on the root of the image in lower-id
+
+Docker removed it in version 24. It costs inodes, one a directory of the image in every layer; use ``overlay2`` unless a
+stack of more than 128 layers is wanted.
+
+Source: moby v23.0.18, daemon/graphdriver/overlay/overlay.go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.graphdrivers.applying import apply_archive
+from onlap.graphdrivers.base import MERGED, WORK, StackDriver
+from onlap.graphdrivers.hardlinks import link_tree
+from onlap.graphdrivers.leftovers import remove_tree
+from onlap.graphdrivers.stacks import layer_changes, layer_size
+from onlap.mounts.plan import Mount, overlay
+from onlap.trees.copy import Copier
+from onlap.trees.walk import OPEN_DIRECTORY
+
+ROOT = "root"
+UPPER = "upper"
+LOWER_ID = "lower-id"
+_NEW_ROOT = ".onlap-new-root"
+
+
+class OverlayDriver(StackDriver):
+    """See the module, and :class:`~onlap.graphdrivers.base.StackDriver` for its arguments."""
+
+    name = "overlay"
+
+    def _check_options(self, options: Sequence[str]) -> None:
+        for option in options:
+            raise errors.InvalidArgument(f"overlay: unknown option {shown(option.partition('=')[0])}", key=option)
+
+    def create(
+        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
+    ) -> None:
+        """See :meth:`ProtoDriver.create`."""
+        if storage_options:
+            raise errors.InvalidArgument("--storage-opt is not supported for overlay", hint="leave it out")
+        self._create(id, parent, mount_label)
+
+    def create_read_write(
+        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
+    ) -> None:
+        """See :meth:`ProtoDriver.create_read_write`."""
+        self.create(id, parent, mount_label=mount_label, storage_options=storage_options)
+
+    def _build(self, staged: str, id: str, parent: str) -> None:
+        if not parent:
+            os.mkdir(os.path.join(staged, ROOT))
+            self._own(os.path.join(staged, ROOT), 0o755)
+            return
+        upper, work = os.path.join(staged, UPPER), os.path.join(staged, WORK)
+        os.mkdir(upper)
+        os.mkdir(work)
+        self._own(work, 0o700)
+        root = self._path(parent, ROOT)
+        if os.path.isdir(root):
+            below = os.stat(root)
+            os.chown(upper, below.st_uid, below.st_gid)
+            os.chmod(upper, below.st_mode & 0o7777)
+            lower_id = parent
+        else:
+            lower_id = self._lower_id(parent)
+            _copy(self._path(parent, UPPER), upper)
+        with open(os.path.join(staged, LOWER_ID), "x", encoding="utf-8", errors="surrogateescape") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(lower_id)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lower_id(self, id: str) -> str:
+        """The image that a container's layer stands on.
+
+        Raises:
+            DataLoss: it is not recorded, or is gone.
+        """
+        try:
+            with open(self._path(id, LOWER_ID), encoding="utf-8", errors="surrogateescape") as file:
+                lower_id = file.read()
+        except FileNotFoundError as error:
+            raise errors.DataLoss(f"the layer {shown(id)} has neither {ROOT} nor {LOWER_ID}", key=id) from error
+        if not os.path.isdir(os.path.join(self._dir(lower_id), ROOT)):
+            raise errors.DataLoss(f"the layer {shown(id)} stands on {shown(lower_id)}, which is gone", key=id)
+        return lower_id
+
+    def _is_image(self, id: str) -> bool:
+        return os.path.isdir(self._path(id, ROOT))
+
+    def _is_whole(self, id: str) -> bool:
+        return self._is_image(id) or os.path.exists(self._path(id, LOWER_ID))
+
+    def _is_empty_on(self, id: str, parent: str) -> bool:
+        if not parent:
+            return self._is_image(id) and not os.listdir(self._path(id, ROOT))
+        if self._is_image(id) or not self._is_whole(id) or not self.exists(parent):
+            return False
+        if self._is_image(parent):
+            return self._lower_id(id) == parent and not os.listdir(self._path(id, UPPER))
+        if self._lower_id(id) != self._lower_id(parent):
+            return False
+        return not layer_changes(self._stack(parent), self._stack(id), self.facts.markers)
+
+    def _tree(self, id: str) -> str | Mount:
+        if self._is_image(id):
+            return self._path(id, ROOT)
+        lower = self._path(self._lower_id(id), ROOT)
+        return overlay((lower,), upper=self._path(id, UPPER), work=self._path(id, WORK), flags=self.facts.flags)
+
+    def _stack(self, id: str) -> list[str]:
+        if self._is_image(id):
+            return [self._path(id, ROOT)]
+        return [self._path(id, UPPER), self._path(self._lower_id(id), ROOT)]
+
+    def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
+        """See :meth:`DiffDriver.apply_diff`; the layer becomes an image's."""
+        self._existing_stack(id)
+        if parent and self._is_image(parent) and not self._is_image(id):
+            with self._locks.held(id):
+                size = self._apply_on(id, parent, archive)
+        else:
+            size = self._naive.apply_diff(id, parent, archive)
+        self._sync(id)
+        return size
+
+    def _apply_on(self, id: str, parent: str, archive: BinaryIO) -> int:
+        directory = self._dir(id)
+        new = os.path.join(directory, _NEW_ROOT)
+        try:
+            fd = os.open(directory, OPEN_DIRECTORY)
+            try:
+                remove_tree(fd, directory, _NEW_ROOT)
+                os.mkdir(_NEW_ROOT, 0o700, dir_fd=fd)
+                try:
+                    link_tree(self._path(parent, ROOT), new)
+                    size = apply_archive(archive, new, markers=None, ids=self.ids)
+                    os.rename(_NEW_ROOT, ROOT, src_dir_fd=fd, dst_dir_fd=fd)
+                except BaseException:
+                    remove_tree(fd, directory, _NEW_ROOT)
+                    raise
+                for name in (UPPER, WORK, MERGED, LOWER_ID):
+                    remove_tree(fd, directory, name)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="apply a layer", key=id) from error
+        return size
+
+    def diff_size(self, id: str, parent: str) -> int:
+        """See :meth:`DiffDriver.diff_size`."""
+        stack = self._existing_stack(id)
+        if self.facts.native_diff and parent and self._stack(parent) == stack[1:]:
+            return layer_size(stack[0])
+        return self._naive.diff_size(id, parent)
+
+    def metadata(self, id: str) -> dict[str, str]:
+        """See :meth:`ProtoDriver.metadata`."""
+        stack = self._existing_stack(id)
+        if self._is_image(id):
+            return {"RootDir": stack[0]}
+        return {
+            "LowerDir": stack[1],
+            "UpperDir": stack[0],
+            "WorkDir": self._path(id, WORK),
+            "MergedDir": self._path(id, MERGED),
+        }
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy one upper layer to another, with its markers; a file may change meanwhile, a container may run in it."""
+    one = os.open(source, OPEN_DIRECTORY)
+    try:
+        other = os.open(target, OPEN_DIRECTORY)
+        try:
+            Copier(allow_changes=True, keep_markers=True).tree(one, other)
+        finally:
+            os.close(other)
+    finally:
+        os.close(one)

@@ -1,0 +1,203 @@
+"""Docker's ``overlay2``: up to 128 lower layers, mounted natively; on disk as Docker has it (:mod:`.layout`).
+
+Other than Docker's: layers are given to the kernel as descriptors, so that no option string is cut; differences are
+computed from the layers themselves, whatever the kernel wrote there (Docker falls back to mounting and walking both
+trees where directories may have been renamed); a layer that was applied is on the disk (``sync``); a layer is there
+whole, or not at all.
+
+Source: moby v26.1.5, daemon/graphdriver/overlay2/overlay.go.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.graphdrivers import layout
+from onlap.graphdrivers.applying import apply_archive
+from onlap.graphdrivers.base import StackDriver
+from onlap.graphdrivers.ids import IdMap
+from onlap.graphdrivers.layout import Layer
+from onlap.graphdrivers.stacks import layer_size
+from onlap.mounts.plan import Mount, overlay
+
+_log = logging.getLogger("onlap.graphdrivers")
+
+_SIZE = "size"
+
+
+class Overlay2Driver(StackDriver):
+    """See the module, and :class:`~onlap.graphdrivers.base.StackDriver` for its arguments."""
+
+    name = "overlay2"
+    _reserved = (layout.LINKS,)
+
+    def __init__(
+        self,
+        home: str,
+        *,
+        options: Sequence[str] = (),
+        ids: IdMap | None = None,
+        sync: str = "layer",
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(home, options=options, ids=ids, sync=sync, counts=counts)
+        try:
+            made = layout.relink(self.home)
+            os.chmod(os.path.join(self.home, layout.LINKS), 0o700)
+        except OSError as error:
+            self.close()
+            raise errors.from_oserror(error, doing="make the short links", key=self.home) from error
+        if made:
+            _log.warning("made links again that were lost", extra={"fields": {"links": " ".join(made)}})
+
+    def _check_options(self, options: Sequence[str]) -> None:
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise errors.InvalidArgument(f"the storage option {shown(option)} is not of the form key=value")
+            if key.strip().lower() != "overlay2.size":
+                raise errors.InvalidArgument(f"overlay2: unknown option {shown(key)}", key=key)
+            if value.strip() not in ("", "0"):
+                raise _no_quota("overlay2.size")
+
+    def create(
+        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
+    ) -> None:
+        """See :meth:`ProtoDriver.create`."""
+        for key in storage_options or {}:
+            if key.lower() == _SIZE:
+                raise errors.InvalidArgument("--storage-opt size is only supported for ReadWrite Layers", key=key)
+            raise errors.InvalidArgument(f"Unknown option {shown(key)}", key=key)
+        self._create(id, parent, mount_label)
+
+    def create_read_write(
+        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
+    ) -> None:
+        """See :meth:`ProtoDriver.create_read_write`."""
+        for key in storage_options or {}:
+            if key.lower() == _SIZE:
+                raise _no_quota("--storage-opt size")
+            raise errors.InvalidArgument(f"Unknown option {shown(key)}", key=key)
+        self._create(id, parent, mount_label)
+
+    def _build(self, staged: str, id: str, parent: str) -> None:
+        diff = os.path.join(staged, layout.DIFF)
+        os.mkdir(diff, 0o755)
+        if not parent:
+            self._own(diff, 0o755)
+        else:
+            # Its top directory is the one that the merged tree shows: Docker makes it root's and 0755 always, and so
+            # loses what the image said.
+            below = os.stat(Layer(self.home, parent).diff)
+            os.chown(diff, below.st_uid, below.st_gid)
+            os.chmod(diff, below.st_mode & 0o7777)
+            # Before "lower" is read, as Docker: from now on the parent is mounted read-only.
+            with open(os.path.join(self.home, parent, layout.COMMITTED), "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
+            lower = Layer(self.home, parent).lower_for_child()
+            work = os.path.join(staged, layout.WORK)
+            os.mkdir(work, 0o700)
+            self._own(work, 0o700)
+            layout.write_file(os.path.join(staged, layout.LOWER), lower)
+        short = layout.new_short()
+        layout.write_file(os.path.join(staged, layout.LINK), short)
+        # Last, so that what fails before leaves none; one that leads to a layer which never came is found by check.
+        os.symlink(os.path.join("..", id, layout.DIFF), os.path.join(self.home, layout.LINKS, short))
+
+    def _is_whole(self, id: str) -> bool:
+        layer = Layer(self.home, id)
+        return layer.short() is not None and os.path.isdir(layer.diff)
+
+    def _is_empty_on(self, id: str, parent: str) -> bool:
+        layer = Layer(self.home, id)
+        if not self._is_whole(id) or os.listdir(layer.diff):
+            return False
+        below = layer.lower()
+        if not parent:
+            return not below
+        return bool(below) and below[0] == f"{layout.LINKS}/{Layer(self.home, parent).short()}"
+
+    def _remove(self, id: str) -> None:
+        short = Layer(self.home, id).short()
+        if short is not None and "/" not in short:
+            try:
+                os.unlink(os.path.join(self.home, layout.LINKS, short))
+            except FileNotFoundError:
+                pass  # an earlier removal got as far as this
+            except OSError as error:
+                raise errors.from_oserror(error, doing="remove the layer's link", key=id) from error
+        super()._remove(id)
+
+    def _tree(self, id: str) -> str | Mount:
+        layer = Layer(self.home, id)
+        below = layer.lower()
+        if not below:
+            return layer.diff
+        # As links, though the kernel gets descriptors: where it has only mount(2), they are what fits its page.
+        lowers = tuple(os.path.join(self.home, link) for link in below)
+        flags = self.facts.flags
+        if layer.is_committed():
+            return overlay((layer.diff, *lowers), flags=flags)
+        return overlay(lowers, upper=layer.diff, work=os.path.join(layer.path, layout.WORK), flags=flags)
+
+    def _stack(self, id: str) -> list[str]:
+        layer = Layer(self.home, id)
+        return [layer.diff, *layer.lower_directories()]
+
+    def _is_parent(self, id: str, parent: str) -> bool:
+        """Whether ``parent`` is right below ``id``; for none: whether nothing is."""
+        below = Layer(self.home, id).lower_directories()[:1]
+        return below == ([Layer(self.home, parent).diff] if parent else [])
+
+    def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
+        """See :meth:`DiffDriver.apply_diff`."""
+        stack = self._existing_stack(id)
+        if not self.facts.native_diff or not self._is_parent(id, parent):
+            size = self._naive.apply_diff(id, parent, archive)
+        else:
+            apply_archive(archive, stack[0], lowers=stack[1:], markers=self.facts.markers, ids=self.ids)
+            size = layer_size(stack[0])
+        self._sync(id)
+        return size
+
+    def diff_size(self, id: str, parent: str) -> int:
+        """See :meth:`DiffDriver.diff_size`."""
+        stack = self._existing_stack(id)
+        if not self.facts.native_diff or not self._is_parent(id, parent):
+            return self._naive.diff_size(id, parent)
+        return layer_size(stack[0])
+
+    def metadata(self, id: str) -> dict[str, str]:
+        """See :meth:`ProtoDriver.metadata`."""
+        stack = self._existing_stack(id)
+        layer = Layer(self.home, id)
+        found = {
+            "WorkDir": os.path.join(layer.path, layout.WORK),
+            "MergedDir": os.path.join(layer.path, layout.MERGED),
+            "UpperDir": layer.diff,
+        }
+        if stack[1:]:
+            found["LowerDir"] = ":".join(stack[1:])
+        return found
+
+    def _discard(self, staged: str) -> None:
+        short = Layer(self.home, staged).short()
+        if short is not None:
+            try:
+                os.unlink(os.path.join(self.home, layout.LINKS, short))
+            except FileNotFoundError:
+                pass  # it failed before that
+        super()._discard(staged)
+
+
+def _no_quota(option: str) -> errors.Unimplemented:
+    return errors.Unimplemented(
+        f"{option} is not supported: it takes project quotas of the filesystem, which Onlap does not set",
+        key=option,
+        hint="leave it out, or limit the whole data root with a filesystem of its own",
+    )

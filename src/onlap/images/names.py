@@ -1,0 +1,109 @@
+"""Names of images: ``[REGISTRY/]REPOSITORY[:TAG][@DIGEST]``, with Docker's defaults.
+
+Sources: the distribution specification ("Pulling manifests": the form of names and tags);
+github.com/distribution/reference, normalize.go: what a name without registry or tag means.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.content.digests import check_digest
+from onlap.errors import shown
+
+DOCKER_HUB = "docker.io"
+DEFAULT_TAG = "latest"
+
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
+_REGISTRY = re.compile(
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|\[[0-9a-fA-F:]+\])"
+    r"(?::[0-9]{1,5})?"
+)
+_MAX_REPOSITORY = 255
+
+
+class Reference(NamedTuple):
+    """A parsed name.
+
+    Attributes:
+        registry: the host, with a port where it has one.
+        repository: the path in it.
+        tag: None only where there is a digest.
+        digest: of the manifest or index, where the name says it.
+    """
+
+    registry: str
+    repository: str
+    tag: str | None
+    digest: str | None = None
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag is not None else ""
+        digest = f"@{self.digest}" if self.digest is not None else ""
+        return f"{self.registry}/{self.repository}{tag}{digest}"
+
+    @property
+    def version(self) -> str:
+        """What the registry is asked for: the digest if there is one, else the tag."""
+        return self.digest or self.tag or DEFAULT_TAG
+
+
+def parse(name: str) -> Reference:
+    """Read a name.
+
+    Raises:
+        InvalidArgument: it is none; the message says why.
+        Unimplemented: its digest is of another algorithm than SHA-256.
+    """
+    rest, at, digest = name.partition("@")
+    if at:
+        check_digest(digest)
+    registry, rest = _split_registry(rest, name)
+    repository, tag = rest, None
+    if ":" in rest.rpartition("/")[2]:
+        repository, _, tag = rest.rpartition(":")
+        if not _TAG.fullmatch(tag):
+            raise _bad(name, f"its tag {shown(tag)!r} is not of letters, digits and ._-")
+    if registry == DOCKER_HUB and "/" not in repository:
+        repository = f"library/{repository}"
+    if len(repository) > _MAX_REPOSITORY:
+        raise _bad(name, f"its repository has more than {_MAX_REPOSITORY} characters")
+    for component in repository.split("/"):
+        if not _COMPONENT.fullmatch(component):
+            what = f"{shown(component)!r} is" if component else "an empty part is"
+            raise _bad(name, f"{what} not of lower-case letters and digits with . _ - between them")
+    if tag is None and not at:
+        tag = DEFAULT_TAG
+    return Reference(registry, repository, tag, digest if at else None)
+
+
+def normalized(name: str) -> str:
+    """The full form of a name, under which an image is kept."""
+    return str(parse(name))
+
+
+def familiar(name: str) -> str:
+    """The short form that people write: without ``docker.io/`` and ``library/``."""
+    registry, _, rest = name.partition("/")
+    return rest.removeprefix("library/") if registry == DOCKER_HUB else name
+
+
+def _split_registry(rest: str, name: str) -> tuple[str, str]:
+    first, slash, others = rest.partition("/")
+    # Without one of these it is the first part of a path at Docker's own registry.
+    if not slash or not (first == "localhost" or "." in first or ":" in first or first != first.lower()):
+        return DOCKER_HUB, rest
+    if not _REGISTRY.fullmatch(first):
+        raise _bad(name, f"{shown(first)!r} is no host")
+    return (DOCKER_HUB if first in ("index.docker.io", "registry-1.docker.io") else first), others
+
+
+def _bad(name: str, why: str) -> errors.InvalidArgument:
+    return errors.InvalidArgument(
+        f"not the name of an image: {shown(name)!r}: {why}",
+        key=name,
+        hint="a name is as debian:13 or registry.example/team/app:tag",
+    )

@@ -1,0 +1,104 @@
+"""The records of images in the catalog, and the SQL for them.
+
+Every function takes a connection, so that several can share one transaction.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.catalog import pins
+from onlap.errors import shown
+
+
+class ImageRecord(NamedTuple):
+    """A row.
+
+    Attributes:
+        name: in its full form, as :func:`onlap.images.names.normalized` gives it.
+        digest: of the manifest.
+        media_type: of the manifest.
+        size: of the manifest, in bytes.
+        created_ns: nanoseconds since the epoch.
+        updated_ns: when it became a name for another manifest, likewise.
+    """
+
+    name: str
+    digest: str
+    media_type: str
+    size: int
+    created_ns: int
+    updated_ns: int
+
+
+def pin_owner(name: str) -> str:
+    """Who keeps what an image needs."""
+    return f"image {name}"
+
+
+def find(connection: sqlite3.Connection, name: str) -> ImageRecord | None:
+    """The record of a name."""
+    row = connection.execute("SELECT * FROM images WHERE name = ?", (name,)).fetchone()
+    return ImageRecord(*row) if row is not None else None
+
+
+def get(connection: sqlite3.Connection, name: str) -> ImageRecord:
+    """The same, or NotFound."""
+    record = find(connection, name)
+    if record is None:
+        raise errors.NotFound(
+            f"there is no image {shown(name)}", key=name, hint="see the names with: onlap image ls, or pull it"
+        )
+    return record
+
+
+def everything(connection: sqlite3.Connection) -> list[ImageRecord]:
+    """Every image, by name."""
+    return [ImageRecord(*row) for row in connection.execute("SELECT * FROM images ORDER BY name")]
+
+
+def put(
+    connection: sqlite3.Connection,
+    name: str,
+    digest: str,
+    media_type: str,
+    size: int,
+    blobs: list[str],
+    snapshot: int | None,
+) -> None:
+    """Let a name mean this manifest from now on, and pin what it needs.
+
+    Args:
+        connection: inside a write transaction.
+        name: in its full form.
+        digest: of the manifest.
+        media_type: likewise.
+        size: likewise, in bytes.
+        blobs: the digests of all that it needs, the manifest's own among them.
+        snapshot: the id of the snapshot of its topmost layer, where it is unpacked.
+    """
+    now = time.time_ns()
+    connection.execute(
+        """
+        INSERT INTO images VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET
+            digest = excluded.digest, media_type = excluded.media_type, size = excluded.size,
+            updated_ns = excluded.updated_ns
+        """,
+        (name, digest, media_type, size, now, now),
+    )
+    owner = pin_owner(name)
+    pins.unpin_all(connection, owner)
+    for each in dict.fromkeys(blobs):
+        pins.pin(connection, owner, digest=each)
+    if snapshot is not None:
+        pins.pin(connection, owner, snapshot=snapshot)
+
+
+def delete(connection: sqlite3.Connection, name: str) -> None:
+    """Forget an image, with its pins."""
+    get(connection, name)
+    connection.execute("DELETE FROM images WHERE name = ?", (name,))
+    pins.unpin_all(connection, pin_owner(name))

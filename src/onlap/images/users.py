@@ -1,0 +1,131 @@
+"""Who a container's process runs as: a user of the tree's own account files.
+
+Source: the OCI image specification 1.1, config.md, "User"; moby v27, vendor/github.com/moby/sys/user/user.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.images import rooted
+
+# uid_t and gid_t have 32 bits, and all ones mean "none".
+_LAST_ID = 2**32 - 2
+
+
+class User(NamedTuple):
+    """A user as the kernel knows him.
+
+    Attributes:
+        uid: his number.
+        gid: that of his group.
+        groups: those of his further groups.
+        home: his directory, ``"/"`` where the tree does not say.
+    """
+
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    home: str = "/"
+
+
+class _Account(NamedTuple):
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+class _Group(NamedTuple):
+    name: str
+    gid: int
+    members: tuple[str, ...]
+
+
+def find_user(root: int, text: str) -> User:
+    """The user that ``text`` means in a tree.
+
+    Args:
+        root: a descriptor of the top of the tree.
+        text: ``user``, ``uid``, ``user:group``, ``uid:gid``, ``uid:group`` or ``user:gid``; empty for root. A number
+            need not be in the account files. With a group named, the user's further groups do not count.
+
+    Raises:
+        InvalidArgument: the tree has no such user or group, or a number is out of range.
+        OSError: its account files cannot be read.
+    """
+    name, colon, group_name = text.partition(":")
+    name = name or "0"
+    account = _find_account(list(_accounts(root)), name)
+    if account is None:
+        number = _number(name, "user")
+        if number is None:
+            raise errors.InvalidArgument(
+                f"there is no user {shown(name)} in the tree", key=text, hint="give a number, or see its /etc/passwd"
+            )
+        account = _Account("", number, 0, "/")
+    groups = list(_groups(root))
+    if colon and group_name:
+        return User(account.uid, _find_group(groups, group_name, text), (), account.home)
+    further = {group.gid for group in groups if account.name and account.name in group.members} - {account.gid}
+    return User(account.uid, account.gid, tuple(sorted(further)), account.home)
+
+
+def _find_account(accounts: list[_Account], name: str) -> _Account | None:
+    """By name before by number: useradd(8) allows names of digits."""
+    named = next((account for account in accounts if account.name == name), None)
+    if named is not None:
+        return named
+    number = _number(name, "user")
+    return next((account for account in accounts if account.uid == number), None)
+
+
+def _find_group(groups: list[_Group], name: str, text: str) -> int:
+    named = next((group.gid for group in groups if group.name == name), None)
+    if named is not None:
+        return named
+    number = _number(name, "group")
+    if number is None:
+        raise errors.InvalidArgument(
+            f"there is no group {shown(name)} in the tree", key=text, hint="give a number, or see its /etc/group"
+        )
+    return number
+
+
+def _number(text: str, what: str) -> int | None:
+    if not text.isascii() or not text.isdigit():
+        return None
+    number = int(text[:20])
+    if number > _LAST_ID:
+        raise errors.InvalidArgument(f"{text} is no number of a {what}", key=text, hint=f"they end at {_LAST_ID}")
+    return number
+
+
+def _accounts(root: int) -> Iterator[_Account]:
+    """passwd(5): ``name:password:uid:gid:comment:home:shell``; lines of another form are passed over."""
+    for fields in _lines(root, "/etc/passwd", 6):
+        uid, gid = _field(fields[2]), _field(fields[3])
+        if uid is not None and gid is not None:
+            yield _Account(fields[0], uid, gid, fields[5] or "/")
+
+
+def _groups(root: int) -> Iterator[_Group]:
+    """group(5): ``name:password:gid:member,member``."""
+    for fields in _lines(root, "/etc/group", 4):
+        gid = _field(fields[2])
+        if gid is not None:
+            yield _Group(fields[0], gid, tuple(fields[3].split(",")))
+
+
+def _lines(root: int, path: str, least: int) -> Iterator[list[str]]:
+    for line in rooted.read_text(root, path).split("\n"):
+        fields = line.strip().split(":")
+        if len(fields) >= least and fields[0]:
+            yield fields
+
+
+def _field(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _LAST_ID else None

@@ -1,0 +1,221 @@
+"""The plugin protocol over HTTP/1.1 with the standard library's server: a thread a connection, which is kept alive.
+
+Source: moby v26.1.5, pkg/plugins/client.go and docs/extend/plugin_api.md.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import socket
+import socketserver
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from typing import Any, BinaryIO, cast
+from urllib.parse import parse_qs, urlsplit
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.serve.docker.bodies import Chunked, ChunkWriter, Sized, drain
+from onlap.serve.docker.service import Service
+
+_log = logging.getLogger("onlap.serve")
+
+_JSON = "application/vnd.docker.plugins.v1.2+json"
+# A request with a storage option or two has some hundred bytes.
+_MAX_REQUEST = 1 << 20
+_BUFFER = 256 * 1024
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    # Headers and body leave in one write; the base class flushes after each request.
+    wbufsize = _BUFFER
+    server: HttpServer
+
+    def do_POST(self) -> None:
+        """Answer one call."""
+        split = urlsplit(self.path)
+        name = split.path.strip("/")
+        started = time.perf_counter()
+        with self.server.call():
+            try:
+                body = self._body()
+            except ValueError:
+                self.close_connection = True
+                self._reply(400, {"Err": "the request has no usable length"})
+                return
+            try:
+                failure = self._answer(name, split.query, body)
+            except ConnectionError as error:
+                # Nobody is left to be told.
+                self.close_connection = True
+                failure = str(error)
+        self._log_call(name, started, failure)
+
+    def _answer(self, name: str, query: str, body: io.RawIOBase) -> str:
+        service = self.server.service
+        try:
+            if name == "GraphDriver.ApplyDiff":
+                asked = parse_qs(query, keep_blank_values=True)
+                id, parent = (asked.get(key, [""])[0] for key in ("id", "parent"))
+                response = service.apply_diff(id, parent, cast(BinaryIO, body))
+            elif name == "GraphDriver.Diff":
+                return self._diff(_request(body))
+            elif name in service.calls:
+                response = service.calls[name](_request(body))
+            else:
+                drain(body)
+                self._reply(404, {"Err": f"no such call: {shown(name)}"})
+                return "404"
+        except Exception as error:  # noqa: BLE001 - every error becomes an answer
+            failure = _said(name, error)
+            drain(body)
+            self._reply(200, {"Err": failure})
+            return failure
+        drain(body)
+        self._reply(200, response)
+        return ""
+
+    def _diff(self, request: dict[str, Any]) -> str:
+        out = ChunkWriter(cast(BinaryIO, self.wfile), self._start_stream)
+        try:
+            self.server.service.diff(request, cast(BinaryIO, out))
+        except Exception as error:  # noqa: BLE001 - every error becomes an answer
+            failure = _said("GraphDriver.Diff", error)
+            if out.started:
+                # The client must not take what it has for a whole archive: the body ends without its last chunk.
+                self.close_connection = True
+            else:
+                # Another status than 200 is what tells an error from an archive.
+                self._reply(500, {"Err": failure})
+            return failure
+        out.finish()
+        return ""
+
+    def _start_stream(self) -> None:
+        self.send_response_only(200)
+        self.send_header("Content-Type", "application/x-tar")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def _body(self) -> io.RawIOBase:
+        """The request's body; ValueError where it cannot be told where it ends."""
+        source = cast(BinaryIO, self.rfile)
+        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
+            return Chunked(source)
+        length = int(self.headers.get("Content-Length", "0"))
+        if length < 0:
+            raise ValueError("a negative length")
+        return Sized(source, length)
+
+    def _reply(self, status: int, value: dict[str, object]) -> None:
+        # ASCII only: a name that is not UTF-8 becomes a lone surrogate, which Go reads as U+FFFD.
+        data = json.dumps(value).encode()
+        self.send_response_only(status)
+        self.send_header("Content-Type", _JSON)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _log_call(self, name: str, started: float, failure: str) -> None:
+        if _log.isEnabledFor(logging.DEBUG):
+            milliseconds = f"{(time.perf_counter() - started) * 1000:.1f}"
+            fields = {"call": name, "ms": milliseconds, **({"error": failure} if failure else {})}
+            _log.debug("call", extra={"fields": fields})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """What the base class has to say: malformed requests."""
+        _log.warning("bad request", extra={"fields": {"said": format % args}})
+
+
+def _request(body: io.RawIOBase) -> dict[str, Any]:
+    data = body.read(_MAX_REQUEST) or b""
+    try:
+        value = json.loads(data) if data.strip() else {}
+    except ValueError as error:
+        raise errors.InvalidArgument("the request is no JSON") from error
+    if not isinstance(value, dict):
+        raise errors.InvalidArgument("the request is no JSON object")
+    return value
+
+
+def _said(name: str, error: Exception) -> str:
+    if isinstance(error, errors.OnlapError) and error.kind != "Internal":
+        return str(error)
+    if not isinstance(error, ConnectionError):
+        _log.error("call failed", exc_info=error, extra={"fields": {"call": name}})
+    return f"{type(error).__name__}: {error}"
+
+
+class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Listens on a unix socket.
+
+    Args:
+        path: where; nothing is there.
+        service: knows the answers.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, path: str, service: Service) -> None:
+        self.service = service
+        self._changed = threading.Condition()
+        self._calls = 0
+        self._connections: set[socket.socket] = set()
+        super().__init__(path, Handler)
+
+    def call(self) -> _Call:
+        """A context manager around each call, so that the end can wait for those that run."""
+        return _Call(self)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """One connection, from its first request to its end."""
+        with self._changed:
+            self._connections.add(request)
+        try:
+            # A unix socket's peer has no address, where the base class wants one to log.
+            super().finish_request(request, ("unix", 0))
+        except ConnectionError:
+            return  # dockerd went away
+        finally:
+            with self._changed:
+                self._connections.discard(request)
+
+    def stop(self, grace: float) -> None:
+        """Take no more connections, let running calls end, and close what is idle."""
+        self.shutdown()
+        self.server_close()
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._calls, grace):
+                _log.warning("calls are still running", extra={"fields": {"calls": self._calls}})
+            for connection in self._connections:
+                # Wakes the thread that waits for the next request, and keeps an answer that is on its way whole.
+                try:
+                    connection.shutdown(socket.SHUT_RD)
+                except OSError as error:
+                    _log.debug("a connection was gone", extra={"fields": {"error": os.strerror(error.errno or 0)}})
+
+    def enter_call(self, number: int) -> None:
+        """One call more or less."""
+        with self._changed:
+            self._calls += number
+            self._changed.notify_all()
+
+
+class _Call:
+    def __init__(self, server: HttpServer) -> None:
+        self._server = server
+
+    def __enter__(self) -> None:
+        self._server.enter_call(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._server.enter_call(-1)

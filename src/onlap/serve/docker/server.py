@@ -1,0 +1,170 @@
+"""The life of the plugin: its name, its socket, readiness, and a quick end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.graphdrivers import BUILT_IN, DRIVERS
+from onlap.serve import sockets, systemd
+from onlap.serve.docker.http import HttpServer
+from onlap.serve.docker.service import Service
+from onlap.serve.docker.state import StateFile
+
+_log = logging.getLogger("onlap.serve")
+
+# Where dockerd looks for plugins by name (pkg/plugins/discovery.go).
+SOCKET_DIRECTORY = "/run/docker/plugins"
+
+# An ApplyDiff that waits for a slow disk is the longest call. systemd kills after 90 s.
+_GRACE = 60.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Server:
+    """A graph driver on one socket; a context manager.
+
+    It must run in the mount namespace of dockerd, which uses the mounts that the driver makes.
+
+    Args:
+        name: what dockerd calls the driver: ``dockerd --experimental --storage-driver=NAME``.
+        driver: ``"overlay"`` or ``"overlay2"``.
+        socket_dir: where dockerd looks for plugins; made if need be.
+        sync: ``"layer"``: a layer is on the disk when ApplyDiff answers; ``"none"``: as Docker's own.
+        mode: permissions of the socket.
+        group: who gets the group's permissions of it.
+
+    Attributes:
+        socket: the socket's path.
+
+    Raises:
+        InvalidArgument: dockerd would take a driver of its own for that name, or the name or driver is none.
+        FailedPrecondition: somebody listens there, or the home was written by another driver.
+        OnlapError: of another kind, when the socket cannot be made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        driver: str,
+        *,
+        socket_dir: str = SOCKET_DIRECTORY,
+        sync: str = "layer",
+        mode: int = 0o600,
+        group: str | None = None,
+    ) -> None:
+        check_name(name)
+        if driver not in DRIVERS:
+            raise errors.InvalidArgument(
+                f"no such graph driver: {shown(driver)}", key=driver, hint=" or ".join(DRIVERS)
+            )
+        if sync not in ("layer", "none"):
+            raise errors.InvalidArgument(f"sync is layer or none, not {shown(sync)}")
+        directory = os.path.abspath(socket_dir)
+        self.socket = os.path.join(directory, f"{name}.sock")
+        self._cleanup = ExitStack()
+        with ExitStack() as on_error:
+            on_error.callback(self._cleanup.close)
+            try:
+                os.makedirs(directory, 0o755, exist_ok=True)
+            except OSError as error:
+                raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
+            sockets.claim(self.socket)
+            service = Service(driver, sync, StateFile(directory, name))
+            self._cleanup.callback(service.close)
+            service.restore()
+            _allow_many_files()
+            self._listen(service)
+            sockets.grant(self.socket, mode, group)
+            on_error.pop_all()
+
+    def _listen(self, service: Service) -> None:
+        try:
+            # Nobody else may connect in the moment before the socket's mode is set.
+            with _umask(0o177):
+                server = HttpServer(self.socket, service)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="listen", key=self.socket) from error
+        self._cleanup.callback(self._remove_socket)
+        thread = threading.Thread(target=server.serve_forever, name="onlap-docker", daemon=True)
+        thread.start()
+        self._cleanup.callback(server.stop, _GRACE)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no more calls, finish those that run, and let go of the socket; mounts stay as they are."""
+        self._cleanup.close()
+
+    def _remove_socket(self) -> None:
+        try:
+            os.unlink(self.socket)
+        except FileNotFoundError:
+            pass  # somebody tidied up
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread."""
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        systemd.notify("READY=1")
+        _log.info("serving", extra={"fields": {"socket": shown(self.socket), "pid": os.getpid()}})
+        stop.wait()
+        systemd.notify("STOPPING=1")
+        _log.info("stopping")
+        return 0
+
+
+def serve(
+    name: str,
+    driver: str,
+    socket_dir: str = SOCKET_DIRECTORY,
+    sync: str = "layer",
+    *,
+    mode: int = 0o600,
+    group: str | None = None,
+) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status. The arguments and errors are those of :class:`Server`."""
+    with Server(name, driver, socket_dir=socket_dir, sync=sync, mode=mode, group=group) as server:
+        return server.run()
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidArgument unless dockerd, told to use the driver ``name``, asks a plugin for it."""
+    if name in BUILT_IN:
+        raise errors.InvalidArgument(
+            f"dockerd has a driver called {name}, or had one, and would not ask the plugin",
+            key=name,
+            hint=f"give it another name, as onlap-{name}",
+        )
+    if not _NAME.fullmatch(name):
+        raise errors.InvalidArgument(
+            f"no name for a plugin: {shown(name)}", key=name, hint="letters, digits, '-' and '_'"
+        )
+
+
+def _allow_many_files() -> None:
+    """Every comparison of layers opens each of them, 128 and more at once."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

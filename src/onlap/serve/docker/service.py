@@ -1,0 +1,239 @@
+"""The answers of a graph driver plugin, apart from how they travel.
+
+Source: moby v26.1.5, daemon/graphdriver/proxy.go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from onlap import errors
+from onlap.graphdrivers import open_driver
+from onlap.graphdrivers.contract import Driver
+from onlap.graphdrivers.ids import IdMap
+from onlap.serve.docker.state import State, StateFile
+
+_log = logging.getLogger("onlap.serve")
+
+Request = Mapping[str, object]
+Response = dict[str, object]
+
+
+class Service:
+    """One driver behind the protocol's calls.
+
+    Args:
+        kind: ``"overlay"`` or ``"overlay2"``.
+        sync: ``"layer"`` or ``"none"``.
+        state: where the plugin remembers what dockerd told it.
+
+    Attributes:
+        calls: those that take and give JSON, by the last part of their path, as ``"GraphDriver.Create"``.
+    """
+
+    def __init__(self, kind: str, sync: str, state: StateFile) -> None:
+        self._kind = kind
+        self._sync = sync
+        self._file = state
+        self._driver: Driver | None = None
+        self._state: State | None = None
+        self._saved: dict[str, int] = {}
+        self._mutex = threading.Condition()
+        self._running = 0
+        self._saving = threading.Lock()
+        self.calls: dict[str, Callable[[Request], Response]] = {
+            "Plugin.Activate": lambda _: {"Implements": ["GraphDriver"]},
+            "GraphDriver.Init": self._init,
+            # False: Docker keeps the exact form of each layer's archive itself (tar-split).
+            "GraphDriver.Capabilities": lambda _: {"Capabilities": {"ReproducesExactDiffs": False}},
+            "GraphDriver.Create": lambda request: self._create(request, writable=False),
+            "GraphDriver.CreateReadWrite": lambda request: self._create(request, writable=True),
+            "GraphDriver.Remove": self._remove,
+            "GraphDriver.Get": self._get,
+            "GraphDriver.Put": self._put,
+            "GraphDriver.Exists": self._exists,
+            "GraphDriver.Status": self._status,
+            "GraphDriver.GetMetadata": self._metadata,
+            "GraphDriver.Cleanup": self._cleanup,
+            "GraphDriver.Changes": self._changes,
+            "GraphDriver.DiffSize": self._diff_size,
+        }
+
+    def restore(self) -> None:
+        """Be what the plugin was before it ended: dockerd, if it still runs, does not tell again.
+
+        Raises:
+            OnlapError: the home cannot be opened.
+        """
+        state = self._file.load()
+        if state is None:
+            return
+        if state.driver != self._kind:
+            raise errors.FailedPrecondition(
+                f"{state.home} was written by the driver {state.driver}, not {self._kind}",
+                key=state.home,
+                hint="serve it with that driver, or give the plugin another name",
+            )
+        self._open(state)
+        _log.info("restored", extra={"fields": {"home": state.home, "layers_in_use": len(self._counts())}})
+
+    def close(self) -> None:
+        """Let go of the driver; its mounts stay."""
+        with self._mutex:
+            driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.close()
+
+    # Streams
+
+    def diff(self, request: Request, out: BinaryIO) -> None:
+        """``GraphDriver.Diff``."""
+        with self._using() as driver:
+            driver.diff(_text(request, "ID"), _text(request, "Parent"), out)
+
+    def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> Response:
+        """``GraphDriver.ApplyDiff``."""
+        with self._using() as driver:
+            return {"Size": driver.apply_diff(id, parent, archive)}
+
+    # Calls
+
+    def _init(self, request: Request) -> Response:
+        options = request.get("Opts") or []
+        if not isinstance(options, list):
+            raise errors.InvalidArgument("Opts is a list")
+        state = State(
+            self._kind,
+            _text(request, "Home"),
+            tuple(str(option) for option in options),
+            IdMap.from_json(request.get("UIDMaps"), request.get("GIDMaps")),
+            # By Docker's rule: a dockerd that starts anew knows of no use, and counts what it finds mounted as one.
+            {},
+        )
+        if not state.home.startswith("/"):
+            raise errors.InvalidArgument(f"Home is no absolute path: {state.home!r}")
+        with self._mutex:
+            while self._running:
+                self._mutex.wait()
+            # Before the home is opened again, so that nobody uses the old one meanwhile.
+            driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.close()
+        self._open(state)
+        return {}
+
+    def _open(self, state: State) -> None:
+        driver = open_driver(
+            self._kind,
+            state.home,
+            options=state.options,
+            ids=state.ids,
+            sync=self._sync,
+            counts=dict(state.counts),
+        )
+        self._file.point(driver.home)
+        with self._mutex:
+            self._driver = driver
+            self._state = state._replace(home=driver.home)
+        self._remember(driver, always=True)
+
+    def _create(self, request: Request, *, writable: bool) -> Response:
+        options = request.get("StorageOpt") or {}
+        if not isinstance(options, Mapping):
+            raise errors.InvalidArgument("StorageOpt is an object")
+        with self._using() as driver:
+            create = driver.create_read_write if writable else driver.create
+            create(
+                _text(request, "ID"),
+                _text(request, "Parent"),
+                mount_label=_text(request, "MountLabel"),
+                storage_options={str(key): str(value) for key, value in options.items()},
+            )
+        return {}
+
+    def _remove(self, request: Request) -> Response:
+        with self._counting() as driver:
+            driver.remove(_text(request, "ID"))
+        return {}
+
+    def _get(self, request: Request) -> Response:
+        with self._counting() as driver:
+            return {"Dir": driver.get(_text(request, "ID"), _text(request, "MountLabel"))}
+
+    def _put(self, request: Request) -> Response:
+        with self._counting() as driver:
+            driver.put(_text(request, "ID"))
+        return {}
+
+    def _exists(self, request: Request) -> Response:
+        with self._using() as driver:
+            return {"Exists": driver.exists(_text(request, "ID"))}
+
+    def _status(self, _request: Request) -> Response:
+        with self._using() as driver:
+            return {"Status": [("Onlap", driver.name), *driver.status()]}
+
+    def _metadata(self, request: Request) -> Response:
+        with self._using() as driver:
+            return {"Metadata": driver.metadata(_text(request, "ID"))}
+
+    def _cleanup(self, _request: Request) -> Response:
+        with self._counting() as driver:
+            driver.cleanup()
+        return {}
+
+    def _changes(self, request: Request) -> Response:
+        with self._using() as driver:
+            found = driver.changes(_text(request, "ID"), _text(request, "Parent"))
+        return {"Changes": [{"Path": change.path, "Kind": change.kind} for change in found]}
+
+    def _diff_size(self, request: Request) -> Response:
+        with self._using() as driver:
+            return {"Size": driver.diff_size(_text(request, "ID"), _text(request, "Parent"))}
+
+    # The driver
+
+    @contextmanager
+    def _using(self) -> Iterator[Driver]:
+        """The driver, which is not closed during the block."""
+        with self._mutex:
+            driver = self._driver
+            if driver is None:
+                raise errors.FailedPrecondition("the plugin knows no home yet", hint="dockerd gives it when it starts")
+            self._running += 1
+        try:
+            yield driver
+        finally:
+            with self._mutex:
+                self._running -= 1
+                self._mutex.notify_all()
+
+    @contextmanager
+    def _counting(self) -> Iterator[Driver]:
+        """The same, for a call that changes how often layers are in use; that is remembered also after an error."""
+        with self._using() as driver:
+            try:
+                yield driver
+            finally:
+                self._remember(driver)
+
+    def _counts(self) -> dict[str, int]:
+        return self._driver.counts if self._driver is not None else {}
+
+    def _remember(self, driver: Driver, *, always: bool = False) -> None:
+        with self._saving:
+            counts = driver.counts
+            if self._state is not None and (always or counts != self._saved):
+                self._file.save(self._state._replace(counts=counts))
+                self._saved = counts
+
+
+def _text(request: Request, key: str) -> str:
+    value = request.get(key) or ""
+    if not isinstance(value, str):
+        raise errors.InvalidArgument(f"{key} is a string")
+    return value

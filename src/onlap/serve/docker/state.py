@@ -1,0 +1,140 @@
+"""What a plugin has to know after a restart: dockerd tells it once, when dockerd starts.
+
+Two files. ``<socket-dir>/.<name>.home`` says where the driver's home is; on a tmpfs, as /run is, it goes with the machine's
+restart. ``<home>/.onlap-graphdriver.json`` has the rest: options, id maps, and how often each layer has been got. The
+counts are those of one boot, and of mounts that may not be there any more; the driver looks.
+
+Neither is synced: after a power cut dockerd starts anew, too, and tells it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.graphdrivers.ids import IdMap
+
+FILE = ".onlap-graphdriver.json"
+_FORMAT = 1
+
+
+class State(NamedTuple):
+    """What dockerd said, and what has happened since.
+
+    Attributes:
+        driver: ``"overlay"`` or ``"overlay2"``.
+        home: the driver's directory.
+        options: Docker's ``--storage-opt``.
+        ids: Docker's ``--userns-remap``.
+        counts: how often each layer has been got and not put.
+    """
+
+    driver: str
+    home: str
+    options: tuple[str, ...]
+    ids: IdMap
+    counts: Mapping[str, int]
+
+
+class StateFile:
+    """The two files of one plugin.
+
+    Args:
+        pointer: the one beside the socket.
+    """
+
+    def __init__(self, socket_directory: str, name: str) -> None:
+        self._pointer = os.path.join(socket_directory, f".{name}.home")
+
+    def save(self, state: State) -> None:
+        """Replace what is known.
+
+        Raises:
+            OnlapError: for what the kernel says.
+        """
+        value = {
+            "format": _FORMAT,
+            "boot": boot_id(),
+            "driver": state.driver,
+            "options": state.options,
+            **state.ids.as_json(),
+            "counts": dict(state.counts),
+        }
+        try:
+            _replace(os.path.join(state.home, FILE), json.dumps(value).encode())
+        except OSError as error:
+            raise errors.from_oserror(error, doing="keep the plugin's state", key=state.home) from error
+
+    def point(self, home: str) -> None:
+        """Say where the home is.
+
+        Raises:
+            OnlapError: for what the kernel says.
+        """
+        try:
+            _replace(self._pointer, os.fsencode(home))
+        except OSError as error:
+            raise errors.from_oserror(error, doing="keep the plugin's home", key=home) from error
+
+    def load(self) -> State | None:
+        """What is known; None when dockerd has never said anything.
+
+        Raises:
+            DataLoss: the files are damaged.
+            OnlapError: of another kind, for what the kernel says.
+        """
+        home = _read(self._pointer)
+        text = _read(os.path.join(os.fsdecode(home), FILE)) if home else None
+        if home is None or text is None:
+            return None
+        try:
+            return _parse(os.fsdecode(home), json.loads(text))
+        except (ValueError, KeyError, TypeError) as error:
+            raise errors.DataLoss(
+                f"the plugin's state in {shown(home)} is damaged",
+                key=os.fsdecode(home),
+                hint="restart dockerd, which gives it again",
+            ) from error
+
+
+def _parse(home: str, value: dict[str, object]) -> State:
+    if value["format"] != _FORMAT:
+        raise ValueError(f"format {value['format']!r}")
+    options, counts = value["options"], value["counts"]
+    if not isinstance(options, list) or not isinstance(counts, dict):
+        raise TypeError("a list and an object were expected")
+    # Mounts end with the boot.
+    known = {str(id): int(count) for id, count in counts.items()} if value["boot"] == boot_id() else {}
+    ids = IdMap.from_json(value["UIDMaps"], value["GIDMaps"])
+    return State(str(value["driver"]), home, tuple(str(option) for option in options), ids, known)
+
+
+def boot_id() -> str:
+    """What this boot of the machine is called (random(4))."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Write a file so that readers see the old one or the new one."""
+    new = f"{path}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, content)
+    finally:
+        os.close(fd)
+    os.rename(new, path)
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise errors.from_oserror(error, doing="read the plugin's state", key=path) from error
