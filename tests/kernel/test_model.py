@@ -62,6 +62,7 @@ STEPS = {
     "append": Step(lambda p, q, data, mode: Tree().append(p, data), in_place=True, touches="p"),
     "replace": Step(lambda p, q, data, mode: Tree().replace(p, data, mode=mode), touches="pP"),
     "remove": Step(lambda p, q, data, mode: Tree().remove(p), touches="P"),
+    "remake": Step(lambda p, q, data, mode: Tree().remove(p).directory(p, mode=mode | 0o700), touches="pP"),
     "rename": Step(lambda p, q, data, mode: Tree().rename(p, q), touches="PQ"),
     "link": Step(lambda p, q, data, mode: Tree().link(p, q), touches="P"),
     "chmod": Step(lambda p, q, data, mode: Tree().chmod(p, mode | 0o700), in_place=True),
@@ -70,6 +71,7 @@ STEPS = {
     "unset": Step(lambda p, q, data, mode: Tree().xattr(p, "user.x", None), in_place=True),
 }
 MAKERS = {"mkdir", "create", "symlink", "fifo"}
+ON_TOP = {"chmod", "chown", "set", "unset"}
 numbers = st.integers(0, 63)
 steps = st.lists(
     st.tuples(
@@ -223,7 +225,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["active", "view", "committed"]), name=names)
     def walk(self, kind: str, name: str) -> None:
-        for filters in ((f"kind=={kind}",), (f'parent=="{name}"',), (f'name=="{name}"', "labels.l==1"), ("labels.m.n",)):
+        for filters in (
+            (f"kind=={kind}",),
+            (f'parent=="{name}"',),
+            (f'name=="{name}"', "labels.l==1"),
+            ("labels.m.n",),
+        ):
             self.both(lambda sn, f=filters: {info.name for info in sn.walk(*f)}, lambda found: found)  # type: ignore[misc]
 
     @rule()
@@ -265,7 +272,9 @@ class Machine(RuleBasedStateMachine):
             for verb, one, two, content, mode in work:
                 # Mostly what is there: a path that is not has little to tell.
                 there = sorted(os.fsdecode(path) for path in read_tree(model) if path != b".")
-                pool = [*there, PATHS[one % len(PATHS)]] if verb not in MAKERS else PATHS
+                pool = PATHS if verb in MAKERS else [*there, PATHS[one % len(PATHS)]]
+                if verb in ON_TOP:
+                    pool = [".", *pool]
                 path, other = pool[one % len(pool)], [*PATHS, *there][two % (len(PATHS) + len(there))]
                 step = STEPS[verb]
                 self.step(step, step.make(path, other, content, mode), path, other, ours, model)
@@ -280,7 +289,9 @@ class Machine(RuleBasedStateMachine):
         done = number(lambda: tree.apply(ours))
         if done == errno.EXDEV:
             return
-        assert number(lambda: tree.apply(model)) == done, f"{tree!r} on the overlay: {errno.errorcode.get(done, 'done')}"
+        assert number(lambda: tree.apply(model)) == done, (
+            f"{tree!r} on the overlay: {errno.errorcode.get(done, 'done')}"
+        )
         # Both happened at times of their own, also what failed half-way: give both the same.
         self.time += 1_000_000_007
         moved = {"p": path, "P": os.path.dirname(path) or ".", "Q": os.path.dirname(other) or "."}
@@ -345,7 +356,7 @@ SHORT = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci"
 
 
 @pytest.mark.needs("overlay")
-@pytest.mark.parametrize("machine, examples", [(Machine, 40), (UserMachine, 15)], ids=[TRUSTED, USER])
+@pytest.mark.parametrize("machine, examples", [(Machine, 50), (UserMachine, 15)], ids=[TRUSTED, USER])
 def test_overlay_and_model(machine: type[Machine], examples: int) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 

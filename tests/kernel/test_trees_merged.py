@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import capabilities
@@ -183,7 +183,8 @@ def check(layers: Layers, markers: Markers) -> None:
 
 
 def run(flags: tuple[str, ...], flavour: str, examples: int) -> Callable[[], None]:
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    # Without shrinking, which takes a mount for each of hundreds of tries.
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
     @given(LAYERS)
     def search(made: list[list[tuple[str, ...]]]) -> None:
         directory, _ = capabilities.overlay_directory()

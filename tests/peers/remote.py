@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
+from google.protobuf.empty_pb2 import Empty
 
 from onlap import errors
 from onlap.mounts.plan import Mount
@@ -63,12 +64,12 @@ class Remote:
         """Close the connection; idempotent."""
         self._channel.close()
 
-    def call(self, method: str, request: Any, answer: Any) -> Any:
-        """One call; the answer is of the class ``answer``, or, where that is None, empty. Raises grpc.RpcError."""
+    def call(self, method: str, request: Any, answer: Any = Empty) -> Any:
+        """One call; the answer is of the class ``answer``. Raises grpc.RpcError."""
         return self._channel.unary_unary(
             f"/{NAME}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=answer.FromString if answer is not None else lambda _: None,
+            response_deserializer=answer.FromString,
         )(request)
 
     def blocks(self, *filters: str) -> Iterator[list[pb.Info]]:
@@ -135,7 +136,7 @@ class RemoteSnapshotter(Remote):
     def cleanup(self) -> None:
         self._ask("Cleanup", pb.CleanupRequest())
 
-    def _ask(self, method: str, request: Any, answer: Any = None) -> Any:
+    def _ask(self, method: str, request: Any, answer: Any = Empty) -> Any:
         return _translated(lambda: self.call(method, request, answer))
 
 

@@ -39,7 +39,9 @@ def test_the_model_without_privilege(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in cases(COPIES | {"persistent", "processes", "owners"}) if "trees" not in case.needs], ids=str
+    "case",
+    [case for case in cases(COPIES | {"persistent", "processes", "owners"}) if "trees" not in case.needs],
+    ids=str,
 )
 def test_native_without_privilege(case: Case, tmp_path: Path) -> None:
     case.run(NativeFactory(), tmp_path)
@@ -340,5 +342,3 @@ def test_a_failed_operation_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError) as caught:
         Tree().file("f").file("f").apply(tmp_path)
     assert caught.value.__notes__ == ["in file('f', b'', mode=0o644)"]
-
-

@@ -11,6 +11,7 @@ Facts that force this (sqlite.org/wal.html, sqlite.org/howtocorrupt.html):
 
 from __future__ import annotations
 
+import atexit
 import os
 import sqlite3
 import threading
@@ -232,6 +233,11 @@ class Database:
         self._thaw()
         _databases.discard(self)
 
+    def __del__(self) -> None:
+        # Forgotten rather than closed. One that failed in its constructor has nothing to close.
+        if getattr(self, "_gate", None) is not None:
+            self.close()
+
     # Group commit
 
     def _await(self, ticket: _Ticket[T]) -> None:
@@ -424,6 +430,13 @@ def _after_fork_in_child() -> None:
     _frozen_for_fork.clear()
 
 
+def _close_all() -> None:
+    # A connection that the interpreter closes as it ends would checkpoint without the lock.
+    for database in list(_databases):
+        database.close()
+
+
+atexit.register(_close_all)
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable
 
 from onlap.catalog.locks import claim_directory, open_directory, try_lock
@@ -22,6 +23,7 @@ class Staging:
         self._fresh()
 
     def _fresh(self) -> None:
+        self._mutex = threading.Lock()
         self._numbers = itertools.count(1)
         self._own: str | None = None
         self._fd = -1
@@ -38,7 +40,8 @@ class Staging:
         Raises:
             OSError: it cannot be made.
         """
-        own = self._own or self._claim()
+        with self._mutex:
+            own = self._own or self._claim()
         path = f"{own}/{next(self._numbers)}"
         os.mkdir(path, 0o700)
         return path

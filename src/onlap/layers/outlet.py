@@ -124,5 +124,4 @@ class Outlet:
         # A raw stream (a pipe, a socket) may take less than all.
         view = memoryview(data)
         while view:
-            written = self._out.write(view)
-            view = view[len(view) if written is None else written :]
+            view = view[self._out.write(view) :]

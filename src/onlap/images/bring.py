@@ -1,0 +1,189 @@
+"""Bringing the layers of an image in: fetched and unpacked beside one another, while one thread waits and reports."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from onlap.content.lease import Lease
+from onlap.content.store import ContentStore
+from onlap.images.events import PATIENCE, Event, Events, Stopped
+from onlap.images.unpack import Layer, unpacking
+from onlap.progress import Callback, Reporter
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+# fetch(layer, told): puts a layer's blob into the content store; told(bytes) of what has come, and raises when all is
+# given up.
+Fetch = Callable[[Layer, Callable[[int], None]], None]
+
+
+class Bringing:
+    """What one image needs to come in.
+
+    Args:
+        snapshotter: of the root.
+        content: likewise.
+        lease: pins what comes.
+        layers: lowest first.
+        progress: told of two stages, ``fetch`` and ``unpack``, in bytes.
+    """
+
+    def __init__(
+        self,
+        snapshotter: RecordedSnapshotter,
+        content: ContentStore,
+        lease: Lease,
+        layers: Sequence[Layer],
+        progress: Callback | None,
+    ) -> None:
+        self._snapshotter = snapshotter
+        self._content = content
+        self._lease = lease
+        self._layers = layers
+        self._events: Events = queue.SimpleQueue()
+        self._progress = progress
+        self._fetched: dict[int, int] = {}
+        self._read: dict[int, int] = {}
+
+    def run(self, fetch: Fetch | None, threads: int, *, unpack: bool) -> str | None:
+        """Bring all layers in.
+
+        Args:
+            fetch: gets a blob that is not there; None when all are.
+            threads: how many blobs to fetch at once.
+            unpack: make snapshots of them.
+
+        Returns:
+            The name of the topmost snapshot; None without layers, or when they are not unpacked.
+
+        Raises:
+            OnlapError: what fetching or unpacking raised; what the callback raised goes up as well.
+        """
+        missing = [number for number, layer in enumerate(self._layers) if not self._content.has(layer.digest)]
+        fetching = _Fetching(fetch, self._layers, missing, threads, self._events.put)
+        total = sum(self._layers[number].size for number in missing)
+        fetched = Reporter(self._progress if missing else None, "fetch", "bytes", total)
+        if not unpack:
+            with fetching:
+                while not fetching.finished:
+                    self._fetch_event(fetching, fetched)
+            fetched.finish(total)
+            return None
+        with (
+            unpacking(self._snapshotter, self._content, self._lease, self._layers, self._events.put) as target,
+            fetching,
+        ):
+            due = range(target.start, len(self._layers))
+            size = sum(self._layers[number].size for number in due)
+            unpacked = Reporter(self._progress if due else None, "unpack", "bytes", size)
+            # The largest first: what is left for the last of several workers is then small.
+            there = sorted(set(due).difference(missing), key=lambda number: -self._layers[number].size)
+            for number in there:
+                target.offer(number)
+            while not (fetching.finished and target.finished):
+                event = self._fetch_event(fetching, fetched)
+                if event is None:
+                    continue
+                if event.present:
+                    target.offer(event.layer)
+                elif event.read is not None:
+                    self._read[event.layer] = event.read
+                    unpacked(sum(self._read.values()), self._layers[event.layer].digest)
+                elif event.outcome is not None:
+                    self._read[event.layer] = self._layers[event.layer].size
+                    target.take(event.layer, event.outcome)
+                    unpacked(sum(self._read.values()), self._layers[event.layer].digest)
+            if missing:
+                fetched.finish(total)
+            top = target.commit()
+            unpacked.finish(size)
+        return top
+
+    def _fetch_event(self, fetching: _Fetching, fetched: Reporter) -> Event | None:
+        """Wait for an event; those of fetching are dealt with here."""
+        try:
+            event = self._events.get(timeout=PATIENCE)
+        except queue.Empty:
+            return None
+        if event.failure is not None:
+            raise event.failure
+        if event.fetched is not None:
+            self._fetched[event.layer] = event.fetched
+            fetched(sum(self._fetched.values()), self._layers[event.layer].digest)
+        elif event.present:
+            fetching.finished_one(event.layer)
+            self._fetched[event.layer] = self._layers[event.layer].size
+        return event
+
+
+class _Fetching:
+    """Threads that fetch blobs, lowest layers first."""
+
+    def __init__(
+        self,
+        fetch: Fetch | None,
+        layers: Sequence[Layer],
+        missing: Sequence[int],
+        threads: int,
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._fetch = fetch
+        self._layers = layers
+        self._tell = tell
+        # A blob that several layers have is fetched once.
+        self._same: dict[str, list[int]] = {}
+        for number in missing:
+            self._same.setdefault(layers[number].digest, []).append(number)
+        self._todo = [numbers[0] for numbers in self._same.values()]
+        self._left = set(missing)
+        self._mutex = threading.Lock()
+        self._stopped = False
+        self._count = min(threads, len(self._todo))
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether all blobs are there."""
+        return not self._left
+
+    def finished_one(self, layer: int) -> None:
+        """A blob is there."""
+        self._left.discard(layer)
+
+    def __enter__(self) -> _Fetching:
+        for _ in range(self._count):
+            thread = threading.Thread(target=self._run, name="onlap-fetch", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._mutex:
+                if not self._todo or self._stopped:
+                    return
+                number = self._todo.pop(0)
+            try:
+                self._one(number)
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+                self._tell(Event(number, failure=error))
+                return
+
+    def _one(self, number: int) -> None:
+        layer = self._layers[number]
+        assert self._fetch is not None
+
+        def told(done: int) -> None:
+            if self._stopped:
+                raise Stopped
+            self._tell(Event(number, fetched=done))
+
+        self._fetch(layer, told)
+        for each in self._same[layer.digest]:
+            self._tell(Event(each, present=True))

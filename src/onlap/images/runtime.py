@@ -1,0 +1,172 @@
+"""The program that makes containers: runc or crun, whichever works here.
+
+That is found by trial, which is the container that was asked for: a runtime may be installed and still not work, as
+crun on hybrid cgroups (libcrun, "cgroups in hybrid mode not supported"). What failed for a reason of its own is not
+tried again by this process.
+
+Sources: runc(8), runc-run(8), runc-delete(8); crun(1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+
+# runc first: it takes every kind of cgroup hierarchy.
+NAMES = ("runc", "crun")
+# Debian keeps runc where an ordinary user's PATH does not look.
+_USUAL_PLACES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# What runc and crun say when the container was made, and its command could not be run in it.
+_OF_THE_COMMAND = re.compile(r'exec: "|executable')
+_NOT_THERE = re.compile(r"not found|no such file", re.IGNORECASE)
+
+NO_COMMAND = 127
+CANNOT_RUN = 126
+
+_unusable: dict[str, str] = {}
+
+
+class Runtime(NamedTuple):
+    """A runtime.
+
+    Attributes:
+        name: ``"runc"`` or ``"crun"``.
+        path: of its program.
+    """
+
+    name: str
+    path: str
+
+    def line(self, directory: str, *words: str) -> list[str]:
+        """A command line of it, with its state and its log in the directory of a run."""
+        return [self.path, "--root", state(directory), "--log", log(directory), "--log-format", "json", *words]
+
+
+class Failure(NamedTuple):
+    """Why a container did not run.
+
+    Attributes:
+        message: the runtime's own words.
+        status: 126 or 127 (as env(1)) where it is the command's fault; None where the runtime does not work.
+    """
+
+    message: str
+    status: int | None
+
+
+def state(directory: str) -> str:
+    """Where the runtime keeps its state of a run."""
+    return f"{directory}/state"
+
+
+def log(directory: str) -> str:
+    """Where it says what went wrong."""
+    return f"{directory}/log"
+
+
+def pid_file(directory: str) -> str:
+    """Where it writes the number of the container's first process."""
+    return f"{directory}/pid"
+
+
+def candidates(search: str = "") -> list[Runtime]:
+    """The runtimes to try, in order.
+
+    Args:
+        search: directories to look into before the usual ones, as PATH has them.
+
+    Raises:
+        Unimplemented: none is installed, or those that are do not work.
+    """
+    path = os.pathsep.join(part for part in (search, _USUAL_PLACES) if part)
+    found = [Runtime(name, where) for name in NAMES if (where := shutil.which(name, path=path))]
+    usable = [runtime for runtime in found if runtime.path not in _unusable]
+    if usable:
+        return usable
+    if found:
+        raise none_works(found)
+    raise errors.Unimplemented(
+        "no container runtime is installed: neither runc nor crun",
+        hint="install one (apt-get install runc, dnf install crun), or run without a container: onlap enter",
+    )
+
+
+def note_unusable(runtime: Runtime, message: str) -> None:
+    """Remember that a runtime does not work here."""
+    _unusable[runtime.path] = message
+
+
+def none_works(runtimes: list[Runtime]) -> errors.Unimplemented:
+    """The error for runtimes that were all tried in vain."""
+    said = "; ".join(f"{runtime.name}: {shown(_unusable[runtime.path])}" for runtime in runtimes)
+    return errors.Unimplemented(f"no container can be made here: {said}", hint="another runtime may work: runc, crun")
+
+
+def read_failure(directory: str) -> Failure | None:
+    """Why the container did not start, from the runtime's log; None when it started.
+
+    Raises:
+        OSError: the log cannot be read.
+    """
+    # Written when the container is made. What the kernel says of the exec behind it is the command's own exit status.
+    if os.path.exists(pid_file(directory)):
+        return None
+    try:
+        with open(log(directory), encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return None
+    message = ""
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("level") in ("error", "fatal"):
+            message = str(entry.get("msg", ""))
+    if not message:
+        return None
+    if not _OF_THE_COMMAND.search(message):
+        return Failure(message, None)
+    message = message.removeprefix("runc run failed: unable to start container process: ")
+    return Failure(message, NO_COMMAND if _NOT_THERE.search(message) else CANNOT_RUN)
+
+
+def delete(runtime: str, directory: str, identifier: str) -> None:
+    """Kill what is left of a container, and let the runtime forget it; nothing happens when there is none.
+
+    Args:
+        runtime: the path of its program.
+        directory: that of the run.
+        identifier: the container's.
+
+    Raises:
+        Unavailable: the runtime cannot do it.
+    """
+    try:
+        known = os.listdir(state(directory))
+    except FileNotFoundError:
+        return
+    if identifier not in known:
+        return
+    line = Runtime("", runtime).line(directory, "delete", "--force", identifier)
+    try:
+        done = subprocess.run(
+            line, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env={}, check=False
+        )
+    except OSError as error:
+        raise errors.from_oserror(error, doing="end what is left of a container", key=identifier) from error
+    if done.returncode != 0:
+        raise errors.Unavailable(
+            f"cannot end what is left of container {identifier}: {shown(done.stderr.strip())}",
+            key=identifier,
+            hint=f"see: {runtime} --root {shown(state(directory))} list",
+        )

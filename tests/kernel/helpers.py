@@ -1,0 +1,71 @@
+"""What the tests that mount share: kernels that are older than this one, and children without privilege."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onlap
+
+SOURCE = str(Path(onlap.__file__ or "").parent.parent)
+NOBODY = 65534
+
+# A seccomp filter (seccomp(2)): 428 to 433, open_tree to fspick, and 442, mount_setattr, are ENOSYS.
+OLD_KERNEL = """
+import ctypes
+class Filter(ctypes.Structure):
+    _fields_ = (
+        ("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)
+    )
+class Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.POINTER(Filter)))
+LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
+ALLOW, ENOSYS = 0x7FFF0000, 0x00050000 | 38
+code = (Filter * 6)(
+    Filter(LOAD, 0, 0, 0),
+    Filter(JUMP_EQUAL, 2, 0, 442),
+    Filter(JUMP_GREATER_EQUAL, 0, 2, 428),
+    Filter(JUMP_GREATER_EQUAL, 1, 0, 434),
+    Filter(RETURN, 0, 0, ENOSYS),
+    Filter(RETURN, 0, 0, ALLOW),
+)
+libc = ctypes.CDLL(None, use_errno=True)
+program = Program(len(code), code)
+zero = ctypes.c_ulong(0)
+assert libc.prctl(38, ctypes.c_ulong(1), zero, zero, zero) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), zero, zero) == 0  # PR_SET_SECCOMP, a filter
+"""
+
+
+def mountinfo() -> bytes:
+    """What is mounted in this process's namespace."""
+    return Path("/proc/self/mountinfo").read_bytes()
+
+
+def python(code: str, *arguments: str | Path, ordinary: bool = False) -> subprocess.Popen[bytes]:
+    """A child that runs `code`, as user 65534 if `ordinary` and we may; its output and input are pipes."""
+    command = [sys.executable, "-c", code, *map(os.fspath, arguments)]
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if ordinary and os.geteuid() == 0 else {}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd="/",
+        env={"PYTHONPATH": SOURCE, "TMPDIR": os.environ.get("TMPDIR", "/tmp")},
+        **user,  # type: ignore[call-overload]
+    )
+
+
+def output(code: str, *arguments: str | Path, ordinary: bool = False) -> str:
+    """What a child that must succeed prints."""
+    with python(code, *arguments, ordinary=ordinary) as child:
+        out, err = child.communicate(timeout=50)
+    if ordinary and b"No module named 'onlap'" in err:
+        pytest.skip("an ordinary user cannot read this checkout")
+    assert child.returncode == 0, err.decode("utf-8", "replace")
+    return out.decode("utf-8", "surrogateescape")
