@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,17 +49,20 @@ def mountinfo() -> bytes:
 
 def python(code: str, *arguments: str | Path, ordinary: bool = False) -> subprocess.Popen[bytes]:
     """A child that runs `code`, as user 65534 if `ordinary` and we may; its output and input are pipes."""
-    command = [sys.executable, "-c", code, *map(os.fspath, arguments)]
-    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if ordinary and os.geteuid() == 0 else {}
-    return subprocess.Popen(
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    user: dict[str, Any] = {}
+    if ordinary and os.geteuid() == 0:
+        user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    child: subprocess.Popen[bytes] = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd="/",
         env={"PYTHONPATH": SOURCE, "TMPDIR": os.environ.get("TMPDIR", "/tmp")},
-        **user,  # type: ignore[call-overload]
+        **user,
     )
+    return child
 
 
 def output(code: str, *arguments: str | Path, ordinary: bool = False) -> str:

@@ -152,9 +152,7 @@ class Machine(RuleBasedStateMachine):
     def any_of(self, data: st.DataObject, *kinds: str) -> str:
         """A name of such a snapshot mostly, or any."""
         known = self.of_kind(*kinds)
-        if known and data.draw(st.integers(0, 7)):
-            return data.draw(st.sampled_from(known))
-        return data.draw(names)
+        return data.draw(st.one_of(names, st.sampled_from(known)) if known else names)
 
     @initialize()
     def base(self) -> None:
@@ -361,4 +359,4 @@ def test_overlay_and_model(machine: type[Machine], examples: int) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     mine = settings(max_examples=examples, stateful_step_count=20) if SHORT else settings()
-    run_state_machine_as_test(machine, settings=mine)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(machine, settings=mine)

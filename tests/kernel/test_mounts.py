@@ -8,7 +8,6 @@ import mmap
 import os
 import signal
 import subprocess
-
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,8 +116,11 @@ def test_many_layers(root: Path, way: str, number: int) -> None:
 
 def test_one_layer_too_many(root: Path, way: str) -> None:
     lowers = stack(root, [b"0"]) * (MAX_LOWERS + 1)
-    for call in (lambda: mounted(plan.overlay(lowers)), lambda: mounted(plan.overlay(lowers), detached=True)):
-        with pytest.raises(errors.InvalidArgument, match=r"501 lower layers.*onlap squash"), call():
+    for detached in (False, True):
+        with (
+            pytest.raises(errors.InvalidArgument, match=r"501 lower layers.*onlap squash"),
+            mounted(plan.overlay(lowers), detached=detached),
+        ):
             pass
 
 
@@ -146,9 +148,9 @@ def test_long_options_become_relative(root: Path, monkeypatch: pytest.MonkeyPatc
 def test_too_long_is_refused_never_cut(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "_layers_by", kernel.LAYERS_BY_STRING)
     lowers = stack(root, [b"%03d" % n + b"n" * 200 for n in range(30)])
-    with pytest.raises(errors.InvalidArgument, match=r"30 layers make \d+ bytes of options.*squash"):
-        with mounted(writable(root, lowers)):
-            pass
+    said = r"30 layers make \d+ bytes of options.*squash"
+    with pytest.raises(errors.InvalidArgument, match=said), mounted(writable(root, lowers)):
+        pass
 
 
 @pytest.mark.parametrize("spare", [0, 1])
@@ -311,11 +313,15 @@ def test_an_empty_plan_is_refused() -> None:
 
 def test_a_body_that_raises(root: Path, way: str) -> None:
     lowers = stack(root, [b"1"])
-    seen = []
-    with pytest.raises(RuntimeError, match="mine"), mounted(writable(root, lowers)) as path:
+    seen: list[Path] = []
+
+    def fail(path: Path) -> None:
         seen.append(path)
         (path / "new").write_bytes(b"1")
         raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"), mounted(writable(root, lowers)) as path:
+        fail(path)
     assert not seen[0].exists()
     assert (root / "upper/new").read_bytes() == b"1"
 

@@ -142,7 +142,7 @@ def cases(capabilities: Collection[str] | None = None) -> list[Case]:
     if unknown:
         raise ValueError(f"no such capability: {', '.join(sorted(unknown))}")
     for room in _ROOMS:
-        import_module(f"onlap.testing.cases.{room}")
+        import_module(f"onlap.testing.suite.{room}")
     return [each for each in _cases.values() if capabilities is None or each.fits(capabilities)]
 
 

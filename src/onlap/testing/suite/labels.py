@@ -158,7 +158,8 @@ def labels_are_copied(site: Site) -> None:
     equal(dict(sn.stat("active").labels), {"a": "1"}, "labels given to prepare")
     sn.commit("name", "active", mine)
     mine["a"] = "3"
-    info = sn.update(sn.stat("name")._replace(labels=mine)) and sn.stat("name")
+    sn.update(sn.stat("name")._replace(labels=mine))
+    info = sn.stat("name")
     mine["a"] = "4"
     equal(dict(sn.stat("name").labels), {"a": "3"}, "labels given to update")
     equal(dict(info.labels), {"a": "3"}, "labels that stat gave")

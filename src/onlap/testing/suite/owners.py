@@ -20,13 +20,13 @@ def owners_do_not_meet(site: Site) -> None:
         equal(list(other.walk()), [], "what the other owner sees")
         for name in ("base", "key"):
             calls = {
-                "stat": lambda n=name: other.stat(n),  # type: ignore[misc]
-                "usage": lambda n=name: other.usage(n),  # type: ignore[misc]
-                "mounts": lambda n=name: other.mounts(n),  # type: ignore[misc]
-                "update": lambda n=name: other.update(ours[n]),  # type: ignore[misc]
-                "remove": lambda n=name: other.remove(n),  # type: ignore[misc]
-                "commit": lambda n=name: other.commit("new", n),  # type: ignore[misc]
-                "prepare": lambda n=name: other.prepare("new", n),  # type: ignore[misc]
+                "stat": lambda n=name: other.stat(n),
+                "usage": lambda n=name: other.usage(n),
+                "mounts": lambda n=name: other.mounts(n),
+                "update": lambda n=name: other.update(ours[n]),
+                "remove": lambda n=name: other.remove(n),
+                "commit": lambda n=name: other.commit("new", n),
+                "prepare": lambda n=name: other.prepare("new", n),
             }
             for what, call in calls.items():
                 raises(errors.NotFound, call, f"{what} of the other owner's {name}")

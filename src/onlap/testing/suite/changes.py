@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from onlap import errors
-from onlap.testing.cases.layers import DAY
 from onlap.testing.site import Site, change, equal, raises
 from onlap.testing.snapshotters import case
+from onlap.testing.suite.layers import DAY
 from onlap.testing.trees import Tree
 
 

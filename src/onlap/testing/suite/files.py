@@ -9,10 +9,10 @@ import os
 import stat
 
 from onlap.mounts.temporary import mounted
-from onlap.testing.cases.layers import DAY, grow
 from onlap.testing.same import assert_same_tree
 from onlap.testing.site import Site, change, check, equal
 from onlap.testing.snapshotters import case
+from onlap.testing.suite.layers import DAY, grow
 from onlap.testing.trees import Tree
 
 NOT_UTF8 = b"caf\xe9"

@@ -17,7 +17,8 @@ GHOST = "nobody"
 @case()
 def what_is_unknown(site: Site) -> None:
     sn = site.snapshotter
-    info = sn.prepare("key") and sn.stat("key")
+    sn.prepare("key")
+    info = sn.stat("key")
     calls = {
         "stat": lambda: sn.stat(GHOST),
         "update": lambda: sn.update(info._replace(name=GHOST)),

@@ -261,11 +261,11 @@ def a_view_is_read_only(site: Site) -> None:
     site.committed("one", tree=Tree().directory("d").file("d/f", b"1"))
     site.committed("two", "one", Tree().file("d/g", b"2"))
     writes = (
-        lambda path: Tree().file("new").apply(path),
-        lambda path: Tree().write("d/f", b"2").apply(path),
-        lambda path: Tree().remove("d/f").apply(path),
-        lambda path: Tree().chmod("d", 0o700).apply(path),
-        lambda path: Tree().rename("d", "e").apply(path),
+        Tree().file("new"),
+        Tree().write("d/f", b"2"),
+        Tree().remove("d/f"),
+        Tree().chmod("d", 0o700),
+        Tree().rename("d", "e"),
     )
     for parent in (None, "one", "two"):
         key = f"view-of-{parent}"
@@ -273,7 +273,7 @@ def a_view_is_read_only(site: Site) -> None:
             before = read_tree(path)
             for write in writes if parent else writes[:1]:
                 try:
-                    write(path)
+                    write.apply(path)
                 except OSError as error:
                     equal(error.errno, errno.EROFS, f"the errno of a write to {key}")
                 else:

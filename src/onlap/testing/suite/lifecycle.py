@@ -128,7 +128,8 @@ def a_key_is_free_after_its_removal(site: Site) -> None:
 @case()
 def a_name_is_free_after_its_removal(site: Site) -> None:
     sn = site.snapshotter
-    first = site.committed("name") and sn.stat("name")
+    site.committed("name")
+    first = sn.stat("name")
     sn.remove("name")
     sn.prepare("name")
     equal(sn.stat("name").kind, ACTIVE, "a former name as a key")
@@ -247,7 +248,7 @@ def times_of_creation(site: Site) -> None:
 
 @case()
 def close_twice(site: Site) -> None:
-    with site.snapshotter as sn:
+    with site.another() as sn:
         sn.prepare("key")
     sn.close()
     sn.close()
