@@ -20,6 +20,8 @@ from onlap.trees.usage import Usage
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onlap.content.store import ContentStore
+    from onlap.images.facade import Images
     from onlap.layers.apply import Applied, Limits
     from onlap.layers.write import Written
 
@@ -149,6 +151,8 @@ class Store:
 
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
         self.snapshotter = snapshotter
+        self._content: ContentStore | None = None
+        self._images: Images | None = None
 
     def __enter__(self) -> Store:
         return self
@@ -166,6 +170,24 @@ class Store:
         from pathlib import Path
 
         return Path(self.snapshotter.root)
+
+    @property
+    def content(self) -> ContentStore:
+        """The blobs of the images."""
+        if self._content is None:
+            from onlap.content.store import ContentStore
+
+            self._content = ContentStore(self.snapshotter.catalog)
+        return self._content
+
+    @property
+    def images(self) -> Images:
+        """The images."""
+        if self._images is None:
+            from onlap.images.facade import Images
+
+            self._images = Images(self.snapshotter, self.content)
+        return self._images
 
     def __contains__(self, key: str) -> bool:
         try:
@@ -221,7 +243,11 @@ class Store:
         return self.snapshotter.walk(*filters)
 
     def cleanup(self) -> None:
-        """See :meth:`Cleaner.cleanup`."""
+        """See :meth:`Cleaner.cleanup`; what no image needs any more goes, too: blobs, and the snapshots of layers."""
+        if os.path.isdir(self.snapshotter.catalog.layout.content):
+            from onlap.images import garbage
+
+            garbage.collect(self.snapshotter, self.content)
         self.snapshotter.cleanup()
 
     def changes(self, key: str, other: str | None = None) -> Iterator[Change]:

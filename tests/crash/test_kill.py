@@ -1,7 +1,7 @@
 """SIGKILL at any moment: what was acknowledged holds, and cleanup finds the rest.
 
-The cycles run in a child, which is killed from outside after a random time, or kills itself at a random one of the calls
-that change the root: a rename, a mkdir, a rmdir, a COMMIT.
+The cycles run in a child, which is killed from outside after a random time, or kills itself at a random one of the
+calls that change the root: a rename, a mkdir, a rmdir, a COMMIT.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Model:
         self.snapshots: dict[str, tuple[str, str | None, dict[str, str]]] = {}
 
     def run(self, output: str) -> list[dict[str, tuple[str, str | None, dict[str, str]]]]:
-        """Take the acknowledged changes in; the states that are right now: with the last, unacknowledged, one or not."""
+        """Take the acknowledged changes in; what may be there now: with the unacknowledged last one, or without."""
         lines = output.splitlines()
         pending: list[str] | None = None
         for line in lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import signal
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.needs("overlay")
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """No mount, no descriptor and no temporary directory is left by any test here."""
+    gc.collect()  # what tests before left to it
     before, descriptors = mountinfo(), set(os.listdir("/proc/self/fd"))
     yield
     assert mountinfo() == before

@@ -17,6 +17,7 @@ import pytest
 
 import capabilities
 import onlap
+from kernel.helpers import OLD_KERNEL
 from onlap import errors
 from onlap.overlayfs import probe as probing
 from onlap.overlayfs.probe import Feature, overlay_mode, probe
@@ -274,32 +275,6 @@ def test_a_container_without_namespaces_copies(ordinary_root: Path) -> None:
 
 
 # Kernels without the new mount API
-
-# A seccomp filter (seccomp(2)): 428 to 433, open_tree to fspick, and 442, mount_setattr, are ENOSYS.
-OLD_KERNEL = """
-import ctypes
-class Filter(ctypes.Structure):
-    _fields_ = (
-        ("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)
-    )
-class Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.POINTER(Filter)))
-LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, ENOSYS = 0x7FFF0000, 0x00050000 | 38
-code = (Filter * 6)(
-    Filter(LOAD, 0, 0, 0),
-    Filter(JUMP_EQUAL, 2, 0, 442),
-    Filter(JUMP_GREATER_EQUAL, 0, 2, 428),
-    Filter(JUMP_GREATER_EQUAL, 1, 0, 434),
-    Filter(RETURN, 0, 0, ENOSYS),
-    Filter(RETURN, 0, 0, ALLOW),
-)
-libc = ctypes.CDLL(None, use_errno=True)
-program = Program(len(code), code)
-zero = ctypes.c_ulong(0)
-assert libc.prctl(38, ctypes.c_ulong(1), zero, zero, zero) == 0  # PR_SET_NO_NEW_PRIVS
-assert libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), zero, zero) == 0  # PR_SET_SECCOMP, a filter
-"""
 
 
 @pytest.mark.needs("overlay")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 from onlap.snapshots.contract import Info
 
@@ -66,9 +67,9 @@ class Daemon:
         running.append(self)
         await_socket(self.socket, self._process)
 
-    def stop(self) -> int:
-        """SIGTERM, and its exit status; SIGKILL and an AssertionError if it stays."""
-        return self._end(signal.SIGTERM)
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send the signal, and return its exit status; SIGKILL and an AssertionError if it stays."""
+        return self._end(number)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -90,7 +91,7 @@ class Daemon:
             process.wait()
             raise AssertionError(f"{self.name} did not end on signal {number}:\n{self.tail()}") from None
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -133,13 +134,15 @@ def eventually(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def output(*command: str | Path, ok: bool = True, given: bytes = b"", **variables: str) -> bytes:
+def output(
+    *command: str | Path, ok: bool = True, given: bytes = b"", environment: dict[str, str] | None = None
+) -> bytes:
     """The standard output of a command that must succeed, or with ``ok=False`` must fail (then also its errors)."""
     done = subprocess.run(
         [str(word) for word in command],
         input=given,
         capture_output=True,
-        env={**os.environ, **variables},
+        env={**os.environ, **(environment or {})},
         timeout=2 * PATIENCE,
         check=False,
     )
@@ -150,9 +153,9 @@ def output(*command: str | Path, ok: bool = True, given: bytes = b"", **variable
     return done.stdout if ok else everything
 
 
-def run(*command: str | Path, ok: bool = True, text: str = "", **variables: str) -> str:
+def run(*command: str | Path, ok: bool = True, text: str = "", environment: dict[str, str] | None = None) -> str:
     """The same as text."""
-    return output(*command, ok=ok, given=text.encode(), **variables).decode()
+    return output(*command, ok=ok, given=text.encode(), environment=environment).decode()
 
 
 # ----------------------------------------------------------------------------------------------------- Onlap's
@@ -188,13 +191,13 @@ class Onlap(Daemon):
         self.store = place / "store"
         listen = place / f"{name}.sock"
         command = onlap_command(
-            self.store, "-vv", "serve", "containerd", "--socket", str(listen), "--snapshotter", kind, *options
+            self.store, "-v", "serve", "containerd", "--socket", str(listen), "--snapshotter", kind, *options
         )
         super().__init__(name, place, listen, command, {**ONLAP_ENVIRONMENT, **(environment or {})})
 
     def onlap(self, *words: str) -> str:
         """The output of the command on the served root."""
-        return run(*onlap_command(self.store, *words), **ONLAP_ENVIRONMENT)
+        return run(*onlap_command(self.store, *words), environment=ONLAP_ENVIRONMENT)
 
     def all(self) -> list[Info]:
         """Every snapshot in the root, whoever owns it: what another process sees."""
@@ -323,7 +326,13 @@ class Dockerd(Daemon):
         super().start()
         self.docker("version")
 
-    def docker(self, *words: str | Path, ok: bool = True, text: str = "", **variables: str) -> str:
-        """The output of ``docker``."""
-        return run("docker", "--host", f"unix://{self.socket}", *words, ok=ok, text=text, **variables)
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        # With live-restore, dockerd leaves its bind of the data root to itself.
+        while str(self.place / "data") in _read("/proc/self/mountinfo"):
+            run("umount", self.place / "data")
 
+    def docker(self, *words: str | Path, ok: bool = True, text: str = "", **variables: str) -> str:
+        """The output of ``docker``; ``variables`` are added to its environment."""
+        command = ["docker", "--host", f"unix://{self.socket}", *map(str, words)]
+        return run(*command, ok=ok, text=text, environment=variables)

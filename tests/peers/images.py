@@ -32,7 +32,7 @@ class Layer:
 
     def __init__(self) -> None:
         self._buffer = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)
 
     def directory(self, name: str, mode: int = 0o755, uid: int = 0) -> Layer:
         return self._add(name, tarfile.DIRTYPE, mode=mode, uid=uid)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
@@ -54,7 +54,7 @@ class Remote:
     def __init__(self, socket: str | os.PathLike[str]) -> None:
         self._channel = grpc.insecure_channel(f"unix:{os.fspath(socket)}")
 
-    def __enter__(self) -> Remote:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,51 +74,50 @@ class Remote:
 
     def blocks(self, *filters: str) -> Iterator[list[pb.Info]]:
         """What List streams, message by message. Raises grpc.RpcError."""
-        stream = self._channel.unary_stream(
+        stream: Any = self._channel.unary_stream(
             f"/{NAME}/List",
-            request_serializer=lambda message: message.SerializeToString(),
+            request_serializer=pb.ListSnapshotsRequest.SerializeToString,
             response_deserializer=pb.ListSnapshotsResponse.FromString,
-        )(pb.ListSnapshotsRequest(snapshotter="onlap", filters=filters))
-        for block in stream:
+        )
+        for block in stream(pb.ListSnapshotsRequest(snapshotter="onlap", filters=filters)):
             yield list(block.info)
 
 
 class RemoteSnapshotter(Remote):
     """The contract of :class:`onlap.snapshots.contract.Snapshotter`, through the socket."""
 
-    def __enter__(self) -> RemoteSnapshotter:
-        return self
-
     def stat(self, key: str) -> Info:
-        return _info(self._ask("Stat", pb.StatSnapshotRequest(key=key), pb.StatSnapshotResponse).info)
+        return _info(self._ask("Stat", pb.StatSnapshotRequest(key=_known(key)), pb.StatSnapshotResponse).info)
 
     def update(self, info: Info, *fieldpaths: str) -> Info:
-        request = pb.UpdateSnapshotRequest(info=pb.Info(name=info.name, parent=info.parent or "", labels=info.labels))
+        request = _message(pb.UpdateSnapshotRequest)
+        request.info.CopyFrom(_message(pb.Info, name=_known(info.name), parent=info.parent or "", labels=info.labels))
         request.update_mask.paths.extend(fieldpaths)
         return _info(self._ask("Update", request, pb.UpdateSnapshotResponse).info)
 
     def usage(self, key: str) -> Usage:
-        answer = self._ask("Usage", pb.UsageRequest(key=key), pb.UsageResponse)
+        answer = self._ask("Usage", pb.UsageRequest(key=_known(key)), pb.UsageResponse)
         return Usage(answer.inodes, answer.size)
 
     def mounts(self, key: str) -> list[Mount]:
-        return _plan(self._ask("Mounts", pb.MountsRequest(key=key), pb.MountsResponse).mounts)
+        return _plan(self._ask("Mounts", pb.MountsRequest(key=_known(key)), pb.MountsResponse).mounts)
 
     def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
-        request = pb.PrepareSnapshotRequest(key=key, parent=parent or "", labels=labels or {})
+        request = _message(pb.PrepareSnapshotRequest, key=key, parent=_known(parent or ""), labels=labels or {})
         return _plan(self._ask("Prepare", request, pb.PrepareSnapshotResponse).mounts)
 
     def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
-        request = pb.ViewSnapshotRequest(key=key, parent=parent or "", labels=labels or {})
+        request = _message(pb.ViewSnapshotRequest, key=key, parent=_known(parent or ""), labels=labels or {})
         return _plan(self._ask("View", request, pb.ViewSnapshotResponse).mounts)
 
     def commit(
         self, name: str, key: str, labels: Mapping[str, str] | None = None, *, parent: str | None = None
     ) -> None:
-        self._ask("Commit", pb.CommitSnapshotRequest(name=name, key=key, labels=labels or {}, parent=parent or ""))
+        fields = {"name": name, "key": _known(key), "parent": _known(parent or ""), "labels": labels or {}}
+        self._ask("Commit", _message(pb.CommitSnapshotRequest, **fields))
 
     def remove(self, key: str) -> None:
-        self._ask("Remove", pb.RemoveSnapshotRequest(key=key))
+        self._ask("Remove", pb.RemoveSnapshotRequest(key=_known(key)))
 
     def walk(self, *filters: str) -> Iterator[Info]:
         blocks = self.blocks(*filters)
@@ -137,15 +136,44 @@ class RemoteSnapshotter(Remote):
         self._ask("Cleanup", pb.CleanupRequest())
 
     def _ask(self, method: str, request: Any, answer: Any = Empty) -> Any:
-        return _translated(lambda: self.call(method, request, answer))
+        names = [getattr(request, field, "") for field in ("key", "name", "parent")]
+        return _translated(lambda: self.call(method, request, answer), *names)
 
 
-def _translated(call: Callable[[], T]) -> T:
+def _message(kind: type[T], **fields: Any) -> T:
+    """A message; InvalidArgument for text that is not UTF-8, which no protobuf string can hold."""
+    try:
+        return kind(**fields)
+    except UnicodeEncodeError as error:
+        raise errors.InvalidArgument("it is not valid UTF-8") from error
+
+
+def _known(key: str) -> str:
+    """The key of something that exists; NotFound for one that no message can hold."""
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise errors.NotFound("no snapshot is called so", key=key) from error
+    return key
+
+
+def _translated(call: Callable[[], T], *names: str) -> T:
+    """What a call answers, or Onlap's error for its status.
+
+    A status has a text and no more: that the error is about one of ``names`` shows only when the text has it.
+    """
     try:
         return call()
     except grpc.RpcError as error:
-        assert isinstance(error, grpc.Call)
-        raise _CLASSES[error.code().name](error.details() or "") from error
+        code, text = status_of(error)
+        key = next((name for name in names if name and errors.shown(name) in text), None)
+        raise _CLASSES[code](text, key=key) from error
+
+
+def status_of(error: grpc.RpcError) -> tuple[str, str]:
+    """The name of the code and the text of a failed call."""
+    failed: Any = error  # grpcio's errors are calls as well, which their types do not say
+    return failed.code().name, failed.details() or ""
 
 
 def _info(info: pb.Info) -> Info:
@@ -160,7 +188,7 @@ def _plan(mounts: Sequence[pb.Mount]) -> list[Mount]:
         lowers: tuple[str, ...] = ()
         flags, directories = [], {"upperdir": "", "workdir": ""}
         for option in mount.options:
-            name, equals, value = option.partition("=")
+            name, _, value = option.partition("=")
             if name == "lowerdir":
                 lowers = tuple(value.split(":"))
             elif name in directories:

@@ -274,10 +274,6 @@ def test_a_spawned_process_loses_nothing(root: Path, tmp_path: Path) -> None:
     check(root, acknowledged)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="database._frozen_for_fork is one list for all threads: a fork that ends clears it for one that waits",
-)
 def test_two_threads_fork_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATIENCE", "10")
     acknowledged = run(_COMMON + _TWO_FORK + 'print("done")\n', root)

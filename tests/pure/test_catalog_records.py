@@ -193,7 +193,6 @@ def test_threads_of_one_process_share_one_directory(root: Path) -> None:
     assert os.listdir(root / "staging") == []
 
 
-@pytest.mark.xfail(strict=True, reason="Staging.new: two threads claim at once, and one directory stays locked for ever")
 def test_threads_that_come_first_at_once_share_one_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onlap.open(root, snapshotter="overlay").close()
     subject = Staging(f"{root}/staging")
@@ -222,9 +221,7 @@ def test_threads_that_come_first_at_once_share_one_directory(root: Path, monkeyp
 
 
 @pytest.mark.parametrize("moment", ["before it is open", "before it is locked"])
-def test_a_cleanup_between_mkdir_and_lock_is_survived(
-    root: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_a_cleanup_between_mkdir_and_lock_is_survived(root: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     with onlap.open(root, snapshotter="overlay", sync="none") as store:
         subject = store.snapshotter.catalog.staging
         times = iter([True])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +63,13 @@ def test_a_directory_of_something_else_is_refused(root: Path) -> None:
     assert [path.name for path in root.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.xfail(strict=True, reason="layout._OURS lacks catalog.db-journal, which SQLite has before the log")
+def test_a_root_that_another_process_is_making(root: Path) -> None:
+    """Looked at after its catalog was not there yet, and before it has the mode that it stays in."""
+    (root / "catalog.db-journal").touch()
+    onlap.open(root, snapshotter="native").close()
+
+
 def test_a_file_is_no_root(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(errors.FailedPrecondition, match="is not a directory"):
@@ -91,7 +97,6 @@ def test_a_name_that_is_not_utf8_is_shown_with_escapes(tmp_path: Path) -> None:
         store.prepare("key")
 
 
-@pytest.mark.xfail(strict=True, reason="Layout.make_reserve takes any file of that name for the reserve")
 def test_a_reserve_cut_short_by_a_crash_is_made_again(root: Path) -> None:
     onlap.open(root, snapshotter="native").close()
     # Killed between open and fallocate.
@@ -100,7 +105,6 @@ def test_a_reserve_cut_short_by_a_crash_is_made_again(root: Path) -> None:
     assert (root / "reserve").stat().st_blocks * 512 >= RESERVE_SIZE
 
 
-@pytest.mark.xfail(strict=True, reason="a root without catalog.db counts as new: cleanup deletes every tree")
 @pytest.mark.parametrize("loss", ["gone", "empty"])
 def test_trees_without_their_catalog_are_no_garbage(root: Path, loss: str) -> None:
     with onlap.open(root, snapshotter="native") as store:
@@ -112,7 +116,7 @@ def test_trees_without_their_catalog_are_no_garbage(root: Path, loss: str) -> No
     else:
         os.truncate(root / "catalog.db", 0)
     try:
-        with onlap.open(root, snapshotter="native") as store:
+        with onlap.open(root, snapshotter="native", timeout=1) as store:
             store.cleanup()
     except errors.DataLoss:
         pass
@@ -141,13 +145,13 @@ def user_version(root: Path, number: int | None = None) -> int:
 
 
 @pytest.fixture
-def old_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def old_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root of format 1, with Onlap at format 2."""
     with onlap.open(root, snapshotter="native") as store:
         store.prepare("key")
     monkeypatch.setattr(schema, "_STEPS", (*schema._STEPS, "CREATE TABLE added (x);"))
     monkeypatch.setattr(schema, "VERSION", len(schema._STEPS))
-    yield root
+    return root
 
 
 def test_a_newer_format_is_refused(root: Path) -> None:
@@ -224,7 +228,7 @@ def test_the_word_for_an_older_format() -> None:
 def test_a_file_that_is_no_database_is_data_loss(root: Path) -> None:
     onlap.open(root, snapshotter="native").close()
     (root / "catalog.db").write_bytes(b"not a database, but as long as one has to be to be taken for one" * 100)
-    with pytest.raises(errors.DataLoss, match="catalog.db: .*not a database; restore a backup"):
+    with pytest.raises(errors.DataLoss, match=r"catalog.db: .*not a database; restore a backup"):
         onlap.open(root, snapshotter="native")
     with pytest.raises(errors.DataLoss, match="restore a backup"):
         onlap.open(root)
@@ -253,14 +257,12 @@ def test_a_catalog_without_permission_is_said_to_be_so(root: Path) -> None:
 # Names that no catalog takes
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError of sqlite3 escapes: only prepare and commit check the name")
 @pytest.mark.parametrize("verb", ["stat", "mounts", "usage", "remove"])
 def test_a_key_that_is_not_utf8_is_a_clear_error(root: Path, verb: str) -> None:
     with onlap.open(root, snapshotter="native") as store, pytest.raises((errors.NotFound, errors.InvalidArgument)):
         getattr(store, verb)("\udcff")
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError of sqlite3 escapes: labels are not checked")
 def test_a_label_that_is_not_utf8_is_a_clear_error(root: Path) -> None:
     with onlap.open(root, snapshotter="native") as store:
         with pytest.raises(errors.InvalidArgument):

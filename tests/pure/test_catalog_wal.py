@@ -142,10 +142,6 @@ def test_a_checkpoint_does_not_wait_for_quiet(
         assert number < 20_000
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Database.upkeep counts this process's commits: many short commands beside one idle store never checkpoint",
-)
 def test_short_commands_do_not_let_the_log_grow(
     root: Path, store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,9 +211,6 @@ print("done")
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Database.close leaves _frozen set when the lock is not to be had: everybody waits for ever"
-)
 @pytest.mark.parametrize("then", ["fork", "use"])
 def test_a_close_that_fails_blocks_nobody(root: Path, then: str) -> None:
     done = subprocess.run(
@@ -275,7 +268,6 @@ def test_work_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "no luck" in caplog.text
 
 
-@pytest.mark.xfail(strict=True, reason="Catalog._background measures first: a layer that cannot be measured ends the pass")
 def test_a_layer_that_cannot_be_measured_does_not_keep_the_trash(
     root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

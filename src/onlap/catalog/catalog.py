@@ -11,6 +11,7 @@ Order (so that a crash at any point loses nothing that was acknowledged, and lea
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import weakref
@@ -56,17 +57,19 @@ class Catalog:
     def __init__(self, root: str | os.PathLike[str], *, create: bool, timeout: float) -> None:
         self.layout = Layout(root)
         self.layout.prepare(create=create)
-        self._lease = self._take_lease()
         self._janitor = Janitor(self._upkeep, self._background)
-        self.database = Database(
-            self.layout.database, self.layout.lock, timeout, lambda: self._janitor.wake(urgent=True)
-        )
-        try:
-            self.database.set_up(self._check_alone)
-        except errors.OnlapError:
-            self.database.close()
-            os.close(self._lease)
-            raise
+        with contextlib.ExitStack() as on_error:
+            try:
+                self._lease = self._take_lease()
+                on_error.callback(os.close, self._lease)
+                self.database = Database(
+                    self.layout.database, self.layout.lock, timeout, lambda: self._janitor.wake(urgent=True)
+                )
+            except OSError as error:
+                raise errors.from_oserror(error, doing="open the root", key=self.layout.root) from error
+            on_error.callback(self.database.close)
+            self._set_up()
+            on_error.pop_all()
         self.staging = Staging(self.layout.staging)
         self.trash = Trash(self.layout.root, self.layout.trash)
         self._syncer = Syncer(self.layout.snapshots)
@@ -88,6 +91,15 @@ class Catalog:
         self._syncer.close()
         os.close(self._lease)
         _catalogs.discard(self)
+
+    def _set_up(self) -> None:
+        try:
+            self.database.set_up(self._check_alone)
+        except (errors.ResourceExhausted, errors.DataLoss):
+            # SQLite wants a page or two for its shared memory, and says "disk I/O error" where there is no room.
+            if os.statvfs(self.layout.root).f_bavail or not self.layout.drop_reserve():
+                raise
+            self.database.set_up(self._check_alone)
 
     def _take_lease(self) -> int:
         # Whoever has the root open holds its staging directory shared; a migration needs it alone.
@@ -136,7 +148,9 @@ class Catalog:
         if self.database.read(lambda c: records.setting(c, "epoch")) == now:
             return
         self.lost = [record for record in self.walk(None) if not remake(record)]
-        self.database.write(lambda c: records.put_setting(c, "epoch", now))
+        if not self.lost:
+            # Else whoever opens the root next shall know as well.
+            self.database.write(lambda c: records.put_setting(c, "epoch", now))
         for record in self.lost:
             warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, leaf first")
 
@@ -413,23 +427,26 @@ class Catalog:
         self.database.upkeep()
 
     def _background(self, stop: Callable[[], bool]) -> bool:
-        self._measure(stop)
         swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE) if self.trash.names() else Swept(0, 0)
         if swept.removed:
             self.layout.make_reserve()
+        self._measure(stop)
         return swept.waiting > 0
 
     def _measure(self, stop: Callable[[], bool]) -> None:
-        while due := self.database.read(lambda c: records.unmeasured(c, _MEASURED_AT_ONCE)):
+        after = 0
+        while due := self.database.read(lambda c: records.unmeasured(c, after, _MEASURED_AT_ONCE)):  # noqa: B023
             measured = []
             for identifier in due:
                 if stop():
                     return
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or lost: others tell
+                try:
                     measured.append((identifier, *usage(self.layout.tree(identifier))))
+                except OSError as error:
+                    if error.errno != errno.ENOENT:  # else it was removed meanwhile, or is lost: others tell
+                        warn(f"cannot measure a layer: {error}")
             self.database.write(lambda c: _note_usages(c, measured))  # noqa: B023 - run at once
-            if len(measured) < len(due):
-                return
+            after = due[-1]
 
 
 def _note_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:

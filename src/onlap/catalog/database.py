@@ -12,6 +12,8 @@ Facts that force this (sqlite.org/wal.html, sqlite.org/howtocorrupt.html):
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import os
 import sqlite3
 import threading
@@ -21,14 +23,15 @@ from typing import Generic, TypeVar
 
 from onlap import errors
 from onlap.catalog import schema
-from onlap.catalog.locks import FileLock
+from onlap.catalog.locks import BriefLock, FileLock
 
 T = TypeVar("T")
 Connection = sqlite3.Connection
 
-# A commit appends five to ten pages of 4 KiB to the write-ahead log. In a file that grows, its fdatasync has to write
-# the file's new size too, and takes twice as long (467 us against 220 us). So the log is made large once, and emptied
-# by a checkpoint before it would outgrow that size; SQLite then begins it anew.
+# A commit appends about six pages of 4 KiB to the write-ahead log. In a file that grows, its fdatasync has to write the
+# file's new size too, and takes twice as long (467 us against 220 us). So the log is made large once, and emptied by a
+# checkpoint before it would outgrow that size; SQLite then begins it anew. Commits since the last checkpoint are
+# counted in the lock's file, since those of many short commands add up.
 LOG_SIZE = 8 << 20
 COMMITS_TO_CHECKPOINT = 300
 # A process that writes less than this is a short command, which would only pay for a large log.
@@ -139,14 +142,16 @@ class Database:
             try:
                 if connection is None:
                     connection = self._connect()
-                result = query(connection)
+                return query(connection)
             except sqlite3.Error as error:
                 if connection is not None:
-                    self._close(connection)
+                    self._close([connection])
+                    connection = None
                 raise translated(error, self._path) from error
-            with self._mutex:
-                self._readers.append(connection)
-            return result
+            finally:
+                if connection is not None:
+                    with self._mutex:
+                        self._readers.append(connection)
         finally:
             self._leave()
 
@@ -172,6 +177,8 @@ class Database:
                 self._lead(ticket)
         finally:
             self._leave()
+        if isinstance(ticket.error, sqlite3.Error):
+            raise translated(ticket.error, self._path) from ticket.error
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
@@ -186,7 +193,7 @@ class Database:
         try:
             if self._commits >= COMMITS_TO_GROW and not self._grown:
                 self._grow_log()
-            if self._commits >= COMMITS_TO_CHECKPOINT:
+            if self._lock.number >= COMMITS_TO_CHECKPOINT:
                 self._checkpoint()
         finally:
             self._leave()
@@ -211,22 +218,27 @@ class Database:
             os.close(fd)
 
     def _checkpoint(self) -> None:
-        self._commits = 0
-        connection = self._connect()
-        try:
-            with self._lock_of_own():
+        lock = self._lock_of_own()
+        with lock:
+            connection = self._connect()
+            try:
                 # PASSIVE waits for no reader; what it cannot take now, the next one does. Not TRUNCATE: the log
                 # shall stay large.
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        except sqlite3.Error as error:
-            raise translated(error, self._path) from error
-        finally:
-            self._close(connection)
+                lock.number = 0
+            except sqlite3.Error as error:
+                raise translated(error, self._path) from error
+            finally:
+                connection.close()
 
     def close(self) -> None:
         """Close every connection; later calls fail."""
         if self._closed or self._pid != os.getpid():
             return
+        if self._commits and self._lock.number >= COMMITS_TO_CHECKPOINT:
+            # Short commands have no background that would do it.
+            with contextlib.suppress(errors.OnlapError):
+                self._checkpoint()
         self._freeze()
         self._closed = True
         self._lock.close()
@@ -291,7 +303,7 @@ class Database:
         if not isinstance(error, errors.Unavailable) or (self._writer is not None and self._writer.in_transaction):
             writer, self._writer = self._writer, None
             if writer is not None:
-                self._close(writer)
+                self._close([writer])
 
     def _take(self) -> list[_Ticket[object]]:
         with self._mutex:
@@ -319,7 +331,9 @@ class Database:
                 writer.execute("RELEASE operation")
         writer.execute("COMMIT")
         self._commits += 1
-        if self._commits == COMMITS_TO_CHECKPOINT or (self._commits == COMMITS_TO_GROW and not self._grown):
+        since_checkpoint = self._lock.number + 1
+        self._lock.number = since_checkpoint
+        if self._commits == COMMITS_TO_GROW or since_checkpoint % COMMITS_TO_CHECKPOINT == 0:
             self._upkeep_due()
 
     # Connections
@@ -344,13 +358,26 @@ class Database:
             raise
         return connection
 
-    def _close(self, connection: Connection) -> None:
-        # The last connection of all processes checkpoints as it closes: under the lock, as every checkpoint.
-        with self._lock_of_own():
-            connection.close()
+    def _close(self, connections: list[Connection]) -> bool:
+        """Close connections under the lock; False when it is not to be had, and they stay open for ever.
 
-    def _lock_of_own(self) -> FileLock:
-        return _BriefLock(self._lock_path, self._timeout)
+        The last connection of all processes checkpoints as it closes, which has to happen under the lock as every
+        checkpoint does. Without it the kernel may close the files when the process ends, which checkpoints nothing.
+        """
+        if not connections:
+            return True
+        try:
+            with self._lock_of_own():
+                for connection in connections:
+                    connection.close()
+        except errors.Unavailable:
+            for connection in connections:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+            return False
+        return True
+
+    def _lock_of_own(self) -> BriefLock:
+        return BriefLock(self._lock_path, self._timeout)
 
     # Forks
 
@@ -374,8 +401,8 @@ class Database:
             if self._frozen:
                 self._gate.notify_all()
 
-    def _freeze(self) -> None:
-        """Wait until nobody is inside, keep everybody out, and close every connection."""
+    def _freeze(self) -> bool:
+        """Wait until nobody is inside, keep everybody out, and close every connection; whether all are closed."""
         with self._gate:
             while self._frozen:
                 self._gate.wait()
@@ -386,48 +413,48 @@ class Database:
         if self._writer is not None:
             connections.append(self._writer)
             self._writer = None
-        for connection in connections:
-            self._close(connection)
+        return self._close(connections)
 
     def _thaw(self) -> None:
         with self._gate:
             self._frozen = False
             self._gate.notify_all()
 
-    def _after_fork_in_child(self) -> None:
-        if not self._closed:
-            # The lock's descriptor is shared with the parent, and so would be the lock: a new one, of our own.
-            self._lock.close()
-            self._fresh()
+    def _after_fork_in_child(self, all_closed: bool) -> None:
+        if self._closed:
+            return
+        # The lock's descriptor is shared with the parent, and so would be the lock: a new one, of our own.
+        self._lock.abandon()
+        self._fresh()
+        if not all_closed:
+            self._pid = _NOT_OURS
 
 
-class _BriefLock(FileLock):
-    """A FileLock that is opened for one use."""
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
+# A process id that nobody has.
+_NOT_OURS = -1
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_frozen_for_fork: list[Database] = []
+_fork = threading.Lock()  # one fork at a time: what it froze, it thaws
+_frozen_for_fork: list[tuple[Database, bool]] = []
 
 
 def _before_fork() -> None:
-    _frozen_for_fork[:] = list(_databases)
-    for database in _frozen_for_fork:
-        database._freeze()
+    _fork.acquire()
+    _frozen_for_fork[:] = [(database, database._freeze()) for database in list(_databases)]
 
 
 def _after_fork_in_parent() -> None:
-    for database in _frozen_for_fork:
+    for database, _ in _frozen_for_fork:
         database._thaw()
     _frozen_for_fork.clear()
+    _fork.release()
 
 
 def _after_fork_in_child() -> None:
-    for database in _frozen_for_fork:
-        database._after_fork_in_child()
+    for database, all_closed in _frozen_for_fork:
+        database._after_fork_in_child(all_closed)
     _frozen_for_fork.clear()
+    _fork.release()
 
 
 def _close_all() -> None:
@@ -441,11 +468,16 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 
 
 def _run(ticket: _Ticket[object], connection: Connection) -> bool:
-    """Run one operation; what it raises is its own, unless it is SQLite's, after which nothing of the batch is sure."""
+    """Run one operation; what it raises is its own, unless the database itself failed, and the batch with it."""
     try:
         ticket.result = ticket.operation(connection)
-    except sqlite3.Error:
-        raise
+    except sqlite3.Error as error:
+        # SQLite ends the whole transaction after some errors (sqlite.org/lang_transaction.html): a full disk, no
+        # memory. After others only the statement is undone: it was refused for what it said.
+        if not connection.in_transaction or _primary_code(error) in _OF_THE_DATABASE:
+            raise
+        ticket.error = error
+        return False
     except Exception as error:  # noqa: BLE001 - handed to the thread that waits for it, whatever it is
         ticket.error = error
         return False
@@ -477,8 +509,15 @@ _BY_CODE: dict[int, tuple[type[errors.OnlapError], str]] = {
 }
 
 
+_OF_THE_DATABASE = frozenset(_BY_CODE)
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
 def translated(error: sqlite3.Error, path: str) -> errors.OnlapError:
     """What SQLite says, as one of our errors."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code = _primary_code(error)
     cls, hint = _BY_CODE.get(code, (errors.Internal, ""))
     return cls(f"the catalog {path}: {error}", key=path, hint=hint or None)

@@ -38,7 +38,9 @@ class Layout:
     __slots__ = ("content", "database", "empty", "lock", "reserve", "root", "snapshots", "staging", "trash")
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = os.path.abspath(os.fspath(root))
+        # The directories above may be reached through symlinks; what mountinfo shows of our trees is the real path.
+        above, name = os.path.split(os.path.abspath(os.fspath(root)))
+        self.root = os.path.join(os.path.realpath(above), name)
         self.database = self._place("catalog.db")
         self.lock = self._place("catalog.lock")
         self.staging = self._place("staging")
@@ -109,26 +111,32 @@ class Layout:
             raise self._refused(f"belongs to user {status.st_uid}", "run as that user, or give another place")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise self._refused("can be written by others", f"chmod 700 {shown(self.root)}")
-        if not os.path.lexists(self.database):
+        if not _is_there(self.database):
             strangers = sorted(set(os.listdir(self.root)) - _OURS)
             if strangers:
                 raise self._refused(f"holds something else ({shown(strangers[0])})", "give an empty or new directory")
+        if os.path.isdir(self.snapshots) and os.listdir(self.snapshots) and not _has_content(self.database):
+            # Opened as a new root, all of these would be trees without a record, which cleanup deletes.
+            raise errors.DataLoss(
+                f"the root {shown(self.root)} has trees and no catalog of them",
+                key=self.root,
+                hint="restore catalog.db from a backup; or, to begin anew, move the root away",
+            )
 
     def _refused(self, why: str, hint: str) -> errors.FailedPrecondition:
         return errors.FailedPrecondition(f"the root {shown(self.root)} {why}", key=self.root, hint=hint)
 
     def make_reserve(self) -> None:
-        """Allocate the reserve when it is not there; a disk too full for it is no error."""
+        """Allocate the reserve when it is not all there; a disk too full for it is no error."""
         try:
-            fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            return
+            fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return
             raise
         try:
-            os.posix_fallocate(fd, 0, RESERVE_SIZE)
+            if os.fstat(fd).st_blocks * 512 < RESERVE_SIZE:
+                os.posix_fallocate(fd, 0, RESERVE_SIZE)
         except OSError as error:
             os.unlink(self.reserve)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP):
@@ -154,9 +162,16 @@ def _is_there(path: str) -> bool:
     return True
 
 
+def _has_content(path: str) -> bool:
+    try:
+        return os.stat(path).st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 _OURS = {
-    "catalog.db", "catalog.db-wal", "catalog.db-shm", "catalog.lock", "staging", "snapshots", "trash", "empty",
-    "reserve", "content", "lost+found",
+    "catalog.db", "catalog.db-journal", "catalog.db-wal", "catalog.db-shm", "catalog.lock", "staging", "snapshots",
+    "trash", "empty", "reserve", "content", "lost+found",
 }  # fmt: skip
 
 

@@ -63,6 +63,8 @@ def _still_at(fd: int, path: str) -> bool:
 class FileLock:
     """An exclusive lock on a file, waited for in the order of arrival.
 
+    The file's first bytes hold a number for whoever has the lock; it is kept by nobody through a crash.
+
     Args:
         path: the file; made when it does not exist.
         timeout: how many seconds to wait for other processes.
@@ -93,8 +95,23 @@ class FileLock:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Close the file, and so give the lock back."""
+        """Give it back and close the file."""
+        # Said aloud: a forked child may have the same open file, which would keep the lock.
+        self.release()
         os.close(self._fd)
+
+    def abandon(self) -> None:
+        """In a forked child: close the file that it shares with its parent, and leave the parent's lock alone."""
+        os.close(self._fd)
+
+    @property
+    def number(self) -> int:
+        """The number in the file; 0 when there is none."""
+        return int.from_bytes(os.pread(self._fd, 8, 0), "little")
+
+    @number.setter
+    def number(self, value: int) -> None:
+        os.pwrite(self._fd, value.to_bytes(8, "little"), 0)
 
     def _wait(self) -> None:
         # flock(2) has no timeout, and asking again and again would let others overtake us (16 processes behind
@@ -110,6 +127,13 @@ class FileLock:
         os.close(fd)
 
 
+class BriefLock(FileLock):
+    """A FileLock that is opened for one use."""
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class _Waiter:
     """One blocking flock(2), in a thread that the caller may abandon."""
 
@@ -118,21 +142,48 @@ class _Waiter:
         self._mutex = threading.Lock()
         self._taken = threading.Event()
         self._abandoned = False
+        _waiting.add(self.fd)
         threading.Thread(target=self._run, name="onlap-lock", daemon=True).start()
 
     def wait(self, timeout: float) -> bool:
-        if self._taken.wait(timeout):
-            return True
+        try:
+            if self._taken.wait(timeout):
+                return True
+        except BaseException:
+            # A signal (KeyboardInterrupt): nobody will use the lock that the thread is going to get.
+            if not self._abandon():
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+                os.close(self.fd)
+            raise
+        return not self._abandon()
+
+    def _abandon(self) -> bool:
+        """Leave the thread alone with the lock; False when it has it already."""
         with self._mutex:
             if self._taken.is_set():
-                return True
+                return False
             self._abandoned = True
-            return False
+            return True
 
     def _run(self) -> None:
         fcntl.flock(self.fd, fcntl.LOCK_EX)
         with self._mutex:
+            _waiting.discard(self.fd)
             if self._abandoned:
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
                 os.close(self.fd)
             else:
                 self._taken.set()
+
+
+# Descriptors that threads wait with: a child has them too, and no thread that would give them back.
+_waiting: set[int] = set()
+
+
+def _after_fork_in_child() -> None:
+    for fd in _waiting:
+        os.close(fd)
+    _waiting.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

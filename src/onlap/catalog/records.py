@@ -80,6 +80,8 @@ def _record(row: tuple[object, ...]) -> Record:
 
 def find(connection: sqlite3.Connection, owner: str, name: str) -> Record | None:
     """The record of a key or name."""
+    if not is_text(name):
+        return None
     row = connection.execute(_SELECT + "WHERE s.owner = ? AND s.name = ?", (owner, name)).fetchone()
     return _record(row) if row is not None else None
 
@@ -92,8 +94,19 @@ def get(connection: sqlite3.Connection, owner: str, name: str) -> Record:
     return record
 
 
+def is_text(name: str) -> bool:
+    """Whether SQLite can store it, whose text is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def exists(connection: sqlite3.Connection, owner: str, name: str) -> bool:
     """Whether a key or name is taken."""
+    if not is_text(name):
+        return False
     row = connection.execute("SELECT 1 FROM snapshots WHERE owner = ? AND name = ?", (owner, name)).fetchone()
     return row is not None
 
@@ -246,10 +259,11 @@ def delete(connection: sqlite3.Connection, identifier: int) -> None:
     connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
 
 
-def unmeasured(connection: sqlite3.Connection, limit: int) -> list[int]:
-    """Committed snapshots whose usage nobody has measured yet."""
+def unmeasured(connection: sqlite3.Connection, after: int, limit: int) -> list[int]:
+    """Committed snapshots whose usage nobody has measured yet, from an id on."""
     rows = connection.execute(
-        "SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL ORDER BY id LIMIT ?", (limit,)
+        "SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL AND id > ? ORDER BY id LIMIT ?",
+        (after, limit),
     )
     return [row[0] for row in rows]
 

@@ -75,28 +75,33 @@ class Trash:
             rate: files a second, None for no limit.
 
         Raises:
-            OSError: a tree cannot be deleted, for another reason than that it is in use.
+            OSError: a tree cannot be deleted, for another reason than that it is in use; the others were.
         """
         names = self.names()
         if not names:
             return Swept(0, 0)
         used = self._in_use()
         pace = _Pace(stop, rate)
-        removed = waiting = 0
+        removed = 0
+        failure: OSError | None = None
         top = open_directory(self._directory)
         try:
             for name in names:
                 if stop():
                     break
-                if name.partition(".")[0] in used or not self._delete(top, name, pace):
-                    waiting += 1
-                else:
-                    removed += 1
+                if name.partition(".")[0] in used:
+                    continue
+                try:
+                    removed += self._delete(top, name, pace)
+                except OSError as error:
+                    failure = failure or error  # one that cannot be deleted must not keep the others
         except _Stopped:
-            waiting = len(names) - removed
+            pass
         finally:
             os.close(top)
-        return Swept(removed, waiting)
+        if failure is not None:
+            raise failure
+        return Swept(removed, len(names) - removed)
 
     def _delete(self, top: int, name: str, pace: _Pace) -> bool:
         try:
@@ -127,18 +132,33 @@ class Trash:
         where its directory is now, ``ROOT/trash/<id>``, from the root of its filesystem.
         """
         root = os.fsencode(self._root)
-        by_path = _numbers_below(root + b"/snapshots")
-        within = mountinfo.path_within_filesystem(root)
+        below = mountinfo.mount_of(root)
+        within = mountinfo.path_within(below, root)
         by_root = _numbers_below(within + b"/snapshots"), _numbers_below(within + b"/trash")
         used: set[str] = set()
-        for entries in mountinfo.namespaces():
-            for entry in entries:
+        for namespace in mountinfo.namespaces():
+            ours: dict[bytes, bool] = {root: True}
+            for entry in namespace.entries:
                 if entry.fstype == b"overlay":
-                    found = [by_path.match(path) for path in layer_paths(entry.super_options)]
-                else:
-                    found = [pattern.match(entry.root) for pattern in by_root]
-                used.update(match[1].decode() for match in found if match)
+                    for path in layer_paths(entry.super_options):
+                        layer = _LAYER.match(path)
+                        if layer and self._is_root(namespace.pid, layer[1], ours):
+                            used.add(layer[2].decode())
+                elif entry.device == below.device:
+                    used.update(found[1].decode() for p in by_root if (found := p.match(entry.root)))
         return used
+
+    def _is_root(self, pid: int, path: bytes, known: dict[bytes, bool]) -> bool:
+        """Whether a path, as the process sees it, is our root, which may be bound to another place there."""
+        if path not in known:
+            try:
+                known[path] = os.path.samefile(f"/proc/{pid}/root".encode() + path, self._root)
+            except OSError:
+                known[path] = False  # the process ended, or nothing is there any more
+        return known[path]
+
+
+_LAYER = re.compile(rb"(.*)/snapshots/([0-9]+)(?:/|$)", re.DOTALL)
 
 
 def _numbers_below(directory: bytes) -> re.Pattern[bytes]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO, TypedDict
+from typing import TYPE_CHECKING, BinaryIO, TypedDict, cast
 
 from onlap import errors
 from onlap.cli.call import Call
@@ -43,7 +43,7 @@ def archive_arguments(parser: Parser, option: str | None, help: str = "") -> Non
 def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Written]) -> None:
     """Write an archive to a file, or to standard output, and say what it is.
 
-    A file appears under its name only when it is whole.
+    A file appears under its name only when it is whole. What is there and is no file (a device, a pipe) is written to.
     """
     args, out = call.args, call.out
     with call.store() as store, progress(out) as report, _opened(path) as file:
@@ -77,16 +77,26 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        file = open(partial, "xb", buffering=0)  # noqa: SIM115 - closed below; only the opening is translated
-    except OSError as error:
-        raise errors.from_oserror(error, doing="write the archive", key=path) from error
+    # Through a symlink, as a shell's ">" goes.
+    target = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        with _open(path, "wb", path) as file:
+            yield file
+        return
+    partial = f"{target}.{os.getpid()}.partial"
+    file = _open(partial, "xb", path)
     try:
         with file:
             yield file
-        os.replace(partial, path)
+        os.replace(partial, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
         raise
+
+
+def _open(where: str, mode: str, path: str) -> BinaryIO:
+    try:
+        return cast("BinaryIO", open(where, mode, buffering=0))
+    except OSError as error:
+        raise errors.from_oserror(error, doing="write the archive", key=path) from error

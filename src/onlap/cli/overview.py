@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap._version import __version__
 from onlap.cli import exits
-from onlap.cli.registry import VERBS
+from onlap.cli.registry import VERBS, of_group
 
 
 def overview() -> str:
@@ -20,7 +20,7 @@ def overview() -> str:
         if verb.group != group:
             group = verb.group
             lines += ["", f"{group}:"]
-        lines.append(f"  {verb.name:<10}  {verb.summary}")
+        lines.append(f"  {verb.name:<13}  {verb.summary}")
     lines += [
         "",
         "options, before or after the verb:",
@@ -44,3 +44,10 @@ def overview() -> str:
         "More: onlap VERB --help. Names are shown with C escapes where a terminal would act on them.",
     ]
     return "\n".join(lines)
+
+
+def group_overview(group: str) -> str:
+    """What ``onlap GROUP --help`` says, without its last line end."""
+    lines = [f"usage: onlap {group} VERB ...", "", f"{group}:"]
+    lines += [f"  {verb.name.partition(' ')[2]:<13}  {verb.summary}" for verb in of_group(group)]
+    return "\n".join([*lines, "", f"More: onlap {group} VERB --help."])

@@ -20,6 +20,7 @@ class Parser(argparse.ArgumentParser):
     Attributes:
         keys: the arguments that are keys or names of snapshots, for the check and for completion.
         takes_command: whether what follows ``--`` is a command line of the user's.
+        ends_with_command: whether one begins behind the first argument, also without ``--``.
     """
 
     def __init__(self, verb: Verb) -> None:
@@ -31,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.keys: list[str] = []
         self.takes_command = False
+        self.ends_with_command = False
         self._globals = self.add_argument_group("options of every verb")
         self._globals.add_argument("-h", "--help", action="help", help="this text")
         self._globals.add_argument("--root", metavar="DIR", help="where the snapshots are (see: onlap --help)")
@@ -56,6 +58,11 @@ class Parser(argparse.ArgumentParser):
         self.takes_command = True
         self.usage = f"{self.prog} [OPTION...] KEY [-- CMD [ARG...]]"
 
+    def command_behind(self, metavar: str) -> None:
+        """Take all that follows the first argument as a command line, options and all, into ``command``."""
+        self.ends_with_command = True
+        self.usage = f"{self.prog} [OPTION...] {metavar} [CMD [ARG...]]"
+
     def labels(self) -> None:
         """The option ``--label K=V``."""
         self.add_argument("--label", metavar="K=V", action="append", default=[], help="note a label on it; repeatable")
@@ -74,6 +81,8 @@ class Parser(argparse.ArgumentParser):
         if self.takes_command and "--" in arguments:
             at = list(arguments).index("--")
             arguments, command = arguments[:at], list(arguments[at + 1 :])
+        if self.ends_with_command:
+            arguments, command = self._first_parted(arguments)
         options, others = self._parted(arguments)
         # argparse alone cannot take "diff A --exit-code B": an optional argument ends at the first option.
         args = self.parse_args([*options, "--", *others] if others else options)
@@ -83,6 +92,22 @@ class Parser(argparse.ArgumentParser):
             for key in value if isinstance(value, list) else [value]:
                 check_text(key, "key")
         return args
+
+    def _first_parted(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """What belongs to the verb, its first argument included, and what is behind that."""
+        rest = list(arguments)
+        ours: list[str] = []
+        while rest:
+            word = rest.pop(0)
+            ours.append(word)
+            if word == "--":
+                return ours + rest[:1], rest[1:]
+            if not word.startswith("-") or word == "-":
+                return ours, rest[1:] if rest[:1] == ["--"] else rest
+            action = self._option_string_actions.get(word)
+            if action is not None and action.nargs is None:
+                ours += [rest.pop(0)] if rest else []
+        return ours, []
 
     def _parted(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         options: list[str] = []

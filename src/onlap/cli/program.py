@@ -12,13 +12,13 @@ from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.output import Output, complain
 from onlap.cli.parser import UsageError, make_parser
-from onlap.cli.registry import VERBS
+from onlap.cli.registry import GROUPS, VERBS
 from onlap.cli.text import safe
 
 # Options that stand before the verb and take a value.
 _WITH_VALUE = frozenset({"--root"})
 # Verbs that run a command of the user's, whose statuses are theirs.
-_RUNNERS = frozenset({"enter"})
+_RUNNERS = frozenset({"enter", "run"})
 
 
 class Terminated(BaseException):
@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
     """Run a command line; nothing is raised."""
     out = _first_output(argv)
     _prepare_process()
-    verb, arguments = split(argv)
+    verb, arguments = in_group(*split(argv))
     try:
         status = _run(verb, arguments, out)
     except SystemExit as end:  # argparse's --help
@@ -52,6 +52,14 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
         if word in _WITH_VALUE:
             before += [value for value in [next(rest, None)] if value is not None]
     return None, before
+
+
+def in_group(verb: str | None, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The same, where the first word is that of a group: then the verb has a second one, if it is there."""
+    if verb not in GROUPS:
+        return verb, arguments
+    second, rest = split(arguments)
+    return (verb, arguments) if second is None else (f"{verb} {second}", rest)
 
 
 def _first_output(argv: Sequence[str]) -> Output:
@@ -94,7 +102,7 @@ def _run(verb: str | None, arguments: list[str], out: Output) -> int:
     try:
         return _dispatch(verb, arguments, out)
     except UsageError as error:
-        out.error("Usage", str(error), hint=f"see: onlap {verb if verb in VERBS else ''} --help".replace("  ", " "))
+        out.error("Usage", str(error), hint=f"see: onlap {_known(verb)} --help".replace("  ", " "))
         return exits.RUN_FAILED if runs else exits.USAGE
     except errors.OnlapError as error:
         _traceback(out)
@@ -114,9 +122,19 @@ def _run(verb: str | None, arguments: list[str], out: Output) -> int:
         return exits.RUN_FAILED if runs else exits.BUG
 
 
+def _known(verb: str | None) -> str:
+    """What of a verb there is help for."""
+    if verb is None or verb in VERBS or verb in GROUPS:
+        return verb or ""
+    group = verb.partition(" ")[0]
+    return group if group in GROUPS else ""
+
+
 def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
     if verb is None:
         return _without_verb(arguments, out)
+    if verb in GROUPS:
+        return _without_second_word(verb, arguments, out)
     if verb not in VERBS:
         raise UsageError(f"there is no verb {errors.shown(verb)}{_similar(verb)}")
     module = VERBS[verb].load()
@@ -144,6 +162,16 @@ def _without_verb(arguments: list[str], out: Output) -> int:
     else:
         complain(overview())
         return exits.USAGE
+    out.flush()
+    return exits.DONE
+
+
+def _without_second_word(group: str, arguments: list[str], out: Output) -> int:
+    from onlap.cli.overview import group_overview
+
+    if "-h" not in arguments and "--help" not in arguments:
+        raise UsageError(f"which verb of {group}?")
+    out.line(group_overview(group))
     out.flush()
     return exits.DONE
 

@@ -14,7 +14,7 @@ class Verb(NamedTuple):
     """One verb.
 
     Attributes:
-        name: what the user types.
+        name: what the user types; of a verb of a group two words, as ``image pull``.
         module: of :mod:`onlap.cli.verbs`.
         group: the heading that it stands under in the help.
         summary: what it does, in a line.
@@ -36,6 +36,8 @@ _SNAPSHOTS = "snapshots"
 _MOUNTING = "mounting"
 _CONTENT = "content"
 _CARE = "care"
+_IMAGES = "images"
+_DOCKER = "Docker's data roots"
 _SERVE = "serve"
 
 VERBS = {
@@ -64,6 +66,30 @@ VERBS = {
         Verb("probe", "probe", _CARE, "what this kernel and a directory can do"),
         Verb("demo", "demo", _CARE, "the main job, on a real tree; leaves nothing behind"),
         Verb("completion", "completion", _CARE, "print a script that completes onlap's command lines"),
+        Verb("run", "run", _IMAGES, "run a command in a container, on an image or a snapshot"),
+        Verb("image pull", "image.pull", _IMAGES, "fetch an image from a registry, and unpack it"),
+        Verb("image push", "image.push", _IMAGES, "send an image to a registry"),
+        Verb("image import", "image.import_", _IMAGES, "take images in from an archive or a directory"),
+        Verb("image export", "image.export", _IMAGES, "write images into an archive or a directory"),
+        Verb("image ls", "image.ls", _IMAGES, "list the images"),
+        Verb("image rm", "image.rm", _IMAGES, "remove images, and the layers that nothing else needs"),
+        Verb("image tag", "image.tag", _IMAGES, "give an image another name"),
+        Verb("image history", "image.history", _IMAGES, "what each step of an image's making did"),
+        Verb("image diff", "image.diff", _IMAGES, "how two images differ, path by path"),
+        Verb("image files", "image.files", _IMAGES, "which layer each file comes from, and what it hides"),
+        Verb("image commit", "image.commit", _IMAGES, "make an image of an active snapshot"),
+        Verb("docker ls", "docker.ls", _DOCKER, "whose the layers of a Docker data root are, and what they take"),
+        Verb("docker tree", "docker.tree", _DOCKER, "which of them stands on which"),
+        Verb("docker diff", "docker.diff", _DOCKER, "what one of them changed"),
+        Verb("docker check", "docker.check", _DOCKER, "what is damaged in a Docker data root, or wasted"),
         Verb("serve", "serve", _SERVE, "serve the snapshots to containerd, or be Docker's graph driver"),
     )
 }
+
+# First words of verbs that have two.
+GROUPS = frozenset(group for group, space, _ in (name.partition(" ") for name in VERBS) if space)
+
+
+def of_group(group: str) -> list[Verb]:
+    """The verbs of a group, in the order of the help."""
+    return [verb for name, verb in VERBS.items() if name.startswith(f"{group} ")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from onlap import errors
@@ -55,19 +56,28 @@ class Lease:
         """Keep blobs, whether they are there already or come later."""
         fresh = [digest for digest in digests if digest not in self.digests]
         if fresh:
-            self._write(lambda c: [pins.pin(c, self.owner, digest=each, seconds=LIFE) for each in fresh])
+
+            def operation(connection: Connection) -> None:
+                for digest in fresh:
+                    pins.pin(connection, self.owner, digest=digest, seconds=LIFE)
+
+            self._write(operation)
             self.digests.update(fresh)
 
     def pin_snapshot(self, identifier: int) -> None:
         """Keep a snapshot, by its id."""
         self._write(lambda c: pins.pin(c, self.owner, snapshot=identifier, seconds=LIFE))
 
+    def unpin_snapshot(self, identifier: int) -> None:
+        """Let a snapshot go."""
+        self._catalog.database.write(lambda c: pins.unpin(c, self.owner, snapshot=identifier))
+
     def end(self) -> None:
         """Take all pins away."""
         self._catalog.database.write(lambda c: pins.unpin_all(c, self.owner))
 
-    def _write(self, operation: object) -> None:
-        self._catalog.database.write(operation)  # type: ignore[arg-type]
+    def _write(self, operation: Callable[[Connection], None]) -> None:
+        self._catalog.database.write(operation)
         if self._thread is None:
             self._thread = threading.Thread(target=self._renew, name="onlap-lease", daemon=True)
             self._thread.start()

@@ -6,6 +6,7 @@ without an end marker is whole when it ends between two entries, as Go's archive
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from onlap.layers.tarreader import TarReader
 from onlap.overlayfs.markers import Markers
 from onlap.trees.remove import remove
 from onlap.trees.walk import OPEN_DIRECTORY, walk
+
+_log = logging.getLogger("onlap.graphdrivers")
 
 _CHUNK = 256 * 1024
 
@@ -47,11 +50,12 @@ def apply_archive(
         raise errors.from_oserror(error, doing="open the layer", key=directory) from error
     try:
         was_empty = not os.listdir(fd)
+        before = os.fstat(fd)
         try:
             return _apply(archive, fd, lowers, markers, ids)
         except BaseException:
             if was_empty:
-                _empty(fd)
+                _undo(fd, before)
             raise
     finally:
         os.close(fd)
@@ -95,10 +99,16 @@ def _give_away(fd: int, ids: IdMap) -> None:
             os.chown(entry.name, uid, gid, dir_fd=entry.dir_fd, follow_symlinks=False)
 
 
-def _empty(fd: int) -> None:
-    """Remove what was applied. The first error, which led here, says what is wrong; this one would hide it."""
-    for name in os.listdir(fd):
-        try:
+def _undo(fd: int, before: os.stat_result) -> None:
+    """Remove what was applied. The first error, which led here, says what is wrong; one of this would hide it."""
+    try:
+        for name in os.listdir(fd):
             remove(fd, name)
-        except OSError:
-            return
+        for xattr in os.listxattr(fd):
+            if xattr.startswith(("user.", "system.posix_acl_")):
+                os.removexattr(fd, xattr)
+        os.chown(fd, before.st_uid, before.st_gid)
+        os.chmod(fd, stat.S_IMODE(before.st_mode))
+        os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+    except OSError as error:
+        _log.warning("what was half applied stays", extra={"fields": {"error": error}})

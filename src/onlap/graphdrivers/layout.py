@@ -11,8 +11,8 @@
     HOME/<id>/committed     empty: a layer stands on this one, so that it is mounted read-only from now on
 
 Why short names: mount(2) takes one page of options, 4096 bytes with the closing NUL, and all lower layers must fit.
-With relative names ``l/<short>:`` of L + 3 bytes, where L is the length of a short name (the colon after the last one is
-not there, but the closing NUL is),
+With relative names ``l/<short>:`` of L + 3 bytes, where L is the length of a short name (the colon after the last one
+is not there, but the closing NUL is),
 
     (L + len("l") + 1 + 1) * depth <= 4096        for L = 26: 29 * 128 = 3712
 
@@ -20,9 +20,9 @@ which leaves 384 bytes for the upperdir, the workdir and ``index=off``: with ids
 
     len("index=off,lowerdir=" ",upperdir=" id "/diff" ",workdir=" id "/work") = 38 + 2 * (64 + 5) = 176
 
-so that 128 layers fit, and an SELinux label of up to 208 - len(',context=""') = 197 bytes. (Docker's own comment counts
-28 bytes a layer, without the colon: 28 * 128 = 3584 = 4096 - 512.) The new mount API has no such limit, since layers are
-given as descriptors; the limit of 128 stays, because a directory must be readable by Docker's own driver.
+so that 128 layers fit, and an SELinux label of up to 208 - len(',context=""') = 197 bytes. (Docker's own comment
+counts 28 bytes a layer, without the colon: 28 * 128 = 3584 = 4096 - 512.) The new mount API has no such limit, since
+layers are given as descriptors; the limit of 128 stays, because a directory must be readable by Docker's own driver.
 
 Source: moby v26.1.5, daemon/graphdriver/overlay2/overlay.go.
 """

@@ -27,6 +27,7 @@ class Bringing:
         lease: pins what comes.
         layers: lowest first.
         progress: told of two stages, ``fetch`` and ``unpack``, in bytes.
+        halt: set when it ends, so that nobody who fetches waits any longer.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Bringing:
         lease: Lease,
         layers: Sequence[Layer],
         progress: Callback | None,
+        halt: threading.Event | None = None,
     ) -> None:
+        self._halt = halt or threading.Event()
         self._snapshotter = snapshotter
         self._content = content
         self._lease = lease
@@ -61,7 +64,9 @@ class Bringing:
             OnlapError: what fetching or unpacking raised; what the callback raised goes up as well.
         """
         missing = [number for number, layer in enumerate(self._layers) if not self._content.has(layer.digest)]
-        fetching = _Fetching(fetch, self._layers, missing, threads, self._events.put)
+        if missing and fetch is None:
+            self._content.size(self._layers[missing[0]].digest)  # raises
+        fetching = Threads(fetch, self._layers, missing, threads, self._events.put, self._halt)
         total = sum(self._layers[number].size for number in missing)
         fetched = Reporter(self._progress if missing else None, "fetch", "bytes", total)
         if not unpack:
@@ -100,7 +105,7 @@ class Bringing:
             unpacked.finish(size)
         return top
 
-    def _fetch_event(self, fetching: _Fetching, fetched: Reporter) -> Event | None:
+    def _fetch_event(self, fetching: Threads, fetched: Reporter) -> Event | None:
         """Wait for an event; those of fetching are dealt with here."""
         try:
             event = self._events.get(timeout=PATIENCE)
@@ -117,8 +122,17 @@ class Bringing:
         return event
 
 
-class _Fetching:
-    """Threads that fetch blobs, lowest layers first."""
+class Threads:
+    """Threads that fetch or send blobs, in order; a context manager that ends them.
+
+    Args:
+        fetch: deals with one blob.
+        layers: the blobs.
+        missing: those to deal with, by number.
+        threads: how many at once.
+        tell: hears of it: ``fetched``, ``present``, ``failure``.
+        halt: set in the end, so that nobody waits any longer.
+    """
 
     def __init__(
         self,
@@ -127,7 +141,9 @@ class _Fetching:
         missing: Sequence[int],
         threads: int,
         tell: Callable[[Event], None],
+        halt: threading.Event,
     ) -> None:
+        self._halt = halt
         self._fetch = fetch
         self._layers = layers
         self._tell = tell
@@ -138,7 +154,6 @@ class _Fetching:
         self._todo = [numbers[0] for numbers in self._same.values()]
         self._left = set(missing)
         self._mutex = threading.Lock()
-        self._stopped = False
         self._count = min(threads, len(self._todo))
         self._threads: list[threading.Thread] = []
 
@@ -151,7 +166,7 @@ class _Fetching:
         """A blob is there."""
         self._left.discard(layer)
 
-    def __enter__(self) -> _Fetching:
+    def __enter__(self) -> Threads:
         for _ in range(self._count):
             thread = threading.Thread(target=self._run, name="onlap-fetch", daemon=True)
             self._threads.append(thread)
@@ -159,14 +174,14 @@ class _Fetching:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped = True
+        self._halt.set()
         for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
         while True:
             with self._mutex:
-                if not self._todo or self._stopped:
+                if not self._todo or self._halt.is_set():
                     return
                 number = self._todo.pop(0)
             try:
@@ -180,7 +195,7 @@ class _Fetching:
         assert self._fetch is not None
 
         def told(done: int) -> None:
-            if self._stopped:
+            if self._halt.is_set():
                 raise Stopped
             self._tell(Event(number, fetched=done))
 

@@ -4,8 +4,8 @@ The defaults are Docker's and containerd's, so that an image does here what it d
 of /proc and /sys hidden or read-only, few devices, namespaces of its own. There is no seccomp profile and no user
 namespace: root in the container is root outside, with less power.
 
-Sources: OCI runtime specification 1.2, config.md and config-linux.md; moby v27, oci/defaults.go and oci/caps/defaults.go;
-containerd v1.7.24, oci/spec.go.
+Sources: OCI runtime specification 1.2, config.md and config-linux.md; moby v27, oci/defaults.go and
+oci/caps/defaults.go; containerd v1.7.24, oci/spec.go.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What images consist of, as their JSON says it: descriptors, manifests, indexes, configurations.
 
-Sources: the OCI image specification 1.1 (descriptor.md, manifest.md, image-index.md, config.md, media-types.md); Docker's
-"Image Manifest Version 2, Schema 2" and its image specification v1.2.
+Sources: the OCI image specification 1.1 (descriptor.md, manifest.md, image-index.md, config.md, media-types.md);
+Docker's "Image Manifest Version 2, Schema 2" and its image specification v1.2.
 """
 
 from __future__ import annotations

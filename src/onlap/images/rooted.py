@@ -47,21 +47,24 @@ def read_text(root: int, path: str) -> str:
         OSError: it cannot be read.
     """
     try:
-        # O_NONBLOCK: a FIFO would keep us waiting for its other end for ever.
-        fd = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        # Looked at before it is opened: to open a FIFO waits for its other end, and a device may act on it.
+        fd = open_inside(root, path, os.O_PATH)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return ""
         raise
-    with open(fd, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return ""
-        return os.fsdecode(file.read(_MAX_TEXT))
+        with open(f"/proc/self/fd/{fd}", "rb") as file:
+            return os.fsdecode(file.read(_MAX_TEXT))
+    finally:
+        os.close(fd)
 
 
 def missing_parts(root: int, path: str) -> list[str]:
     """Which directories on the way to ``path`` the tree lacks, ``path`` included, the topmost first; raises OSError."""
-    found = []
+    found: list[str] = []
     here = ""
     for name in path.strip("/").split("/"):
         here = f"{here}/{name}"

@@ -27,7 +27,7 @@ from onlap.mounts.unmount import unmount
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.remove import remove as remove_tree
 
-LABEL = "onlap.run"
+LABEL = "onlap.io/run"
 
 
 def container_id(directory: str) -> str:
@@ -126,7 +126,8 @@ def _clear(snapshotter: RecordedSnapshotter, directory: str) -> None:
     except OSError as error:
         raise errors.from_oserror(error, doing="clean up behind a run", key=directory) from error
     else:
-        runtime.delete(program, directory, container_id(directory))
+        if program:  # a power cut may have left the file empty, and no container
+            runtime.delete(program, directory, container_id(directory))
     if os.path.ismount(rootfs(directory)):
         unmount(rootfs(directory))
     for info in list(snapshotter.walk(f'labels."{LABEL}"=={os.path.basename(directory)}')):

@@ -26,15 +26,11 @@ from onlap.content.store import ContentStore
 from onlap.images import jobs
 from onlap.images.events import Event, Stopped, Tell
 from onlap.images.jobs import Job, Outcome
+from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
 from onlap.images.workers import Worker, count
 from onlap.layers.changes import is_empty_layer
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import SYNC_LAYER, RecordedSnapshotter
-
-# On a committed snapshot: the diff ID of the layer that it was unpacked from, or that was made of it.
-LABEL_LAYER = "onlap.io/layer"
-# On an active one that a layer is being unpacked into.
-LABEL_UNPACK = "onlap.io/unpack"
 
 _KEPT = (errors.Unavailable, errors.Canceled, errors.ResourceExhausted)
 
@@ -157,9 +153,7 @@ class _Unpacking:
 
     def __enter__(self) -> _Unpacking:
         if self._base is not None:
-            self._held.enter_context(
-                self._catalog.hold([self._base.id, *self._snapshotter.ancestors(self._base)])
-            )
+            self._held.enter_context(self._catalog.hold([self._base.id, *self._snapshotter.ancestors(self._base)]))
         return self
 
     def __exit__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -13,7 +12,8 @@ from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.images.events import Event, Stopped, Tell
 from onlap.images.jobs import Outcome
-from onlap.images.unpack import LABEL_LAYER, LABEL_UNPACK, Layer, drop_active, new_key, present
+from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
+from onlap.images.unpack import Layer, drop_active, new_key, present
 from onlap.progress import Progress
 from onlap.snapshots.archives import apply_layer
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -101,14 +101,16 @@ class CopiesUnpacking:
         assert self._thread is not None
         self._thread.join()
         one = self._layers[layer]
-        # A copy is made of what is recorded, so that each layer is recorded, and synced, before the next one starts.
-        with contextlib.suppress(errors.AlreadyExists):  # another process was faster, with the same content
-            self._snapshotter.commit(one.chain_id, self._active.name, {LABEL_LAYER: one.diff_id})
-            self._active = None
-        if self._active is not None:
-            drop_active(self._snapshotter, self._active)
-            self._active = None
-        self._lease.pin_snapshot(self._snapshotter.record(one.chain_id).id)
+        active = self._active
+        self._lease.pin_snapshot(active.id)
+        try:
+            # A copy is made of what is recorded: each layer is recorded, and synced, before the next one starts.
+            self._snapshotter.commit(one.chain_id, active.name, {LABEL_LAYER: one.diff_id})
+        except errors.AlreadyExists:  # another process was faster, with the same content
+            self._lease.unpin_snapshot(active.id)
+            drop_active(self._snapshotter, active)
+            self._lease.pin_snapshot(self._snapshotter.record(one.chain_id).id)
+        self._active = None
         self._next += 1
         self._go_on()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
+from onlap.layers.links import Links, descend
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 from onlap.trees.compare import ADDED, DELETED, MODIFIED, Change, differences, same_content
@@ -20,6 +21,8 @@ from onlap.trees.meta import Meta, read_directory_meta, read_meta
 # What only the writer of an archive wants to know of a file: another name was linked to it, and it has to be in the
 # archive too for that link to have something to point to.
 LINKED = frozenset({"links"})
+# Descriptors of directories in layers that are kept open, the tops aside.
+_MAX_DESCRIPTORS = 512
 # Of the top directory: its time moves with every file that is made or removed right below, so that it alone is no
 # change; "docker diff" does not show it either.
 TOUCHED = frozenset({"mtime"})
@@ -96,7 +99,7 @@ def stack_items(
         one, other = old.top(skip), new.top()
         if other.parts:
             yield from _top(one, other)
-        yield from _Walk(content or on_top, above if on_top else 0).directory(one, other, "")
+        yield from _Walk(one, other, content or on_top, above if on_top else None).items()
 
 
 def _top(before: MergedDirectory, after: MergedDirectory) -> Iterator[Item]:
@@ -107,64 +110,107 @@ def _top(before: MergedDirectory, after: MergedDirectory) -> Iterator[Item]:
         yield Item(Change(MODIFIED, ".", old, new, what), None, None)
 
 
-class _Walk:
-    """One comparison.
+class _Level:
+    """A directory that the walk is in.
 
-    Args:
-        content: whether files with the same attributes are read.
-        above: how many layers of the new stack lie on top of the whole old one; 0 when they are two stacks.
+    Attributes:
+        before: the directory on the old side; None where that has none.
+        after: the directory on the new side.
+        prefix: its path with a slash, empty for the top.
+        left: the names that are still to be compared, the next one last.
+        unsaid: the change that it is itself, as long as nothing in it has been found that differs.
+        closed: whether its descriptors were given back for a while.
     """
 
-    def __init__(self, content: bool, above: int) -> None:
+    __slots__ = ("after", "before", "closed", "left", "prefix", "unsaid")
+
+    def __init__(
+        self, before: MergedDirectory | None, after: MergedDirectory, prefix: str, unsaid: Item | None
+    ) -> None:
+        self.before = before
+        self.after = after
+        self.prefix = prefix
+        self.left = (after.names() if before is None else _suspects(before, after))[::-1]
+        self.unsaid = unsaid
+        self.closed = False
+
+    @property
+    def descriptors(self) -> int:
+        return len(self.after.parts) + (len(self.before.parts) if self.before is not None else 0)
+
+    def close(self) -> None:
+        self.after.close()
+        if self.before is not None:
+            self.before.close()
+        self.closed = True
+
+
+class _Walk:
+    """One comparison: without recursion, and with few descriptors however deep the trees are.
+
+    Args:
+        before: the top directory on the old side.
+        after: the top directory on the new side.
+        content: whether files with the same attributes are read.
+        above: how many layers of the new stack lie on top of the whole old one; None when they are two stacks.
+    """
+
+    def __init__(self, before: MergedDirectory, after: MergedDirectory, content: bool, above: int | None) -> None:
+        self._before = before
+        self._after = after
         self._content = content
         self._above = above
+        self._links: Links | None = None
+        self._levels: list[_Level] = []
+        self._descriptors = 0
 
-    def directory(self, before: MergedDirectory, after: MergedDirectory, prefix: str) -> Iterator[Item]:
-        """The changes in a directory that exists on both sides."""
-        for name in _suspects(before, after):
-            path = prefix + name
-            old, new = before.lookup(name), after.lookup(name)
-            if new is None:
-                if old is not None:
-                    yield Item(Change(DELETED, path, _meta(old), None), None, None)
-            elif old is None:
-                yield from self._added(after, new, path)
-            elif not _same_file(old, new) or stat.S_ISDIR(new.status.st_mode):
-                yield from self._changed(before, after, old, new, path)
+    def items(self) -> Iterator[Item]:
+        """The changes below the top, sorted by path."""
+        levels = self._levels = [_Level(self._before, self._after, "", None)]
+        try:
+            while levels:
+                level = levels[-1]
+                if not level.left:
+                    self._leave()
+                    continue
+                if level.closed:
+                    self._reopen(level)
+                name = level.left.pop()
+                item = self._compare(level, name)
+                if item is None:
+                    continue
+                said = item.change.kind != MODIFIED or bool(item.change.what)
+                if item.found is not None and stat.S_ISDIR(item.found.status.st_mode):
+                    self._enter(level, item, None if said else item)
+                if said:
+                    for passed in levels:
+                        if passed.unsaid is not None:
+                            yield passed.unsaid
+                            passed.unsaid = None
+                    yield item
+        finally:
+            while levels:
+                self._leave()
 
-    def _added(self, parent: MergedDirectory, found: Found, path: str) -> Iterator[Item]:
-        yield Item(Change(ADDED, path, None, _meta(found)), parent, found)
-        yield from self._below_added(parent, found, path)
-
-    def _below_added(self, parent: MergedDirectory, found: Found, path: str) -> Iterator[Item]:
-        here = parent.open(found.name) if stat.S_ISDIR(found.status.st_mode) else None
-        if here is None:
-            return
-        with here:
-            for name in here.names():
-                below = here.lookup(name)
-                if below is not None:
-                    yield from self._added(here, below, f"{path}/{name}")
-
-    def _changed(
-        self, before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str
-    ) -> Iterator[Item]:
+    def _compare(self, level: _Level, name: str) -> Item | None:
+        path = level.prefix + name
+        old = level.before.lookup(name) if level.before is not None else None
+        new = level.after.lookup(name)
+        if new is None:
+            return Item(Change(DELETED, path, _meta(old), None), None, None) if old is not None else None
+        if old is None:
+            return Item(Change(ADDED, path, None, _meta(new)), level.after, new)
+        is_directory = stat.S_ISDIR(new.status.st_mode)
+        if _same_file(old, new) and not is_directory:
+            return None
         old_meta, new_meta = _meta(old), _meta(new)
         what = frozenset(differences(old_meta, new_meta))
-        if not what and stat.S_ISREG(new.status.st_mode):
-            what = self._beyond_attributes(before, after, old, new, path)
-        below: Iterator[Item] = iter(())
-        if old_meta.is_dir and new_meta.is_dir:
-            below = self._directories(before, after, old.name, path)
-        elif new_meta.is_dir:
-            below = self._below_added(after, new, path)
-        # A directory is named before what is in it, and only if there is something: so the first of it is looked for.
-        first = next(below, None)
-        if what or first is not None:
-            yield Item(Change(MODIFIED, path, old_meta, new_meta, what), after, new)
-        if first is not None:
-            yield first
-            yield from below
+        if not what and not is_directory:
+            assert level.before is not None
+            what = self._beyond_attributes(level.before, level.after, old, new, path)
+            if not what:
+                return None
+        return Item(Change(MODIFIED, path, old_meta, new_meta, what), level.after, new)
 
     def _beyond_attributes(
         self, before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str
@@ -174,20 +220,56 @@ class _Walk:
         A program that puts size and time back after an edit (moby#31805) is found out only by reading. Under an upper
         layer that is cheap: only files that the kernel copied up come here, and nothing else tells why it did.
         """
-        if self._content and not _same_data(before, after, old, new, path):
+        regular = stat.S_ISREG(new.status.st_mode)
+        if regular and self._content and not _same_data(before, after, old, new, path):
             return frozenset({"content"})
-        links = new.status.st_nlink
-        copied_up = new.layer < self._above
-        if links > 1 and (copied_up or links != old.status.st_nlink):
-            return LINKED
-        return frozenset()
+        if old.status.st_nlink == 1 and new.status.st_nlink == 1:
+            return frozenset()
+        if self._above is not None:
+            # Copying a file up takes it out of its group, or was done to link to it.
+            return LINKED if new.layer < self._above else frozenset()
+        if self._links is None:
+            self._links = Links(self._before, self._after)
+        return LINKED if self._links.differ(path, new.status) else frozenset()
 
-    def _directories(self, before: MergedDirectory, after: MergedDirectory, name: str, path: str) -> Iterator[Item]:
-        one, other = before.open(name), after.open(name)
-        if one is None or other is None:
+    # Levels
+
+    def _enter(self, level: _Level, item: Item, unsaid: Item | None) -> None:
+        assert item.found is not None
+        name = item.found.name
+        after = level.after.open(name)
+        if after is None:
             return
-        with one, other:
-            yield from self.directory(one, other, path + "/")
+        was_directory = item.change.before is not None and item.change.before.is_dir
+        before = level.before.open(name) if was_directory and level.before is not None else None
+        entered = _Level(before, after, item.change.path + "/", unsaid)
+        self._levels.append(entered)
+        self._descriptors += entered.descriptors
+        self._spare()
+
+    def _leave(self) -> None:
+        level = self._levels.pop()
+        if self._levels and not level.closed:
+            self._close(level)
+
+    def _close(self, level: _Level) -> None:
+        self._descriptors -= level.descriptors
+        level.close()
+
+    def _spare(self) -> None:
+        """Give back descriptors of the directories that are needed last."""
+        for level in self._levels[1:-1]:
+            if self._descriptors <= _MAX_DESCRIPTORS:
+                return
+            if not level.closed:
+                self._close(level)
+
+    def _reopen(self, level: _Level) -> None:
+        level.after = descend(self._after, level.prefix)
+        level.closed = False
+        if level.before is not None:
+            level.before = descend(self._before, level.prefix)
+        self._descriptors += level.descriptors
 
 
 def _suspects(before: MergedDirectory, after: MergedDirectory) -> list[str]:

@@ -125,15 +125,21 @@ class _Layer:
                 hint="rename it",
             )
         if change.kind == DELETED:
-            directory = os.path.dirname(change.path)
-            self._emit(Entry(os.path.join(directory, WHITEOUT_PREFIX + name), tar.FILE, mode=0))
+            self._whiteout(change.path)
         elif change.after is not None:
             self._add_file(change.path, change.after, item)
+
+    def _whiteout(self, path: str) -> None:
+        directory, name = os.path.split(path)
+        self._emit(Entry(os.path.join(directory, WHITEOUT_PREFIX + name), tar.FILE, mode=0))
 
     def _add_file(self, path: str, meta: Meta, item: Item) -> None:
         kind = _TYPES.get(stat.S_IFMT(meta.mode))
         if kind is None:
             self.skipped["socket"] += 1
+            if item.change.before is not None:
+                # Else what it replaced would be there again.
+                self._whiteout(path)
             return
         entry = Entry(
             path,

@@ -199,7 +199,13 @@ def _overlay_fd(plan: Mount) -> int:
 def _add_layer(fs: int, key: str, directory: str) -> None:
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _add_fd(fs, key, fd)
+        path = os.fsencode(os.path.realpath(directory))
+        if layers_by() == LAYERS_BY_FD or len(path) > options.MAX_FSCONFIG_STRING:
+            _add_fd(fs, key, fd)
+        else:
+            # mountinfo shows the layer by the string that it was given; /proc/self/fd/N would say nothing to those
+            # who look there for our trees. "lowerdir+" is taken as it is, the others without their escapes.
+            sys.fsconfig_string(fs, key, path if key == "lowerdir+" else options.escape(path))
     except OSError as error:
         raise OSError(error.errno, error.strerror, directory) from error
     finally:

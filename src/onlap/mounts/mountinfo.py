@@ -65,8 +65,15 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def namespaces() -> Iterator[list[Entry]]:
-    """The mounts of every mount namespace that a visible process is in, each namespace once."""
+class Namespace(NamedTuple):
+    """A mount namespace, as one of the processes in it sees it."""
+
+    pid: int
+    entries: list[Entry]
+
+
+def namespaces() -> Iterator[Namespace]:
+    """Every mount namespace that a visible process is in, each once."""
     seen: set[str] = set()
     for pid in pids():
         try:
@@ -78,11 +85,11 @@ def namespaces() -> Iterator[list[Entry]]:
         if namespace in seen:
             continue
         seen.add(namespace)
-        yield read(pid)
+        yield Namespace(pid, read(pid))
 
 
-def path_within_filesystem(path: bytes) -> bytes:
-    """Where a file lies from the root of its filesystem, as the ``root`` of a bind mount of it would show.
+def mount_of(path: bytes) -> Entry:
+    """The mount that a file is on.
 
     Args:
         path: absolute, without symlinks.
@@ -93,5 +100,10 @@ def path_within_filesystem(path: bytes) -> bytes:
         # Of mounts on top of one another the last one is seen.
         if inside and len(entry.mountpoint) >= len(best.mountpoint):
             best = entry
-    rest = path[len(best.mountpoint.rstrip(b"/")) :]
-    return (best.root.rstrip(b"/") + rest) or b"/"
+    return best
+
+
+def path_within(mount: Entry, path: bytes) -> bytes:
+    """Where a file lies from the root of its filesystem, as the ``root`` of a bind mount of it would show."""
+    rest = path[len(mount.mountpoint.rstrip(b"/")) :]
+    return (mount.root.rstrip(b"/") + rest) or b"/"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from onlap.overlayfs.markers import OPAQUE_XATTR_WHITEOUTS, OPAQUE_YES, Markers, get_xattr, is_whiteout
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Found(NamedTuple):
@@ -135,32 +136,47 @@ class MergedDirectory:
 
         Args:
             found: what :meth:`lookup` gave.
-            path: the file's path from the top of the stack, where the data is looked for without a redirect.
+            path: the file's path from the top of the stack, for the error.
 
         Raises:
             OSError: ENOENT where no layer below has the data.
         """
-        fd = os.open(found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.dir_fd)
-        layer = found.layer
-        while get_xattr(fd, self._markers.metacopy) is not None:
-            redirect = get_xattr(fd, self._markers.redirect)
-            os.close(fd)
-            if redirect is not None:
-                where = os.fsdecode(redirect)
-                path = where if where.startswith("/") else os.path.join(os.path.dirname(path), where)
-            layer, fd = self._data_below(layer, path)
+        fd = os.open(found.name, _FILE, dir_fd=found.dir_fd)
+        layer, name = found.layer, found.name
+        # Where the data is looked for: beside the file, whose directory may be another one in the layers below, until
+        # an absolute redirect leads elsewhere (fs/overlayfs/namei.c, ovl_lookup).
+        directory = self
+        try:
+            while get_xattr(fd, self._markers.metacopy) is not None:
+                redirect = get_xattr(fd, self._markers.redirect)
+                os.close(fd)
+                if redirect is not None:
+                    above, slash, name = os.fsdecode(redirect).rpartition("/")
+                    if slash:
+                        elsewhere = self._absolute(layer, above)
+                        if directory is not self:
+                            directory.close()
+                        directory = elsewhere
+                layer, fd = directory._data_below(layer, name, path)
+        finally:
+            if directory is not self:
+                directory.close()
         return fd
 
-    def _data_below(self, layer: int, path: str) -> tuple[int, int]:
-        relative = path.strip("/")
-        for below in range(layer + 1, len(self._roots)):
-            try:
-                fd = os.open(relative, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._roots[below])
-            except (FileNotFoundError, NotADirectoryError):
+    def _absolute(self, above: int, path: str) -> MergedDirectory:
+        """The directory at ``path`` in the layers below ``above``; without parts where there is none."""
+        return MergedDirectory(self._redirected(above, os.fsencode(path + "/")), self._roots, self._markers)
+
+    def _data_below(self, layer: int, name: str, path: str) -> tuple[int, int]:
+        for part in self.parts:
+            if part.layer <= layer:
                 continue
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                return below, fd
-            os.close(fd)
+            status = _status(part.fd, name)
+            if status is None:
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                break
+            return part.layer, os.open(name, _FILE, dir_fd=part.fd)
         raise FileNotFoundError(errno.ENOENT, "no layer below has the data of this metacopy file", path)
 
     def _hides(self, part: _Part, name: str, status: os.stat_result) -> bool:

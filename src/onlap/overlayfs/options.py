@@ -75,6 +75,10 @@ def layer_paths(super_options: bytes) -> list[bytes]:
         value = octal_unescape(value)
         if key == b"lowerdir":
             paths += [unescape(part) for part in split(value, b":") if part]
-        elif key in (b"lowerdir+", b"datadir+", b"upperdir", b"workdir"):
+        elif key in (b"lowerdir+", b"datadir+"):
             paths.append(value)
+        elif key in (b"upperdir", b"workdir"):
+            # With or without the escapes that mount(2) was given, by the kernel's version; a path without a backslash
+            # is the same both ways.
+            paths += dict.fromkeys((value, unescape(value)))
     return paths

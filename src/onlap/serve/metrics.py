@@ -79,11 +79,12 @@ class _State(Collector):
         yield live
         trees = catalog.trash.names()
         yield GaugeMetricFamily("onlap_trash_trees", "Removed trees that wait for deletion.", value=len(trees))
-        yield GaugeMetricFamily("onlap_trash_bytes", "What they take.", value=float(_size(catalog.layout.trash)))
+        size = sum(_size(f"{catalog.layout.trash}/{name}") for name in trees)
+        yield GaugeMetricFamily("onlap_trash_bytes", "What they take.", value=float(size))
 
 
-def _size(directory: str) -> int:
+def _size(tree: str) -> int:
     try:
-        return usage(directory).size
+        return usage(tree).size
     except FileNotFoundError:
-        return 0  # one of them was deleted while it was measured
+        return 0  # it was deleted meanwhile

@@ -165,7 +165,8 @@ def squash(
     def write() -> None:
         try:
             with os.fdopen(write_end, "wb", buffering=0) as out:
-                write_layer(before, after, snapshotter.markers, out, progress=progress)
+                # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
+                write_layer(before, after, snapshotter.markers, out, content=True, progress=progress)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
 

@@ -80,7 +80,18 @@ from onlap.mounts.plan import Mount
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
 
-__all__ = ["ACTIVE", "COMMITTED", "VIEW", "Cleaner", "Differ", "Info", "Snapshotter", "Usage", "check_name"]
+__all__ = [
+    "ACTIVE",
+    "COMMITTED",
+    "VIEW",
+    "Cleaner",
+    "Differ",
+    "Info",
+    "Snapshotter",
+    "Usage",
+    "check_labels",
+    "check_name",
+]
 
 
 class Snapshotter(Protocol):
@@ -229,3 +240,11 @@ def check_name(name: str, what: str = "key") -> None:
         raise errors.InvalidArgument(f"the {what} {errors.shown(name)} is not valid UTF-8", key=name) from error
     if b"\0" in encoded:
         raise errors.InvalidArgument(f"the {what} {errors.shown(name)} holds a NUL", key=name)
+
+
+def check_labels(labels: Mapping[str, str | None]) -> None:
+    """Raise InvalidArgument for a label whose key is empty, or that is not valid as UTF-8 or holds NUL."""
+    for key, value in labels.items():
+        check_name(key, "key of a label")
+        if value:
+            check_name(value, f"label {errors.shown(key)}")

@@ -60,8 +60,8 @@ class MemorySnapshotter:
             found = self.stat(info.name)
             labels = dict(found.labels)
             for path in fieldpaths or ("labels",):
-                field, _, key = path.partition(".")
-                if field != "labels":
+                field, dot, key = path.partition(".")
+                if field != "labels" or (dot and not key):
                     raise errors.InvalidArgument(f"cannot update {path}", key=info.name)
                 if key:
                     labels[key] = info.labels.get(key, "")

@@ -6,17 +6,20 @@ Where the filesystem shares blocks between files (xfs, btrfs) a copy takes inode
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
 from onlap.errors import shown
+from onlap.layers.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.snapshots.properties import settle
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.compare import Change, added_tree, compare
 from onlap.trees.copy import Copier
+from onlap.trees.meta import read_xattrs
 from onlap.trees.walk import OPEN_DIRECTORY
 
 KIND = "native"
@@ -39,6 +42,17 @@ class NativeSnapshotter(RecordedSnapshotter):
         elif kind == ACTIVE:
             with self.catalog.hold([parent.id]):
                 copy_tree(self.catalog.layout.tree(parent.id), tree)
+            if self.syncs:
+                # A power cut must not take files of the copy that its commit would then be missing.
+                self.catalog.sync()
+
+    def _is_as_made(self, record: Record) -> bool:
+        tree = self.catalog.layout.tree(record.id)
+        if record.parent_id is not None or not is_empty_layer(tree):
+            return False
+        status = os.stat(tree)
+        fresh = (os.geteuid(), os.getegid(), 0o755)
+        return (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == fresh and not read_xattrs(tree)
 
     def _remake(self, record: Record) -> bool:
         tree = self.catalog.layout.tree(record.id)

@@ -15,7 +15,7 @@ from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.records import ACTIVE, VIEW, Info, Record
 from onlap.errors import shown
-from onlap.layers.changes import stack_changes
+from onlap.layers.changes import is_empty_layer, stack_changes
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
@@ -23,6 +23,7 @@ from onlap.snapshots.properties import settle
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.compare import Change
 from onlap.trees.copy import Copier
+from onlap.trees.meta import read_xattrs
 
 KIND = "overlay"
 
@@ -159,6 +160,26 @@ class OverlaySnapshotter(RecordedSnapshotter):
         if os.listxattr(above):
             _copy_xattrs(above, tree)
         os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _is_as_made(self, record: Record) -> bool:
+        tree = self.catalog.layout.tree(record.id)
+        if not is_empty_layer(tree):
+            return False
+        if record.parent_id is not None and not os.path.lexists(f"{self.catalog.layout.work(record.id)}/work"):
+            return True  # no overlay was ever mounted on it (see snapshots/mounted.py)
+        # Nothing is in it; but its own attributes are a change as well.
+        owner, mode, xattrs = (os.geteuid(), os.getegid()), 0o755, {}
+        if record.parent_id is not None:
+            above = self.catalog.layout.tree(record.parent_id)
+            made_of = os.stat(above)
+            owner, mode = (made_of.st_uid, made_of.st_gid), stat.S_IMODE(made_of.st_mode)
+            xattrs = read_xattrs(above)
+        now = os.stat(tree)
+        return (
+            (now.st_uid, now.st_gid) == (_mapped_root(record.labels) or owner)
+            and stat.S_IMODE(now.st_mode) == mode
+            and read_xattrs(tree) == xattrs
+        )
 
     def _remake(self, record: Record) -> bool:
         tree, work = self.catalog.layout.tree(record.id), self.catalog.layout.work(record.id)

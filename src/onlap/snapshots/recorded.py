@@ -18,7 +18,7 @@ from onlap.layers.changes import is_empty_layer
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import filters as language
-from onlap.snapshots.contract import check_name
+from onlap.snapshots.contract import check_labels, check_name
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage, usage
 
@@ -93,6 +93,10 @@ class RecordedSnapshotter(ABC):
         """After a power cut: make what is missing of a snapshot's directory; whether it is whole now."""
 
     @abstractmethod
+    def _is_as_made(self, record: Record) -> bool:
+        """Whether nothing was ever changed in an active snapshot, so that it can be made again after a power cut."""
+
+    @abstractmethod
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         """The mounts of an active snapshot or view."""
 
@@ -110,6 +114,11 @@ class RecordedSnapshotter(ABC):
     @abstractmethod
     def layers(self, record: Record) -> list[str]:
         """The directories that make up a snapshot's tree, topmost first."""
+
+    @property
+    def syncs(self) -> bool:
+        """Whether content is on the disk before a record speaks of it."""
+        return self._sync == SYNC_LAYER
 
     # The flavour of OverlayFS's markers in this root's layers; a layer that has none does not care.
     markers = Markers(TRUSTED)
@@ -235,6 +244,7 @@ class RecordedSnapshotter(ABC):
                 changes[key] = info.labels.get(key)
             else:
                 whole = True
+        check_labels(info.labels if whole else changes)
 
         def change(connection: Connection, record: Record) -> None:
             if whole:
@@ -246,6 +256,7 @@ class RecordedSnapshotter(ABC):
 
     def label(self, key: str, changes: Mapping[str, str | None]) -> Info:
         """Set some labels and leave the others; None takes one away."""
+        check_labels(changes)
         return self._info(
             self.catalog.update(self._owner, key, lambda c, record: records.set_labels(c, record.id, changes))
         )
@@ -260,6 +271,7 @@ class RecordedSnapshotter(ABC):
 
     def _new(self, kind: str, key: str, parent: str | None, labels: Mapping[str, str]) -> list[Mount]:
         check_name(key)
+        check_labels(labels)
 
         def look(connection: Connection) -> Record | None:
             above = check_parent(connection, self._owner, parent)
@@ -305,17 +317,15 @@ class RecordedSnapshotter(ABC):
             FailedPrecondition: it is mounted read-write. For all else see :meth:`Snapshotter.commit`.
         """
         check_name(name, "name")
+        check_labels(labels or {})
         record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
         self._check_rebase(record, parent)
         with self.translated("commit snapshot", key):
-            tree = self.catalog.layout.tree(record.id)
-            empty = is_empty_layer(tree)
             if not allow_mounted:
                 self.check_unmounted(record)
-            if self._sync == SYNC_LAYER and not empty:
+            empty = self._is_as_made(record)
+            if self.syncs and not empty:
                 self.catalog.sync()
-            # Listed again: an empty layer is one that may be made again after a power cut.
-            empty = empty and is_empty_layer(tree)
         self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
 
     def check_unmounted(self, record: Record) -> None:
@@ -372,6 +382,10 @@ class RecordedSnapshotter(ABC):
             raise self.missing(doing, key, error) from error
         except OSError as error:
             raise errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key) from error
+        except RecursionError as error:
+            raise errors.ResourceExhausted(
+                f"cannot {doing} {shown(key)}: its directories are nested too deep", key=key
+            ) from error
 
     def missing(self, doing: str, key: str, error: FileNotFoundError) -> errors.OnlapError:
         """What it means that something of a tree is not there: it was removed meanwhile, or it is lost."""

@@ -1,4 +1,4 @@
-"""Suites that show whether an implementation keeps a contract: public, without pytest, for implementations of others too.
+"""Suites that show whether an implementation keeps a contract: public, without pytest, for others' as well as for ours.
 
 >>> from onlap.testing import MemoryFactory, run_suite
 >>> ran = run_suite(MemoryFactory(), capabilities=())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from onlap.trees.meta import Meta, read_directory_meta, read_meta
-from onlap.trees.walk import OPEN_DIRECTORY
+from onlap.trees.walk import OPEN_DIRECTORY, Descent, walk
 
 ADDED = "A"
 MODIFIED = "C"
@@ -99,7 +99,7 @@ def compare(one: str, other: str, *, content: bool = False) -> Iterator[Change]:
         after = os.open(other, OPEN_DIRECTORY)
         try:
             yield from top_change(read_directory_meta(before), read_directory_meta(after))
-            yield from _compare(before, after, "", content)
+            yield from _Comparison(before, after, content).changes()
         finally:
             os.close(after)
     finally:
@@ -117,20 +117,6 @@ def top_change(before: Meta, after: Meta) -> Iterator[Change]:
         yield Change(MODIFIED, ".", before, after, frozenset(what))
 
 
-def _compare(before: int, after: int, prefix: str, content: bool) -> list[Change]:
-    old, new = _listing(before), _listing(after)
-    changes: list[Change] = []
-    for name in sorted(old.keys() | new.keys(), key=os.fsencode):
-        path = prefix + name
-        if name not in new:
-            changes.append(Change(DELETED, path, read_meta(before, name, old[name]), None))
-        elif name not in old:
-            changes += added(after, name, new[name], path)
-        else:
-            changes += _changed(before, old[name], after, new[name], name, path, content)
-    return changes
-
-
 def _listing(fd: int) -> dict[str, os.stat_result]:
     with os.scandir(fd) as entries:
         return {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
@@ -140,63 +126,119 @@ def added_tree(top: str) -> Iterator[Change]:
     """Everything in the tree at ``top``, as added, but not ``top`` itself."""
     fd = os.open(top, OPEN_DIRECTORY)
     try:
-        for name, status in sorted(_listing(fd).items(), key=lambda item: os.fsencode(item[0])):
-            yield from added(fd, name, status, name)
+        yield from _added_below(fd, "")
     finally:
         os.close(fd)
 
 
-def added(dir_fd: int, name: str, status: os.stat_result, path: str) -> Iterator[Change]:
-    """``name`` and all that is in it, as added."""
-    meta = read_meta(dir_fd, name, status)
-    yield Change(ADDED, path, None, meta)
-    if stat.S_ISDIR(status.st_mode):
-        fd = os.open(name, OPEN_DIRECTORY, dir_fd=dir_fd)
+def _added_below(fd: int, prefix: str) -> Iterator[Change]:
+    for entry in walk(fd):
+        yield Change(ADDED, prefix + entry.path, None, read_meta(entry.dir_fd, entry.name, entry.status))
+
+
+class _Level:
+    """A directory that both trees have, being compared."""
+
+    __slots__ = ("change", "names", "new", "old", "prefix")
+
+    def __init__(self, before: int, after: int, prefix: str, change: Change | None) -> None:
+        self.old, self.new = _listing(before), _listing(after)
+        self.names = iter(sorted(self.old.keys() | self.new.keys(), key=os.fsencode))
+        self.prefix = prefix
+        # What is to be said of the directory itself once something in it differs; None when it has been said.
+        self.change = change
+
+
+class _Comparison:
+    """Two trees, walked beside each other without recursion."""
+
+    def __init__(self, before: int, after: int, content: bool) -> None:
+        self._before, self._after = Descent(before), Descent(after)
+        self._content = content
+        self._levels = [_Level(before, after, "", None)]
+
+    def changes(self) -> Iterator[Change]:
         try:
-            for child, child_status in sorted(_listing(fd).items(), key=lambda item: os.fsencode(item[0])):
-                yield from added(fd, child, child_status, f"{path}/{child}")
+            while self._levels:
+                level = self._levels[-1]
+                for name in level.names:
+                    depth = len(self._levels)
+                    for change in self._compare(level, name):
+                        yield from self._announced()
+                        yield change
+                    if len(self._levels) > depth:
+                        entered = self._levels[-1].change
+                        if entered is not None and entered.what:
+                            yield from self._announced()
+                        break
+                else:
+                    self._levels.pop()
+                    if self._levels:
+                        self._before.leave()
+                        self._after.leave()
+        finally:
+            self._before.close()
+            self._after.close()
+
+    def _announced(self) -> Iterator[Change]:
+        """The directories on the way to a change, which are named before it, each once."""
+        for level in self._levels:
+            if level.change is not None:
+                yield level.change
+                level.change = None
+
+    def _compare(self, level: _Level, name: str) -> Iterator[Change]:
+        path = level.prefix + name
+        old, new = level.old.get(name), level.new.get(name)
+        if new is None:
+            assert old is not None
+            yield Change(DELETED, path, read_meta(self._before.fd, name, old), None)
+            return
+        meta = read_meta(self._after.fd, name, new)
+        if old is None:
+            yield Change(ADDED, path, None, meta)
+            yield from self._below(name, meta, path)
+            return
+        before = read_meta(self._before.fd, name, old)
+        what = differences(before, meta)
+        if before.is_dir and meta.is_dir:
+            self._enter(name, path, Change(MODIFIED, path, before, meta, frozenset(what)))
+            return
+        doubtful = self._content and stat.S_ISREG(new.st_mode) and not what & {"type", "size"}
+        if doubtful and not _same_file(old, new) and not self._same_content(name):
+            what.add("content")
+        if what:
+            yield Change(MODIFIED, path, before, meta, frozenset(what))
+            yield from self._below(name, meta, path)
+
+    def _enter(self, name: str, path: str, change: Change) -> None:
+        """Go into a directory that both have."""
+        before = os.open(name, OPEN_DIRECTORY, dir_fd=self._before.fd)
+        self._before.enter(before)
+        after = os.open(name, OPEN_DIRECTORY, dir_fd=self._after.fd)
+        self._after.enter(after)
+        self._levels.append(_Level(before, after, path + "/", change))
+
+    def _below(self, name: str, meta: Meta, path: str) -> Iterator[Change]:
+        """What is in a directory that is there now and was none before."""
+        if not meta.is_dir:
+            return
+        fd = os.open(name, OPEN_DIRECTORY, dir_fd=self._after.fd)
+        try:
+            yield from _added_below(fd, path + "/")
         finally:
             os.close(fd)
 
-
-def _changed(
-    before: int,
-    old: os.stat_result,
-    after: int,
-    new: os.stat_result,
-    name: str,
-    path: str,
-    content: bool,
-) -> Iterator[Change]:
-    old_meta, new_meta = read_meta(before, name, old), read_meta(after, name, new)
-    what = differences(old_meta, new_meta)
-    if content and stat.S_ISREG(new.st_mode) and not what & {"type", "size"} and not _same_file(old, new):
-        one = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=before)
+    def _same_content(self, name: str) -> bool:
+        one = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._before.fd)
         try:
-            two = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=after)
+            two = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._after.fd)
             try:
-                if not same_content(one, two):
-                    what.add("content")
+                return same_content(one, two)
             finally:
                 os.close(two)
         finally:
             os.close(one)
-    below: list[Change] = []
-    if old_meta.is_dir and new_meta.is_dir:
-        one = os.open(name, OPEN_DIRECTORY, dir_fd=before)
-        try:
-            two = os.open(name, OPEN_DIRECTORY, dir_fd=after)
-            try:
-                below = _compare(one, two, path + "/", content)
-            finally:
-                os.close(two)
-        finally:
-            os.close(one)
-    elif new_meta.is_dir:
-        below = list(added(after, name, new, path))[1:]
-    if what or below:
-        yield Change(MODIFIED, path, old_meta, new_meta, frozenset(what))
-        yield from below
 
 
 def _same_file(one: os.stat_result, other: os.stat_result) -> bool:

@@ -19,7 +19,7 @@ from onlap.overlayfs.markers import is_marker
 from onlap.syscalls import files
 from onlap.trees.meta import OVERRIDE_XATTR, format_override
 from onlap.trees.remove import remove
-from onlap.trees.walk import OPEN_DIRECTORY, path_of
+from onlap.trees.walk import OPEN_DIRECTORY, Descent, path_of
 
 _CHUNK = 256 * 1024
 # copy_file_range(2) is asked for this much at once: large enough that the call does not count, small enough that a
@@ -95,27 +95,28 @@ class Copier:
             OSError: something cannot be read or written.
         """
         self._top = target
-        stack = [(source, target, "", _names(source))]
+        sources, targets = Descent(source), Descent(target)
+        stack = [("", _names(source))]
         try:
             while stack:
-                source_dir, target_dir, prefix, names = stack[-1]
+                prefix, names = stack[-1]
                 for name in names:
                     path = prefix + name
-                    below = self._entry(source_dir, target_dir, name, path)
+                    below = self._entry(sources.fd, targets.fd, name, path)
                     if below is not None:
-                        stack.append((*below, path + "/", _names(below[0])))
+                        sources.enter(below[0])
+                        targets.enter(below[1])
+                        stack.append((path + "/", _names(below[0])))
                         break
                 else:
-                    self._attributes(source_dir, target_dir, os.fstat(source_dir))
+                    self._attributes(sources.fd, targets.fd, os.fstat(sources.fd))
                     stack.pop()
-                    if source_dir != source:
-                        os.close(source_dir)
-                        os.close(target_dir)
+                    if stack:
+                        sources.leave()
+                        targets.leave()
         finally:
-            for source_dir, target_dir, _, _ in stack:
-                if source_dir != source:
-                    os.close(source_dir)
-                    os.close(target_dir)
+            sources.close()
+            targets.close()
         return Copied(self._entries, self._size, dict(self._skipped))
 
     def entry(self, source_dir: int, name: str, target_dir: int, target_name: str) -> None:
@@ -280,10 +281,12 @@ class Copier:
 
     def _attributes(self, source: int, target: int, status: os.stat_result) -> None:
         """Give an open file or directory the attributes of another; its time last, since the rest changes it."""
+        # First of all, since chown takes security.capability and the set-user-ID bits away.
+        owned = self._chown(target, status, lambda: os.chown(target, status.st_uid, status.st_gid))
+        # Before chmod, which may take our own permission to set them.
         self._xattrs(source, target)
-        if not self._chown(target, status, lambda: os.chown(target, status.st_uid, status.st_gid)):
+        if not owned:
             os.setxattr(target, OVERRIDE_XATTR, format_override(status.st_uid, status.st_gid, status.st_mode))
-        # After chown, which clears the set-user-ID bits.
         os.chmod(target, stat.S_IMODE(status.st_mode))
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -291,12 +294,12 @@ class Copier:
         self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result
     ) -> None:
         """The same for what cannot be opened: a symlink, a device, a FIFO."""
-        self._xattrs(path_of(source_dir, name), path_of(target_dir, target_name))
         self._chown(
             target_dir,
             status,
             lambda: os.chown(target_name, status.st_uid, status.st_gid, dir_fd=target_dir, follow_symlinks=False),
         )
+        self._xattrs(path_of(source_dir, name), path_of(target_dir, target_name))
         if not stat.S_ISLNK(status.st_mode):
             # fchmodat(2) has no way not to follow a symlink before Linux 6.6; we have just made it, and it is none.
             os.chmod(target_name, stat.S_IMODE(status.st_mode), dir_fd=target_dir)

@@ -47,7 +47,17 @@ def remove(dir_fd: int, name: str, *, pace: Callable[[], None] | None = None) ->
 
 
 def _open(dir_fd: int, name: str) -> int | None:
-    """A descriptor of the directory ``name``; what is no directory is unlinked at once and gives None."""
+    """A descriptor of the directory ``name``, whose entries can be removed; else it was unlinked, and gives None."""
+    fd = _open_if_directory(dir_fd, name)
+    if fd is not None and os.geteuid() != 0:
+        # A directory of ours that we may not write to: its owner can change that. Root needs no permission.
+        status = os.fstat(fd)
+        if status.st_mode & 0o700 != 0o700 and status.st_uid == os.geteuid():
+            os.fchmod(fd, 0o700)
+    return fd
+
+
+def _open_if_directory(dir_fd: int, name: str) -> int | None:
     try:
         return files.openat2(name, OPEN_DIRECTORY, dir_fd=dir_fd, resolve=_RESOLVE)
     except FileNotFoundError:

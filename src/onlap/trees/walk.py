@@ -6,11 +6,74 @@ while we walk cannot lead us out of the tree.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+# A walk keeps at most this many directories open, since the usual limit is 1024 descriptors a process; those further up
+# are closed, and opened again by ".." on the way back.
+MAX_OPEN = 200
+
+
+class Descent:
+    """The open directories from the top of a walk down to where it is; few of them at a time.
+
+    Args:
+        top: a descriptor of the top directory, which is never closed.
+    """
+
+    __slots__ = ("_fds", "_identities")
+
+    def __init__(self, top: int) -> None:
+        self._fds: list[int] = [top]
+        self._identities: list[tuple[int, int]] = [_identity(top)]
+
+    @property
+    def fd(self) -> int:
+        """The directory where the walk is."""
+        return self._fds[-1]
+
+    def enter(self, fd: int) -> None:
+        """Go into a directory; its descriptor is the descent's from now on."""
+        self._fds.append(fd)
+        self._identities.append(_identity(fd))
+        far = len(self._fds) - MAX_OPEN
+        if far > 0:
+            os.close(self._fds[far])
+            self._fds[far] = -1
+
+    def leave(self) -> None:
+        """Go back up.
+
+        Raises:
+            OSError: ESTALE: the directory was moved elsewhere meanwhile, so that there is no way back.
+        """
+        fd = self._fds.pop()
+        self._identities.pop()
+        try:
+            if self._fds[-1] < 0:
+                above = os.open("..", OPEN_DIRECTORY, dir_fd=fd)
+                self._fds[-1] = above
+                if _identity(above) != self._identities[-1]:
+                    raise OSError(errno.ESTALE, "a directory was moved while the tree was walked")
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close all but the top."""
+        for fd in self._fds[1:]:
+            if fd >= 0:
+                os.close(fd)
+        del self._fds[1:]
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 class Entry(NamedTuple):
@@ -40,32 +103,33 @@ def walk(top: int, *, descend: Callable[[Entry], bool] | None = None, ordered: b
     Raises:
         OSError: a directory cannot be read. A file that vanishes while its directory is read is passed over.
     """
-    stack: list[tuple[int, str, Iterator[os.DirEntry[str]]]] = [(top, "", _entries(top, ordered))]
+    descent = Descent(top)
+    stack: list[tuple[str, Iterator[os.DirEntry[str]]]] = [("", _entries(top, ordered))]
     try:
         while stack:
-            dir_fd, prefix, entries = stack[-1]
+            prefix, entries = stack[-1]
             for listed in entries:
                 try:
-                    status = listed.stat(follow_symlinks=False)
+                    # Not the entry's own stat(), which remembers the descriptor that it was listed with.
+                    status = os.stat(listed.name, dir_fd=descent.fd, follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                entry = Entry(prefix + listed.name, listed.name, dir_fd, status)
+                entry = Entry(prefix + listed.name, listed.name, descent.fd, status)
                 yield entry
                 if listed.is_dir(follow_symlinks=False) and (descend is None or descend(entry)):
                     try:
-                        child = os.open(listed.name, OPEN_DIRECTORY, dir_fd=dir_fd)
+                        child = os.open(listed.name, OPEN_DIRECTORY, dir_fd=descent.fd)
                     except (FileNotFoundError, NotADirectoryError):
                         continue
-                    stack.append((child, entry.path + "/", _entries(child, ordered)))
+                    descent.enter(child)
+                    stack.append((entry.path + "/", _entries(child, ordered)))
                     break
             else:
                 stack.pop()
-                if dir_fd != top:
-                    os.close(dir_fd)
+                if stack:
+                    descent.leave()
     finally:
-        for dir_fd, _, _ in stack:
-            if dir_fd != top:
-                os.close(dir_fd)
+        descent.close()
 
 
 def _entries(fd: int, ordered: bool) -> Iterator[os.DirEntry[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, make_parser
-from onlap.cli.registry import VERBS, Verb
+from onlap.cli.registry import GROUPS, VERBS, Verb, of_group
 
 _KEYS = "onlap -q ls 2>/dev/null"
 
@@ -32,6 +32,14 @@ def _wants_key(verb: Verb) -> bool:
     return bool(make_parser(verb).keys)
 
 
+def _first_words() -> list[str]:
+    return list(dict.fromkeys(name.partition(" ")[0] for name in VERBS))
+
+
+def _second_words(group: str) -> list[str]:
+    return [verb.name.partition(" ")[2] for verb in of_group(group)]
+
+
 def _bash() -> list[str]:
     lines = [
         "_onlap() {",
@@ -40,15 +48,19 @@ def _bash() -> list[str]:
         "        case ${COMP_WORDS[i]} in",
         "        --root) ((i++)) ;;",
         "        -*) ;;",
-        "        *) verb=${COMP_WORDS[i]}; break ;;",
+        "        *)",
+        '            verb="${verb:+$verb }${COMP_WORDS[i]}"',
+        f"            case $verb in {'|'.join(sorted(GROUPS))}) ;; *) break ;; esac ;;",
         "        esac",
         "    done",
         "    case $verb in",
-        f"    '') candidates='{' '.join(VERBS)} --root --json --quiet --verbose --help --version' ;;",
+        f"    '') candidates='{' '.join(_first_words())} --root --json --quiet --verbose --help --version' ;;",
     ]
+    # Without a verb again: what follows is a word of the verb, and neither a key nor a file.
+    lines += [f"    {group}) candidates='{' '.join(_second_words(group))}' verb= ;;" for group in sorted(GROUPS)]
     for verb in VERBS.values():
         keys = " keys=1" if _wants_key(verb) else ""
-        lines.append(f"    {verb.name}) candidates='{' '.join(_options(verb))}'{keys} ;;")
+        lines.append(f"    '{verb.name}') candidates='{' '.join(_options(verb))}'{keys} ;;")
     lines += [
         "    esac",
         "    if [[ $verb && $word != -* ]]; then",
@@ -71,7 +83,8 @@ def _zsh() -> list[str]:
         "        case $words[i] in",
         "        --root) ((i++)) ;;",
         "        -*) ;;",
-        "        *) verb=$words[i]; break ;;",
+        '        *) verb="${verb:+$verb }$words[i]"',
+        f"           case $verb in {'|'.join(sorted(GROUPS))}) ;; *) break ;; esac ;;",
         "        esac",
         "    done",
         "    local -a verbs keys options",
@@ -79,11 +92,16 @@ def _zsh() -> list[str]:
         "    '')",
         "        verbs=(",
     ]
-    lines += [f"            '{verb.name}:{_for_zsh(verb.summary)}'" for verb in VERBS.values()]
+    lines += [f"            '{verb.name}:{_for_zsh(verb.summary)}'" for verb in VERBS.values() if " " not in verb.name]
+    lines += [f"            '{group}:{' '.join(_second_words(group))}'" for group in sorted(GROUPS)]
     lines += ["        )", "        _describe verb verbs", "        return ;;"]
+    for group in sorted(GROUPS):
+        lines += [f"    {group})", "        verbs=("]
+        lines += [f"            '{verb.name.partition(' ')[2]}:{_for_zsh(verb.summary)}'" for verb in of_group(group)]
+        lines += ["        )", "        _describe verb verbs", "        return ;;"]
     for verb in VERBS.values():
         keys = f' keys=(${{(f)"$({_KEYS})"}})' if _wants_key(verb) else ""
-        lines.append(f"    {verb.name}) options=({' '.join(_options(verb))}){keys} ;;")
+        lines.append(f"    '{verb.name}') options=({' '.join(_options(verb))}){keys} ;;")
     lines += [
         "    esac",
         "    if [[ $PREFIX == -* ]]; then",
@@ -103,11 +121,24 @@ def _for_zsh(text: str) -> str:
 
 
 def _fish() -> list[str]:
-    lines = []
+    lines = [
+        f"complete -c onlap -n __fish_use_subcommand -a {group} -d '{' '.join(_second_words(group))}'"
+        for group in sorted(GROUPS)
+    ]
     for verb in VERBS.values():
         summary = verb.summary.replace("'", "\\'")
-        lines.append(f"complete -c onlap -n __fish_use_subcommand -a {verb.name} -d '{summary}'")
-        seen = f"-n '__fish_seen_subcommand_from {verb.name}'"
+        group, _, second = verb.name.rpartition(" ")
+        lines.append(f"# onlap {verb.name}")
+        if group:
+            words = " ".join(_second_words(group))
+            here = f"__fish_seen_subcommand_from {group}; and not __fish_seen_subcommand_from {words}"
+            seen = f"-n '__fish_seen_subcommand_from {group}; and __fish_seen_subcommand_from {second}'"
+        else:
+            here = "__fish_use_subcommand"
+            groups = " ".join(sorted(GROUPS))
+            # Not after a group, whose verbs have some of the same names.
+            seen = f"-n '__fish_seen_subcommand_from {second}; and not __fish_seen_subcommand_from {groups}'"
+        lines.append(f"complete -c onlap -n '{here}' -a {second} -d '{summary}'")
         if _wants_key(verb):
             lines.append(f"complete -c onlap {seen} -a '({_KEYS})'")
         for action in make_parser(verb)._actions:

@@ -36,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     # Headers and body leave in one write; the base class flushes after each request.
     wbufsize = _BUFFER
+    rbufsize = _BUFFER
     server: HttpServer
 
     def do_POST(self) -> None:

@@ -1,8 +1,8 @@
 """What a plugin has to know after a restart: dockerd tells it once, when dockerd starts.
 
-Two files. ``<socket-dir>/.<name>.home`` says where the driver's home is; on a tmpfs, as /run is, it goes with the machine's
-restart. ``<home>/.onlap-graphdriver.json`` has the rest: options, id maps, and how often each layer has been got. The
-counts are those of one boot, and of mounts that may not be there any more; the driver looks.
+Two files. ``<socket-dir>/.<name>.home`` says where the driver's home is; on a tmpfs, as /run is, it goes with the
+machine's restart. ``<home>/.onlap-graphdriver.json`` has the rest: options, id maps, and how often each layer has been
+got. The counts are those of one boot, and of mounts that may not be there any more; the driver looks.
 
 Neither is synced: after a power cut dockerd starts anew, too, and tells it again.
 """
@@ -44,7 +44,8 @@ class StateFile:
     """The two files of one plugin.
 
     Args:
-        pointer: the one beside the socket.
+        socket_directory: where the one is that points to the home.
+        name: the plugin's.
     """
 
     def __init__(self, socket_directory: str, name: str) -> None:

@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	_ "crypto/sha256" // the digester looks it up by name
 	"encoding/json"
 	"fmt"
 	"os"

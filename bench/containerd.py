@@ -1,0 +1,199 @@
+"""Onlap behind its socket, beside containerd's own overlay snapshotter behind contrib/snapshotservice.
+
+The same Go client (bench/go/snapshotclient) loads both with what containerd does for a layer or a container, seen
+from the snapshotter: prepare, stat, mounts, commit, remove. It does so with 1, 16 and 64 clients, and beside 5,000
+and 50,000 snapshots that stay. Then the commit of a layer of 1 GiB that has just been written, which is where
+``--sync layer`` costs something.
+
+All servers run all the time, each with a root of its own on one filesystem; they are loaded in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import lib  # first: it makes what tests and benchmarks share importable
+from peers.daemons import ONLAP_ENVIRONMENT, Daemon, onlap_command
+from peers.remote import RemoteSnapshotter
+
+CLIENTS = (1, 16, 64)
+LIVE = (5_000, 50_000)
+CALLS = ("prepare", "stat", "mounts", "commit", "remove")
+
+REACH = {1: lib.Reach(least=0.9, stretch=1), 16: lib.Reach(least=1.2, stretch=2)}
+
+
+def bench() -> None:
+    """Run, compare, report."""
+    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=5)
+    seconds, lives, size = (0.5, (500,), 64 << 20) if chosen.quick else (2.0, LIVE, 1 << 30)
+    with ExitStack() as stack:
+        # Inodes: 50,000 snapshots are 150,000 directories, three times.
+        mount = stack.enter_context(lib.LoopExt4(chosen.dir, 10 << 30))
+        client = lib.go_build(lib.REPOSITORY / "bench/go/snapshotclient")
+        daemons = {name: stack.enter_context(make(mount)) for name, make in SERVERS.items()}
+
+        def load(server: str, clients: int, live: int = 0) -> lib.Result:
+            words = ["-socket", daemons[server].socket, "-clients", clients, "-seconds", seconds, "-live", live]
+            answer: lib.Result = json.loads(run(client, *words))
+            return answer | {"memory": memory(daemons[server])}
+
+        runs: dict[str, list[lib.Result]] = {}
+
+        def take_turns(cases: dict[str, Callable[[], lib.Result]], rounds: int = chosen.rounds) -> None:
+            # What a run has left dirty is written before the next one starts, not during it.
+            runs.update(lib.interleave(rounds, cases, before=partial(run, "sync", "-f", mount)))
+
+        lib.interleave(1, {f"warm-up, {server}": partial(load, server, 16) for server in SERVERS})
+        for clients in CLIENTS:
+            take_turns({f"{clients} clients, {server}": partial(load, server, clients) for server in SERVERS})
+        cases = {f"commit, {server}": partial(commit, daemons[server], size) for server in SERVERS}
+        take_turns(cases | {"commit, sync -f": partial(commit, daemons["none"], size, synced=True)})
+        for live in lives:
+            for server in ("peer", "none"):
+                began = time.monotonic()
+                load(server, 16, live)  # makes them
+                lib.progress(f"{live:,} snapshots, {server}  {time.monotonic() - began:.1f} s")
+            for clients in (1, 16):
+                cases = {
+                    f"{clients} clients, {live} live, {server}": partial(load, server, clients, live)
+                    for server in ("peer", "none")
+                }
+                take_turns(cases)
+        lib.report(
+            "containerd",
+            "Served to containerd",
+            compare(runs, lives, size),
+            where=lib.conditions(peer=f"containerd's overlay snapshotter ({lib.containerd_version()}) over gRPC"),
+            notes=NOTES,
+            details=details(runs),
+            runs=runs,
+            record=chosen.record,
+        )
+
+
+NOTES = """\
+The peer is containerd's overlay snapshotter behind contrib/snapshotservice, with asynchronous remove (its plugin's
+default); the client is the same. `--sync none` has the peer's durability. `--sync layer` writes back the whole
+filesystem before a commit returns: in the cycles the layers are empty and so there is nothing to write; a layer of
+1 GiB that has just been written is the other end. There its peer is `sync -f` after the same writes: what it costs to
+have the layer on the disk, whoever asks for it.
+"""
+
+
+def peer_server(mount: Path) -> Daemon:
+    """The peer."""
+    place = make_place(mount, "peer")
+    command = [lib.go_build(lib.REPOSITORY / "bench/go/snapshotserver"), "-async", place / "root", place / "s.sock"]
+    return Daemon("peer", place, place / "s.sock", [str(word) for word in command])
+
+
+def onlap_server(sync: str, mount: Path) -> Daemon:
+    """Onlap."""
+    place = make_place(mount, sync)
+    words = ["serve", "containerd", "--socket", str(place / "s.sock"), "--sync", sync, "--snapshotter", "overlay"]
+    return Daemon(sync, place, place / "s.sock", onlap_command(place / "root", *words), ONLAP_ENVIRONMENT)
+
+
+def make_place(mount: Path, name: str) -> Path:
+    """A directory of its own for a server."""
+    place = mount / name
+    place.mkdir()
+    return place
+
+
+SERVERS: dict[str, Callable[[Path], Daemon]] = {
+    "peer": peer_server,
+    "none": partial(onlap_server, "none"),
+    "layer": partial(onlap_server, "layer"),
+}
+
+
+def run(*command: object) -> str:
+    """The output of a command; BenchError when it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise lib.BenchError(f"{command[0]}: status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def memory(daemon: Daemon) -> int:
+    """Bytes that a server has resident (VmRSS of proc(5))."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) << 10
+
+
+def commit(daemon: Daemon, size: int, synced: bool = False) -> lib.Result:
+    """Write a layer of 16 files and commit it at once; with ``synced``, ``sync -f`` is timed instead."""
+    block = os.urandom(1 << 20)
+    with RemoteSnapshotter(daemon.socket) as snapshotter:
+        (plan,) = snapshotter.prepare("layer-key")
+        for number in range(16):
+            with Path(plan.source, f"f{number}").open("wb") as file:
+                file.writelines(block for _ in range(size // 16 >> 20))
+        began = time.perf_counter()
+        if synced:
+            run("sync", "-f", plan.source)
+            took = time.perf_counter() - began
+            snapshotter.remove("layer-key")
+        else:
+            snapshotter.commit("layer", "layer-key")
+            took = time.perf_counter() - began
+            snapshotter.remove("layer")
+        snapshotter.cleanup()
+    return {"commit_ms": took * 1000}
+
+
+def compare(runs: dict[str, list[lib.Result]], lives: tuple[int, ...], size: int) -> list[lib.Row]:
+    """The rows of the report, with what each has to reach."""
+
+    def rates(name: str) -> list[float]:
+        return [result["cycles_per_second"] for result in runs[name]]
+
+    rows = []
+    for server in ("none", "layer"):
+        for clients in CLIENTS:
+            reach = REACH.get(clients, lib.Reach()) if server == "none" else lib.Reach()
+            what = f"cycles, {clients} client{'s' if clients > 1 else ''}, --sync {server}"
+            peer, ours = (rates(f"{clients} clients, {side}") for side in ("peer", server))
+            rows.append(lib.Row(what, "cycles/s", peer, ours, reach))
+    for live in lives:
+        for clients in (1, 16):
+            what = f"cycles, {clients} client{'s' if clients > 1 else ''}, {live:,} live, --sync none"
+            peer, ours = (rates(f"{clients} clients, {live} live, {side}") for side in ("peer", "none"))
+            rows.append(lib.Row(what, "cycles/s", peer, ours, REACH[clients]))
+    for server, other in (("none", "peer"), ("layer", "sync -f")):
+        what = f"commit of {size >> 20:,} MiB just written, --sync {server}"
+        peer, ours = ([result["commit_ms"] for result in runs[f"commit, {side}"]] for side in (other, server))
+        rows.append(lib.Row(f"{what}; beside {'its' if other == 'peer' else other}", "ms", peer, ours))
+    return rows
+
+
+def details(runs: dict[str, list[lib.Result]]) -> lib.Details:
+    """The single calls: medians over the rounds of their p50 and p99; and what the server had in memory."""
+
+    def median(results: list[lib.Result], call: str) -> str:
+        columns = zip(*(result[f"{call}_ms"] for result in results), strict=True)
+        return " / ".join(f"{statistics.median(column):.2f}" for column in columns)
+
+    lines = []
+    for name, results in runs.items():
+        if "cycles" not in results[0]:
+            continue
+        resident = statistics.median(result["memory"] for result in results) / (1 << 20)
+        lines.append([name, *(median(results, call) for call in CALLS), f"{resident:.0f}"])
+    return lib.Details("The single calls, p50 / p99 in ms:", ["run", *CALLS, "memory, MiB"], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(lib.main(bench))

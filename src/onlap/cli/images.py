@@ -1,0 +1,77 @@
+"""What the verbs of images share: the images of a root, and how one is shown."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from onlap import errors
+from onlap.cli.parser import Parser
+from onlap.errors import shown
+
+if TYPE_CHECKING:
+    from onlap.images import Image, Images
+    from onlap.images.registry_auth import Credentials
+    from onlap.store import Store
+
+# Enough of a digest to tell images apart, as git and Docker show it.
+_SHORT = 12
+
+
+def images_of(store: Store) -> Images:
+    """The images of a root.
+
+    Raises:
+        Unimplemented: a library that images need is not installed.
+    """
+    try:
+        return store.images
+    except ModuleNotFoundError as error:
+        raise errors.Unimplemented(
+            f"images need the library {error.name}", hint=f"install it: pip install {error.name}"
+        ) from error
+
+
+def short(digest: str) -> str:
+    """The beginning of a digest."""
+    return shown(digest.partition(":")[2][:_SHORT])
+
+
+def platform_of(image: Image) -> str:
+    """What an image runs on, as ``linux/arm64/v8``."""
+    return shown("/".join(part for part in (image.os, image.architecture, image.variant) if part) or "-")
+
+
+def image_as_json(image: Image) -> dict[str, object]:
+    """An image as a JSON object."""
+    return {
+        "name": image.name,
+        "digest": image.digest,
+        "config_digest": image.config_digest,
+        "os": image.os,
+        "architecture": image.architecture,
+        "variant": image.variant,
+        "layers": [
+            {"digest": layer.digest, "size": layer.size, "diff_id": diff_id, "chain_id": chain_id}
+            for layer, diff_id, chain_id in zip(image.layers, image.diff_ids, image.chain_ids, strict=True)
+        ],
+        "created": image.created,
+        "size": image.size,
+    }
+
+
+def credentials() -> Credentials:
+    """Who the user is to registries: what Docker and Podman know of it, and their helpers."""
+    from onlap.images.registry_auth import Credentials, default_files
+
+    return Credentials(default_files(os.environ), environment=os.environ)
+
+
+def registry_arguments(parser: Parser) -> None:
+    """The options of a verb that talks to a registry."""
+    parser.add_argument("--plain-http", action="store_true", help="HTTP without TLS, for a registry on this machine")
+
+
+def platform_argument(parser: Parser) -> None:
+    """The option ``--platform``."""
+    parser.add_argument("--platform", metavar="P", help="as linux/arm64; this machine's by default")

@@ -1,0 +1,38 @@
+"""``onlap docker check``."""
+
+from __future__ import annotations
+
+from onlap import errors
+from onlap.cli import exits
+from onlap.cli.call import Call
+from onlap.cli.parser import Parser
+from onlap.cli.verbs.docker.ls import open_root, root_arguments
+from onlap.errors import shown
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        'Look for what is wrong in a Docker data root: "damaged" layers that cannot be used, and "waste", which takes\n'
+        "space and nobody uses. Ends with 1 when something is damaged. Nothing is changed; while dockerd runs, a layer\n"
+        "that it is just making may look like waste.",
+        "onlap docker check /var/lib/docker",
+    )
+    root_arguments(parser)
+
+
+def run(call: Call) -> int:
+    from onlap.graphdrivers.checkup import check
+
+    root = open_root(call)
+    damaged = False
+    try:
+        for problem in check(root):
+            damaged = damaged or problem.kind == "damaged"
+            if call.out.json:
+                call.out.item(problem._asdict())
+            else:
+                where = shown(problem.where)
+                call.out.line(f"{problem.kind}: {where}: {shown(problem.what)}; {shown(problem.hint)}")
+    except OSError as error:
+        raise errors.from_oserror(error, doing="check the data root", key=root.directory) from error
+    return exits.NO if damaged else exits.DONE

@@ -1,0 +1,54 @@
+"""``onlap image commit``."""
+
+from __future__ import annotations
+
+from onlap.cli.bars import bars
+from onlap.cli.call import Call
+from onlap.cli.images import image_as_json, images_of
+from onlap.cli.parser import Parser
+from onlap.errors import shown
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Make an image of the active snapshot KEY: what it changed becomes one layer more than the image has that it\n"
+        "was prepared from. KEY is gone afterwards; the new layer's snapshot is what it was. An instruction is one of\n"
+        "a Dockerfile's: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, WORKDIR, VOLUME.",
+        "onlap run --keep work debian:13 sh -c 'echo hello > /greeting'",
+        "onlap image commit work greeter:1 --message 'says hello' --change 'CMD [\"cat\", \"/greeting\"]'",
+    )
+    parser.key("key", help="the active snapshot")
+    parser.add_argument("name", metavar="IMAGE", help="what to call the image")
+    parser.add_argument("--author", metavar="A", default="", help="who made it")
+    parser.add_argument("-m", "--message", metavar="M", default="", help="what was done")
+    parser.add_argument(
+        "-c",
+        "--change",
+        metavar="I",
+        action="append",
+        default=[],
+        help="an instruction; repeatable",
+    )
+    parser.add_argument("--base", metavar="IMAGE", help="the image that KEY was prepared from (found by its parent)")
+    parser.add_argument("--compress", choices=("gzip", "zstd", "none"), default="gzip", help="of the layer (gzip)")
+
+
+def run(call: Call) -> None:
+    args, out = call.args, call.out
+    with call.store(sweep=True) as store:
+        images = images_of(store)
+        with bars(out) as report:
+            image = images.commit(
+                args.key,
+                args.name,
+                author=args.author,
+                message=args.message,
+                changes=args.change,
+                base=args.base,
+                compression=args.compress,
+                progress=report,
+            )
+    if out.json:
+        out.item(image_as_json(image))
+    else:
+        out.line(f"{shown(image.name)} {image.digest}")

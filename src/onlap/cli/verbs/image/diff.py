@@ -1,0 +1,56 @@
+"""``onlap image diff``."""
+
+from __future__ import annotations
+
+from onlap.cli import exits
+from onlap.cli.bars import bars
+from onlap.cli.call import Call
+from onlap.cli.images import images_of
+from onlap.cli.parser import Parser
+from onlap.cli.text import size
+from onlap.cli.verbs.diff import STYLES, change_as_json, path_of
+from onlap.errors import shown
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "How image OTHER differs from IMAGE, a line a path: A added, C changed (or something in it did), D deleted,\n"
+        "and how many bytes of content came or went. The last line sums up. Layers that both have are not looked at.",
+        "onlap image diff debian:12 debian:13",
+        "onlap image diff app:1 app:2 --exit-code > /dev/null && echo the same",
+    )
+    parser.add_argument("name", metavar="IMAGE", help="an image")
+    parser.add_argument("other", metavar="OTHER", help="another one")
+    parser.add_argument("--exit-code", action="store_true", help="end with 1 when anything differs")
+
+
+def run(call: Call) -> int:
+    from onlap.images import look
+
+    out = call.out
+    counts = dict.fromkeys(STYLES, 0)
+    grown = 0
+    with call.store(sweep=True) as store:
+        images = images_of(store)
+        with bars(out) as report:
+            tops = [images.unpack(images.get(name), progress=report) for name in (call.args.name, call.args.other)]
+        for found in look.diff(store.snapshotter, *tops):
+            change = found.change
+            counts[change.kind] += 1
+            grown += found.after - found.before
+            if out.json:
+                out.item({**change_as_json(change), "before_bytes": found.before, "after_bytes": found.after})
+            else:
+                kind = out.paint(change.kind, STYLES[change.kind])
+                out.line(f"{kind} {_signed(found.after - found.before):>12}  {shown(path_of(change))}")
+    if not out.json:
+        paths = ", ".join(f"{counts[kind]:,} {word}" for kind, word in _WORDS.items())
+        out.line(f"{paths}; {_signed(grown)}")
+    return exits.NO if any(counts.values()) and call.args.exit_code else exits.DONE
+
+
+_WORDS = {"A": "added", "C": "changed", "D": "deleted"}
+
+
+def _signed(number: int) -> str:
+    return f"{'+' if number > 0 else '-' if number < 0 else ''}{size(abs(number))}"

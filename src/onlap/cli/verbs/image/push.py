@@ -1,0 +1,35 @@
+"""``onlap image push``."""
+
+from __future__ import annotations
+
+from onlap.cli.bars import bars
+from onlap.cli.call import Call
+from onlap.cli.images import credentials, images_of, registry_arguments
+from onlap.cli.parser import Parser
+from onlap.errors import shown
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Send an image to a registry: to where its name says, or to TARGET. What is there already is not sent again.",
+        "onlap image push registry.example/team/app:1",
+        "onlap image push app:1 localhost:5000/team/app:1 --plain-http",
+    )
+    parser.add_argument("name", metavar="IMAGE", help="the image")
+    parser.add_argument("target", metavar="TARGET", nargs="?", help="what to call it there, registry and all")
+    registry_arguments(parser)
+
+
+def run(call: Call) -> None:
+    args, out = call.args, call.out
+    with call.store() as store:
+        images = images_of(store)
+        with bars(out) as report:
+            digest = images.push(
+                args.name, args.target, plain_http=args.plain_http, credentials=credentials(), progress=report
+            )
+    target = args.target or args.name
+    if out.json:
+        out.item({"name": args.name, "target": target, "digest": digest})
+    else:
+        out.line(f"{shown(target)} {digest}")

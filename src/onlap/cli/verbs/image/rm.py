@@ -1,0 +1,29 @@
+"""``onlap image rm``."""
+
+from __future__ import annotations
+
+from onlap.cli.call import Call
+from onlap.cli.each import each
+from onlap.cli.images import images_of
+from onlap.cli.parser import Parser
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Remove images, and the snapshots of their layers that neither another image nor another snapshot needs. The\n"
+        "blobs are deleted by onlap cleanup. A failure is said, and the next one is tried.",
+        "onlap image rm app:1 app:2",
+    )
+    parser.add_argument("names", metavar="IMAGE", nargs="+", help="the images")
+
+
+def run(call: Call) -> int:
+    with call.store(sweep=True) as store:
+        images = images_of(store)
+
+        def remove(name: str) -> None:
+            images.remove(name)
+            if call.out.json:
+                call.out.item({"removed": name})
+
+        return each(call, call.args.names, remove)

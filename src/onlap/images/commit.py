@@ -1,0 +1,239 @@
+"""An active snapshot becomes an image: its layer is written once, and the snapshot itself is that layer's.
+
+Docker writes the layer, and unpacks it again into a directory of its own (v26.1.5, layer/layer_store.go, ``Register``);
+here the directory that was written to is committed under the chain ID that the archive gives it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from onlap import errors
+from onlap.catalog.records import ACTIVE, Record
+from onlap.content.digests import digest_of
+from onlap.content.lease import Lease
+from onlap.errors import shown
+from onlap.images import media, model, names, platforms
+from onlap.images.changes import apply_changes
+from onlap.images.facade import Image, Images, image_of
+from onlap.images.labels import LABEL_LAYER
+from onlap.images.model import Descriptor, Manifest, Platform
+from onlap.layers.write import Written
+from onlap.progress import Callback
+from onlap.snapshots.archives import write_diff
+
+_COMPRESSIONS = ("gzip", "zstd", "none")
+
+
+def commit(
+    images: Images,
+    key: str,
+    name: str,
+    *,
+    author: str = "",
+    message: str = "",
+    changes: Sequence[str] = (),
+    base: Image | None = None,
+    compression: str = "gzip",
+    epoch: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    platform: Platform | None = None,
+    progress: Callback | None = None,
+) -> Image:
+    """See :meth:`Images.commit`.
+
+    Args:
+        images: of the root.
+        key: see there, as for the rest.
+        name: likewise.
+        author: likewise.
+        message: likewise.
+        changes: likewise.
+        base: likewise.
+        compression: likewise.
+        epoch: likewise.
+        labels: likewise.
+        platform: of an image without a base; this machine's by default.
+        progress: likewise.
+    """
+    full = names.normalized(name)
+    if compression not in _COMPRESSIONS:
+        raise errors.InvalidArgument(
+            f"there is no compression {shown(compression)}", hint=f"use {', '.join(_COMPRESSIONS)}"
+        )
+    snapshotter = images.snapshotter
+    record = snapshotter.record(key)
+    if record.kind != ACTIVE:
+        raise errors.FailedPrecondition(
+            f"snapshot {shown(key)} is {record.kind}, and an image is made of an active one",
+            key=key,
+            hint=f"prepare one on it: onlap prepare KEY {shown(key)}",
+        )
+    base = _base(images, record, base)
+    before = _settings(images, base, platform or platforms.host())
+    settings = apply_changes(before.get("config") or {}, changes)
+    if labels:
+        settings["Labels"] = {**(settings.get("Labels") or {}), **labels}
+    snapshotter.check_unmounted(record)
+    manifest = images.manifest(base) if base is not None else None
+    docker = manifest is not None and manifest.is_docker
+    if docker and compression == "zstd":
+        docker = False  # Docker's media types know no zstd; the whole image becomes one of OCI's
+    with images.content.lease(f"commit of {full}") as lease:
+        written, descriptor = _write_layer(images, lease, key, docker, compression, epoch, progress)
+        diff_ids = [*base.diff_ids] if base is not None else []
+        layers = [*base.layers] if base is not None else []
+        empty = written.entries == 0
+        if not empty:
+            diff_ids.append(written.diff_id)
+            layers.append(descriptor)
+        if docker is False:
+            layers = [_in_oci(layer) for layer in layers]
+        created = timestamp(time.time_ns() if epoch is None else min(time.time_ns(), epoch * 1_000_000_000))
+        config = _configuration(before, settings, diff_ids, created, author, message, changes, empty)
+        image = _documents(images, lease, full, config, layers, docker)
+        _commit_snapshot(images, lease, key, image, written.diff_id, empty)
+        images.record(image)
+    return image
+
+
+def timestamp(ns: int) -> str:
+    """RFC 3339, as images write it."""
+    seconds, rest = divmod(ns, 1_000_000_000)
+    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{text}.{rest:09d}Z" if rest else f"{text}Z"
+
+
+def _base(images: Images, record: Record, base: Image | None) -> Image | None:
+    """The image that a snapshot was prepared from."""
+    parent = record.parent
+    if base is not None:
+        if (base.chain_ids[-1] if base.chain_ids else None) != parent:
+            raise errors.InvalidArgument(
+                f"snapshot {shown(record.name)} does not stand on the image {shown(base.name)}",
+                key=record.name,
+                hint=f"it stands on {shown(parent)}" if parent else "it stands on nothing",
+            )
+        return base
+    if parent is None:
+        return None
+    for image in images.list():
+        if image.chain_ids and image.chain_ids[-1] == parent:
+            return image
+    raise errors.FailedPrecondition(
+        f"snapshot {shown(record.name)} stands on {shown(parent)}, which is no image's",
+        key=record.name,
+        hint="prepare it on an image; a directory or an archive becomes one with: onlap image import",
+    )
+
+
+def _settings(images: Images, base: Image | None, platform: Platform) -> dict[str, Any]:
+    """The base's configuration with all that it has, known to us or not."""
+    if base is not None:
+        return model.decode_any(images.config_data(base), dict[str, Any], base.config_digest)
+    found: dict[str, Any] = {"architecture": platform.architecture, "os": platform.os}
+    if platform.variant:
+        found["variant"] = platform.variant
+    return found
+
+
+def _write_layer(
+    images: Images,
+    lease: Lease,
+    key: str,
+    docker: bool,
+    compression: str,
+    epoch: int | None,
+    progress: Callback | None,
+) -> tuple[Written, Descriptor]:
+    with images.content.writer() as writer:
+        written = write_diff(
+            images.snapshotter,
+            key,
+            None,
+            writer,  # type: ignore[arg-type]
+            compression=compression,
+            epoch=epoch,
+            progress=progress,
+        )
+        if written.entries:
+            try:
+                writer.commit(written.digest, written.size, lease=lease)
+            except OSError as error:
+                raise errors.from_oserror(error, doing="write the layer of", key=key) from error
+    kind = media.layer_type(docker=docker, compression=compression)
+    return written, Descriptor(kind, written.digest, written.size)
+
+
+def _in_oci(layer: Descriptor) -> Descriptor:
+    """A layer's descriptor with the media type that OCI has for it: no manifest mixes the two families."""
+    if not layer.media_type.startswith(media.DOCKER_LAYER):
+        return layer
+    suffix = layer.media_type.removeprefix(media.DOCKER_LAYER).replace(".", "+")
+    return Descriptor(media.OCI_LAYER + suffix, layer.digest, layer.size)
+
+
+def _configuration(
+    before: dict[str, Any],
+    settings: dict[str, Any],
+    diff_ids: list[str],
+    created: str,
+    author: str,
+    message: str,
+    changes: Sequence[str],
+    empty: bool,
+) -> bytes:
+    entry: dict[str, Any] = {"created": created, "created_by": "; ".join(changes) or "onlap image commit"}
+    if author:
+        entry["author"] = author
+    if message:
+        entry["comment"] = message
+    if empty:
+        entry["empty_layer"] = True
+    after = dict(before)
+    # What Docker notes of the container that the base was made in says nothing of this one.
+    for stale in ("container", "container_config", "id", "parent", "parent_id", "docker_version"):
+        after.pop(stale, None)
+    after["created"] = created
+    if author:
+        after["author"] = author
+    after["config"] = settings
+    after["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
+    after["history"] = [*(before.get("history") or []), entry]
+    return model.encode(after)
+
+
+def _documents(
+    images: Images, lease: Lease, name: str, config_data: bytes, layers: list[Descriptor], docker: bool
+) -> Image:
+    config_type, manifest_type = (
+        (media.DOCKER_CONFIG, media.DOCKER_MANIFEST) if docker else (media.OCI_CONFIG, media.OCI_MANIFEST)
+    )
+    manifest = Manifest(2, model.describe(config_data, config_type), layers, media_type=manifest_type)
+    config = model.decode_config(config_data, manifest)
+    manifest_data = model.encode(manifest)
+    image = image_of(name, digest_of(manifest_data), manifest, config)
+    lease.pin(*(layer.digest for layer in layers))
+    images.content.put_bytes(config_data, lease=lease)
+    images.content.put_bytes(manifest_data, lease=lease)
+    return image
+
+
+def _commit_snapshot(images: Images, lease: Lease, key: str, image: Image, diff_id: str, empty: bool) -> None:
+    snapshotter = images.snapshotter
+    if empty:
+        snapshotter.remove(key)
+        return
+    top = image.chain_ids[-1]
+    record = snapshotter.record(key)
+    lease.pin_snapshot(record.id)  # it keeps its id, and so its pin, when it gets its name
+    try:
+        snapshotter.commit(top, key, {LABEL_LAYER: diff_id})
+    except errors.AlreadyExists:
+        # The same layer on the same base was made before: the content is the same, and one of the two is enough.
+        lease.pin_snapshot(snapshotter.record(top).id)
+        lease.unpin_snapshot(record.id)
+        snapshotter.remove(key)

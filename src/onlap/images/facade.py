@@ -1,0 +1,445 @@
+"""The images of a root: names for manifests, whose blobs are in the content store and whose layers are snapshots."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from onlap import errors
+from onlap.catalog import records as snapshots
+from onlap.catalog.database import Connection
+from onlap.content.lease import Lease
+from onlap.content.store import ContentStore
+from onlap.images import media, model, names, platforms, records
+from onlap.images.bring import Bringing, Fetch
+from onlap.images.labels import LABEL_LAYER
+from onlap.images.model import Config, Descriptor, Manifest
+from onlap.images.resolve import Resolved
+from onlap.images.unpack import Layer
+from onlap.progress import Callback
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+if TYPE_CHECKING:
+    from onlap.images.registry_auth import Credentials
+
+StrPath = str | os.PathLike[str]
+
+# Layers fetched at once, as Docker and containerd do it.
+DOWNLOADS = 3
+
+
+class Image(NamedTuple):
+    """An image.
+
+    Attributes:
+        name: in its full form, as ``docker.io/library/debian:13``.
+        digest: of the manifest.
+        config_digest: of the configuration, which Docker calls the image's ID.
+        os: what it runs on, as ``"linux"``; empty where it does not say.
+        architecture: as ``"amd64"``, likewise.
+        variant: as ``"v8"``, likewise.
+        layers: descriptors of the layers' blobs, lowest first.
+        diff_ids: digests of the layers without compression, likewise.
+        chain_ids: names of the snapshots that the layers are, once unpacked, likewise.
+        created: when it was made, as RFC 3339 has it.
+        size: bytes of the layers' blobs.
+    """
+
+    name: str
+    digest: str
+    config_digest: str
+    os: str
+    architecture: str
+    variant: str
+    layers: tuple[Descriptor, ...]
+    diff_ids: tuple[str, ...]
+    chain_ids: tuple[str, ...]
+    created: str | None
+    size: int
+
+
+# Inside the class ``list`` is its method.
+_Listed = list[Image]
+
+
+class Images:
+    """The images of a root.
+
+    Args:
+        snapshotter: of the root; left open.
+        content: likewise.
+    """
+
+    def __init__(self, snapshotter: RecordedSnapshotter, content: ContentStore) -> None:
+        self.snapshotter = snapshotter
+        self.content = content
+        self._database = snapshotter.catalog.database
+
+    # Looking
+
+    def get(self, name: str) -> Image:
+        """The image of a name, short or full.
+
+        Raises:
+            NotFound: there is none.
+            InvalidArgument: it is no name.
+            DataLoss: what the image consists of is damaged or gone.
+        """
+        full = names.normalized(name)
+        return self._image(self._database.read(lambda c: records.get(c, full)))
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(self.list())
+
+    def list(self) -> _Listed:
+        """Every image, by name."""
+        return [self._image(record) for record in self._database.read(records.everything)]
+
+    def __contains__(self, name: str) -> bool:
+        full = names.normalized(name)
+        return self._database.read(lambda c: records.find(c, full)) is not None
+
+    def manifest(self, image: Image | str) -> Manifest:
+        """An image's manifest."""
+        image = self._given(image)
+        document = model.decode_document(self._document(image.digest, model.MAX_MANIFEST), "", image.digest)
+        assert isinstance(document, Manifest)
+        return document
+
+    def config(self, image: Image | str) -> Config:
+        """An image's configuration; its ``history`` says how each layer was made."""
+        return model.decode_config(self.config_data(image), self.manifest(image))
+
+    def config_data(self, image: Image | str) -> bytes:
+        """The bytes of an image's configuration, with whatever we do not know of."""
+        return self._document(self._given(image).config_digest, model.MAX_CONFIG)
+
+    def _given(self, image: Image | str) -> Image:
+        return self.get(image) if isinstance(image, str) else image
+
+    def _document(self, digest: str, limit: int) -> bytes:
+        try:
+            return self.content.read(digest, limit)
+        except errors.NotFound as error:
+            raise errors.DataLoss(
+                f"the blob {digest} of an image is gone", key=digest, hint="pull or import the image again"
+            ) from error
+
+    def _image(self, record: records.ImageRecord) -> Image:
+        data = self._document(record.digest, model.MAX_MANIFEST)
+        manifest = model.decode_document(data, record.media_type, record.digest)
+        assert isinstance(manifest, Manifest)
+        config = model.decode_config(self._document(manifest.config.digest, model.MAX_CONFIG), manifest)
+        return image_of(record.name, record.digest, manifest, config)
+
+    # In and out
+
+    def pull(
+        self,
+        reference: str,
+        *,
+        platform: str | None = None,
+        plain_http: bool = False,
+        credentials: Credentials | None = None,
+        unpack: bool = True,
+        progress: Callback | None = None,
+    ) -> Image:
+        """Fetch an image from a registry, and unpack it meanwhile.
+
+        What an earlier attempt has left is gone on with. Layers that are there are neither fetched nor unpacked again.
+
+        Args:
+            reference: as ``debian:13`` or ``registry.example/app@sha256:...``; it becomes the image's name.
+            platform: which one, as ``linux/arm64``; this machine's by default.
+            plain_http: talk HTTP without TLS, for a registry on this machine.
+            credentials: who we are to which registry.
+            unpack: make snapshots of the layers.
+            progress: told of the stages ``fetch`` and ``unpack``, in bytes.
+
+        Raises:
+            NotFound: the registry has no such image, or none for the platform.
+            PermissionDenied: the registry does not let us.
+            Unavailable: it cannot be reached, or kept failing.
+            InvalidArgument, Unimplemented: it is no image, or none that can be unpacked; the message says why.
+            DataLoss: it sent something else than it said.
+        """
+        from onlap.images import transfer
+
+        return transfer.pull(
+            self,
+            reference,
+            platforms.parse(platform),
+            plain_http=plain_http,
+            credentials=credentials,
+            unpack=unpack,
+            progress=progress,
+        )
+
+    def push(
+        self,
+        name: str,
+        target: str | None = None,
+        *,
+        plain_http: bool = False,
+        credentials: Credentials | None = None,
+        progress: Callback | None = None,
+    ) -> str:
+        """Send an image to a registry; what is there already is not sent again.
+
+        Args:
+            name: the image.
+            target: where to, as ``registry.example/team/app:1``; by default where its name says.
+            plain_http: talk HTTP without TLS.
+            credentials: who we are to which registry.
+            progress: told of the stage ``push``, in bytes.
+
+        Returns:
+            The digest of the manifest that the registry has now.
+
+        Raises:
+            NotFound: there is no such image.
+            PermissionDenied: the registry does not let us.
+            Unavailable: it cannot be reached, or kept failing.
+        """
+        from onlap.images import transfer
+
+        return transfer.push(
+            self, self.get(name), target or name, plain_http=plain_http, credentials=credentials, progress=progress
+        )
+
+    def import_(
+        self,
+        source: StrPath,
+        *,
+        name: str | None = None,
+        platform: str | None = None,
+        unpack: bool = True,
+        progress: Callback | None = None,
+    ) -> _Listed:
+        """Take images in from a disk.
+
+        Args:
+            source: an OCI image layout (a directory or an archive), an archive of ``docker save`` (of any version since
+                1.10), or a plain root filesystem (an archive or a directory), which becomes an image of one layer.
+            name: what to call the one image; by default as it is called there, or as the file.
+            platform: which one, where there are several.
+            unpack: make snapshots of the layers.
+            progress: told of the stages ``fetch`` and ``unpack``, in bytes; of a directory, ``import`` in files.
+
+        Raises:
+            NotFound: there is no such file, or no image for the platform in it.
+            InvalidArgument, Unimplemented: it is no image, or none that can be unpacked; the message says why.
+            DataLoss: it is damaged.
+        """
+        from onlap.images import importing
+
+        return importing.import_(
+            self, os.fspath(source), name=name, platform=platform, unpack=unpack, progress=progress
+        )
+
+    def export(
+        self,
+        image_names: str | Sequence[str],
+        out: StrPath | BinaryIO,
+        *,
+        format: str = "oci",
+        progress: Callback | None = None,
+    ) -> None:
+        """Write images to a disk.
+
+        Args:
+            image_names: which.
+            out: a directory that exists and is empty, or a path that ends in ``/``, for an OCI image layout there; else
+                the path of a new archive, or a binary file to write it to.
+            format: ``"oci"``: a layout; ``"docker"``: the same with what ``docker load``, Podman and skopeo read,
+                as an archive only.
+            progress: told of the stage ``export``, in bytes.
+
+        Raises:
+            NotFound: there is no such image.
+            AlreadyExists, FailedPrecondition: there is something at that path.
+            InvalidArgument: there is no such format, or it has no directory form.
+        """
+        from onlap.images import exporting
+
+        chosen = [image_names] if isinstance(image_names, str) else image_names
+        exporting.export(self, [self.get(each) for each in chosen], out, form=format, progress=progress)
+
+    # Changing
+
+    def remove(self, name: str) -> None:
+        """Forget an image, and the snapshots of its layers that nothing else needs.
+
+        Its blobs are deleted by the next cleanup, unless others have them.
+
+        Raises:
+            NotFound: there is none.
+        """
+        image: Image | None = None
+        full = names.normalized(name)
+        try:
+            image = self.get(name)
+        except errors.DataLoss:
+            image = None  # damaged ones can be removed, too
+        self._database.write(lambda c: records.delete(c, full))
+        if image is not None:
+            self._remove_layers(image)
+
+    def _remove_layers(self, image: Image) -> None:
+        for chain_id in reversed(image.chain_ids):
+            try:
+                if LABEL_LAYER in self.snapshotter.stat(chain_id).labels:
+                    self.snapshotter.remove(chain_id)
+            except errors.NotFound:
+                continue  # it was never unpacked, or is gone
+            except errors.FailedPrecondition:
+                return  # another image or snapshot stands on it
+
+    def tag(self, name: str, new: str) -> Image:
+        """Give an image another name besides; what was called so before loses that name.
+
+        Raises:
+            NotFound: there is no such image.
+            InvalidArgument: it is no name.
+        """
+        image = self.get(name)._replace(name=names.normalized(new))
+        self.record(image)
+        return image
+
+    def unpack(self, image: Image | str, *, progress: Callback | None = None) -> str:
+        """Make snapshots of an image's layers.
+
+        Args:
+            image: which.
+            progress: told of the stage ``unpack``, in bytes.
+
+        Returns:
+            The name of the topmost, to prepare others on.
+
+        Raises:
+            NotFound: there is no such image.
+            InvalidArgument: it has no layers, or a hostile one.
+            DataLoss: a blob is damaged or gone.
+        """
+        image = self._given(image)
+        if not image.layers:
+            raise errors.InvalidArgument(f"the image {image.name} has no layers", key=image.name)
+        with self.content.lease(f"unpack of {image.name}") as lease:
+            lease.pin(image.digest, image.config_digest, *(layer.digest for layer in image.layers))
+            top = self.bring(lease, image, None, unpack=True, progress=progress)
+            if image.name in self:
+                self.record(image)
+        assert top is not None
+        return top
+
+    def commit(
+        self,
+        key: str,
+        name: str,
+        *,
+        author: str = "",
+        message: str = "",
+        changes: Sequence[str] = (),
+        base: Image | str | None = None,
+        compression: str = "gzip",
+        epoch: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        progress: Callback | None = None,
+    ) -> Image:
+        """Make an image of an active snapshot: what it changed becomes a layer, and it becomes that layer's snapshot.
+
+        Args:
+            key: the active snapshot; gone afterwards.
+            name: of the new image.
+            author: of the new layer.
+            message: about it.
+            changes: instructions as a Dockerfile has them: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, WORKDIR, VOLUME.
+            base: the image that it was prepared from; found by the snapshot that it stands on when None.
+            compression: of the layer: ``"gzip"``, ``"zstd"`` or ``"none"``.
+            epoch: seconds since 1970; later times in the layer, and of the image, become this one (SOURCE_DATE_EPOCH).
+            labels: more labels of the image.
+            progress: told of the stage ``diff``, in bytes.
+
+        Raises:
+            NotFound: there is no such snapshot, or no such base.
+            FailedPrecondition: it is not active, is mounted, or stands on no image.
+            InvalidArgument: an instruction cannot be understood.
+        """
+        from onlap.images import commit
+
+        return commit.commit(
+            self,
+            key,
+            name,
+            author=author,
+            message=message,
+            changes=changes,
+            base=self._given(base) if base is not None else None,
+            compression=compression,
+            epoch=epoch,
+            labels=labels or {},
+            progress=progress,
+        )
+
+    # For the modules of this package
+
+    def bring(
+        self,
+        lease: Lease,
+        image: Image,
+        fetch: Fetch | None,
+        *,
+        unpack: bool,
+        progress: Callback | None,
+        halt: threading.Event | None = None,
+    ) -> str | None:
+        """Fetch and unpack the layers of an image; see :meth:`Bringing.run`."""
+        layers = [
+            Layer(layer.digest, layer.size, diff_id, chain_id)
+            for layer, diff_id, chain_id in zip(image.layers, image.diff_ids, image.chain_ids, strict=True)
+        ]
+        bringing = Bringing(self.snapshotter, self.content, lease, layers, progress, halt)
+        return bringing.run(fetch, DOWNLOADS, unpack=unpack)
+
+    def keep(self, lease: Lease, name: str, resolved: Resolved) -> Image:
+        """Put an image's documents into the content store, and pin all of its blobs for now."""
+        image = image_of(name, resolved.descriptor.digest, resolved.manifest, resolved.config)
+        lease.pin(image.digest, image.config_digest, *(layer.digest for layer in image.layers))
+        self.content.put_bytes(resolved.config_data, lease=lease)
+        self.content.put_bytes(resolved.manifest_data, lease=lease)
+        return image
+
+    def record(self, image: Image) -> None:
+        """Let the image be known by its name, with pins on all that it needs."""
+        manifest = self.manifest(image)
+        kind = manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST)
+        size = self.content.size(image.digest)
+        blobs = [image.digest, image.config_digest, *(layer.digest for layer in image.layers)]
+        top = image.chain_ids[-1] if image.chain_ids else ""
+
+        def operation(connection: Connection) -> None:
+            snapshot = snapshots.find(connection, self.snapshotter.owner, top)
+            identifier = snapshot.id if snapshot is not None and LABEL_LAYER in snapshot.labels else None
+            records.put(connection, image.name, image.digest, kind, size, blobs, identifier)
+
+        self._database.write(operation)
+
+
+def image_of(name: str, digest: str, manifest: Manifest, config: Config) -> Image:
+    """An image, of its documents."""
+    diff_ids = tuple(config.rootfs.diff_ids)
+    return Image(
+        name,
+        digest,
+        manifest.config.digest,
+        config.os,
+        config.architecture,
+        config.variant,
+        tuple(manifest.layers),
+        diff_ids,
+        model.chain_ids(diff_ids),
+        config.created,
+        sum(layer.size for layer in manifest.layers),
+    )

@@ -1,0 +1,226 @@
+"""The files of an image that lies on a disk: in a directory, or in an archive, which is read where it is."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from collections.abc import Callable
+from types import TracebackType
+from typing import BinaryIO, Protocol
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.layers.compression import NONE
+from onlap.layers.pipeline import Pipeline
+
+# An archive of an image has a few files a layer. What has more names than this before any that is an image's is
+# somebody's root filesystem.
+_ENOUGH = 2048
+MARKERS = frozenset({"oci-layout", "manifest.json"})
+_LINKS = 8
+
+
+class Files(Protocol):
+    """Read-only files by their path; a context manager."""
+
+    def __enter__(self) -> Files: ...
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None: ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Its bytes; NotFound where there is none."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """The file, to read; NotFound where there is none."""
+        ...
+
+
+def read(files: Files, name: str, limit: int) -> bytes:
+    """All of a small file.
+
+    Raises:
+        NotFound: there is none.
+        ResourceExhausted: it is larger.
+    """
+    with files.open(name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise errors.ResourceExhausted(f"{shown(name)} has more than {limit} bytes", key=name)
+    return data
+
+
+class DirectoryFiles:
+    """The files below a directory."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> DirectoryFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def has(self, name: str) -> bool:
+        return os.path.isfile(self._where(name))
+
+    def size(self, name: str) -> int:
+        with self.open(name) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def open(self, name: str) -> BinaryIO:
+        where = self._where(name)
+        try:
+            # O_NONBLOCK: somebody may have put a FIFO there, which would wait for a writer for ever.
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="read the image", key=name) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise errors.InvalidArgument(f"{shown(where)} is no file", key=name)
+        return os.fdopen(fd, "rb")
+
+    def _where(self, name: str) -> str:
+        return os.path.join(self._path, check_inside(name))
+
+
+class TarFiles:
+    """The files in an archive.
+
+    Args:
+        path: the archive, plain or compressed.
+        room: gives an empty directory to unpack a compressed one into.
+        discard: removes that directory.
+
+    Attributes:
+        is_image: whether it looks like an image's; else the names are not complete.
+
+    Raises:
+        NotFound: there is no such archive.
+        InvalidArgument: it is no archive.
+        DataLoss: it is damaged.
+    """
+
+    def __init__(self, path: str, room: Callable[[], str], discard: Callable[[str], None]) -> None:
+        self._path = path
+        try:
+            self._fd = _plain(path, room, discard)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="read the archive", key=path) from error
+        self._members: dict[str, tarfile.TarInfo] = {}
+        try:
+            self.is_image = self._scan()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> TarFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def _scan(self) -> bool:
+        """Learn the names; False as soon as they are a root filesystem's."""
+        try:
+            with (
+                open(self._fd, "rb", closefd=False) as file,
+                tarfile.open(fileobj=file, mode="r:", errorlevel=0) as archive,
+            ):
+                for member in archive:
+                    self._members[member.name.removeprefix("./").strip("/")] = member
+                    if len(self._members) > _ENOUGH and not MARKERS.intersection(self._members):
+                        return False
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            raise errors.InvalidArgument(f"{shown(self._path)} is no archive: {error}", key=self._path) from error
+        except OSError as error:
+            raise errors.from_oserror(error, doing="read the archive", key=self._path) from error
+        return bool(MARKERS.intersection(self._members)) or "repositories" in self._members
+
+    def has(self, name: str) -> bool:
+        return name in self._members
+
+    def size(self, name: str) -> int:
+        return self._member(name).size
+
+    def open(self, name: str) -> BinaryIO:
+        member = self._member(name)
+        return io.BufferedReader(_Slice(self._fd, member.offset_data, member.size), 1 << 20)
+
+    def _member(self, name: str) -> tarfile.TarInfo:
+        wanted = check_inside(name)
+        for _ in range(_LINKS):
+            member = self._members.get(wanted)
+            if member is None:
+                raise errors.NotFound(f"{shown(self._path)} has no file {shown(name)}", key=name)
+            if member.issym():
+                # Docker before 25 saved a layer that two images share once, and pointed to it.
+                wanted = os.path.normpath(os.path.join(os.path.dirname(wanted), member.linkname))
+            elif member.islnk():
+                wanted = member.linkname.removeprefix("./")
+            elif member.isreg() and not member.issparse():
+                return member
+            else:
+                break
+        raise errors.InvalidArgument(f"{shown(name)} in {shown(self._path)} is no file", key=name)
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, read without moving its offset, so that threads do not disturb one another."""
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self._fd = fd
+        self._offset = offset
+        self._left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer).cast("B")[: self._left]  # type: ignore[arg-type]
+        count = os.preadv(self._fd, [view], self._offset) if view else 0
+        self._offset += count
+        self._left -= count
+        return count
+
+
+def check_inside(name: str) -> str:
+    """A path below the top.
+
+    Raises:
+        InvalidArgument: it leads elsewhere.
+    """
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        raise errors.InvalidArgument(f"the path {shown(name)} leads out of the image", key=name)
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _plain(path: str, room: Callable[[], str], discard: Callable[[str], None]) -> int:
+    """A descriptor of the archive without its compression."""
+    with Pipeline(path) as pipeline:
+        if pipeline.compression == NONE:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        directory = room()
+        try:
+            fd = os.open(f"{directory}/archive", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                while data := pipeline.chunk():
+                    view = memoryview(data)
+                    while view:
+                        view = view[os.write(fd, view) :]
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+        finally:
+            discard(directory)  # the descriptor keeps it

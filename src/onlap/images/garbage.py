@@ -1,0 +1,59 @@
+"""What no image needs any more: snapshots of layers, and what an unpacking that was killed has left; then the blobs."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+
+from onlap import errors
+from onlap.catalog import pins
+from onlap.catalog.records import ACTIVE, COMMITTED
+from onlap.content.store import ContentStore
+from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+
+def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> None:
+    """Remove all that; what is pinned, or has something standing on it, stays.
+
+    Raises:
+        OnlapError: the filesystem or the catalog refuses.
+    """
+    for info in list(snapshotter.walk(f'kind=={ACTIVE},labels."{LABEL_UNPACK}"')):
+        if not _lives(snapshotter, info.labels[LABEL_UNPACK]):
+            _remove(snapshotter, info.name)
+    # What stands on another goes first, and only then the other is found to be free.
+    while True:
+        infos = list(snapshotter.walk(f'kind=={COMMITTED},labels."{LABEL_LAYER}"'))
+        if not sum(_remove(snapshotter, info.name) for info in infos):
+            break
+    content.collect()
+
+
+def _lives(snapshotter: RecordedSnapshotter, owner: str) -> bool:
+    """Whether a lease has pins that have not expired."""
+
+    def query(connection: sqlite3.Connection) -> bool:
+        sql = "SELECT 1 FROM pins WHERE owner = ? AND (expires_ns IS NULL OR expires_ns > ?) LIMIT 1"
+        return connection.execute(sql, (owner, time.time_ns())).fetchone() is not None
+
+    return snapshotter.catalog.database.read(query)
+
+
+def _remove(snapshotter: RecordedSnapshotter, name: str) -> bool:
+    def free(connection: sqlite3.Connection) -> bool:
+        row = connection.execute(
+            "SELECT id FROM snapshots s WHERE owner = ? AND name = ?"
+            " AND NOT EXISTS (SELECT 1 FROM snapshots WHERE parent = s.id)",
+            (snapshotter.owner, name),
+        ).fetchone()
+        return row is not None and not pins.holders(connection, snapshot=row[0])
+
+    # Looked at first: a write transaction for each layer that stays would make others wait.
+    if not snapshotter.catalog.database.read(free):
+        return False
+    try:
+        snapshotter.remove(name)
+    except (errors.NotFound, errors.FailedPrecondition):
+        return False  # somebody was faster, or needs it now
+    return True

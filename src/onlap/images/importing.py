@@ -1,0 +1,227 @@
+"""Images from a disk: what it is that lies there is found out, and taken in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+
+from onlap import errors
+from onlap.content.lease import Lease
+from onlap.errors import shown
+from onlap.images import archive, commit, layout, media, model, names, platforms
+from onlap.images.bring import Fetch
+from onlap.images.facade import Image, Images
+from onlap.images.files import DirectoryFiles, Files, TarFiles
+from onlap.images.layout import Found
+from onlap.images.model import Config, History, Manifest, RootFS
+from onlap.images.resolve import Resolved
+from onlap.images.unpack import Layer
+from onlap.layers import compression
+from onlap.layers.pipeline import Pipeline
+from onlap.progress import Callback, Reporter
+
+
+def import_(
+    images: Images,
+    source: str,
+    *,
+    name: str | None,
+    platform: str | None,
+    unpack: bool,
+    progress: Callback | None,
+) -> list[Image]:
+    """See :meth:`Images.import_`."""
+    wanted = platforms.parse(platform)
+    if name is not None:
+        name = names.normalized(name)
+    with images.content.lease(f"import of {shown(source)}") as lease, clean(images, lease):
+        if os.path.isdir(source):
+            if not layout.is_layout(DirectoryFiles(source)) and not _is_saved(DirectoryFiles(source)):
+                return [_import_tree(images, lease, source, name, wanted, progress)]
+            return _import_files(images, lease, DirectoryFiles(source), source, name, platform, unpack, progress)
+        staging = images.snapshotter.catalog.staging
+        with TarFiles(source, staging.new, staging.discard) as tar:
+            if tar.is_image:
+                return _import_files(images, lease, tar, source, name, platform, unpack, progress)
+        return [_import_tar(images, lease, source, name, wanted, unpack, progress)]
+
+
+@contextlib.contextmanager
+def clean(images: Images, lease: Lease) -> Iterator[None]:
+    """What is hostile or damaged leaves nothing; what was interrupted is gone on with later."""
+    try:
+        yield
+    except (errors.InvalidArgument, errors.DataLoss, errors.Unimplemented, errors.NotFound):
+        with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell
+            lease.end()
+            images.content.collect(lease.digests)
+        raise
+
+
+def _is_saved(source: Files) -> bool:
+    return source.has(archive.MANIFEST_FILE)
+
+
+def _import_files(
+    images: Images,
+    lease: Lease,
+    source: Files,
+    path: str,
+    name: str | None,
+    platform: str | None,
+    unpack: bool,
+    progress: Callback | None,
+) -> list[Image]:
+    wanted = platforms.parse(platform)
+    fallback = layout.fallback(path)
+    if layout.is_layout(source):
+        found = layout.images(source, wanted, name, fallback)
+    else:
+        found = archive.images(source, images.content, lease, wanted if platform else None, name, fallback)
+    done = []
+    for each in found:
+        if each.name is None:
+            raise errors.InvalidArgument(f"{shown(path)} does not say what its image is called", hint="give a --name")
+        image = images.keep(lease, each.name, each.resolved)
+        images.bring(lease, image, _fetch(images, source, each), unpack=unpack, progress=progress)
+        images.record(image)
+        done.append(image)
+    return done
+
+
+def _fetch(images: Images, source: Files, found: Found) -> Fetch:
+    def fetch(layer: Layer, told: Callable[[int], None]) -> None:
+        digest, size = layer.digest, layer.size
+        path = found.where.get(digest) or layout.blob_path(digest)
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            told(done)
+
+        if source.size(path) != size:
+            raise errors.DigestMismatch(
+                f"{digest} has {source.size(path)} bytes, not {size}", key=digest, hint="fetch it again"
+            )
+        with source.open(path) as file:
+            images.content.put(file, digest=digest, size=size, progress=progress)
+
+    return fetch
+
+
+# Root filesystems
+
+
+def _import_tar(
+    images: Images,
+    lease: Lease,
+    source: str,
+    name: str | None,
+    wanted: model.Platform,
+    unpack: bool,
+    progress: Callback | None,
+) -> Image:
+    """A root filesystem's archive, as it is, becomes the one layer of an image."""
+    full = name or _named_as(source)
+    total = os.stat(source).st_size
+    reporter = Reporter(progress, "fetch", "bytes", total)
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        reporter(done)
+
+    try:
+        with open(source, "rb") as file:
+            kind = compression.detect(file.read(compression.PEEK))
+            file.seek(0)
+            if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
+                blob = images.content.put(file, lease=lease, progress=told)
+            else:
+                # No media type says bzip2 or xz: such an archive is kept without its compression.
+                with Pipeline(source) as pipeline:
+                    blob = images.content.put(iter(pipeline.chunk, b""), lease=lease)
+                kind = compression.NONE
+    except OSError as error:
+        raise errors.from_oserror(error, doing="read the archive", key=source) from error
+    reporter.finish(done)
+    diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
+    descriptor = model.Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
+    resolved = made(wanted, [descriptor], [diff_id], f"imported from {os.path.basename(source)}")
+    image = images.keep(lease, full, resolved)
+    images.bring(lease, image, None, unpack=unpack, progress=progress)
+    images.record(image)
+    return image
+
+
+def _diff_id(images: Images, digest: str) -> str:
+    with Pipeline(images.content.path(digest)) as pipeline:
+        while pipeline.chunk():
+            pass
+        return pipeline.digests().diff_id
+
+
+def _import_tree(
+    images: Images, lease: Lease, source: str, name: str | None, wanted: model.Platform, progress: Callback | None
+) -> Image:
+    """A directory becomes a snapshot, and that an image."""
+    from onlap.trees.transfer import import_directory
+
+    full = name or _named_as(source)
+    snapshotter = images.snapshotter
+    key = f"import-{secrets.token_hex(4)}"
+    snapshotter.prepare(key)
+    try:
+        report = Reporter(progress, "import", "files")
+        copied = import_directory(
+            source,
+            snapshotter.layers(snapshotter.record(key))[0],
+            root=snapshotter.root,
+            exclude=(),
+            allow_changes=False,
+            progress=lambda entries, _size: report(entries),
+        )
+        report.finish(copied.entries)
+        return commit.commit(
+            images,
+            key,
+            full,
+            message=f"imported from {os.path.basename(os.path.abspath(source))}",
+            platform=wanted,
+            progress=progress,
+        )
+    finally:
+        with contextlib.suppress(errors.NotFound):  # it was committed
+            snapshotter.remove(key)
+
+
+def _named_as(source: str) -> str:
+    repository = layout.fallback(source)
+    if repository is None:
+        raise errors.InvalidArgument(
+            f"{shown(source)} cannot be the name of an image", key=source, hint="give a --name"
+        )
+    return names.normalized(repository)
+
+
+def made(platform: model.Platform, layers: list[model.Descriptor], diff_ids: list[str], created_by: str) -> Resolved:
+    """The documents of a new image of these layers, in OCI's form."""
+    created = commit.timestamp(time.time_ns())
+    config = Config(
+        architecture=platform.architecture,
+        os=platform.os,
+        variant=platform.variant,
+        rootfs=RootFS("layers", diff_ids),
+        created=created,
+        history=[History(created=created, created_by=created_by)],
+    )
+    config_data = model.encode(config)
+    manifest = Manifest(2, model.describe(config_data, media.OCI_CONFIG), layers, media_type=media.OCI_MANIFEST)
+    manifest_data = model.encode(manifest)
+    descriptor = model.describe(manifest_data, media.OCI_MANIFEST)
+    return Resolved(descriptor, manifest, manifest_data, config, config_data)

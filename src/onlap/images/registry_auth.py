@@ -1,0 +1,251 @@
+"""Who we are to a registry: from the files of Docker and Podman and their helpers, and the tokens made of that.
+
+Nothing here reads the environment: the command does, and passes it in.
+
+Sources: docs.docker.com/reference/cli/docker/login ("Credential stores", "Credential helper protocol");
+containers-auth.json(5); distribution.github.io, "Token Authentication Specification" and "OAuth2 Token
+Authentication"; RFC 9110, section 11.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.images.names import DOCKER_HUB
+
+# Docker's own key for its registry.
+_HUB_KEYS = ("index.docker.io", "docker.io", "registry-1.docker.io")
+_HUB_SERVER = "https://index.docker.io/v1/"
+_TOKEN_USER = "<token>"
+_HELPER = re.compile(r"[A-Za-z0-9_.-]+")
+_NOT_FOUND = "credentials not found"
+# A helper may ask its keychain, which may ask a person.
+_HELPER_TIMEOUT = 120.0
+_MAX_FILE = 8 << 20
+
+
+class Login(NamedTuple):
+    """What proves who we are.
+
+    Attributes:
+        username: empty with an identity token.
+        password: empty likewise.
+        identity_token: what an OAuth2 server gave at a login before.
+    """
+
+    username: str = ""
+    password: str = ""
+    identity_token: str = ""
+
+    def __repr__(self) -> str:
+        return f"Login({self.username!r}, ...)"  # a traceback must not show the rest
+
+    @property
+    def basic(self) -> str:
+        """The value of an Authorization header."""
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+
+
+class Credentials:
+    """Finds the login for a registry.
+
+    Args:
+        files: configuration files, the first that knows the registry wins; those that do not exist are skipped.
+        environment: of credential helpers, with a PATH to find them on; None: helpers are not run.
+        logins: by registry; before all files.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        logins: Mapping[str, Login] | None = None,
+    ) -> None:
+        self._files = list(files)
+        self._environment = environment
+        self._logins = dict(logins or {})
+
+    def find(self, registry: str, repository: str = "") -> Login | None:
+        """The login for a repository; None where there is none.
+
+        Raises:
+            InvalidArgument: a file cannot be understood.
+            FailedPrecondition: a credential helper failed.
+        """
+        if registry in self._logins:
+            return self._logins[registry]
+        for path in self._files:
+            found = self._in_file(path, registry, repository)
+            if found is not None:
+                return found
+        return None
+
+    def _in_file(self, path: str, registry: str, repository: str) -> Login | None:
+        document = _read(path)
+        if document is None:
+            return None
+        hosts = _HUB_KEYS if registry == DOCKER_HUB else (registry,)
+        helpers = _table(document, "credHelpers", path)
+        for host in hosts:
+            helper = helpers.get(host)
+            if isinstance(helper, str) and helper:
+                return self._ask(helper, host, path)
+        auths = {_key(key): value for key, value in _table(document, "auths", path).items()}
+        # containers-auth.json(5): the longest path that leads to the repository counts.
+        for host in hosts:
+            parts = [host, *repository.split("/")] if repository else [host]
+            for length in range(len(parts), 0, -1):
+                entry = auths.get("/".join(parts[:length]))
+                if isinstance(entry, dict):
+                    login = _entry(entry, path)
+                    if login is not None:
+                        return login
+        store = document.get("credsStore")
+        if isinstance(store, str) and store:
+            server = _HUB_SERVER if registry == DOCKER_HUB else registry
+            return self._ask(store, server, path)
+        return None
+
+    def _ask(self, helper: str, server: str, path: str) -> Login | None:
+        if self._environment is None:
+            return None
+        if not _HELPER.fullmatch(helper):
+            raise errors.InvalidArgument(f"{shown(path)}: no name of a credential helper: {shown(helper)}", key=path)
+        program = f"docker-credential-{helper}"
+        try:
+            done = subprocess.run(
+                [program, "get"],
+                input=server.encode(),
+                capture_output=True,
+                env=dict(self._environment),
+                timeout=_HELPER_TIMEOUT,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise errors.FailedPrecondition(
+                f"{program} cannot be run: {error}", key=program, hint=f"install it, or take it out of {shown(path)}"
+            ) from error
+        output = done.stdout.decode("utf-8", "replace")
+        if done.returncode:
+            if _NOT_FOUND in output:
+                return None
+            raise errors.FailedPrecondition(
+                f"{program} failed for {shown(server)}: {shown(output.strip() or done.returncode)}", key=program
+            )
+        try:
+            answer = json.loads(output)
+            username, secret = str(answer["Username"]), str(answer["Secret"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise errors.FailedPrecondition(f"{program} gave no credentials", key=program) from error
+        if username == _TOKEN_USER:
+            return Login(identity_token=secret)
+        return Login(username, secret)
+
+
+def default_files(environment: Mapping[str, str]) -> list[str]:
+    """Where Podman and Docker keep credentials, in the order in which Podman looks."""
+    given = environment.get("REGISTRY_AUTH_FILE")
+    if given:
+        return [given]
+    files = []
+    home = environment.get("HOME", "")
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    if runtime:
+        files.append(os.path.join(runtime, "containers/auth.json"))
+    configuration = environment.get("XDG_CONFIG_HOME") or (os.path.join(home, ".config") if home else "")
+    if configuration:
+        files.append(os.path.join(configuration, "containers/auth.json"))
+    docker = environment.get("DOCKER_CONFIG") or (os.path.join(home, ".docker") if home else "")
+    if docker:
+        files.append(os.path.join(docker, "config.json"))
+    return files
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_FILE)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise errors.from_oserror(error, doing="read the credentials", key=path) from error
+    try:
+        document = json.loads(data or b"{}")
+    except ValueError as error:
+        raise errors.InvalidArgument(f"{shown(path)} is no JSON: {error}", key=path) from error
+    if not isinstance(document, dict):
+        raise errors.InvalidArgument(f"{shown(path)} is no configuration of Docker or Podman", key=path)
+    return document
+
+
+def _table(document: dict[str, Any], name: str, path: str) -> dict[str, Any]:
+    table = document.get(name) or {}
+    if not isinstance(table, dict):
+        raise errors.InvalidArgument(f"{shown(path)}: {name} is no table", key=path)
+    return table
+
+
+def _key(key: str) -> str:
+    """A registry as files name it, ``https://index.docker.io/v1/``, without what says nothing."""
+    key = key.removeprefix("https://").removeprefix("http://").rstrip("/")
+    return key.removesuffix("/v1").removesuffix("/v2")
+
+
+def _entry(entry: dict[str, Any], path: str) -> Login | None:
+    token = entry.get("identitytoken")
+    if isinstance(token, str) and token:
+        return Login(identity_token=token)
+    encoded = entry.get("auth")
+    if isinstance(encoded, str) and encoded:
+        try:
+            username, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError) as error:
+            raise errors.InvalidArgument(f"{shown(path)}: an entry of auths is damaged", key=path) from error
+        if not colon:
+            raise errors.InvalidArgument(f"{shown(path)}: an entry of auths is damaged", key=path)
+        return Login(username, password.rstrip("\0"))
+    name, secret = entry.get("username"), entry.get("password")
+    return Login(name, secret) if isinstance(name, str) and isinstance(secret, str) and name else None
+
+
+class Challenge(NamedTuple):
+    """What a registry asks for.
+
+    Attributes:
+        scheme: in lower case, as ``"bearer"``.
+        parameters: by name, in lower case.
+    """
+
+    scheme: str
+    parameters: Mapping[str, str]
+
+
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_PARAMETER = re.compile(rf'({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))\s*(?:,\s*|$)')
+_SCHEME = re.compile(rf"({_WORD})(?:\s+|$)")
+
+
+def challenges(headers: Sequence[str]) -> list[Challenge]:
+    """What the headers ``WWW-Authenticate`` say (RFC 9110, section 11.6.1); what cannot be understood is left out."""
+    found = []
+    for header in headers:
+        position = 0
+        header = header.strip()
+        while match := _SCHEME.match(header, position):
+            scheme, position = match[1].lower(), match.end()
+            parameters = {}
+            while parameter := _PARAMETER.match(header, position):
+                value = parameter[2] if parameter[2] is not None else parameter[3]
+                parameters[parameter[1].lower()] = re.sub(r"\\(.)", r"\1", value)
+                position = parameter.end()
+            found.append(Challenge(scheme, parameters))
+    return found

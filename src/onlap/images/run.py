@@ -1,0 +1,351 @@
+"""A container in the foreground: prepare, mount, run, and take everything away again.
+
+What is taken away at the end, in this order: the container, the mount points that the runtime made in a tree that
+stays, the mount, the snapshot, the directory of the run. Where this process is killed,
+:func:`onlap.images.rundirs.sweep` does the same later; each run begins with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+import resource
+import stat
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from onlap import errors
+from onlap.catalog.records import ACTIVE, VIEW, Record
+from onlap.errors import shown
+from onlap.images import bundle, rooted, rundirs, runtime
+from onlap.images.bundle import Defaults, Options, Volume
+from onlap.images.forward import Forwarder
+from onlap.images.runtime import Failure, Runtime
+from onlap.images.users import find_user
+from onlap.mounts.temporary import may_mount, mounted
+from onlap.progress import Callback
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+if TYPE_CHECKING:
+    from onlap.images import Images
+
+# On a snapshot that was kept: the image that it began as, whose configuration it goes on with.
+IMAGE_LABEL = "onlap.io/image"
+
+_HOST_FILES = ("hosts", "resolv.conf")
+
+
+class Source(NamedTuple):
+    """What a container begins with.
+
+    Attributes:
+        snapshot: a committed one, which it gets a writable view of; an active one, which it works in; or a view.
+        defaults: what the image says of its containers.
+        image: the image's name, if it is one.
+    """
+
+    snapshot: str
+    defaults: Defaults = Defaults()
+    image: str | None = None
+
+
+class Ended(NamedTuple):
+    """How a container ended.
+
+    Attributes:
+        status: that of its command, 128 plus the number of the signal that ended it; 126 and 127 as env(1).
+        problem: why the command could not be run.
+    """
+
+    status: int
+    problem: str | None = None
+
+
+def find_source(
+    snapshotter: RecordedSnapshotter, images: Callable[[], Images], name: str, progress: Callback | None = None
+) -> Source:
+    """What a name means: the snapshot of exactly that name, else the image, which is unpacked where it is not yet.
+
+    Args:
+        snapshotter: of the root.
+        images: gives the root's images; called only when they are needed.
+        name: of a snapshot or an image.
+        progress: called with what is unpacked.
+
+    Raises:
+        NotFound: there is neither.
+        OnlapError: the image cannot be unpacked.
+    """
+    try:
+        record = snapshotter.record(name)
+    except errors.NotFound:
+        return _image_source(images(), name, progress)
+    image = record.labels.get(IMAGE_LABEL)
+    if image is not None:
+        try:
+            found = images()
+            return Source(name, defaults_of(found, image), image)
+        except errors.NotFound:
+            pass  # the image went meanwhile; the tree is all there
+    return Source(name)
+
+
+def _image_source(images: Images, name: str, progress: Callback | None) -> Source:
+    try:
+        image = images.get(name)
+    except (errors.NotFound, errors.InvalidArgument) as error:  # what is no name of an image may be one of a snapshot
+        raise errors.NotFound(
+            f"there is no snapshot and no image {shown(name)}",
+            key=name,
+            hint=f"see: onlap ls, onlap image ls; or get it: onlap image pull {shown(name)}",
+        ) from error
+    return Source(images.unpack(image, progress=progress), defaults_of(images, image.name), image.name)
+
+
+def defaults_of(images: Images, name: str) -> Defaults:
+    """What an image says of its containers.
+
+    Raises:
+        NotFound: there is no such image.
+    """
+    said = images.config(images.get(name)).execution
+    return Defaults(
+        entrypoint=tuple(said.entrypoint or ()),
+        command=tuple(said.cmd or ()),
+        env=tuple(said.env or ()),
+        user=said.user,
+        workdir=said.working_dir,
+    )
+
+
+def run(
+    snapshotter: RecordedSnapshotter,
+    source: Source,
+    options: Options,
+    *,
+    keep: str | None = None,
+    search: str = "",
+) -> Ended:
+    """Run a container, and wait for its end. Its standard streams are ours, and our signals are its.
+
+    Args:
+        snapshotter: of the root.
+        source: what it begins with.
+        options: what the caller says.
+        keep: leave the snapshot under this key; else what it wrote goes with it. An active snapshot stays anyhow.
+        search: directories to look for a runtime in before the usual ones, as PATH has them.
+
+    Raises:
+        PermissionDenied: we may not mount.
+        Unimplemented: no runtime works here.
+        AlreadyExists: ``keep`` is taken.
+        FailedPrecondition: the active snapshot is in use.
+        InvalidArgument, NotFound: an option cannot be; the error says which.
+        OnlapError: of another kind, for what the filesystem or the kernel says.
+    """
+    if options.network not in bundle.NETWORKS:
+        raise errors.InvalidArgument(f"there is no network {shown(options.network)}", hint="none or host")
+    if not may_mount():
+        raise errors.PermissionDenied(
+            "only root can run containers",
+            hint="run it with sudo, or work in the tree without a container: onlap enter",
+        )
+    runtimes = runtime.candidates(search)
+    rundirs.sweep(snapshotter)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(rundirs.claimed(snapshotter))
+        record, options = _prepare(snapshotter, source, options, keep, os.path.basename(directory))
+        stack.enter_context(_mounted(snapshotter, record, rundirs.rootfs(directory)))
+        root = _open(rundirs.rootfs(directory))
+        stack.callback(os.close, root)
+        with _translated(directory):
+            binds = _host_files(directory, options)
+            problem = _configure(directory, root, source.defaults, options, binds)
+            if problem is not None:
+                return Ended(problem.status or runtime.CANNOT_RUN, problem.message)
+            stays = rundirs.LABEL not in record.labels
+            with _without_mount_points(root, bundle.mount_points(options, binds) if stays else ()):
+                return _run_any(runtimes, directory)
+
+
+def _prepare(
+    snapshotter: RecordedSnapshotter, source: Source, options: Options, keep: str | None, number: str
+) -> tuple[Record, Options]:
+    """The snapshot to run in, and the options that it forces."""
+    found = snapshotter.record(source.snapshot)
+    if found.kind == ACTIVE:
+        if keep is not None:
+            raise errors.InvalidArgument(
+                f"snapshot {shown(found.name)} is active, and stays under its own key",
+                key=keep,
+                hint="leave --keep out",
+            )
+        return found, options
+    parent: str | None = found.name
+    if found.kind == VIEW:
+        # Nothing can be made in it, and the runtime makes mount points: it runs in a read-only root beside it.
+        parent, options = found.parent, options._replace(read_only=True)
+    labels = {IMAGE_LABEL: source.image} if source.image is not None else {}
+    if keep is None:
+        labels[rundirs.LABEL] = number
+    key = keep if keep is not None else f"run-{number}"
+    snapshotter.prepare(key, parent, labels)
+    return snapshotter.record(key), options
+
+
+@contextlib.contextmanager
+def _mounted(snapshotter: RecordedSnapshotter, record: Record, where: str) -> Iterator[None]:
+    catalog = snapshotter.catalog
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(catalog.hold([record.id, *snapshotter.ancestors(record)]))
+        plan = snapshotter.mounts(record.name)
+        snapshotter.check_one_writer(record, plan)
+        stack.enter_context(catalog.hold_for_writing(record.id))
+        stack.enter_context(mounted(plan, where))
+        yield
+
+
+def _open(directory: str) -> int:
+    try:
+        return os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise errors.from_oserror(error, doing="open the tree of a run", key=directory) from error
+
+
+@contextlib.contextmanager
+def _translated(directory: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise errors.from_oserror(error, doing="run a container", key=os.path.basename(directory)) from error
+
+
+def _host_files(directory: str, options: Options) -> list[Volume]:
+    """Copies of the files without which a program does not find its way in the host's network.
+
+    Copies, since the container may write to them.
+    """
+    found = []
+    taken = {volume.target for volume in options.volumes}
+    for name in _HOST_FILES if options.network == "host" else ():
+        try:
+            with open(f"/etc/{name}", "rb") as file:
+                content = file.read()
+        except FileNotFoundError:
+            continue
+        path = f"{directory}/{name}"
+        with open(path, "wb") as file:
+            file.write(content)
+        os.chmod(path, 0o644)
+        if f"/etc/{name}" not in taken:
+            found.append(Volume(path, f"/etc/{name}"))
+    return found
+
+
+def _configure(directory: str, root: int, image: Defaults, options: Options, binds: Sequence[Volume]) -> Failure | None:
+    """Write the container's configuration, or say why its command cannot be run."""
+    user = find_user(root, image.user if options.user is None else options.user)
+    hostname = os.uname().nodename if options.network == "host" else os.path.basename(directory)
+    args = bundle.arguments(image, options)
+    env = bundle.environment(image, options, user, hostname)
+    cwd = bundle.working_directory(image, options)
+    problem = find_problem(root, args[0], env, cwd, options.volumes)
+    if problem is not None:
+        return problem
+    content = bundle.specification(
+        rundirs.rootfs(directory),
+        args=args,
+        env=env,
+        cwd=cwd,
+        user=user,
+        hostname=hostname,
+        options=options,
+        binds=binds,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+    )
+    with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    return None
+
+
+def find_problem(
+    root: int, command: str, env: Mapping[str, str], cwd: str, volumes: Sequence[Volume] = ()
+) -> Failure | None:
+    """Why a command cannot be run in a tree, where that shows before it is tried; raises OSError.
+
+    The runtime would say it too, on the standard error that is the container's.
+    """
+    if "/" in command:
+        places = [posixpath.join(cwd, command)]
+    else:
+        places = [posixpath.join(cwd, place, command) for place in env.get("PATH", "").split(":")]
+    denied = False
+    for place in places:
+        there = rooted.status(root, place)
+        if there is not None and stat.S_ISREG(there.st_mode):
+            if there.st_mode & 0o111:
+                return None
+            denied = True
+        elif there is not None and "/" in command:
+            denied = True
+    # What lies in a volume or in /proc is not there yet.
+    if volumes or command.startswith(("/proc/", "/dev/")):
+        return None
+    if denied:
+        return Failure(f"{shown(command)} cannot be executed", runtime.CANNOT_RUN)
+    return Failure(f"there is no command {shown(command)} in the tree", runtime.NO_COMMAND)
+
+
+@contextlib.contextmanager
+def _without_mount_points(root: int, targets: Sequence[str]) -> Iterator[None]:
+    """Take away the empty files and directories that the runtime makes in the tree to mount at.
+
+    They would be changes of a snapshot that stays, and in the layer that is made of it.
+    """
+    missing = {part for target in targets for part in rooted.missing_parts(root, target)}
+    try:
+        yield
+    finally:
+        for path in sorted(missing, key=len, reverse=True):
+            rooted.remove_if_empty(root, path)
+
+
+def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
+    """Run the container with the first runtime that works."""
+    for each in runtimes:
+        ended, failure = _run_with(each, directory)
+        if failure is None:
+            return ended
+        if failure.status is not None:
+            return Ended(failure.status, failure.message)
+        runtime.note_unusable(each, failure.message)
+        if ended.status > 128:
+            return ended  # a signal ended it before it came to anything: nobody wants another try
+    raise runtime.none_works(runtimes)
+
+
+def _run_with(each: Runtime, directory: str) -> tuple[Ended, Failure | None]:
+    for path in (runtime.log(directory), runtime.pid_file(directory)):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    with open(f"{directory}/runtime", "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(each.path)
+    identifier = rundirs.container_id(directory)
+    line = each.line(directory, "run", "--bundle", directory, "--pid-file", runtime.pid_file(directory), identifier)
+    forwarder = Forwarder(directory)
+    with forwarder.installed():
+        try:
+            # No environment: the runtime needs none, and LISTEN_FDS in it would hand descriptors to the container.
+            process = subprocess.Popen(line, env={})
+            forwarder.attach(process)
+            status = process.wait()
+        finally:
+            # It does so itself, unless it was killed.
+            runtime.delete(each.path, directory, identifier)
+    failure = runtime.read_failure(directory) if status != 0 else None
+    if forwarder.ended_by is not None:
+        status = 128 + forwarder.ended_by
+    return Ended(128 - status if status < 0 else status), failure

@@ -1,0 +1,165 @@
+"""Images from and to registries."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import closing
+
+from onlap import errors
+from onlap.content.digests import digest_of
+from onlap.images import media, model, names, resolve
+from onlap.images.bring import Threads
+from onlap.images.events import PATIENCE, Event, Events, Stopped
+from onlap.images.facade import DOWNLOADS, Image, Images
+from onlap.images.importing import clean
+from onlap.images.model import Descriptor, Platform
+from onlap.images.names import Reference
+from onlap.images.registry import Registry
+from onlap.images.registry_auth import Credentials
+from onlap.images.repository import Repository
+from onlap.images.unpack import Layer
+from onlap.progress import Callback, Reporter
+
+
+def pull(
+    images: Images,
+    name: str,
+    wanted: Platform,
+    *,
+    plain_http: bool,
+    credentials: Credentials | None,
+    unpack: bool,
+    progress: Callback | None,
+) -> Image:
+    """See :meth:`Images.pull`."""
+    reference = names.parse(name)
+    halt = threading.Event()
+    with (
+        closing(_registry(reference, plain_http, credentials, halt)) as registry,
+        images.content.lease(f"pull of {reference}") as lease,
+        clean(images, lease),
+    ):
+        repository = Repository(registry)
+        data, media_type = repository.manifest(reference.version)
+        first = Descriptor(media_type, digest_of(data), len(data))
+        content = images.content
+
+        def get(descriptor: Descriptor, limit: int) -> bytes:
+            if descriptor.digest == first.digest:
+                return data
+            lease.pin(descriptor.digest)
+            if content.has(descriptor.digest):
+                return content.read(descriptor.digest, limit)
+            if media.is_document(descriptor.media_type):
+                return repository.manifest(descriptor.digest)[0]
+            return repository.small_blob(descriptor.digest, limit)
+
+        def fetch(layer: Layer, told: Callable[[int], None]) -> None:
+            repository.fetch(content, layer.digest, layer.size, told)
+
+        resolved = resolve.resolve(get, first, wanted)
+        image = images.keep(lease, str(reference), resolved)
+        try:
+            images.bring(lease, image, fetch, unpack=unpack, progress=progress, halt=halt)
+        finally:
+            halt.set()
+        images.record(image)
+    return image
+
+
+def push(
+    images: Images,
+    image: Image,
+    target: str,
+    *,
+    plain_http: bool,
+    credentials: Credentials | None,
+    progress: Callback | None,
+) -> str:
+    """See :meth:`Images.push`."""
+    reference = names.parse(target)
+    if reference.digest is not None and reference.digest != image.digest:
+        raise errors.InvalidArgument(
+            f"{image.name} is {image.digest}, which {target} is not", key=target, hint="push to a tag"
+        )
+    halt = threading.Event()
+    manifest = images.manifest(image)
+    sources = _sources(images, reference)
+    content = images.content
+    with (
+        closing(_registry(reference, plain_http, credentials, halt)) as registry,
+        content.lease(f"push of {image.name}") as lease,
+    ):
+        lease.pin(image.digest, image.config_digest, *(layer.digest for layer in image.layers))
+        repository = Repository(registry)
+
+        def send(layer: Layer, told: Callable[[int], None]) -> None:
+            with content.open(layer.digest) as file:
+                repository.send(file, layer.digest, layer.size, sources.get(layer.digest, []), told)
+
+        config = Layer(image.config_digest, content.size(image.config_digest), "", "")
+        blobs = [Layer(layer.digest, layer.size, "", "") for layer in image.layers]
+        unique = list({blob.digest: blob for blob in [*blobs, config]}.values())
+        _run(unique, send, progress, halt)
+        data = content.read(image.digest, model.MAX_MANIFEST)
+        kind = manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST)
+        return repository.put_manifest(reference.tag or reference.version, data, kind)
+
+
+def _run(
+    blobs: list[Layer],
+    send: Callable[[Layer, Callable[[int], None]], None],
+    progress: Callback | None,
+    halt: threading.Event,
+) -> None:
+    """Send blobs, several at once, while this thread reports."""
+    events: Events = queue.SimpleQueue()
+    total = sum(blob.size for blob in blobs)
+    report = Reporter(progress, "push", "bytes", total)
+    sent: dict[int, int] = {}
+    try:
+        with Threads(send, blobs, range(len(blobs)), DOWNLOADS, events.put, halt) as threads:
+            while not threads.finished:
+                try:
+                    event: Event = events.get(timeout=PATIENCE)
+                except queue.Empty:
+                    continue
+                if event.failure is not None:
+                    raise event.failure
+                if event.present:
+                    threads.finished_one(event.layer)
+                    sent[event.layer] = blobs[event.layer].size
+                elif event.fetched is not None:
+                    sent[event.layer] = event.fetched
+                report(sum(sent.values()), blobs[event.layer].digest)
+    finally:
+        halt.set()
+    report.finish(total)
+
+
+def _registry(
+    reference: Reference, plain_http: bool, credentials: Credentials | None, halt: threading.Event
+) -> Registry:
+    def pause(seconds: float) -> None:
+        if halt.wait(seconds):
+            raise Stopped
+
+    return Registry(
+        reference.registry, reference.repository, plain_http=plain_http, credentials=credentials, pause=pause
+    )
+
+
+def _sources(images: Images, target: Reference) -> dict[str, list[str]]:
+    """The repositories of the target's registry that are known to have a blob, since images of ours came from there."""
+    found: dict[str, list[str]] = {}
+    for image in images.list():
+        reference = names.parse(image.name)
+        if reference.registry != target.registry or reference.repository == target.repository:
+            continue
+        for layer in image.layers:
+            repositories = found.setdefault(layer.digest, [])
+            if reference.repository not in repositories and len(repositories) < 2:
+                repositories.append(reference.repository)
+    return found

@@ -1,0 +1,1 @@
+"""The cases of :mod:`onlap.testing.graphdrivers`."""

@@ -1,0 +1,578 @@
+"""``onlap run`` with a real runtime: what a container gets, how it ends, and what is left of it: nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import capabilities
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+PROGRAMS = ("cat", "env", "id", "ls", "mkdir", "rm", "sh", "sleep", "tty")
+
+pytestmark = pytest.mark.needs("overlay", "peer:runc")
+
+
+class Command:
+    """``onlap`` on a root that has the snapshot ``base``: a shell and what it takes to look around."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # Images need libraries beside the standard one; containers on snapshots do not.
+        self.bare = True
+
+    def line(self, *words: str | Path) -> list[str]:
+        return [sys.executable, *(["-S"] if self.bare else []), "-m", "onlap", *map(str, words)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(SOURCE), "ONLAP_ROOT": str(self.root)}
+
+    def do(self, *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.line(*words), env=self.environment, capture_output=True, text=True, errors="surrogateescape", **more
+        )
+
+    def __call__(self, *words: str | Path) -> str:
+        """The output of a command that must succeed."""
+        done = self.do(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def json(self, *words: str | Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self("--json", *words).splitlines()]
+
+    def start(self, *words: str | Path, **more: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.line(*words),
+            env=self.environment,
+            text=True,
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
+        )
+
+    def names(self) -> list[str]:
+        return [snapshot["name"] for snapshot in self.json("ls")]
+
+    def runs(self) -> list[Path]:
+        runs = self.root / "runs"
+        return sorted(runs.iterdir()) if runs.exists() else []
+
+
+@pytest.fixture(scope="module")
+def module_command(place: Path) -> Command:
+    source = place / "tree"
+    make_tree(source)
+    command = Command(place / "root")
+    command("init", "--snapshotter", "overlay")
+    command("import", source, "base")
+    return command
+
+
+@pytest.fixture
+def onlap(module_command: Command) -> Iterator[Command]:
+    """The command; in the end there is no trace of a run, and no snapshot but those that were there before."""
+    before = module_command.names()
+    yield module_command
+    for name in module_command.names():
+        if name not in before:
+            module_command("rm", name)
+    assert module_command.names() == before
+    assert module_command.runs() == []
+    assert cgroups() == []
+    assert str(module_command.root) not in Path("/proc/self/mountinfo").read_text()
+
+
+def make_tree(top: Path) -> None:
+    """A tree with some of this machine's programs, and the libraries that they need."""
+    for name in ("bin", "etc", "root"):
+        (top / name).mkdir(parents=True)
+    for name in PROGRAMS:
+        program = shutil.which(name)
+        assert program is not None
+        shutil.copy(os.path.realpath(program), top / "bin" / name)
+        listing = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
+        for library in (word for word in listing.split() if word.startswith("/")):
+            where = top / library.lstrip("/")
+            where.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(os.path.realpath(library), where)
+    (top / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n")
+    (top / "etc" / "group").write_text("root:x:0:\napp:x:1001:\nwheel:x:10:app\n")
+    (top / "bin" / "data").write_text("no program")
+
+
+def cgroups() -> list[Path]:
+    """What runtimes left of our containers in the cgroup hierarchies."""
+    return [path for path in Path("/sys/fs/cgroup").glob("**/onlap-*") if path.is_dir()]
+
+
+def await_line(process: subprocess.Popen[str], wanted: str) -> None:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if line != wanted + "\n":
+        process.kill()
+        pytest.fail(f"{line!r} and not {wanted!r}: {process.communicate()[1]}")
+
+
+# What a container gets
+
+
+def test_user_environment_and_working_directory(onlap: Command) -> None:
+    script = "id -u; id -g; id -G; pwd; echo $HOME $A $B; ls -d /work"
+    said = onlap(
+        "run", "--user", "app", "--env", "A=1 2", "-e", "B=3", "--workdir", "/work", "base", "sh", "-c", script
+    )
+    assert said.splitlines() == ["1000", "1001", "1001 10", "/work", "/home/app 1 2 3", "/work"]
+    said = onlap("run", "base", "sh", "-c", "id -u; id -G; pwd; echo $HOME $PATH")
+    assert said.splitlines()[:3] == ["0", "0", "/"]
+    assert said.splitlines()[3] == "/root /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def test_our_environment_stays_outside(onlap: Command) -> None:
+    os.environ["ONLAP_TEST_SECRET"] = "x"
+    try:
+        assert "SECRET" not in onlap("run", "base", "env")
+        assert "ONLAP_TEST_SECRET=x" in onlap("run", "--env", "ONLAP_TEST_SECRET", "base", "env")
+    finally:
+        del os.environ["ONLAP_TEST_SECRET"]
+
+
+def test_options_behind_the_name_are_the_command_s(onlap: Command) -> None:
+    assert onlap("run", "base", "ls", "-d", "--", "/bin") == "/bin\n"
+    assert onlap("run", "base", "--", "ls", "-d", "/bin") == "/bin\n"
+    assert onlap("run", "--rm", "base", "sh", "-c", "echo $0 $*", "--json", "-q") == "--json -q\n"
+
+
+def test_standard_streams(onlap: Command) -> None:
+    done = onlap.do("run", "base", "sh", "-c", "cat; echo err >&2", input="in\n" * 10000)
+    assert (done.stdout, done.stderr) == ("in\n" * 10000, "err\n")
+
+
+def test_volumes(onlap: Command, tmp_path: Path) -> None:
+    (tmp_path / "given").write_text("hello")
+    script = "cat /data/given; echo new > /data/made; echo no > /kept/x"
+    done = onlap.do(
+        "run", "--volume", f"{tmp_path}:/data", "--volume", f"{tmp_path}:/kept:ro", "base", "sh", "-c", script
+    )
+    assert (done.returncode, done.stdout) == (2, "hello")
+    assert "Read-only file system" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "made"]
+    done = onlap.do("run", "--volume", f"{tmp_path}/missing:/x", "base", "ls")
+    assert done.returncode == 125
+    assert "missing" in done.stderr
+
+
+def test_a_program_from_a_volume(onlap: Command, tmp_path: Path) -> None:
+    (tmp_path / "program").write_text("#!/bin/sh\necho ran\n")
+    (tmp_path / "program").chmod(0o755)
+    assert onlap("run", "--volume", f"{tmp_path}:/tools", "base", "/tools/program") == "ran\n"
+
+
+def test_read_only(onlap: Command) -> None:
+    done = onlap.do("run", "--read-only", "base", "sh", "-c", "echo x > /dev/shm/x && echo x > /x")
+    assert done.returncode == 2
+    assert "cannot create /x: Read-only file system" in done.stderr
+
+
+def interfaces(text: str) -> set[str]:
+    return {line.split(":")[0].strip() for line in text.splitlines() if ":" in line}
+
+
+def test_networks(onlap: Command) -> None:
+    assert interfaces(onlap("run", "base", "cat", "/proc/net/dev")) == {"lo"}
+    here = interfaces(Path("/proc/net/dev").read_text())
+    assert interfaces(onlap("run", "--network", "host", "base", "cat", "/proc/net/dev")) == here
+    script = "cat /etc/hosts; echo changed > /etc/hosts"
+    before = Path("/etc/hosts").read_text()
+    assert onlap("run", "--network", "host", "base", "sh", "-c", script) == before
+    assert Path("/etc/hosts").read_text() == before
+
+
+def test_the_kernel_is_out_of_reach(onlap: Command) -> None:
+    script = (
+        "for f in /proc/sysrq-trigger /proc/sys/kernel/hostname /sys/kernel/mm/ksm/run; do"
+        " ( echo x > $f ) 2> /dev/null && echo wrote $f; done;"
+        " cat /proc/keys; ls /sys/firmware; ls /dev/kmsg /dev/mem 2> /dev/null; ls -d /proc/[0-9]*"
+    )
+    assert onlap("run", "base", "sh", "-c", script).splitlines()[0] == "/proc/1"
+
+
+# How it ends
+
+
+def test_exit_statuses(onlap: Command) -> None:
+    for status in (0, 1, 7, 125, 255):
+        assert onlap.do("run", "base", "sh", "-c", f"exit {status}").returncode == status
+    assert onlap.do("run", "base", "sh", "-c", "sh -c 'kill -9 $$'; exit $?").returncode == 137
+
+
+@pytest.mark.parametrize(
+    "command, status, said",
+    [
+        ("missing", 127, "there is no command missing in the tree"),
+        ("/bin/missing", 127, "there is no command /bin/missing in the tree"),
+        ("/bin/data", 126, "/bin/data cannot be executed"),
+        ("/bin", 126, "/bin cannot be executed"),
+    ],
+)
+def test_a_command_that_cannot_be_run(onlap: Command, command: str, status: int, said: str) -> None:
+    done = onlap.do("run", "base", command)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"onlap: {said}\n")
+    done = onlap.do("--json", "run", "base", command)
+    assert (done.returncode, json.loads(done.stderr)["error"]["message"]) == (status, said)
+
+
+def test_the_runtime_s_own_words(onlap: Command, tmp_path: Path) -> None:
+    """Where a volume may hold the command, only the runtime knows."""
+    done = onlap.do("run", "--volume", f"{tmp_path}:/tools", "base", "/tools/missing")
+    assert done.returncode == 127
+    assert done.stderr.splitlines()[-1].startswith('onlap: exec: "/tools/missing":')
+
+
+def test_what_is_wrong_before_is_125(onlap: Command) -> None:
+    for words in (
+        ("run", "nothing", "ls"),
+        ("run", "base"),
+        ("run", "--user", "nobody", "base", "ls"),
+        ("run", "--network", "bridge", "base", "ls"),
+        ("run", "--rm", "--keep", "k", "base", "ls"),
+        ("run", "--keep", "base", "base", "ls"),
+        ("run", "--tty", "base", "ls"),
+        ("run", "--env", "A\udcff=1", "base", "ls"),
+        ("run",),
+    ):
+        done = onlap.do(*words)
+        assert (done.returncode, done.stdout) == (125, ""), words
+        assert done.stderr.startswith("onlap: "), words
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_what_does_not_handle_it(onlap: Command, name: str) -> None:
+    number = signal.Signals[name]
+    process = onlap.start("run", "base", "sh", "-c", "echo ready; exec sleep 1000", start_new_session=True)
+    await_line(process, "ready")
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    process.communicate()
+
+
+def test_a_signal_reaches_who_handles_it(onlap: Command) -> None:
+    script = "trap 'echo got; exit 9' TERM; trap 'echo hup' HUP; trap '' INT; echo ready; while :; do sleep 0.05; done"
+    process = onlap.start("run", "base", "sh", "-c", script, start_new_session=True)
+    await_line(process, "ready")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
+    await_line(process, "hup")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (9, "got\n")
+
+
+# Terminals
+
+
+def test_a_terminal(onlap: Command) -> None:
+    ours, theirs = pty.openpty()
+    script = "tty; echo $TERM; trap 'echo interrupted; exit 5' INT; echo ready; read x; echo $x; read y"
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        onlap.line("run", "--tty", "base", "sh", "-c", script),
+        env=onlap.environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    try:
+        seen = read_until(ours, b"ready\r\n")
+        assert seen == b"/dev/pts/0\r\nxterm\r\nready\r\n"
+        os.write(ours, b"typed\n")
+        assert read_until(ours, b"typed\r\ntyped\r\n") == b"typed\r\ntyped\r\n"
+        os.write(ours, b"\x03")
+        assert b"interrupted" in read_until(ours, b"interrupted\r\n")
+        assert process.wait() == 5
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def read_until(fd: int, end: bytes) -> bytes:
+    seen = b""
+    while not seen.endswith(end):
+        ready, _, _ = select.select([fd], [], [], 20)
+        assert ready, f"nothing more after {seen!r}"
+        seen += os.read(fd, 4096)
+    return seen
+
+
+# What stays
+
+
+def test_nothing_stays_unless_it_is_kept(onlap: Command) -> None:
+    before = onlap.names()
+    onlap("run", "base", "sh", "-c", "echo x > /x")
+    assert onlap.names() == before
+    assert onlap("run", "--keep", "kept", "base", "sh", "-c", "echo kept > /x; rm /bin/data") == ""
+    # Not the mount points that the runtime made.
+    assert onlap("diff", "kept").splitlines() == ["C /bin", "D /bin/data", "A /x"]
+    assert onlap.do("run", "--keep", "kept", "base", "ls").returncode == 125
+    # Again, in the same snapshot.
+    assert onlap("run", "kept", "cat", "/x") == "kept\n"
+    onlap("run", "--network", "host", "kept", "sh", "-c", "mkdir /data; echo more > /data/f")
+    assert onlap("diff", "kept").splitlines() == ["C /bin", "D /bin/data", "A /data", "A /data/f", "A /x"] or (
+        "C /etc" in onlap("diff", "kept")
+    )
+    onlap("commit", "next", "kept")
+    assert onlap("run", "next", "cat", "/data/f", "/x") == "more\nkept\n"
+    done = onlap.do("run", "--keep", "k", "kept", "ls")
+    assert (done.returncode, "there is no snapshot" in done.stderr) == (125, True)
+
+
+def test_an_active_snapshot_has_one_writer(onlap: Command) -> None:
+    onlap("prepare", "work", "base")
+    process = onlap.start("run", "work", "sh", "-c", "echo ready; read x", stdin=subprocess.PIPE)
+    await_line(process, "ready")
+    done = onlap.do("run", "work", "ls")
+    assert (done.returncode, "mounted read-write already" in done.stderr) == (125, True)
+    assert onlap.do("commit", "name", "work").returncode == 5
+    process.communicate("x\n")
+    assert process.returncode == 0
+    onlap("run", "work", "ls")
+
+
+def test_a_view_is_read_only(onlap: Command) -> None:
+    onlap("view", "look", "base")
+    done = onlap.do("run", "look", "sh", "-c", "echo seen; echo x > /x")
+    assert (done.returncode, done.stdout) == (2, "seen\n")
+
+
+def test_several_at_once(onlap: Command) -> None:
+    processes = [onlap.start("run", "base", "sh", "-c", f"echo {number} > /x; cat /x") for number in range(4)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert outputs == [f"{number}\n" for number in range(4)]
+
+
+def test_a_run_that_was_killed_is_cleaned_up_by_the_next(onlap: Command) -> None:
+    process = onlap.start("run", "base", "sh", "-c", "echo ready; exec sleep 1000")
+    kept = onlap.start("run", "--keep", "kept", "base", "sh", "-c", "echo x > /x; echo ready; exec sleep 1000")
+    pids = []
+    for each in (process, kept):
+        await_line(each, "ready")
+    for run in onlap.runs():
+        pids.append(int((run / "pid").read_text()))
+    assert len(pids) == 2
+    descriptors = [os.pidfd_open(pid) for pid in pids]
+    runtimes = [os.pidfd_open(parent_of(pid)) for pid in pids]
+    for each in (process, kept):
+        each.kill()
+        each.wait()
+    # A living one is left alone.
+    living = onlap.start("run", "base", "sh", "-c", "echo ready; read x", stdin=subprocess.PIPE)
+    await_line(living, "ready")
+    for fd in (*descriptors, *runtimes):
+        assert select.select([fd], [], [], 20)[0], "the container of a dead run lives on"
+        os.close(fd)
+    assert len(onlap.runs()) == 1
+    assert "kept" in onlap.names()
+    assert [name for name in onlap.names() if name.startswith("run-")] == [f"run-{onlap.runs()[0].name}"]
+    assert onlap("run", "base", "sh", "-c", "echo next") == "next\n"
+    assert living.poll() is None
+    living.communicate("x\n")
+    assert living.returncode == 0
+    assert onlap("diff", "kept") == "A /x\n"
+    for each in (process, kept):
+        each.communicate()
+
+
+def parent_of(pid: int) -> int:
+    """The runtime, which waits for the container."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["PPid"])
+
+
+def test_a_runtime_that_was_killed(onlap: Command) -> None:
+    """The container does not outlive the command."""
+    process = onlap.start("run", "base", "sh", "-c", "echo ready; exec sleep 1000")
+    await_line(process, "ready")
+    pid = int((onlap.runs()[0] / "pid").read_text())
+    container = os.pidfd_open(pid)
+    os.kill(parent_of(pid), signal.SIGKILL)
+    assert process.wait() == 137
+    assert select.select([container], [], [], 20)[0]
+    os.close(container)
+    process.communicate()
+
+
+def test_without_a_runtime(onlap: Command) -> None:
+    code = (
+        "import sys; from onlap.images import runtime; runtime._USUAL_PLACES = '/nonexistent';"
+        "from onlap.cli import main; sys.exit(main(['run', 'base', 'ls']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], env={**onlap.environment, "PATH": ""}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "neither runc nor crun" in done.stderr
+    assert "apt-get install runc" in done.stderr
+
+
+@pytest.mark.needs("peer:crun")
+def test_another_runtime_where_the_first_does_not_work(onlap: Command, tmp_path: Path) -> None:
+    """What is called crun here cannot make a container; what is called runc is the real one, and comes first."""
+    real = capabilities.find_program("runc")
+    assert real is not None
+    (tmp_path / "runc").write_text('#!/bin/sh\necho \'{"level":"error","msg":"not here"}\' > "$4"\nexit 1\n')
+    (tmp_path / "runc").chmod(0o755)
+    (tmp_path / "crun").symlink_to(real)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    line = onlap.line("run", "base", "sh", "-c", "echo ran")
+    done = subprocess.run(line, env={**onlap.environment, "PATH": path}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
+    (tmp_path / "crun").unlink()
+    shutil.copy(tmp_path / "runc", tmp_path / "crun")
+    done = subprocess.run(line, env={**onlap.environment, "PATH": path}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "no container can be made here: runc: not here; crun: not here" in done.stderr
+
+
+def test_in_a_thread(onlap: Command) -> None:
+    """The library may be called from any thread; signals are the main thread's."""
+    code = (
+        "import threading, onlap\n"
+        "from onlap.images.run import Options, Source, run\n"
+        f"store = onlap.open({str(onlap.root)!r})\n"
+        "found = []\n"
+        "options = Options(('sh', '-c', 'exit 3'))\n"
+        "thread = threading.Thread(target=lambda: found.append(run(store.snapshotter, Source('base'), options)))\n"
+        "thread.start(); thread.join(); store.close()\n"
+        "raise SystemExit(found[0].status)\n"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=onlap.environment, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+
+
+# Images
+
+
+@pytest.fixture
+def image(onlap: Command, place: Path) -> Iterator[Command]:
+    """``localhost/base:1``, an image of the same tree, and ``localhost/app:1`` on it."""
+    onlap.bare = False
+    try:
+        onlap("-q", "image", "import", place / "tree", "--name", "localhost/base:1")
+        onlap("run", "--keep", "work", "localhost/base:1", "sh", "-c", "echo hello > /greeting; rm /bin/data")
+        changes = ['ENTRYPOINT ["sh", "-c"]', 'CMD ["cat /greeting"]', "USER app", "WORKDIR /work", "ENV A=1"]
+        words = [word for change in changes for word in ("--change", change)]
+        onlap("-q", "image", "commit", "work", "localhost/app:1", "--message", "greets", *words)
+        yield onlap
+        for name in onlap("-q", "image", "ls").split():
+            onlap("image", "rm", name)
+        onlap("cleanup")
+    finally:
+        onlap.bare = True
+
+
+def test_an_image_runs_as_it_says(image: Command) -> None:
+    assert image("run", "localhost/app:1") == "hello\n"
+    assert image("run", "localhost/app:1", "id -u; pwd; echo $A").split() == ["1000", "/work", "1"]
+    said = image("run", "-u", "0", "-w", "/", "-e", "A=2", "localhost/app:1", "id -u; pwd; echo $A")
+    assert said.split() == ["0", "/", "2"]
+    # A kept snapshot goes on as the image that it began as.
+    image("run", "--keep", "again", "localhost/app:1", "true")
+    assert image("run", "again") == "hello\n"
+
+
+def test_looking_into_images(image: Command) -> None:
+    assert image("-q", "image", "ls").split() == ["localhost/app:1", "localhost/base:1"]
+    header, app, base = image("image", "ls").splitlines()
+    assert header.split() == ["NAME", "DIGEST", "PLATFORM", "LAYERS", "SIZE", "CREATED"]
+    assert (app.split()[0], app.split()[3], base.split()[3]) == ("localhost/app:1", "2", "1")
+    listed = image.json("image", "ls")
+    assert [len(each["layers"]) for each in listed] == [2, 1]
+    assert listed[0]["digest"].startswith(f"sha256:{app.split()[1]}")
+
+    steps = image.json("image", "history", "localhost/app:1")
+    assert [(step["layer"], step["added"], step["changed"], step["deleted"]) for step in steps][1] == (2, 1, 0, 1)
+    assert steps[1]["comment"] == "greets"
+    lines = image("image", "history", "localhost/app:1").splitlines()
+    assert lines[0].split() == ["LAYER", "SIZE", "ADDED", "CHANGED", "DELETED", "COMMAND"]
+    assert len(lines) == 3
+
+    said = image("image", "diff", "localhost/base:1", "localhost/app:1").splitlines()
+    assert [(line.split()[0], line.split()[-1]) for line in said[:-1]] == [("D", "/bin/data"), ("A", "/greeting")]
+    assert said[-1] == "1 added, 0 changed, 1 deleted; -4 B"
+    found = image.json("image", "diff", "localhost/base:1", "localhost/app:1")
+    assert [(each["path"], each["before_bytes"], each["after_bytes"]) for each in found] == [
+        ("/bin/data", 10, 0),
+        ("/greeting", 0, 6),
+    ]
+    assert image("image", "diff", "localhost/app:1", "localhost/app:1", "--exit-code") == (
+        "0 added, 0 changed, 0 deleted; 0 B\n"
+    )
+    assert image.do("image", "diff", "localhost/base:1", "localhost/app:1", "--exit-code").returncode == 1
+
+
+def test_where_files_come_from(image: Command) -> None:
+    found = image.json("image", "files", "localhost/app:1", "--wasted")
+    assert found[0] == {
+        "path": "/bin/data",
+        "layer": None,
+        "size": 0,
+        "hid": [{"layer": 1, "size": 10, "by": 2}],
+        "wasted": 10,
+    }
+    assert [(each["layer"], each["wasted"]) for each in found[1:]] == [(1, 10), (2, 0)]
+    lines = image("image", "files", "localhost/app:1", "/greeting").splitlines()
+    assert lines[1].split() == ["2", "6", "B", "-", "-", "/greeting"]
+    assert image.do("image", "files", "localhost/app:1", "/nothing").returncode == 3
+
+
+def test_tags_and_removal(image: Command) -> None:
+    image("image", "tag", "localhost/app:1", "localhost/app:2")
+    image("image", "rm", "localhost/app:1")
+    assert image("run", "localhost/app:2") == "hello\n"
+    done = image.do("image", "rm", "localhost/app:1", "localhost/app:2")
+    assert done.returncode == 3
+    assert image("-q", "image", "ls").split() == ["localhost/base:1"]
+    assert image.do("run", "localhost/app:2").returncode == 125
+
+
+def test_out_and_in_again(image: Command, tmp_path: Path) -> None:
+    image("-q", "image", "export", "localhost/app:1", tmp_path / "app.tar", "--format", "docker")
+    digest = image.json("image", "ls")[0]["digest"]
+    image("image", "rm", "localhost/app:1")
+    (found,) = image.json("image", "import", tmp_path / "app.tar")
+    assert (found["name"], found["digest"]) == ("localhost/app:1", digest)
+    assert image("run", "localhost/app:1") == "hello\n"
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(onlap: Command, place: Path) -> None:
+    onlap.bare = False
+    try:
+        done = onlap.do("image", "import", place / "tree", "--name", "localhost/base:2")
+        assert done.returncode == 0
+        assert done.stderr.startswith("onlap: import: ")
+        assert all(line.startswith("onlap: ") and "\x1b" not in line for line in done.stderr.splitlines())
+        assert onlap.do("--json", "image", "import", place / "tree", "--name", "localhost/base:2").stderr == ""
+        onlap("image", "rm", "localhost/base:2")
+        onlap("cleanup")
+    finally:
+        onlap.bare = True
