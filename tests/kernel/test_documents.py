@@ -34,7 +34,9 @@ def shell(tmp_path: Path) -> dict[str, str]:
 def test_the_python_of_the_readme(tmp_path: Path, shell: dict[str, str]) -> None:
     (code,) = blocks("README.md", "python")
     moved = code.replace("/tmp/onlap-example", str(tmp_path / "root"))
-    done = subprocess.run([sys.executable, "-c", moved], cwd=TOP, env=shell, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", moved], cwd=TOP, env=shell, capture_output=True, text=True, check=False
+    )
     assert (done.stdout, done.stderr, done.returncode) == ("A hello.py\n", "", 0)
 
 
@@ -43,9 +45,7 @@ def test_the_shell_of_the_readme(tmp_path: Path, shell: dict[str, str]) -> None:
     code = next(code for code in blocks("README.md", "sh") if "ONLAP_ROOT" in code)
     (tmp_path / "src").symlink_to(TOP / "src")
     moved = code.replace("/tmp/onlap-example-shell", str(tmp_path / "root"))
-    done = subprocess.run(
-        ["sh", "-euc", moved], cwd=tmp_path, env=shell, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["sh", "-euc", moved], cwd=tmp_path, env=shell, capture_output=True, text=True, check=False)
     assert (done.stderr, done.returncode) == ("", 0)
     assert "A /greeting" in done.stdout
     left = subprocess.run(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from onlap import FailedPrecondition, InvalidArgument, NativeSnapshotter, OverlaySnapshotter, mounted
 from onlap.serve.containerd.service import is_unpacked
 from onlap.snapshots.overlay import LABEL_GIDS, LABEL_UIDS, LABEL_UPPERDIR, Properties
@@ -17,8 +17,8 @@ MAPPING = {LABEL_UIDS: "0:100000:65536", LABEL_GIDS: "0:200000:65536"}
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "root"
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "root"
 
 
 def base_with_a_file(snapshotter: OverlaySnapshotter, uid: int = 0, gid: int = 0) -> None:
@@ -57,12 +57,12 @@ def test_a_mapping_that_maps_no_root_is_refused(place: Path, text: str) -> None:
 
 
 def test_capabilities(place: Path) -> None:
-    def capabilities(name: str, **options: bool) -> tuple[str, ...]:
-        with OverlaySnapshotter(place / name, properties=None, **options) as snapshotter:
+    def capabilities(name: str, *, remap_ids: bool, slow_chown: bool) -> tuple[str, ...]:
+        with OverlaySnapshotter(place / name, remap_ids=remap_ids, slow_chown=slow_chown) as snapshotter:
             return snapshotter.capabilities
 
-    assert capabilities("plain") == ("rebase",)
-    assert capabilities("remap", remap_ids=True) == ("rebase", "remap-ids", "only-remap-ids")
+    assert capabilities("plain", remap_ids=False, slow_chown=False) == ("rebase",)
+    assert capabilities("remap", remap_ids=True, slow_chown=False) == ("rebase", "remap-ids", "only-remap-ids")
     assert capabilities("slow", remap_ids=True, slow_chown=True) == ("rebase", "remap-ids")
 
 

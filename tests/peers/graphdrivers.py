@@ -1,15 +1,12 @@
-"""Docker on our graph drivers: the plugin as a process, a dockerd that uses it, Docker's sources for Go tests."""
+"""Docker on our graph drivers: the plugin as a process, a dockerd that uses it."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import gobuild
 from onlap.mounts import kernel
 from onlap.mounts.plan import bind
 from onlap.mounts.unmount import unmount
@@ -17,7 +14,6 @@ from peers.daemons import ONLAP_ENVIRONMENT, Daemon, onlap_command, run
 
 # dockerd looks nowhere else for the sockets of plugins (pkg/plugins/discovery.go).
 PLUGINS = Path("/run/docker/plugins")
-GO = Path(__file__).parent / "go"
 
 
 class Plugin(Daemon):
@@ -91,22 +87,3 @@ def plugin_directory(place: Path) -> Iterator[Path]:
     finally:
         for path in made:
             path.rmdir()
-
-
-def build(source: str, *, test: bool = False) -> Path:
-    """The program built from a package in :data:`GO` that uses Docker's sources."""
-    gopath = gobuild.CACHE / "gopath" / "src"
-    # Debian's package of Docker leaves this out, and its package of gotest.tools has no version in its path.
-    _provide(GO / "quota", gopath / "github.com/docker/docker/quota")
-    _provide(Path(gobuild.SOURCES) / "src/gotest.tools", gopath / "gotest.tools/v3")
-    return gobuild.build(GO / source, test=test)
-
-
-def _provide(source: Path, target: Path) -> None:
-    """A symlink, made again when it is another one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    new = target.with_name(f"{target.name}.{os.getpid()}")
-    new.symlink_to(source)
-    new.replace(target)

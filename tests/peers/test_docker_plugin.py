@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from onlap.graphdrivers import open_driver
+from onlap.graphdrivers.checkup import check
+from onlap.graphdrivers.inspect import open_root
 from onlap.testing.same import assert_same_tree
 from peers.daemons import eventually
 from peers.graphdriver_story import OFFLINE, Seen, base_layer, exported, tell, tree
@@ -119,6 +121,11 @@ def test_docker_shows_the_same_as_on_its_own_driver(
         # Last, for what it leaves.
         dockerd.docker("import", where / "base.tar", "base:1")
         assert exported(dockerd, "base:1") == peer.exported
+        if driver == "overlay2":
+            found = open_root(str(where / "data"))
+            assert sorted(layer.kind for layer in found.layers.values()) == ["image", "unused", "unused"]
+            assert found.find("base:1").kind == "image"
+            assert [problem.kind for problem in check(found)] == ["waste", "waste"]
     assert not mounts_below(where)
 
 

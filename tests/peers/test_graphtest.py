@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from peers.graphdrivers import Plugin, build
+import dockergo
+from peers.graphdrivers import Plugin
 
 TESTS = 8
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.needs("overlay", "gopkg:github.com/docker/docker", "gop
 @pytest.mark.parametrize("driver", ["overlay", "overlay2"])
 def test_the_suite_of_docker(driver: str, place: Path) -> None:
     """daemon/graphdriver/graphtest of Docker 26: all of it but the quota, with 128 layers; Changes too."""
-    suite = build("graphtest", test=True)
+    suite = dockergo.build(Path(__file__).parent / "go" / "graphtest", test=True)
     sockets = place / f"s-{driver}"
     with Plugin(place, "suite", driver, sockets) as plugin:
         done = subprocess.run(

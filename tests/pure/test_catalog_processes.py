@@ -53,20 +53,7 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "fresh",
-    [
-        pytest.param(False, id="an old root"),
-        pytest.param(
-            True,
-            id="a root that all of them make",
-            # Seldom: see test_catalog_root.py::test_a_root_that_another_process_is_making.
-            marks=pytest.mark.xfail(
-                strict=False, reason="layout._OURS lacks catalog.db-journal: one of them is refused"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("fresh", [False, True], ids=["an old root", "a root that all of them make"])
 def test_sixteen_processes_lose_nothing(
     root: Path, fresh: bool, record_property: Callable[[str, object], None]
 ) -> None:

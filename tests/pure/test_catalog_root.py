@@ -63,7 +63,6 @@ def test_a_directory_of_something_else_is_refused(root: Path) -> None:
     assert [path.name for path in root.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.xfail(strict=True, reason="layout._OURS lacks catalog.db-journal, which SQLite has before the log")
 def test_a_root_that_another_process_is_making(root: Path) -> None:
     """Looked at after its catalog was not there yet, and before it has the mode that it stays in."""
     (root / "catalog.db-journal").touch()

@@ -66,9 +66,7 @@ def test_nothing_is_seen_before_it_is_whole(catalog: Catalog, content: ContentSt
     assert files(catalog) == []
 
 
-@pytest.mark.parametrize(
-    ("digest", "size"), [(DIGEST[:-1] + "0", None), (None, len(DATA) - 1), (None, len(DATA) + 1)]
-)
+@pytest.mark.parametrize(("digest", "size"), [(DIGEST[:-1] + "0", None), (None, len(DATA) - 1), (None, len(DATA) + 1)])
 def test_another_content_is_refused(
     catalog: Catalog, content: ContentStore, digest: str | None, size: int | None
 ) -> None:

@@ -23,7 +23,7 @@ from onlap.images.changes import apply_changes
         ({}, ["ENV A=1 B=2"], {"Env": ["A=1", "B=2"]}),
         ({"Env": ["A=1", "B=2"]}, ["ENV A=3"], {"Env": ["A=3", "B=2"]}),
         ({}, ["ENV A the whole rest"], {"Env": ["A=the whole rest"]}),
-        ({}, ['ENV A="x y" B=a\\ b C=\'$A\''], {"Env": ["A=x y", "B=a b", "C=$A"]}),
+        ({}, ["ENV A=\"x y\" B=a\\ b C='$A'"], {"Env": ["A=x y", "B=a b", "C=$A"]}),
         ({"Env": ["A=1"]}, ["ENV P=$A:/x Q=${B:-no} R=${A:+yes} S=\\$A"], None),
         ({}, ["EXPOSE 80 53/udp"], {"ExposedPorts": {"80/tcp": {}, "53/udp": {}}}),
         ({}, ["EXPOSE 8000-8001"], {"ExposedPorts": {"8000/tcp": {}, "8001/tcp": {}}}),

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import re
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -38,6 +39,9 @@ T = TypeVar("T")
 # Files a second that the background deletes at most: about a tenth of what a disk of this decade manages, so that it
 # is not felt; a layer of 30,000 files is gone in ten seconds.
 _BACKGROUND_RATE = 3000.0
+# How often, and how many seconds apart, it is looked whether a writer holds a tree; a look takes microseconds.
+_LOOKS = 20
+_BETWEEN_LOOKS = 0.001
 # Measured in one go between two transactions of the background.
 _MEASURED_AT_ONCE = 64
 
@@ -249,7 +253,12 @@ class Catalog:
         """Whether somebody is inside :meth:`hold_for_writing`."""
         fd = open_directory(self.layout.tree(identifier))
         try:
-            return not try_lock(fd)
+            for _ in range(_LOOKS):
+                if try_lock(fd):
+                    return False
+                # Perhaps it was only somebody else who looked, as two commits of one key do; a writer stays.
+                time.sleep(_BETWEEN_LOOKS)
+            return True
         finally:
             os.close(fd)
 

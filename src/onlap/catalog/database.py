@@ -38,6 +38,10 @@ COMMITS_TO_CHECKPOINT = 300
 COMMITS_TO_GROW = 10
 
 
+# One fork at a time, which thaws what it froze; and none while a database is being opened.
+_fork = threading.Lock()
+
+
 class _Ticket(Generic[T]):
     """One operation that waits for its transaction."""
 
@@ -77,8 +81,9 @@ class Database:
         self._lock_path = lock_path
         self._timeout = timeout
         self._upkeep_due = upkeep_due
-        self._fresh()
-        _databases.add(self)
+        with _fork:  # not in the middle of a fork, which would not know of it
+            self._fresh()
+            _databases.add(self)
 
     def _fresh(self) -> None:
         self._pid = os.getpid()
@@ -108,24 +113,29 @@ class Database:
         """
         if os.path.lexists(self._path) and self.read(schema.version) == schema.VERSION:
             return  # as it mostly is: without the lock, so that opening waits for nobody
-        with self._lock_of_own():
-            connection = None
-            try:
-                connection = self._connect()
-                found = schema.version(connection)
-                if found > schema.VERSION:
-                    raise other_version(found, self._path)
-                if found < schema.VERSION:
-                    if found:
-                        may_migrate()
-                    connection.execute("BEGIN IMMEDIATE")
-                    schema.migrate(connection, found)
-                    connection.execute("COMMIT")
-            except sqlite3.Error as error:
-                raise translated(error, self._path) from error
-            finally:
-                if connection is not None:
-                    connection.close()
+        self._enter()
+        try:
+            with self._lock_of_own():
+                self._bring_up(may_migrate)
+        except sqlite3.Error as error:
+            raise translated(error, self._path) from error
+        finally:
+            self._leave()
+
+    def _bring_up(self, may_migrate: Callable[[], None]) -> None:
+        connection = self._connect()
+        try:
+            found = schema.version(connection)
+            if found > schema.VERSION:
+                raise other_version(found, self._path)
+            if found < schema.VERSION:
+                if found:
+                    may_migrate()
+                connection.execute("BEGIN IMMEDIATE")
+                schema.migrate(connection, found)
+                connection.execute("COMMIT")
+        finally:
+            connection.close()
 
     # The ways in
 
@@ -275,7 +285,9 @@ class Database:
                 if batch:
                     self._commit(batch)
         except BaseException as error:
-            # The lock, BEGIN or COMMIT failed: nothing of the batch is kept, and each gets the error as its own.
+            # The lock, BEGIN or COMMIT failed: nothing of the batch is kept, and each gets the error as its own. A
+            # signal may have come between the taking of the lock and the block that gives it back.
+            self._lock.release()
             batch = batch or self._take()
             self._fail(batch, error)
             if not isinstance(error, Exception):
@@ -434,7 +446,6 @@ class Database:
 _NOT_OURS = -1
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_fork = threading.Lock()  # one fork at a time: what it froze, it thaws
 _frozen_for_fork: list[tuple[Database, bool]] = []
 
 

@@ -48,7 +48,12 @@ def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Wr
     args, out = call.args, call.out
     with call.store() as store, progress(out) as report, _opened(path) as file:
         options = Options(compression=args.compress, level=args.level, epoch=_epoch(), progress=report)
-        done = action(store, file, options)
+        try:
+            done = action(store, file, options)
+        except errors.OnlapError as error:
+            if isinstance(error.__cause__, BrokenPipeError):
+                raise error.__cause__ from None  # whoever reads it has seen enough: no failure to report
+            raise
     if done.skipped:
         out.warn(f"not kept: {skipped_text(done.skipped)}")
     if path == STANDARD_OUTPUT:

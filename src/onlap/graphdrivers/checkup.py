@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
 
 _REMOVE_IMAGE = "remove the images and containers on it, and pull them again"
-_PRUNE = "docker builder prune, docker system prune; what stays after that Docker has lost track of"
+_LOST = "docker system prune; what stays after that dockerd has lost track of, as after docker export (26.1.5)"
 
 
 def check(root: Root) -> Iterator[Problem]:
@@ -112,9 +112,7 @@ def _waste(root: Root) -> Iterator[Problem]:
             yield Problem("waste", name, "a layer that was never finished", f"rm -r {root.home}/{name}")
     for layer in root.layers.values():
         if layer.kind == ORPHAN:
-            what = "no image, container or builder knows it"
-            yield Problem(
-                "waste", layer.id, what, "remove it while dockerd is stopped" if not layer.mounted else "it is mounted"
-            )
+            hint = "it is mounted: see by whom" if layer.mounted else "remove it while dockerd is stopped"
+            yield Problem("waste", layer.id, "no image, container or builder knows it", hint)
         elif layer.kind == UNUSED:
-            yield Problem("waste", layer.id, "no image or container uses it", _PRUNE)
+            yield Problem("waste", layer.id, "no image, container or builder uses it", _LOST)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from onlap.trees.usage import Usage, usage
 IMAGE = "image"
 CONTAINER = "container"
 INIT = "init"
+CACHE = "cache"
 UNUSED = "unused"
 ORPHAN = "orphan"
 
@@ -44,8 +46,8 @@ class Known(NamedTuple):
     Attributes:
         id: its directory in the driver's home.
         kind: ``"image"``; ``"container"``; ``"init"``: the one between a container's and its image's;
-            ``"unused"``: Docker's layer store knows it, but no image or container uses it (a builder's cache, or what
-            it failed to remove); ``"orphan"``: nobody knows it.
+            ``"cache"``: the builder's; ``"unused"``: Docker's layer store knows it, but no image, container or builder
+            uses it, as it failed to remove it; ``"orphan"``: nobody knows it.
         parent: the id of the layer right below; None for none, and where that cannot be told.
         owners: the images (by name, else by id) and containers that show it.
         mounted: whether it is mounted now, as this process sees it.
@@ -164,6 +166,8 @@ class Root:
                     kinds[below] = IMAGE
                     owners.setdefault(below, []).append(name)
                 chain = self._parents.get(chain, "")
+        cached = _cached(self.directory, [id for id in layer_ids(self.home) if kinds.get(id, UNUSED) == UNUSED])
+        kinds.update(dict.fromkeys(cached, CACHE))
         shorts = {f"{layout.LINKS}/{Layer(self.home, id).short()}": id for id in layer_ids(self.home)}
         for id in layer_ids(self.home):
             lower = Layer(self.home, id).lower()
@@ -274,6 +278,24 @@ def _read_containers(directory: str, mounts: str) -> tuple[dict[str, tuple[str, 
             name = str(_json(config).get("Name") or key[:12]).lstrip("/")
             containers[name] = (id, init, _text(os.path.join(where, "parent")))
     return containers, known
+
+
+def _cached(directory: str, ids: list[str]) -> list[str]:
+    """Those of the layers that BuildKit knows.
+
+    Its databases (buildkit/snapshots.db, metadata_v2.db) are bbolt's, which keeps names as they are: a layer whose id
+    is nowhere in them is not its. One that is there may be a record that was deleted; then too much is called cache,
+    which is the harmless error.
+    """
+    found: set[str] = set()
+    where = os.path.join(directory, "buildkit")
+    for name in _names(where):
+        path = os.path.join(where, name)
+        if not name.endswith(".db") or not os.path.getsize(path):
+            continue
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found.update(id for id in ids if content.find(os.fsencode(id)) >= 0)
+    return sorted(found)
 
 
 def _in_order(layers: Iterable[Known]) -> Iterator[Known]:

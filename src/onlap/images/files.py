@@ -218,6 +218,7 @@ def _plain(path: str, room: Callable[[], str], discard: Callable[[str], None]) -
                     view = memoryview(data)
                     while view:
                         view = view[os.write(fd, view) :]
+                os.lseek(fd, 0, os.SEEK_SET)
             except BaseException:
                 os.close(fd)
                 raise

@@ -19,6 +19,12 @@ def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> None:
     Raises:
         OnlapError: the filesystem or the catalog refuses.
     """
+    collect_layers(snapshotter)
+    content.collect()
+
+
+def collect_layers(snapshotter: RecordedSnapshotter) -> None:
+    """Remove the snapshots; errors as of :func:`collect`."""
     for info in list(snapshotter.walk(f'kind=={ACTIVE},labels."{LABEL_UNPACK}"')):
         if not _lives(snapshotter, info.labels[LABEL_UNPACK]):
             _remove(snapshotter, info.name)
@@ -27,7 +33,6 @@ def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> None:
         infos = list(snapshotter.walk(f'kind=={COMMITTED},labels."{LABEL_LAYER}"'))
         if not sum(_remove(snapshotter, info.name) for info in infos):
             break
-    content.collect()
 
 
 def _lives(snapshotter: RecordedSnapshotter, owner: str) -> bool:

@@ -14,6 +14,7 @@ from onlap.errors import shown
 from onlap.images import archive, commit, layout, media, model, names, platforms
 from onlap.images.bring import Fetch
 from onlap.images.facade import Image, Images
+from onlap.images.garbage import collect_layers
 from onlap.images.files import DirectoryFiles, Files, TarFiles
 from onlap.images.layout import Found
 from onlap.images.model import Config, History, Manifest, RootFS
@@ -57,6 +58,7 @@ def clean(images: Images, lease: Lease) -> Iterator[None]:
     except (errors.InvalidArgument, errors.DataLoss, errors.Unimplemented, errors.NotFound):
         with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell
             lease.end()
+            collect_layers(images.snapshotter)
             images.content.collect(lease.digests)
         raise
 

@@ -192,6 +192,8 @@ class Registry:
                 response.drain_conn()
                 self._authenticate(response, scope, doing)
                 response, url = self._send(method, urljoin(self._base, where), scope, dict(headers or {}), body)
+                if response.status == 401:
+                    raise self._stranger(doing)
             if response.status not in good:
                 self._refuse(response, doing)
             yield response, url
@@ -302,13 +304,15 @@ class Registry:
                     break  # it knows us, and says no
                 self._authorization[scope] = login.basic
                 return
-        raise errors.PermissionDenied(
-            f"cannot {doing}: {self.registry} wants to know who you are"
-            if login is None
-            else f"cannot {doing}: {self.registry} refuses the login of {shown(login.username or 'the token')}",
-            key=self.registry,
-            hint=f"log in with: docker login {self.registry}",
-        )
+        raise self._stranger(doing)
+
+    def _stranger(self, doing: str) -> errors.PermissionDenied:
+        login = self._who()
+        why = "wants to know who you are"
+        if login is not None:
+            why = f"refuses the login of {shown(login.username or 'an identity token')}"
+        hint = f"log in with: docker login {self.registry}"
+        return errors.PermissionDenied(f"cannot {doing}: {self.registry} {why}", key=self.registry, hint=hint)
 
     def _token(self, challenge: Challenge, scope: str, login: Login | None, doing: str) -> str:
         realm = challenge.parameters.get("realm", "")

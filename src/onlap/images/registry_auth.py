@@ -188,7 +188,9 @@ def _read(path: str) -> dict[str, Any] | None:
 
 
 def _table(document: dict[str, Any], name: str, path: str) -> dict[str, Any]:
-    table = document.get(name) or {}
+    table = document.get(name)
+    if table is None:
+        return {}
     if not isinstance(table, dict):
         raise errors.InvalidArgument(f"{shown(path)}: {name} is no table", key=path)
     return table

@@ -165,6 +165,26 @@ def parse_number(field: bytes) -> int:
     return int(text, 8)
 
 
+def parse_size(field: bytes, name: str | None, offset: int) -> int:
+    """A size in bytes.
+
+    Args:
+        field: a numeric field.
+        name: of the entry, for the error.
+        offset: of the entry in the archive, likewise.
+
+    Raises:
+        InvalidArgument: it is no size.
+    """
+    try:
+        size = parse_number(field)
+    except ValueError:
+        raise bad("its size is not a number", name, offset) from None
+    if size < 0 or size > MAX_SECONDS:
+        raise bad(f"its size {size} is impossible", name, offset)
+    return size
+
+
 def format_number(value: int, width: int) -> bytes | None:
     """``value`` in octal with a closing NUL, None where ``width`` does not hold it."""
     if value < 0:

@@ -16,23 +16,13 @@ from urllib.parse import unquote_to_bytes
 from onlap import errors
 from onlap.errors import shown
 from onlap.layers import tarformat as tar
+from onlap.layers import tarsparse
 from onlap.layers.tarformat import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal, parse_number
 
 # name mode uid gid size mtime checksum type linkname magic+version (uname gname) devmajor devminor prefix
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
 
 _USTAR = b"ustar\00000"
-
-# GNU tar, src/tar.h: struct oldgnu_header and struct sparse_header.
-_OLD_SPARSE_MAP = 386
-_OLD_SPARSE_ENTRIES = 4
-_OLD_SPARSE_EXTENDED = 482
-_OLD_SPARSE_REALSIZE = slice(483, 495)
-_EXTENSION_ENTRIES = 21
-_EXTENSION_EXTENDED = 504
-
-# A map of this many pieces is about 30 MB in memory. A file in more pieces than that is refused.
-_MAX_SPARSE = 1 << 18
 
 # Types that have no data whatever their size field says; Go's archive/tar, isHeaderOnly.
 _HEADER_ONLY = frozenset("123456")
@@ -192,6 +182,16 @@ class TarReader:
             self._at = end
         return bytes(parts)
 
+    def _block(self) -> bytes:
+        return self._take(BLOCK)
+
+    def _data_block(self) -> bytes:
+        """A block of the current entry's data, in which its sparse map is."""
+        if self._left < BLOCK:
+            raise ValueError("it is longer than the data")
+        self._left -= BLOCK
+        return self._take(BLOCK)
+
     def _begin(self, size: int) -> None:
         self._left = size
         self._padding = -size % BLOCK
@@ -251,17 +251,8 @@ class TarReader:
                 self._numbers[field] = value
         return value
 
-    def _size(self, field: bytes, name: str | None, offset: int) -> int:
-        try:
-            size = parse_number(field)
-        except ValueError:
-            raise bad("its size is not a number", name, offset) from None
-        if size < 0 or size > tar.MAX_SECONDS:
-            raise bad(f"its size {size} is impossible", name, offset)
-        return size
-
     def _meta(self, header: memoryview, offset: int) -> bytes:
-        size = self._size(header[124:136].tobytes(), None, offset)
+        size = tar.parse_size(header[124:136].tobytes(), None, offset)
         if size > tar.MAX_META:
             raise bad(f"{size} bytes of meta data; {tar.MAX_META} are the limit", None, offset)
         data = self._take(size)
@@ -331,7 +322,7 @@ class TarReader:
             entry.linkname = os.fsdecode(tar.cut(raw_link) if long_link is None else long_link)
         if type == tar.CHAR or type == tar.BLOCK_DEVICE:
             self._device(entry, raw_major, raw_minor)
-        entry.size = self._size(raw_size, name, offset)
+        entry.size = tar.parse_size(raw_size, name, offset)
         if records is not None or self._globals:
             self._apply_records(entry, self._globals + (records or []), long_name, long_link)
             name = entry.name
@@ -346,9 +337,12 @@ class TarReader:
             entry.stored = entry.size
             self._begin(entry.size)
             if flag == b"S":
-                self._old_sparse(entry, header)
+                tarsparse.read_old(entry, header, self._block)
             elif records is not None:
-                self._pax_sparse(entry, records)
+                tarsparse.read_pax(entry, records, self._data_block)
+            if entry.sparse is not None:
+                entry.stored = self._left
+                tarsparse.check(entry)
         if not 0 <= uid <= tar.MAX_ID or not 0 <= gid <= tar.MAX_ID or records is not None or self._globals:
             self._check(entry)
         elif not -tar.MAX_SECONDS <= mtime <= tar.MAX_SECONDS:
@@ -420,110 +414,6 @@ class TarReader:
         if merged:
             entry.xattrs = merged
         entry.skipped = tuple(skipped)
-
-    # Sparse files
-
-    def _old_sparse(self, entry: Entry, header: memoryview) -> None:
-        entry.size = self._size(header[_OLD_SPARSE_REALSIZE].tobytes(), entry.name, entry.offset)
-        pieces = self._old_pieces(entry, header[_OLD_SPARSE_MAP:], _OLD_SPARSE_ENTRIES)
-        extended = header[_OLD_SPARSE_EXTENDED]
-        while extended:
-            block = memoryview(self._take(BLOCK))
-            pieces += self._old_pieces(entry, block, _EXTENSION_ENTRIES)
-            extended = block[_EXTENSION_EXTENDED]
-            if len(pieces) > _MAX_SPARSE:
-                raise bad(f"a sparse map of more than {_MAX_SPARSE} pieces", entry.name, entry.offset)
-        self._set_sparse(entry, pieces)
-
-    def _old_pieces(self, entry: Entry, block: memoryview, count: int) -> list[tuple[int, int]]:
-        pieces = []
-        for at in range(0, count * 24, 24):
-            raw = block[at : at + 24].tobytes()
-            if not raw[0] and not raw[12]:
-                break  # unused
-            offset = self._size(raw[:12], entry.name, entry.offset)
-            pieces.append((offset, self._size(raw[12:], entry.name, entry.offset)))
-        return pieces
-
-    def _pax_sparse(self, entry: Entry, records: list[tuple[str, bytes]]) -> None:
-        values = {key: value for key, value in records if key.startswith("GNU.sparse.")}
-        if not values:
-            return
-        try:
-            if values.get("GNU.sparse.major") == b"1":
-                if values.get("GNU.sparse.minor") != b"0":
-                    raise ValueError("a version of the sparse format that nobody knows")
-                pieces = self._sparse_1_0()
-            elif "GNU.sparse.map" in values:
-                numbers = values["GNU.sparse.map"].split(b",")
-                pieces = _pairs([parse_decimal(number) for number in numbers])
-            elif "GNU.sparse.offset" in values:
-                wanted = ("GNU.sparse.offset", "GNU.sparse.numbytes")
-                ordered = [(key, value) for key, value in records if key in wanted]
-                if any(key != wanted[index % 2] for index, (key, _) in enumerate(ordered)):
-                    raise ValueError("offsets and lengths do not alternate")
-                pieces = _pairs([parse_decimal(value) for _, value in ordered])
-            else:
-                return
-            size = values.get("GNU.sparse.realsize", values.get("GNU.sparse.size"))
-            if size is None:
-                raise ValueError("the size of the file is missing")
-            entry.size = parse_decimal(size)
-        except ValueError as error:
-            raise bad(f"its sparse map: {error}", entry.name, entry.offset) from None
-        if len(pieces) > _MAX_SPARSE:
-            raise bad(f"a sparse map of more than {_MAX_SPARSE} pieces", entry.name, entry.offset)
-        if values.get("GNU.sparse.name"):
-            entry.name = os.fsdecode(values["GNU.sparse.name"])
-        self._set_sparse(entry, pieces)
-
-    def _sparse_1_0(self) -> list[tuple[int, int]]:
-        """The map at the start of the data: decimal numbers, a line each, the count of pieces first."""
-        text = b""
-        numbers: list[int] = []
-        wanted = 1
-        while len(numbers) < wanted:
-            end = text.find(b"\n")
-            if end < 0:
-                if len(text) > 20:
-                    raise ValueError("not a number")
-                if self._left < BLOCK:
-                    raise ValueError("it is longer than the data")
-                text += self._take(BLOCK)
-                self._left -= BLOCK
-                continue
-            # A block at a time, so that no line is looked for twice in a long map.
-            lines = text.split(b"\n")
-            text = lines.pop()
-            for line in lines:
-                numbers.append(parse_decimal(line))
-                if len(numbers) == 1:
-                    wanted = 1 + 2 * numbers[0]
-                    if numbers[0] > _MAX_SPARSE:
-                        raise ValueError(f"more than {_MAX_SPARSE} pieces")
-                if len(numbers) == wanted:
-                    break
-        return _pairs(numbers[1:wanted])
-
-    def _set_sparse(self, entry: Entry, pieces: list[tuple[int, int]]) -> None:
-        entry.stored = self._left
-        end = total = 0
-        for offset, length in pieces:
-            if offset < end:
-                raise bad("its sparse map overlaps or is not ascending", entry.name, entry.offset)
-            end = offset + length
-            total += length
-        if end > entry.size or entry.size > tar.MAX_SECONDS:
-            raise bad("its sparse map reaches beyond the end of the file", entry.name, entry.offset)
-        if total != self._left:
-            raise bad(f"its sparse map is of {total} bytes, its data of {self._left}", entry.name, entry.offset)
-        entry.sparse = [(offset, length) for offset, length in pieces if length]
-
-
-def _pairs(numbers: list[int]) -> list[tuple[int, int]]:
-    if len(numbers) % 2:
-        raise ValueError("an offset without a length")
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _unquoted(key: str) -> str:

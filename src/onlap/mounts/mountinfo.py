@@ -88,6 +88,11 @@ def namespaces() -> Iterator[Namespace]:
         yield Namespace(pid, read(pid))
 
 
+def below(directory: bytes) -> list[bytes]:
+    """Where something is mounted below a directory, in the order of mounting: what is deeper comes later."""
+    return [entry.mountpoint for entry in read() if entry.mountpoint.startswith(directory + b"/")]
+
+
 def mount_of(path: bytes) -> Entry:
     """The mount that a file is on.
 

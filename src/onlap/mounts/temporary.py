@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.mounts import kernel
+from onlap.mounts import kernel, mountinfo
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import unmount
 
@@ -102,6 +102,10 @@ def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: flo
         target = os.path.join(where, mount.target.lstrip("/")) if mount.target else where
         kernel.attach(mount, target)
         stack.callback(unmount, target, timeout=timeout)
+        if "rbind" in mount.flags:
+            # It brought along what is mounted below its source, which goes first, the deepest before all.
+            for inner in mountinfo.below(os.fsencode(os.path.realpath(target))):
+                stack.callback(unmount, os.fsdecode(inner), timeout=timeout)
     return where
 
 

@@ -60,7 +60,7 @@ class NativeSnapshotter(RecordedSnapshotter):
             return True
         if record.kind not in (ACTIVE, VIEW) and not record.empty:
             return False
-        os.makedirs(tree, 0o755)
+        os.makedirs(tree, 0o755, exist_ok=True)  # another process may look as well
         os.chmod(self.catalog.layout.snapshot(record.id), 0o700)
         if record.kind == ACTIVE and record.parent_id is not None:
             above = self.catalog.layout.tree(record.parent_id)

@@ -186,7 +186,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
         if not os.path.isdir(tree):
             if record.kind not in (ACTIVE, VIEW) and not record.empty:
                 return False
-            os.makedirs(tree, 0o755)
+            os.makedirs(tree, 0o755, exist_ok=True)  # another process may look as well
             os.chmod(self.catalog.layout.snapshot(record.id), 0o700)
             parent = None
             if record.parent_id is not None:
@@ -195,8 +195,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
                 if not os.path.isdir(self.catalog.layout.tree(record.parent_id)):
                     parent = None
             self._inherit(tree, parent, record.labels)
-        if record.kind == ACTIVE and not os.path.isdir(work):
-            os.mkdir(work, 0o711)
+        if record.kind == ACTIVE:
+            os.makedirs(work, 0o711, exist_ok=True)
         return True
 
     def layers(self, record: Record) -> list[str]:

@@ -235,6 +235,7 @@ class RecordedSnapshotter(ABC):
         for path in fieldpaths:
             field, dot, key = path.partition(".")
             if field != "labels" or (dot and not key):
+                self.record(info.name)  # NotFound comes first
                 raise errors.InvalidArgument(
                     f"cannot update {shown(path)} of snapshot {shown(info.name)}",
                     key=info.name,

@@ -12,9 +12,9 @@ from onlap.errors import shown
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        'Look for what is wrong in a Docker data root: "damaged" layers that cannot be used, and "waste", which takes\n'
-        "space and nobody uses. Ends with 1 when something is damaged. Nothing is changed; while dockerd runs, a layer\n"
-        "that it is just making may look like waste.",
+        'Look for what is wrong in a Docker data root: "damaged" layers that cannot be used, and "waste", which\n'
+        "takes space and nobody uses. Ends with 1 when something is damaged. Nothing is changed; while dockerd runs,\n"
+        "a layer that it is just making may look like waste.",
         "onlap docker check /var/lib/docker",
     )
     root_arguments(parser)

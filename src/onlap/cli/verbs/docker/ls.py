@@ -20,7 +20,7 @@ SHORT = 12
 def arguments(parser: Parser) -> None:
     parser.explain(
         "List the layers in a Docker data root, largest first, and whose they are: those of images and containers,\n"
-        '"unused" ones that Docker knows but nothing shows (a builder\'s cache, or lost), and "orphan" ones that nobody\n'
+        'the builder\'s "cache", "unused" ones that dockerd knows and lost track of, and "orphan" ones that nobody\n'
         "knows. No daemon is needed, and nothing is changed. The layers are walked for SIZE, bytes on the disk.",
         "onlap docker ls /var/lib/docker",
         "onlap docker ls /var/lib/docker --json | jq -r 'select(.kind == \"orphan\") | .id'",

@@ -1,0 +1,236 @@
+"""Docker's graph drivers: ``overlay2`` beside Docker's own, call by call; and the inodes that images take.
+
+Sides that take turns: Docker's overlay2 as a Go library (what dockerd has in itself), Onlap's as a plugin behind its
+socket (what dockerd has with Onlap, asked by the same Go program through dockerd's own proxy), and Onlap's as a
+library. All with the peer's durability (``sync="none"``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lib
+
+FILES = 4000
+DEPTHS = (10, 50, 100)
+CALLS = ("create", "get", "put", "remove", "apply", "diff", "diff_size", "changes")
+
+
+def bench() -> None:
+    """Run, compare, report."""
+    # Here, since lib says where the modules of the tests are.
+    import dockergo
+    import gobuild
+
+    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=7)
+    files, cycles, depths = (400, 20, (10,)) if chosen.quick else (FILES, 100, DEPTHS)
+    os.environ["PYTHONPATH"] = str(lib.REPOSITORY / "src")
+    try:
+        program = dockergo.build(lib.REPOSITORY / "bench" / "go" / "graphbench")
+    except gobuild.GoError as error:
+        raise lib.BenchError(str(error)) from error
+    with ExitStack() as stack:
+        mount = stack.enter_context(lib.LoopExt4(chosen.dir, 4 << 30))
+        layer, small = mount / "layer.tar", mount / "small.tar"
+        layer.write_bytes(make_layer(files))
+        small.write_bytes(make_layer(200, one_directory=False))
+        workers = {
+            "peer": stack.enter_context(lib.Worker([program])),
+            "plugin": stack.enter_context(lib.Worker([program])),
+            "library": stack.enter_context(lib.Worker([sys.executable, __file__, "--worker", "overlay2"])),
+            "overlay": stack.enter_context(lib.Worker([sys.executable, __file__, "--worker", "overlay"])),
+        }
+        served = stack.enter_context(lib.Worker([sys.executable, __file__, "--serve"]))
+        socket = served("serve", directory=str(mount / "sockets"))["socket"]
+        cases: dict[str, Callable[[], lib.Result]] = {}
+        for name, worker in workers.items():
+            (mount / name).mkdir()
+            worker("open", home=str(mount / name / "onlap"), **({"socket": socket} if name == "plugin" else {}))
+            base = worker("image", layers=5, tar=str(layer))["id"]
+            cases[name] = lambda worker=worker, base=base: one_round(worker, base, str(layer), cycles)  # type: ignore[misc]
+        lib.interleave(1, cases)
+        runs = lib.interleave(chosen.rounds, cases, before=lambda: os.sync())
+        inodes = [
+            count_inodes(workers[name], mount, small, depth) for depth in depths for name in ("overlay", "library")
+        ]
+        for worker in workers.values():
+            worker("close")
+    rows = []
+    for side, what in (("plugin", "behind the plugin's socket"), ("library", "as a library")):
+        for call in CALLS:
+            values = [[result[call] * 1000 for result in runs[each]] for each in ("peer", side)]
+            rows.append(lib.Row(f"{call}, {what}", "ms", values[0], values[1]))
+    lines = [[str(depth), f"{inodes[2 * index]:,}", f"{inodes[2 * index + 1]:,}"] for index, depth in enumerate(depths)]
+    lib.report(
+        "docker",
+        "Docker's graph drivers",
+        rows,
+        where=lib.conditions(peer=f"Docker {docker_version()}, overlay2"),
+        notes=(
+            f"create, get, put and remove: a container's layer on 5 layers, mean of {cycles}. apply, diff, diff_size "
+            f"and changes: a layer of {files:,} small files. A call of the plugin takes a request over the socket."
+        ),
+        details=lib.Details(
+            "Inodes of an image of N layers with 200 files and 20 directories each, all new in each layer",
+            ["layers", "overlay", "overlay2"],
+            lines,
+        ),
+        runs=runs,
+        record=chosen.record,
+    )
+
+
+def one_round(worker: lib.Worker, base: str, layer: str, cycles: int) -> lib.Result:
+    """Every call, on one side."""
+    result = worker("cycles", parent=base, count=cycles)
+    result |= worker("apply", parent=base, tar=layer)
+    return result | worker("diff", id=result["id"], parent=base)
+
+
+def count_inodes(worker: lib.Worker, mount: Path, tar: Path, depth: int) -> int:
+    """What an image of that many layers takes, by what the filesystem has free."""
+    worker("close")
+    os.sync()
+    before = os.statvfs(mount).f_ffree
+    worker("image", layers=depth, tar=str(tar))
+    return before - os.statvfs(mount).f_ffree
+
+
+def make_layer(files: int, *, one_directory: bool = True) -> bytes:
+    """An archive of small files, ten to a hundred in a directory."""
+    out = io.BytesIO()
+    each = 100 if one_directory else 10
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for number in range(files):
+            if number % each == 0:
+                directory = tarfile.TarInfo(f"d{number // each}")
+                directory.type, directory.mode = tarfile.DIRTYPE, 0o755
+                tar.addfile(directory)
+            file = tarfile.TarInfo(f"d{number // each}/file-{number}")
+            content = b"%d" % number * 200
+            file.size = len(content)
+            tar.addfile(file, io.BytesIO(content))
+    return out.getvalue()
+
+
+def docker_version() -> str:
+    """The version of the package that the Go side is built from."""
+    import subprocess
+
+    query = ["dpkg-query", "--show", "--showformat=${Version}", "golang-github-docker-docker-dev"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------- our workers
+
+
+def serve() -> None:
+    """Serve the plugin in this process until the input ends."""
+    from onlap.serve.docker import Server
+
+    for line in sys.stdin:
+        directory = json.loads(line)["directory"]
+        server = Server("bench", "overlay2", socket_dir=directory, sync="none")
+        print(json.dumps({"socket": server.socket}), flush=True)
+
+
+def work(kind: str) -> None:
+    """The commands of bench/go/graphbench, on the library."""
+    from onlap.graphdrivers import open_driver
+    from onlap.graphdrivers.contract import Driver
+
+    driver: Driver | None = None
+    ids: list[str] = []
+
+    def new() -> str:
+        ids.append(f"{time.time_ns():064x}")
+        return ids[-1]
+
+    def apply(driver: Driver, id: str, parent: str, tar: str) -> None:
+        with open(tar, "rb") as archive:
+            driver.apply_diff(id, parent, archive)
+
+    def run(command: dict[str, Any]) -> dict[str, Any]:
+        nonlocal driver
+        if command["op"] == "open":
+            driver = open_driver(kind, command["home"], sync="none")
+            return {}
+        assert driver is not None
+        if command["op"] == "image":
+            parent = ""
+            for _ in range(command["layers"]):
+                id = new()
+                driver.create(id, parent)
+                apply(driver, id, parent, command["tar"])
+                parent = id
+            return {"id": parent}
+        if command["op"] == "cycles":
+            return cycles(driver, command["parent"], command["count"])
+        if command["op"] == "apply":
+            id = new()
+            driver.create(id, command["parent"])
+            began = time.perf_counter()
+            apply(driver, id, command["parent"], command["tar"])
+            return {"apply": time.perf_counter() - began, "id": id}
+        if command["op"] == "diff":
+            return differences(driver, command["id"], command["parent"])
+        while ids:
+            driver.remove(ids.pop())
+        driver.cleanup()
+        return {}
+
+    for line in sys.stdin:
+        try:
+            answer = run(json.loads(line))
+        except Exception as error:  # noqa: BLE001 - told to the other side
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+def cycles(driver: Any, parent: str, count: int) -> dict[str, float]:
+    """What containers do."""
+    spent = dict.fromkeys(("create", "get", "put", "remove"), 0.0)
+    for _ in range(count):
+        id = f"{time.time_ns():064x}"
+        calls: tuple[tuple[str, Callable[[], object]], ...] = (
+            ("create", lambda id=id: driver.create_read_write(id, parent)),  # type: ignore[misc]
+            ("get", lambda id=id: driver.get(id)),  # type: ignore[misc]
+            ("put", lambda id=id: driver.put(id)),  # type: ignore[misc]
+            ("remove", lambda id=id: driver.remove(id)),  # type: ignore[misc]
+        )
+        for name, call in calls:
+            began = time.perf_counter()
+            call()
+            spent[name] += time.perf_counter() - began
+    return {name: total / count for name, total in spent.items()}
+
+
+def differences(driver: Any, id: str, parent: str) -> dict[str, float]:
+    """diff, diff_size and changes."""
+    times = [time.perf_counter()]
+    with open(os.devnull, "wb", buffering=0) as out:
+        driver.diff(id, parent, out)
+    for call in (driver.diff_size, driver.changes):
+        times.append(time.perf_counter())
+        call(id, parent)
+    times.append(time.perf_counter())
+    return {"diff": times[1] - times[0], "diff_size": times[2] - times[1], "changes": times[3] - times[2]}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
+    elif sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        lib.main(bench)

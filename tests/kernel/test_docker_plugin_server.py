@@ -1,0 +1,223 @@
+"""The graph driver plugin as a server: what it knows after a restart, what it refuses, how it ends."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onlap import errors
+from onlap.serve.docker import Server
+from onlap.serve.docker.state import FILE, StateFile
+from onlap.testing.graphdrivers import archive
+from onlap.testing.plugin import PluginDriver, PluginError
+
+pytestmark = pytest.mark.needs("overlay")
+
+
+@pytest.fixture(autouse=True)
+def no_mounts_left() -> Iterator[None]:
+    before = Path("/proc/self/mountinfo").read_bytes()
+    yield
+    assert Path("/proc/self/mountinfo").read_bytes() == before
+
+
+def serve(root: Path, driver: str = "overlay2", name: str = "p") -> Server:
+    return Server(name, driver, socket_dir=str(root / "s"), sync="none")
+
+
+class Reconnected(PluginDriver):
+    """dockerd after a restart of the plugin: it goes on without Init."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+
+def mounted(path: str) -> bool:
+    return os.path.ismount(path)
+
+
+def test_names_of_dockers_own_are_refused(root: Path) -> None:
+    for name in ("overlay", "overlay2", "aufs", "devicemapper", "btrfs", "zfs", "vfs", "fuse-overlayfs"):
+        with pytest.raises(errors.InvalidArgument, match="dockerd has a driver"):
+            serve(root, name=name)
+    for name in ("", "a/b", "..", "-x", "x y"):
+        with pytest.raises(errors.InvalidArgument, match="no name"):
+            serve(root, name=name)
+    assert not (root / "s").exists()
+
+
+def test_a_restarted_plugin_knows_what_it_was_told(root: Path) -> None:
+    home = str(root / "home")
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, home, options=["overlay2.size=0"])
+        driver.create("base")
+        driver.create_read_write("layer", "base")
+        path = driver.get("layer")
+        driver.get("layer")
+    assert mounted(path)
+    with serve(root) as server:
+        again = Reconnected(server.socket)
+        assert again.exists("layer")
+        again.put("layer")
+        assert mounted(path), "the count of two is known after the restart"
+        again.put("layer")
+        assert not mounted(path)
+
+
+def test_a_new_init_counts_a_mount_as_one(root: Path) -> None:
+    """dockerd has restarted, and knows of no use any more."""
+    home = str(root / "home")
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, home)
+        driver.create("base")
+        driver.create_read_write("layer", "base")
+        path = driver.get("layer")
+        driver.get("layer")
+        driver.get("layer")
+        driver = PluginDriver(server.socket, home)
+        driver.put("layer")
+        assert not mounted(path)
+
+
+def test_counts_of_another_boot_are_forgotten(root: Path) -> None:
+    home = root / "home"
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, str(home))
+        driver.create("base")
+        driver.create_read_write("layer", "base")
+        path = driver.get("layer")
+        driver.get("layer")
+    state = json.loads((home / FILE).read_text())
+    assert state["counts"] == {"layer": 2}
+    (home / FILE).write_text(json.dumps({**state, "boot": "another"}))
+    with serve(root) as server:
+        Reconnected(server.socket).put("layer")
+        assert not mounted(path)
+
+
+def test_before_init_and_with_another_driver(root: Path) -> None:
+    with serve(root) as server:
+        with pytest.raises(PluginError, match="no home yet"):
+            Reconnected(server.socket).create("x")
+        PluginDriver(server.socket, str(root / "home"))
+    with pytest.raises(errors.FailedPrecondition, match="written by the driver overlay2"):
+        serve(root, "overlay")
+    (root / "home" / FILE).write_text("{")
+    with pytest.raises(errors.DataLoss, match="damaged"):
+        StateFile(str(root / "s"), "p").load()
+
+
+def test_only_one_server_a_socket(root: Path) -> None:
+    with serve(root) as server:
+        with pytest.raises(errors.FailedPrecondition, match="listens"):
+            serve(root)
+        assert os.stat(server.socket).st_mode & 0o777 == 0o600
+    assert not os.path.exists(server.socket)
+
+
+def request(server: Server, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+    """Raw bytes of one request, and the answer."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(server.socket)
+        lines = [f"POST /{path} HTTP/1.1", "Host: x", *(f"{key}: {value}" for key, value in headers.items())]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        connection.shutdown(socket.SHUT_WR)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return response.status, response.read()
+
+
+def test_what_is_no_call_of_the_protocol(root: Path) -> None:
+    with serve(root) as server:
+        PluginDriver(server.socket, str(root / "home"))
+        status, answer = request(server, "GraphDriver.Unknown", b"", {})
+        assert (status, "no such call" in answer.decode()) == (404, True)
+        status, answer = request(server, "GraphDriver.Get", b"{", {"Content-Length": "1"})
+        assert (status, "no JSON" in answer.decode()) == (200, True)
+        status, answer = request(server, "GraphDriver.Get", b'{"ID": 5}', {"Content-Length": "9"})
+        assert (status, "is a string" in answer.decode()) == (200, True)
+        status, answer = request(server, "GraphDriver.Get", b"", {"Content-Length": "x"})
+        assert status == 400
+        status, answer = request(server, "GraphDriver.Diff", b'{"ID": "nobody"}', {"Content-Length": "16"})
+        assert (status, "nobody" in json.loads(answer)["Err"]) == (500, True)
+
+
+def test_a_connection_is_kept_over_an_error_in_apply_diff(root: Path) -> None:
+    """The whole body is read also when it is refused at once: else the next request begins in its middle."""
+    with serve(root) as server:
+        PluginDriver(server.socket, str(root / "home"))
+        connection = http.client.HTTPConnection("x")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(server.socket)
+        for _ in range(3):
+            body = iter([b"no archive" * 100_000] * 3)
+            connection.request("POST", "/GraphDriver.ApplyDiff?id=nobody&parent=", body, encode_chunked=True)
+            assert "nobody" in json.loads(connection.getresponse().read())["Err"]
+        connection.close()
+
+
+def test_a_body_that_breaks_off_is_no_layer(root: Path) -> None:
+    data = archive(("f", {"content": b"1" * 10_000})).read()
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, str(root / "home"))
+        driver.create("x")
+        half = b"%x\r\n" % 5120 + data[:5120] + b"\r\n"
+        with pytest.raises(http.client.HTTPException):
+            request(server, "GraphDriver.ApplyDiff?id=x&parent=", half, {"Transfer-Encoding": "chunked"})
+        assert os.listdir(driver.get("x")) == []
+        assert driver.apply_diff("x", "", io.BytesIO(data)) == 10_000
+
+
+def test_a_client_that_leaves_in_the_middle_of_diff(root: Path) -> None:
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, str(root / "home"))
+        driver.create("x")
+        driver.apply_diff("x", "", archive(("f", {"content": bytes(20 << 20)})))
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(server.socket)
+            body = b'{"ID": "x"}'
+            connection.sendall(b"POST /GraphDriver.Diff HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        out = io.BytesIO()
+        driver.diff("x", "", out)
+        assert len(out.getvalue()) > 20 << 20
+
+
+def test_the_end_waits_for_what_runs(root: Path) -> None:
+    """A running ApplyDiff is finished and answered; an idle connection is closed."""
+    release = threading.Event()
+    sizes: list[int] = []
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell():
+                started.set()
+                release.wait(20)
+            return super().read(size)
+
+    started = threading.Event()
+    data = archive(("f", {"content": b"1" * 200_000})).read()
+    server = serve(root)
+    driver = PluginDriver(server.socket, str(root / "home"))
+    driver.create("x")
+    idle = socket.socket(socket.AF_UNIX)
+    idle.connect(server.socket)
+    apply = threading.Thread(target=lambda: sizes.append(driver.apply_diff("x", "", Slow(data))))
+    apply.start()
+    assert started.wait(20)
+    end = threading.Thread(target=server.close)
+    end.start()
+    release.set()
+    end.join(20)
+    apply.join(20)
+    assert sizes == [200_000]
+    assert idle.recv(1) == b""
+    idle.close()

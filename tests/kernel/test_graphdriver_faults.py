@@ -1,0 +1,216 @@
+"""Graph drivers where things go wrong or are not as usual: full disks, leftovers, old kernels, id maps."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from onlap import errors
+from onlap.graphdrivers import Driver, IdMap, layout, open_driver
+from onlap.graphdrivers.ids import Range
+from onlap.mounts import kernel
+from onlap.syscalls import mount as sys
+from onlap.testing.graphdrivers import archive
+
+pytestmark = pytest.mark.needs("overlay")
+
+KINDS = ("overlay", "overlay2")
+
+
+@pytest.fixture(autouse=True)
+def no_mounts_left() -> Iterator[None]:
+    before = Path("/proc/self/mountinfo").read_bytes()
+    yield
+    assert Path("/proc/self/mountinfo").read_bytes() == before
+
+
+def big_archive() -> io.BytesIO:
+    """More than the small filesystems below hold, in many files."""
+    entries = [(f"f{number}", {"content": os.urandom(1 << 20)}) for number in range(40)]
+    return io.BytesIO(archive(*entries).read())
+
+
+def with_base(driver: Driver) -> None:
+    driver.create("base")
+    driver.apply_diff("base", "", archive(("kept", {"content": b"1"})))
+    driver.create("layer", "base")
+
+
+def is_usable(driver: Driver) -> None:
+    """The layer that failed goes, and the driver does all it does otherwise."""
+    driver.remove("layer")
+    assert not driver.exists("layer")
+    driver.create("layer", "base")
+    assert driver.apply_diff("layer", "base", archive(("new", {"content": b"12"}))) == 2
+    assert sorted(os.listdir(driver.get("layer"))) == ["kept", "new"]
+    driver.put("layer")
+    driver.remove("layer")
+    driver.remove("base")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_in_apply_diff(kind: str, loop_ext4: Callable[[int], Path]) -> None:
+    with closing(open_driver(kind, str(loop_ext4(32) / "home"))) as driver:
+        with_base(driver)
+        with pytest.raises(errors.ResourceExhausted):
+            driver.apply_diff("layer", "base", big_archive())
+        assert driver.changes("layer", "base") == []
+        is_usable(driver)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_becomes_read_only_in_apply_diff(kind: str, loop_ext4: Callable[[int], Path]) -> None:
+    disk = loop_ext4(64)
+
+    class Cut(io.BytesIO):
+        """Makes the filesystem read-only when half of it was read, as an I/O error does (errors=remount-ro)."""
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > 20 << 20:
+                # MS_REMOUNT | MS_RDONLY fails while files are open for writing; FS_IOC_SHUTDOWN is not everywhere.
+                # A bind's flag does not ask.
+                sys.mount("none", str(disk), None, sys.MS_REMOUNT | sys.MS_BIND | sys.MS_RDONLY, None)
+            return super().read(size)
+
+    with closing(open_driver(kind, str(disk / "home"))) as driver:
+        with_base(driver)
+        with pytest.raises(errors.OnlapError):
+            driver.apply_diff("layer", "base", Cut(big_archive().getvalue()))
+        sys.mount("none", str(disk), None, sys.MS_REMOUNT | sys.MS_BIND, None)
+        is_usable(driver)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unfinished_layer_is_made_again(kind: str, root: Path) -> None:
+    """What a crash in create leaves: a staged layer, or (by Docker's own driver) a directory without its files."""
+    home = root / "home"
+    with closing(open_driver(kind, str(home))) as driver:
+        with_base(driver)
+        for name in ("new", ".onlap-new-new"):
+            (home / name).mkdir()
+            (home / name / "diff").mkdir()
+            driver.create("new", "base")
+            assert os.listdir(driver.get("new")) == ["kept"]
+            driver.put("new")
+            driver.remove("new")
+        if kind == "overlay2":
+            assert len(os.listdir(home / "l")) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_upper_of_two_mounts_goes(kind: str, root: Path) -> None:
+    """Two mounts on one mount point are what a crash between two drivers leaves; one is kept and counted."""
+    with closing(open_driver(kind, str(root / "home"))) as driver:
+        with_base(driver)
+        path = driver.get("layer")
+        sys.mount(path, path, None, sys.MS_BIND, None)
+    with closing(open_driver(kind, str(root / "home"))) as driver:
+        assert Path("/proc/self/mountinfo").read_text().count(path) >= 1
+        driver.put("layer")
+        assert not os.path.lexists(path)
+
+
+def test_a_lost_short_link_is_made_again(root: Path) -> None:
+    """moby#46498: after a crash links are missing, and nothing on them can be mounted."""
+    home = root / "home"
+    with closing(open_driver("overlay2", str(home))) as driver:
+        with_base(driver)
+        short = (home / "base" / "link").read_text()
+        (home / "l" / short).unlink()
+        with pytest.raises(errors.DataLoss, match=short):
+            driver.metadata("layer")
+    with closing(open_driver("overlay2", str(home))) as driver:
+        assert os.readlink(home / "l" / short) == "../base/diff"
+        assert os.listdir(driver.get("layer")) == ["kept"]
+        driver.put("layer")
+
+
+def test_the_layout_is_dockers(root: Path) -> None:
+    home = root / "home"
+    with closing(open_driver("overlay2", str(home))) as driver:
+        driver.create("base")
+        driver.create("middle", "base")
+        driver.create_read_write("top", "middle")
+        base, middle, top = ((home / name / "link").read_text() for name in ("base", "middle", "top"))
+        for name, short in (("base", base), ("middle", middle), ("top", top)):
+            assert len(short) == 26
+            assert set(short) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567")
+            assert os.readlink(home / "l" / short) == f"../{name}/diff"
+            assert (home / name).stat().st_mode & 0o7777 == 0o710
+        assert not (home / "base" / "lower").exists()
+        assert (home / "middle" / "lower").read_text() == f"l/{base}"
+        assert (home / "top" / "lower").read_text() == f"l/{middle}:l/{base}"
+        assert (home / "top" / "work").stat().st_mode & 0o7777 == 0o700
+        assert (home / "base" / "committed").read_bytes() == b""
+        assert not (home / "top" / "committed").exists()
+        driver.get("middle")
+        with pytest.raises(OSError, match="Read-only"):
+            (home / "middle" / "merged" / "f").touch()
+        driver.put("middle")
+        assert not (home / "middle" / "merged").exists()
+
+
+def test_128_layers_fit_the_page_of_mount(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel takes layers by mount(2) only, the names in l/ make 128 of them fit."""
+    monkeypatch.setattr(kernel, "_layers_by", kernel.LAYERS_BY_STRING)
+    home = root / ("long-name-" * 20)
+    with closing(open_driver("overlay2", str(home), sync="none")) as driver:
+        last = ""
+        for number in range(129):
+            id = f"{number:064x}"
+            driver.create(id, last)
+            last = id
+        path = driver.get(last)
+        Path(path, "f").write_text("1")
+        driver.put(last)
+        driver.cleanup()
+    assert (layout.SHORT_LENGTH + len("l/") + len(":")) * layout.MAX_DEPTH + 176 <= 4096
+
+
+def test_options(root: Path) -> None:
+    home = str(root / "home")
+    for kind, option in (("overlay", "overlay.x=1"), ("overlay2", "overlay2.x=1"), ("overlay2", "size")):
+        with pytest.raises(errors.InvalidArgument, match=r"unknown option|key=value"):
+            open_driver(kind, home, options=[option])
+    with pytest.raises(errors.Unimplemented, match="project quota"):
+        open_driver("overlay2", home, options=["overlay2.size=10G"])
+    open_driver("overlay2", home, options=["overlay2.size=0"]).close()
+    with pytest.raises(errors.InvalidArgument, match="no such graph driver"):
+        open_driver("vfs", home)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_id_maps(kind: str, root: Path) -> None:
+    """What is root's in an archive is the remapped root's on disk, and root's in an archive again."""
+    ids = IdMap([Range(0, 100_000, 65536)], [Range(0, 200_000, 65536)])
+    home = root / "home"
+    with closing(open_driver(kind, str(home), ids=ids)) as driver:
+        assert home.stat().st_gid == 200_000
+        driver.create("base")
+        driver.apply_diff("base", "", archive(("a/b/f", {"content": b"1", "uid": 5, "gid": 6}), ("root", {})))
+        path = Path(driver.get("base"))
+        for name, owner in ((".", (0, 0)), ("a", (0, 0)), ("a/b", (0, 0)), ("a/b/f", (5, 6)), ("root", (0, 0))):
+            status = (path / name).stat()
+            assert (status.st_uid - 100_000, status.st_gid - 200_000) == owner, name
+        driver.put("base")
+        driver.create_read_write("layer", "base")
+        merged = Path(driver.get("layer"))
+        (merged / "root").unlink()
+        (merged / "new").touch()
+        os.chown(merged / "new", 100_007, 200_008)
+        driver.put("layer")
+        out = io.BytesIO()
+        driver.diff("layer", "base", out)
+        out.seek(0)
+        with tarfile.open(fileobj=out) as tar:
+            owners = {member.name: (member.uid, member.gid) for member in tar}
+        assert owners == {".": (0, 0), ".wh.root": (0, 0), "new": (7, 8)}
+        driver.create("outside", "base")
+        with pytest.raises(errors.InvalidArgument, match="id map"):
+            driver.apply_diff("outside", "base", archive(("f", {"uid": 70_000})))

@@ -1,0 +1,132 @@
+"""Debian's docker-registry on loopback, and a cable to it that can be cut."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peers.daemons import eventually
+
+USER, PASSWORD = "onlap", "sesame"
+
+_CONFIG = """\
+version: 0.1
+log: {{level: error, accesslog: {{disabled: true}}}}
+storage:
+  filesystem: {{rootdirectory: {place}/data}}
+http: {{addr: "{host}"}}
+{auth}
+"""
+_AUTH = 'auth: {{htpasswd: {{realm: r, path: "{place}/htpasswd"}}}}'
+
+
+@contextmanager
+def registry(place: Path, *, password: bool = False) -> Iterator[str]:
+    """A running registry with its data in ``place``; gives its host and port."""
+    place.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{probe.getsockname()[1]}"
+    if password:
+        (place / "htpasswd").write_text(f"{USER}:{_bcrypt(PASSWORD)}\n")
+    auth = _AUTH.format(place=place) if password else ""
+    (place / "config.yml").write_text(_CONFIG.format(place=place, host=host, auth=auth))
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["docker-registry", "serve", str(place / "config.yml")], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        eventually(lambda: process.poll() is not None or _listens(host), "docker-registry listens")
+        assert process.poll() is None, (place / "log").read_text()
+        yield host
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _listens(host: str) -> bool:
+    address, _, port = host.partition(":")
+    try:
+        socket.create_connection((address, int(port)), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def _bcrypt(password: str) -> str:
+    """What htpasswd(1) -B makes; crypt(3) of libxcrypt has it."""
+    crypt = ctypes.CDLL("libcrypt.so.1").crypt
+    crypt.restype = ctypes.c_char_p
+    made: bytes | None = crypt(password.encode(), b"$2y$05$abcdefghijklmnopqrstuu")
+    assert made is not None
+    return made.decode()
+
+
+class Cable:
+    """Forwards connections to a registry, and cuts them as told.
+
+    Args:
+        host: where to.
+
+    Attributes:
+        host: its own address.
+        cuts: how many bytes to let back through a connection before it is cut; one that nobody takes cuts none.
+        cut: how many were.
+    """
+
+    def __init__(self, host: str, cuts: list[int]) -> None:
+        self._target = host.partition(":")
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.cuts = cuts
+        self.cut = 0
+        self._mutex = threading.Lock()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Cable:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._server.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:
+                return  # closed
+            far = socket.create_connection((self._target[0], int(self._target[2])))
+            threading.Thread(target=self._forth, args=(near, far), daemon=True).start()
+            threading.Thread(target=self._back, args=(far, near), daemon=True).start()
+
+    def _forth(self, near: socket.socket, far: socket.socket) -> None:
+        with near, far:
+            try:
+                while data := near.recv(1 << 16):
+                    far.sendall(data)
+            except OSError:
+                return  # cut
+
+    def _back(self, far: socket.socket, near: socket.socket) -> None:
+        passed = 0
+        try:
+            while data := far.recv(1 << 16):
+                near.sendall(data)
+                passed += len(data)
+                with self._mutex:
+                    if self.cuts and passed >= self.cuts[0]:
+                        self.cuts.pop(0)
+                        self.cut += 1
+                        break
+            for end in (near, far):
+                end.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # the other side has gone

@@ -1,0 +1,131 @@
+"""Bodies of HTTP messages, counts, id maps and Docker's words for changes: what needs no mount."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onlap import errors
+from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED
+from onlap.graphdrivers.counter import Counter
+from onlap.graphdrivers.ids import IdMap, Range
+from onlap.graphdrivers.stacks import as_docker
+from onlap.serve.docker.bodies import Chunked, ChunkWriter, Sized, drain
+from onlap.trees.compare import Change
+from onlap.trees.meta import Meta
+
+
+def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300)), st.integers(1, 500))
+def test_chunks_come_out_as_they_went_in(chunks: list[bytes], size: int) -> None:
+    connection = io.BytesIO()
+    writer = ChunkWriter(connection, lambda: None)
+    for chunk in chunks:
+        writer.write(chunk)
+    writer.finish()
+    assert connection.getvalue() == chunked(*chunks)
+    connection = io.BufferedReader(io.BytesIO(connection.getvalue() + b"next"))  # type: ignore[assignment]
+    body = Chunked(connection)
+    parts = []
+    while part := body.read(size):
+        assert len(part) <= size
+        parts.append(part)
+    assert b"".join(parts) == b"".join(chunks)
+    assert connection.read() == b"next"
+
+
+def test_extensions_and_trailers_are_passed_over() -> None:
+    connection = io.BytesIO(b"3;name=value\r\nabc\r\n0\r\nTrailer: x\r\n\r\nnext")
+    assert Chunked(connection).read() == b"abc"
+    assert connection.read() == b"next"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"5\r\nabc",
+        b"3\r\nabc",
+        b"3\r\nabcd\r\n",
+        b"x\r\nabc\r\n",
+        b"-3\r\nabc\r\n",
+        b"3\r\nabc\r\n",
+        b"3\r\nabc\r\n0\r\n",
+        b"3" * 2000 + b"\r\n",
+    ],
+)
+def test_what_is_no_body_in_chunks(data: bytes) -> None:
+    with pytest.raises(ConnectionError):
+        drain(Chunked(io.BytesIO(data)))
+
+
+def test_a_sized_body_ends_where_it_says() -> None:
+    connection = io.BytesIO(b"abcdef")
+    body = Sized(connection, 4)
+    assert (body.read(3), body.read(), body.read(1), connection.read()) == (b"abc", b"d", b"", b"ef")
+    with pytest.raises(ConnectionError):
+        Sized(io.BytesIO(b"ab"), 3).read()
+
+
+def test_a_first_touch_counts_a_mount() -> None:
+    mounted = {"m"}
+    counter = Counter(mounted.__contains__, {"known": 3})
+    assert [counter.increment("m"), counter.increment("m"), counter.increment("n")] == [2, 3, 1]
+    assert [counter.decrement("known"), counter.decrement("n")] == [2, 0]
+    assert counter.counts() == {"m": 3, "known": 2}
+    mounted.add("n")
+    assert counter.decrement("n") == 0
+    counter.forget("m")
+    counter.clear()
+    assert counter.counts() == {}
+
+
+def test_id_maps() -> None:
+    ids = IdMap([Range(0, 1000, 10), Range(10, 5000, 10)], [Range(0, 2000, 20)])
+    assert ids.root == (1000, 2000)
+    assert ids.to_host(12, 3) == (5002, 2003)
+    assert ids.to_container(5002, 2003) == (12, 3)
+    assert IdMap.from_json(ids.as_json()["UIDMaps"], ids.as_json()["GIDMaps"]) == ids
+    with pytest.raises(errors.InvalidArgument):
+        ids.to_host(20, 0)
+    with pytest.raises(errors.InvalidArgument):
+        ids.to_container(0, 2000)
+    assert not IdMap.from_json(None, None)
+    assert IdMap().to_host(7, 8) == (7, 8)
+    wrongs: tuple[object, ...] = (5, [{}], [{"container_id": 0, "host_id": 0, "size": "x"}], [3])
+    for wrong in wrongs:
+        with pytest.raises(errors.InvalidArgument):
+            IdMap.from_json(wrong, None)
+
+
+def test_changes_in_dockers_words() -> None:
+    directory, file = Meta(0o40755, 0, 0, 0, 0), Meta(0o100644, 0, 0, 1, 0)
+
+    def touched(path: str) -> Change:
+        return Change("C", path, directory, directory, frozenset({"mtime"}))
+
+    found = [
+        touched("."),
+        touched("a"),
+        touched("a/b"),
+        Change("A", "a/b/f", None, file),
+        touched("a/c"),
+        Change("D", "a/d", file, None),
+        touched("ab"),
+        Change("C", "g", file, file, frozenset({"mtime"})),
+        Change("C", "h", directory, directory, frozenset({"mtime", "mode"})),
+    ]
+    assert [tuple(change) for change in as_docker(found)] == [
+        ("/a", MODIFIED),
+        ("/a/b", MODIFIED),
+        ("/a/b/f", ADDED),
+        ("/a/d", DELETED),
+        ("/g", MODIFIED),
+        ("/h", MODIFIED),
+    ]
