@@ -41,9 +41,10 @@ def bench() -> None:
         raise lib.BenchError(str(error)) from error
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 4 << 30))
-        layer, small = mount / "layer.tar", mount / "small.tar"
+        layer = mount / "layer.tar"
         layer.write_bytes(make_layer(files))
-        small.write_bytes(make_layer(200, one_directory=False))
+        for number in range(depths[-1]):
+            (mount / f"small-{number}.tar").write_bytes(make_layer(200, each=10, top=f"layer-{number}/"))
         workers = {
             "peer": stack.enter_context(lib.Worker([program])),
             "plugin": stack.enter_context(lib.Worker([program])),
@@ -60,9 +61,7 @@ def bench() -> None:
             cases[name] = lambda worker=worker, base=base: one_round(worker, base, str(layer), cycles)  # type: ignore[misc]
         lib.interleave(1, cases)
         runs = lib.interleave(chosen.rounds, cases, before=lambda: os.sync())
-        inodes = [
-            count_inodes(workers[name], mount, small, depth) for depth in depths for name in ("overlay", "library")
-        ]
+        inodes = [count_inodes(workers[name], mount, depth) for depth in depths for name in ("overlay", "library")]
         for worker in workers.values():
             worker("close")
     rows = []
@@ -81,7 +80,7 @@ def bench() -> None:
             f"and changes: a layer of {files:,} small files. A call of the plugin takes a request over the socket."
         ),
         details=lib.Details(
-            "Inodes of an image of N layers with 200 files and 20 directories each, all new in each layer",
+            "Inodes of an image of N layers, each of which adds 200 files in 20 directories",
             ["layers", "overlay", "overlay2"],
             lines,
         ),
@@ -97,26 +96,25 @@ def one_round(worker: lib.Worker, base: str, layer: str, cycles: int) -> lib.Res
     return result | worker("diff", id=result["id"], parent=base)
 
 
-def count_inodes(worker: lib.Worker, mount: Path, tar: Path, depth: int) -> int:
+def count_inodes(worker: lib.Worker, mount: Path, depth: int) -> int:
     """What an image of that many layers takes, by what the filesystem has free."""
     worker("close")
     os.sync()
     before = os.statvfs(mount).f_ffree
-    worker("image", layers=depth, tar=str(tar))
+    worker("image", layers=depth, tar=str(mount / "small-NUMBER.tar"))
     return before - os.statvfs(mount).f_ffree
 
 
-def make_layer(files: int, *, one_directory: bool = True) -> bytes:
-    """An archive of small files, ten to a hundred in a directory."""
+def make_layer(files: int, *, each: int = 100, top: str = "") -> bytes:
+    """An archive of small files, so many in each directory."""
     out = io.BytesIO()
-    each = 100 if one_directory else 10
     with tarfile.open(fileobj=out, mode="w") as tar:
         for number in range(files):
             if number % each == 0:
-                directory = tarfile.TarInfo(f"d{number // each}")
+                directory = tarfile.TarInfo(f"{top}d{number // each}")
                 directory.type, directory.mode = tarfile.DIRTYPE, 0o755
                 tar.addfile(directory)
-            file = tarfile.TarInfo(f"d{number // each}/file-{number}")
+            file = tarfile.TarInfo(f"{top}d{number // each}/file-{number}")
             content = b"%d" % number * 200
             file.size = len(content)
             tar.addfile(file, io.BytesIO(content))
@@ -168,10 +166,10 @@ def work(kind: str) -> None:
         assert driver is not None
         if command["op"] == "image":
             parent = ""
-            for _ in range(command["layers"]):
+            for number in range(command["layers"]):
                 id = new()
                 driver.create(id, parent)
-                apply(driver, id, parent, command["tar"])
+                apply(driver, id, parent, command["tar"].replace("NUMBER", str(number)))
                 parent = id
             return {"id": parent}
         if command["op"] == "cycles":

@@ -60,6 +60,7 @@ class Forwarder:
             self._pass_on(process, number)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        open("/tmp/w6/trace","a").write(f"{os.getpid()} {number} handle {self._process}\n")
         if self._process is None:
             self._early.append(number)
         else:
@@ -98,6 +99,7 @@ def _is_dropped(pid: int, number: int) -> bool:
     numbers = fields["NSpid"].split()
     if len(numbers) < 2 or numbers[-1] != "1":
         return False
+    open("/tmp/w6/trace","a").write(f"{os.getpid()} {pid} {number} {[(k,v) for k,v in fields.items() if k.startswith(('Sig','NSp','Name'))]}\n")
     masks = (int(fields[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt"))
     return not any(mask >> (number - 1) & 1 for mask in masks)
 

@@ -118,9 +118,12 @@ def name_of(descriptor: Descriptor, fallback: str | None) -> str | None:
     annotations = descriptor.annotations or {}
     full = annotations.get(ANNOTATION_NAME)
     reference = annotations.get(ANNOTATION_REF)
+    bare = reference and "/" not in reference and ":" not in reference
     if full:
-        return names.normalized(full)
-    if reference and ("/" in reference or ":" in reference):
+        named = names.parse(full)
+        # umoci gives a new image a tag of its own, and all other annotations of the one that it was made from.
+        return str(named._replace(tag=names.parse(f"x:{reference}").tag) if bare and named.tag else named)
+    if reference and not bare:
         return names.normalized(reference)
     if fallback is None:
         return None

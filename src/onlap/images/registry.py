@@ -186,11 +186,12 @@ class Registry:
             OnlapError: see :meth:`request`.
         """
         url = urljoin(self._base, where)
+        known = self._authorization.get(scope)
         response, url = self._send(method, url, scope, dict(headers or {}), body)
         try:
             if response.status == 401:
                 response.drain_conn()
-                self._authenticate(response, scope, doing)
+                self._authenticate(response, scope, known, doing)
                 response, url = self._send(method, urljoin(self._base, where), scope, dict(headers or {}), body)
                 if response.status == 401:
                     raise self._stranger(doing)
@@ -291,8 +292,10 @@ class Registry:
                 self._looked = True
             return self._login
 
-    def _authenticate(self, response: urllib3.BaseHTTPResponse, scope: str, doing: str) -> None:
-        """Learn the header that a scope needs; raises PermissionDenied when there is none."""
+    def _authenticate(self, response: urllib3.BaseHTTPResponse, scope: str, known: str | None, doing: str) -> None:
+        """Learn the header that a scope needs, where ``known`` was refused; raises PermissionDenied if there is none."""
+        if self._authorization.get(scope) != known:
+            return  # another thread has learned it meanwhile
         asked = challenges(response.headers.getlist("WWW-Authenticate"))
         login = self._who()
         for challenge in asked:
@@ -300,7 +303,7 @@ class Registry:
                 self._authorization[scope] = f"Bearer {self._token(challenge, scope, login, doing)}"
                 return
             if challenge.scheme == "basic" and login is not None and login.username:
-                if self._authorization.get(scope) == login.basic:
+                if known == login.basic:
                     break  # it knows us, and says no
                 self._authorization[scope] = login.basic
                 return

@@ -181,12 +181,7 @@ def _overlay_fd(plan: Mount) -> int:
                 _add_layer(fs, "upperdir", plan.upper)
             if plan.work is not None:
                 _add_layer(fs, "workdir", plan.work)
-            for option in rest:
-                key, equals, value = option.partition("=")
-                if equals:
-                    sys.fsconfig_string(fs, key, value)
-                else:
-                    sys.fsconfig_flag(fs, key)
+            _configure(fs, rest)
             sys.fsconfig_create(fs)
         except OSError as error:
             said = sys.fs_context_log(fs)
@@ -342,16 +337,20 @@ def _plain_fd(plan: Mount) -> int:
     fs = sys.fsopen(plan.type)
     try:
         sys.fsconfig_string(fs, "source", os.fsencode(plan.source))
-        for option in rest:
-            key, equals, value = option.partition("=")
-            if equals:
-                sys.fsconfig_string(fs, key, value)
-            else:
-                sys.fsconfig_flag(fs, key)
+        _configure(fs, rest)
         sys.fsconfig_create(fs)
         return sys.fsmount(fs, attributes)
     finally:
         os.close(fs)
+
+
+def _configure(fs: int, options_left: list[str]) -> None:
+    for option in options_left:
+        key, equals, value = option.partition("=")
+        if equals:
+            sys.fsconfig_string(fs, key, value)
+        else:
+            sys.fsconfig_flag(fs, key)
 
 
 def _split_flags(flags: tuple[str, ...]) -> tuple[int, int, list[str]]:
