@@ -243,12 +243,24 @@ class Store:
         return self.snapshotter.walk(*filters)
 
     def cleanup(self) -> None:
-        """See :meth:`Cleaner.cleanup`; what no image needs any more goes, too: blobs, and the snapshots of layers."""
+        """See :meth:`Cleaner.cleanup`; what :meth:`collect` finds goes, too."""
+        self.collect()
+        self.snapshotter.cleanup()
+
+    def collect(self) -> None:
+        """Let go of what nobody needs any more: dead runs, blobs that no image has, and the snapshots of layers.
+
+        Raises:
+            OnlapError: the filesystem refuses, or the container of a dead run does not end.
+        """
+        if os.path.isdir(os.path.join(self.snapshotter.root, "runs")):
+            from onlap.images import rundirs
+
+            rundirs.sweep(self.snapshotter)
         if os.path.isdir(self.snapshotter.catalog.layout.content):
             from onlap.images import garbage
 
             garbage.collect(self.snapshotter, self.content)
-        self.snapshotter.cleanup()
 
     def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
         """See :meth:`Differ.changes`."""

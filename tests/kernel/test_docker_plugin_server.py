@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,8 @@ def test_before_init_and_with_another_driver(root: Path) -> None:
         PluginDriver(server.socket, str(root / "home"))
     with pytest.raises(errors.FailedPrecondition, match="written by the driver overlay2"):
         serve(root, "overlay")
+    with serve(root, "overlay", "q") as server, pytest.raises(PluginError, match="written by the driver overlay2"):
+        PluginDriver(server.socket, str(root / "home"))
     (root / "home" / FILE).write_text("{")
     with pytest.raises(errors.DataLoss, match="damaged"):
         StateFile(str(root / "s"), "p").load()
@@ -130,9 +133,9 @@ def request(server: Server, path: str, body: bytes, headers: dict[str, str]) -> 
         lines = [f"POST /{path} HTTP/1.1", "Host: x", *(f"{key}: {value}" for key, value in headers.items())]
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
         connection.shutdown(socket.SHUT_WR)
-        response = http.client.HTTPResponse(connection)
-        response.begin()
-        return response.status, response.read()
+        with closing(http.client.HTTPResponse(connection)) as response:
+            response.begin()
+            return response.status, response.read()
 
 
 def test_what_is_no_call_of_the_protocol(root: Path) -> None:
@@ -155,13 +158,12 @@ def test_a_connection_is_kept_over_an_error_in_apply_diff(root: Path) -> None:
     with serve(root) as server:
         PluginDriver(server.socket, str(root / "home"))
         connection = http.client.HTTPConnection("x")
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(server.socket)
-        for _ in range(3):
-            body = iter([b"no archive" * 100_000] * 3)
-            connection.request("POST", "/GraphDriver.ApplyDiff?id=nobody&parent=", body, encode_chunked=True)
-            assert "nobody" in json.loads(connection.getresponse().read())["Err"]
-        connection.close()
+        with socket.socket(socket.AF_UNIX) as connection.sock:
+            connection.sock.connect(server.socket)
+            for _ in range(3):
+                body = iter([b"no archive" * 100_000] * 3)
+                connection.request("POST", "/GraphDriver.ApplyDiff?id=nobody&parent=", body, encode_chunked=True)
+                assert "nobody" in json.loads(connection.getresponse().read())["Err"]
 
 
 def test_a_body_that_breaks_off_is_no_layer(root: Path) -> None:
@@ -193,31 +195,30 @@ def test_a_client_that_leaves_in_the_middle_of_diff(root: Path) -> None:
 
 def test_the_end_waits_for_what_runs(root: Path) -> None:
     """A running ApplyDiff is finished and answered; an idle connection is closed."""
-    release = threading.Event()
+    started, release = threading.Event(), threading.Event()
     sizes: list[int] = []
 
     class Slow(io.BytesIO):
+        """Stops when more was sent than a socket holds, so that the server must be reading."""
+
         def read(self, size: int | None = -1, /) -> bytes:
-            if self.tell():
+            if self.tell() > 4 << 20:
                 started.set()
                 release.wait(20)
             return super().read(size)
 
-    started = threading.Event()
-    data = archive(("f", {"content": b"1" * 200_000})).read()
-    server = serve(root)
-    driver = PluginDriver(server.socket, str(root / "home"))
-    driver.create("x")
-    idle = socket.socket(socket.AF_UNIX)
-    idle.connect(server.socket)
-    apply = threading.Thread(target=lambda: sizes.append(driver.apply_diff("x", "", Slow(data))))
-    apply.start()
-    assert started.wait(20)
-    end = threading.Thread(target=server.close)
-    end.start()
-    release.set()
-    end.join(20)
-    apply.join(20)
-    assert sizes == [200_000]
-    assert idle.recv(1) == b""
-    idle.close()
+    data = archive(("f", {"content": b"1" * (8 << 20)})).read()
+    with serve(root) as server, socket.socket(socket.AF_UNIX) as idle:
+        driver = PluginDriver(server.socket, str(root / "home"))
+        driver.create("x")
+        idle.connect(server.socket)
+        apply = threading.Thread(target=lambda: sizes.append(driver.apply_diff("x", "", Slow(data))))
+        apply.start()
+        assert started.wait(20)
+        end = threading.Thread(target=server.close)
+        end.start()
+        release.set()
+        end.join(20)
+        apply.join(20)
+        assert sizes == [8 << 20]
+        assert idle.recv(1) == b""

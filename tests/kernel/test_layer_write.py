@@ -789,6 +789,14 @@ def test_owners_are_numbers_and_pax_is_only_where_it_is_needed(layers: Layers) -
     assert found["g"].pax_headers == {}
 
 
+def test_a_long_directory_needs_no_pax_header(layers: Layers) -> None:
+    """Its own slash stays in the name, so that the prefix ends at another one."""
+    long = f"{'x' * 60}/{'y' * 39}"
+    layers.add(Tree().directory("x" * 60, mtime_ns=TIME).directory(long, mtime_ns=TIME))
+    assert layers.entries()[long].pax_headers == {}
+    layers.check()
+
+
 @pytest.mark.parametrize("compression", ["gzip", "zstd"])
 @pytest.mark.parametrize("size", [0, 100, 3_000_000])
 def test_both_digests_and_sizes(layers: Layers, compression: str, size: int) -> None:

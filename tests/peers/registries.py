@@ -77,9 +77,12 @@ class Cable:
         host: its own address.
         cuts: how many bytes to let back through a connection before it is cut; one that nobody takes cuts none.
         cut: how many were.
+        hold: bytes after which a connection stands still, until the cable goes; None: none does.
     """
 
-    def __init__(self, host: str, cuts: list[int]) -> None:
+    def __init__(self, host: str, cuts: list[int], hold: int | None = None) -> None:
+        self.hold = hold
+        self._gone = threading.Event()
         self._target = host.partition(":")
         self._server = socket.create_server(("127.0.0.1", 0))
         self.host = f"127.0.0.1:{self._server.getsockname()[1]}"
@@ -93,6 +96,7 @@ class Cable:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._gone.set()
         self._server.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._server.close()
@@ -121,6 +125,8 @@ class Cable:
             while data := far.recv(1 << 16):
                 near.sendall(data)
                 passed += len(data)
+                if self.hold is not None and passed >= self.hold:
+                    self._gone.wait()
                 with self._mutex:
                     if self.cuts and passed >= self.cuts[0]:
                         self.cuts.pop(0)

@@ -129,12 +129,13 @@ def test_docker_shows_the_same_as_on_its_own_driver(
     assert not mounts_below(where)
 
 
-def test_a_directory_of_dockers_own_driver(peer: Peer, place: Path) -> None:
-    """Every layer is found, shown, and gives a difference from which the same layer can be made."""
-    data = place / "copy"
+@pytest.mark.timeout(120)
+def test_a_directory_of_dockers_own_driver(peer: Peer, place: Path, sockets: Path) -> None:
+    """Every layer is found, shown, and gives a difference from which the same layer can be made; dockerd goes on."""
+    data = place / "copy" / "data"
     shutil.copytree(peer.data / "image", data / "image", symlinks=True)
     home = data / "overlay2"
-    home.mkdir()
+    home.mkdir(parents=True)
     # cp keeps hard links, xattrs and whiteouts.
     assert os.spawnlp(os.P_WAIT, "cp", "cp", "-a", f"{peer.data}/overlay2/.", str(home)) == 0
     chains = cache_ids(data, "overlay2")
@@ -155,7 +156,14 @@ def test_a_directory_of_dockers_own_driver(peer: Peer, place: Path) -> None:
     finally:
         driver.cleanup()
         driver.close()
-    shutil.rmtree(data)
+    home.rename(data / "onlap-c")
+    (data / "image" / "overlay2").rename(data / "image" / "onlap-c")
+    with (
+        Plugin(place / "copy", "onlap-c", "overlay2", sockets),
+        GraphDockerd(place / "copy", "onlap-c", data) as dockerd,
+    ):
+        assert tree(dockerd, "built:1") == peer.seen["built"]
+        assert tree(dockerd, "committed:1") == peer.seen["committed"]
 
 
 def cache_ids(data: Path, driver: str) -> dict[str, str]:

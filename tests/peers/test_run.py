@@ -33,6 +33,7 @@ class Command:
         self.root = root
         # Images need libraries beside the standard one; containers on snapshots do not.
         self.bare = True
+        self.started: list[subprocess.Popen[str]] = []
 
     def line(self, *words: str | Path) -> list[str]:
         return [sys.executable, *(["-S"] if self.bare else []), "-m", "onlap", *map(str, words)]
@@ -56,12 +57,14 @@ class Command:
         return [json.loads(line) for line in self("--json", *words).splitlines()]
 
     def start(self, *words: str | Path, **more: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process: subprocess.Popen[str] = subprocess.Popen(
             self.line(*words),
             env=self.environment,
             text=True,
             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
         )
+        self.started.append(process)
+        return process
 
     def names(self) -> list[str]:
         return [snapshot["name"] for snapshot in self.json("ls")]
@@ -83,15 +86,21 @@ def module_command(place: Path) -> Command:
 
 @pytest.fixture
 def onlap(module_command: Command) -> Iterator[Command]:
-    """The command; in the end there is no trace of a run, and no snapshot but those that were there before."""
-    before = module_command.names()
+    """The command; in the end there is no trace of a run, and no snapshot but ``base``."""
+    groups = cgroups()
     yield module_command
-    for name in module_command.names():
-        if name not in before:
-            module_command("rm", name)
-    assert module_command.names() == before
+    for process in module_command.started:
+        if process.poll() is None:  # after a failure only
+            process.kill()
+        process.communicate()
+    module_command.started.clear()
+    if module_command.runs():
+        module_command("cleanup")
+    more = [name for name in module_command.names() if name != "base"]
+    if more:
+        module_command("rm", *reversed(more))
     assert module_command.runs() == []
-    assert cgroups() == []
+    assert cgroups() == groups
     assert str(module_command.root) not in Path("/proc/self/mountinfo").read_text()
 
 
@@ -121,9 +130,21 @@ def cgroups() -> list[Path]:
 def await_line(process: subprocess.Popen[str], wanted: str) -> None:
     assert process.stdout is not None
     line = process.stdout.readline()
-    if line != wanted + "\n":
-        process.kill()
-        pytest.fail(f"{line!r} and not {wanted!r}: {process.communicate()[1]}")
+    assert line == wanted + "\n", process.communicate()[1] if process.poll() is not None else "it still runs"
+
+
+def child_of(pid: int) -> int:
+    """The one child of a process: the runtime of the command's, the container of the runtime's."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            status = Path(f"/proc/{name}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if f"PPid:\t{pid}\n" in status:
+            found.append(int(name))
+    (child,) = found
+    return child
 
 
 # What a container gets
@@ -131,9 +152,8 @@ def await_line(process: subprocess.Popen[str], wanted: str) -> None:
 
 def test_user_environment_and_working_directory(onlap: Command) -> None:
     script = "id -u; id -g; id -G; pwd; echo $HOME $A $B; ls -d /work"
-    said = onlap(
-        "run", "--user", "app", "--env", "A=1 2", "-e", "B=3", "--workdir", "/work", "base", "sh", "-c", script
-    )
+    options = ("--user", "app", "--env", "A=1 2", "-e", "B=3", "--workdir", "/work")
+    said = onlap("run", *options, "base", "sh", "-c", script)
     assert said.splitlines() == ["1000", "1001", "1001 10", "/work", "/home/app 1 2 3", "/work"]
     said = onlap("run", "base", "sh", "-c", "id -u; id -G; pwd; echo $HOME $PATH")
     assert said.splitlines()[:3] == ["0", "0", "/"]
@@ -261,11 +281,13 @@ def test_what_is_wrong_before_is_125(onlap: Command) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_what_does_not_handle_it(onlap: Command, name: str) -> None:
     number = signal.Signals[name]
-    process = onlap.start("run", "base", "sh", "-c", "echo ready; exec sleep 1000", start_new_session=True)
+    process = onlap.start("run", "base", "cat", stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    process.stdin.write("ready\n")
+    process.stdin.flush()
     await_line(process, "ready")
     process.send_signal(number)
     assert process.wait() == 128 + number
-    process.communicate()
 
 
 def test_a_signal_reaches_who_handles_it(onlap: Command) -> None:
@@ -342,8 +364,6 @@ def test_nothing_stays_unless_it_is_kept(onlap: Command) -> None:
     )
     onlap("commit", "next", "kept")
     assert onlap("run", "next", "cat", "/data/f", "/x") == "more\nkept\n"
-    done = onlap.do("run", "--keep", "k", "kept", "ls")
-    assert (done.returncode, "there is no snapshot" in done.stderr) == (125, True)
 
 
 def test_an_active_snapshot_has_one_writer(onlap: Command) -> None:
@@ -373,52 +393,54 @@ def test_several_at_once(onlap: Command) -> None:
 def test_a_run_that_was_killed_is_cleaned_up_by_the_next(onlap: Command) -> None:
     process = onlap.start("run", "base", "sh", "-c", "echo ready; exec sleep 1000")
     kept = onlap.start("run", "--keep", "kept", "base", "sh", "-c", "echo x > /x; echo ready; exec sleep 1000")
-    pids = []
+    descriptors = []
     for each in (process, kept):
         await_line(each, "ready")
-    for run in onlap.runs():
-        pids.append(int((run / "pid").read_text()))
-    assert len(pids) == 2
-    descriptors = [os.pidfd_open(pid) for pid in pids]
-    runtimes = [os.pidfd_open(parent_of(pid)) for pid in pids]
+        runtime = child_of(each.pid)
+        descriptors += [os.pidfd_open(runtime), os.pidfd_open(child_of(runtime))]
     for each in (process, kept):
         each.kill()
         each.wait()
     # A living one is left alone.
     living = onlap.start("run", "base", "sh", "-c", "echo ready; read x", stdin=subprocess.PIPE)
     await_line(living, "ready")
-    for fd in (*descriptors, *runtimes):
+    for fd in descriptors:
         assert select.select([fd], [], [], 20)[0], "the container of a dead run lives on"
         os.close(fd)
     assert len(onlap.runs()) == 1
     assert "kept" in onlap.names()
     assert [name for name in onlap.names() if name.startswith("run-")] == [f"run-{onlap.runs()[0].name}"]
     assert onlap("run", "base", "sh", "-c", "echo next") == "next\n"
+    onlap("cleanup")
     assert living.poll() is None
     living.communicate("x\n")
     assert living.returncode == 0
     assert onlap("diff", "kept") == "A /x\n"
-    for each in (process, kept):
-        each.communicate()
 
 
-def parent_of(pid: int) -> int:
-    """The runtime, which waits for the container."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(fields["PPid"])
+def test_cleanup_clears_a_run_that_was_killed(onlap: Command) -> None:
+    before = onlap.names()
+    process = onlap.start("run", "base", "sh", "-c", "echo ready; exec sleep 1000")
+    await_line(process, "ready")
+    process.kill()
+    process.wait()
+    assert len(onlap.runs()) == 1
+    assert onlap.names() != before
+    onlap("cleanup")
+    assert onlap.runs() == []
+    assert onlap.names() == before
 
 
 def test_a_runtime_that_was_killed(onlap: Command) -> None:
     """The container does not outlive the command."""
     process = onlap.start("run", "base", "sh", "-c", "echo ready; exec sleep 1000")
     await_line(process, "ready")
-    pid = int((onlap.runs()[0] / "pid").read_text())
-    container = os.pidfd_open(pid)
-    os.kill(parent_of(pid), signal.SIGKILL)
+    runtime = child_of(process.pid)
+    container = os.pidfd_open(child_of(runtime))
+    os.kill(runtime, signal.SIGKILL)
     assert process.wait() == 137
     assert select.select([container], [], [], 20)[0]
     os.close(container)
-    process.communicate()
 
 
 def test_without_a_runtime(onlap: Command) -> None:
@@ -498,6 +520,7 @@ def test_an_image_runs_as_it_says(image: Command) -> None:
     # A kept snapshot goes on as the image that it began as.
     image("run", "--keep", "again", "localhost/app:1", "true")
     assert image("run", "again") == "hello\n"
+    image("rm", "again")
 
 
 def test_looking_into_images(image: Command) -> None:
@@ -510,17 +533,22 @@ def test_looking_into_images(image: Command) -> None:
     assert listed[0]["digest"].startswith(f"sha256:{app.split()[1]}")
 
     steps = image.json("image", "history", "localhost/app:1")
-    assert [(step["layer"], step["added"], step["changed"], step["deleted"]) for step in steps][1] == (2, 1, 0, 1)
+    assert [(step["layer"], step["added"], step["changed"], step["deleted"]) for step in steps][1] == (2, 1, 1, 1)
     assert steps[1]["comment"] == "greets"
     lines = image("image", "history", "localhost/app:1").splitlines()
     assert lines[0].split() == ["LAYER", "SIZE", "ADDED", "CHANGED", "DELETED", "COMMAND"]
     assert len(lines) == 3
 
     said = image("image", "diff", "localhost/base:1", "localhost/app:1").splitlines()
-    assert [(line.split()[0], line.split()[-1]) for line in said[:-1]] == [("D", "/bin/data"), ("A", "/greeting")]
-    assert said[-1] == "1 added, 0 changed, 1 deleted; -4 B"
+    assert [(line.split()[0], line.split()[-1]) for line in said[:-1]] == [
+        ("C", "/bin"),
+        ("D", "/bin/data"),
+        ("A", "/greeting"),
+    ]
+    assert said[-1] == "1 added, 1 changed, 1 deleted; -4 B"
     found = image.json("image", "diff", "localhost/base:1", "localhost/app:1")
     assert [(each["path"], each["before_bytes"], each["after_bytes"]) for each in found] == [
+        ("/bin", 0, 0),
         ("/bin/data", 10, 0),
         ("/greeting", 0, 6),
     ]

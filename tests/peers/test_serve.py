@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -134,6 +135,34 @@ def test_sigterm_finishes_what_it_answers(server: Onlap, client: RemoteSnapshott
 
 def test_sigint_ends_it_too(server: Onlap) -> None:
     assert server.stop(signal.SIGINT) == 0
+
+
+SIGNALLED = """
+import os, random, signal, time
+from onlap.serve.containerd.server import _signals
+
+for number in range(1500):
+    ready, say = os.pipe()
+    child = os.fork()
+    if not child:
+        with _signals(signal.SIGTERM) as told:
+            os.write(say, b"x")
+            os.read(told, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    moment = time.perf_counter() + random.random() * 60e-6
+    while time.perf_counter() < moment:
+        pass
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    os.close(ready)
+    os.close(say)
+"""
+
+
+def test_no_signal_is_lost_on_the_way_to_the_wait() -> None:
+    """With an Event that the handler sets, one in a thousand was, and the server hung."""
+    run(sys.executable, "-W", "error", "-c", SIGNALLED, environment=ONLAP_ENVIRONMENT)
 
 
 def test_systemd_is_told(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images for tests, of bytes; and a registry that misbehaves as told. It stands for no peer: those are in tests/peers."""
+"""Images for tests, of bytes; and a registry that misbehaves as told, which stands for no peer (see tests/peers)."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_nothing_is_seen_before_it_is_whole(catalog: Catalog, content: ContentSt
     assert files(catalog) == []
 
 
-@pytest.mark.parametrize(("digest", "size"), [(DIGEST[:-1] + "0", None), (None, len(DATA) - 1), (None, len(DATA) + 1)])
+@pytest.mark.parametrize("digest, size", [(DIGEST[:-1] + "0", None), (None, len(DATA) - 1), (None, len(DATA) + 1)])
 def test_another_content_is_refused(
     catalog: Catalog, content: ContentStore, digest: str | None, size: int | None
 ) -> None:
@@ -223,9 +223,14 @@ def test_a_lease_keeps_what_is_worked_with(content: ContentStore) -> None:
 
 def test_a_lease_outlives_an_error_until_it_expires(catalog: Catalog, content: ContentStore) -> None:
     """What an interrupted pull has fetched is there for the next."""
-    with pytest.raises(KeyError), content.lease("test") as lease:
-        content.put([DATA], lease=lease)
-        raise KeyError
+
+    def fail() -> None:
+        with content.lease("test") as lease:
+            content.put([DATA], lease=lease)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert content.collect() == 0
     catalog.database.write(lambda c: c.execute("UPDATE pins SET expires_ns = 1"))
     assert content.collect() == 1

@@ -11,7 +11,7 @@ from onlap.images.changes import apply_changes
 
 
 @pytest.mark.parametrize(
-    ("before", "changes", "after"),
+    "before, changes, after",
     [
         ({}, ['CMD ["a", "b c"]'], {"Cmd": ["a", "b c"]}),
         ({}, ["cmd echo hi  there"], {"Cmd": ["/bin/sh", "-c", "echo hi  there"]}),

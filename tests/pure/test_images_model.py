@@ -55,7 +55,7 @@ def test_layers_of_docker(made: Made, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    "kind, says",
     [
         (f"{LAYER}+encrypted", "encrypted"),
         (f"{LAYER}+gzip+encrypted", "encrypted"),
@@ -166,7 +166,7 @@ def test_chain_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "platform"),
+    "text, platform",
     [
         ("linux/arm64", Platform("arm64", "linux")),
         ("arm64", Platform("arm64", "linux")),
@@ -186,7 +186,7 @@ def test_what_is_no_platform_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "offered", "fits"),
+    "wanted, offered, fits",
     [
         ("linux/arm64", Platform("arm64", "linux", "", "v8"), True),
         ("linux/arm64/v8", Platform("arm64", "linux"), True),

@@ -13,7 +13,7 @@ DIGEST = "sha256:" + "0123456789abcdef" * 4
 
 
 @pytest.mark.parametrize(
-    ("name", "full"),
+    "name, full",
     [
         ("debian", "docker.io/library/debian:latest"),
         ("debian:13", "docker.io/library/debian:13"),
@@ -75,7 +75,7 @@ def test_what_is_no_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("full", "short"),
+    "full, short",
     [
         ("docker.io/library/debian:13", "debian:13"),
         ("docker.io/team/app:1", "team/app:1"),

@@ -152,7 +152,11 @@ def test_another_part_than_asked_for_is_not_taken(store: Store, registry: Faulty
 def test_a_busy_registry_is_asked_again(store: Store, registry: Faulty, status: int) -> None:
     for word in ("manifests", "blobs"):
         replies = iter([Reply(status, Retry_After="0"), Reply(status)])
-        registry.answers.append(lambda request, w=word, r=replies: next(r, None) if w in request.path else None)
+
+        def busy(request: Request, word: str = word, replies: Iterator[Reply] = replies) -> Reply | None:
+            return next(replies, None) if word in request.path else None
+
+        registry.answers.append(busy)
     pull(store, registry)
 
 
@@ -164,7 +168,7 @@ def test_a_registry_that_stays_busy_is_given_up(store: Store, registry: Faulty) 
 
 
 def test_nobody_there_is_unavailable(store: Store) -> None:
-    with pytest.raises(errors.Unavailable, match="127.0.0.1:1"):
+    with pytest.raises(errors.Unavailable, match=r"127\.0\.0\.1:1"):
         store.images.pull("127.0.0.1:1/x:1", plain_http=True)
 
 
@@ -404,7 +408,7 @@ AUTH = {"auth": base64.b64encode(b"me:se:cret").decode()}
 
 
 @pytest.mark.parametrize(
-    ("key", "registry", "repository"),
+    "key, registry, repository",
     [
         ("registry.example", "registry.example", "a/b"),
         ("https://registry.example/v2/", "registry.example", "a/b"),
@@ -459,7 +463,7 @@ def test_a_helper_that_does_not_know_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "error"),
+    "document, error",
     [
         ({"credsStore": "missing"}, errors.FailedPrecondition),
         ({"credsStore": "../evil"}, errors.InvalidArgument),

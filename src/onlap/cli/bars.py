@@ -22,6 +22,8 @@ _ERASE_LINE = "\r\x1b[K"  # ECMA-48, EL
 _WIDTH = 24
 # Seconds between two lines of one stage where nobody watches a terminal: a log should tell, and not fill up.
 _INTERVAL = 5.0
+# Seconds in which a rate says nothing yet.
+_TOO_SHORT = 0.5
 # Characters of a digest, or of another name, that fit beside a bar.
 _ITEM = 19
 
@@ -37,17 +39,30 @@ def bars(out: Output) -> Iterator[Callback | None]:
     elif not is_terminal(sys.stderr):
         yield _Lines()
     else:
+        with contextlib.ExitStack() as stack:
+            yield _Drawn(stack)
+
+
+class _Drawn:
+    """Draws from the first report on: mostly there is nothing to draw, and rich takes a tenth of a second to load."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._draw: Callback | None = None
+
+    def __call__(self, report: Progress) -> None:
+        if self._draw is None:
+            self._draw = self._start()
+        self._draw(report)
+
+    def _start(self) -> Callback:
         try:
             from rich.progress import Progress as RichProgress
         except ImportError:
             line = _OneLine()
-            try:
-                yield line
-            finally:
-                line.erase()
-        else:
-            with _rich(RichProgress) as drawn:
-                yield drawn
+            self._stack.callback(line.erase)
+            return line
+        return self._stack.enter_context(_rich(RichProgress))
 
 
 class _Stage:
@@ -63,9 +78,9 @@ class _Stage:
         amount = _amount(report, report.done)
         if report.total is not None and report.done != report.total:
             amount = f"{amount} of {_amount(report, report.total)}"
-        rate = report.done / seconds if seconds > 0 else 0.0
-        if not rate or not report.done:
+        if seconds < _TOO_SHORT or not report.done:
             return amount
+        rate = report.done / seconds
         parts = [amount, f"{_amount(report, int(rate))}/s"]
         if report.total is not None and report.total > report.done:
             parts.append(f"{_seconds((report.total - report.done) / rate)} left")

@@ -31,12 +31,14 @@ class Lease:
     Attributes:
         owner: of its pins.
         digests: what it pinned.
+        over: whether its pins are gone, by a transaction that took them (:meth:`end_within`) and succeeded.
     """
 
     def __init__(self, catalog: Catalog, purpose: str) -> None:
         self._catalog = catalog
         self.owner = f"{purpose} ({secrets.token_hex(4)})"
         self.digests: set[str] = set()
+        self.over = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -49,24 +51,26 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if error is None:
+        if error is None and not self.over:
             self.end()
 
-    def pin(self, *digests: str) -> None:
-        """Keep blobs, whether they are there already or come later."""
+    def pin(self, *digests: str, snapshot: int | None = None) -> None:
+        """Keep blobs, whether they are there already or come later; and a snapshot, by its id, in the same go."""
         fresh = [digest for digest in digests if digest not in self.digests]
-        if fresh:
+        if fresh or snapshot is not None:
 
             def operation(connection: Connection) -> None:
                 for digest in fresh:
                     pins.pin(connection, self.owner, digest=digest, seconds=LIFE)
+                if snapshot is not None:
+                    pins.pin(connection, self.owner, snapshot=snapshot, seconds=LIFE)
 
             self._write(operation)
             self.digests.update(fresh)
 
     def pin_snapshot(self, identifier: int) -> None:
         """Keep a snapshot, by its id."""
-        self._write(lambda c: pins.pin(c, self.owner, snapshot=identifier, seconds=LIFE))
+        self.pin(snapshot=identifier)
 
     def unpin_snapshot(self, identifier: int) -> None:
         """Let a snapshot go."""
@@ -74,7 +78,11 @@ class Lease:
 
     def end(self) -> None:
         """Take all pins away."""
-        self._catalog.database.write(lambda c: pins.unpin_all(c, self.owner))
+        self._catalog.database.write(self.end_within)
+
+    def end_within(self, connection: Connection) -> None:
+        """The same inside a write transaction."""
+        pins.unpin_all(connection, self.owner)
 
     def _write(self, operation: Callable[[Connection], None]) -> None:
         self._catalog.database.write(operation)

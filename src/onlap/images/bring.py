@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
@@ -16,6 +18,9 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 # fetch(layer, told): puts a layer's blob into the content store; told(bytes) of what has come, and raises when all is
 # given up.
 Fetch = Callable[[Layer, Callable[[int], None]], None]
+
+# Seconds that threads have to end after an error.
+_LAST_WORDS = 5.0
 
 
 class Bringing:
@@ -173,10 +178,14 @@ class Threads:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         self._halt.set()
+        # One that waits for a network that is silent hears of the end only when it gives up.
+        patience = None if error is None else time.monotonic() + _LAST_WORDS
         for thread in self._threads:
-            thread.join()
+            thread.join(None if patience is None else max(0.0, patience - time.monotonic()))
 
     def _run(self) -> None:
         while True:

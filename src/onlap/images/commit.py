@@ -12,6 +12,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from onlap import errors
+from onlap.catalog import records as snapshots
+from onlap.catalog.catalog import check_commit
+from onlap.catalog.database import Connection
 from onlap.catalog.records import ACTIVE, Record
 from onlap.content.digests import digest_of
 from onlap.content.lease import Lease
@@ -21,7 +24,6 @@ from onlap.images.changes import apply_changes
 from onlap.images.facade import Image, Images, image_of
 from onlap.images.labels import LABEL_LAYER
 from onlap.images.model import Descriptor, Manifest, Platform
-from onlap.layers.write import Written
 from onlap.progress import Callback
 from onlap.snapshots.archives import write_diff
 
@@ -82,21 +84,36 @@ def commit(
     docker = manifest is not None and manifest.is_docker
     if docker and compression == "zstd":
         docker = False  # Docker's media types know no zstd; the whole image becomes one of OCI's
-    with images.content.lease(f"commit of {full}") as lease:
-        written, descriptor = _write_layer(images, lease, key, docker, compression, epoch, progress)
+    with images.content.lease(f"commit of {full}") as lease, images.content.writer() as writer:
+        written = write_diff(
+            snapshotter,
+            key,
+            None,
+            writer,  # type: ignore[arg-type]
+            compression=compression,
+            epoch=epoch,
+            progress=progress,
+        )
+        empty = written.entries == 0
         diff_ids = [*base.diff_ids] if base is not None else []
         layers = [*base.layers] if base is not None else []
-        empty = written.entries == 0
         if not empty:
+            kind = media.layer_type(docker=docker, compression=compression)
             diff_ids.append(written.diff_id)
-            layers.append(descriptor)
-        if docker is False:
+            layers.append(Descriptor(kind, written.digest, written.size))
+        if not docker:
             layers = [_in_oci(layer) for layer in layers]
         created = timestamp(time.time_ns() if epoch is None else min(time.time_ns(), epoch * 1_000_000_000))
         config = _configuration(before, settings, diff_ids, created, author, message, changes, empty)
-        image = _documents(images, lease, full, config, layers, docker)
-        _commit_snapshot(images, lease, key, image, written.diff_id, empty)
-        images.record(image)
+        image, documents = _documents(full, config, layers, docker)
+        lease.pin(image.digest, image.config_digest, *(layer.digest for layer in layers))
+        if not empty:
+            try:
+                writer.commit(written.digest, written.size)
+            except OSError as error:
+                raise errors.from_oserror(error, doing="write the layer of", key=key) from error
+        images.content.put_documents(*documents)
+        _finish(images, lease, record, image, written.diff_id, empty)
     return image
 
 
@@ -140,34 +157,6 @@ def _settings(images: Images, base: Image | None, platform: Platform) -> dict[st
     return found
 
 
-def _write_layer(
-    images: Images,
-    lease: Lease,
-    key: str,
-    docker: bool,
-    compression: str,
-    epoch: int | None,
-    progress: Callback | None,
-) -> tuple[Written, Descriptor]:
-    with images.content.writer() as writer:
-        written = write_diff(
-            images.snapshotter,
-            key,
-            None,
-            writer,  # type: ignore[arg-type]
-            compression=compression,
-            epoch=epoch,
-            progress=progress,
-        )
-        if written.entries:
-            try:
-                writer.commit(written.digest, written.size, lease=lease)
-            except OSError as error:
-                raise errors.from_oserror(error, doing="write the layer of", key=key) from error
-    kind = media.layer_type(docker=docker, compression=compression)
-    return written, Descriptor(kind, written.digest, written.size)
-
-
 def _in_oci(layer: Descriptor) -> Descriptor:
     """A layer's descriptor with the media type that OCI has for it: no manifest mixes the two families."""
     if not layer.media_type.startswith(media.DOCKER_LAYER):
@@ -207,33 +196,42 @@ def _configuration(
 
 
 def _documents(
-    images: Images, lease: Lease, name: str, config_data: bytes, layers: list[Descriptor], docker: bool
-) -> Image:
+    name: str, config_data: bytes, layers: list[Descriptor], docker: bool
+) -> tuple[Image, tuple[bytes, bytes]]:
+    """The image of a configuration and layers, and what is to be written for it."""
     config_type, manifest_type = (
         (media.DOCKER_CONFIG, media.DOCKER_MANIFEST) if docker else (media.OCI_CONFIG, media.OCI_MANIFEST)
     )
     manifest = Manifest(2, model.describe(config_data, config_type), layers, media_type=manifest_type)
     config = model.decode_config(config_data, manifest)
     manifest_data = model.encode(manifest)
-    image = image_of(name, digest_of(manifest_data), manifest, config)
-    lease.pin(*(layer.digest for layer in layers))
-    images.content.put_bytes(config_data, lease=lease)
-    images.content.put_bytes(manifest_data, lease=lease)
-    return image
+    return image_of(name, digest_of(manifest_data), manifest, config), (config_data, manifest_data)
 
 
-def _commit_snapshot(images: Images, lease: Lease, key: str, image: Image, diff_id: str, empty: bool) -> None:
+def _finish(images: Images, lease: Lease, record: Record, image: Image, diff_id: str, empty: bool) -> None:
+    """Commit the snapshot and record the image in one transaction: a crash leaves both, or the active snapshot."""
     snapshotter = images.snapshotter
-    if empty:
-        snapshotter.remove(key)
-        return
-    top = image.chain_ids[-1]
-    record = snapshotter.record(key)
-    lease.pin_snapshot(record.id)  # it keeps its id, and so its pin, when it gets its name
-    try:
-        snapshotter.commit(top, key, {LABEL_LAYER: diff_id})
-    except errors.AlreadyExists:
-        # The same layer on the same base was made before: the content is the same, and one of the two is enough.
-        lease.pin_snapshot(snapshotter.record(top).id)
-        lease.unpin_snapshot(record.id)
-        snapshotter.remove(key)
+    catalog = snapshotter.catalog
+    owner = snapshotter.owner
+    top = image.chain_ids[-1] if image.chain_ids else ""
+    put = images.recording(image)  # with pins of its own, which take the place of the lease's
+    snapshotter.check_unmounted(record)  # again: the layer was written without holding anybody off
+    if not empty and snapshotter.syncs:
+        catalog.sync()
+
+    def operation(connection: Connection) -> bool:
+        # The same layer on the same base may have been made before: one of the two snapshots is enough.
+        fresh = not empty and not snapshots.exists(connection, owner, top)
+        if fresh:
+            now = check_commit(connection, owner, top, record.name, None)
+            if now.id != record.id:
+                raise snapshots.not_found(record.name)
+            snapshots.make_committed(connection, now, top, now.parent_id, {LABEL_LAYER: diff_id}, False)
+        put(connection)
+        lease.end_within(connection)
+        return fresh
+
+    fresh = catalog.database.write(operation)
+    lease.over = True
+    if not fresh:
+        snapshotter.remove(record.name)

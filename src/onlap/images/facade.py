@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from onlap import errors
@@ -12,6 +13,7 @@ from onlap.catalog import records as snapshots
 from onlap.catalog.database import Connection
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
+from onlap.errors import shown
 from onlap.images import media, model, names, platforms, records
 from onlap.images.bring import Bringing, Fetch
 from onlap.images.labels import LABEL_LAYER
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from onlap.images.registry_auth import Credentials
 
 StrPath = str | os.PathLike[str]
+
+_log = logging.getLogger("onlap.images")
 
 # Layers fetched at once, as Docker and containerd do it.
 DOWNLOADS = 3
@@ -94,8 +98,14 @@ class Images:
         return iter(self.list())
 
     def list(self) -> _Listed:
-        """Every image, by name."""
-        return [self._image(record) for record in self._database.read(records.everything)]
+        """Every image, by name; of one that is damaged a warning is logged, and :meth:`get` says more."""
+        found = []
+        for record in self._database.read(records.everything):
+            try:
+                found.append(self._image(record))
+            except errors.DataLoss as error:
+                _log.warning("the image %s is damaged: %s", shown(record.name), error)
+        return found
 
     def __contains__(self, name: str) -> bool:
         full = names.normalized(name)
@@ -407,12 +417,15 @@ class Images:
         """Put an image's documents into the content store, and pin all of its blobs for now."""
         image = image_of(name, resolved.descriptor.digest, resolved.manifest, resolved.config)
         lease.pin(image.digest, image.config_digest, *(layer.digest for layer in image.layers))
-        self.content.put_bytes(resolved.config_data, lease=lease)
-        self.content.put_bytes(resolved.manifest_data, lease=lease)
+        self.content.put_documents(resolved.config_data, resolved.manifest_data)
         return image
 
     def record(self, image: Image) -> None:
         """Let the image be known by its name, with pins on all that it needs."""
+        self._database.write(self.recording(image))
+
+    def recording(self, image: Image) -> Callable[[Connection], None]:
+        """What does that inside a write transaction."""
         manifest = self.manifest(image)
         kind = manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST)
         size = self.content.size(image.digest)
@@ -424,7 +437,7 @@ class Images:
             identifier = snapshot.id if snapshot is not None and LABEL_LAYER in snapshot.labels else None
             records.put(connection, image.name, image.digest, kind, size, blobs, identifier)
 
-        self._database.write(operation)
+        return operation
 
 
 def image_of(name: str, digest: str, manifest: Manifest, config: Config) -> Image:

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 
-from onlap.images import runtime
+from onlap.mounts import mountinfo
 
 # What a terminal sends to all processes of its foreground, the runtime among them, which hands it on.
 _FROM_TERMINALS = (signal.SIGINT, signal.SIGQUIT)
 _HANDED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+# Seconds. A signal between the last look of the interpreter and a system call does not interrupt that call, and then
+# Python's handler waits for its end; another thread that takes the interpreter's lock just then makes the gap wide.
+_PATIENCE = 0.2
 
 
 class Forwarder:
@@ -29,9 +34,8 @@ class Forwarder:
         ended_by: the signal that a SIGKILL stood for, None when there was none.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self) -> None:
         self.ended_by: int | None = None
-        self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._early: list[int] = []
 
@@ -59,47 +63,84 @@ class Forwarder:
         for number in early:
             self._pass_on(process, number)
 
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The exit status of the runtime, when it ends; signals are handed on meanwhile."""
+        with contextlib.closing(_Ended(process.pid)) as ended:
+            while not ended.wait(_PATIENCE):
+                pass  # Python's handlers have run
+        return process.wait()
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        open("/tmp/w6/trace","a").write(f"{os.getpid()} {number} handle {self._process}\n")
         if self._process is None:
             self._early.append(number)
         else:
             self._pass_on(self._process, number)
 
     def _pass_on(self, process: subprocess.Popen[bytes], number: int) -> None:
-        if self._end(number):
+        if _end(process.pid, number):
             self.ended_by = number
         elif number not in _FROM_TERMINALS or not _in_foreground():
             process.send_signal(number)
 
-    def _end(self, number: int) -> bool:
-        """Kill the container's process if the kernel would drop the signal; whether it was done."""
+
+class _Ended:
+    """The end of a child that nobody has waited for yet, as a descriptor (pidfd_open(2), Linux 5.3)."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.pidfd_open(pid)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it comes within a time."""
+        return bool(self._poll.poll(seconds * 1000))
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
+def _end(parent: int, number: int) -> bool:
+    """Kill the container's process, a child of the runtime, if the kernel would drop the signal; whether it was done.
+
+    The runtime writes its pid file only after the start.
+    """
+    for pid in mountinfo.pids():
+        fields = _status(pid)
+        if fields.get("PPid") != str(parent) or not _is_dropped(fields, number):
+            continue
         try:
-            with open(runtime.pid_file(self._directory), encoding="ascii") as file:
-                pid = int(file.read())
             process = os.pidfd_open(pid)
-        except (FileNotFoundError, ValueError, ProcessLookupError):
-            return False  # not started yet, or gone already: the runtime has the signal
+        except ProcessLookupError:
+            continue
         try:
-            # Read behind pidfd_open: if it is of the right process, so is the descriptor.
-            if not _is_dropped(pid, number):
-                return False
+            # Read again behind pidfd_open: if it is of the right process, so is the descriptor.
+            if _status(pid).get("PPid") != str(parent):
+                continue
             signal.pidfd_send_signal(process, signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            return False
+        except ProcessLookupError:
+            continue
         finally:
             os.close(process)
         return True
+    return False
 
 
-def _is_dropped(pid: int, number: int) -> bool:
-    """Whether a process is the first of a namespace, and does nothing about the signal. Source: proc_pid_status(5)."""
-    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-        fields = dict(line.split(":", 1) for line in file.read().splitlines() if ":" in line)
+def _status(pid: int) -> dict[str, str]:
+    """What /proc says of a process (proc_pid_status(5)); empty when it is gone."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _is_dropped(fields: Mapping[str, str], number: int) -> bool:
+    """Whether a process is the first of a namespace of its own, and does nothing about the signal."""
     numbers = fields["NSpid"].split()
     if len(numbers) < 2 or numbers[-1] != "1":
         return False
-    open("/tmp/w6/trace","a").write(f"{os.getpid()} {pid} {number} {[(k,v) for k,v in fields.items() if k.startswith(('Sig','NSp','Name'))]}\n")
     masks = (int(fields[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt"))
     return not any(mask >> (number - 1) & 1 for mask in masks)
 

@@ -14,8 +14,8 @@ from onlap.errors import shown
 from onlap.images import archive, commit, layout, media, model, names, platforms
 from onlap.images.bring import Fetch
 from onlap.images.facade import Image, Images
-from onlap.images.garbage import collect_layers
 from onlap.images.files import DirectoryFiles, Files, TarFiles
+from onlap.images.garbage import collect_layers
 from onlap.images.layout import Found
 from onlap.images.model import Config, History, Manifest, RootFS
 from onlap.images.resolve import Resolved

@@ -293,7 +293,11 @@ class Registry:
             return self._login
 
     def _authenticate(self, response: urllib3.BaseHTTPResponse, scope: str, known: str | None, doing: str) -> None:
-        """Learn the header that a scope needs, where ``known`` was refused; raises PermissionDenied if there is none."""
+        """Learn the header that a scope needs, where ``known`` was refused.
+
+        Raises:
+            PermissionDenied: there is none.
+        """
         if self._authorization.get(scope) != known:
             return  # another thread has learned it meanwhile
         asked = challenges(response.headers.getlist("WWW-Authenticate"))

@@ -167,7 +167,7 @@ def run(
             if problem is not None:
                 return Ended(problem.status or runtime.CANNOT_RUN, problem.message)
             stays = rundirs.LABEL not in record.labels
-            with _without_mount_points(root, bundle.mount_points(options, binds) if stays else ()):
+            with rundirs.without_mount_points(directory, bundle.mount_points(options, binds) if stays else ()):
                 return _run_any(runtimes, directory)
 
 
@@ -299,20 +299,6 @@ def find_problem(
     return Failure(f"there is no command {shown(command)} in the tree", runtime.NO_COMMAND)
 
 
-@contextlib.contextmanager
-def _without_mount_points(root: int, targets: Sequence[str]) -> Iterator[None]:
-    """Take away the empty files and directories that the runtime makes in the tree to mount at.
-
-    They would be changes of a snapshot that stays, and in the layer that is made of it.
-    """
-    missing = {part for target in targets for part in rooted.missing_parts(root, target)}
-    try:
-        yield
-    finally:
-        for path in sorted(missing, key=len, reverse=True):
-            rooted.remove_if_empty(root, path)
-
-
 def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
     """Run the container with the first runtime that works."""
     for each in runtimes:
@@ -335,13 +321,13 @@ def _run_with(each: Runtime, directory: str) -> tuple[Ended, Failure | None]:
         file.write(each.path)
     identifier = rundirs.container_id(directory)
     line = each.line(directory, "run", "--bundle", directory, "--pid-file", runtime.pid_file(directory), identifier)
-    forwarder = Forwarder(directory)
+    forwarder = Forwarder()
     with forwarder.installed():
         try:
             # No environment: the runtime needs none, and LISTEN_FDS in it would hand descriptors to the container.
             process = subprocess.Popen(line, env={})
             forwarder.attach(process)
-            status = process.wait()
+            status = forwarder.wait(process)
         finally:
             # It does so itself, unless it was killed.
             runtime.delete(each.path, directory, identifier)

@@ -4,6 +4,7 @@
 
     ROOT/runs/<id>/        0700; held by the flock of the process that runs it
       runtime              the path of the runtime's program
+      mount-points         paths that the tree of a snapshot that stays did not have: JSON
       config.json          the container, as the runtime takes it
       rootfs/              where the snapshot is mounted
       state/, log, pid     the runtime's
@@ -17,12 +18,13 @@ way leaves something that the next one finds.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from onlap import errors
 from onlap.catalog.locks import claim_directory, open_directory, try_lock
-from onlap.images import runtime
+from onlap.images import rooted, runtime
 from onlap.mounts.unmount import unmount
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.remove import remove as remove_tree
@@ -42,6 +44,46 @@ def rootfs(directory: str) -> str:
 
 def _runs(snapshotter: RecordedSnapshotter) -> str:
     return os.path.join(snapshotter.root, "runs")
+
+
+@contextlib.contextmanager
+def without_mount_points(directory: str, targets: Sequence[str]) -> Iterator[None]:
+    """Take away, at the end, the empty files and directories that the runtime makes in the tree to mount at.
+
+    They would be changes of a snapshot that stays, and in the layer that is made of it.
+
+    Args:
+        directory: of the run, whose snapshot is mounted.
+        targets: where something will be mounted.
+
+    Raises:
+        OSError: the tree, or the directory, refuses.
+    """
+    root = os.open(rootfs(directory), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        missing = {part for target in targets for part in rooted.missing_parts(root, target)}
+    finally:
+        os.close(root)
+    with open(f"{directory}/mount-points", "w", encoding="utf-8") as file:
+        json.dump(sorted(missing, key=len, reverse=True), file)
+    try:
+        yield
+    finally:
+        _remove_mount_points(directory)
+
+
+def _remove_mount_points(directory: str) -> None:
+    try:
+        with open(f"{directory}/mount-points", encoding="utf-8") as file:
+            paths = json.load(file)
+    except (FileNotFoundError, ValueError):  # ValueError: a crash while it was written, before there was a container
+        return
+    root = os.open(rootfs(directory), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for path in paths:
+            rooted.remove_if_empty(root, path)
+    finally:
+        os.close(root)
 
 
 @contextlib.contextmanager
@@ -129,6 +171,10 @@ def _clear(snapshotter: RecordedSnapshotter, directory: str) -> None:
         if program:  # a power cut may have left the file empty, and no container
             runtime.delete(program, directory, container_id(directory))
     if os.path.ismount(rootfs(directory)):
+        try:
+            _remove_mount_points(directory)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="clean up behind a run", key=directory) from error
         unmount(rootfs(directory))
     for info in list(snapshotter.walk(f'labels."{LABEL}"=={os.path.basename(directory)}')):
         snapshotter.remove(info.name)

@@ -30,7 +30,7 @@ from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
 from onlap.images.workers import Worker, count
 from onlap.layers.changes import is_empty_layer
 from onlap.snapshots.overlay import OverlaySnapshotter
-from onlap.snapshots.recorded import SYNC_LAYER, RecordedSnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter
 
 _KEPT = (errors.Unavailable, errors.Canceled, errors.ResourceExhausted)
 
@@ -236,7 +236,7 @@ class _Unpacking:
         if not todo:
             return
         empty = {number: is_empty_layer(self._jobs[number].tree) for number in todo}
-        if self._snapshotter._sync == SYNC_LAYER and not all(empty.values()):
+        if self._snapshotter.syncs and not all(empty.values()):
             self._catalog.sync()
         owner = self._snapshotter.owner
 

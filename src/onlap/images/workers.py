@@ -85,6 +85,8 @@ class Worker:
                     [sys.executable, "-c", _PROGRAM, json.dumps([os.path.abspath(path) for path in sys.path])],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    # Ctrl-C is for the one who waits, who then ends it.
+                    process_group=0,
                 )
             return self._process
 

@@ -131,7 +131,7 @@ def _name(entry: Entry, records: dict[str, bytes]) -> tuple[bytes, bytes]:
         if len(name) <= 100:
             return name, b""
         # The prefix ends at a slash, which is not stored; a directory's own slash stays in the name.
-        cut = name.rfind(b"/", 0, 156) if len(name) <= 256 else -1
+        cut = name.rfind(b"/", 0, min(156, len(name) - 1)) if len(name) <= 256 else -1
         if cut > 0 and 0 < len(name) - cut - 1 <= 100:
             return name[cut + 1 :], name[:cut]
     records["path"] = name

@@ -9,8 +9,9 @@ from onlap.cli.text import count
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "Delete what belongs to no snapshot: removed trees that wait, and what a crash left behind. A tree that is\n"
-        "mounted or read somewhere goes on waiting.",
+        "Delete what belongs to no snapshot: removed trees that wait, what a crash left behind, containers whose\n"
+        "onlap run was killed, and blobs that no image needs. A tree that is mounted or read somewhere goes on\n"
+        "waiting.",
         "onlap cleanup",
     )
 
@@ -18,6 +19,7 @@ def arguments(parser: Parser) -> None:
 def run(call: Call) -> None:
     with call.store() as store:
         catalog = store.snapshotter.catalog
+        store.collect()
         deleted = catalog.cleanup()
         waiting = len(catalog.trash.names())
     if call.out.json:

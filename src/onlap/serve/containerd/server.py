@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -55,17 +54,17 @@ class Server:
             self._transport = Transport(Calls(Service(snapshotter), observer))
             self._cleanup.callback(self._transport.stop, _GRACE)
             sockets.claim(self._socket)
+            for record in snapshotter.catalog.lost:
+                _log.error(
+                    "a snapshot has lost its tree; remove it, leaf first, and pull its image again",
+                    extra={"fields": {"name": record.name, "owner": record.owner, "id": record.id}},
+                )
             # The socket is made by the library: nobody else may connect in the moment before its mode is set.
             with _umask(0o177):
                 self._transport.start(self._socket)
             self._cleanup.callback(self._remove_socket)
             sockets.grant(self._socket, mode, group)
             on_error.pop_all()
-        for record in snapshotter.catalog.lost:
-            _log.error(
-                "a snapshot has lost its tree; remove it, leaf first, and pull its image again",
-                extra={"fields": {"name": record.name, "owner": record.owner, "id": record.id}},
-            )
 
     def __enter__(self) -> Server:
         return self
@@ -85,15 +84,34 @@ class Server:
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread."""
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        systemd.notify("READY=1")
-        _log.info("serving", extra={"fields": {"socket": shown(self._socket), "pid": os.getpid()}})
-        stop.wait()
+        with _signals(signal.SIGTERM, signal.SIGINT) as told:
+            systemd.notify("READY=1")
+            _log.info("serving", extra={"fields": {"socket": shown(self._socket), "pid": os.getpid()}})
+            os.read(told, 1)
         systemd.notify("STOPPING=1")
         _log.info("stopping")
         return 0
+
+
+@contextmanager
+def _signals(*numbers: int) -> Iterator[int]:
+    """A descriptor from which a byte can be read for each of these signals; they stay without other effect.
+
+    Not an Event that a handler sets: Python runs handlers in the main thread, between two of its instructions, so that
+    a signal in the moment before it goes to wait does not wake it (3 of 3,000 tries hung). The byte is written by the
+    C handler, in whichever thread the kernel interrupts.
+    """
+    told, telling = os.pipe()
+    os.set_blocking(telling, False)
+    signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
+    try:
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        yield told
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(told)
+        os.close(telling)
 
 
 @contextmanager

@@ -59,6 +59,14 @@ class Handler(BaseHTTPRequestHandler):
                 failure = str(error)
         self._log_call(name, started, failure)
 
+    def finish(self) -> None:
+        """Let go of the connection."""
+        try:
+            super().finish()
+        finally:
+            # The base class does that after a last flush, which fails when the client has left in the middle.
+            self.rfile.close()
+
     def _answer(self, name: str, query: str, body: io.RawIOBase) -> str:
         service = self.server.service
         try:

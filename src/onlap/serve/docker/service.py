@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.errors import shown
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.contract import Driver
 from onlap.graphdrivers.ids import IdMap
@@ -72,12 +73,6 @@ class Service:
         state = self._file.load()
         if state is None:
             return
-        if state.driver != self._kind:
-            raise errors.FailedPrecondition(
-                f"{state.home} was written by the driver {state.driver}, not {self._kind}",
-                key=state.home,
-                hint="serve it with that driver, or give the plugin another name",
-            )
         self._open(state)
         _log.info("restored", extra={"fields": {"home": state.home, "layers_in_use": len(self._counts())}})
 
@@ -127,6 +122,13 @@ class Service:
         return {}
 
     def _open(self, state: State) -> None:
+        written_by = self._file.driver_of(state.home)
+        if written_by not in (None, self._kind):
+            raise errors.FailedPrecondition(
+                f"{shown(state.home)} was written by the driver {written_by}, not {self._kind}",
+                key=state.home,
+                hint="serve it with that driver, or give the plugin another name",
+            )
         driver = open_driver(
             self._kind,
             state.home,

@@ -89,17 +89,33 @@ class StateFile:
             OnlapError: of another kind, for what the kernel says.
         """
         home = _read(self._pointer)
-        text = _read(os.path.join(os.fsdecode(home), FILE)) if home else None
-        if home is None or text is None:
-            return None
+        return _load(os.fsdecode(home)) if home else None
+
+    def driver_of(self, home: str) -> str | None:
+        """The driver that has written a home, None where none of ours has, or where that cannot be told any more.
+
+        Raises:
+            OnlapError: for what the kernel says.
+        """
         try:
-            return _parse(os.fsdecode(home), json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
-            raise errors.DataLoss(
-                f"the plugin's state in {shown(home)} is damaged",
-                key=os.fsdecode(home),
-                hint="restart dockerd, which gives it again",
-            ) from error
+            state = _load(home)
+        except errors.DataLoss:
+            return None  # dockerd tells all of it again
+        return None if state is None else state.driver
+
+
+def _load(home: str) -> State | None:
+    text = _read(os.path.join(home, FILE))
+    if text is None:
+        return None
+    try:
+        return _parse(home, json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.DataLoss(
+            f"the plugin's state in {shown(home)} is damaged",
+            key=home,
+            hint=f"restart dockerd after removing {FILE} there: it gives it again",
+        ) from error
 
 
 def _parse(home: str, value: dict[str, object]) -> State:
