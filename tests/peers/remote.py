@@ -231,5 +231,6 @@ def serving(kind: str, directory: str, socket: str) -> Iterator[None]:
         if kind == "native"
         else OverlaySnapshotter(directory, owner="containerd", sync="none", unpacked=is_unpacked)
     )
-    with snapshotter, Server(snapshotter, socket):
+    with snapshotter, Server(snapshotter, socket) as server:
+        server.start()
         yield

@@ -248,9 +248,10 @@ class Raising(NativeSnapshotter):
 def raising(root: Path) -> Iterator[tuple[Raising, Remote]]:
     with (
         Raising(root / "store", owner="containerd", sync="none") as snapshotter,
-        Server(snapshotter, str(root / "s.sock")),
+        Server(snapshotter, str(root / "s.sock")) as server,
         Remote(root / "s.sock") as client,
     ):
+        server.start()
         yield snapshotter, client
 
 

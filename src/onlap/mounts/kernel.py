@@ -194,8 +194,11 @@ def _overlay_fd(plan: Mount) -> int:
 def _add_layer(fs: int, key: str, directory: str) -> None:
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        if layers_by() == LAYERS_BY_FD:
+            sys.fsconfig_fd(fs, key, fd)
+            return
         path = os.fsencode(os.path.realpath(directory))
-        if layers_by() == LAYERS_BY_FD or len(path) > options.MAX_FSCONFIG_STRING:
+        if len(path) > options.MAX_FSCONFIG_STRING:
             _add_fd(fs, key, fd)
         else:
             # mountinfo shows the layer by the string that it was given; /proc/self/fd/N would say nothing to those

@@ -32,8 +32,7 @@ class Server:
         observer: told of every call.
 
     Raises:
-        FailedPrecondition: the root cannot be served, the owner is served already, or somebody listens there.
-        OnlapError: of another kind, when the socket cannot be made.
+        FailedPrecondition: the root cannot be served, or the owner is served already.
     """
 
     def __init__(
@@ -47,24 +46,16 @@ class Server:
     ) -> None:
         check_root(snapshotter)
         self._socket = os.path.abspath(socket)
+        self._access = (mode, group)
         self._cleanup = ExitStack()
-        with ExitStack() as on_error:
-            on_error.callback(self._cleanup.close)
-            self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
-            self._transport = Transport(Calls(Service(snapshotter), observer))
-            self._cleanup.callback(self._transport.stop, _GRACE)
-            sockets.claim(self._socket)
-            for record in snapshotter.catalog.lost:
-                _log.error(
-                    "a snapshot has lost its tree; remove it, leaf first, and pull its image again",
-                    extra={"fields": {"name": record.name, "owner": record.owner, "id": record.id}},
-                )
-            # The socket is made by the library: nobody else may connect in the moment before its mode is set.
-            with _umask(0o177):
-                self._transport.start(self._socket)
-            self._cleanup.callback(self._remove_socket)
-            sockets.grant(self._socket, mode, group)
-            on_error.pop_all()
+        self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
+        self._transport = Transport(Calls(Service(snapshotter), observer))
+        self._cleanup.callback(self._transport.stop, _GRACE)
+        for record in snapshotter.catalog.lost:
+            _log.error(
+                "a snapshot has lost its tree; remove it, leaf first, and pull its image again",
+                extra={"fields": {"name": record.name, "owner": record.owner, "id": record.id}},
+            )
 
     def __enter__(self) -> Server:
         return self
@@ -76,6 +67,20 @@ class Server:
         """Take no more calls, finish those that run, and let go of the socket and the lock."""
         self._cleanup.close()
 
+    def start(self) -> None:
+        """Listen, and answer in the background.
+
+        Raises:
+            FailedPrecondition: somebody listens there.
+            OnlapError: of another kind, when the socket cannot be made.
+        """
+        sockets.claim(self._socket)
+        # The socket is made by the library: nobody else may connect in the moment before its mode is set.
+        with _umask(0o177):
+            self._transport.start(self._socket)
+        self._cleanup.callback(self._remove_socket)
+        sockets.grant(self._socket, *self._access)
+
     def _remove_socket(self) -> None:
         try:
             os.unlink(self._socket)
@@ -83,8 +88,13 @@ class Server:
             pass  # the library removes it too
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread."""
-        with _signals(signal.SIGTERM, signal.SIGINT) as told:
+        """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread.
+
+        Raises:
+            OnlapError: as :meth:`start`.
+        """
+        with _signals(signal.SIGTERM, signal.SIGINT) as told:  # before anybody can see the socket
+            self.start()
             systemd.notify("READY=1")
             _log.info("serving", extra={"fields": {"socket": shown(self._socket), "pid": os.getpid()}})
             os.read(told, 1)
