@@ -30,8 +30,20 @@ def no_mounts_left() -> Iterator[None]:
     assert Path("/proc/self/mountinfo").read_bytes() == before
 
 
-def serve(root: Path, driver: str = "overlay2", name: str = "p") -> Server:
-    return Server(name, driver, socket_dir=str(root / "s"), sync="none")
+class Listening(Server):
+    """A server that is started where a block begins."""
+
+    def __enter__(self) -> Listening:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+
+def serve(root: Path, driver: str = "overlay2", name: str = "p") -> Listening:
+    return Listening(name, driver, socket_dir=str(root / "s"), sync="none")
 
 
 class Reconnected(PluginDriver):

@@ -139,7 +139,7 @@ def test_sigint_ends_it_too(server: Onlap) -> None:
 
 SIGNALLED = """
 import os, random, signal, time
-from onlap.serve.containerd.server import _signals
+from onlap.serve.life import _signals
 
 for number in range(1500):
     ready, say = os.pipe()

@@ -131,5 +131,10 @@ def test_every_declared_dependency_has_its_room() -> None:
     project = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["containerd"]
     names = {re.split(r"[^\w.-]", line)[0] for line in declared}
-    top_level = {"backports.zstd": "backports", "grpcio": "grpc", "protobuf": "google", "prometheus-client": "prometheus_client"}
+    top_level = {
+        "backports.zstd": "backports",
+        "grpcio": "grpc",
+        "protobuf": "google",
+        "prometheus-client": "prometheus_client",
+    }
     assert {top_level.get(name, name) for name in names} == set(ROOMS)

@@ -12,6 +12,8 @@
       empty                   0755, never written: a lower layer where the kernel wants one
       reserve                 1 MiB, given up when a remove meets a full disk
       content/blobs/sha256/   blobs of images
+      content/ingest/         blobs that are being fetched
+      runs/<id>               containers that run, or died
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ def _has_content(path: str) -> bool:
 
 _OURS = {
     "catalog.db", "catalog.db-journal", "catalog.db-wal", "catalog.db-shm", "catalog.lock", "staging", "snapshots",
-    "trash", "empty", "reserve", "content", "lost+found",
+    "trash", "empty", "reserve", "runs", "content", "lost+found",
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from onlap import errors
 from onlap.errors import shown
@@ -35,6 +37,24 @@ def claim(path: str) -> None:
                 f"a server listens on {shown(path)} already", key=path, hint="stop it first, or give another socket"
             )
     os.unlink(path)
+
+
+@contextmanager
+def private() -> Iterator[None]:
+    """While a socket is made: nobody else may connect in the moment before its mode is set."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def remove(path: str) -> None:
+    """Remove a socket, if it is still there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # the library that made it removes it too, or somebody tidied up
 
 
 def grant(path: str, mode: int, group: str | None) -> None:

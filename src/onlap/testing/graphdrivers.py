@@ -99,6 +99,7 @@ class PluginFactory(NamedTuple):
         from onlap.serve.docker import Server
 
         with Server("suite", self.kind, socket_dir=f"{home}.sockets", sync=self.sync) as server:
+            server.start()
             yield PluginDriver(server.socket, home)
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
-from onlap.errors import shown
-from onlap.serve import sockets, systemd
+from onlap.serve import sockets
 from onlap.serve.containerd.calls import Calls, Observer
 from onlap.serve.containerd.service import Service, check_root
 from onlap.serve.containerd.transport import Transport
+from onlap.serve.life import until_stopped
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 _log = logging.getLogger("onlap.serve")
@@ -75,17 +73,10 @@ class Server:
             OnlapError: of another kind, when the socket cannot be made.
         """
         sockets.claim(self._socket)
-        # The socket is made by the library: nobody else may connect in the moment before its mode is set.
-        with _umask(0o177):
+        with sockets.private():
             self._transport.start(self._socket)
-        self._cleanup.callback(self._remove_socket)
+        self._cleanup.callback(sockets.remove, self._socket)
         sockets.grant(self._socket, *self._access)
-
-    def _remove_socket(self) -> None:
-        try:
-            os.unlink(self._socket)
-        except FileNotFoundError:
-            pass  # the library removes it too
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread.
@@ -93,41 +84,4 @@ class Server:
         Raises:
             OnlapError: as :meth:`start`.
         """
-        with _signals(signal.SIGTERM, signal.SIGINT) as told:  # before anybody can see the socket
-            self.start()
-            systemd.notify("READY=1")
-            _log.info("serving", extra={"fields": {"socket": shown(self._socket), "pid": os.getpid()}})
-            os.read(told, 1)
-        systemd.notify("STOPPING=1")
-        _log.info("stopping")
-        return 0
-
-
-@contextmanager
-def _signals(*numbers: int) -> Iterator[int]:
-    """A descriptor from which a byte can be read for each of these signals; they stay without other effect.
-
-    Not an Event that a handler sets: Python runs handlers in the main thread, between two of its instructions, so that
-    a signal in the moment before it goes to wait does not wake it (3 of 3,000 tries hung). The byte is written by the
-    C handler, in whichever thread the kernel interrupts.
-    """
-    told, telling = os.pipe()
-    os.set_blocking(telling, False)
-    signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
-    try:
-        for number in numbers:
-            signal.signal(number, lambda *_: None)
-        yield told
-    finally:
-        signal.set_wakeup_fd(-1)
-        os.close(told)
-        os.close(telling)
-
-
-@contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
+        return until_stopped(self.start, self._socket)

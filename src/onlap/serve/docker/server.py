@@ -6,18 +6,17 @@ import logging
 import os
 import re
 import resource
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.graphdrivers import BUILT_IN, DRIVERS
-from onlap.serve import sockets, systemd
+from onlap.serve import sockets
 from onlap.serve.docker.http import HttpServer
 from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import StateFile
+from onlap.serve.life import until_stopped
 
 _log = logging.getLogger("onlap.serve")
 
@@ -70,6 +69,7 @@ class Server:
             raise errors.InvalidArgument(f"sync is layer or none, not {shown(sync)}")
         directory = os.path.abspath(socket_dir)
         self.socket = os.path.join(directory, f"{name}.sock")
+        self._access = (mode, group)
         self._cleanup = ExitStack()
         with ExitStack() as on_error:
             on_error.callback(self._cleanup.close)
@@ -77,23 +77,28 @@ class Server:
                 os.makedirs(directory, 0o755, exist_ok=True)
             except OSError as error:
                 raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
-            sockets.claim(self.socket)
-            service = Service(driver, sync, StateFile(directory, name))
-            self._cleanup.callback(service.close)
-            service.restore()
+            sockets.claim(self.socket)  # before the state is touched that a living plugin of this name keeps
+            self._service = Service(driver, sync, StateFile(directory, name))
+            self._cleanup.callback(self._service.close)
+            self._service.restore()
             _allow_many_files()
-            self._listen(service)
-            sockets.grant(self.socket, mode, group)
             on_error.pop_all()
 
-    def _listen(self, service: Service) -> None:
+    def start(self) -> None:
+        """Listen, and answer in the background.
+
+        Raises:
+            FailedPrecondition: somebody listens there.
+            OnlapError: of another kind, when the socket cannot be made.
+        """
+        sockets.claim(self.socket)
         try:
-            # Nobody else may connect in the moment before the socket's mode is set.
-            with _umask(0o177):
-                server = HttpServer(self.socket, service)
+            with sockets.private():
+                server = HttpServer(self.socket, self._service)
         except OSError as error:
             raise errors.from_oserror(error, doing="listen", key=self.socket) from error
-        self._cleanup.callback(self._remove_socket)
+        self._cleanup.callback(sockets.remove, self.socket)
+        sockets.grant(self.socket, *self._access)
         thread = threading.Thread(target=server.serve_forever, name="onlap-docker", daemon=True)
         thread.start()
         self._cleanup.callback(server.stop, _GRACE)
@@ -108,23 +113,9 @@ class Server:
         """Take no more calls, finish those that run, and let go of the socket; mounts stay as they are."""
         self._cleanup.close()
 
-    def _remove_socket(self) -> None:
-        try:
-            os.unlink(self.socket)
-        except FileNotFoundError:
-            pass  # somebody tidied up
-
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread."""
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        systemd.notify("READY=1")
-        _log.info("serving", extra={"fields": {"socket": shown(self.socket), "pid": os.getpid()}})
-        stop.wait()
-        systemd.notify("STOPPING=1")
-        _log.info("stopping")
-        return 0
+        return until_stopped(self.start, self.socket)
 
 
 def serve(
@@ -159,12 +150,3 @@ def _allow_many_files() -> None:
     """Every comparison of layers opens each of them, 128 and more at once."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-@contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
