@@ -96,6 +96,11 @@ class Database:
         self._commits = 0
         self._grown = False
         self._readers: list[Connection] = []
+        self._open: list[Connection] = []
+        # For one that is forgotten rather than closed. Not __del__, which runs also for those that were closed, at any
+        # moment, and in which Python drops what a signal's handler raises.
+        self._forgotten = weakref.finalize(self, close_connections, self._open, self._lock_path, self._timeout)
+        self._forgotten.atexit = False  # see _close_all
         self._gate = threading.Condition(threading.Lock())
         self._inside = 0
         self._frozen = False
@@ -152,6 +157,7 @@ class Database:
             try:
                 if connection is None:
                     connection = self._connect()
+                    self._open.append(connection)
                 return query(connection)
             except sqlite3.Error as error:
                 if connection is not None:
@@ -251,14 +257,10 @@ class Database:
                 self._checkpoint()
         self._freeze()
         self._closed = True
+        self._forgotten.detach()
         self._lock.close()
         self._thaw()
         _databases.discard(self)
-
-    def __del__(self) -> None:
-        # Forgotten rather than closed. One that failed in its constructor has nothing to close.
-        if getattr(self, "_gate", None) is not None:
-            self.close()
 
     # Group commit
 
@@ -326,6 +328,7 @@ class Database:
         writer = self._writer
         if writer is None:
             writer = self._writer = self._connect()
+            self._open.append(writer)
         writer.execute("BEGIN IMMEDIATE")
         found = schema.version(writer)
         if found != schema.VERSION:
@@ -371,22 +374,10 @@ class Database:
         return connection
 
     def _close(self, connections: list[Connection]) -> bool:
-        """Close connections under the lock; False when it is not to be had, and they stay open for ever.
-
-        The last connection of all processes checkpoints as it closes, which has to happen under the lock as every
-        checkpoint does. Without it the kernel may close the files when the process ends, which checkpoints nothing.
-        """
-        if not connections:
-            return True
-        try:
-            with self._lock_of_own():
-                for connection in connections:
-                    connection.close()
-        except errors.Unavailable:
-            for connection in connections:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-            return False
-        return True
+        closed = close_connections(connections, self._lock_path, self._timeout)
+        for connection in connections:
+            self._open.remove(connection)
+        return closed
 
     def _lock_of_own(self) -> BriefLock:
         return BriefLock(self._lock_path, self._timeout)
@@ -421,11 +412,8 @@ class Database:
             self._frozen = True
             while self._inside:
                 self._gate.wait()
-        connections, self._readers = self._readers, []
-        if self._writer is not None:
-            connections.append(self._writer)
-            self._writer = None
-        return self._close(connections)
+        self._readers, self._writer = [], None
+        return self._close(list(self._open))
 
     def _thaw(self) -> None:
         with self._gate:
@@ -437,6 +425,7 @@ class Database:
             return
         # The lock's descriptor is shared with the parent, and so would be the lock: a new one, of our own.
         self._lock.abandon()
+        self._forgotten.detach()
         self._fresh()
         if not all_closed:
             self._pid = _NOT_OURS
@@ -476,6 +465,25 @@ def _close_all() -> None:
 
 atexit.register(_close_all)
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+def close_connections(connections: list[Connection], lock_path: str, timeout: float) -> bool:
+    """Close connections under the lock; False when it is not to be had, and they stay open for ever.
+
+    The last connection of all processes checkpoints as it closes, which has to happen under the lock as every
+    checkpoint does. Without it the kernel may close the files when the process ends, which checkpoints nothing.
+    """
+    if not connections:
+        return True
+    try:
+        with BriefLock(lock_path, timeout):
+            for connection in connections:
+                connection.close()
+    except errors.Unavailable:
+        for connection in connections:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        return False
+    return True
 
 
 def _run(ticket: _Ticket[object], connection: Connection) -> bool:

@@ -34,5 +34,6 @@ BY_KIND = {
 MEANING = (
     "0 done, 1 the answer is no, 2 usage, 3 not found, 4 exists already, 5 wrong state or busy, 6 invalid argument,\n"
     "7 permission denied, 8 out of space or other resources, 9 try again later, 10 not supported here, 11 data loss,\n"
-    "70 a bug of ours (-vv shows where), 128+N ended by signal N; enter, run: 125 to 127 as env(1), else the command's own"
+    "70 a bug of ours (-vv shows where), 128+N ended by signal N; enter and run: 125 to 127 as env(1), else the\n"
+    "command's own"
 )
