@@ -78,6 +78,7 @@ class Catalog:
         self.trash = Trash(self.layout.root, self.layout.trash)
         self._syncer = Syncer(self.layout.snapshots)
         self.lost: list[Record] = []
+        self._unmeasured: list[int] | None = None
         self._floor = self._highest_number()
         self._closed = False
         _catalogs.add(self)
@@ -269,7 +270,7 @@ class Catalog:
         owner: str,
         name: str,
         kind: str,
-        parent: str | None,
+        parent: Record | None,
         labels: Mapping[str, str],
         staged: str,
     ) -> Record:
@@ -282,14 +283,15 @@ class Catalog:
         """
 
         def operation(connection: Connection) -> Record:
-            above = check_parent(connection, owner, parent)
+            if parent is not None and not records.is_committed(connection, parent):
+                raise no_parent(parent.name)
             identifier = records.next_id(connection, self._floor)
             while os.path.lexists(self.layout.snapshot(identifier)):
                 # Its transaction never committed. The number is not used a second time: its tree waits in the trash
                 # under it.
                 self.trash.put(self.layout.snapshot(identifier))
                 identifier += 1
-            record = records.insert(connection, identifier, owner, name, above, kind, labels)
+            record = records.insert(connection, identifier, owner, name, parent, kind, labels)
             os.rename(staged, self.layout.snapshot(identifier))
             return record
 
@@ -314,13 +316,16 @@ class Catalog:
         """
 
         def operation(connection: Connection) -> None:
-            now = check_commit(connection, owner, name, record.name, parent)
-            if now.id != record.id:
-                raise records.not_found(record.name)
             above = check_rebase(connection, owner, parent) if parent else None
-            records.make_committed(connection, now, name, above.id if above else now.parent_id, labels, empty)
+            under = above.id if above else record.parent_id
+            if not records.make_committed(connection, record, name, under, labels, empty):
+                # It is no longer what it was when it was looked at.
+                check_commit(connection, owner, name, record.name, parent)
+                raise records.not_found(record.name)
 
         self.database.write(operation)
+        if self._unmeasured is not None:
+            self._unmeasured.append(record.id)
         self._janitor.wake()
 
     def remove(self, owner: str, name: str, *, wait: bool) -> None:
@@ -332,17 +337,18 @@ class Catalog:
         """
 
         def operation(connection: Connection) -> int:
-            record = records.get(connection, owner, name)
-            above = records.children(connection, record.id)
-            if above:
+            found = records.removable(connection, owner, name)
+            if found.has_children:
+                above = records.children(connection, found.id)
                 raise errors.FailedPrecondition(
                     f"cannot remove snapshot {shown(name)}: {shown(', '.join(above))} stands on it",
                     key=name,
                     hint="remove that first",
                 )
-            pins.check_unpinned(connection, record)
-            records.delete(connection, record.id)
-            return record.id
+            if found.is_pinned:
+                pins.check_unpinned(connection, records.get(connection, owner, name))
+            records.delete(connection, found.id)
+            return found.id
 
         try:
             identifier = self.database.write(operation)
@@ -443,8 +449,11 @@ class Catalog:
         return swept.waiting > 0
 
     def _measure(self, stop: Callable[[], bool]) -> None:
-        after = 0
-        while due := self.database.read(lambda c: records.unmeasured(c, after, _MEASURED_AT_ONCE)):  # noqa: B023
+        if self._unmeasured is None:
+            # Once: what others left. What they commit from now on they measure, or whoever asks first.
+            self._unmeasured = self.database.read(records.unmeasured)
+        while self._unmeasured:
+            due = self._unmeasured[:_MEASURED_AT_ONCE]
             measured = []
             for identifier in due:
                 if stop():
@@ -455,7 +464,7 @@ class Catalog:
                     if error.errno != errno.ENOENT:  # else it was removed meanwhile, or is lost: others tell
                         warn(f"cannot measure a layer: {error}")
             self.database.write(lambda c: _note_usages(c, measured))  # noqa: B023 - run at once
-            after = due[-1]
+            del self._unmeasured[: len(due)]
 
 
 def _note_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:
@@ -469,11 +478,7 @@ def check_parent(connection: Connection, owner: str, parent: str | None) -> Reco
         return None
     record = records.find(connection, owner, parent)
     if record is None:
-        raise errors.NotFound(
-            f"there is no snapshot {shown(parent)} to be the parent",
-            key=parent,
-            hint="see the names with: onlap ls",
-        )
+        raise no_parent(parent)
     if record.kind != COMMITTED:
         raise errors.InvalidArgument(
             f"the parent {shown(parent)} is {_kind(record)}, not committed",
@@ -481,6 +486,13 @@ def check_parent(connection: Connection, owner: str, parent: str | None) -> Reco
             hint="commit it first",
         )
     return record
+
+
+def no_parent(name: str) -> errors.NotFound:
+    """The error for a parent that does not exist."""
+    return errors.NotFound(
+        f"there is no snapshot {shown(name)} to be the parent", key=name, hint="see the names with: onlap ls"
+    )
 
 
 def check_commit(connection: Connection, owner: str, name: str, key: str, parent: str | None) -> Record:
@@ -508,7 +520,7 @@ def check_rebase(connection: Connection, owner: str, parent: str) -> Record:
     """The record of the parent that a commit names."""
     above = records.find(connection, owner, parent)
     if above is None:
-        raise errors.NotFound(f"there is no snapshot {shown(parent)} to be the parent", key=parent)
+        raise no_parent(parent)
     if above.kind != COMMITTED:
         raise errors.FailedPrecondition(f"the parent {shown(parent)} is {_kind(above)}, not committed", key=parent)
     return above

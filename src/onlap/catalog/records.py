@@ -149,7 +149,10 @@ def page(connection: sqlite3.Connection, owner: str | None, after: int, conditio
     """The next records after an id, in the order of their ids; of every owner when ``owner`` is None."""
     sql, parameters = "WHERE s.id > ?", [after]  # type: tuple[str, list[object]]
     if owner is not None:
-        sql += " AND s.owner = ?"
+        # "+" keeps SQLite from the index on owner and name, out of which it would sort every row of the owner for each
+        # page; it is what is wanted where the name is given as well.
+        named = condition is not None and "s.name" in condition.sql
+        sql += " AND s.owner = ?" if named else " AND +s.owner = ?"
         parameters.append(owner)
     if condition is not None:
         sql += f" AND ({condition.sql})"
@@ -162,6 +165,12 @@ def next_id(connection: sqlite3.Connection, floor: int) -> int:
     """An id that no snapshot had; ``floor`` is the highest that directories on disk have."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
     return max(int(row[0]) if row else 0, floor) + 1
+
+
+def is_committed(connection: sqlite3.Connection, record: Record) -> bool:
+    """Whether a record that was committed when it was read still is there under its name; by its id, and so quick."""
+    row = connection.execute("SELECT owner, name, kind FROM snapshots WHERE id = ?", (record.id,)).fetchone()
+    return bool(row == (record.owner, record.name, COMMITTED))
 
 
 def insert(
@@ -206,20 +215,26 @@ def make_committed(
     parent: int | None,
     labels: Mapping[str, str],
     empty: bool,
-) -> None:
-    """Turn an active snapshot into a committed one under another name; its labels are replaced."""
+) -> bool:
+    """Turn an active snapshot into a committed one under another name; its labels are replaced.
+
+    Returns:
+        Whether it was still what the record says; else nothing was changed.
+    """
     now = time.time_ns()
     try:
-        connection.execute(
+        changed = connection.execute(
             """
             UPDATE snapshots SET name = ?, kind = 'committed', parent = ?, created_ns = ?, updated_ns = ?, empty = ?
-            WHERE id = ?
+            WHERE id = ? AND owner = ? AND name = ? AND kind = 'active' AND parent IS ?
             """,
-            (name, parent, now, now, empty, record.id),
-        )
+            (name, parent, now, now, empty, record.id, record.owner, record.name, record.parent_id),
+        ).rowcount
     except sqlite3.IntegrityError as error:
         raise already_exists(name) from error
-    replace_labels(connection, record.id, labels)
+    if changed:
+        replace_labels(connection, record.id, labels)
+    return bool(changed)
 
 
 def replace_labels(connection: sqlite3.Connection, identifier: int, labels: Mapping[str, str]) -> None:
@@ -246,6 +261,31 @@ def touch(connection: sqlite3.Connection, identifier: int) -> None:
     connection.execute("UPDATE snapshots SET updated_ns = ? WHERE id = ?", (time.time_ns(), identifier))
 
 
+class Removable(NamedTuple):
+    """What has to be known to remove a snapshot."""
+
+    id: int
+    has_children: bool
+    is_pinned: bool
+
+
+def removable(connection: sqlite3.Connection, owner: str, name: str) -> Removable:
+    """The same in one look; NotFound if there is none. An expired pin counts here, and has to be looked at."""
+    if not is_text(name):
+        raise not_found(name)
+    row = connection.execute(
+        """
+        SELECT id, EXISTS (SELECT 1 FROM snapshots c WHERE c.parent = s.id),
+               EXISTS (SELECT 1 FROM pins WHERE snapshot = s.id)
+        FROM snapshots s WHERE owner = ? AND name = ?
+        """,
+        (owner, name),
+    ).fetchone()
+    if row is None:
+        raise not_found(name)
+    return Removable(row[0], bool(row[1]), bool(row[2]))
+
+
 def children(connection: sqlite3.Connection, identifier: int) -> list[str]:
     """The names of up to three snapshots that stand on this one."""
     rows = connection.execute("SELECT name FROM snapshots WHERE parent = ? LIMIT 3", (identifier,))
@@ -259,13 +299,9 @@ def delete(connection: sqlite3.Connection, identifier: int) -> None:
     connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
 
 
-def unmeasured(connection: sqlite3.Connection, after: int, limit: int) -> list[int]:
-    """Committed snapshots whose usage nobody has measured yet, from an id on."""
-    rows = connection.execute(
-        "SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL AND id > ? ORDER BY id LIMIT ?",
-        (after, limit),
-    )
-    return [row[0] for row in rows]
+def unmeasured(connection: sqlite3.Connection) -> list[int]:
+    """Committed snapshots whose usage nobody has measured yet; looks at every record."""
+    return [row[0] for row in connection.execute("SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL")]
 
 
 def set_usage(connection: sqlite3.Connection, identifier: int, inodes: int, size: int) -> None:

@@ -33,7 +33,6 @@ CREATE TABLE snapshots (
     UNIQUE (owner, name)
 );
 CREATE INDEX snapshots_by_parent ON snapshots (parent) WHERE parent IS NOT NULL;
-CREATE INDEX snapshots_unmeasured ON snapshots (id) WHERE kind = 'committed' AND size IS NULL;
 
 CREATE TABLE labels (
     snapshot INTEGER NOT NULL REFERENCES snapshots (id),

@@ -287,7 +287,7 @@ class RecordedSnapshotter(ABC):
         try:
             with self.translated("prepare snapshot", key):
                 self._build(staged, kind, above, labels)
-                record = self.catalog.create(self._owner, key, kind, parent or None, labels, staged)
+                record = self.catalog.create(self._owner, key, kind, above, labels, staged)
         except BaseException:
             # Renamed away already when the transaction failed late; then it is an orphan, and cleanup's.
             with contextlib.suppress(OSError):
