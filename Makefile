@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # "make peers lint test" in that order, also under -j.
 .NOTPARALLEL:
-.PHONY: help demo peers peers-soft lint test test-long bench clean
+.PHONY: help demo peers peers-soft lint test test-long bench protocol clean
 
 ARGS ?=
 VENV := .venv
@@ -99,6 +99,10 @@ bench: $(STAMP) peers-soft ## the benchmarks, beside the peers
 		echo "== $$script"; $$private $(BIN)/python "$$script" $(ARGS) || status=1; \
 	done; \
 	exit $$status
+
+protocol: $(STAMP) ## make the protobuf stubs again from their source
+	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. \
+		onlap/serve/containerd/protocol/snapshots.proto
 
 clean: ## remove all that make made
 	@rm -rf $(VENV) .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -19,8 +19,8 @@ from onlap.serve.containerd.service import NAME, Method
 _MESSAGE_SIZE = 16 << 20
 
 # Calls that wait for the disk share a commit with those that wait beside them, so that more threads than processors
-# pay; above 32 the interpreter's lock is all that they wait for.
-_THREADS = 32
+# pay; with more than 16 they wait for the interpreter's lock rather than for the disk.
+_THREADS = 16
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
