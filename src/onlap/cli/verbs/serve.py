@@ -60,7 +60,8 @@ def _containerd(call: Call) -> int:
         from onlap.serve.metrics import Metrics
     except ModuleNotFoundError as error:
         raise errors.Unimplemented(
-            f"serving containerd needs {error.name}", hint="install it: pip install 'onlap[containerd]'"
+            f"serving containerd needs grpcio, protobuf and prometheus-client; there is no module {error.name}",
+            hint="install them: pip install 'onlap[containerd]'",
         ) from error
     from onlap.store import open_snapshotter
 
