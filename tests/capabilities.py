@@ -4,7 +4,8 @@ Root in a container may not mount; an ordinary user in a namespace of his own ma
 tried: this file runs as a program in a child process, where a trial can enter namespaces and mount, and all
 of that goes away with the child. It imports nothing of Onlap: a defect there must not turn tests into skips.
 
-Names: `mount`, `overlay`, `userns`, `loop`, `ext4`, `xfs`, `btrfs`, `peer:PROGRAM`, `gopkg:IMPORT_PATH`.
+Names: `mount`, `overlay`, `userns`, `ordinary_user`, `loop`, `ext4`, `xfs`, `btrfs`, `peer:PROGRAM`,
+`gopkg:IMPORT_PATH`.
 """
 
 from __future__ import annotations
@@ -192,6 +193,20 @@ def _try_userns(scratch: str) -> None:
     _mount("tmpfs", scratch, "tmpfs")
 
 
+def _try_ordinary_user(scratch: str) -> None:
+    """A child of user nobody that imports Onlap; a checkout below a directory of root's own is closed to him."""
+    source = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src")
+    command = [sys.executable, "-S", "-c", "import onlap"]
+    if os.geteuid() == 0:
+        done = subprocess.run(
+            command, env={"PYTHONPATH": source}, cwd="/", capture_output=True, user=65534, group=65534
+        )
+    else:
+        done = subprocess.run(command, env={"PYTHONPATH": source}, cwd=scratch, capture_output=True)
+    if done.returncode:
+        raise PermissionError("an ordinary user cannot read this checkout")
+
+
 def _try_loop(scratch: str) -> None:
     image = os.path.join(scratch, "image")
     with open(image, "wb") as file:
@@ -216,6 +231,7 @@ TRIALS: dict[str, Callable[[str], None]] = {
     "mount": _try_mount,
     "overlay": _try_overlay,
     "userns": _try_userns,
+    "ordinary_user": _try_ordinary_user,
     "loop": _try_loop,
     **{kind: functools.partial(_try_filesystem, kind) for kind in FILESYSTEMS},
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A shell without job control starts what it puts in the background so (POSIX, "Shell Command Language", 2.11),
+        # and every child would ignore the interrupts that tests send.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     capabilities.enter_private_mount_namespace()
 
 

@@ -543,6 +543,7 @@ def _as_user(layer: Path, data: bytes, lowers: Sequence[Path] = ()) -> tuple[int
     return entries, skipped
 
 
+@pytest.mark.needs("ordinary_user")
 def test_an_ordinary_user_records_owners(layer: Path) -> None:
     entries, skipped = _as_user(
         layer,
@@ -578,6 +579,7 @@ def test_an_ordinary_user_records_owners(layer: Path) -> None:
     assert (layer / "closed").stat().st_mtime_ns == TIME + 1
 
 
+@pytest.mark.needs("ordinary_user")
 def test_an_ordinary_user_has_whiteouts_too(root: Path) -> None:
     lower, upper = root / "lower", root / "upper"
     lower.mkdir()

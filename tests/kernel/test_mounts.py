@@ -451,6 +451,7 @@ before = open("/proc/self/mountinfo").read()
 
 
 @pytest.mark.needs("userns")
+@pytest.mark.needs("ordinary_user")
 def test_detached_without_privilege(ordinary: Path) -> None:
     code = UNPRIVILEGED + (
         """
@@ -490,6 +491,7 @@ except onlap.NotFound as error:
 
 
 @pytest.mark.needs("userns")
+@pytest.mark.needs("ordinary_user")
 def test_sigkill_leaves_nothing(ordinary: Path) -> None:
     """The kernel takes a detached mount down with its last user; the upper can be mounted again at once."""
     hold = UNPRIVILEGED + (

@@ -232,6 +232,7 @@ def test_any_name(root: Path, name: bytes) -> None:
 
 
 @pytest.mark.needs("userns")
+@pytest.mark.needs("ordinary_user")
 def test_an_ordinary_user(ordinary_root: Path) -> None:
     found = probe_in_child(ordinary_root, ordinary=True)
     features = found["features"]
@@ -259,6 +260,7 @@ with open("/proc/sys/user/max_user_namespaces", "w") as file:
 
 
 @pytest.mark.needs("userns")
+@pytest.mark.needs("ordinary_user")
 def test_a_container_without_namespaces_copies(ordinary_root: Path) -> None:
     found = probe_in_child(ordinary_root, NO_MORE_NAMESPACES, ordinary=True)
     features = found["features"]
@@ -290,6 +292,7 @@ def test_without_the_new_mount_api(root: Path) -> None:
 
 
 @pytest.mark.needs("userns")
+@pytest.mark.needs("ordinary_user")
 def test_without_the_new_mount_api_nor_privilege(ordinary_root: Path) -> None:
     found = probe_in_child(ordinary_root, OLD_KERNEL, ordinary=True)
     features = found["features"]
