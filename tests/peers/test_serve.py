@@ -110,8 +110,13 @@ def test_a_group_may_connect(root: Path) -> None:
     group = grp.getgrgid(os.getgroups()[0] if os.getgroups() else os.getegid())
     options = ("--socket-mode", "0660", "--socket-group", group.gr_name)
     with Onlap(root, *options, kind="native") as daemon:
-        status = os.stat(daemon.socket)
-        assert (stat.filemode(status.st_mode), status.st_gid) == ("srw-rw----", group.gr_gid)
+
+        def may_connect() -> bool:
+            status = os.stat(daemon.socket)
+            return (stat.filemode(status.st_mode), status.st_gid) == ("srw-rw----", group.gr_gid)
+
+        # The socket is there, for its owner alone, a moment before the group gets at it.
+        eventually(may_connect, "the group may connect")
     said = refused("--socket", str(root / "s.sock"), "--socket-group", "no-such-group", store=root / "store")
     assert "no-such-group" in said
     assert not (root / "s.sock").exists()
