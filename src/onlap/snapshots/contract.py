@@ -169,7 +169,8 @@ class Snapshotter(Protocol):
             name: what to call it from now on.
             key: the active snapshot.
             labels: of the committed one; those of the active one are not inherited.
-            parent: for a snapshot that was prepared without one: what it shall stand on ("rebase").
+            parent: for a snapshot that was prepared without one: what it shall stand on ("rebase"). Directories that
+                were made in it with no attributes of their own (root's, 0755) get those of the parent's.
 
         Raises:
             NotFound: there is no such key.

@@ -69,13 +69,12 @@ class NativeSnapshotter(RecordedSnapshotter):
             copy_tree(above, tree)
         return True
 
-    def _check_rebase(self, record: Record, parent: str | None) -> None:
-        if parent and record.parent is None:
-            raise errors.Unimplemented(
-                f"snapshot {shown(record.name)} is a copy, which cannot be put on a parent afterwards",
-                key=record.name,
-                hint="prepare it on the parent",
-            )
+    def _rebase(self, record: Record, parent: Record) -> None:
+        raise errors.Unimplemented(
+            f"snapshot {shown(record.name)} is a copy, which cannot be put on a parent afterwards",
+            key=record.name,
+            hint="prepare it on the parent",
+        )
 
     def layers(self, record: Record) -> list[str]:
         """The directory that holds a snapshot's tree: the parent's, for a view."""

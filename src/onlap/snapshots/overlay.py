@@ -16,6 +16,7 @@ from onlap.catalog import records
 from onlap.catalog.records import ACTIVE, VIEW, Info, Record
 from onlap.errors import shown
 from onlap.layers.changes import is_empty_layer, stack_changes
+from onlap.layers.invented import inherit
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
@@ -160,6 +161,13 @@ class OverlaySnapshotter(RecordedSnapshotter):
         if os.listxattr(above):
             _copy_xattrs(above, tree)
         os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _rebase(self, record: Record, parent: Record) -> None:
+        layout = self.catalog.layout
+        # Nothing is made in it after its fs and work.
+        since = os.stat(layout.snapshot(record.id)).st_mtime_ns
+        with self.catalog.hold([parent.id, *self.ancestors(parent)]):
+            inherit(layout.tree(record.id), self.layers(parent), self.markers, since)
 
     def _is_as_made(self, record: Record) -> bool:
         tree = self.catalog.layout.tree(record.id)

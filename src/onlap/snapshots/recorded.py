@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.catalog import Catalog, check_commit, check_parent, lost
+from onlap.catalog.catalog import Catalog, check_commit, check_parent, check_rebase, lost
 from onlap.catalog.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
 from onlap.errors import shown
@@ -108,8 +108,13 @@ class RecordedSnapshotter(ABC):
     def _differences(self, one: Record, other: Record) -> Iterator[Change]:
         """How the tree of one snapshot differs from another's; raises OSError."""
 
-    def _check_rebase(self, record: Record, parent: str | None) -> None:  # noqa: B027 - most can, and need no check
-        """Refuse to give a snapshot a parent at its commit, where that cannot be done."""
+    @abstractmethod
+    def _rebase(self, record: Record, parent: Record) -> None:
+        """Make the tree of a snapshot that has no parent ready to stand on this one; raises OSError.
+
+        Raises:
+            Unimplemented: that cannot be done.
+        """
 
     @abstractmethod
     def layers(self, record: Record) -> list[str]:
@@ -320,10 +325,11 @@ class RecordedSnapshotter(ABC):
         check_name(name, "name")
         check_labels(labels or {})
         record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
-        self._check_rebase(record, parent)
         with self.translated("commit snapshot", key):
             if not allow_mounted:
                 self.check_unmounted(record)
+            if parent and record.parent_id is None:
+                self._rebase(record, self.catalog.database.read(lambda c: check_rebase(c, self._owner, parent)))
             empty = self._is_as_made(record)
             if self.syncs and not empty:
                 self.catalog.sync()
