@@ -246,14 +246,17 @@ def test_a_blob_that_is_pinned_before_it_comes_stays(content: ContentStore) -> N
 _PROCESS = """
 import sys
 from onlap.catalog.catalog import Catalog
+from onlap.content.digests import digest_of
 from onlap.content.store import ContentStore
 catalog = Catalog(sys.argv[1], create=False, timeout=30)
 content = ContentStore(catalog)
 for number in range(30):
     with content.lease(f"process {sys.argv[2]}") as lease:
-        blob = content.put_bytes(b"blob %d" % (number % 10), lease=lease)
+        data = b"blob %d" % (number % 10)
+        lease.pin(digest_of(data))
+        content.put_documents(data)
         content.collect()
-        assert content.read(blob.digest, 100) == b"blob %d" % (number % 10)
+        assert content.read(digest_of(data), 100) == data
 catalog.close()
 """
 

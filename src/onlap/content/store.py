@@ -11,8 +11,9 @@ judges under the catalog's lock, and whoever wants a blob to stay pins it before
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import BinaryIO
 
 from onlap import errors
@@ -52,9 +53,45 @@ class ContentStore:
         """
         return f"{self._blobs}/{check_digest(digest)}"
 
-    def has(self, digest: str) -> bool:
-        """Whether the blob is there."""
-        return os.path.isfile(self.path(digest))
+    def has(self, digest: str, size: int | None = None) -> bool:
+        """Whether the blob is there; with ``size``: whether it has so many bytes, since one that lost some is none."""
+        try:
+            found = self.size(digest)
+        except errors.NotFound:
+            return False
+        return size is None or found == size
+
+    def is_whole(self, digest: str) -> bool:
+        """Whether the blob is there and is what its digest says; all of it is read.
+
+        Raises:
+            OnlapError: it cannot be read.
+        """
+        try:
+            with self.open(digest) as file:
+                found = hashlib.sha256()
+                while chunk := file.read(_CHUNK):
+                    found.update(chunk)
+                return PREFIX + found.hexdigest() == digest
+        except errors.NotFound:
+            return False
+        except OSError as error:
+            raise _missing(error, digest) from error
+
+    def check_present(self, blobs: Mapping[str, int | None]) -> None:
+        """Raise NotFound unless all blobs are there, with the sizes in bytes that are given.
+
+        Of blobs that are pinned already it says something that stays true; and inside a write transaction of blobs that
+        are pinned in it: the collector takes them in one, too.
+        """
+        for digest, size in blobs.items():
+            found = self.size(digest)
+            if size is not None and found != size:
+                raise errors.NotFound(
+                    f"the blob {digest} has {found} bytes, not {size}",
+                    key=digest,
+                    hint="pull or import the image again",
+                )
 
     def size(self, digest: str) -> int:
         """Bytes of a blob.
@@ -134,7 +171,7 @@ class ContentStore:
         try:
             self._make_places()
             path = f"{self._ingest}/{hexadecimal}"
-            return Partial(path, digest, size, lambda: self.has(digest), self._publish)
+            return Partial(path, digest, size, lambda: self.has(digest, size), self._publish)
         except OSError as error:
             raise errors.from_oserror(error, doing=f"write the blob {digest}", key=digest) from error
 
@@ -172,37 +209,24 @@ class ContentStore:
         except OSError as error:
             raise errors.from_oserror(error, doing="write a blob", key=digest) from error
 
-    def put_bytes(self, data: bytes, *, lease: Lease | None = None) -> Blob:
-        """Write a small blob; nothing but pinning it happens when it is there."""
-        digest = digest_of(data)
-        if lease is not None:
-            lease.pin(digest)
-        if self.has(digest):
-            return Blob(digest, len(data))
-        return self.put([data], digest=digest)
-
     def put_documents(self, *documents: bytes) -> None:
         """Write small blobs that are pinned already; together they wait for the disk less than one by one.
+
+        One that is there and damaged is replaced.
 
         Raises:
             OnlapError: the filesystem refuses.
         """
-        fresh = [(digest_of(data), data) for data in documents if not self.has(digest_of(data))]
-        if not fresh:
-            return
         try:
             self._make_places()
-            directory = self._catalog.staging.new()
-            try:
-                for digest, data in fresh:
-                    path = f"{directory}/{check_digest(digest)}"
-                    with open(path, "xb", buffering=0) as file:
-                        file.write(data)
-                        os.fsync(file.fileno())
-                    os.rename(path, self.path(digest))
-                self._sync_names()
-            finally:
-                self._catalog.staging.discard(directory)
+            for data in documents:
+                digest = digest_of(data)
+                if not self.is_whole(digest):
+                    with Writer(self._catalog.staging.new(), self._catalog.staging.discard, self._move) as writer:
+                        writer.write(data)
+                        writer.commit(digest, len(data))
+            # Also of those that were there: whoever moved them may have been killed before this.
+            self._sync_names()
         except OSError as error:
             raise errors.from_oserror(error, doing="write a blob") from error
 
@@ -211,8 +235,11 @@ class ContentStore:
             os.makedirs(self._blobs, 0o700, exist_ok=True)
             os.makedirs(self._ingest, 0o700, exist_ok=True)
 
-    def _publish(self, path: str, digest: str) -> None:
+    def _move(self, path: str, digest: str) -> None:
         os.rename(path, self.path(digest))
+
+    def _publish(self, path: str, digest: str) -> None:
+        self._move(path, digest)
         self._sync_names()
 
     def _sync_names(self) -> None:

@@ -241,6 +241,7 @@ def _still_at(fd: int, path: str) -> bool:
 
 
 def _write_all(fd: int, data: bytes | memoryview) -> None:
+    # One write(2) may take less, as on a disk that is nearly full.
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -32,6 +32,7 @@ class Bringing:
         lease: pins what comes.
         layers: lowest first.
         progress: told of two stages, ``fetch`` and ``unpack``, in bytes.
+        verify: read the blobs that are there, and fetch those again that are damaged.
         halt: set when it ends, so that nobody who fetches waits any longer.
     """
 
@@ -42,8 +43,11 @@ class Bringing:
         lease: Lease,
         layers: Sequence[Layer],
         progress: Callback | None,
+        *,
+        verify: bool = False,
         halt: threading.Event | None = None,
     ) -> None:
+        self._verify = verify
         self._halt = halt or threading.Event()
         self._snapshotter = snapshotter
         self._content = content
@@ -68,9 +72,9 @@ class Bringing:
         Raises:
             OnlapError: what fetching or unpacking raised; what the callback raised goes up as well.
         """
-        missing = [number for number, layer in enumerate(self._layers) if not self._content.has(layer.digest)]
+        missing = [number for number, layer in enumerate(self._layers) if not self._has(layer)]
         if missing and fetch is None:
-            self._content.size(self._layers[missing[0]].digest)  # raises
+            self._content.check_present({layer.digest: layer.size for layer in self._layers})  # raises
         fetching = Threads(fetch, self._layers, missing, threads, self._events.put, self._halt)
         total = sum(self._layers[number].size for number in missing)
         fetched = Reporter(self._progress if missing else None, "fetch", "bytes", total)
@@ -109,6 +113,11 @@ class Bringing:
             top = target.commit()
             unpacked.finish(size)
         return top
+
+    def _has(self, layer: Layer) -> bool:
+        if self._verify:
+            return self._content.is_whole(layer.digest)
+        return self._content.has(layer.digest, layer.size)
 
     def _fetch_event(self, fetching: Threads, fetched: Reporter) -> Event | None:
         """Wait for an event; those of fetching are dealt with here."""

@@ -75,16 +75,18 @@ def commit(
             hint=f"prepare one on it: onlap prepare KEY {shown(key)}",
         )
     base = _base(images, record, base)
-    before = _settings(images, base, platform or platforms.host())
-    settings = apply_changes(before.get("config") or {}, changes)
-    if labels:
-        settings["Labels"] = {**(settings.get("Labels") or {}), **labels}
-    snapshotter.check_unmounted(record)
-    manifest = images.manifest(base) if base is not None else None
-    docker = manifest is not None and manifest.is_docker
-    if docker and compression == "zstd":
-        docker = False  # Docker's media types know no zstd; the whole image becomes one of OCI's
     with images.content.lease(f"commit of {full}") as lease, images.content.writer() as writer:
+        if base is not None:
+            lease.pin(*base.blobs)
+            images.content.check_present(base.blobs)
+        before = _settings(images, base, platform or platforms.host())
+        settings = apply_changes(before.get("config") or {}, changes)
+        if labels:
+            settings["Labels"] = {**(settings.get("Labels") or {}), **labels}
+        snapshotter.check_unmounted(record)
+        docker = base is not None and images.manifest(base).is_docker
+        if docker and compression == "zstd":
+            docker = False  # Docker's media types know no zstd; the whole image becomes one of OCI's
         written = write_diff(
             snapshotter,
             key,
@@ -106,7 +108,7 @@ def commit(
         created = timestamp(time.time_ns() if epoch is None else min(time.time_ns(), epoch * 1_000_000_000))
         config = _configuration(before, settings, diff_ids, created, author, message, changes, empty)
         image, documents = _documents(full, config, layers, docker)
-        lease.pin(image.digest, image.config_digest, *(layer.digest for layer in layers))
+        lease.pin(*image.blobs)
         if not empty:
             try:
                 writer.commit(written.digest, written.size)

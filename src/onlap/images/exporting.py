@@ -12,7 +12,7 @@ from typing import BinaryIO
 from onlap import errors
 from onlap.content.store import ContentStore
 from onlap.errors import shown
-from onlap.images import archive, layout, media, model
+from onlap.images import archive, layout, model
 from onlap.images.facade import Image, Images, StrPath
 from onlap.images.layout import Exported, blob_path
 from onlap.progress import Callback, Reporter
@@ -30,39 +30,43 @@ def export(
         raise errors.InvalidArgument(f"there is no format {shown(form)}", hint="oci or docker")
     if not chosen:
         raise errors.InvalidArgument("there is no image to export", hint="name one")
-    exported = [_exported(images, image) for image in chosen]
+    with images.content.lease("export") as lease:
+        for image in chosen:
+            lease.pin(*image.blobs)
+            images.content.check_present(image.blobs)
+        _export(images, [_exported(images, image) for image in chosen], out, form, progress)
+
+
+def _export(
+    images: Images, exported: list[Exported], out: StrPath | BinaryIO, form: str, progress: Callback | None
+) -> None:
     small = {layout.LAYOUT_FILE: layout.LAYOUT, layout.INDEX_FILE: layout.index_of(exported)}
     if form == DOCKER:
         small[archive.MANIFEST_FILE] = archive.manifest_of(exported)
     blobs = list(dict.fromkeys(blob for each in exported for blob in each.blobs))
     total = sum(images.content.size(blob) for blob in blobs)
     report = Reporter(progress, "export", "bytes", total)
-    with images.content.lease("export") as lease:
-        lease.pin(*blobs)
-        if not isinstance(out, (str, os.PathLike)):
-            _write_tar(images.content, out, small, blobs, report)
-        elif os.path.isdir(out) or os.fspath(out).endswith("/"):
-            if form == DOCKER:
-                raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
-            _write_directory(images.content, os.fspath(out), small, blobs, report)
-        else:
-            with _new_file(os.fspath(out)) as file:
-                _write_tar(images.content, file, small, blobs, report)
+    if not isinstance(out, (str, os.PathLike)):
+        _write_tar(images.content, out, small, blobs, report)
+    elif os.path.isdir(out) or os.fspath(out).endswith("/"):
+        if form == DOCKER:
+            raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
+        _write_directory(images.content, os.fspath(out), small, blobs, report)
+    else:
+        with _new_file(os.fspath(out)) as file:
+            _write_tar(images.content, file, small, blobs, report)
     report.finish(total)
 
 
 def _exported(images: Images, image: Image) -> Exported:
-    manifest = images.manifest(image)
-    config = images.config(image)
-    kind = manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST)
     layers = tuple(layer.digest for layer in image.layers)
     return Exported(
         image.name,
-        model.Descriptor(kind, image.digest, images.content.size(image.digest)),
-        config.platform,
+        model.Descriptor(image.media_type, image.digest, images.content.size(image.digest)),
+        images.config(image).platform,
         image.config_digest,
         layers,
-        (image.digest, image.config_digest, *layers),
+        tuple(image.blobs),
     )
 
 

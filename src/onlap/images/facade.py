@@ -49,6 +49,7 @@ class Image(NamedTuple):
         chain_ids: names of the snapshots that the layers are, once unpacked, likewise.
         created: when it was made, as RFC 3339 has it.
         size: bytes of the layers' blobs.
+        media_type: of the manifest.
     """
 
     name: str
@@ -62,6 +63,12 @@ class Image(NamedTuple):
     chain_ids: tuple[str, ...]
     created: str | None
     size: int
+    media_type: str
+
+    @property
+    def blobs(self) -> dict[str, int | None]:
+        """The digests of all that it needs; with the layers' sizes, which its manifest says."""
+        return {self.digest: None, self.config_digest: None} | {layer.digest: layer.size for layer in self.layers}
 
 
 # Inside the class ``list`` is its method.
@@ -92,7 +99,14 @@ class Images:
             DataLoss: what the image consists of is damaged or gone.
         """
         full = names.normalized(name)
-        return self._image(self._database.read(lambda c: records.get(c, full)))
+        while True:
+            record = self._database.read(lambda c: records.get(c, full))
+            try:
+                return self._image(record)
+            except errors.DataLoss:
+                # Looked up again: somebody may have removed it meanwhile, or given its name to another.
+                if self._database.read(lambda c: records.get(c, full)).digest == record.digest:
+                    raise
 
     def __iter__(self) -> Iterator[Image]:
         return iter(self.list())
@@ -337,10 +351,17 @@ class Images:
         if not image.layers:
             raise errors.InvalidArgument(f"the image {image.name} has no layers", key=image.name)
         with self.content.lease(f"unpack of {image.name}") as lease:
-            lease.pin(image.digest, image.config_digest, *(layer.digest for layer in image.layers))
+            lease.pin(*image.blobs)
             top = self.bring(lease, image, None, unpack=True, progress=progress)
-            if image.name in self:
-                self.record(image)
+            put = self.recording(image)
+
+            def operation(connection: Connection) -> None:
+                # Meanwhile it may have been removed, or its name given to another.
+                now = records.find(connection, image.name)
+                if now is not None and now.digest == image.digest:
+                    put(connection)
+
+            self._database.write(operation)
         assert top is not None
         return top
 
@@ -403,6 +424,7 @@ class Images:
         *,
         unpack: bool,
         progress: Callback | None,
+        verify: bool = False,
         halt: threading.Event | None = None,
     ) -> str | None:
         """Fetch and unpack the layers of an image; see :meth:`Bringing.run`."""
@@ -410,32 +432,35 @@ class Images:
             Layer(layer.digest, layer.size, diff_id, chain_id)
             for layer, diff_id, chain_id in zip(image.layers, image.diff_ids, image.chain_ids, strict=True)
         ]
-        bringing = Bringing(self.snapshotter, self.content, lease, layers, progress, halt)
+        bringing = Bringing(self.snapshotter, self.content, lease, layers, progress, verify=verify, halt=halt)
         return bringing.run(fetch, DOWNLOADS, unpack=unpack)
 
     def keep(self, lease: Lease, name: str, resolved: Resolved) -> Image:
         """Put an image's documents into the content store, and pin all of its blobs for now."""
         image = image_of(name, resolved.descriptor.digest, resolved.manifest, resolved.config)
-        lease.pin(image.digest, image.config_digest, *(layer.digest for layer in image.layers))
+        lease.pin(*image.blobs)
         self.content.put_documents(resolved.config_data, resolved.manifest_data)
         return image
 
     def record(self, image: Image) -> None:
-        """Let the image be known by its name, with pins on all that it needs."""
+        """Let the image be known by its name, with pins on all that it needs.
+
+        Raises:
+            NotFound: a blob of it is gone; nothing is recorded.
+        """
         self._database.write(self.recording(image))
 
     def recording(self, image: Image) -> Callable[[Connection], None]:
-        """What does that inside a write transaction."""
-        manifest = self.manifest(image)
-        kind = manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST)
+        """What does that inside a write transaction: the one way in which an image comes to be known."""
+        blobs = image.blobs
         size = self.content.size(image.digest)
-        blobs = [image.digest, image.config_digest, *(layer.digest for layer in image.layers)]
         top = image.chain_ids[-1] if image.chain_ids else ""
 
         def operation(connection: Connection) -> None:
+            self.content.check_present(blobs)
             snapshot = snapshots.find(connection, self.snapshotter.owner, top)
             identifier = snapshot.id if snapshot is not None and LABEL_LAYER in snapshot.labels else None
-            records.put(connection, image.name, image.digest, kind, size, blobs, identifier)
+            records.put(connection, image.name, image.digest, image.media_type, size, list(blobs), identifier)
 
         return operation
 
@@ -455,4 +480,5 @@ def image_of(name: str, digest: str, manifest: Manifest, config: Config) -> Imag
         model.chain_ids(diff_ids),
         config.created,
         sum(layer.size for layer in manifest.layers),
+        manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST),
     )

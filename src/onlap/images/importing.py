@@ -88,7 +88,9 @@ def _import_files(
         if each.name is None:
             raise errors.InvalidArgument(f"{shown(path)} does not say what its image is called", hint="give a --name")
         image = images.keep(lease, each.name, each.resolved)
-        images.bring(lease, image, _fetch(images, source, each), unpack=unpack, progress=progress)
+        # All of it lies here: what is damaged in the store is healed, at no more than a copy would have cost.
+        fetch = _fetch(images, source, each)
+        images.bring(lease, image, fetch, unpack=unpack, progress=progress, verify=True)
         images.record(image)
         done.append(image)
     return done

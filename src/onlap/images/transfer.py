@@ -50,7 +50,7 @@ def pull(
             if descriptor.digest == first.digest:
                 return data
             lease.pin(descriptor.digest)
-            if content.has(descriptor.digest):
+            if content.is_whole(descriptor.digest):
                 return content.read(descriptor.digest, limit)
             if media.is_document(descriptor.media_type):
                 return repository.manifest(descriptor.digest)[0]
@@ -85,14 +85,14 @@ def push(
             f"{image.name} is {image.digest}, which {target} is not", key=target, hint="push to a tag"
         )
     halt = threading.Event()
-    manifest = images.manifest(image)
     sources = _sources(images, reference)
     content = images.content
     with (
         closing(_registry(reference, plain_http, credentials, halt)) as registry,
         content.lease(f"push of {image.name}") as lease,
     ):
-        lease.pin(image.digest, image.config_digest, *(layer.digest for layer in image.layers))
+        lease.pin(*image.blobs)
+        content.check_present(image.blobs)
         repository = Repository(registry)
 
         def send(layer: Layer, told: Callable[[int], None]) -> None:
@@ -104,8 +104,7 @@ def push(
         unique = list({blob.digest: blob for blob in [*blobs, config]}.values())
         _run(unique, send, progress, halt)
         data = content.read(image.digest, model.MAX_MANIFEST)
-        kind = manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST)
-        return repository.put_manifest(reference.tag or reference.version, data, kind)
+        return repository.put_manifest(reference.tag or reference.version, data, image.media_type)
 
 
 def _run(

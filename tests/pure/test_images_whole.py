@@ -1,0 +1,181 @@
+"""An image that is known is whole: whatever else happens to its blobs and its name meanwhile."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import onlap
+from onlap import errors
+from onlap.images import Image, Images, commit
+from onlap.snapshots.archives import write_diff
+from onlap.store import Store
+from pure.image_makers import Made, layer
+
+PLATFORM = "linux/amd64"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        yield store
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made(layer(a="1"), layer(b="2"))
+
+
+@pytest.fixture
+def layout(made: Made, tmp_path: Path) -> Path:
+    return made.write_layout(tmp_path / "layout")
+
+
+def take_in(store: Store, layout: Path, name: str = "x:1") -> Image:
+    return store.images.import_(layout, name=name, platform=PLATFORM)[0]
+
+
+def check_whole(store: Store, image: Image) -> None:
+    for digest in image.blobs:
+        assert store.content.is_whole(digest), digest
+
+
+def vanish(store: Store, name: str) -> None:
+    store.images.remove(name)
+    store.collect()
+
+
+# Damage
+
+
+def test_a_document_that_does_not_fit_is_no_image(store: Store, tmp_path: Path) -> None:
+    """write(2) takes what fits, and says only the next time that there is no room."""
+    made = Made(layer(a="1"), config={"history": [{"comment": "x" * (3 << 20)}]})
+    layout = made.write_layout(tmp_path / "layout")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, before[1]))
+    try:
+        with pytest.raises(errors.OnlapError, match="write a blob"):
+            take_in(store, layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert store.images.list() == []
+    check_whole(store, take_in(store, layout))
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def flip(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_an_import_heals_what_is_damaged(store: Store, layout: Path, damage: Callable[[bytes], bytes]) -> None:
+    image = take_in(store, layout)
+    for digest in image.blobs:
+        path = Path(store.content.path(digest))
+        path.write_bytes(damage(path.read_bytes()))
+        assert take_in(store, layout) == image
+        check_whole(store, image)
+
+
+def test_a_layer_that_lost_bytes_is_not_there(store: Store, layout: Path) -> None:
+    image = take_in(store, layout)
+    os.truncate(store.content.path(image.layers[0].digest), 3)
+    with pytest.raises(errors.NotFound, match="has 3 bytes"):
+        store.images.tag("x:1", "y:1")
+    with pytest.raises(errors.NotFound, match="has 3 bytes"):
+        store.images.export("x:1", layout / "out.tar")
+    assert "y:1" not in store.images
+
+
+# Races: what others do is done between two steps of ours
+
+
+def test_the_base_of_a_commit_may_go_meanwhile(store: Store, layout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = take_in(store, layout)
+    store.prepare("k", image.chain_ids[-1])
+    (Path(store.snapshotter.layers(store.snapshotter.record("k"))[0]) / "new").write_text("new")
+
+    def after_it_went(*arguments: Any, **options: Any) -> Any:
+        vanish(store, "x:1")
+        return write_diff(*arguments, **options)
+
+    monkeypatch.setattr(commit, "write_diff", after_it_went)
+    check_whole(store, store.images.commit("k", "y:1"))
+    vanish(store, "y:1")
+    assert list(store.content.walk()) == []
+
+
+def test_an_image_that_misses_a_blob_is_not_recorded(
+    store: Store, layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = take_in(store, layout)
+    store.prepare("k", image.chain_ids[-1])
+
+    def after_a_loss(*arguments: Any, **options: Any) -> Any:
+        os.unlink(store.content.path(image.layers[0].digest))
+        return write_diff(*arguments, **options)
+
+    monkeypatch.setattr(commit, "write_diff", after_a_loss)
+    with pytest.raises(errors.NotFound, match=image.layers[0].digest):
+        store.images.commit("k", "y:1", changes=["USER u"])
+    assert "y:1" not in store.images
+    assert store.stat("k").kind == "active"
+
+
+def test_an_image_that_went_gets_no_other_name(store: Store, layout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_in(store, layout)
+    get = Images.get
+
+    def and_gone(images: Images, name: str) -> Image:
+        image = get(images, name)
+        monkeypatch.undo()
+        vanish(store, name)
+        return image
+
+    monkeypatch.setattr(Images, "get", and_gone)
+    with pytest.raises(errors.NotFound):
+        store.images.tag("x:1", "y:1")
+    assert store.images.list() == []
+
+
+def test_an_image_that_goes_while_it_is_read_is_not_found(
+    store: Store, layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_in(store, layout)
+    read = store.content.read
+
+    def after_it_went(digest: str, limit: int) -> bytes:
+        monkeypatch.undo()
+        vanish(store, "x:1")
+        return read(digest, limit)
+
+    monkeypatch.setattr(store.content, "read", after_it_went)
+    with pytest.raises(errors.NotFound, match="no image"):
+        store.images.get("x:1")
+
+
+def test_a_name_that_moves_during_an_unpack_stays_moved(
+    store: Store, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = take_in(store, layout)
+    other = Made(layer(c="3")).write_layout(tmp_path / "other")
+    bring = Images.bring
+
+    def and_moved(images: Images, *arguments: Any, **options: Any) -> str | None:
+        monkeypatch.undo()
+        top = bring(images, *arguments, **options)
+        take_in(store, other)
+        return top
+
+    monkeypatch.setattr(Images, "bring", and_moved)
+    store.images.unpack(image)
+    assert store.images.get("x:1") != image
