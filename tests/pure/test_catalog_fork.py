@@ -329,3 +329,42 @@ def test_a_forked_child_does_not_keep_the_locks_of_its_parent(root: Path) -> Non
     finally:
         os.close(stay)
         os.waitpid(pid, 0)
+
+
+def test_a_forked_child_does_not_keep_what_its_parent_holds(root: Path) -> None:
+    """Trees, the staging directory and the root itself are free when the parent is dead, whoever its children are."""
+    program = """
+import os, sys, threading
+import onlap
+store = onlap.open(sys.argv[1], snapshotter="overlay", sync="none")
+store.prepare("key")
+catalog = store.snapshotter.catalog
+record = catalog.get("", "key")
+with catalog.hold([record.id]), catalog.hold_for_writing(record.id), catalog.serve("server"):
+    if os.fork():
+        os._exit(0)  # as if killed: nothing is given back
+    os.write(1, b"forked\\n")
+    os.read(0, 1)
+    os.write(1, b"leaving\\n")
+os.write(1, b"done\\n")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(root)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"forked\n"
+        assert parent.wait(PATIENCE) == 0
+        with onlap.open(root, snapshotter="overlay", sync="none") as store:
+            assert len(os.listdir(root / "staging")) == 2
+            store.commit("name", "key")  # nobody writes to it
+            store.remove("name")
+            assert store.snapshotter.catalog.cleanup() == 3  # the tree, and two directories of the dead
+            assert os.listdir(root / "staging") == []
+        parent.stdin.write(b"go\n")
+        parent.stdin.flush()
+        # The child takes nothing away from anybody as it leaves the blocks.
+        assert parent.stdout.read() == b"leaving\ndone\n"

@@ -12,8 +12,9 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.catalog import locks, pins, records
+from onlap.catalog import pins, records
 from onlap.catalog.database import Connection
+from onlap.catalog.locks import Held
 from onlap.catalog.staging import Staging
 from onlap.store import Store, open_snapshotter
 
@@ -225,16 +226,16 @@ def test_a_cleanup_between_mkdir_and_lock_is_survived(root: Path, monkeypatch: p
     with onlap.open(root, snapshotter="overlay", sync="none") as store:
         subject = store.snapshotter.catalog.staging
         times = iter([True])
-        name = "open_directory" if moment == "before it is open" else "try_lock"
-        real = getattr(locks, name)
+        name = "__init__" if moment == "before it is open" else "lock"
+        real = getattr(Held, name)
 
-        def after_a_cleanup(argument: str | int) -> object:
+        def after_a_cleanup(self: Held, *arguments: object) -> object:
             if next(times, False):
-                monkeypatch.setattr(locks, name, real)
+                monkeypatch.setattr(Held, name, real)
                 os.rmdir(next((root / "staging").iterdir()))
-            return real(argument)
+            return real(self, *arguments)
 
-        monkeypatch.setattr(locks, name, after_a_cleanup)
+        monkeypatch.setattr(Held, name, after_a_cleanup)
         path = subject.new()
         assert os.path.isdir(path)
         subject.discard(path)

@@ -25,7 +25,7 @@ from onlap.catalog.database import Connection, Database
 from onlap.catalog.epoch import epoch
 from onlap.catalog.janitor import Janitor
 from onlap.catalog.layout import Layout
-from onlap.catalog.locks import claim_directory, open_directory, try_lock
+from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import ACTIVE, COMMITTED, Condition, Record
 from onlap.catalog.staging import Staging
@@ -65,7 +65,7 @@ class Catalog:
         with contextlib.ExitStack() as on_error:
             try:
                 self._lease = self._take_lease()
-                on_error.callback(os.close, self._lease)
+                on_error.callback(self._lease.release)
                 self.database = Database(
                     self.layout.database, self.layout.lock, timeout, lambda: self._janitor.wake(urgent=True)
                 )
@@ -94,7 +94,7 @@ class Catalog:
         self.staging.close()
         self.database.close()
         self._syncer.close()
-        os.close(self._lease)
+        self._lease.release()
         _catalogs.discard(self)
 
     def _set_up(self) -> None:
@@ -106,26 +106,25 @@ class Catalog:
                 raise
             self.database.set_up(self._check_alone)
 
-    def _take_lease(self) -> int:
+    def _take_lease(self) -> Held:
         # Whoever has the root open holds its staging directory shared; a migration needs it alone.
-        fd = open_directory(self.layout.staging)
-        if not try_lock(fd, shared=True):
-            os.close(fd)
+        held = lock_directory(self.layout.staging, shared=True)
+        if held is None:
             raise errors.Unavailable(
                 f"the root {shown(self.layout.root)} is being brought to a newer format",
                 key=self.layout.root,
                 hint="try again in a moment",
             )
-        return fd
+        return held
 
     def _check_alone(self) -> None:
-        if not try_lock(self._lease):
+        if not self._lease.lock():
             raise errors.Unavailable(
                 f"the root {shown(self.layout.root)} has an older format, and other processes have it open",
                 key=self.layout.root,
                 hint="end them, then open it again to bring it to this Onlap's format",
             )
-        try_lock(self._lease, shared=True)
+        self._lease.lock(shared=True)
 
     def _highest_number(self) -> int:
         numbers = [0]
@@ -134,7 +133,6 @@ class Catalog:
         return max(numbers)
 
     def _after_fork_in_child(self) -> None:
-        # The lease's lock belongs to the open file that parent and child share: it holds as long as either lives.
         self.staging.after_fork()
         self._syncer.after_fork()
         self._janitor.after_fork()
@@ -202,12 +200,12 @@ class Catalog:
             for identifier in identifiers:
                 path = self.layout.snapshot(identifier)
                 try:
-                    fd = open_directory(path)
+                    held = lock_directory(path, shared=True)
                 except FileNotFoundError as error:
                     raise self._gone(identifier) from error
-                stack.callback(os.close, fd)
-                if not try_lock(fd, shared=True):
+                if held is None:
                     raise self._gone(identifier)
+                stack.enter_context(held)
             yield
 
     def _gone(self, identifier: int) -> errors.OnlapError:
@@ -225,8 +223,8 @@ class Catalog:
         """
         # A directory in staging, held by its lock: when the server is dead, it is what every dead process leaves.
         path = f"{self.layout.staging}/server-{owner.encode().hex()}"
-        fd = claim_directory(path)
-        if fd is None:
+        held = claim_directory(path)
+        if held is None:
             raise errors.FailedPrecondition(
                 f"another server serves the snapshots of {shown(owner)} in this root",
                 key=owner,
@@ -237,31 +235,26 @@ class Catalog:
         finally:
             with contextlib.suppress(OSError):  # cleanup takes what is left
                 os.rmdir(path)
-            os.close(fd)
+            held.release()
 
     @contextlib.contextmanager
     def hold_for_writing(self, identifier: int) -> Iterator[None]:
         """Say that an active snapshot's tree is being written to, for a mount that no mountinfo shows."""
-        fd = open_directory(self.layout.tree(identifier))
-        try:
-            if not try_lock(fd, shared=True):
-                raise errors.FailedPrecondition("the snapshot is being committed", hint="prepare another on it")
+        held = lock_directory(self.layout.tree(identifier), shared=True)
+        if held is None:
+            raise errors.FailedPrecondition("the snapshot is being committed", hint="prepare another on it")
+        with held:
             yield
-        finally:
-            os.close(fd)
 
     def is_written(self, identifier: int) -> bool:
         """Whether somebody is inside :meth:`hold_for_writing`."""
-        fd = open_directory(self.layout.tree(identifier))
-        try:
+        with Held(self.layout.tree(identifier)) as held:
             for _ in range(_LOOKS):
-                if try_lock(fd):
+                if held.lock():
                     return False
                 # Perhaps it was only somebody else who looked, as two commits of one key do; a writer stays.
                 time.sleep(_BETWEEN_LOOKS)
             return True
-        finally:
-            os.close(fd)
 
     # Changing
 

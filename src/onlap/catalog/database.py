@@ -423,8 +423,6 @@ class Database:
     def _after_fork_in_child(self, all_closed: bool) -> None:
         if self._closed:
             return
-        # The lock's descriptor is shared with the parent, and so would be the lock: a new one, of our own.
-        self._lock.abandon()
         self._forgotten.detach()
         self._fresh()
         if not all_closed:

@@ -9,29 +9,143 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import weakref
 
 from onlap import errors
 
+# For what is locked: never through a symlink, never into a program that is run.
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
-def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file or directory if nobody holds it the other way."""
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+
+class Held:
+    """An open file or directory and this process's flock on it; a context manager that lets both go.
+
+    A forked child shares the open file and would keep the lock for as long as it lives. So every one of a process is
+    known, and a child closes what it inherited: there ``fd`` is -1, and :meth:`release` does nothing.
+
+    Args:
+        path: what to open; a directory unless ``flags`` say otherwise.
+        flags: of open(2); ``O_NOFOLLOW`` and ``O_CLOEXEC`` are added.
+        dir_fd: what ``path`` is relative to.
+
+    Attributes:
+        fd: the descriptor; -1 after :meth:`release`.
+    """
+
+    __slots__ = ("__weakref__", "_pid", "fd")
+
+    def __init__(self, path: str | os.PathLike[str], flags: int = _DIRECTORY, *, dir_fd: int | None = None) -> None:
+        self._pid = os.getpid()
+        self.fd = -1
+        self.fd = os.open(path, flags | _FLAGS, 0o600, dir_fd=dir_fd)
+        _held[self.fd] = weakref.ref(self)
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        # An exception (KeyboardInterrupt) may have come before anybody could let go of it.
+        self.release()
+
+    def lock(self, *, shared: bool = False, wait: bool = False) -> bool:
+        """Take the lock, or change it to the other kind; False when somebody holds it against us.
+
+        Args:
+            shared: with others that share it.
+            wait: until it can be had, however long that takes.
+
+        Raises:
+            OSError: the filesystem refuses (ENOLCK).
+        """
+        try:
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Give the lock back and keep the file open.
+
+        Raises:
+            OSError: the filesystem refuses (ENOLCK).
+        """
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def release(self) -> None:
+        """Give the lock back and close; idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd < 0:
+            return
+        _held.pop(fd, None)
+        try:
+            # Said aloud: a child between fork and exec has the same open file, and would keep the lock as long. But
+            # one that was forked behind Python's back must not take its parent's.
+            if self._pid == os.getpid():
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        except OSError:
+            pass  # ENOLCK: the close gives it back as well
+        finally:
+            os.close(fd)
+
+    def is_at(self, path: str) -> bool:
+        """Whether the path still leads to it: whoever had the lock before may have moved it away."""
+        try:
+            there = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        ours = os.fstat(self.fd)
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def _forget(self) -> None:
+        """In a forked child: only close it. LOCK_UN would take the lock from the parent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+# By descriptor. Weak: one that nobody holds any more is released.
+_held: dict[int, weakref.ref[Held]] = {}
+
+
+def _after_fork_in_child() -> None:
+    while _held:
+        held = _held.popitem()[1]()
+        if held is not None:
+            held._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def open_directory(path: str) -> int:
-    """A descriptor of a directory to lock."""
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """A descriptor of a directory, which is not locked (for that there is :class:`Held`)."""
+    return os.open(path, _DIRECTORY | _FLAGS)
 
 
-def claim_directory(path: str) -> int | None:
+def lock_directory(path: str, *, shared: bool = False) -> Held | None:
+    """Open a directory and take its lock; None when somebody holds it against us.
+
+    Raises:
+        OSError: it cannot be opened, or the filesystem refuses.
+    """
+    held = Held(path)
+    if held.lock(shared=shared):
+        return held
+    held.release()
+    return None
+
+
+def claim_directory(path: str) -> Held | None:
     """Make a directory and hold its lock; None when somebody holds it already.
 
-    Returns:
-        The descriptor to keep open. Whoever takes the directory away for dead takes its lock first.
+    Whoever takes the directory away for dead takes its lock first.
+
+    Raises:
+        OSError: it cannot be made, or the filesystem refuses.
     """
     while True:
         try:
@@ -39,25 +153,16 @@ def claim_directory(path: str) -> int | None:
         except FileExistsError:
             pass
         try:
-            fd = open_directory(path)
+            held = Held(path)
         except FileNotFoundError:
             continue
-        if not try_lock(fd):
-            os.close(fd)
+        if not held.lock():
+            held.release()
             return None
         # Between mkdir and flock somebody may have taken it for a dead one's: then the name is gone, or another's.
-        if _still_at(fd, path):
-            return fd
-        os.close(fd)
-
-
-def _still_at(fd: int, path: str) -> bool:
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(fd)
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+        if held.is_at(path):
+            return held
+        held.release()
 
 
 class FileLock:
@@ -73,7 +178,7 @@ class FileLock:
     def __init__(self, path: str, timeout: float) -> None:
         self._path = path
         self._timeout = timeout
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._held = Held(path, os.O_RDWR | os.O_CREAT)
 
     def __enter__(self) -> None:
         self.acquire()
@@ -87,31 +192,25 @@ class FileLock:
         Raises:
             Unavailable: another process has held it all the time.
         """
-        if not try_lock(self._fd):
+        if not self._held.lock():
             self._wait()
 
     def release(self) -> None:
         """Give it back."""
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self._held.unlock()
 
     def close(self) -> None:
         """Give it back and close the file."""
-        # Said aloud: a forked child may have the same open file, which would keep the lock.
-        self.release()
-        os.close(self._fd)
-
-    def abandon(self) -> None:
-        """In a forked child: close the file that it shares with its parent, and leave the parent's lock alone."""
-        os.close(self._fd)
+        self._held.release()
 
     @property
     def number(self) -> int:
         """The number in the file; 0 when there is none."""
-        return int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        return int.from_bytes(os.pread(self._held.fd, 8, 0), "little")
 
     @number.setter
     def number(self, value: int) -> None:
-        os.pwrite(self._fd, value.to_bytes(8, "little"), 0)
+        os.pwrite(self._held.fd, value.to_bytes(8, "little"), 0)
 
     def _wait(self) -> None:
         # flock(2) has no timeout, and asking again and again would let others overtake us (16 processes behind
@@ -123,8 +222,8 @@ class FileLock:
                 f"another process has held {self._path} for {self._timeout:g} s",
                 hint="see who with: fuser -v, then try again",
             )
-        fd, self._fd = self._fd, waiter.fd
-        os.close(fd)
+        before, self._held = self._held, waiter.held
+        before.release()
 
 
 class BriefLock(FileLock):
@@ -138,11 +237,10 @@ class _Waiter:
     """One blocking flock(2), in a thread that the caller may abandon."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.held = Held(path, os.O_RDWR)
         self._mutex = threading.Lock()
         self._taken = threading.Event()
         self._abandoned = False
-        _waiting.add(self.fd)
         threading.Thread(target=self._run, name="onlap-lock", daemon=True).start()
 
     def wait(self, timeout: float) -> bool:
@@ -152,8 +250,7 @@ class _Waiter:
         except BaseException:
             # A signal (KeyboardInterrupt): nobody will use the lock that the thread is going to get.
             if not self._abandon():
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
-                os.close(self.fd)
+                self.held.release()
             raise
         return not self._abandon()
 
@@ -166,24 +263,9 @@ class _Waiter:
             return True
 
     def _run(self) -> None:
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
+        self.held.lock(wait=True)
         with self._mutex:
-            _waiting.discard(self.fd)
             if self._abandoned:
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
-                os.close(self.fd)
+                self.held.release()
             else:
                 self._taken.set()
-
-
-# Descriptors that threads wait with: a child has them too, and no thread that would give them back.
-_waiting: set[int] = set()
-
-
-def _after_fork_in_child() -> None:
-    for fd in _waiting:
-        os.close(fd)
-    _waiting.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

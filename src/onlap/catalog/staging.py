@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from onlap.catalog.locks import claim_directory, open_directory, try_lock
+from onlap.catalog.locks import Held, claim_directory, lock_directory, open_directory
 from onlap.trees.remove import remove
 
 
@@ -26,12 +26,10 @@ class Staging:
         self._mutex = threading.Lock()
         self._numbers = itertools.count(1)
         self._own: str | None = None
-        self._fd = -1
+        self._held: Held | None = None
 
     def after_fork(self) -> None:
         """In the child: the parent goes on using its directory, we take one of our own."""
-        if self._fd >= 0:
-            os.close(self._fd)
         self._fresh()
 
     def new(self) -> str:
@@ -49,9 +47,9 @@ class Staging:
     def _claim(self) -> str:
         while True:
             path = f"{self._directory}/{os.getpid()}-{os.urandom(4).hex()}"
-            fd = claim_directory(path)
-            if fd is not None:
-                self._own, self._fd = path, fd
+            held = claim_directory(path)
+            if held is not None:
+                self._own, self._held = path, held
                 return path
 
     def discard(self, path: str) -> None:
@@ -70,23 +68,21 @@ class Staging:
             if path == self._own:
                 continue
             try:
-                fd = open_directory(path)
+                held = lock_directory(path)
             except FileNotFoundError:
                 continue
-            try:
-                if try_lock(fd):
+            if held is not None:
+                with held:
                     put(path)
-            finally:
-                os.close(fd)
 
     def close(self) -> None:
         """Remove our own directory when it is empty, and give its lock back."""
-        if self._own is None:
+        if self._own is None or self._held is None:
             return
         try:
             os.rmdir(self._own)
         except OSError:
             # ENOTEMPTY: something that is being built was given up; cleanup takes it once the lock is free.
             pass
-        os.close(self._fd)
+        self._held.release()
         self._fresh()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from onlap.catalog.locks import open_directory, try_lock
+from onlap.catalog.locks import Held, open_directory
 from onlap.mounts import mountinfo
 from onlap.overlayfs.options import layer_paths
 from onlap.trees.remove import remove
@@ -105,12 +105,12 @@ class Trash:
 
     def _delete(self, top: int, name: str, pace: _Pace) -> bool:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            held = Held(name, dir_fd=top)
         except FileNotFoundError:
             return True  # another process was faster
-        try:
+        with held:
             # Readers hold it shared, by the open directory itself, so that the rename changed nothing for them.
-            if not try_lock(fd):
+            if not held.lock():
                 return False
             try:
                 remove(top, name, pace=pace)
@@ -122,8 +122,6 @@ class Trash:
                     raise
                 return False
             return True
-        finally:
-            os.close(fd)
 
     def _in_use(self) -> set[str]:
         """The numbers of the trees that are mounted in any namespace that we can see.

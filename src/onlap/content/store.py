@@ -20,7 +20,7 @@ from onlap import errors
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.database import Connection
-from onlap.catalog.locks import try_lock
+from onlap.catalog.locks import Held
 from onlap.content.digests import PREFIX, check_digest, digest_of
 from onlap.content.lease import Lease
 from onlap.content.writer import Blob, Partial, Writer
@@ -324,14 +324,12 @@ class ContentStore:
         if self._catalog.database.read(lambda c: pins.holders(c, digest=PREFIX + name)):
             return
         try:
-            fd = os.open(f"{self._ingest}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            held = Held(f"{self._ingest}/{name}", os.O_RDWR)
         except FileNotFoundError:
             return
-        try:
-            if try_lock(fd):
+        with held:
+            if held.lock():
                 os.unlink(f"{self._ingest}/{name}")
-        finally:
-            os.close(fd)
 
 
 def _names(directory: str) -> list[str]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.catalog.locks import try_lock
+from onlap.catalog.locks import Held
 from onlap.content.digests import PREFIX
 from onlap.content.lease import Lease
 
@@ -131,8 +131,8 @@ class Partial:
         self._publish = publish
         self._hash = hashlib.sha256()
         self.offset = 0
-        self._fd = _open_locked(path, present)
-        self.done = self._fd < 0 or present()
+        self._held = _open_locked(path, present)
+        self.done = self._held is None or present()
         if self.done:
             self.close()
         else:
@@ -148,9 +148,12 @@ class Partial:
 
     def close(self) -> None:
         """Let others go on with it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._held is not None:
+            self._held.release()
+
+    @property
+    def _fd(self) -> int:
+        return -1 if self._held is None else self._held.fd
 
     def _take_up(self) -> None:
         """Hash what an earlier attempt has left: only the whole has a digest to compare."""
@@ -218,26 +221,16 @@ def check_same(found: str, found_size: int, digest: str | None, size: int | None
         raise errors.DigestMismatch(f"the content is {found}, not {digest}", key=digest, hint="fetch it again")
 
 
-def _open_locked(path: str, present: Callable[[], bool]) -> int:
-    """A locked descriptor of the partial; -1 when the blob came while another process wrote it."""
+def _open_locked(path: str, present: Callable[[], bool]) -> Held | None:
+    """The partial, locked; None when the blob came while another process wrote it."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        if try_lock(fd) and _still_at(fd, path):
-            return fd
-        os.close(fd)
+        held = Held(path, os.O_RDWR | os.O_CREAT)
+        if held.lock() and held.is_at(path):
+            return held
+        held.release()
         if present():
-            return -1
+            return None
         time.sleep(_PATIENCE)
-
-
-def _still_at(fd: int, path: str) -> bool:
-    """Whether the file is still the partial: whoever had the lock before us may have moved it to its place."""
-    try:
-        there = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(fd)
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _write_all(fd: int, data: bytes | memoryview) -> None:

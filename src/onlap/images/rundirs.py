@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from onlap import errors
-from onlap.catalog.locks import claim_directory, open_directory, try_lock
+from onlap.catalog.locks import Held, claim_directory, lock_directory, open_directory
 from onlap.images import rooted, runtime
 from onlap.mounts.unmount import unmount
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -96,7 +96,7 @@ def claimed(snapshotter: RecordedSnapshotter) -> Iterator[str]:
     runs = _runs(snapshotter)
     try:
         os.makedirs(runs, 0o700, exist_ok=True)
-        directory, fd = _claim(runs)
+        directory, held = _claim(runs)
     except OSError as error:
         raise errors.from_oserror(error, doing="make the directory of a run", key=runs) from error
     try:
@@ -105,16 +105,16 @@ def claimed(snapshotter: RecordedSnapshotter) -> Iterator[str]:
         try:
             _clear(snapshotter, directory)
         finally:
-            os.close(fd)
+            held.release()
 
 
-def _claim(runs: str) -> tuple[str, int]:
+def _claim(runs: str) -> tuple[str, Held]:
     while True:
         directory = f"{runs}/{os.urandom(6).hex()}"
-        fd = claim_directory(directory)
-        if fd is not None:
+        held = claim_directory(directory)
+        if held is not None:
             os.mkdir(rootfs(directory), 0o700)
-            return directory, fd
+            return directory, held
 
 
 def sweep(snapshotter: RecordedSnapshotter) -> int:
@@ -144,18 +144,16 @@ def sweep(snapshotter: RecordedSnapshotter) -> int:
 
 def _sweep_one(snapshotter: RecordedSnapshotter, directory: str) -> bool:
     try:
-        fd = open_directory(directory)
+        held = lock_directory(directory)
     except FileNotFoundError:
         return False
     except OSError as error:
         raise errors.from_oserror(error, doing="look at a run", key=directory) from error
-    try:
-        if not try_lock(fd):
-            return False
+    if held is None:
+        return False
+    with held:
         _clear(snapshotter, directory)
-        return True
-    finally:
-        os.close(fd)
+    return True
 
 
 def _clear(snapshotter: RecordedSnapshotter, directory: str) -> None:
