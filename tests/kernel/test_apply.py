@@ -15,11 +15,12 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+import capabilities
 from kernel.layer_oracle import (
     TIME,
     TRUSTED,
@@ -831,3 +832,26 @@ def test_a_full_disk(loop_ext4: object, tmp_path: Path) -> None:
     with pytest.raises(errors.ResourceExhausted, match="big"):
         apply_to(layer, archive([entry("small", data=b"x"), entry("big", data=bytes(20 << 20))]))
     assert os.listdir(layer) == []
+
+
+# Btrfs shows a descriptor only the names that were there when it was opened or last rewound
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_nothing_of_a_refused_archive_stays(loop_fs: Callable[[str, int], Path], kind: str) -> None:
+    layer = loop_fs(kind, capabilities.FILESYSTEMS[kind]) / "layer"
+    layer.mkdir()
+    with pytest.raises(errors.InvalidArgument, match="does not exist"):
+        apply_to(layer, archive([directory("d/"), entry("d/evil"), entry("evil"), hardlink("x", "nothing")]))
+    assert os.listdir(layer) == []
+    apply_to(layer, archive([entry("good")]))
+    assert os.listdir(layer) == ["good"]
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_what_an_archive_made_and_replaces_goes_whole(loop_fs: Callable[[str, int], Path], kind: str) -> None:
+    layer = loop_fs(kind, capabilities.FILESYSTEMS[kind]) / "layer"
+    layer.mkdir()
+    deep = [directory("/".join("d" * depth) + "/") for depth in range(1, 300)]
+    apply_to(layer, archive([entry("a/b/f"), *deep, entry("a/b/g"), entry("a"), entry("d")]))
+    assert {name: seen.content for name, seen in look(layer).items()} == {".": None, "a": b"", "d": b""}

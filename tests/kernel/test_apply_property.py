@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+import capabilities
 from kernel.layer_oracle import (
     TIME,
     TRUSTED,
@@ -123,12 +125,7 @@ def _run_oracle(upper: Path, stack: list[Path], items: list[Item], empty: Path) 
         return _seen(tree, {str(Path(path).relative_to(tree)) for path in oracle.fresh})
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    lowers=st.lists(st.lists(_items(whiteouts=True), max_size=8), max_size=3),
-    items=st.lists(_items(whiteouts=True), max_size=10),
-)
-def test_a_layer_is_what_the_mounted_tree_would_be(root: Path, lowers: list[list[Item]], items: list[Item]) -> None:
+def _a_layer(root: Path, lowers: list[list[Item]], items: list[Item]) -> None:
     base = Path(tempfile.mkdtemp(dir=root))
     empty, upper = base / "empty", base / "upper"
     empty.mkdir()
@@ -155,12 +152,7 @@ def test_a_layer_is_what_the_mounted_tree_would_be(root: Path, lowers: list[list
         shutil.rmtree(base)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    before=st.lists(_items(whiteouts=False), max_size=10),
-    items=st.lists(_items(whiteouts=True), max_size=10),
-)
-def test_a_whole_tree_is_what_the_mounted_tree_would_be(root: Path, before: list[Item], items: list[Item]) -> None:
+def _a_whole_tree(root: Path, before: list[Item], items: list[Item]) -> None:
     base = Path(tempfile.mkdtemp(dir=root))
     empty, tree = base / "empty", base / "tree"
     empty.mkdir()
@@ -189,15 +181,7 @@ def test_a_whole_tree_is_what_the_mounted_tree_would_be(root: Path, before: list
         shutil.rmtree(base)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    lowers=st.lists(st.lists(_items(whiteouts=True), max_size=8), max_size=2),
-    before=st.lists(_items(whiteouts=True), max_size=8),
-    items=st.lists(_items(whiteouts=True), max_size=8),
-)
-def test_a_layer_that_was_written_is_what_the_mounted_tree_would_be(
-    root: Path, lowers: list[list[Item]], before: list[Item], items: list[Item]
-) -> None:
+def _a_layer_that_was_written(root: Path, lowers: list[list[Item]], before: list[Item], items: list[Item]) -> None:
     base = Path(tempfile.mkdtemp(dir=root))
     empty = base / "empty"
     empty.mkdir()
@@ -221,6 +205,37 @@ def test_a_layer_that_was_written_is_what_the_mounted_tree_would_be(
         _same(found, expected, whole=False)
     finally:
         shutil.rmtree(base)
+
+
+def _some_layers(most: int) -> st.SearchStrategy[list[list[Item]]]:
+    return st.lists(st.lists(_items(whiteouts=True), max_size=8), max_size=most)
+
+
+_CASES: dict[Callable[..., None], dict[str, st.SearchStrategy[Any]]] = {
+    _a_layer: {"lowers": _some_layers(3), "items": st.lists(_items(whiteouts=True), max_size=10)},
+    _a_whole_tree: {
+        "before": st.lists(_items(whiteouts=False), max_size=10),
+        "items": st.lists(_items(whiteouts=True), max_size=10),
+    },
+    _a_layer_that_was_written: {
+        "lowers": _some_layers(2),
+        "before": st.lists(_items(whiteouts=True), max_size=8),
+        "items": st.lists(_items(whiteouts=True), max_size=8),
+    },
+}
+_QUIET = settings(suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.mark.parametrize("case", _CASES, ids=lambda case: case.__name__.strip("_"))
+def test_it_is_what_the_mounted_tree_would_be(root: Path, case: Callable[..., None]) -> None:
+    _QUIET(given(root=st.just(root), **_CASES[case])(case))()
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_so_it_is_on_other_filesystems(loop_fs: Callable[[str, int], Path], kind: str) -> None:
+    top = loop_fs(kind, capabilities.FILESYSTEMS[kind])
+    for case, strategies in _CASES.items():
+        settings(_QUIET, max_examples=settings().max_examples // 4)(given(root=st.just(top), **strategies)(case))()
 
 
 def _in_one_pass(error: errors.InvalidArgument) -> bool:

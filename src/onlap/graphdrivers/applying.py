@@ -18,6 +18,7 @@ from onlap.layers.applier import Applier
 from onlap.layers.tarformat import FILE
 from onlap.layers.tarreader import TarReader
 from onlap.overlayfs.markers import Markers
+from onlap.syscalls import files
 from onlap.trees.remove import remove
 from onlap.trees.walk import OPEN_DIRECTORY, walk
 
@@ -49,7 +50,7 @@ def apply_archive(
     except OSError as error:
         raise errors.from_oserror(error, doing="open the layer", key=directory) from error
     try:
-        was_empty = not os.listdir(fd)
+        was_empty = not files.list_directory(fd)
         before = os.fstat(fd)
         try:
             return _apply(archive, fd, lowers, markers, ids)
@@ -102,8 +103,8 @@ def _give_away(fd: int, ids: IdMap) -> None:
 def _undo(fd: int, before: os.stat_result) -> None:
     """Remove what was applied. The first error, which led here, says what is wrong; one of this would hide it."""
     try:
-        for name in os.listdir(fd):
-            remove(fd, name)
+        for entry in files.list_directory(fd):
+            remove(fd, entry.name)
         for xattr in os.listxattr(fd):
             if xattr.startswith(("user.", "system.posix_acl_")):
                 os.removexattr(fd, xattr)

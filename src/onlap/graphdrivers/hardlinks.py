@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 
+from onlap.syscalls import files
 from onlap.trees.copy import Copier
 from onlap.trees.walk import OPEN_DIRECTORY
 
@@ -39,14 +40,14 @@ class _Linker:
 
     def tree(self, source: int, target: int) -> None:
         """Without recursion: images may be deep."""
-        stack = [(source, target, os.listdir(source))]
+        stack = [(source, target, _names(source))]
         try:
             while stack:
                 one, other, names = stack[-1]
                 if names:
                     below = self._entry(one, other, names.pop())
                     if below is not None:
-                        stack.append((*below, os.listdir(below[0])))
+                        stack.append((*below, _names(below[0])))
                     continue
                 # Last, since what was made in it moved its time.
                 self._copier.directory_attributes(one, other)
@@ -77,3 +78,7 @@ class _Linker:
         except OSError:
             os.close(one)
             raise
+
+
+def _names(fd: int) -> list[str]:
+    return [entry.name for entry in files.list_directory(fd)]

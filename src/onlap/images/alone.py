@@ -23,6 +23,7 @@ from onlap.layers.upper import Upper
 from onlap.layers.whiteouts import Whiteouts
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory
+from onlap.syscalls import files
 from onlap.trees.remove import remove as remove_tree
 from onlap.trees.walk import OPEN_DIRECTORY
 
@@ -184,7 +185,7 @@ def empty(layer: str) -> None:
     """Remove all that is in a layer's directory."""
     fd = os.open(layer, OPEN_DIRECTORY)
     try:
-        for name in os.listdir(fd):
-            remove_tree(fd, name)
+        for entry in files.list_directory(fd):
+            remove_tree(fd, entry.name)
     finally:
         os.close(fd)

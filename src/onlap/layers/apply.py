@@ -18,6 +18,7 @@ from onlap.layers.tarformat import Entry
 from onlap.layers.tarreader import TarReader
 from onlap.overlayfs.markers import Markers, is_marker
 from onlap.progress import Callback, Reporter
+from onlap.syscalls import files
 from onlap.trees.remove import remove as remove_tree
 
 _HEX = frozenset("0123456789abcdef")
@@ -103,7 +104,7 @@ def apply(
     if markers is None and lowers:
         raise errors.InvalidArgument("a whole tree has no layers below it")
     try:
-        was_empty = not os.listdir(layer)
+        was_empty = not files.list_directory(layer)
         before = _Top(layer)
         pipeline = Pipeline(source)
     except OSError as error:
@@ -230,8 +231,8 @@ class _Top:
 def _undo(layer: int, before: _Top) -> None:
     """Empty the layer's directory; an error of this is none beside the one that led here."""
     try:
-        for name in os.listdir(layer):
-            remove_tree(layer, name)
+        for entry in files.list_directory(layer):
+            remove_tree(layer, entry.name)
         status, now = before.status, os.fstat(layer)
         for xattr in os.listxattr(layer):
             if xattr not in before.xattrs and (is_marker(xattr) or not xattr.startswith("security.")):

@@ -20,6 +20,7 @@ from onlap.layers.lowers import Lowers
 from onlap.layers.tarformat import Entry
 from onlap.overlayfs.markers import OPAQUE_YES, Markers, get_xattr, is_whiteout, set_opaque
 from onlap.overlayfs.merged import Found
+from onlap.syscalls import files
 from onlap.trees.copy import Copier, copy_range, data_ranges
 from onlap.trees.remove import remove as remove_tree
 from onlap.trees.walk import path_of, walk
@@ -50,8 +51,7 @@ class Upper:
     """
 
     def __init__(self, layer: int, lowers: Sequence[str], markers: Markers | None, attributes: Attributes) -> None:
-        with os.scandir(layer) as entries:
-            self.tracking = next(entries, None) is not None
+        self.tracking = bool(files.list_directory(layer))
         self.lowers = Lowers(lowers, markers)
         self.directories = Directories(layer, check_acl=self.tracking)
         self.top = self.directories.top

@@ -14,6 +14,7 @@ from onlap.layers import paths
 from onlap.layers.directories import Blocked, Directory
 from onlap.layers.upper import MAX_SYMLINKS, Upper
 from onlap.overlayfs.markers import is_whiteout, make_whiteout
+from onlap.syscalls import files
 
 
 class Whiteouts:
@@ -68,7 +69,7 @@ class Whiteouts:
         below = self._lowers.directory("")
         names = set(below.names()) if below is not None else set()
         if self._upper.tracking:
-            names.update(os.listdir(self._upper.top.fd))
+            names.update(entry.name for entry in files.list_directory(self._upper.top.fd))
         for name in sorted(names):
             self._remove_before("", name)
 
@@ -204,9 +205,7 @@ class Whiteouts:
         if not isinstance(directory, Directory):
             return []
         below = []
-        with os.scandir(directory.fd) as entries:
-            listed = list(entries)
-        for entry in listed:
+        for entry in files.list_directory(directory.fd):
             child = paths.join(path, entry.name)
             if entry.is_dir(follow_symlinks=False):
                 below.append(child)

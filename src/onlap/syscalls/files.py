@@ -1,4 +1,4 @@
-"""Calls on files that the standard library lacks: openat2, FICLONE, syncfs, renameat2, statfs, a mount's id.
+"""Calls on files that the standard library lacks: openat2, FICLONE, syncfs, renameat2, statfs, a mount's id; a listing.
 
 Sources: openat2(2), ioctl_ficlone(2), syncfs(2), rename(2), statfs(2), statx(2);
 include/uapi/linux/{openat2,fs,stat}.h.
@@ -46,6 +46,17 @@ def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int, mode: i
     """Open ``path`` under ``dir_fd`` with restrictions on how it may be resolved; close-on-exec."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     return _libc.syscall(_libc.OPENAT2, dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how), path=path)
+
+
+def list_directory(fd: int) -> list[os.DirEntry[str]]:
+    """The entries of an open directory, as it is now; in no order.
+
+    Btrfs shows a descriptor only the names that were there when it was opened or last rewound (fs/btrfs/inode.c,
+    btrfs_opendir and btrfs_dir_llseek), and those that list it share its offset.
+    """
+    os.lseek(fd, 0, os.SEEK_SET)
+    with os.scandir(fd) as entries:
+        return list(entries)
 
 
 def clone_file(source_fd: int, target_fd: int) -> None:

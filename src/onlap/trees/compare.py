@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from onlap.syscalls import files
 from onlap.trees.meta import Meta, read_directory_meta, read_meta
 from onlap.trees.walk import OPEN_DIRECTORY, Descent, walk
 
@@ -118,8 +119,7 @@ def top_change(before: Meta, after: Meta) -> Iterator[Change]:
 
 
 def _listing(fd: int) -> dict[str, os.stat_result]:
-    with os.scandir(fd) as entries:
-        return {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+    return {entry.name: entry.stat(follow_symlinks=False) for entry in files.list_directory(fd)}
 
 
 def added_tree(top: str) -> Iterator[Change]:

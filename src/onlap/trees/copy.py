@@ -396,8 +396,7 @@ def _copy_by_hand(source: int, target: int, start: int, end: int | None) -> int:
 
 
 def _names(fd: int) -> Iterator[str]:
-    with os.scandir(fd) as entries:
-        names = [entry.name for entry in entries]
+    names = [entry.name for entry in files.list_directory(fd)]
     names.sort(key=os.fsencode)
     return iter(names)
 

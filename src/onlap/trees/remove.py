@@ -136,5 +136,4 @@ def _move_up(dir_fd: int, name: str, top: int, number: int) -> int:
 
 
 def _names(fd: int) -> list[str]:
-    with os.scandir(fd) as entries:
-        return [entry.name for entry in entries]
+    return [entry.name for entry in files.list_directory(fd)]

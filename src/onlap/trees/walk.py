@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from onlap.syscalls import files
+
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -133,8 +135,7 @@ def walk(top: int, *, descend: Callable[[Entry], bool] | None = None, ordered: b
 
 
 def _entries(fd: int, ordered: bool) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(fd) as listing:
-        entries = list(listing)
+    entries = files.list_directory(fd)
     if ordered:
         entries.sort(key=lambda entry: os.fsencode(entry.name))
     return iter(entries)
