@@ -13,6 +13,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.images import Image, Images, commit
+from onlap.images.run import find_source
 from onlap.snapshots.archives import write_diff
 from onlap.store import Store
 from pure.image_makers import Made, layer
@@ -179,3 +180,61 @@ def test_a_name_that_moves_during_an_unpack_stays_moved(
     monkeypatch.setattr(Images, "bring", and_moved)
     store.images.unpack(image)
     assert store.images.get("x:1") != image
+
+
+# The base of a commit
+
+
+@pytest.fixture
+def twins(store: Store, tmp_path: Path) -> dict[str, Image]:
+    """Images of the same layers, which do not the same."""
+    return {
+        user: take_in(store, Made(layer(a="1"), config={"config": {"User": user}}).write_layout(tmp_path / user), user)
+        for user in ("anna", "ben")
+    }
+
+
+def write_into(store: Store, key: str) -> None:
+    (Path(store.snapshotter.layers(store.snapshotter.record(key))[0]) / "new").write_text("new")
+
+
+def user_of(store: Store, image: Image) -> str:
+    return store.images.config(image).execution.user
+
+
+@pytest.mark.parametrize("user", ["anna", "ben"])
+def test_a_commit_goes_on_from_the_image_that_was_run(store: Store, twins: dict[str, Image], user: str) -> None:
+    source = find_source(store.snapshotter, lambda: store.images, user)
+    store.prepare("k", source.snapshot, source.labels)
+    write_into(store, "k")
+    # By now the name is the other's.
+    other = next(image for name, image in twins.items() if name != user)
+    store.images.tag(user, "kept:1")
+    store.images.tag(other.name, user)
+    assert find_source(store.snapshotter, lambda: store.images, "k").defaults.user == user
+    assert user_of(store, store.images.commit("k", "y:1")) == user
+
+
+def test_a_commit_asks_where_it_cannot_know(store: Store, twins: dict[str, Image]) -> None:
+    store.prepare("k", twins["ben"].chain_ids[-1])
+    with pytest.raises(errors.FailedPrecondition, match=r"library/anna:latest, .*library/ben:latest.* differ.*--base"):
+        store.images.commit("k", "y:1", changes=["ENV a=1"])
+    assert user_of(store, store.images.commit("k", "y:1", changes=["ENV a=1"], base="ben")) == "ben"
+
+
+def test_a_commit_asks_where_the_image_that_was_run_is_gone(store: Store, twins: dict[str, Image]) -> None:
+    source = find_source(store.snapshotter, lambda: store.images, "ben")
+    store.prepare("k", source.snapshot, source.labels)
+    store.images.remove("ben")
+    with pytest.raises(errors.FailedPrecondition, match=r"library/ben:latest, which it began as, is gone"):
+        store.images.commit("k", "y:1", changes=["ENV a=1"])
+    store.images.remove("anna")
+    with pytest.raises(errors.FailedPrecondition, match="no image's"):
+        store.images.commit("k", "y:1", changes=["ENV a=1"])
+
+
+def test_two_names_of_one_image_are_no_question(store: Store, twins: dict[str, Image]) -> None:
+    store.images.remove("anna")
+    store.images.tag("ben", "also:1")
+    store.prepare("k", twins["ben"].chain_ids[-1])
+    assert user_of(store, store.images.commit("k", "y:1", changes=["ENV a=1"])) == "ben"

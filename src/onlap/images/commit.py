@@ -22,7 +22,7 @@ from onlap.errors import shown
 from onlap.images import media, model, names, platforms
 from onlap.images.changes import apply_changes
 from onlap.images.facade import Image, Images, image_of
-from onlap.images.labels import LABEL_LAYER
+from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.model import Descriptor, Manifest, Platform
 from onlap.progress import Callback
 from onlap.snapshots.archives import write_diff
@@ -139,13 +139,25 @@ def _base(images: Images, record: Record, base: Image | None) -> Image | None:
         return base
     if parent is None:
         return None
-    for image in images.list():
-        if image.chain_ids and image.chain_ids[-1] == parent:
-            return image
+    began = images.labelled(record.labels)
+    if began is not None and began.chain_ids[-1:] == (parent,):
+        return began
+    candidates = [image for image in images.list() if image.chain_ids[-1:] == (parent,)]
+    if not candidates:
+        raise errors.FailedPrecondition(
+            f"snapshot {shown(record.name)} stands on {shown(parent)}, which is no image's",
+            key=record.name,
+            hint="prepare it on an image; a directory or an archive becomes one with: onlap image import",
+        )
+    gone = record.labels.get(LABEL_IMAGE)
+    if gone is None and len({image.config_digest for image in candidates}) == 1:
+        return candidates[0]
+    there = shown(", ".join(image.name for image in candidates))
     raise errors.FailedPrecondition(
-        f"snapshot {shown(record.name)} stands on {shown(parent)}, which is no image's",
+        f"snapshot {shown(record.name)} stands on the layers of {there}"
+        + (f", and {shown(gone)}, which it began as, is gone" if gone else ", whose configurations differ"),
         key=record.name,
-        hint="prepare it on an image; a directory or an archive becomes one with: onlap image import",
+        hint="say with --base IMAGE which one it goes on from",
     )
 
 

@@ -16,7 +16,7 @@ from onlap.content.store import ContentStore
 from onlap.errors import shown
 from onlap.images import media, model, names, platforms, records
 from onlap.images.bring import Bringing, Fetch
-from onlap.images.labels import LABEL_LAYER
+from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST, LABEL_LAYER
 from onlap.images.model import Config, Descriptor, Manifest
 from onlap.images.resolve import Resolved
 from onlap.images.unpack import Layer
@@ -120,6 +120,13 @@ class Images:
             except errors.DataLoss as error:
                 _log.warning("the image %s is damaged: %s", shown(record.name), error)
         return found
+
+    def labelled(self, labels: Mapping[str, str]) -> Image | None:
+        """The image that a container's snapshot says it began as; None where it says none, or that image is gone."""
+        name, digest = labels.get(LABEL_IMAGE), labels.get(LABEL_IMAGE_DIGEST)
+        # By its digest, where there is one: the name may be another image's by now, and the image have another name.
+        found = [image for image in self.list() if (image.name == name if digest is None else image.digest == digest)]
+        return min(found, key=lambda image: image.name != name, default=None)
 
     def __contains__(self, name: str) -> bool:
         full = names.normalized(name)
@@ -387,7 +394,8 @@ class Images:
             author: of the new layer.
             message: about it.
             changes: instructions as a Dockerfile has them: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, WORKDIR, VOLUME.
-            base: the image that it was prepared from; found by the snapshot that it stands on when None.
+            base: the image that it was prepared from; when None, the one that a run recorded, or the only one with that
+                topmost layer.
             compression: of the layer: ``"gzip"``, ``"zstd"`` or ``"none"``.
             epoch: seconds since 1970; later times in the layer, and of the image, become this one (SOURCE_DATE_EPOCH).
             labels: more labels of the image.
@@ -395,7 +403,8 @@ class Images:
 
         Raises:
             NotFound: there is no such snapshot, or no such base.
-            FailedPrecondition: it is not active, is mounted, or stands on no image.
+            FailedPrecondition: it is not active, is mounted, or stands on no image, or on the layers of several with
+                different configurations.
             InvalidArgument: an instruction cannot be understood.
         """
         from onlap.images import commit

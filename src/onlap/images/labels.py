@@ -6,3 +6,7 @@ from __future__ import annotations
 LABEL_LAYER = "onlap.io/layer"
 # On an active one that a layer is being unpacked into: the lease of whoever does it.
 LABEL_UNPACK = "onlap.io/unpack"
+# On a snapshot of a container: the name of the image that it began as, whose configuration it goes on with; and the
+# digest of that image's manifest, since the name may come to mean another.
+LABEL_IMAGE = "onlap.io/image"
+LABEL_IMAGE_DIGEST = "onlap.io/image-digest"

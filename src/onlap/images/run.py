@@ -23,6 +23,7 @@ from onlap.errors import shown
 from onlap.images import bundle, rooted, rundirs, runtime
 from onlap.images.bundle import Defaults, Options, Volume
 from onlap.images.forward import Forwarder
+from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST
 from onlap.images.runtime import Failure, Runtime
 from onlap.images.users import find_user
 from onlap.mounts.temporary import may_mount, mounted
@@ -30,10 +31,7 @@ from onlap.progress import Callback
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 if TYPE_CHECKING:
-    from onlap.images import Images
-
-# On a snapshot that was kept: the image that it began as, whose configuration it goes on with.
-IMAGE_LABEL = "onlap.io/image"
+    from onlap.images import Image, Images
 
 _HOST_FILES = ("hosts", "resolv.conf")
 
@@ -44,12 +42,12 @@ class Source(NamedTuple):
     Attributes:
         snapshot: a committed one, which it gets a writable view of; an active one, which it works in; or a view.
         defaults: what the image says of its containers.
-        image: the image's name, if it is one.
+        labels: of the view: which image it is, if it is one.
     """
 
     snapshot: str
     defaults: Defaults = Defaults()
-    image: str | None = None
+    labels: Mapping[str, str] = {}
 
 
 class Ended(NamedTuple):
@@ -83,13 +81,11 @@ def find_source(
         record = snapshotter.record(name)
     except errors.NotFound:
         return _image_source(images(), name, progress)
-    image = record.labels.get(IMAGE_LABEL)
-    if image is not None:
-        try:
-            found = images()
-            return Source(name, defaults_of(found, image), image)
-        except errors.NotFound:
-            pass  # the image went meanwhile; the tree is all there
+    if LABEL_IMAGE in record.labels:
+        found = images()
+        image = found.labelled(record.labels)
+        if image is not None:  # else it went meanwhile; the tree is all there
+            return _source(found, name, image)
     return Source(name)
 
 
@@ -102,23 +98,19 @@ def _image_source(images: Images, name: str, progress: Callback | None) -> Sourc
             key=name,
             hint=f"see: onlap ls, onlap image ls; or get it: onlap image pull {shown(name)}",
         ) from error
-    return Source(images.unpack(image, progress=progress), defaults_of(images, image.name), image.name)
+    return _source(images, images.unpack(image, progress=progress), image)
 
 
-def defaults_of(images: Images, name: str) -> Defaults:
-    """What an image says of its containers.
-
-    Raises:
-        NotFound: there is no such image.
-    """
-    said = images.config(images.get(name)).execution
-    return Defaults(
+def _source(images: Images, snapshot: str, image: Image) -> Source:
+    said = images.config(image).execution
+    defaults = Defaults(
         entrypoint=tuple(said.entrypoint or ()),
         command=tuple(said.cmd or ()),
         env=tuple(said.env or ()),
         user=said.user,
         workdir=said.working_dir,
     )
+    return Source(snapshot, defaults, {LABEL_IMAGE: image.name, LABEL_IMAGE_DIGEST: image.digest})
 
 
 def run(
@@ -188,7 +180,7 @@ def _prepare(
     if found.kind == VIEW:
         # Nothing can be made in it, and the runtime makes mount points: it runs in a read-only root beside it.
         parent, options = found.parent, options._replace(read_only=True)
-    labels = {IMAGE_LABEL: source.image} if source.image is not None else {}
+    labels = dict(source.labels)
     if keep is None:
         labels[rundirs.LABEL] = number
     key = keep if keep is not None else f"run-{number}"

@@ -29,7 +29,7 @@ def arguments(parser: Parser) -> None:
         default=[],
         help="an instruction; repeatable",
     )
-    parser.add_argument("--base", metavar="IMAGE", help="the image that KEY was prepared from (found by its parent)")
+    parser.add_argument("--base", metavar="IMAGE", help="the image that KEY goes on from (the one it was run as)")
     parser.add_argument("--compress", choices=("gzip", "zstd", "none"), default="gzip", help="of the layer (gzip)")
 
 
