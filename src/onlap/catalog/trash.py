@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onlap.catalog.locks import Held, open_directory
-from onlap.mounts import mountinfo
+from onlap.mounts import mountinfo, namespaces
 from onlap.overlayfs.options import layer_paths
 from onlap.trees.remove import remove
 
@@ -124,43 +124,51 @@ class Trash:
             return True
 
     def _in_use(self) -> set[str]:
-        """The numbers of the trees that are mounted in any namespace that we can see.
+        """The numbers of the trees that are mounted in any namespace that we can see and believe.
 
         An overlay's options keep the path that a layer had when it was mounted, ``ROOT/snapshots/<id>/``; a bind shows
         where its directory is now, ``ROOT/trash/<id>``, from the root of its filesystem.
         """
         root = os.fsencode(self._root)
-        below = mountinfo.mount_of(root)
-        within = mountinfo.path_within(below, root)
-        by_root = _numbers_below(within + b"/snapshots"), _numbers_below(within + b"/trash")
+        by_path = _numbers_below(root)
+        place = mountinfo.place_of(self._root)
+        by_place = _numbers_below(place.path) if place is not None else None
         used: set[str] = set()
-        for namespace in mountinfo.namespaces():
-            ours: dict[bytes, bool] = {root: True}
-            for entry in namespace.entries:
-                if entry.fstype == b"overlay":
-                    for path in layer_paths(entry.super_options):
-                        layer = _LAYER.match(path)
-                        if layer and self._is_root(namespace.pid, layer[1], ours):
-                            used.add(layer[2].decode())
-                elif entry.device == below.device:
-                    used.update(found[1].decode() for p in by_root if (found := p.match(entry.root)))
+
+        def note(found: re.Match[bytes] | None) -> bool:
+            if found:
+                used.add(found[1].decode())
+            return found is not None
+
+        for text in namespaces.tables():
+            table: mountinfo.Table | None = None
+            for entry in mountinfo.parse(text, *_NEEDLES):
+                if entry.fstype != b"overlay":
+                    if place is not None and by_place is not None and entry.device == place.device:
+                        note(by_place.match(entry.root))
+                    continue
+                for path in layer_paths(entry.super_options):
+                    if note(by_path.match(path)) or note(_RELATIVE.fullmatch(path)):
+                        continue
+                    # Our root may be bound to another place there.
+                    if by_place is None or b"/snapshots/" not in path or not path.startswith(b"/"):
+                        continue
+                    table = table or mountinfo.Table(text)
+                    lies = table.place(path)
+                    if lies is not None and place is not None and lies.device == place.device:
+                        note(by_place.match(lies.path))
         return used
 
-    def _is_root(self, pid: int, path: bytes, known: dict[bytes, bool]) -> bool:
-        """Whether a path, as the process sees it, is our root, which may be bound to another place there."""
-        if path not in known:
-            try:
-                known[path] = os.path.samefile(f"/proc/{pid}/root".encode() + path, self._root)
-            except OSError:
-                known[path] = False  # the process ended, or nothing is there any more
-        return known[path]
+
+_NEEDLES = (b" - overlay ", b"/snapshots/", b"/trash/")
+
+# How a layer is shown that was given to mount(2) relative to ROOT/snapshots, since all of them together did not fit its
+# page (containerd does so too). Whose it is cannot be told; to wait costs less than to delete a layer that is in use.
+_RELATIVE = re.compile(rb"([0-9]+)/(?:fs|work)")
 
 
-_LAYER = re.compile(rb"(.*)/snapshots/([0-9]+)(?:/|$)", re.DOTALL)
-
-
-def _numbers_below(directory: bytes) -> re.Pattern[bytes]:
-    return re.compile(re.escape(directory) + rb"/([0-9]+)(?:\.[0-9]+)?(?:/|$)")
+def _numbers_below(root: bytes) -> re.Pattern[bytes]:
+    return re.compile(re.escape(root.rstrip(b"/")) + rb"/(?:snapshots|trash)/([0-9]+)(?:\.[0-9]+)?(?:/|$)")
 
 
 class _Stopped(Exception):

@@ -20,10 +20,7 @@ _WAIT = 0.05
 
 def mounts_below(directory: str) -> list[str]:
     """The mount points in ``directory``, those on top first; one that has several mounts comes several times."""
-    prefix = os.fsencode(os.path.realpath(directory)) + b"/"
-    return [
-        os.fsdecode(entry.mountpoint) for entry in reversed(mountinfo.read()) if entry.mountpoint.startswith(prefix)
-    ]
+    return [os.fsdecode(path) for path in reversed(mountinfo.below(os.fsencode(os.path.realpath(directory))))]
 
 
 def is_mounted(directory: str) -> bool:

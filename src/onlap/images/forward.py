@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from types import FrameType
 
-from onlap.mounts import mountinfo
+from onlap.mounts import namespaces
 
 # What a terminal sends to all processes of its foreground, the runtime among them, which hands it on.
 _FROM_TERMINALS = (signal.SIGINT, signal.SIGQUIT)
@@ -105,8 +105,8 @@ def _end(parent: int, number: int) -> bool:
 
     The runtime writes its pid file only after the start.
     """
-    for pid in mountinfo.pids():
-        fields = _status(pid)
+    for pid in namespaces.pids():
+        fields = namespaces.status(pid)
         if fields.get("PPid") != str(parent) or not _is_dropped(fields, number):
             continue
         try:
@@ -115,7 +115,7 @@ def _end(parent: int, number: int) -> bool:
             continue
         try:
             # Read again behind pidfd_open: if it is of the right process, so is the descriptor.
-            if _status(pid).get("PPid") != str(parent):
+            if namespaces.status(pid).get("PPid") != str(parent):
                 continue
             signal.pidfd_send_signal(process, signal.SIGKILL)
         except ProcessLookupError:
@@ -124,16 +124,6 @@ def _end(parent: int, number: int) -> bool:
             os.close(process)
         return True
     return False
-
-
-def _status(pid: int) -> dict[str, str]:
-    """What /proc says of a process (proc_pid_status(5)); empty when it is gone."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _is_dropped(fields: Mapping[str, str], number: int) -> bool:

@@ -121,7 +121,7 @@ def read_failure(directory: str) -> Failure | None:
         return None
     try:
         with open(log(directory), encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
+            lines = file.read().split("\n")  # JSON may hold what splitlines() cuts at, as U+2028
     except FileNotFoundError:
         return None
     message = ""

@@ -1,32 +1,49 @@
-"""Who keeps a mount busy, from /proc."""
+"""Who keeps a mount busy, from /proc: by names alone, so that no filesystem of another can make us wait.
+
+What is read is up to those it is read of. A process may end, be hidden, have a working directory deeper than what
+readlink(2) gives, and any byte but NUL in its names; none of this stops the search.
+
+Source: proc(5) and the pages it leads to.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import islice
 
 from onlap.errors import shown
-from onlap.mounts import mountinfo
+from onlap.mounts import mountinfo, namespaces
+
+# Open files that are looked at of one process, which may have a million: half a second is better spent on others.
+_MAX_FILES = 65536
 
 
 def holders(target: str) -> list[str]:
     """Who holds the mount at ``target``, a line each, as ``"pid 4711 (bash): cwd /mnt/x"``.
 
     Looks at the working directory, the root, the program, the open files and the mappings of every process that /proc
-    lets us see, and at mounts below ``target``.
+    lets us see, and at mounts below ``target``. The mappings of other users are left out: a process can keep their
+    reader waiting (mmap_lock), and what it has mapped it mostly runs or has open as well.
+
+    Raises:
+        OSError: ``target`` is not there.
     """
+    path = os.path.realpath(target)
+    prefix = os.fsencode(path)
+    place = mountinfo.place_of(path)
+    found = [f"mount {shown(point)}" for point in mountinfo.below(prefix)]
     # What /proc calls "/mnt/x" may be another mount in another namespace, so that a name alone could accuse the wrong
-    # one; the device number, which an overlay has to itself, decides where both can be read.
-    prefix = os.fsencode(os.path.realpath(target))
-    device = os.stat(target).st_dev
-    found = [
-        f"mount {shown(entry.mountpoint)}" for entry in mountinfo.read() if entry.mountpoint.startswith(prefix + b"/")
-    ]
-    for pid in mountinfo.pids():
-        for what, link in _links(pid):
-            if _below(link, prefix) and _device(what) in (device, None):
-                name = what.split("/", 3)[3]
-                found.append(f"pid {pid} ({_command(pid)}): {name} {shown(link)}")
-        found += [f"pid {pid} ({_command(pid)}): maps {shown(path)}" for path in _mapped(pid, prefix)]
+    # one; the device number, which an overlay has to itself, has to be mounted there.
+    sees: dict[str, bool] = {name: True for name in (namespaces.name_of("self"),) if name is not None}
+    for pid in namespaces.pids():
+        held = [
+            *(f"{what} {shown(link)}" for what, link in _links(pid) if _below(link, prefix)),
+            *(f"maps {shown(name)}" for name in _mapped(pid, prefix)),
+        ]
+        if held and _sees(pid, place, sees):
+            command = _command(pid)
+            found += [f"pid {pid} ({command}): {what}" for what in held]
     return found
 
 
@@ -34,42 +51,51 @@ def _below(path: bytes, prefix: bytes) -> bool:
     return path == prefix or path.startswith(prefix + b"/")
 
 
-def _links(pid: int) -> list[tuple[str, bytes]]:
+def _sees(pid: int, place: mountinfo.Place | None, known: dict[str, bool]) -> bool:
+    """Whether the filesystem is mounted in a process's mount namespace."""
+    name = namespaces.name_of(pid)
+    if name is None:
+        return False
+    if name not in known:
+        table = namespaces.table(pid)
+        known[name] = table is not None and place is not None and b" %s " % place.device in table[1]
+    return known[name]
+
+
+def _links(pid: int) -> Iterator[tuple[str, bytes]]:
     base = f"/proc/{pid}"
-    names = [f"{base}/cwd", f"{base}/root", f"{base}/exe"]
+    names = ["cwd", "root", "exe"]
     try:
-        names += [f"{base}/fd/{n}" for n in os.listdir(f"{base}/fd")]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        with os.scandir(f"{base}/fd") as files:
+            names += [f"fd/{file.name}" for file in islice(files, _MAX_FILES)]
+    except OSError:
         pass  # it ended, or it is another user's: the other links may still say something
-    links = []
     for name in names:
         try:
-            links.append((name, os.readlink(os.fsencode(name))))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            yield name, os.readlink(os.fsencode(f"{base}/{name}"))
+        except OSError:
             continue
-    return links
-
-
-def _device(link: str) -> int | None:
-    try:
-        return os.stat(link).st_dev
-    except OSError:
-        return None
 
 
 def _mapped(pid: int, prefix: bytes) -> list[bytes]:
+    # "Uid:" has the real, effective, saved and filesystem user. (The owner of /proc/<pid> is root also for a process
+    # that made itself undumpable.)
+    if namespaces.status(pid).get("Uid", "").split("\t")[1:2] not in (["0"], [str(os.geteuid())]):
+        return []
     try:
         with open(f"/proc/{pid}/maps", "rb") as file:
-            lines = file.read().splitlines()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+            text = file.read()
+    except OSError:
         return []
-    paths = {line.split(None, 5)[5] for line in lines if line.count(b" ") >= 5 and b" /" in line}
-    return sorted(path for path in paths if _below(path, prefix))
+    # "address perms offset device inode   path": only a newline is escaped in the path (fs/proc/task_mmu.c).
+    paths = {part.lstrip(b" ") for line in text.split(b"\n") for part in line.split(b" ", 5)[5:]}
+    escaped = prefix.replace(b"\n", b"\\012")
+    return sorted(path for path in paths if _below(path, escaped))
 
 
 def _command(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/comm", "rb") as file:
             return shown(file.read().rstrip(b"\n"))
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    except OSError:
         return "?"

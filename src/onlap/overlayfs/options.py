@@ -55,12 +55,12 @@ def join_lowers(lowers: Iterable[bytes]) -> bytes:
     return b":".join(escape(lower) for lower in lowers)
 
 
-_OCTAL = re.compile(rb"\\([0-7]{3})")
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def octal_unescape(field: bytes) -> bytes:
     """A field of /proc without the ``\\040`` that the kernel writes for what would end the field (mangle_path)."""
-    return _OCTAL.sub(lambda m: bytes((int(m[1], 8),)), field)
+    return _OCTAL.sub(lambda m: bytes((int(m[1], 8),)), field) if b"\\" in field else field
 
 
 def layer_paths(super_options: bytes) -> list[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from onlap.errors import shown
-from onlap.mounts import mountinfo
+from onlap.mounts import mountinfo, namespaces
 from onlap.overlayfs.options import octal_unescape, unescape
 
 
@@ -19,38 +19,38 @@ def writable_mounts(tree: str, work: str, *, bound: bool, everywhere: bool) -> l
             ``work/work`` when it mounts one read-write, and leaves it there (fs/overlayfs/super.c).
         everywhere: look for binds in other mount namespaces too. To read them all takes milliseconds, which the commit
             of a snapshot that nobody ever wrote to does not have to pay.
+
+    Raises:
+        OSError: what is mounted here cannot be read.
     """
     overlaid = os.path.lexists(f"{work}/work")
     if not overlaid and not bound:
         return []
-    upper = os.fsencode(tree)
-    below = mountinfo.mount_of(upper)
-    root = mountinfo.path_within(below, upper)
+    # Of the directory above, since something may be mounted on the tree itself.
+    snapshot, name = os.path.split(tree)
+    above = mountinfo.place_of(snapshot)
+    place = above and mountinfo.Place(above.device, above.path + b"/" + os.fsencode(name))
+    # In an overlay's options as in the root of a bind, and the same in both: no byte of it is escaped.
+    needle = os.fsencode("/".join(tree.split("/")[-2:]))
     found = []
-    here = mountinfo.Namespace(os.getpid(), mountinfo.read())
-    for namespace in mountinfo.namespaces() if everywhere or overlaid else iter([here]):
-        for entry in namespace.entries:
+    for text in namespaces.tables() if everywhere or overlaid else (mountinfo.own(),):
+        for entry in mountinfo.parse(text, needle):
             if entry.options.split(b",")[0] != b"rw":
                 continue
             if entry.fstype == b"overlay":
-                writes = any(_is(namespace.pid, path, tree) for path in _upperdirs(entry.super_options))
+                writes = any(_is(text, path, os.fsencode(tree), place) for path in _upperdirs(entry.super_options))
             else:
-                writes = entry.device == below.device and _covers(entry.root, root)
+                writes = place is not None and entry.device == place.device and _covers(entry.root, place.path)
             if writes:
                 found.append(shown(entry.mountpoint))
     return found
 
 
-def _is(pid: int, path: bytes, tree: str) -> bool:
-    """Whether a path, as the process sees it, is that directory; a root may be bound to another place there."""
-    if path == os.fsencode(tree):
+def _is(text: bytes, path: bytes, tree: bytes, place: mountinfo.Place | None) -> bool:
+    """Whether a path of a mount table is that directory; a root may be bound to another place there."""
+    if path == tree:
         return True
-    if path.split(b"/")[-3:] != os.fsencode(tree).split(b"/")[-3:]:
-        return False
-    try:
-        return os.path.samefile(f"/proc/{pid}/root".encode() + path, tree)
-    except OSError:
-        return False  # the process ended, or nothing is there any more
+    return place is not None and mountinfo.Table(text).place(path) == place
 
 
 def _covers(mounted: bytes, root: bytes) -> bool:

@@ -1,11 +1,13 @@
 """unshare(2) and setns(2), which the standard library has only from Python 3.12 on, and what goes with them.
 
-Sources: unshare(2), setns(2), user_namespaces(7); include/uapi/linux/sched.h.
+Sources: unshare(2), setns(2), user_namespaces(7), ioctl_nsfs(2); include/uapi/linux/{sched,nsfs}.h.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import struct
 
 from onlap.syscalls import _libc
 
@@ -14,6 +16,8 @@ CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 
 _PR_SET_DUMPABLE = 4
+_NS_GET_USERNS = 0xB701  # Linux 4.9
+_NS_GET_OWNER_UID = 0xB704  # Linux 4.11
 
 
 def unshare(flags: int) -> None:
@@ -24,6 +28,22 @@ def unshare(flags: int) -> None:
 def setns(fd: int, kind: int) -> None:
     """Move the calling thread into the namespace that ``fd`` is of."""
     _libc.call("setns", ctypes.c_int(fd), ctypes.c_int(kind))
+
+
+def owner_of(fd: int) -> int:
+    """The user who made the user namespace that a namespace (an open ``/proc/<pid>/ns/mnt``) belongs to.
+
+    Raises:
+        OSError: EPERM when that user namespace is not ours or one below it.
+    """
+    import fcntl
+
+    owner = fcntl.ioctl(fd, _NS_GET_USERNS)
+    try:
+        # uid_t is an unsigned int.
+        return int(struct.unpack("I", fcntl.ioctl(owner, _NS_GET_OWNER_UID, bytes(4)))[0])
+    finally:
+        os.close(owner)
 
 
 def set_dumpable(dumpable: bool) -> None:

@@ -27,6 +27,7 @@ from onlap import errors
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.contract import Change, Driver, ProtoDriver
 from onlap.graphdrivers.naive import NaiveDiffer
+from onlap.mounts import mountinfo
 from onlap.testing.plugin import PluginDriver
 from onlap.testing.trees import Tree
 
@@ -224,9 +225,7 @@ class DriverSite:
 
     def mounted(self) -> list[str]:
         """What is mounted in the driver's home, by this process's mount table."""
-        home = os.path.realpath(self.home)
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return [line.split()[4] for line in file if line.split()[4].startswith(home + "/")]
+        return [os.fsdecode(path) for path in mountinfo.below(os.fsencode(os.path.realpath(self.home)))]
 
 
 class DriverCase(NamedTuple):

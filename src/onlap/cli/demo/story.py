@@ -238,7 +238,7 @@ def _check(scratch: str, records: list[str], directories: list[str]) -> None:
     where = os.fsencode(os.path.realpath(scratch))
     mounts = [
         shown(entry.mountpoint)
-        for entry in mountinfo.read()
+        for entry in mountinfo.parse(mountinfo.own())
         if where in entry.mountpoint or where in entry.super_options or where in entry.root
     ]
     directories += [shown(scratch)] if os.path.lexists(scratch) else []
