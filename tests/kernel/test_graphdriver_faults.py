@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kernel.helpers import python
 from onlap import errors
 from onlap.graphdrivers import Driver, IdMap, layout, open_driver
 from onlap.graphdrivers.ids import Range
@@ -101,6 +102,75 @@ def test_an_unfinished_layer_is_made_again(kind: str, root: Path) -> None:
             driver.remove("new")
         if kind == "overlay2":
             assert len(os.listdir(home / "l")) == 2
+
+
+# A create, and the opening of the driver before it, that is killed at the first, second, ... call that Python tells of
+# (an audit event for every file opened, made, changed, linked or renamed), until it comes to its end.
+KILLED = """
+import os, signal, sys
+from onlap.graphdrivers import open_driver
+
+kind, home = sys.argv[1:]
+
+def child(last):
+    left = last
+    def count(event, arguments):
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.chmod", "os.chown", "os.symlink", "os.rename", "os.listdir"):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    open_driver(kind, home).create("layer", "base")
+    os._exit(0)
+
+number, status = 0, -1
+while status:
+    number += 1
+    pid = os.fork()
+    if not pid:
+        child(number)
+    _, status = os.waitpid(pid, 0)
+    driver = open_driver(kind, home)
+    found = sorted(os.listdir(home))
+    links = [name for name in found if name == "l" and len(os.listdir(home + "/l")) != len(found) - 1]
+    if links or set(found) - {"base", "layer", "l"} or not driver.exists("layer") == (found.count("layer") == 1):
+        sys.exit(f"killed at {number}: {found} {links}")
+    driver.remove("layer")
+    driver.close()
+print(number)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_create_leaves_nothing_after_the_next_start(kind: str, root: Path) -> None:
+    home = root / "home"
+    with closing(open_driver(kind, str(home))) as driver:
+        driver.create("base")
+    child = python(KILLED, kind, home)
+    said, failed = child.communicate()
+    assert child.returncode == 0, failed.decode()
+    assert int(said) > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_another_is_building_stays(kind: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver of the same home is opened, and makes the same layer, before the first one has finished it."""
+    home = str(root / "home")
+    with closing(open_driver(kind, home)) as driver:
+        with_base(driver)
+        build = type(driver)._build  # type: ignore[attr-defined]
+
+        def interrupted(self: object, *arguments: str) -> None:
+            build(self, *arguments)
+            monkeypatch.undo()
+            with closing(open_driver(kind, home)) as other, pytest.raises(errors.Busy):
+                other.create("new", "base")
+
+        monkeypatch.setattr(type(driver), "_build", interrupted)
+        driver.create("new", "base")
+        assert os.listdir(driver.get("new")) == ["kept"]
+        driver.put("new")
 
 
 @pytest.mark.parametrize("kind", KINDS)

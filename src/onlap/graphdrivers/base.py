@@ -13,13 +13,23 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.catalog.locks import Held
 from onlap.catalog.sync import Syncer
 from onlap.errors import shown
 from onlap.graphdrivers import checks
 from onlap.graphdrivers.contract import Change
 from onlap.graphdrivers.counter import Counter, Locks
 from onlap.graphdrivers.ids import IdMap
-from onlap.graphdrivers.leftovers import detach, detach_below, is_mounted, mounts_below, remove_tree
+from onlap.graphdrivers.leftovers import (
+    STAGING,
+    abandoned,
+    claim,
+    detach,
+    detach_below,
+    is_mounted,
+    mounts_below,
+    remove_tree,
+)
 from onlap.graphdrivers.naive import NaiveDiffer
 from onlap.graphdrivers.stacks import layer_changes, write_diff
 from onlap.mounts import kernel
@@ -29,9 +39,6 @@ _log = logging.getLogger("onlap.graphdrivers")
 
 MERGED = "merged"
 WORK = "work"
-
-# Directories that are being built: never an id, since dockerd's are hexadecimal.
-STAGING = ".onlap-new-"
 
 
 class StackDriver(ABC):
@@ -82,6 +89,10 @@ class StackDriver(ABC):
         try:
             self.facts = checks.examine(self.home)
             self._syncer = Syncer(self.home) if sync == "layer" else None
+            self._sweep()
+        except OSError as error:
+            self.close()
+            raise errors.from_oserror(error, doing="look for what was left", key=home) from error
         except BaseException:
             self.close()
             raise
@@ -168,24 +179,42 @@ class StackDriver(ABC):
                 raise errors.NotFound(f"there is no layer {shown(parent)} to put {shown(id)} on", key=parent)
             staged = STAGING + id
             try:
-                remove_tree(self._home_fd, self.home, staged)
-                os.mkdir(staged, 0o710, dir_fd=self._home_fd)
-                try:
-                    self._build(os.path.join(self.home, staged), id, parent)
-                    self._own(os.path.join(self.home, staged), 0o710, ours=True)
-                    os.rename(staged, id, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
-                except BaseException:
-                    self._discard(staged)
-                    raise
+                with self._stage(staged):
+                    try:
+                        self._build(os.path.join(self.home, staged), id, parent)
+                        self._own(os.path.join(self.home, staged), 0o710, ours=True)
+                        os.rename(staged, id, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
+                    except BaseException:
+                        self._try_to_discard(staged)
+                        raise
             except OSError as error:
                 raise errors.from_oserror(error, doing="create the layer", key=id) from error
 
+    def _stage(self, staged: str) -> Held:
+        """An empty directory to build a layer in."""
+        path = os.path.join(self.home, staged)
+        while True:
+            held = claim(path)
+            if not os.listdir(path):
+                return held
+            with held:
+                self._discard(staged)  # what a killed process left
+
     def _discard(self, staged: str) -> None:
-        """Remove what was half built; the error that led here tells more than one of this."""
+        """Remove what was half built."""
+        remove_tree(self._home_fd, self.home, staged)
+
+    def _try_to_discard(self, staged: str) -> None:
+        """The same where an error of this tells less than what led here."""
         try:
-            remove_tree(self._home_fd, self.home, staged)
+            self._discard(staged)
         except errors.OnlapError as error:
             _log.warning("a half-built layer stays", extra={"fields": {"directory": staged, "error": error}})
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed left half built; raises OSError."""
+        for name in abandoned(self.home):
+            self._try_to_discard(name)
 
     def remove(self, id: str) -> None:
         """See :meth:`ProtoDriver.remove`."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.graphdrivers.leftovers import detach, remove_tree
+from onlap.graphdrivers.leftovers import CHECKING, claim, detach, remove_tree
 from onlap.mounts import kernel
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xattr, set_opaque
@@ -67,15 +67,15 @@ def examine(home: str) -> Facts:
     # With the index on, a layer that was mounted with other lowers before fails with ESTALE.
     index = ("index=off",) if os.path.exists(_INDEX_PARAMETER) else ()
     flags = (*index, *markers.mount_flags)
-    base = f".onlap-check-{os.getpid()}-{os.urandom(4).hex()}"
+    base = f"{CHECKING}{os.getpid()}-{os.urandom(4).hex()}"
     try:
         fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.mkdir(base, 0o700, dir_fd=fd)
-            try:
-                return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
-            finally:
-                remove_tree(fd, home, base)
+            with claim(os.path.join(home, base)):
+                try:
+                    return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
+                finally:
+                    remove_tree(fd, home, base)
         finally:
             os.close(fd)
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.inspect import ORPHAN, UNUSED, Root, layer_ids
 from onlap.graphdrivers.layout import Layer
+from onlap.graphdrivers.leftovers import CHECKING, STAGING
 
 
 class Problem(NamedTuple):
@@ -108,8 +109,9 @@ def _links(root: Root) -> Iterator[Problem]:
 
 def _waste(root: Root) -> Iterator[Problem]:
     for name in sorted(os.listdir(root.home)):
-        if name.startswith((".onlap-new-", ".onlap-check-")):
-            yield Problem("waste", name, "a layer that was never finished", f"rm -r {root.home}/{name}")
+        if name.startswith((STAGING, CHECKING)):
+            hint = f"a plugin removes it when it starts, or: rm -r {root.home}/{name}"
+            yield Problem("waste", name, "a layer that was never finished", hint)
     for layer in root.layers.values():
         if layer.kind == ORPHAN:
             hint = "it is mounted: see by whom" if layer.mounted else "remove it while dockerd is stopped"

@@ -34,6 +34,7 @@ import os
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.graphdrivers.leftovers import STAGING
 
 LINKS = "l"
 DIFF = "diff"
@@ -157,6 +158,34 @@ def relink(home: str) -> list[str]:
             os.symlink(os.path.join("..", id, DIFF), link)
             made.append(short)
     return made
+
+
+def unlink_dangling(home: str) -> None:
+    """Remove the links to layers that are not there, nor being made.
+
+    Raises:
+        OSError: they cannot be read, or removed.
+    """
+    directory = os.path.join(home, LINKS)
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return
+    for name in names:
+        link = os.path.join(directory, name)
+        try:
+            above, id, last = os.readlink(link).split("/")
+        except (OSError, ValueError):
+            continue  # no link, or none of this form: check tells of it
+        # In this order: a layer that is being made loses its first name only when it has got the second.
+        if (above, last) != ("..", DIFF) or any(
+            os.path.lexists(os.path.join(home, each)) for each in (STAGING + id, id)
+        ):
+            continue
+        try:
+            os.unlink(link)
+        except FileNotFoundError:
+            continue  # somebody removes the layer
 
 
 def _read(path: str) -> str:

@@ -1,12 +1,14 @@
-"""What is mounted below a driver's home, also by a process that has ended."""
+"""What is mounted or half made below a driver's home, also by a process that has ended."""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
+from collections.abc import Iterator
 
 from onlap import errors
+from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.errors import shown
 from onlap.mounts import mountinfo
 from onlap.mounts.holders import holders
@@ -16,6 +18,42 @@ from onlap.trees.remove import remove
 # How long a removal goes on while something is busy, in seconds; moby's EnsureRemoveAll has 50 tries of 100 ms.
 _PATIENCE = 5.0
 _WAIT = 0.05
+
+# Directories that are being built, and those that are tried in: never an id, since dockerd's are hexadecimal. Whoever
+# made one holds its lock as long as it needs it.
+STAGING = ".onlap-new-"
+CHECKING = ".onlap-check-"
+
+
+def claim(path: str) -> Held:
+    """Make one of these directories, or take over one that was left, and hold it.
+
+    Raises:
+        Busy: another process is at it.
+        OSError: it cannot be made.
+    """
+    held = claim_directory(path)
+    if held is None:
+        raise errors.Busy(f"another process is making {shown(path)}", key=path, hint="let it end, then try again")
+    return held
+
+
+def abandoned(directory: str) -> Iterator[str]:
+    """The names of those in ``directory`` that nobody holds; each is held until the next one is asked for.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    for name in sorted(os.listdir(directory)):
+        if not name.startswith((STAGING, CHECKING)):
+            continue
+        try:
+            held = lock_directory(os.path.join(directory, name))
+        except FileNotFoundError:
+            continue  # its maker is done with it
+        if held is not None:
+            with held:
+                yield name
 
 
 def mounts_below(directory: str) -> list[str]:

@@ -22,7 +22,7 @@ from onlap.errors import shown
 from onlap.graphdrivers.applying import apply_archive
 from onlap.graphdrivers.base import MERGED, WORK, StackDriver
 from onlap.graphdrivers.hardlinks import link_tree
-from onlap.graphdrivers.leftovers import remove_tree
+from onlap.graphdrivers.leftovers import STAGING, abandoned, claim, remove_tree
 from onlap.graphdrivers.stacks import layer_changes, layer_size
 from onlap.mounts.plan import Mount, overlay
 from onlap.trees.copy import Copier
@@ -31,7 +31,7 @@ from onlap.trees.walk import OPEN_DIRECTORY
 ROOT = "root"
 UPPER = "upper"
 LOWER_ID = "lower-id"
-_NEW_ROOT = ".onlap-new-root"
+_NEW_ROOT = STAGING + "root"
 
 
 class OverlayDriver(StackDriver):
@@ -142,14 +142,14 @@ class OverlayDriver(StackDriver):
             fd = os.open(directory, OPEN_DIRECTORY)
             try:
                 remove_tree(fd, directory, _NEW_ROOT)
-                os.mkdir(_NEW_ROOT, 0o700, dir_fd=fd)
-                try:
-                    link_tree(self._path(parent, ROOT), new)
-                    size = apply_archive(archive, new, markers=None, ids=self.ids)
-                    os.rename(_NEW_ROOT, ROOT, src_dir_fd=fd, dst_dir_fd=fd)
-                except BaseException:
-                    remove_tree(fd, directory, _NEW_ROOT)
-                    raise
+                with claim(new):
+                    try:
+                        link_tree(self._path(parent, ROOT), new)
+                        size = apply_archive(archive, new, markers=None, ids=self.ids)
+                        os.rename(_NEW_ROOT, ROOT, src_dir_fd=fd, dst_dir_fd=fd)
+                    except BaseException:
+                        remove_tree(fd, directory, _NEW_ROOT)
+                        raise
                 for name in (UPPER, WORK, MERGED, LOWER_ID):
                     remove_tree(fd, directory, name)
             finally:
@@ -157,6 +157,15 @@ class OverlayDriver(StackDriver):
         except OSError as error:
             raise errors.from_oserror(error, doing="apply a layer", key=id) from error
         return size
+
+    def _sweep(self) -> None:
+        super()._sweep()
+        for id in os.listdir(self.home):
+            directory = self._path(id, "")
+            if not os.path.lexists(directory + _NEW_ROOT):
+                continue
+            for name in abandoned(directory):
+                remove_tree(self._home_fd, self.home, os.path.join(id, name))
 
     def diff_size(self, id: str, parent: str) -> int:
         """See :meth:`DiffDriver.diff_size`."""

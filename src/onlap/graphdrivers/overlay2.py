@@ -106,7 +106,7 @@ class Overlay2Driver(StackDriver):
             layout.write_file(os.path.join(staged, layout.LOWER), lower)
         short = layout.new_short()
         layout.write_file(os.path.join(staged, layout.LINK), short)
-        # Last, so that what fails before leaves none; one that leads to a layer which never came is found by check.
+        # Last, and after its name is in a file: what fails, or is killed, before leaves none, and later it is found.
         os.symlink(os.path.join("..", id, layout.DIFF), os.path.join(self.home, layout.LINKS, short))
 
     def _is_whole(self, id: str) -> bool:
@@ -123,14 +123,7 @@ class Overlay2Driver(StackDriver):
         return bool(below) and below[0] == f"{layout.LINKS}/{Layer(self.home, parent).short()}"
 
     def _remove(self, id: str) -> None:
-        short = Layer(self.home, id).short()
-        if short is not None and "/" not in short:
-            try:
-                os.unlink(os.path.join(self.home, layout.LINKS, short))
-            except FileNotFoundError:
-                pass  # an earlier removal got as far as this
-            except OSError as error:
-                raise errors.from_oserror(error, doing="remove the layer's link", key=id) from error
+        self._unlink(id)
         super()._remove(id)
 
     def _tree(self, id: str) -> str | Mount:
@@ -186,13 +179,24 @@ class Overlay2Driver(StackDriver):
         return found
 
     def _discard(self, staged: str) -> None:
-        short = Layer(self.home, staged).short()
-        if short is not None:
-            try:
-                os.unlink(os.path.join(self.home, layout.LINKS, short))
-            except FileNotFoundError:
-                pass  # it failed before that
+        self._unlink(staged)
         super()._discard(staged)
+
+    def _unlink(self, id: str) -> None:
+        """Remove the link to a layer, if it got as far as having one."""
+        short = Layer(self.home, id).short()
+        if short is None or "/" in short:
+            return
+        try:
+            os.unlink(os.path.join(self.home, layout.LINKS, short))
+        except FileNotFoundError:
+            pass  # it was not made yet, or an earlier removal took it
+        except OSError as error:
+            raise errors.from_oserror(error, doing="remove the layer's link", key=id) from error
+
+    def _sweep(self) -> None:
+        super()._sweep()
+        layout.unlink_dangling(self.home)
 
 
 def _no_quota(option: str) -> errors.Unimplemented:
