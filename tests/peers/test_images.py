@@ -16,8 +16,7 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.images import Image
-from onlap.images.registry_auth import Credentials, Login
+from onlap.images import Access, Credentials, Image, Login
 from onlap.store import Store
 from onlap.testing import assert_same_tree, read_tree
 from peers import images
@@ -78,28 +77,26 @@ def inspect(*words: str | Path) -> dict[str, object]:
 @pytest.mark.needs("peer:docker-registry", "peer:skopeo")
 def test_what_is_pushed_is_pulled(host: str, store: Store, other: Store, ours: Image) -> None:
     target = f"{host}/team/three:1"
-    assert store.images.push(ours.name, target, plain_http=True) == ours.digest
+    assert store.images.push(ours.name, target) == ours.digest
     assert inspect(f"docker://{target}")["Digest"] == ours.digest
-    pulled = other.images.pull(target, plain_http=True)
+    pulled = other.images.pull(target)
     assert pulled == ours._replace(name=target)
     assert listing(other, pulled) == listing(store, ours)
-    by_digest = other.images.pull(f"{host}/team/three@{ours.digest}", plain_http=True)
+    by_digest = other.images.pull(f"{host}/team/three@{ours.digest}")
     assert by_digest.digest == ours.digest
     with pytest.raises(errors.NotFound):
-        other.images.pull(f"{host}/team/three:2", plain_http=True)
+        other.images.pull(f"{host}/team/three:2")
     with pytest.raises(errors.NotFound):
-        other.images.pull(f"{host}/nobody/three:1", plain_http=True)
+        other.images.pull(f"{host}/nobody/three:1")
 
 
 @pytest.mark.needs("peer:docker-registry", "peer:skopeo")
 def test_a_layer_is_taken_from_another_repository(host: str, store: Store, ours: Image) -> None:
     first = f"{host}/source/three:1"
-    store.images.push(ours.name, first, plain_http=True)
+    store.images.push(ours.name, first)
     store.images.tag(ours.name, first)
     sent: list[int] = []
-    store.images.push(
-        first, f"{host}/target/three:1", plain_http=True, progress=lambda report: sent.append(report.done)
-    )
+    store.images.push(first, f"{host}/target/three:1", progress=lambda report: sent.append(report.done))
     assert inspect(f"docker://{host}/target/three:1")["Digest"] == ours.digest
 
 
@@ -108,13 +105,12 @@ def test_a_layer_larger_than_a_piece(
     host: str, store: Store, other: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sent in pieces, as the registry takes them; fetched through a cable that is cut in the middle, twice."""
-    monkeypatch.setattr("onlap.images.repository.CHUNK", 1 << 20)
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "big").write_bytes(os.urandom(5 << 20))
     (image,) = store.images.import_(tmp_path / "tree", name="big:1")
-    store.images.push(image.name, f"{host}/big:1", plain_http=True)
+    store.images.push(image.name, f"{host}/big:1")
     with Cable(host, [2 << 20, 2 << 20]) as cable:
-        pulled = other.images.pull(f"{cable.host}/big:1", plain_http=True)
+        pulled = other.images.pull(f"{cable.host}/big:1")
         assert cable.cut == 2
     assert pulled.digest == image.digest
     assert listing(other, pulled) == listing(store, image)
@@ -124,7 +120,7 @@ _PULL = """
 import sys
 import onlap
 with onlap.open(sys.argv[1], snapshotter="overlay") as store:
-    store.images.pull(sys.argv[2], plain_http=True)
+    store.images.pull(sys.argv[2])
 """
 
 
@@ -133,7 +129,7 @@ def test_a_killed_pull_goes_on(host: str, store: Store, other: Store, tmp_path: 
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "big").write_bytes(os.urandom(5 << 20))
     (image,) = store.images.import_(tmp_path / "tree", name="big:1")
-    store.images.push(image.name, f"{host}/killed:1", plain_http=True)
+    store.images.push(image.name, f"{host}/killed:1")
     partial = other.root / "content" / "ingest" / image.layers[0].digest[7:]
     with Cable(host, [], hold=2 << 20) as cable:
         name = f"{cable.host}/killed:1"
@@ -149,7 +145,7 @@ def test_a_killed_pull_goes_on(host: str, store: Store, other: Store, tmp_path: 
         assert partial.stat().st_size == before
         cable.hold = None
         first: list[int] = []
-        pulled = other.images.pull(name, plain_http=True, progress=lambda report: first.append(report.done))
+        pulled = other.images.pull(name, progress=lambda report: first.append(report.done))
         assert first[0] > before
         assert listing(other, pulled) == listing(store, image)
     # Once the killed one's lease has expired, nothing of it is left.
@@ -164,17 +160,17 @@ def test_a_killed_pull_goes_on(host: str, store: Store, other: Store, tmp_path: 
 def test_who_we_are(place: Path, store: Store, other: Store, ours: Image, tmp_path: Path) -> None:
     with registry(place / "guarded", password=True) as guarded:
         target = f"{guarded}/three:1"
-        for credentials in (None, Credentials(logins={guarded: Login(USER, "wrong")})):
+        for credentials in (Credentials(), Credentials(logins={guarded: Login(USER, "wrong")})):
             with pytest.raises(errors.PermissionDenied, match=guarded):
-                store.images.push(ours.name, target, plain_http=True, credentials=credentials)
+                store.images.push(ours.name, target, access=Access(credentials=credentials))
         auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
         config = tmp_path / "config.json"
         config.write_text(json.dumps({"auths": {guarded: {"auth": auth}}}))
         credentials = Credentials([str(config)])
-        store.images.push(ours.name, target, plain_http=True, credentials=credentials)
+        store.images.push(ours.name, target, access=Access(credentials=credentials))
         with pytest.raises(errors.PermissionDenied):
-            other.images.pull(target, plain_http=True)
-        assert other.images.pull(target, plain_http=True, credentials=credentials).digest == ours.digest
+            other.images.pull(target)
+        assert other.images.pull(target, access=Access(credentials=credentials)).digest == ours.digest
 
 
 @pytest.mark.needs("peer:docker-registry", "peer:skopeo")
@@ -186,14 +182,14 @@ def test_dockers_own_types_and_an_index(host: str, store: Store, image: images.I
             "skopeo", "copy", "--dest-tls-verify=false", "--format", form, "--dest-compress-format", compression,
             f"oci-archive:{image.archive}", f"docker://{target}",
         )  # fmt: skip
-        pulled = store.images.pull(target, plain_http=True)
+        pulled = store.images.pull(target)
         assert pulled.digest == inspect(f"docker://{target}")["Digest"]
         assert store.images.manifest(pulled).is_docker == (form == "v2s2")
         store.prepare(form, pulled.chain_ids[-1])
         with store.mounted(form) as tree:
             (tree / form).write_text("x")
         made = store.images.commit(form, f"{host}/{form}-more:1", changes=["USER 7"])
-        digest = store.images.push(made.name, plain_http=True)
+        digest = store.images.push(made.name)
         assert inspect(f"docker://{made.name}")["Digest"] == digest
         assert (
             json.loads(run("skopeo", "inspect", "--config", "--tls-verify=false", f"docker://{made.name}"))["config"][

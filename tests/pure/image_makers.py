@@ -74,6 +74,11 @@ class Made:
         """The manifest."""
         return json.dumps(self.manifest).encode()
 
+    @property
+    def pushed(self) -> dict[str, bytes]:
+        """The blobs that a registry gets: all but the manifest."""
+        return {digest: data for digest, data in self.blobs.items() if data != self.data}
+
     def index(self, *entries: dict[str, Any]) -> bytes:
         """An index; by default of the manifest alone."""
         chosen = entries or (self.add(MANIFEST, self.data),)
@@ -132,13 +137,17 @@ class Reply:
         status: of HTTP.
         body: all of it.
         cut: send only so many bytes of the body, then break the connection.
+        hang_up: break the connection instead of an answer.
         headers: more, or other ones.
     """
 
-    def __init__(self, status: int = 200, body: bytes = b"", *, cut: int | None = None, **headers: str) -> None:
+    def __init__(
+        self, status: int = 200, body: bytes = b"", *, cut: int | None = None, hang_up: bool = False, **headers: str
+    ) -> None:
         self.status = status
         self.body = body
         self.cut = cut
+        self.hang_up = hang_up
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
@@ -167,6 +176,9 @@ class Faulty:
                 request = Request(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
                 faulty.requests.append(request)
                 reply = faulty.answer(request)
+                if reply.hang_up:
+                    self.close_connection = True
+                    return
                 self.send_response(reply.status)
                 headers = {"Content-Length": str(len(reply.body)), **reply.headers}
                 for name, value in headers.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,42 +12,22 @@ from typing import Any
 
 import pytest
 
-import onlap
 from onlap import errors
-from onlap.images.registry import Registry
-from onlap.images.registry_auth import Credentials, Login, challenges, default_files
+from onlap.images import Access, Credentials, Login
+from onlap.images.registry.session import RegistrySession
 from onlap.store import Store
 from pure.image_makers import INDEX, MANIFEST, Faulty, Made, Reply, Request, digest_of, layer
 
-BIG = "x" * 3_000_000
+NOBODY = Credentials()
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between attempts it waits no longer than it must."""
-    monkeypatch.setattr("onlap.images.registry._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("onlap.images.registry._LONGEST_PAUSE", 0.01)
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
-@pytest.fixture
-def made() -> Made:
-    return Made(layer(a="1", big=BIG), layer(b="2"))
-
-
-@pytest.fixture
-def registry(made: Made) -> Iterator[Faulty]:
-    with Faulty(made).running() as faulty:
-        yield faulty
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
-        yield store
-
-
-def pull(store: Store, registry: Faulty, version: str = ":1", **more: Any) -> Any:
-    return store.images.pull(f"{registry.host}/some/image{version}", plain_http=True, **more)
+def pull(store: Store, registry: Faulty, version: str = ":1", credentials: Credentials = NOBODY, **more: Any) -> Any:
+    return store.images.pull(
+        f"{registry.host}/some/image{version}", access=Access(plain_http=True, credentials=credentials), **more
+    )
 
 
 def left(store: Store) -> list[str]:
@@ -169,12 +148,12 @@ def test_a_registry_that_stays_busy_is_given_up(store: Store, registry: Faulty) 
 
 def test_nobody_there_is_unavailable(store: Store) -> None:
     with pytest.raises(errors.Unavailable, match=r"127\.0\.0\.1:1"):
-        store.images.pull("127.0.0.1:1/x:1", plain_http=True)
+        store.images.pull("127.0.0.1:1/x:1")
 
 
 def test_http_where_tls_is_wanted_says_so(store: Store, registry: Faulty) -> None:
     with pytest.raises(errors.Unavailable, match="--plain-http"):
-        store.images.pull(f"{registry.host}/x:1")
+        store.images.pull(f"{registry.host}/x:1", access=Access(plain_http=False))
 
 
 def test_a_callback_can_end_a_pull(store: Store, registry: Faulty) -> None:
@@ -327,6 +306,46 @@ def test_credentials_stay_with_their_own_host(store: Store, registry: Faulty) ->
     assert {login_of(request) for request in registry.asked("moved")} == {BASIC}
 
 
+@pytest.mark.parametrize("asks", ['Basic realm="r"', 'Bearer realm="{elsewhere}/token",service="s"'])
+def test_another_host_asks_in_vain(store: Store, registry: Faulty, made: Made, asks: str) -> None:
+    """CVE-2020-15157: whoever a registry leads to is answered no challenge, neither with a login nor with a token."""
+    with Faulty(made).running() as elsewhere:
+        challenge = asks.format(elsewhere=f"http://{elsewhere.host}")
+        elsewhere.answers.append(lambda _request: Reply(401, WWW_Authenticate=challenge))
+
+        def guard(request: Request) -> Reply | None:
+            if login_of(request) != BASIC:
+                return Reply(401, WWW_Authenticate='Basic realm="r"')
+            if "blobs" in request.path:
+                return Reply(307, Location=f"http://{elsewhere.host}{request.path}")
+            return None
+
+        registry.answers.append(guard)
+        with pytest.raises(errors.PermissionDenied, match=f"{elsewhere.host}, where {registry.host} leads to"):
+            pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
+        assert {login_of(request) for request in elsewhere.requests} == {None}
+        assert elsewhere.asked("token") == []
+    assert left(store) == []
+
+
+def test_another_host_cannot_use_our_login(store: Store, registry: Faulty, made: Made) -> None:
+    """What another host leads back to is asked for as nobody: it, and not we, chose it."""
+    with Faulty(made).running() as elsewhere:
+        elsewhere.answers.append(lambda _request: Reply(302, Location=f"http://{registry.host}/v2/private"))
+
+        def guard(request: Request) -> Reply | None:
+            if "private" not in request.path and login_of(request) != BASIC:
+                return Reply(401, WWW_Authenticate='Basic realm="r"')
+            if "blobs" in request.path:
+                return Reply(307, Location=f"http://{elsewhere.host}{request.path}")
+            return Reply(401, WWW_Authenticate='Basic realm="r"') if "private" in request.path else None
+
+        registry.answers.append(guard)
+        with pytest.raises(errors.PermissionDenied):
+            pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
+        assert {login_of(request) for request in registry.asked("private")} == {None}
+
+
 def test_redirects_end(store: Store, registry: Faulty) -> None:
     registry.answers.append(lambda request: Reply(302, Location=request.path))
     with pytest.raises(errors.FailedPrecondition, match="redirects"):
@@ -335,11 +354,11 @@ def test_redirects_end(store: Store, registry: Faulty) -> None:
 
 
 def test_a_redirect_may_not_leave_tls() -> None:
-    registry = Registry("registry.example", "a")
+    registry = RegistrySession("registry.example", "a", Access())
     with pytest.raises(errors.PermissionDenied, match="TLS"):
         registry.absolute("https://registry.example/v2/a/", "http://registry.example/v2/a/")
     for location in ("file:///etc/passwd", "ftp://registry.example/x"):
-        with pytest.raises(errors.PermissionDenied):
+        with pytest.raises((errors.PermissionDenied, errors.FailedPrecondition)):
             registry.absolute("https://registry.example/v2/a/", location)
     registry.close()
 
@@ -387,213 +406,80 @@ def test_an_identity_token_is_exchanged(store: Store, registry: Faulty, made: Ma
         assert b"refresh_token=id" in asked.body
 
 
+def test_a_server_of_tokens_may_move(store: Store, registry: Faulty, made: Made) -> None:
+    """A redirect is followed with the login on the same host, and without it to another one."""
+    with Faulty(made).running() as elsewhere, Faulty(made).running() as third:
+        tokens(registry, elsewhere)
+        elsewhere.answers.append(
+            lambda request: Reply(307, Location="/new" + request.path) if request.path.startswith("/token") else None
+        )
+        pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
+        assert [login_of(request) for request in elsewhere.requests] == [BASIC, BASIC]
+        elsewhere.answers.append(lambda request: Reply(302, Location=f"http://{third.host}/token"))
+        third.answers.append(lambda _request: Reply(200, b'{"access_token": "t0ken"}'))
+        store.images.remove(f"{registry.host}/some/image:1")
+        pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
+        assert [login_of(request) for request in third.requests] == [None]
+
+
+def test_an_identity_token_stays_with_its_server(store: Store, registry: Faulty, made: Made) -> None:
+    with Faulty(made).running() as elsewhere, Faulty(made).running() as third:
+        tokens(registry, elsewhere)
+        elsewhere.answers.append(lambda _request: Reply(307, Location=f"http://{third.host}/token"))
+        with pytest.raises(errors.PermissionDenied, match="not told"):
+            pull(store, registry, credentials=Credentials(logins={registry.host: Login(identity_token="id")}))
+        assert third.requests == []
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(200, b'{"token": "a\\r\\nX: y"}'),
+        Reply(200, b'{"token": "\\u00e9\\ud800"}'),
+        Reply(200, b'{"token": 7}'),
+        Reply(200, b"[" * 100_000),
+        Reply(200, b"\xff"),
+        Reply(302),
+        Reply(302, Location="http://[::1"),
+    ],
+)
+def test_whatever_comes_as_a_token_is_no_bug_of_ours(store: Store, registry: Faulty, made: Made, reply: Reply) -> None:
+    with Faulty(made).running() as elsewhere:
+        tokens(registry, elsewhere)
+        elsewhere.answers.append(lambda _request: reply)
+        with pytest.raises((errors.PermissionDenied, errors.FailedPrecondition)):
+            pull(store, registry)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(401, WWW_Authenticate='Bearer realm="http://[::1"'),
+        Reply(401, WWW_Authenticate="Bearer"),
+        Reply(503, Retry_After="9" * 5000),
+        Reply(503, Retry_After="\u00b2"),
+        Reply(302, Location="http://x:123456789/"),
+        Reply(302, Location="http://" + "a" * 300 + ".example/"),
+        Reply(302, Location="http://\u00e9..example/"),
+        Reply(206, Content_Range="bytes " + "9" * 5000 + "-1/*"),
+        Reply(400, b"[" * 100_000),
+        Reply(400, b'{"errors": [{"message": ["\\ud800"]}]}'),
+        Reply(200, b"{}", cut=2, Content_Length="x"),
+        Reply(200, b"{}", cut=2, Content_Encoding="gzip"),
+        Reply(200, b"{}", cut=2, Transfer_Encoding="chunked"),
+    ],
+)
+@pytest.mark.parametrize("where", ["manifests", "blobs"])
+def test_whatever_a_registry_says_is_no_bug_of_ours(store: Store, registry: Faulty, where: str, reply: Reply) -> None:
+    registry.answers.append(lambda request: reply if where in request.path else None)
+    with pytest.raises(errors.OnlapError) as caught:
+        pull(store, registry)
+    assert not isinstance(caught.value, errors.Internal)
+
+
 def test_a_refused_token_is_told(store: Store, registry: Faulty, made: Made) -> None:
     with Faulty(made).running() as elsewhere:
         tokens(registry, elsewhere)
         elsewhere.answers.append(lambda _request: Reply(403, b'{"errors": [{"message": "not you"}]}'))
         with pytest.raises(errors.PermissionDenied, match="not you"):
             pull(store, registry)
-
-
-# Credentials from files
-
-
-def write(path: Path, value: object) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-    return str(path)
-
-
-AUTH = {"auth": base64.b64encode(b"me:se:cret").decode()}
-
-
-@pytest.mark.parametrize(
-    "key, registry, repository",
-    [
-        ("registry.example", "registry.example", "a/b"),
-        ("https://registry.example/v2/", "registry.example", "a/b"),
-        ("registry.example:5000", "registry.example:5000", "a"),
-        ("https://index.docker.io/v1/", "docker.io", "library/debian"),
-        ("docker.io", "docker.io", "library/debian"),
-        ("registry.example/a", "registry.example", "a/b"),
-        ("registry.example/a/b", "registry.example", "a/b"),
-    ],
-)
-def test_a_login_is_found(tmp_path: Path, key: str, registry: str, repository: str) -> None:
-    path = write(tmp_path / "config.json", {"auths": {key: AUTH}})
-    credentials = Credentials([str(tmp_path / "missing.json"), path])
-    assert credentials.find(registry, repository) == Login("me", "se:cret")
-    assert credentials.find("other.example", repository) is None
-    assert "se:cret" not in repr(credentials.find(registry, repository))
-
-
-def test_the_longest_path_wins(tmp_path: Path) -> None:
-    other = {"auth": base64.b64encode(b"you:x").decode()}
-    path = write(tmp_path / "auth.json", {"auths": {"r.example": AUTH, "r.example/a": other}})
-    credentials = Credentials([path])
-    assert credentials.find("r.example", "a/b") == Login("you", "x")
-    assert credentials.find("r.example", "ab/c") == Login("me", "se:cret")
-
-
-def helper(directory: Path, script: str) -> dict[str, str]:
-    program = directory / "docker-credential-test"
-    program.write_text("#!/bin/sh\n" + script)
-    program.chmod(0o755)
-    return {"PATH": f"{directory}:{os.environ['PATH']}"}
-
-
-def test_a_helper_is_asked(tmp_path: Path) -> None:
-    answer = '{"ServerURL":"x","Username":"me","Secret":"s"}'
-    environment = helper(tmp_path, f"read server; test \"$server\" = r.example || exit 7; echo '{answer}'")
-    path = write(tmp_path / "config.json", {"credHelpers": {"r.example": "test"}, "auths": {"r.example": {}}})
-    assert Credentials([path], environment).find("r.example") == Login("me", "s")
-    assert Credentials([path]).find("r.example") is None  # nobody says that it may run
-
-
-def test_a_store_is_asked(tmp_path: Path) -> None:
-    environment = helper(tmp_path, 'read s; echo \'{"Username":"<token>","Secret":"\'$s\'"}\'')
-    path = write(tmp_path / "config.json", {"credsStore": "test"})
-    assert Credentials([path], environment).find("docker.io") == Login(identity_token="https://index.docker.io/v1/")
-
-
-def test_a_helper_that_does_not_know_is_no_error(tmp_path: Path) -> None:
-    environment = helper(tmp_path, "echo credentials not found in native keychain; exit 1")
-    path = write(tmp_path / "config.json", {"credsStore": "test"})
-    assert Credentials([path], environment).find("r.example") is None
-
-
-@pytest.mark.parametrize(
-    "document, error",
-    [
-        ({"credsStore": "missing"}, errors.FailedPrecondition),
-        ({"credsStore": "../evil"}, errors.InvalidArgument),
-        ({"auths": []}, errors.InvalidArgument),
-        ({"auths": {"r.example": {"auth": "%%%"}}}, errors.InvalidArgument),
-        ([], errors.InvalidArgument),
-    ],
-)
-def test_a_broken_file_is_named(tmp_path: Path, document: object, error: type[Exception]) -> None:
-    path = write(tmp_path / "config.json", document)
-    with pytest.raises(error):
-        Credentials([path], {"PATH": "/nowhere"}).find("r.example")
-
-
-def test_a_failing_helper_is_told(tmp_path: Path) -> None:
-    environment = helper(tmp_path, "echo it burns; exit 3")
-    path = write(tmp_path / "config.json", {"credsStore": "test"})
-    with pytest.raises(errors.FailedPrecondition, match="it burns"):
-        Credentials([path], environment).find("r.example")
-
-
-def test_files_are_looked_for_where_podman_and_docker_have_them() -> None:
-    assert default_files({"HOME": "/h", "XDG_RUNTIME_DIR": "/r"}) == [
-        "/r/containers/auth.json",
-        "/h/.config/containers/auth.json",
-        "/h/.docker/config.json",
-    ]
-    assert default_files({"HOME": "/h", "DOCKER_CONFIG": "/d"})[-1] == "/d/config.json"
-    assert default_files({"REGISTRY_AUTH_FILE": "/a", "HOME": "/h"}) == ["/a"]
-
-
-def test_challenges_are_read() -> None:
-    header = 'Bearer realm="https://a/t",service="x, \\"y\\"",scope=s, Basic realm="b", Negotiate'
-    assert [tuple(each) for each in challenges([header])] == [
-        ("bearer", {"realm": "https://a/t", "service": 'x, "y"', "scope": "s"}),
-        ("basic", {"realm": "b"}),
-        ("negotiate", {}),
-    ]
-
-
-# Pushing
-
-
-class Uploads:
-    """Takes uploads, as told."""
-
-    def __init__(self, registry: Faulty) -> None:
-        self.registry = registry
-        self.blobs: dict[str, bytes] = {}
-        self.manifests: dict[str, bytes] = {}
-        self.received = bytearray()
-        self.lock = threading.Lock()
-        self.sessions: dict[str, bytearray] = {}
-        self.fail_after: int | None = None
-        registry.answers.append(self.answer)
-
-    def answer(self, request: Request) -> Reply | None:
-        with self.lock:
-            return self._answer(request)
-
-    def _answer(self, request: Request) -> Reply | None:
-        path, _, query = request.path.partition("?")
-        if request.method == "HEAD":
-            return Reply(200 if path.rpartition("/")[2] in self.blobs else 404)
-        if request.method == "POST":
-            name = f"/upload/{len(self.sessions)}"
-            self.sessions[name] = bytearray()
-            return Reply(202, Location=name)
-        session = self.sessions.get(path)
-        if session is not None and request.method == "GET":
-            return Reply(204, Location=path, Range=f"0-{max(len(session) - 1, 0)}")
-        if session is not None:
-            if request.method == "PATCH" and self.fail_after is not None and len(session) >= self.fail_after:
-                self.fail_after = None
-                session += request.body[:1000]  # it took a part, and fell over
-                return Reply(500)
-            session += request.body
-            if request.method == "PATCH":
-                return Reply(202, Location=path)
-            digest = query.removeprefix("digest=").replace("%3A", ":")
-            assert digest_of(bytes(session)) == digest
-            self.blobs[digest] = bytes(session)
-            return Reply(201, Location="/x")
-        if request.method == "PUT" and "/manifests/" in path:
-            self.manifests[path.rpartition("/")[2]] = request.body
-            return Reply(201, Docker_Content_Digest=digest_of(request.body))
-        return None
-
-
-@pytest.fixture
-def imported(store: Store, made: Made, tmp_path: Path) -> str:
-    made.write_layout(tmp_path / "layout")
-    (image,) = store.images.import_(tmp_path / "layout", name="some/image:1", unpack=False, platform="linux/amd64")
-    return str(image.name)
-
-
-def test_pieces_are_sent_again_from_where_they_stopped(
-    store: Store, registry: Faulty, made: Made, imported: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("onlap.images.repository.CHUNK", 1_000_000)
-    uploads = Uploads(registry)
-    uploads.fail_after = 1_000_000
-    digest = store.images.push(imported, f"{registry.host}/some/image:2", plain_http=True)
-    assert digest == digest_of(made.data)
-    assert uploads.manifests == {"2": made.data}
-    assert uploads.blobs == {key: value for key, value in made.blobs.items() if value != made.data}
-    starts = [each.headers.get("content-range") for each in registry.asked("PATCH")]
-    assert "1001000-2000999" in starts
-    uploads.registry.requests.clear()
-    store.images.push(imported, f"{registry.host}/some/image:3", plain_http=True)
-    assert registry.asked("POST") == []  # all blobs are there
-
-
-def test_a_refused_push_is_told(store: Store, registry: Faulty, imported: str) -> None:
-    def refuse(request: Request) -> Reply:
-        return Reply(404) if request.method == "HEAD" else Reply(403, b'{"errors": [{"message": "not yours"}]}')
-
-    registry.answers.append(refuse)
-    with pytest.raises(errors.PermissionDenied, match="not yours"):
-        store.images.push(imported, f"{registry.host}/some/image:2", plain_http=True)
-
-
-def test_a_registry_that_understands_another_manifest_is_told(store: Store, registry: Faulty, imported: str) -> None:
-    uploads = Uploads(registry)
-
-    def lie(request: Request) -> Reply | None:
-        if request.method == "PUT" and "manifests" in request.path:
-            return Reply(201, Docker_Content_Digest="sha256:" + "0" * 64)
-        return uploads.answer(request)
-
-    registry.answers.append(lie)
-    with pytest.raises(errors.DigestMismatch):
-        store.images.push(imported, f"{registry.host}/some/image:2", plain_http=True)

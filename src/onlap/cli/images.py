@@ -10,8 +10,8 @@ from onlap.cli.parser import Parser
 from onlap.errors import shown
 
 if TYPE_CHECKING:
-    from onlap.images import Image, Images
-    from onlap.images.registry_auth import Credentials
+    from onlap.cli.call import Call
+    from onlap.images import Access, Image, Images
     from onlap.store import Store
 
 # Enough of a digest to tell images apart, as git and Docker show it.
@@ -60,16 +60,27 @@ def image_as_json(image: Image) -> dict[str, object]:
     }
 
 
-def credentials() -> Credentials:
-    """Who the user is to registries: what Docker and Podman know of it, and their helpers."""
-    from onlap.images.registry_auth import Credentials, default_files
+def access(call: Call) -> Access:
+    """How the user reaches registries: the options of :func:`registry_arguments`, the environment, and its files."""
+    from onlap.images.registry.access import from_environment
 
-    return Credentials(default_files(os.environ), environment=os.environ)
+    args = call.args
+    return from_environment(
+        os.environ,
+        user=os.geteuid(),
+        plain_http=True if args.plain_http else None,
+        insecure=args.insecure,
+        ca_file=args.ca_file,
+    )
 
 
 def registry_arguments(parser: Parser) -> None:
     """The options of a verb that talks to a registry."""
-    parser.add_argument("--plain-http", action="store_true", help="HTTP without TLS, for a registry on this machine")
+    parser.add_argument("--plain-http", action="store_true", help="HTTP without TLS; on localhost it is found out")
+    parser.add_argument(
+        "--insecure", action="store_true", help="do not verify certificates; without TLS if it has none"
+    )
+    parser.add_argument("--ca-file", metavar="FILE", help="certificates of authorities (PEM), besides the system's")
 
 
 def platform_argument(parser: Parser) -> None:

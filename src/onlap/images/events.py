@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,3 +40,13 @@ Tell = Callable[[Event], None]
 
 class Stopped(Exception):
     """The work was given up by the thread that waits for it."""
+
+
+def stoppable(halt: threading.Event) -> Callable[[float], None]:
+    """A rest of so many seconds that ends with :class:`Stopped` when the work is given up."""
+
+    def pause(seconds: float) -> None:
+        if halt.wait(seconds):
+            raise Stopped
+
+    return pause

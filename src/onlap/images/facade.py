@@ -24,7 +24,7 @@ from onlap.progress import Callback
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 if TYPE_CHECKING:
-    from onlap.images.registry_auth import Credentials
+    from onlap.images.registry.access import Access
 
 StrPath = str | os.PathLike[str]
 
@@ -172,8 +172,7 @@ class Images:
         reference: str,
         *,
         platform: str | None = None,
-        plain_http: bool = False,
-        credentials: Credentials | None = None,
+        access: Access | None = None,
         unpack: bool = True,
         progress: Callback | None = None,
     ) -> Image:
@@ -184,8 +183,7 @@ class Images:
         Args:
             reference: as ``debian:13`` or ``registry.example/app@sha256:...``; it becomes the image's name.
             platform: which one, as ``linux/arm64``; this machine's by default.
-            plain_http: talk HTTP without TLS, for a registry on this machine.
-            credentials: who we are to which registry.
+            access: how to reach the registry, and as whom; by default as nobody, without a proxy.
             unpack: make snapshots of the layers.
             progress: told of the stages ``fetch`` and ``unpack``, in bytes.
 
@@ -196,25 +194,17 @@ class Images:
             InvalidArgument, Unimplemented: it is no image, or none that can be unpacked; the message says why.
             DataLoss: it sent something else than it said.
         """
-        from onlap.images import transfer
+        from onlap.images.registry import pull
 
-        return transfer.pull(
-            self,
-            reference,
-            platforms.parse(platform),
-            plain_http=plain_http,
-            credentials=credentials,
-            unpack=unpack,
-            progress=progress,
-        )
+        wanted = platforms.parse(platform)
+        return pull.pull(self, reference, wanted, access=access, unpack=unpack, progress=progress)
 
     def push(
         self,
         name: str,
         target: str | None = None,
         *,
-        plain_http: bool = False,
-        credentials: Credentials | None = None,
+        access: Access | None = None,
         progress: Callback | None = None,
     ) -> str:
         """Send an image to a registry; what is there already is not sent again.
@@ -222,8 +212,7 @@ class Images:
         Args:
             name: the image.
             target: where to, as ``registry.example/team/app:1``; by default where its name says.
-            plain_http: talk HTTP without TLS.
-            credentials: who we are to which registry.
+            access: how to reach the registry, and as whom; by default as nobody, without a proxy.
             progress: told of the stage ``push``, in bytes.
 
         Returns:
@@ -234,11 +223,9 @@ class Images:
             PermissionDenied: the registry does not let us.
             Unavailable: it cannot be reached, or kept failing.
         """
-        from onlap.images import transfer
+        from onlap.images.registry import push
 
-        return transfer.push(
-            self, self.get(name), target or name, plain_http=plain_http, credentials=credentials, progress=progress
-        )
+        return push.push(self, self.get(name), target or name, access=access, progress=progress)
 
     def import_(
         self,

@@ -18,10 +18,10 @@ DEFAULT_TAG = "latest"
 
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
-_REGISTRY = re.compile(
-    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|\[[0-9a-fA-F:]+\])"
-    r"(?::[0-9]{1,5})?"
-)
+# RFC 1123, section 2.1: labels of at most 63 letters, digits and hyphens.
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_REGISTRY = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]+\])(?::([0-9]{{1,5}}))?")
+_MAX_PORT = 65535
 _MAX_REPOSITORY = 255
 
 
@@ -96,8 +96,11 @@ def _split_registry(rest: str, name: str) -> tuple[str, str]:
     # Without one of these it is the first part of a path at Docker's own registry.
     if not slash or not (first == "localhost" or "." in first or ":" in first or first != first.lower()):
         return DOCKER_HUB, rest
-    if not _REGISTRY.fullmatch(first):
+    match = _REGISTRY.fullmatch(first)
+    if match is None:
         raise _bad(name, f"{shown(first)!r} is no host")
+    if match[1] is not None and not 0 < int(match[1]) <= _MAX_PORT:
+        raise _bad(name, f"{match[1]} is no port")
     return (DOCKER_HUB if first in ("index.docker.io", "registry-1.docker.io") else first), others
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import credentials, image_as_json, images_of, platform_argument, registry_arguments
+from onlap.cli.images import access, image_as_json, images_of, platform_argument, registry_arguments
 from onlap.cli.parser import Parser
 from onlap.errors import shown
 
@@ -15,7 +15,7 @@ def arguments(parser: Parser) -> None:
         "neither fetched nor unpacked again, and a pull that was interrupted goes on where it stopped. Who logged in\n"
         "with docker login or podman login is known here too. The root is made where there is none.",
         "onlap image pull debian:13",
-        "onlap image pull --plain-http localhost:5000/team/app@sha256:...",
+        "onlap image pull localhost:5000/team/app@sha256:...",
     )
     parser.add_argument("reference", metavar="IMAGE", help="as debian:13, or registry.example/team/app:1")
     platform_argument(parser)
@@ -30,8 +30,7 @@ def run(call: Call) -> None:
             image = images.pull(
                 args.reference,
                 platform=args.platform,
-                plain_http=args.plain_http,
-                credentials=credentials(),
+                access=access(call),
                 progress=report,
             )
     if out.json:

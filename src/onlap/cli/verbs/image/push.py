@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import credentials, images_of, registry_arguments
+from onlap.cli.images import access, images_of, registry_arguments
 from onlap.cli.parser import Parser
 from onlap.errors import shown
 
@@ -13,7 +13,7 @@ def arguments(parser: Parser) -> None:
     parser.explain(
         "Send an image to a registry: to where its name says, or to TARGET. What is there already is not sent again.",
         "onlap image push registry.example/team/app:1",
-        "onlap image push app:1 localhost:5000/team/app:1 --plain-http",
+        "onlap image push app:1 localhost:5000/team/app:1",
     )
     parser.add_argument("name", metavar="IMAGE", help="the image")
     parser.add_argument("target", metavar="TARGET", nargs="?", help="what to call it there, registry and all")
@@ -25,9 +25,7 @@ def run(call: Call) -> None:
     with call.store() as store:
         images = images_of(store)
         with bars(out) as report:
-            digest = images.push(
-                args.name, args.target, plain_http=args.plain_http, credentials=credentials(), progress=report
-            )
+            digest = images.push(args.name, args.target, access=access(call), progress=report)
     target = args.target or args.name
     if out.json:
         out.item({"name": args.name, "target": target, "digest": digest})

@@ -1,10 +1,9 @@
-"""Who we are to a registry: from the files of Docker and Podman and their helpers, and the tokens made of that.
+"""Who we are to a registry: from the files of Docker and Podman, and their helpers.
 
 Nothing here reads the environment: the command does, and passes it in.
 
 Sources: docs.docker.com/reference/cli/docker/login ("Credential stores", "Credential helper protocol");
-containers-auth.json(5); distribution.github.io, "Token Authentication Specification" and "OAuth2 Token
-Authentication"; RFC 9110, section 11.
+containers-auth.json(5).
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Login(NamedTuple):
     @property
     def basic(self) -> str:
         """The value of an Authorization header."""
-        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode("utf-8", "replace")).decode()
 
 
 class Credentials:
@@ -151,16 +150,22 @@ class Credentials:
         return Login(username, secret)
 
 
-def default_files(environment: Mapping[str, str]) -> list[str]:
-    """Where Podman and Docker keep credentials, in the order in which Podman looks."""
+def default_files(environment: Mapping[str, str], user: int) -> list[str]:
+    """Where Podman and Docker keep credentials, in the order in which Podman looks (containers-auth.json(5)).
+
+    Args:
+        environment: the variables.
+        user: the ID of the user whose files count.
+    """
     given = environment.get("REGISTRY_AUTH_FILE")
     if given:
         return [given]
     files = []
     home = environment.get("HOME", "")
     runtime = environment.get("XDG_RUNTIME_DIR")
-    if runtime:
-        files.append(os.path.join(runtime, "containers/auth.json"))
+    # Podman as root, and whoever has no session, writes the second.
+    files += [os.path.join(runtime, "containers/auth.json")] if runtime else []
+    files.append(f"/run/containers/{user}/auth.json")
     configuration = environment.get("XDG_CONFIG_HOME") or (os.path.join(home, ".config") if home else "")
     if configuration:
         files.append(os.path.join(configuration, "containers/auth.json"))
@@ -217,37 +222,3 @@ def _entry(entry: dict[str, Any], path: str) -> Login | None:
         return Login(username, password.rstrip("\0"))
     name, secret = entry.get("username"), entry.get("password")
     return Login(name, secret) if isinstance(name, str) and isinstance(secret, str) and name else None
-
-
-class Challenge(NamedTuple):
-    """What a registry asks for.
-
-    Attributes:
-        scheme: in lower case, as ``"bearer"``.
-        parameters: by name, in lower case.
-    """
-
-    scheme: str
-    parameters: Mapping[str, str]
-
-
-_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_PARAMETER = re.compile(rf'({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))\s*(?:,\s*|$)')
-_SCHEME = re.compile(rf"({_WORD})(?:\s+|$)")
-
-
-def challenges(headers: Sequence[str]) -> list[Challenge]:
-    """What the headers ``WWW-Authenticate`` say (RFC 9110, section 11.6.1); what cannot be understood is left out."""
-    found = []
-    for header in headers:
-        position = 0
-        header = header.strip()
-        while match := _SCHEME.match(header, position):
-            scheme, position = match[1].lower(), match.end()
-            parameters = {}
-            while parameter := _PARAMETER.match(header, position):
-                value = parameter[2] if parameter[2] is not None else parameter[3]
-                parameters[parameter[1].lower()] = re.sub(r"\\(.)", r"\1", value)
-                position = parameter.end()
-            found.append(Challenge(scheme, parameters))
-    return found

@@ -6,7 +6,7 @@ Source: the OCI distribution specification 1.1 ("Pull", "Push").
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 from urllib.parse import quote
 
@@ -16,13 +16,19 @@ from onlap.content.store import ContentStore
 from onlap.content.writer import Partial, check_same
 from onlap.errors import shown
 from onlap.images import media, model
-from onlap.images.registry import ATTEMPTS, Answer, Lost, Registry
+from onlap.images.registry.connections import Body, TransientError
+from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession
 
 _PIECE = 256 * 1024
-# What is sent at once: a larger blob goes in several pieces, each of which can be sent again alone.
+# Bytes of a chunk, for a registry that takes no larger requests: proxies before registries let 100 MB through at most
+# (Cloudflare), or 1 MB where nobody configured nginx, which no registry works with.
 CHUNK = 8 << 20
-_RANGE = re.compile(r"(?:bytes=)?0-(\d+)")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+# The largest chunk that a registry may ask for, since one is held in memory.
+_MAX_CHUNK = 64 << 20
+# A size has at most 19 digits; int() refuses more than 4,300.
+_RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,19})")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/(?:[0-9]{1,19}|\*)")
+_SIZE = re.compile(r"[0-9]{1,19}")
 
 Told = Callable[[int], None]
 
@@ -31,13 +37,13 @@ class Repository:
     """Manifests and blobs of one repository.
 
     Args:
-        registry: the way to it; left open.
+        session: the way to it; left open.
     """
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._pull = f"repository:{registry.repository}:pull"
-        self._push = f"repository:{registry.repository}:pull,push"
+    def __init__(self, session: RegistrySession) -> None:
+        self._session = session
+        self._pull = f"repository:{session.repository}:pull"
+        self._push = f"repository:{session.repository}:pull,push"
 
     # Reading
 
@@ -50,9 +56,9 @@ class Repository:
         Raises:
             NotFound: there is none.
             DigestMismatch: it is another one.
-            OnlapError: see :meth:`Registry.request`.
+            OnlapError: see :meth:`RegistrySession.request`.
         """
-        answer = self._registry.request(
+        answer = self._session.request(
             "GET",
             f"manifests/{version}",
             scope=self._pull,
@@ -69,7 +75,7 @@ class Repository:
 
     def small_blob(self, digest: str, limit: int) -> bytes:
         """All of a small blob; errors as of :meth:`manifest`."""
-        answer = self._registry.request(
+        answer = self._session.request(
             "GET",
             f"blobs/{digest}",
             scope=self._pull,
@@ -94,7 +100,7 @@ class Repository:
             NotFound: there is none.
             DigestMismatch: the registry sent something else; nothing is kept.
             Unavailable: the connection kept breaking; what has come is kept.
-            OnlapError: of another kind, as :meth:`Registry.request`.
+            OnlapError: of another kind, as :meth:`RegistrySession.request`.
         """
         doing = f"fetch {digest}"
         failures = 0
@@ -108,11 +114,11 @@ class Repository:
                 try:
                     self._receive(partial, digest, size, told, doing)
                     partial.commit()
-                except Lost as lost:
+                except TransientError as error:
                     failures = 1 if partial.offset > before else failures + 1
                     if failures >= ATTEMPTS:
-                        raise self._registry.unavailable(doing, lost) from lost
-                    failure = lost
+                        raise self._session.unavailable(doing, error) from error
+                    failure = error
                 except errors.DigestMismatch:
                     # What an earlier attempt left may have been damaged by a power cut.
                     if not before or anew:
@@ -123,7 +129,7 @@ class Repository:
                     raise errors.from_oserror(error, doing=doing, key=digest) from error
                 else:
                     return
-            self._registry.wait(failures, failure)
+            self._session.wait(failures, failure)
 
     def _receive(self, partial: Partial, digest: str, size: int, told: Told, doing: str) -> None:
         if partial.offset == size:
@@ -131,19 +137,19 @@ class Repository:
         headers = {"Accept-Encoding": "identity"}
         if partial.offset:
             headers["Range"] = f"bytes={partial.offset}-"
-        with self._registry.opened(
+        with self._session.opened(
             "GET", f"blobs/{digest}", scope=self._pull, good=(200, 206, 416), headers=headers, doing=doing
         ) as (response, _):
             if response.status == 416:
                 partial.restart()
-                raise Lost("it has not the rest of what came before")
+                raise TransientError("it has not the rest of what came before")
             match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
             if response.status == 200:
                 if partial.offset:
                     partial.restart()  # it does not know ranges
             elif match is None or int(match[1]) != partial.offset:
                 partial.restart()
-                raise Lost("it sent another part than was asked for")
+                raise TransientError("it sent another part than was asked for")
             while data := response.read(_PIECE, decode_content=False):
                 try:
                     partial.write(data)
@@ -153,19 +159,19 @@ class Repository:
             if partial.offset < size:
                 if response.status == 200:
                     self._short(partial, response.headers, size)
-                raise Lost("the connection ended too early")
+                raise TransientError("the connection ended too early")
 
     def _short(self, partial: Partial, headers: Mapping[str, str], size: int) -> None:
         """A whole answer that is too short is no accident: the registry has something else."""
         length = headers.get("Content-Length", "")
-        if length.isdigit() and int(length) < size and partial.offset == int(length):
+        if _SIZE.fullmatch(length) and int(length) < size and partial.offset == int(length):
             partial.commit()  # raises, and drops what came
 
     # Writing
 
     def has_blob(self, digest: str) -> bool:
         """Whether a blob is there."""
-        answer = self._registry.request(
+        answer = self._session.request(
             "HEAD", f"blobs/{digest}", scope=self._push, good=(200, 404), doing=f"look for {digest}"
         )
         return answer.status == 200
@@ -181,40 +187,55 @@ class Repository:
             told: of the bytes sent; what it raises ends the work.
 
         Raises:
-            OnlapError: see :meth:`Registry.request`.
+            OnlapError: see :meth:`RegistrySession.request`.
         """
         doing = f"send {digest}"
-        if self.has_blob(digest):
-            told(size)
-            return
-        location = self._start(digest, sources, doing)
-        if location is None:
-            told(size)
-            return
-        offset = 0
-        if size > CHUNK:
-            location, offset = self._send_pieces(file, size, location, told, doing)
-        else:
-            file.seek(0)
-        separator = "&" if "?" in location else "?"
-        last = file.read(size - offset) if offset < size else b""
-        self._registry.request(
-            "PUT",
-            f"{location}{separator}digest={quote(digest)}",
-            scope=self._push,
-            good=(201, 204),
-            headers={"Content-Type": "application/octet-stream", "Content-Length": str(len(last))},
-            body=last,
-            doing=doing,
-        )
+        for number in range(1, ATTEMPTS + 1):
+            # After a connection that broke, too: the registry may have all, and only its answer was lost.
+            if self.has_blob(digest):
+                break
+            upload = self._start(digest, sources, doing)
+            if upload is None:
+                break
+            try:
+                self._upload(upload, file, digest, size, told, doing)
+                break
+            except TransientError as error:
+                if number == ATTEMPTS:
+                    raise self._session.unavailable(doing, error) from error
+                self._session.wait(number, error)
         told(size)
 
-    def _start(self, digest: str, sources: list[str], doing: str) -> str | None:
-        """Where to send a blob; None when the registry took it from another repository."""
+    def _upload(self, upload: Answer, file: BinaryIO, digest: str, size: int, told: Told, doing: str) -> None:
+        """Send a blob in one request, as every registry takes it; in chunks where it is too large for this one.
+
+        Amazon's and Google's registries refuse more than one PATCH (distribution specification, "Pushing blobs
+        monolithically").
+        """
+        location = self._location(upload)
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        try:
+            self._put(location, digest, headers, _pieces(file, told), doing)
+        except errors.ResourceExhausted:
+            again = self._start(digest, [], doing)
+            assert again is not None  # without a source there is nothing to take it from
+            location = self._send_chunks(self._location(again), _chunk_size(again), file, size, told, doing)
+            self._put(location, digest, {"Content-Length": "0"}, b"", doing)
+
+    def _put(self, location: str, digest: str, headers: Mapping[str, str], body: Body, doing: str) -> None:
+        separator = "&" if "?" in location else "?"
+        where = f"{location}{separator}digest={quote(digest)}"
+        try:
+            self._session.once("PUT", where, scope=self._push, good=(201, 204), headers=headers, body=body, doing=doing)
+        except errors.NotFound as error:
+            raise TransientError(str(error)) from error  # it forgot the upload, as it may: that is begun again
+
+    def _start(self, digest: str, sources: list[str], doing: str) -> Answer | None:
+        """Begin an upload; None when the registry took the blob from another repository."""
         for source in sources:
             scope = f"{self._push} repository:{source}:pull"
             try:
-                answer = self._registry.request(
+                answer = self._session.request(
                     "POST",
                     f"blobs/uploads/?mount={quote(digest)}&from={quote(source)}",
                     scope=scope,
@@ -224,54 +245,46 @@ class Repository:
                 )
             except (errors.PermissionDenied, errors.NotFound):
                 continue  # not ours to read, or gone: then it is sent
-            return None if answer.status == 201 else self._location(answer)
-        answer = self._registry.request(
+            return None if answer.status == 201 else answer
+        return self._session.request(
             "POST", "blobs/uploads/", scope=self._push, good=(202,), headers={"Content-Length": "0"}, doing=doing
         )
-        return self._location(answer)
 
-    def _send_pieces(self, file: BinaryIO, size: int, location: str, told: Told, doing: str) -> tuple[str, int]:
-        """Send all of a blob but what fits into the last request; where that goes, and where it starts."""
-        offset = 0
-        failures = 0
-        while size - offset > CHUNK:
+    def _send_chunks(self, location: str, chunk: int, file: BinaryIO, size: int, told: Told, doing: str) -> str:
+        """Send a blob chunk by chunk; where the upload ends."""
+        offset = failures = 0
+        while offset < size:
             file.seek(offset)
-            data = file.read(CHUNK)
+            data = file.read(min(chunk, size - offset))
             headers = {
                 "Content-Type": "application/octet-stream",
                 "Content-Length": str(len(data)),
                 "Content-Range": f"{offset}-{offset + len(data) - 1}",
             }
             try:
-                with self._registry.opened(
-                    "PATCH",
-                    location,
-                    scope=self._push,
-                    good=(202, 204, 416),
-                    headers=headers,
-                    body=data,
-                    doing=doing,
-                ) as (response, url):
-                    if response.status == 416:
-                        raise Lost("it has another part than we think")
-                    answer = Answer(response.status, response.headers, b"", url)
-            except Lost as lost:
+                answer = self._session.once(
+                    "PATCH", location, scope=self._push, good=(202, 204, 416), headers=headers, body=data, doing=doing
+                )
+                if answer.status == 416:
+                    raise TransientError("it has another part than we think")
+            except errors.NotFound as error:
+                raise TransientError(str(error)) from error
+            except TransientError as error:
                 failures += 1
                 if failures >= ATTEMPTS:
-                    raise self._registry.unavailable(doing, lost) from lost
-                self._registry.wait(failures, lost)
+                    raise
+                self._session.wait(failures, error)
                 location, offset = self._where(location, doing)
                 continue
             failures = 0
             location = self._location(answer)
             offset += len(data)
             told(offset)
-        file.seek(offset)
-        return location, offset
+        return location
 
     def _where(self, location: str, doing: str) -> tuple[str, int]:
         """How far an interrupted upload is."""
-        answer = self._registry.request("GET", location, scope=self._push, good=(204,), doing=doing)
+        answer = self._session.request("GET", location, scope=self._push, good=(204,), doing=doing)
         match = _RANGE.fullmatch(answer.headers.get("Range", ""))
         # "0-0" is what an upload without a byte says, and what one with a single byte would.
         end = int(match[1]) if match is not None else 0
@@ -281,18 +294,18 @@ class Repository:
         location = answer.headers.get("Location")
         if not location:
             raise errors.FailedPrecondition(
-                f"{shown(self._registry.registry)} does not say where to send to", key=self._registry.registry
+                f"{shown(self._session.registry)} does not say where to send to", key=self._session.registry
             )
-        return self._registry.absolute(answer.url, location)
+        return self._session.absolute(answer.url, location)
 
     def put_manifest(self, version: str, data: bytes, media_type: str) -> str:
         """Write a manifest under a tag or its digest; returns the digest.
 
         Raises:
             DigestMismatch: the registry understood something else.
-            OnlapError: see :meth:`Registry.request`.
+            OnlapError: see :meth:`RegistrySession.request`.
         """
-        answer = self._registry.request(
+        answer = self._session.request(
             "PUT",
             f"manifests/{version}",
             scope=self._push,
@@ -306,3 +319,19 @@ class Repository:
         if said is not None and said.startswith("sha256:"):
             check_same(said, len(data), digest, None)
         return digest
+
+
+def _chunk_size(upload: Answer) -> int:
+    """Bytes of a chunk that a registry takes (distribution specification, "Pushing a blob in chunks")."""
+    least = upload.headers.get("OCI-Chunk-Min-Length", "")
+    return min(max(CHUNK, int(least)), _MAX_CHUNK) if _SIZE.fullmatch(least) else CHUNK
+
+
+def _pieces(file: BinaryIO, told: Told) -> Iterator[bytes]:
+    """A whole file, piece by piece; ``told`` hears how much was taken."""
+    file.seek(0)
+    sent = 0
+    while data := file.read(_PIECE):
+        yield data
+        sent += len(data)
+        told(sent)

@@ -1,4 +1,4 @@
-"""Images from and to registries."""
+"""An image to a registry."""
 
 from __future__ import annotations
 
@@ -8,65 +8,16 @@ from collections.abc import Callable
 from contextlib import closing
 
 from onlap import errors
-from onlap.content.digests import digest_of
-from onlap.images import media, model, names, resolve
+from onlap.images import media, model, names
 from onlap.images.bring import Threads
-from onlap.images.events import PATIENCE, Event, Events, Stopped
+from onlap.images.events import PATIENCE, Event, Events, stoppable
 from onlap.images.facade import DOWNLOADS, Image, Images
-from onlap.images.importing import clean
-from onlap.images.model import Descriptor, Platform
 from onlap.images.names import Reference
-from onlap.images.registry import Registry
-from onlap.images.registry_auth import Credentials
-from onlap.images.repository import Repository
+from onlap.images.registry.access import Access
+from onlap.images.registry.repository import Repository
+from onlap.images.registry.session import session_for
 from onlap.images.unpack import Layer
 from onlap.progress import Callback, Reporter
-
-
-def pull(
-    images: Images,
-    name: str,
-    wanted: Platform,
-    *,
-    plain_http: bool,
-    credentials: Credentials | None,
-    unpack: bool,
-    progress: Callback | None,
-) -> Image:
-    """See :meth:`Images.pull`."""
-    reference = names.parse(name)
-    halt = threading.Event()
-    with (
-        closing(_registry(reference, plain_http, credentials, halt)) as registry,
-        images.content.lease(f"pull of {reference}") as lease,
-        clean(images, lease),
-    ):
-        repository = Repository(registry)
-        data, media_type = repository.manifest(reference.version)
-        first = Descriptor(media_type, digest_of(data), len(data))
-        content = images.content
-
-        def get(descriptor: Descriptor, limit: int) -> bytes:
-            if descriptor.digest == first.digest:
-                return data
-            lease.pin(descriptor.digest)
-            if content.is_whole(descriptor.digest):
-                return content.read(descriptor.digest, limit)
-            if media.is_document(descriptor.media_type):
-                return repository.manifest(descriptor.digest)[0]
-            return repository.small_blob(descriptor.digest, limit)
-
-        def fetch(layer: Layer, told: Callable[[int], None]) -> None:
-            repository.fetch(content, layer.digest, layer.size, told)
-
-        resolved = resolve.resolve(get, first, wanted)
-        image = images.keep(lease, str(reference), resolved)
-        try:
-            images.bring(lease, image, fetch, unpack=unpack, progress=progress, halt=halt)
-        finally:
-            halt.set()
-        images.record(image)
-    return image
 
 
 def push(
@@ -74,8 +25,7 @@ def push(
     image: Image,
     target: str,
     *,
-    plain_http: bool,
-    credentials: Credentials | None,
+    access: Access | None,
     progress: Callback | None,
 ) -> str:
     """See :meth:`Images.push`."""
@@ -88,12 +38,12 @@ def push(
     sources = _sources(images, reference)
     content = images.content
     with (
-        closing(_registry(reference, plain_http, credentials, halt)) as registry,
+        closing(session_for(reference, access, stoppable(halt))) as session,
         content.lease(f"push of {image.name}") as lease,
     ):
         lease.pin(*image.blobs)
         content.check_present(image.blobs)
-        repository = Repository(registry)
+        repository = Repository(session)
 
         def send(layer: Layer, told: Callable[[int], None]) -> None:
             with content.open(layer.digest) as file:
@@ -136,18 +86,6 @@ def _run(
     finally:
         halt.set()
     report.finish(total)
-
-
-def _registry(
-    reference: Reference, plain_http: bool, credentials: Credentials | None, halt: threading.Event
-) -> Registry:
-    def pause(seconds: float) -> None:
-        if halt.wait(seconds):
-            raise Stopped
-
-    return Registry(
-        reference.registry, reference.repository, plain_http=plain_http, credentials=credentials, pause=pause
-    )
 
 
 def _sources(images: Images, target: Reference) -> dict[str, list[str]]:

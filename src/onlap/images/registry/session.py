@@ -1,0 +1,417 @@
+"""Requests to one repository of a registry: authentication, redirects, and trying again.
+
+Sources: the OCI distribution specification 1.1; RFC 9110 (redirects, ranges); distribution.github.io, "Token
+Authentication Specification" and "OAuth2 Token Authentication".
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+from urllib.parse import urlencode, urljoin, urlsplit
+
+import urllib3
+from urllib3.exceptions import HTTPError
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.images.names import DOCKER_HUB, Reference
+from onlap.images.registry.access import Access, split
+from onlap.images.registry.challenges import Challenge, challenges
+from onlap.images.registry.connections import Body, Connections, TransientError, reason
+from onlap.images.registry.credentials import Login
+
+_HUB_HOST = "registry-1.docker.io"
+# Attempts at one request, and at one blob without a byte of progress.
+ATTEMPTS = 5
+_FIRST_PAUSE = 0.25
+_LONGEST_PAUSE = 15.0
+_MAX_REDIRECTS = 5
+_MAX_ANSWER = 1 << 20
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# Whatever is longer says nothing, and int() refuses more than 4,300 digits.
+_SECONDS = re.compile(r"[0-9]{1,9}")
+# RFC 6750, section 2.1. What else a server sends as a token could end the header that it is put into.
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")
+
+
+class Answer(NamedTuple):
+    """A response that was read.
+
+    Attributes:
+        status: of HTTP.
+        headers: by name, whatever the case.
+        data: the body.
+        url: that answered, after redirects.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+    url: str
+
+
+class _Reply(NamedTuple):
+    """A response that is still to be read.
+
+    Attributes:
+        response: of urllib3.
+        url: that answered, after redirects.
+        itself: whether it is the registry's own, and no other host's to which it led.
+    """
+
+    response: urllib3.BaseHTTPResponse
+    url: str
+    itself: bool
+
+
+class RegistrySession:
+    """The way to one repository. Used by several threads.
+
+    Only the registry itself is told who we are, and only its own challenges are answered: where it leads to is
+    somebody else's, who could ask for our login otherwise (CVE-2020-15157).
+
+    Args:
+        registry: the host, as names have it.
+        repository: in it.
+        access: how to reach it.
+        pause: waits that many seconds between two attempts; raises when all is given up.
+
+    Raises:
+        InvalidArgument: the host is none.
+    """
+
+    def __init__(
+        self,
+        registry: str,
+        repository: str,
+        access: Access,
+        *,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.registry = registry
+        self.repository = repository
+        host = _HUB_HOST if registry == DOCKER_HUB else registry
+        try:
+            self._connections = Connections(access, registry, host)
+            self._base = f"{'http' if self._connections.plain else 'https'}://{host}/v2/{repository}/"
+            self._origin = split(self._base)
+        except ValueError as error:
+            raise errors.InvalidArgument(f"{shown(registry)} is no host: {error}", key=registry) from error
+        self._credentials = access.credentials
+        self._pause = pause
+        self._mutex = threading.Lock()
+        self._login: Login | None = None
+        self._looked = False
+        # What worked: the header for requests with a scope.
+        self._authorization: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._connections.close()
+
+    # Requests
+
+    def request(
+        self,
+        method: str,
+        where: str,
+        *,
+        scope: str,
+        good: tuple[int, ...],
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        limit: int = _MAX_ANSWER,
+        doing: str,
+    ) -> Answer:
+        """A request whose answer is small, tried again while that may help.
+
+        Args:
+            method: of HTTP.
+            where: below the repository, or a whole URL.
+            scope: what it needs to be allowed, as ``"repository:a:pull"``.
+            good: statuses that are no error.
+            headers: more of them.
+            body: to send.
+            limit: bytes of an answer that are read.
+            doing: for messages, as ``"read the manifest"``.
+
+        Raises:
+            NotFound, PermissionDenied, FailedPrecondition, Unavailable: what the registry says.
+            ResourceExhausted: the answer is larger.
+        """
+        for number in range(1, ATTEMPTS + 1):
+            try:
+                return self.once(
+                    method, where, scope=scope, good=good, headers=headers, body=body, limit=limit, doing=doing
+                )
+            except TransientError as error:
+                if number == ATTEMPTS:
+                    raise self.unavailable(doing, error) from error
+                self.wait(number, error)
+        raise AssertionError("unreachable")
+
+    def once(
+        self,
+        method: str,
+        where: str,
+        *,
+        scope: str,
+        good: tuple[int, ...],
+        headers: Mapping[str, str] | None = None,
+        body: Body = None,
+        limit: int = _MAX_ANSWER,
+        doing: str,
+    ) -> Answer:
+        """One attempt at a request whose answer is small; see :meth:`request`.
+
+        Raises:
+            TransientError: it may succeed another time.
+            OnlapError: see :meth:`request`.
+        """
+        with self.opened(method, where, scope=scope, good=good, headers=headers, body=body, doing=doing) as (
+            response,
+            url,
+        ):
+            data = b"" if method == "HEAD" else response.read(limit + 1, decode_content=False)
+            if len(data) > limit:
+                raise errors.ResourceExhausted(f"cannot {doing}: the answer has more than {limit} bytes")
+            return Answer(response.status, response.headers, data, url)
+
+    def wait(self, number: int, error: TransientError) -> None:
+        """Rest before the next attempt: longer each time, and as long as the registry asks for."""
+        pause = min(_FIRST_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+        self._pause(max(pause, min(error.after or 0.0, _LONGEST_PAUSE)))
+
+    def unavailable(self, doing: str, error: TransientError) -> errors.Unavailable:
+        """The error for a registry that kept failing."""
+        return errors.Unavailable(
+            f"cannot {doing} at {self.registry}: {shown(error)}",
+            key=self.registry,
+            hint="try again; what has come already is kept",
+        )
+
+    @contextmanager
+    def opened(
+        self,
+        method: str,
+        where: str,
+        *,
+        scope: str,
+        good: tuple[int, ...],
+        headers: Mapping[str, str] | None = None,
+        body: Body = None,
+        doing: str,
+    ) -> Iterator[tuple[urllib3.BaseHTTPResponse, str]]:
+        """One attempt at a request, whose body is read inside the block; see :meth:`request`.
+
+        Raises:
+            TransientError: it may succeed another time.
+            OnlapError: see :meth:`request`.
+        """
+        url = self.absolute(self._base, where)
+        known = self._authorization.get(scope)
+        reply = self._send(method, url, scope, headers or {}, body)
+        try:
+            if reply.response.status == 401 and reply.itself:
+                reply.response.drain_conn()
+                self._authenticate(reply.response, scope, known, doing)
+                if body is not None and not isinstance(body, bytes):
+                    raise TransientError("its token has expired")  # what was read of the body is gone
+                reply = self._send(method, url, scope, headers or {}, body)
+                if reply.response.status == 401 and reply.itself:
+                    raise self._stranger(doing)
+            if reply.response.status not in good:
+                self._refuse(reply, doing)
+            yield reply.response, reply.url
+        except (HTTPError, OSError) as error:
+            raise TransientError(reason(error)) from error
+        finally:
+            # A connection with an unread body cannot be used again.
+            reply.response.close()
+            reply.response.release_conn()
+
+    def absolute(self, url: str, location: str) -> str:
+        """Where something that the registry said leads, unless that gives up TLS.
+
+        Raises:
+            PermissionDenied: it does.
+            FailedPrecondition: it leads nowhere.
+        """
+        try:
+            found = urljoin(url, location)
+            scheme, host, _ = split(found)
+        except ValueError:
+            scheme, host, found = "", "", location
+        if not host:
+            raise errors.FailedPrecondition(
+                f"{self.registry} leads to {shown(found[:200])!r}, which is no URL", key=self.registry
+            )
+        if scheme != "https" and not (self._connections.plain and scheme == "http"):
+            raise errors.PermissionDenied(
+                f"{self.registry} leads to {shown(found)}, which has no TLS",
+                key=self.registry,
+                hint="if you trust the network: --plain-http",
+            )
+        return found
+
+    def _send(self, method: str, url: str, scope: str, headers: Mapping[str, str], body: Body) -> _Reply:
+        """Send a request, and where it is redirected send it there."""
+        secret = {}
+        if split(url) == self._origin and scope in self._authorization:
+            secret = {"Authorization": self._authorization[scope]}
+        return self._follow(method, url, headers, secret, body)
+
+    def _follow(
+        self, method: str, url: str, headers: Mapping[str, str], secret: Mapping[str, str], body: Body
+    ) -> _Reply:
+        """Send a request and follow redirects; from the first that leaves the host of ``url`` without ``secret``.
+
+        What leads back gets no secret either: then another host would have chosen what we ask for with it.
+        """
+        first = split(url)
+        itself = first == self._origin
+        for _ in range(_MAX_REDIRECTS + 1):
+            response = self._connections.request(method, url, {**headers, **secret}, body)
+            if response.status not in _REDIRECTS or not _can_follow(method, response.status, body):
+                return _Reply(response, url, itself)
+            location = response.headers.get("Location", "")
+            response.drain_conn()
+            response.release_conn()
+            url = self.absolute(url, location)
+            if split(url) != first:
+                if body is not None:
+                    raise errors.PermissionDenied(
+                        f"{self.registry} leads to {shown(url)}, which is not told what is sent", key=self.registry
+                    )
+                secret, itself = {}, False
+        raise errors.FailedPrecondition(
+            f"{self.registry} redirects more than {_MAX_REDIRECTS} times", key=self.registry
+        )
+
+    def _refuse(self, reply: _Reply, doing: str) -> None:
+        response, status = reply.response, reply.response.status
+        if status in _TRANSIENT:
+            response.drain_conn()
+            after = response.headers.get("Retry-After", "")
+            raise TransientError(f"status {status}", float(after) if _SECONDS.fullmatch(after) else None)
+        said = _message(response.read(_MAX_ANSWER, decode_content=False))
+        host = self.registry
+        if not reply.itself:
+            host = f"{shown(urlsplit(reply.url).netloc)}, where {self.registry} leads to"
+        text = f"cannot {doing} at {host}: {shown(said or f'status {status}')}"
+        if status == 404:
+            raise errors.NotFound(text, key=f"{self.registry}/{self.repository}")
+        if status in (401, 403):
+            hint = "log in with docker login or podman login, or check what you may do there" if reply.itself else None
+            raise errors.PermissionDenied(text, key=self.registry, hint=hint)
+        if status == 413:
+            raise errors.ResourceExhausted(f"{text} (status 413)", key=self.registry)
+        raise errors.FailedPrecondition(f"{text} (status {status})", key=self.registry)
+
+    # Authentication
+
+    def _who(self) -> Login | None:
+        with self._mutex:
+            if not self._looked:
+                self._login = self._credentials.find(self.registry, self.repository)
+                self._looked = True
+            return self._login
+
+    def _authenticate(self, response: urllib3.BaseHTTPResponse, scope: str, known: str | None, doing: str) -> None:
+        """Learn the header that a scope needs, where ``known`` was refused.
+
+        Raises:
+            PermissionDenied: there is none.
+        """
+        if self._authorization.get(scope) != known:
+            return  # another thread has learned it meanwhile
+        login = self._who()
+        for challenge in challenges(response.headers.getlist("WWW-Authenticate")):
+            if challenge.scheme == "bearer":
+                self._authorization[scope] = f"Bearer {self._token(challenge, scope, login, doing)}"
+                return
+            if challenge.scheme == "basic" and login is not None and login.username:
+                if known == login.basic:
+                    break  # it knows us, and says no
+                self._authorization[scope] = login.basic
+                return
+        raise self._stranger(doing)
+
+    def _stranger(self, doing: str) -> errors.PermissionDenied:
+        login = self._who()
+        why = "wants to know who you are"
+        if login is not None:
+            why = f"refuses the login of {shown(login.username or 'an identity token')}"
+        hint = f"log in with: docker login {self.registry}"
+        return errors.PermissionDenied(f"cannot {doing}: {self.registry} {why}", key=self.registry, hint=hint)
+
+    def _token(self, challenge: Challenge, scope: str, login: Login | None, doing: str) -> str:
+        realm = self.absolute(self._base, challenge.parameters.get("realm", ""))
+        service = challenge.parameters.get("service")
+        headers: dict[str, str] = {}
+        secret: dict[str, str] = {}
+        body = None
+        if login is not None and login.identity_token:
+            method, url = "POST", realm
+            fields = {"grant_type": "refresh_token", "refresh_token": login.identity_token, "client_id": "onlap"}
+            fields |= {"scope": scope} | ({"service": service} if service is not None else {})
+            body = urlencode(fields).encode()
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        else:
+            pairs = [("scope", each) for each in scope.split(" ")]
+            pairs += [("service", service)] if service is not None else []
+            method, url = "GET", realm + ("&" if "?" in realm else "?") + urlencode(pairs)
+            if login is not None:
+                secret["Authorization"] = login.basic
+        response = self._follow(method, url, headers, secret, body).response
+        try:
+            data = response.read(_MAX_ANSWER, decode_content=False)
+        except (HTTPError, OSError) as error:
+            raise TransientError(reason(error)) from error
+        finally:
+            response.release_conn()
+        if response.status in _TRANSIENT:
+            raise TransientError(f"status {response.status} for a token")
+        try:
+            answer = json.loads(data)
+            token = answer.get("token") or answer.get("access_token")
+        except (ValueError, AttributeError, RecursionError):
+            token = None
+        if response.status != 200 or not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            raise errors.PermissionDenied(
+                f"cannot {doing}: {shown(urlsplit(realm).netloc)} gives no token for {self.registry}: "
+                f"{shown(_message(data) or f'status {response.status}')}",
+                key=self.registry,
+                hint=f"log in with: docker login {self.registry}",
+            )
+        return token
+
+
+def session_for(reference: Reference, access: Access | None, pause: Callable[[float], None]) -> RegistrySession:
+    """The session for the repository of a name; see :class:`RegistrySession`."""
+    return RegistrySession(reference.registry, reference.repository, access or Access(), pause=pause)
+
+
+def _can_follow(method: str, status: int, body: Body) -> bool:
+    """Whether a request may be sent to where a redirect leads (RFC 9110, section 15.4)."""
+    again = body is None or isinstance(body, bytes)  # else it has been read
+    return method in ("GET", "HEAD") or (status in (307, 308) and again)
+
+
+def _message(data: bytes) -> str:
+    """What an error answer says (distribution specification, "Error Codes")."""
+    try:
+        found = json.loads(data)
+        return "; ".join(
+            str(each.get("message") or each.get("code")) for each in found["errors"] if isinstance(each, dict)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
