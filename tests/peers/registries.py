@@ -19,23 +19,31 @@ version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
 storage:
   filesystem: {{rootdirectory: {place}/data}}
-http: {{addr: "{host}"}}
+http: {{addr: "{host}"{tls}}}
 {auth}
 """
+_TLS = ", tls: {{certificate: {0}/server.cert, key: {0}/server.key, clientcas: [{0}/ca.crt]}}"
 _AUTH = 'auth: {{htpasswd: {{realm: r, path: "{place}/htpasswd"}}}}'
 
 
 @contextmanager
-def registry(place: Path, *, password: bool = False) -> Iterator[str]:
-    """A running registry with its data in ``place``; gives its host and port."""
+def registry(place: Path, *, password: bool = False, certificates: Path | None = None) -> Iterator[str]:
+    """A running registry with its data in ``place``; gives its host and port.
+
+    Args:
+        place: a new directory.
+        password: of :data:`USER`; without it everybody is let in.
+        certificates: of :func:`make_certificates`: TLS, which shows one and asks for one.
+    """
     place.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{probe.getsockname()[1]}"
     if password:
         (place / "htpasswd").write_text(f"{USER}:{_bcrypt(PASSWORD)}\n")
+    tls = "" if certificates is None else _TLS.format(certificates)
     auth = _AUTH.format(place=place) if password else ""
-    (place / "config.yml").write_text(_CONFIG.format(place=place, host=host, auth=auth))
+    (place / "config.yml").write_text(_CONFIG.format(place=place, host=host, auth=auth, tls=tls))
     with (place / "log").open("wb") as log:
         process = subprocess.Popen(
             ["docker-registry", "serve", str(place / "config.yml")], stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -47,6 +55,26 @@ def registry(place: Path, *, password: bool = False) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(20)
+
+
+def make_certificates(directory: Path) -> Path:
+    """An authority (``ca.crt``), and what it signed: a ``server`` on 127.0.0.1 and a ``client``, as ``.cert`` and
+    ``.key``."""
+    directory.mkdir(parents=True)
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=directory, check=True, capture_output=True, text=True)
+
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=tests")
+    for name, usage in (("server", "serverAuth"), ("client", "clientAuth")):
+        openssl(
+            *("req", "-x509", *new, "-CA", "ca.crt", "-CAkey", "ca.key", "-subj", f"/CN={name}"),
+            *("-keyout", f"{name}.key", "-out", f"{name}.cert"),
+            *("-addext", "subjectAltName=IP:127.0.0.1", "-addext", f"extendedKeyUsage={usage}"),
+            *("-addext", "basicConstraints=critical,CA:FALSE"),
+        )
+    return directory
 
 
 def _listens(host: str) -> bool:
@@ -78,6 +106,7 @@ class Cable:
         cuts: how many bytes to let back through a connection before it is cut; one that nobody takes cuts none.
         cut: how many were.
         hold: bytes after which a connection stands still, until the cable goes; None: none does.
+        sent: bytes that went forth.
     """
 
     def __init__(self, host: str, cuts: list[int], hold: int | None = None) -> None:
@@ -88,6 +117,7 @@ class Cable:
         self.host = f"127.0.0.1:{self._server.getsockname()[1]}"
         self.cuts = cuts
         self.cut = 0
+        self.sent = 0
         self._mutex = threading.Lock()
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
@@ -116,6 +146,8 @@ class Cable:
             try:
                 while data := near.recv(1 << 16):
                     far.sendall(data)
+                    with self._mutex:
+                        self.sent += len(data)
             except OSError:
                 return  # cut
 

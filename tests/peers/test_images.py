@@ -17,11 +17,12 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.images import Access, Credentials, Image, Login
+from onlap.images.registry.repository import CHUNK
 from onlap.store import Store
 from onlap.testing import assert_same_tree, read_tree
 from peers import images
 from peers.daemons import SOURCES, Containerd, Dockerd, eventually, run
-from peers.registries import PASSWORD, USER, Cable, registry
+from peers.registries import PASSWORD, USER, Cable, make_certificates, registry
 
 pytestmark = pytest.mark.needs("overlay", "mount")
 
@@ -92,21 +93,23 @@ def test_what_is_pushed_is_pulled(host: str, store: Store, other: Store, ours: I
 
 @pytest.mark.needs("peer:docker-registry", "peer:skopeo")
 def test_a_layer_is_taken_from_another_repository(host: str, store: Store, ours: Image) -> None:
-    first = f"{host}/source/three:1"
-    store.images.push(ours.name, first)
-    store.images.tag(ours.name, first)
-    sent: list[int] = []
-    store.images.push(first, f"{host}/target/three:1", progress=lambda report: sent.append(report.done))
+    """All that is sent are requests, the manifest and the configuration, which are small beside the layers."""
+    with Cable(host, []) as cable:
+        first = f"{cable.host}/source/three:1"
+        store.images.push(ours.name, first)
+        assert cable.sent > ours.size
+        store.images.tag(ours.name, first)
+        before = cable.sent
+        store.images.push(first, f"{cable.host}/target/three:1")
+        assert cable.sent - before < ours.size / 4
     assert inspect(f"docker://{host}/target/three:1")["Digest"] == ours.digest
 
 
-@pytest.mark.needs("peer:docker-registry", "peer:skopeo")
-def test_a_layer_larger_than_a_piece(
-    host: str, store: Store, other: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sent in pieces, as the registry takes them; fetched through a cable that is cut in the middle, twice."""
+@pytest.mark.needs("peer:docker-registry")
+def test_a_large_layer(host: str, store: Store, other: Store, tmp_path: Path) -> None:
+    """Larger than a chunk: sent in one request, and fetched through a cable that is cut in the middle, twice."""
     (tmp_path / "tree").mkdir()
-    (tmp_path / "tree" / "big").write_bytes(os.urandom(5 << 20))
+    (tmp_path / "tree" / "big").write_bytes(os.urandom(CHUNK + (1 << 20)))
     (image,) = store.images.import_(tmp_path / "tree", name="big:1")
     store.images.push(image.name, f"{host}/big:1")
     with Cable(host, [2 << 20, 2 << 20]) as cable:
@@ -114,6 +117,30 @@ def test_a_layer_larger_than_a_piece(
         assert cable.cut == 2
     assert pulled.digest == image.digest
     assert listing(other, pulled) == listing(store, image)
+
+
+@pytest.mark.needs("peer:docker-registry", "peer:openssl")
+def test_tls(place: Path, store: Store, other: Store, ours: Image, tmp_path: Path) -> None:
+    """Its certificate is verified, and ours is shown, as Docker's and Podman's users have them."""
+    made = make_certificates(place / "certificates")
+    with registry(place / "tls", certificates=made) as secure:
+        target = f"{secure}/team/three:1"
+        with pytest.raises(errors.PermissionDenied, match="certificate"):
+            store.images.push(ours.name, target)
+        with pytest.raises(errors.OnlapError):
+            store.images.push(ours.name, target, access=Access(plain_http=True))
+        with pytest.raises(errors.Unavailable, match="certificate required"):
+            store.images.push(ours.name, target, access=Access(ca_file=str(made / "ca.crt")))
+        directory = tmp_path / "certs.d" / secure
+        directory.mkdir(parents=True)
+        for name in ("ca.crt", "client.cert", "client.key"):
+            shutil.copy(made / name, directory)
+        store.images.push(ours.name, target, access=Access(certs_dirs=(str(tmp_path / "certs.d"),)))
+        (directory / "ca.crt").unlink()
+        insecure = Access(certs_dirs=(str(tmp_path / "certs.d"),))
+        with pytest.raises(errors.PermissionDenied, match="certificate"):
+            other.images.pull(target, access=insecure)
+        assert other.images.pull(target, access=insecure._replace(insecure=True)).digest == ours.digest
 
 
 _PULL = """

@@ -11,7 +11,7 @@ from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
+from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError, SSLError
 
 from onlap import errors
 from onlap._version import __version__
@@ -50,6 +50,9 @@ class Connections:
     """
 
     def __init__(self, access: Access, name: str, host: str) -> None:
+        if access.insecure:
+            # Whoever asked for it need not be warned at each request.
+            urllib3.disable_warnings(InsecureRequestWarning)
         self._access = access
         self._name = name
         self.plain = _is_plain(access, host)
