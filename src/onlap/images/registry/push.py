@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from onlap import errors
-from onlap.images import media, model, names
+from onlap.images import model, names
 from onlap.images.bring import Threads
 from onlap.images.events import PATIENCE, Event, Events, stoppable
 from onlap.images.facade import DOWNLOADS, Image, Images
