@@ -67,6 +67,14 @@ def test_defaults(name: str, full: str) -> None:
         "a#b",
         "a%2e%2e",
         "user:pw@host/a",
+        "quay.io:0/a",
+        "quay.io:65536/a",
+        "quay.io:99999/a",
+        "[:::::]/a",
+        "[1:2]:5000/a",
+        "[::1/a",
+        "x" * 64 + ".example/a",
+        "x." * 127 + "example/a",
     ],
 )
 def test_what_is_no_name_is_refused(name: str) -> None:

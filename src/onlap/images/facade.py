@@ -73,6 +73,7 @@ class Image(NamedTuple):
 
 # Inside the class ``list`` is its method.
 _Listed = list[Image]
+_Records = list[records.ImageRecord]
 
 
 class Images:
@@ -91,22 +92,25 @@ class Images:
     # Looking
 
     def get(self, name: str) -> Image:
-        """The image of a name, short or full.
+        """The image of a name, short or full; or of the digest of its manifest, of which four characters are enough.
 
         Raises:
             NotFound: there is none.
             InvalidArgument: it is no name.
+            FailedPrecondition: it is the beginning of several digests.
             DataLoss: what the image consists of is damaged or gone.
         """
-        full = names.normalized(name)
         while True:
-            record = self._database.read(lambda c: records.get(c, full))
+            record = self._records(name)[0]
             try:
                 return self._image(record)
             except errors.DataLoss:
                 # Looked up again: somebody may have removed it meanwhile, or given its name to another.
-                if self._database.read(lambda c: records.get(c, full)).digest == record.digest:
+                if self._records(name)[0].digest == record.digest:
                     raise
+
+    def _records(self, name: str) -> _Records:
+        return self._database.read(lambda c: records.meant(c, name))
 
     def __iter__(self) -> Iterator[Image]:
         return iter(self.list())
@@ -129,8 +133,10 @@ class Images:
         return min(found, key=lambda image: image.name != name, default=None)
 
     def __contains__(self, name: str) -> bool:
-        full = names.normalized(name)
-        return self._database.read(lambda c: records.find(c, full)) is not None
+        try:
+            return bool(self._records(name))
+        except errors.NotFound:
+            return False
 
     def manifest(self, image: Image | str) -> Manifest:
         """An image's manifest."""
@@ -225,7 +231,8 @@ class Images:
         """
         from onlap.images.registry import push
 
-        return push.push(self, self.get(name), target or name, access=access, progress=progress)
+        image = self.get(name)
+        return push.push(self, image, target or image.name, access=access, progress=progress)
 
     def import_(
         self,
@@ -292,18 +299,31 @@ class Images:
 
         Its blobs are deleted by the next cleanup, unless others have them.
 
+        Args:
+            name: see :meth:`get`; a digest only where the image has no more than one name.
+
         Raises:
             NotFound: there is none.
+            FailedPrecondition: a digest was given, and the image has several names, or several images are meant.
         """
-        image: Image | None = None
-        full = names.normalized(name)
+
+        def operation(connection: Connection) -> records.ImageRecord:
+            found = records.meant(connection, name)
+            if len(found) > 1:
+                raise errors.FailedPrecondition(
+                    f"the image {shown(name)} has several names",
+                    key=name,
+                    hint=f"say which: {shown(', '.join(each.name for each in found))}",
+                )
+            records.delete(connection, found[0].name)
+            return found[0]
+
+        record = self._database.write(operation)
         try:
-            image = self.get(name)
+            image = self._image(record)
         except errors.DataLoss:
-            image = None  # damaged ones can be removed, too
-        self._database.write(lambda c: records.delete(c, full))
-        if image is not None:
-            self._remove_layers(image)
+            return  # damaged ones can be removed, too; cleanup finds their layers
+        self._remove_layers(image)
 
     def _remove_layers(self, image: Image) -> None:
         for chain_id in reversed(image.chain_ids):

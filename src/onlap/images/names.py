@@ -7,6 +7,7 @@ github.com/distribution/reference, normalize.go: what a name without registry or
 from __future__ import annotations
 
 import re
+import socket
 from typing import NamedTuple
 
 from onlap import errors
@@ -18,9 +19,10 @@ DEFAULT_TAG = "latest"
 
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
-# RFC 1123, section 2.1: labels of at most 63 letters, digits and hyphens.
+# RFC 1035, 2.3.4: a label of a host's name has up to 63 characters.
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_REGISTRY = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]+\])(?::([0-9]{{1,5}}))?")
+_REGISTRY = re.compile(rf"({_LABEL}(?:\.{_LABEL})*|\[([0-9a-fA-F:.]+)\])(?::([0-9]{{1,5}}))?")
+_MAX_HOST = 253  # characters, as they are in 255 bytes of a message (the same section)
 _MAX_PORT = 65535
 _MAX_REPOSITORY = 255
 
@@ -97,11 +99,19 @@ def _split_registry(rest: str, name: str) -> tuple[str, str]:
     if not slash or not (first == "localhost" or "." in first or ":" in first or first != first.lower()):
         return DOCKER_HUB, rest
     match = _REGISTRY.fullmatch(first)
-    if match is None:
+    if match is None or len(match[1]) > _MAX_HOST or not (match[2] is None or _is_ipv6(match[2])):
         raise _bad(name, f"{shown(first)!r} is no host")
-    if match[1] is not None and not 0 < int(match[1]) <= _MAX_PORT:
-        raise _bad(name, f"{match[1]} is no port")
+    if match[3] is not None and not 0 < int(match[3]) <= _MAX_PORT:
+        raise _bad(name, f"{match[3]} is no port: those are from 1 to {_MAX_PORT}")
     return (DOCKER_HUB if first in ("index.docker.io", "registry-1.docker.io") else first), others
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, text)
+    except OSError:
+        return False
+    return True
 
 
 def _bad(name: str, why: str) -> errors.InvalidArgument:

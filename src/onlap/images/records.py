@@ -5,6 +5,7 @@ Every function takes a connection, so that several can share one transaction.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from typing import NamedTuple
@@ -12,6 +13,10 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.catalog import pins
 from onlap.errors import shown
+from onlap.images import names
+
+# Of a manifest; four characters at least, as git has it.
+_DIGEST = re.compile("(?:sha256:)?([0-9a-f]{4,64})")
 
 
 class ImageRecord(NamedTuple):
@@ -45,14 +50,41 @@ def find(connection: sqlite3.Connection, name: str) -> ImageRecord | None:
     return ImageRecord(*row) if row is not None else None
 
 
-def get(connection: sqlite3.Connection, name: str) -> ImageRecord:
-    """The same, or NotFound."""
-    record = find(connection, name)
-    if record is None:
-        raise errors.NotFound(
-            f"there is no image {shown(name)}", key=name, hint="see the names with: onlap image ls, or pull it"
+def meant(connection: sqlite3.Connection, reference: str) -> list[ImageRecord]:
+    """The records of the one image that somebody means, by name.
+
+    That is the image of this name, short or full; else the one whose manifest has the digest that is given, behind the
+    name of its repository, or alone and then perhaps only the beginning of it.
+
+    Raises:
+        NotFound: there is none.
+        InvalidArgument: it is no name.
+        FailedPrecondition: it is the beginning of several digests.
+    """
+    parsed = names.parse(reference)
+    record = find(connection, str(parsed))
+    if record is not None:
+        return [record]
+    found = []
+    beginning = _DIGEST.fullmatch(reference)
+    if beginning is not None:
+        found = [each for each in everything(connection) if each.digest.startswith(f"sha256:{beginning[1]}")]
+    elif parsed.digest is not None:
+        found = [each for each in everything(connection) if each.digest == parsed.digest]
+        found = [each for each in found if names.parse(each.name)[:2] == parsed[:2]]
+    if len({each.digest for each in found}) > 1:
+        raise errors.FailedPrecondition(
+            f"several images have a digest that begins with {shown(reference)}",
+            key=reference,
+            hint="write more of it: " + ", ".join(f"{each.digest} ({shown(each.name)})" for each in found),
         )
-    return record
+    if not found:
+        raise errors.NotFound(
+            f"there is no image {shown(str(parsed))}",
+            key=str(parsed),
+            hint="see the names with: onlap image ls, or pull it",
+        )
+    return found
 
 
 def everything(connection: sqlite3.Connection) -> list[ImageRecord]:
@@ -98,7 +130,6 @@ def put(
 
 
 def delete(connection: sqlite3.Connection, name: str) -> None:
-    """Forget an image, with its pins."""
-    get(connection, name)
+    """Forget an image by its full name, with its pins."""
     connection.execute("DELETE FROM images WHERE name = ?", (name,))
     pins.unpin_all(connection, pin_owner(name))
