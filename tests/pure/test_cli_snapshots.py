@@ -18,14 +18,15 @@ ODD_SHOWN = "a\\xffb\\nc\\e[31m"
 
 
 class Command:
-    """``onlap`` on one root."""
+    """``onlap`` on one root; ``bare``: with the standard library alone."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, bare: bool = True) -> None:
         self.root = root
+        self.python = [sys.executable, *(["-S"] if bare else [])]
 
     def run(self, *arguments: str | bytes | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-S", "-m", "onlap", *arguments],
+            [*self.python, "-m", "onlap", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env={**os.environ, "PYTHONPATH": str(SOURCE), "ONLAP_ROOT": str(self.root), "TZ": "UTC"},

@@ -47,6 +47,7 @@ def image_as_json(image: Image) -> dict[str, object]:
     return {
         "name": image.name,
         "digest": image.digest,
+        "media_type": image.media_type,
         "config_digest": image.config_digest,
         "os": image.os,
         "architecture": image.architecture,

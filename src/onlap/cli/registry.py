@@ -72,6 +72,8 @@ VERBS = {
         Verb("image import", "image.import_", _IMAGES, "take images in from an archive or a directory"),
         Verb("image export", "image.export", _IMAGES, "write images into an archive or a directory"),
         Verb("image ls", "image.ls", _IMAGES, "list the images"),
+        Verb("image inspect", "image.inspect", _IMAGES, "all that is known of an image, its configuration included"),
+        Verb("image digest", "image.digest", _IMAGES, "print the digest of an image's manifest"),
         Verb("image rm", "image.rm", _IMAGES, "remove images, and the layers that nothing else needs"),
         Verb("image tag", "image.tag", _IMAGES, "give an image another name"),
         Verb("image history", "image.history", _IMAGES, "what each step of an image's making did"),

@@ -141,9 +141,13 @@ class Images:
     def manifest(self, image: Image | str) -> Manifest:
         """An image's manifest."""
         image = self._given(image)
-        document = model.decode_document(self._document(image.digest, model.MAX_MANIFEST), "", image.digest)
+        document = model.decode_document(self.manifest_data(image), image.media_type, image.digest)
         assert isinstance(document, Manifest)
         return document
+
+    def manifest_data(self, image: Image | str) -> bytes:
+        """The bytes of an image's manifest."""
+        return self._document(self._given(image).digest, model.MAX_MANIFEST)
 
     def config(self, image: Image | str) -> Config:
         """An image's configuration; its ``history`` says how each layer was made."""

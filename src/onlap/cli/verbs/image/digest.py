@@ -1,0 +1,32 @@
+"""``onlap image digest``."""
+
+from __future__ import annotations
+
+from onlap.cli.call import Call
+from onlap.cli.each import each
+from onlap.cli.images import images_of
+from onlap.cli.parser import Parser
+
+
+def arguments(parser: Parser) -> None:
+    parser.explain(
+        "Print the digest of each image's manifest: what a registry knows the image by, and what a reference names\n"
+        "behind @. A failure is said, and the next one is tried.",
+        "onlap image digest debian:13",
+    )
+    parser.add_argument("names", metavar="IMAGE", nargs="+", help="the images, by name or the beginning of a digest")
+
+
+def run(call: Call) -> int:
+    out = call.out
+    with call.store() as store:
+        images = images_of(store)
+
+        def show(name: str) -> None:
+            image = images.get(name)
+            if out.json:
+                out.item({"name": image.name, "digest": image.digest})
+            else:
+                out.line(image.digest)
+
+        return each(call, call.args.names, show)

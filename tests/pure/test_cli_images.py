@@ -1,0 +1,86 @@
+"""The verbs of images, on a root of native copies: what they print, as text and as JSON, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pure.image_makers import Made, layer
+from pure.test_cli_snapshots import Command
+
+SETTINGS = {
+    "User": "web",
+    "Env": ["PATH=/bin", "GREETING=a\x1b[31m"],
+    "Entrypoint": ["/bin/sh", "-c"],
+    "Cmd": ["echo hello"],
+    "WorkingDir": "/srv",
+    "Labels": {"team": "blue"},
+    "ExposedPorts": {"80/tcp": {}},
+    "Unknown": [1, {"b": None}],
+}
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made(layer(a="1"), layer(b="2"), config={"config": SETTINGS, "created": "2026-01-02T03:04:05Z"})
+
+
+@pytest.fixture
+def onlap(tmp_path: Path, made: Made) -> Command:
+    command = Command(tmp_path / "root", bare=False)
+    command("init", "--snapshotter", "native")
+    layout = made.write_layout(tmp_path / "layout")
+    command("-q", "image", "import", "--platform", "linux/amd64", "--name", "app:1", layout)
+    return command
+
+
+def test_inspect_and_digest(onlap: Command, made: Made) -> None:
+    [image] = onlap.json("image", "ls")
+    assert onlap("image", "digest", "app:1", "app:1") == f"{image['digest']}\n" * 2
+    assert onlap.json("image", "digest", "app:1") == [{"name": "docker.io/library/app:1", "digest": image["digest"]}]
+    [found] = onlap.json("image", "inspect", "app:1")
+    assert found == {**image, "unpacked": True, "manifest": made.manifest, "config": made.config}
+    lines = onlap("image", "inspect", "app:1").splitlines()
+    for line in (
+        "name         docker.io/library/app:1",
+        f"digest       {image['digest']}",
+        "platform     linux/amd64",
+        "user         web",
+        "entry point  /bin/sh -c",
+        "command      'echo hello'",
+        "environment  GREETING=a\\e[31m",
+        "label        team=blue",
+        "port         80/tcp",
+    ):
+        assert line in lines
+    assert [line.split()[-1] for line in lines if line.startswith("layer ")] == [
+        each["digest"] for each in made.manifest["layers"]
+    ]
+
+
+def test_what_ls_prints_is_a_reference(onlap: Command) -> None:
+    short = onlap("image", "ls").splitlines()[1].split()[1]
+    assert len(short) == 12
+    [image] = onlap.json("image", "inspect", short)
+    assert image["digest"].startswith(f"sha256:{short}")
+    onlap("image", "tag", short, "app:2")
+    assert "several names" in onlap.fails(5, "image", "rm", short)
+    onlap("image", "rm", "app:1")
+    onlap("image", "rm", short)
+    assert onlap("-q", "image", "ls") == ""
+
+
+def test_verbs_of_several_images_go_on_after_a_failure(onlap: Command) -> None:
+    for verb in ("inspect", "digest"):
+        done = onlap.run("--json", "image", verb, "missing", "app:1")
+        assert done.returncode == 3
+        assert json.loads(done.stdout)["name"] == "docker.io/library/app:1"
+        assert json.loads(done.stderr)["error"]["kind"] == "NotFound"
+
+
+def test_what_is_no_name_is_an_invalid_argument(onlap: Command) -> None:
+    for name in ("host:99999/a", "[:::]/a", f"{'x' * 64}.example/a"):
+        onlap.fails(6, "image", "pull", name)
+    onlap.fails(6, "image", "inspect", "host:0/a")
