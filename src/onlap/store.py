@@ -12,7 +12,8 @@ from onlap.errors import shown
 from onlap.mounts.plan import Mount
 from onlap.mounts.temporary import may_mount, mounted
 from onlap.progress import Callback, Progress, Reporter
-from onlap.snapshots.contract import ACTIVE, COMMITTED, Info
+from onlap.snapshots import exclusion
+from onlap.snapshots.contract import COMMITTED, Info
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
@@ -234,9 +235,9 @@ class Store:
         """See :meth:`RecordedSnapshotter.commit`."""
         self.snapshotter.commit(name, key, labels, parent=parent, allow_mounted=allow_mounted)
 
-    def remove(self, key: str) -> None:
-        """See :meth:`Snapshotter.remove`."""
-        self.snapshotter.remove(key)
+    def remove(self, key: str, *, force: bool = False) -> None:
+        """See :meth:`RecordedSnapshotter.remove`."""
+        self.snapshotter.remove(key, force=force)
 
     def walk(self, *filters: str) -> Iterator[Info]:
         """See :meth:`Snapshotter.walk`."""
@@ -295,7 +296,7 @@ class Store:
 
         Raises:
             NotFound: there is no such snapshot.
-            FailedPrecondition: an overlay of it is mounted read-write already.
+            Busy: an overlay of it is mounted read-write already, or it is being committed, removed or applied to.
             DataLoss: a layer of it is lost.
             OnlapError: see :func:`onlap.mounted`.
         """
@@ -304,16 +305,10 @@ class Store:
             with self._viewed(key) as view, self.mounted(view, at, detached=detached) as tree:
                 yield tree
             return
-        catalog = self.snapshotter.catalog
+        # A detached mount shows in no mountinfo, so that only a lock keeps its layers from being deleted.
+        hidden = detached or not may_mount()
         with contextlib.ExitStack() as stack:
-            # A detached mount shows in no mountinfo, so that only this lock keeps its layers from being deleted.
-            hidden = detached or not may_mount()
-            held = [record.id, *(self.snapshotter.ancestors(record) if hidden else ())]
-            stack.enter_context(catalog.hold(held))
-            mounts = self.snapshotter.mounts(key)
-            if record.kind == ACTIVE:
-                self.snapshotter.check_one_writer(record, mounts)
-                stack.enter_context(catalog.hold_for_writing(record.id))
+            mounts = stack.enter_context(exclusion.mounting(self.snapshotter, record, hidden=hidden))
             try:
                 tree = stack.enter_context(mounted(mounts, at, detached=detached))
             except errors.NotFound as error:
@@ -329,7 +324,7 @@ class Store:
         try:
             yield view
         finally:
-            self.snapshotter.remove(view)
+            self.snapshotter.remove(view, force=True)
 
     @contextlib.contextmanager
     def scratch(self, parent: str | None = None) -> Iterator[Path]:
@@ -418,9 +413,14 @@ class Store:
             raise errors.AlreadyExists(
                 f"there already is a snapshot {shown(name)}", key=name, hint="take another name, or remove it first"
             )
+        done: tuple[int, int, Mapping[str, int]]
         with self._prepared(parent) as key:
             if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
-                done = self._import_directory(os.fspath(source), key, exclude, allow_changes, progress)
+                from onlap.snapshots import archives
+
+                done = archives.copy_in(
+                    self.snapshotter, key, os.fspath(source), exclude, allow_changes=allow_changes, progress=progress
+                )
             elif exclude:
                 raise errors.InvalidArgument("nothing can be excluded from an archive", hint="unpack it first")
             else:
@@ -428,23 +428,6 @@ class Store:
                 done = (applied.entries, applied.uncompressed, applied.skipped)
             self.commit(name, key, labels)
         return Imported(self.stat(name), *done)
-
-    def _import_directory(
-        self, source: str, key: str, exclude: Collection[str], allow_changes: bool, progress: Callback | None
-    ) -> tuple[int, int, Mapping[str, int]]:
-        from onlap.trees.transfer import import_directory
-
-        report = Reporter(progress, "import", "files")
-        copied = import_directory(
-            source,
-            self.snapshotter.layers(self.snapshotter.record(key))[0],
-            root=self.snapshotter.root,
-            exclude=exclude,
-            allow_changes=allow_changes,
-            progress=lambda entries, _size: report(entries),
-        )
-        report.finish(copied.entries)
-        return copied
 
     def export(
         self,

@@ -81,8 +81,8 @@ def test_an_overlay_mounted_here_keeps_its_trees(
     identifier = number(store, "key")
     with onlap.mounted(plan) as tree:
         (tree / "new").write_text("new")
-        store.remove("key")
-        store.remove("base")
+        store.remove("key", force=True)
+        store.remove("base", force=True)
         store.cleanup()
         assert str(identifier) in trash(store)
         assert (tree / "new").read_text() == "new"
@@ -97,8 +97,8 @@ def test_an_overlay_mounted_in_another_namespace_keeps_its_trees(store: Store, t
     target = tmp_path / "target"
     target.mkdir()
     with elsewhere(by_mount(plan, target)):
-        store.remove("key")
-        store.remove("base")
+        store.remove("key", force=True)
+        store.remove("base", force=True)
         store.cleanup()
         assert len(trash(store)) == 2
     store.cleanup()
@@ -111,7 +111,7 @@ def test_a_view_keeps_all_its_layers(store: Store) -> None:
     plan = store.view("view", "top")
     with onlap.mounted(plan) as tree:
         for key in ("view", "top", "base"):
-            store.remove(key)
+            store.remove(key, force=True)
         store.cleanup()
         # Nothing of the view itself is mounted, but both of its layers are.
         assert len(trash(store)) == 2
@@ -131,7 +131,7 @@ def test_a_bind_mount_keeps_its_tree(store: Store, tmp_path: Path, here: bool, w
     Path(source, "file").write_text("mine")
     target.mkdir()
     if when == "after":
-        store.remove("key")
+        store.remove("key", force=True)
         source = f"{layout.trash}/{identifier}/fs"
         # A reader keeps the background away until it is mounted.
     with ExitStack() as stack:
@@ -143,7 +143,7 @@ def test_a_bind_mount_keeps_its_tree(store: Store, tmp_path: Path, here: bool, w
         else:
             stack.enter_context(elsewhere(f"mount --bind {quoted(source)} {quoted(target)}"))
         if when == "before":
-            store.remove("key")
+            store.remove("key", force=True)
         store.cleanup()
         assert trash(store) == [str(identifier)]
         assert Path(layout.trash, str(identifier), "fs", "file").read_text() == "mine"
@@ -156,7 +156,7 @@ def test_a_reader_keeps_its_tree(store: Store) -> None:
     identifier = number(store, "key")
     catalog = store.snapshotter.catalog
     with catalog.hold([identifier]):
-        store.remove("key")
+        store.remove("key", force=True)
         store.cleanup()
         assert trash(store) == [str(identifier)]
     store.cleanup()
@@ -169,8 +169,8 @@ def test_a_detached_mount_keeps_its_trees(store: Store) -> None:
     store.prepare("key", "base")
     with store.mounted("key", detached=True) as tree:
         (tree / "new").write_text("new")
-        store.remove("key")
-        store.remove("base")
+        store.remove("key", force=True)
+        store.remove("base", force=True)
         store.cleanup()
         assert len(trash(store)) == 2
         assert (tree / "file").read_text() == "base"
@@ -227,7 +227,7 @@ def test_a_root_below_a_symlink_keeps_mounted_trees(tmp_path: Path, root: Path) 
         identifier = number(store, "key")
         with onlap.mounted(plan) as tree:
             (tree / "new").write_text("new")
-            store.remove("key")
+            store.remove("key", force=True)
             store.cleanup()
             assert trash(store) == [str(identifier)]
             assert (tree / "new").read_text() == "new"
@@ -247,7 +247,7 @@ def test_a_root_that_is_bound_elsewhere_keeps_mounted_trees(tmp_path: Path, root
                 identifier = number(other, "key")
                 with onlap.mounted(plan) as tree:
                     (tree / "new").write_text("new")
-                    store.remove("key")
+                    store.remove("key", force=True)
                     store.cleanup()
                     assert trash(store) == [str(identifier)]
                     assert (tree / "new").read_text() == "new"
@@ -274,8 +274,8 @@ def test_a_root_of_any_name_keeps_mounted_trees(
         store.commit("base", "first")
         with onlap.mounted(store.prepare("key", "base")) as tree:
             (tree / "new").write_text("new")
-            store.remove("key")
-            store.remove("base")
+            store.remove("key", force=True)
+            store.remove("base", force=True)
             store.cleanup()
             assert len(trash(store)) == 2
             assert (tree / "new").read_text() == "new"
@@ -298,7 +298,7 @@ def test_one_tree_that_cannot_be_deleted_does_not_keep_the_others(store: Store) 
             immutable.append(moved)
     try:
         for index in range(6):
-            store.remove(f"key-{index}")
+            store.remove(f"key-{index}", force=True)
         with pytest.raises(errors.PermissionDenied):
             store.cleanup()
         assert len(trash(store)) == len(immutable)

@@ -120,7 +120,7 @@ def commit_and_remove(store: Store) -> None:
         (tree / "new").write_text("new")
         with pytest.raises(errors.FailedPrecondition, match="is mounted read-write"):
             store.commit("name", "key")
-        store.remove("key")
+        store.remove("key", force=True)
         store.cleanup()
         assert len(trash(store)) == 1
     store.cleanup()

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 import re
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -39,9 +38,6 @@ T = TypeVar("T")
 # Files a second that the background deletes at most: about a tenth of what a disk of this decade manages, so that it
 # is not felt; a layer of 30,000 files is gone in ten seconds.
 _BACKGROUND_RATE = 3000.0
-# How often, and how many seconds apart, it is looked whether a writer holds a tree; a look takes microseconds.
-_LOOKS = 20
-_BETWEEN_LOOKS = 0.001
 # Measured in one go between two transactions of the background.
 _MEASURED_AT_ONCE = 64
 
@@ -60,6 +56,7 @@ class Catalog:
 
     def __init__(self, root: str | os.PathLike[str], *, create: bool, timeout: float) -> None:
         self.layout = Layout(root)
+        self.timeout = timeout
         self.layout.prepare(create=create)
         self._janitor = Janitor(self._upkeep, self._background)
         with contextlib.ExitStack() as on_error:
@@ -164,10 +161,20 @@ class Catalog:
         return self.database.read(lambda c: records.get(c, owner, name))
 
     def chain(self, record: Record) -> list[int]:
-        """The ids of a snapshot's ancestors, parent first."""
+        """The ids of a snapshot's ancestors, parent first.
+
+        A committed snapshot never gets another parent, and ids are never used again. So what is found from the parent
+        up is true of the record whenever that was read, and will be; unless both are gone.
+
+        Raises:
+            NotFound: it was removed meanwhile, and its parent too.
+        """
         if record.parent_id is None:
             return []
-        return self.database.read(lambda c: records.chain(c, record.id))
+        found = self.database.read(lambda c: records.chain(c, record.parent_id or 0))
+        if not found:
+            raise records.not_found(record.name)
+        return found
 
     def walk(self, owner: str | None, condition: Condition | None = None) -> Iterator[Record]:
         """Records in the order of their making, a page a transaction and none open while the caller has one."""
@@ -237,25 +244,6 @@ class Catalog:
                 os.rmdir(path)
             held.release()
 
-    @contextlib.contextmanager
-    def hold_for_writing(self, identifier: int) -> Iterator[None]:
-        """Say that an active snapshot's tree is being written to, for a mount that no mountinfo shows."""
-        held = lock_directory(self.layout.tree(identifier), shared=True)
-        if held is None:
-            raise errors.FailedPrecondition("the snapshot is being committed", hint="prepare another on it")
-        with held:
-            yield
-
-    def is_written(self, identifier: int) -> bool:
-        """Whether somebody is inside :meth:`hold_for_writing`."""
-        with Held(self.layout.tree(identifier)) as held:
-            for _ in range(_LOOKS):
-                if held.lock():
-                    return False
-                # Perhaps it was only somebody else who looked, as two commits of one key do; a writer stays.
-                time.sleep(_BETWEEN_LOOKS)
-            return True
-
     # Changing
 
     def create(
@@ -321,16 +309,24 @@ class Catalog:
             self._unmeasured.append(record.id)
         self._janitor.wake()
 
-    def remove(self, owner: str, name: str, *, wait: bool) -> None:
-        """Forget a snapshot, and delete its tree: at once when ``wait`` is set, else behind.
+    def remove(self, owner: str, name: str, *, wait: bool, only: int | None = None) -> None:
+        """Forget a snapshot, and delete its tree.
+
+        Args:
+            owner: whose it is.
+            name: its key or name.
+            wait: delete it at once, else behind.
+            only: the id that it must have.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is none, or it has another id.
             FailedPrecondition: others stand on it, or it is pinned.
         """
 
         def operation(connection: Connection) -> int:
             found = records.removable(connection, owner, name)
+            if only not in (None, found.id):
+                raise records.not_found(name)
             if found.has_children:
                 above = records.children(connection, found.id)
                 raise errors.FailedPrecondition(

@@ -123,7 +123,7 @@ def not_found(name: str) -> errors.NotFound:
 
 
 def chain(connection: sqlite3.Connection, identifier: int) -> list[int]:
-    """The ids of a snapshot's ancestors, parent first."""
+    """The ids of a committed snapshot and its ancestors, itself first; none if it is gone."""
     rows = connection.execute(
         """
         WITH RECURSIVE chain (id, parent, depth) AS (
@@ -131,7 +131,7 @@ def chain(connection: sqlite3.Connection, identifier: int) -> list[int]:
             UNION ALL
             SELECT s.id, s.parent, depth + 1 FROM chain c JOIN snapshots s ON s.id = c.parent
         )
-        SELECT id FROM chain WHERE depth > 0 ORDER BY depth
+        SELECT id FROM chain ORDER BY depth
         """,
         (identifier,),
     )
@@ -290,6 +290,14 @@ def children(connection: sqlite3.Connection, identifier: int) -> list[str]:
     """The names of up to three snapshots that stand on this one."""
     rows = connection.execute("SELECT name FROM snapshots WHERE parent = ? LIMIT 3", (identifier,))
     return [row[0] for row in rows]
+
+
+def count_views(connection: sqlite3.Connection, parent: int | None, but: int) -> int:
+    """How many views of a parent there are besides the one with the id ``but``."""
+    row = connection.execute(
+        "SELECT count(*) FROM snapshots WHERE parent = ? AND kind = 'view' AND id <> ?", (parent, but)
+    ).fetchone()
+    return int(row[0])
 
 
 def delete(connection: sqlite3.Connection, identifier: int) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from onlap.catalog.records import ACTIVE, COMMITTED, Record
+from onlap.catalog.records import COMMITTED
 from onlap.cli.text import for_shell
 from onlap.mounts.plan import Mount
 
@@ -38,32 +38,30 @@ def plan_as_command(mount: Mount, target: str) -> str:
 
 
 @contextlib.contextmanager
-def held(store: Store, key: str) -> Iterator[tuple[Record, list[Mount]]]:
-    """The plan of a snapshot, whose trees are not deleted for the time of the block.
+def held(store: Store, key: str) -> Iterator[list[Mount]]:
+    """The plan of a snapshot, which nobody commits, removes or mounts a second time for the time of the block.
 
     Raises:
         NotFound: there is no such snapshot.
         FailedPrecondition: it is committed, or it is mounted read-write already.
     """
+    from onlap.snapshots import exclusion
+
     snapshotter = store.snapshotter
     record = snapshotter.record(key)
-    mounts = snapshotter.mounts(key)
-    with snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]):
-        snapshotter.check_one_writer(record, mounts)
-        yield record, mounts
+    if record.kind == COMMITTED:
+        snapshotter.mounts(key)  # which says what to do
+    with exclusion.mounting(snapshotter, record) as mounts:
+        yield mounts
 
 
 @contextlib.contextmanager
 def held_for_use(store: Store, key: str) -> Iterator[list[Mount]]:
-    """The same for a program that works on it as long as the block runs; of a committed one, through a view."""
-    record = store.snapshotter.record(key)
+    """The same of a snapshot of any kind; of a committed one, through a view."""
     with contextlib.ExitStack() as stack:
-        if record.kind == COMMITTED:
+        if store.stat(key).kind == COMMITTED:
             view = f"enter-{os.getpid()}-{os.urandom(4).hex()}"
             store.view(view, key)
-            stack.callback(store.remove, view)
+            stack.callback(store.remove, view, force=True)
             key = view
-        record, mounts = stack.enter_context(held(store, key))
-        if record.kind == ACTIVE:
-            stack.enter_context(store.snapshotter.catalog.hold_for_writing(record.id))
-        yield mounts
+        yield stack.enter_context(held(store, key))

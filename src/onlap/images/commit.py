@@ -25,6 +25,7 @@ from onlap.images.facade import Image, Images, image_of
 from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.model import Descriptor, Manifest, Platform
 from onlap.progress import Callback
+from onlap.snapshots import exclusion
 from onlap.snapshots.archives import write_diff
 
 _COMPRESSIONS = ("gzip", "zstd", "none")
@@ -75,7 +76,11 @@ def commit(
             hint=f"prepare one on it: onlap prepare KEY {shown(key)}",
         )
     base = _base(images, record, base)
-    with images.content.lease(f"commit of {full}") as lease, images.content.writer() as writer:
+    with (
+        exclusion.alone(snapshotter, record),
+        images.content.lease(f"commit of {full}") as lease,
+        images.content.writer() as writer,
+    ):
         if base is not None:
             lease.pin(*base.blobs)
             images.content.check_present(base.blobs)
@@ -83,7 +88,6 @@ def commit(
         settings = apply_changes(before.get("config") or {}, changes)
         if labels:
             settings["Labels"] = {**(settings.get("Labels") or {}), **labels}
-        snapshotter.check_unmounted(record)
         docker = base is not None and images.manifest(base).is_docker
         if docker and compression == "zstd":
             docker = False  # Docker's media types know no zstd; the whole image becomes one of OCI's
@@ -223,13 +227,15 @@ def _documents(
 
 
 def _finish(images: Images, lease: Lease, record: Record, image: Image, diff_id: str, empty: bool) -> None:
-    """Commit the snapshot and record the image in one transaction: a crash leaves both, or the active snapshot."""
+    """Commit the snapshot and record the image in one transaction: a crash leaves both, or the active snapshot.
+
+    The caller keeps others from the snapshot's tree.
+    """
     snapshotter = images.snapshotter
     catalog = snapshotter.catalog
     owner = snapshotter.owner
     top = image.chain_ids[-1] if image.chain_ids else ""
     put = images.recording(image)  # with pins of its own, which take the place of the lease's
-    snapshotter.check_unmounted(record)  # again: the layer was written without holding anybody off
     if not empty and snapshotter.syncs:
         catalog.sync()
 
@@ -248,4 +254,4 @@ def _finish(images: Images, lease: Lease, record: Record, image: Image, diff_id:
     fresh = catalog.database.write(operation)
     lease.over = True
     if not fresh:
-        snapshotter.remove(record.name)
+        snapshotter.remove(record.name, force=True)  # which would look for mounts again

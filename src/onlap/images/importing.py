@@ -23,6 +23,7 @@ from onlap.images.unpack import Layer
 from onlap.layers import compression
 from onlap.layers.pipeline import Pipeline
 from onlap.progress import Callback, Reporter
+from onlap.snapshots.archives import copy_in
 
 
 def import_(
@@ -174,23 +175,12 @@ def _import_tree(
     images: Images, lease: Lease, source: str, name: str | None, wanted: model.Platform, progress: Callback | None
 ) -> Image:
     """A directory becomes a snapshot, and that an image."""
-    from onlap.trees.transfer import import_directory
-
     full = name or _named_as(source)
     snapshotter = images.snapshotter
     key = f"import-{secrets.token_hex(4)}"
     snapshotter.prepare(key)
     try:
-        report = Reporter(progress, "import", "files")
-        copied = import_directory(
-            source,
-            snapshotter.layers(snapshotter.record(key))[0],
-            root=snapshotter.root,
-            exclude=(),
-            allow_changes=False,
-            progress=lambda entries, _size: report(entries),
-        )
-        report.finish(copied.entries)
+        copy_in(snapshotter, key, source, progress=progress)
         return commit.commit(
             images,
             key,

@@ -28,6 +28,7 @@ from onlap.images.runtime import Failure, Runtime
 from onlap.images.users import find_user
 from onlap.mounts.temporary import may_mount, mounted
 from onlap.progress import Callback
+from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 if TYPE_CHECKING:
@@ -190,13 +191,7 @@ def _prepare(
 
 @contextlib.contextmanager
 def _mounted(snapshotter: RecordedSnapshotter, record: Record, where: str) -> Iterator[None]:
-    catalog = snapshotter.catalog
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(catalog.hold([record.id, *snapshotter.ancestors(record)]))
-        plan = snapshotter.mounts(record.name)
-        snapshotter.check_one_writer(record, plan)
-        stack.enter_context(catalog.hold_for_writing(record.id))
-        stack.enter_context(mounted(plan, where))
+    with exclusion.mounting(snapshotter, record) as plan, mounted(plan, where):
         yield
 
 

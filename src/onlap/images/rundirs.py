@@ -175,7 +175,7 @@ def _clear(snapshotter: RecordedSnapshotter, directory: str) -> None:
             raise errors.from_oserror(error, doing="clean up behind a run", key=directory) from error
         unmount(rootfs(directory))
     for info in list(snapshotter.walk(f'labels."{LABEL}"=={os.path.basename(directory)}')):
-        snapshotter.remove(info.name)
+        snapshotter.remove(info.name, force=True)
     _remove(directory)
 
 

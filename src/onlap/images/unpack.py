@@ -272,7 +272,7 @@ class _Unpacking:
 def drop_active(snapshotter: RecordedSnapshotter, record: Record) -> None:
     """Remove a snapshot that a layer was to be unpacked into; cleanup takes it later where that fails."""
     with contextlib.suppress(errors.OnlapError):
-        snapshotter.remove(record.name)
+        snapshotter.remove(record.name, force=True)
 
 
 Work = Callable[[Worker | None], None]

@@ -42,8 +42,7 @@ def holders(target: str) -> list[str]:
             *(f"maps {shown(name)}" for name in _mapped(pid, prefix)),
         ]
         if held and _sees(pid, place, sees):
-            command = _command(pid)
-            found += [f"pid {pid} ({command}): {what}" for what in held]
+            found += [f"pid {pid} ({command(pid)}): {what}" for what in held]
     return found
 
 
@@ -93,7 +92,8 @@ def _mapped(pid: int, prefix: bytes) -> list[bytes]:
     return sorted(path for path in paths if _below(path, escaped))
 
 
-def _command(pid: int) -> str:
+def command(pid: int) -> str:
+    """The name of a process's program, fit for a message; ``?`` when it ended."""
     try:
         with open(f"/proc/{pid}/comm", "rb") as file:
             return shown(file.read().rstrip(b"\n"))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.catalog import records
 from onlap.catalog.records import ACTIVE, Record
 from onlap.errors import shown
 from onlap.layers.apply import Applied, Limits, apply
 from onlap.layers.write import Written, write_layer
-from onlap.progress import Callback
+from onlap.progress import Callback, Reporter
+from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.trees.copy import Copied
+from onlap.trees.transfer import import_directory
 from onlap.trees.walk import OPEN_DIRECTORY
 
 Source = BinaryIO | str | bytes | os.PathLike[str]
@@ -43,13 +47,12 @@ def apply_layer(
         raise errors.FailedPrecondition(
             f"snapshot {shown(key)} is {record.kind}, and a layer is applied to an active one", key=key
         )
-    snapshotter.check_unmounted(record)
     tree, *lowers = snapshotter.layers(record)
     markers = snapshotter.markers if isinstance(snapshotter, OverlaySnapshotter) else None
     ancestors = snapshotter.ancestors(record)
     with ExitStack() as stack:
+        stack.enter_context(exclusion.alone(snapshotter, record))
         stack.enter_context(snapshotter.catalog.hold([record.id, *ancestors]))
-        stack.enter_context(snapshotter.catalog.hold_for_writing(record.id))
         stack.enter_context(snapshotter.translated("apply a layer to", key))
         fd = os.open(tree, OPEN_DIRECTORY)
         stack.callback(os.close, fd)
@@ -63,6 +66,37 @@ def apply_layer(
             limits=limits,
             progress=progress,
         )
+
+
+def copy_in(
+    snapshotter: RecordedSnapshotter,
+    key: str,
+    source: str,
+    exclude: Collection[str] = (),
+    *,
+    allow_changes: bool = False,
+    progress: Callback | None = None,
+) -> Copied:
+    """Copy a directory into an active snapshot, straight into its directory.
+
+    Raises:
+        NotFound: there is no such snapshot.
+        FailedPrecondition: it is mounted read-write, or a file changed while it was read.
+        OnlapError: see :func:`onlap.trees.transfer.import_directory`.
+    """
+    report = Reporter(progress, "import", "files")
+    record = snapshotter.record(key)
+    with exclusion.alone(snapshotter, record):
+        copied = import_directory(
+            source,
+            snapshotter.layers(record)[0],
+            root=snapshotter.root,
+            exclude=exclude,
+            allow_changes=allow_changes,
+            progress=lambda entries, _size: report(entries),
+        )
+    report.finish(copied.entries)
+    return copied
 
 
 def write_diff(
@@ -193,6 +227,10 @@ def _as_error(error: BaseException, key: str) -> BaseException:
 
 def _parent_layers(snapshotter: RecordedSnapshotter, record: Record) -> list[str]:
     """The layers of the tree that a snapshot began with."""
-    if record.parent is None:
+    if record.parent_id is None:
         return []
-    return snapshotter.layers(snapshotter.record(record.parent))
+    # By its id: its name may belong to another one by now, if both have been removed meanwhile.
+    parent = snapshotter.catalog.database.read(lambda c: records.by_id(c, record.parent_id or 0))
+    if parent is None:
+        raise records.not_found(record.name)
+    return snapshotter.layers(parent)

@@ -1,4 +1,4 @@
-"""Whether somebody has an active snapshot mounted read-write, asked before it is committed."""
+"""Where a snapshot is mounted, asked before it is committed or removed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import os
 
 from onlap.errors import shown
 from onlap.mounts import mountinfo, namespaces
-from onlap.overlayfs.options import octal_unescape, unescape
+from onlap.mounts.plan import Mount
+from onlap.overlayfs.options import layer_paths, octal_unescape, unescape
 
 
-def writable_mounts(tree: str, work: str, *, bound: bool, everywhere: bool) -> list[str]:
-    """Where ``tree`` can be written through, as text.
+def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: bool) -> list[str]:
+    """Where a snapshot's own tree is mounted, as text.
 
     Args:
-        tree: a snapshot's ``fs`` directory.
+        tree: the snapshot's ``fs`` directory.
         work: its workdir.
         bound: whether its plan is a bind; else it is an overlay, and only those count that the kernel made: it makes
             ``work/work`` when it mounts one read-write, and leaves it there (fs/overlayfs/super.c).
         everywhere: look for binds in other mount namespaces too. To read them all takes milliseconds, which the commit
             of a snapshot that nobody ever wrote to does not have to pay.
+        writable: only where it can be written through.
 
     Raises:
         OSError: what is mounted here cannot be read.
@@ -26,24 +28,53 @@ def writable_mounts(tree: str, work: str, *, bound: bool, everywhere: bool) -> l
     overlaid = os.path.lexists(f"{work}/work")
     if not overlaid and not bound:
         return []
-    # Of the directory above, since something may be mounted on the tree itself.
-    snapshot, name = os.path.split(tree)
-    above = mountinfo.place_of(snapshot)
-    place = above and mountinfo.Place(above.device, above.path + b"/" + os.fsencode(name))
-    # In an overlay's options as in the root of a bind, and the same in both: no byte of it is escaped.
-    needle = os.fsencode("/".join(tree.split("/")[-2:]))
+    place, needle = _place(tree), _needle(tree)
     found = []
     for text in namespaces.tables() if everywhere or overlaid else (mountinfo.own(),):
         for entry in mountinfo.parse(text, needle):
-            if entry.options.split(b",")[0] != b"rw":
+            if writable and entry.options.split(b",")[0] != b"rw":
                 continue
             if entry.fstype == b"overlay":
-                writes = any(_is(text, path, os.fsencode(tree), place) for path in _upperdirs(entry.super_options))
+                uses = any(_is(text, path, os.fsencode(tree), place) for path in _upperdirs(entry.super_options))
             else:
-                writes = place is not None and entry.device == place.device and _covers(entry.root, place.path)
-            if writes:
+                uses = place is not None and entry.device == place.device and _covers(entry.root, place.path)
+            if uses:
                 found.append(shown(entry.mountpoint))
     return found
+
+
+def mounts_of_plan(plan: list[Mount]) -> list[str]:
+    """Where a plan without an upper layer is mounted, as text: the same layers in the same order, or the same bind.
+
+    Raises:
+        OSError: what is mounted here cannot be read.
+    """
+    mount = plan[0]
+    layers = [os.fsencode(layer) for layer in mount.lowers]
+    tree = mount.lowers[0] if layers else mount.source
+    place = _place(tree)
+    found = []
+    for text in namespaces.tables():
+        for entry in mountinfo.parse(text, _needle(tree)):
+            if layers:
+                uses = entry.fstype == b"overlay" and layer_paths(entry.super_options) == layers
+            else:
+                uses = place is not None and (entry.device, entry.root) == place
+            if uses:
+                found.append(shown(entry.mountpoint))
+    return found
+
+
+def _place(tree: str) -> mountinfo.Place | None:
+    # Of the directory above, since something may be mounted on the tree itself.
+    snapshot, name = os.path.split(tree)
+    above = mountinfo.place_of(snapshot)
+    return above and mountinfo.Place(above.device, above.path + b"/" + os.fsencode(name))
+
+
+def _needle(tree: str) -> bytes:
+    """What a line that names the tree holds, in an overlay's options as in the root of a bind: no byte is escaped."""
+    return os.fsencode("/".join(tree.split("/")[-2:]))
 
 
 def _is(text: bytes, path: bytes, tree: bytes, place: mountinfo.Place | None) -> bool:

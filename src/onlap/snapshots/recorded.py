@@ -14,9 +14,9 @@ from onlap.catalog.catalog import Catalog, check_commit, check_parent, check_reb
 from onlap.catalog.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
 from onlap.errors import shown
-from onlap.layers.changes import is_empty_layer
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
+from onlap.snapshots import exclusion
 from onlap.snapshots import filters as language
 from onlap.snapshots.contract import check_labels, check_name
 from onlap.trees.compare import Change
@@ -197,6 +197,10 @@ class RecordedSnapshotter(ABC):
                 key=key,
                 hint=f"make a view of it: onlap view KEY {shown(key)}",
             )
+        return self.plan(record)
+
+    def plan(self, record: Record) -> list[Mount]:
+        """The mounts of an active snapshot or view, by its record."""
         return self._plan(record, self.ancestors(record))
 
     def ancestors(self, record: Record) -> tuple[int, ...]:
@@ -298,7 +302,7 @@ class RecordedSnapshotter(ABC):
             with contextlib.suppress(OSError):
                 self.catalog.staging.discard(staged)
             raise
-        return self._plan(record, self.ancestors(record))
+        return self.plan(record)
 
     def commit(
         self,
@@ -320,61 +324,38 @@ class RecordedSnapshotter(ABC):
                 mounted goes on writing into the committed layer.
 
         Raises:
-            FailedPrecondition: it is mounted read-write. For all else see :meth:`Snapshotter.commit`.
+            Busy: it is mounted read-write; ``.holders`` says where. For all else see :meth:`Snapshotter.commit`.
         """
         check_name(name, "name")
         check_labels(labels or {})
         record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
-        with self.translated("commit snapshot", key):
-            if not allow_mounted:
-                self.check_unmounted(record)
-            if parent and record.parent_id is None:
-                self._rebase(record, self.catalog.database.read(lambda c: check_rebase(c, self._owner, parent)))
-            empty = self._is_as_made(record)
-            if self.syncs and not empty:
-                self.catalog.sync()
-        self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
+        with contextlib.nullcontext() if allow_mounted else exclusion.alone(self, record):
+            with self.translated("commit snapshot", key):
+                if parent and record.parent_id is None:
+                    self._rebase(record, self.catalog.database.read(lambda c: check_rebase(c, self._owner, parent)))
+                empty = self._is_as_made(record)
+                if self.syncs and not empty:
+                    self.catalog.sync()
+            self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
 
-    def check_unmounted(self, record: Record) -> None:
-        """Raise FailedPrecondition when an active snapshot is mounted read-write somewhere."""
-        found = self._writers(record, self._plan(record, self.ancestors(record)))
-        if found:
-            raise errors.FailedPrecondition(
-                f"snapshot {shown(record.name)} is mounted read-write: {found[0]}",
-                key=record.name,
-                hint="unmount it first; what is open there would go on writing into the layer",
-            )
+    def remove(self, key: str, *, force: bool = False) -> None:
+        """See :meth:`Snapshotter.remove`.
 
-    def check_one_writer(self, record: Record, mounts: list[Mount]) -> None:
-        """Raise FailedPrecondition when mounting it once more would have two overlays write to one upperdir.
+        Args:
+            key: a snapshot of any kind.
+            force: remove it even though it is mounted somewhere, as containerd does; its tree is deleted once it is
+                mounted nowhere any more.
 
-        The kernel only warns of that and calls what follows undefined (Documentation/filesystems/overlayfs.rst,
-        "Sharing and copying layers"). Binds of one directory do no harm.
+        Raises:
+            Busy: it is mounted; ``.holders`` says where. For all else see :meth:`Snapshotter.remove`.
         """
-        if not any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
+        wait = not self._asynchronous_remove
+        if force:
+            self.catalog.remove(self._owner, key, wait=wait)
             return
-        found = self._writers(record, mounts)
-        if found:
-            raise errors.FailedPrecondition(
-                f"snapshot {shown(record.name)} is mounted read-write already: {found[0]}",
-                key=record.name,
-                hint="use that one, or unmount it; two overlays must not share an upper layer",
-            )
-
-    def _writers(self, record: Record, mounts: list[Mount]) -> list[str]:
-        from onlap.snapshots.mounted import writable_mounts
-
-        layout = self.catalog.layout
-        tree, work = layout.tree(record.id), layout.work(record.id)
-        written = not is_empty_layer(tree)
-        found = writable_mounts(tree, work, bound=mounts[0].type == "bind", everywhere=written)
-        if not found and self.catalog.is_written(record.id):
-            found = ["a detached mount, or a program that works on it"]
-        return found
-
-    def remove(self, key: str) -> None:
-        """See :meth:`Snapshotter.remove`."""
-        self.catalog.remove(self._owner, key, wait=not self._asynchronous_remove)
+        record = self.record(key)
+        with exclusion.unused(self, record):
+            self.catalog.remove(self._owner, key, wait=wait, only=record.id)
 
     def cleanup(self) -> None:
         """See :meth:`Cleaner.cleanup`."""

@@ -56,7 +56,7 @@ def _mount(call: Call) -> None:
             raise errors.InvalidArgument(
                 f"the mount point {shown(target)} is not a directory", key=target, hint="make it first (mkdir)"
             )
-        with held(store, key) as (_, mounts):
+        with held(store, key) as mounts:
             _attach_all(mounts, target)
     if call.out.json:
         call.out.item({"key": key, "target": target, "mounts": [plan_as_json(mount) for mount in mounts]})

@@ -10,17 +10,22 @@ from onlap.cli.parser import Parser
 def arguments(parser: Parser) -> None:
     parser.explain(
         "Remove snapshots in the order given, and free their space before this ends. What others stand on cannot be\n"
-        "removed before them. A failure is said, and the next one is tried.",
+        "removed before them, and what is mounted only with --force. A failure is said, and the next one is tried.",
         "onlap rm work step-1",
     )
     parser.key("keys", nargs="+", help="snapshots of any kind")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="though it is mounted; the tree is deleted by a later cleanup, once it is mounted nowhere",
+    )
 
 
 def run(call: Call) -> int:
     with call.store(sweep=True) as store:
 
         def remove(key: str) -> None:
-            store.remove(key)
+            store.remove(key, force=call.args.force)
             if call.out.json:
                 call.out.item({"removed": key})
 

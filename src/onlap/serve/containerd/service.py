@@ -106,8 +106,8 @@ class Service:
         return Empty()
 
     def remove(self, request: pb.RemoveSnapshotRequest) -> Message:
-        """Remove; the tree is deleted behind it."""
-        self._snapshotter.remove(request.key)
+        """Remove, also what is mounted, as with containerd's own; the tree is deleted behind it."""
+        self._snapshotter.remove(request.key, force=True)
         return Empty()
 
     def stat(self, request: pb.StatSnapshotRequest) -> Message:

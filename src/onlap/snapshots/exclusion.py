@@ -1,0 +1,202 @@
+"""Who may use a snapshot's tree at the same time: a flock on its ``fs`` directory, held from the check to the end.
+
+Whoever mounts a snapshot holds it shared, as long as the mount may be used. Whoever commits or removes it, or writes
+into its directory itself, holds it exclusively. Mounts that were made without Onlap hold nothing: they are looked for
+in mountinfo once the lock is held. So nothing is mounted between the look and the end of what was looked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from onlap import errors
+from onlap.catalog import records
+from onlap.catalog.locks import Held
+from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
+from onlap.errors import shown
+from onlap.layers.changes import is_empty_layer
+from onlap.mounts.plan import Mount
+
+if TYPE_CHECKING:
+    from onlap.snapshots.recorded import RecordedSnapshotter
+
+# Seconds between two tries for a lock that another commit, removal or apply holds, the first and the longest.
+# flock(2) has no timeout, and a thread that waits in the kernel cannot be called back.
+_FIRST_PAUSE = 0.001
+_LONGEST_PAUSE = 0.05
+
+
+@contextlib.contextmanager
+def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True) -> Iterator[list[Mount]]:
+    """The plan of a snapshot or view, for whoever mounts it and uses that mount inside the block.
+
+    Args:
+        snapshotter: whose record it is.
+        record: what to mount.
+        hidden: no mountinfo shows the mount, so that its layers are to be held, too; else they are kept by that.
+
+    Raises:
+        NotFound: it was removed or committed meanwhile.
+        Busy: it is mounted read-write already, and two overlays must not share an upper layer; or it is being
+            committed, removed or written to for longer than the store's timeout.
+        DataLoss: a layer of it is lost.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_locked(snapshotter, record, shared=True))
+        record = _again(snapshotter, record)
+        ancestors = snapshotter.ancestors(record)
+        stack.enter_context(snapshotter.catalog.hold([record.id, *(ancestors if hidden else ())]))
+        mounts = snapshotter.plan(record)
+        if any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
+            stack.enter_context(_only_overlay(snapshotter, record))
+        yield mounts
+
+
+@contextlib.contextmanager
+def alone(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
+    """Keep everybody else from an active snapshot's tree, for whoever commits it or writes into its directory.
+
+    Raises:
+        Busy: it is mounted read-write; or others write to it for longer than the store's timeout.
+        NotFound: it was removed or committed meanwhile.
+    """
+    with _locked(snapshotter, record, shared=False):
+        _again(snapshotter, record)
+        _refuse_mounts(snapshotter, record)
+        yield
+
+
+@contextlib.contextmanager
+def unused(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
+    """Keep everybody from a snapshot of any kind, for whoever removes it; one whose tree is lost needs nothing.
+
+    Raises:
+        Busy: it is mounted; or others write to it for longer than the store's timeout.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(snapshotter, record, shared=False))
+        except (errors.NotFound, errors.DataLoss):
+            pass  # the transaction that follows says which
+        else:
+            found = _mounts_of(snapshotter, record, writable=False)
+            if found:
+                raise _busy(record, "is mounted", found, "unmount it first, or remove it all the same with --force")
+        yield
+
+
+def _again(snapshotter: RecordedSnapshotter, record: Record) -> Record:
+    """The record as it is now that its tree is held."""
+    now = snapshotter.catalog.database.read(lambda c: records.by_id(c, record.id))
+    if now is not None and now.name == record.name and now.kind == record.kind:
+        return now
+    if now is None or now.kind != COMMITTED:
+        raise records.not_found(record.name)
+    raise errors.NotFound(
+        f"there is no snapshot {shown(record.name)} any more",
+        key=record.name,
+        hint=f"it was committed as {shown(now.name)} meanwhile",
+    )
+
+
+@contextlib.contextmanager
+def _locked(snapshotter: RecordedSnapshotter, record: Record, *, shared: bool) -> Iterator[None]:
+    with snapshotter.translated("use snapshot", record.name):
+        held = Held(snapshotter.catalog.layout.tree(record.id))
+    with held:
+        _take(snapshotter, record, held, shared)
+        yield
+
+
+def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: bool) -> None:
+    deadline = time.monotonic() + snapshotter.catalog.timeout
+    pause = _FIRST_PAUSE
+    while not held.lock(shared=shared):
+        # A commit, a removal or an apply ends by itself, and is waited for; a mount does not.
+        mounted = [] if shared else _lockers(held.fd, b"READ")
+        if mounted:
+            found = _mounts_of(snapshotter, record, writable=True) if record.kind != VIEW else []
+            what = "is mounted" if record.kind == VIEW else "is mounted read-write"
+            raise _busy(record, what, found or mounted, "unmount it first, or end that program")
+        if time.monotonic() >= deadline:
+            found = _lockers(held.fd, b"READ") + _lockers(held.fd, b"WRITE")
+            raise _busy(record, "is in use", found or ["somebody who does not show"], "try again")
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+@contextlib.contextmanager
+def _only_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
+    """Be the only one who mounts an overlay with this upper layer.
+
+    The kernel only warns of a second one and calls what follows undefined (Documentation/filesystems/overlayfs.rst,
+    "Sharing and copying layers"). Binds of one directory do no harm.
+    """
+    with snapshotter.translated("mount snapshot", record.name):
+        held = Held(snapshotter.catalog.layout.work(record.id))
+    with held:
+        first = held.lock()
+        found = _mounts_of(snapshotter, record, writable=True) or ([] if first else _lockers(held.fd, b"WRITE"))
+        if found or not first:
+            raise _busy(
+                record,
+                "is mounted read-write already",
+                found,
+                "use that one, or unmount it; two overlays must not share an upper layer",
+            )
+        yield
+
+
+def _refuse_mounts(snapshotter: RecordedSnapshotter, record: Record) -> None:
+    found = _mounts_of(snapshotter, record, writable=True)
+    if found:
+        hint = "unmount it first; what is open there would go on writing into the layer"
+        raise _busy(record, "is mounted read-write", found, hint)
+
+
+def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bool) -> list[str]:
+    """Where a snapshot is mounted, as text.
+
+    To read every namespace's mounts takes milliseconds, which who works with snapshots that nobody ever mounted shall
+    not pay: see :func:`onlap.snapshots.mounted.mounts_of`.
+    """
+    from onlap.snapshots.mounted import mounts_of, mounts_of_plan
+
+    layout = snapshotter.catalog.layout
+    if record.kind == VIEW:
+        with snapshotter.translated("look for mounts of", record.name):
+            found = mounts_of_plan(snapshotter.plan(record))
+        # A view is mounted as every other of the same parent is, and one of them need not be this one.
+        alike = snapshotter.catalog.database.read(lambda c: records.count_views(c, record.parent_id, record.id))
+        return found if len(found) > alike else []
+    tree, work = layout.tree(record.id), layout.work(record.id)
+    bound = record.kind == ACTIVE and snapshotter.plan(record)[0].type == "bind"
+    with snapshotter.translated("look for mounts of", record.name):
+        everywhere = not is_empty_layer(tree)
+        return mounts_of(tree, work, bound=bound, everywhere=everywhere, writable=writable)
+
+
+def _busy(record: Record, state: str, holders: list[str], hint: str) -> errors.Busy:
+    where = f": {holders[0]}" if holders else ""
+    return errors.Busy(f"snapshot {shown(record.name)} {state}{where}", key=record.name, hint=hint, holders=holders)
+
+
+def _lockers(fd: int, how: bytes) -> list[str]:
+    """Who holds the flock of an open directory shared (READ) or exclusively (WRITE), a line each.
+
+    Source: proc_locks(5): ``1: FLOCK ADVISORY READ 4711 fe:01:1234 0 EOF``, a ``->`` before the kind of who waits.
+    """
+    from onlap.mounts import holders, mountinfo
+
+    # A subvolume of btrfs has a device number of its own; the lock shows that of its filesystem, as mountinfo does.
+    place = mountinfo.place_of(os.readlink(f"/proc/self/fd/{fd}"))
+    major, minor = place.device.split(b":") if place is not None else (b"0", b"0")
+    wanted = b"%02x:%02x:%d" % (int(major), int(minor), os.fstat(fd).st_ino)
+    with open("/proc/locks", "rb") as file:
+        lines = [line.split() for line in file.read().split(b"\n")]
+    found = [int(f[4]) for f in lines if len(f) > 5 and f[1] == b"FLOCK" and f[3] == how and f[5] == wanted]
+    return [f"pid {pid} ({holders.command(pid)})" for pid in dict.fromkeys(found)]
