@@ -15,8 +15,7 @@ import onlap
 SOURCE = str(Path(onlap.__file__ or "").parent.parent)
 NOBODY = 65534
 
-# A seccomp filter (seccomp(2)): 428 to 433, open_tree to fspick, and 442, mount_setattr, are ENOSYS.
-OLD_KERNEL = """
+_WITHOUT = """
 import ctypes
 class Filter(ctypes.Structure):
     _fields_ = (
@@ -24,22 +23,30 @@ class Filter(ctypes.Structure):
     )
 class Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.POINTER(Filter)))
-LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
+LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06
 ALLOW, ENOSYS = 0x7FFF0000, 0x00050000 | 38
-code = (Filter * 6)(
-    Filter(LOAD, 0, 0, 0),
-    Filter(JUMP_EQUAL, 2, 0, 442),
-    Filter(JUMP_GREATER_EQUAL, 0, 2, 428),
-    Filter(JUMP_GREATER_EQUAL, 1, 0, 434),
-    Filter(RETURN, 0, 0, ENOSYS),
-    Filter(RETURN, 0, 0, ALLOW),
-)
+rules = [Filter(LOAD, 0, 0, 0)]
+for number in NUMBERS:
+    rules += [Filter(JUMP_EQUAL, 0, 1, number), Filter(RETURN, 0, 0, ENOSYS)]
+rules.append(Filter(RETURN, 0, 0, ALLOW))
+code = (Filter * len(rules))(*rules)
 libc = ctypes.CDLL(None, use_errno=True)
 program = Program(len(code), code)
 zero = ctypes.c_ulong(0)
 assert libc.prctl(38, ctypes.c_ulong(1), zero, zero, zero) == 0  # PR_SET_NO_NEW_PRIVS
 assert libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), zero, zero) == 0  # PR_SET_SECCOMP, a filter
 """
+
+
+def without(*numbers: int) -> str:
+    """Code at the start of a child, by which system calls become ENOSYS: a seccomp filter (seccomp(2))."""
+    return f"NUMBERS = {numbers}" + _WITHOUT
+
+
+OPENAT2 = 437
+MOUNT_SETATTR = 442
+# Before Linux 5.2: nothing from open_tree to fspick, and no mount_setattr.
+OLD_KERNEL = without(*range(428, 434), MOUNT_SETATTR)
 
 
 def mountinfo() -> bytes:

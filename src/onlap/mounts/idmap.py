@@ -8,6 +8,7 @@ Source: mount_setattr(2), "ID-mapped mounts" (Linux 5.12; as layers of an overla
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -76,11 +77,24 @@ def user_namespace(uid_map: str, gid_map: str) -> int:
 
 
 def mapped(directory: str, namespace: int) -> int:
-    """A detached mount of ``directory`` in which the owners are mapped; raises OSError."""
-    fd = calls.open_tree(os.fsencode(directory))
+    """A detached mount of ``directory`` in which the owners are mapped.
+
+    Raises:
+        Unimplemented: this kernel maps none; a mount without the mapping would show the owners on the disk.
+        OSError: for whatever else the kernel says.
+    """
     try:
-        calls.mount_setattr(fd, set_attributes=calls.MOUNT_ATTR_IDMAP, userns_fd=namespace)
-    except OSError:
-        os.close(fd)
-        raise
+        fd = calls.open_tree(os.fsencode(directory))
+        try:
+            calls.mount_setattr(fd, set_attributes=calls.MOUNT_ATTR_IDMAP, userns_fd=namespace)
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        raise errors.Unimplemented(
+            f"cannot mount {shown(directory)} with other owners: this kernel has no ID-mapped mounts",
+            hint="Linux 5.12 has them, and as layers of an overlay 5.19; or do without the mapping",
+        ) from error
     return fd

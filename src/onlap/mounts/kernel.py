@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.mounts import idmap
+from onlap.mounts import idmap, mountinfo
 from onlap.mounts.plan import Mount
 from onlap.overlayfs import options
 from onlap.syscalls import mount as sys
@@ -126,6 +126,20 @@ def detached(plan: Mount) -> int:
 
 
 def _check(plan: Mount) -> None:
+    maps = idmap.mapping(plan.flags)
+    if plan.type == "bind" or _is_bind(plan):
+        # The kernel ignores what it does not know of a bind, as "rro" or "nosymfollow", and so would mount it without.
+        unknown = _split_flags(plan.flags)[2]
+        if unknown:
+            raise errors.InvalidArgument(
+                f"a bind of {shown(plan.source)} cannot have the option {shown(unknown[0])}",
+                hint=f"it takes {', '.join((*_FLAGS, *_BIND))}",
+            )
+    elif plan.type != "overlay" and maps is not None:
+        raise errors.InvalidArgument(
+            f"the owners of a {shown(plan.type)} cannot be mapped",
+            hint="those of an overlay's layers and of a bind can",
+        )
     if len(plan.lowers) > options.MAX_LOWERS:
         raise errors.InvalidArgument(
             f"{len(plan.lowers)} lower layers: OverlayFS stacks {options.MAX_LOWERS} at most",
@@ -307,15 +321,30 @@ def _bind(plan: Mount, target: str) -> None:
             os.close(fd)
         return
     flags, _, _ = _split_flags(plan.flags)
-    recursive = sys.MS_REC if "rbind" in plan.flags else 0
-    sys.mount(os.fsencode(plan.source), target, None, sys.MS_BIND | recursive, None)
+    recursive = "rbind" in plan.flags
+    sys.mount(os.fsencode(plan.source), target, None, sys.MS_BIND | (sys.MS_REC if recursive else 0), None)
     if flags:
         # mount(2): the flags of a bind are ignored but for MS_REC; they take a remount.
         try:
-            sys.mount("none", target, None, sys.MS_BIND | sys.MS_REMOUNT | flags, None)
+            _remount(os.fsencode(os.path.realpath(target)), flags, recursive=recursive)
         except OSError:
-            sys.umount2(target)
+            sys.umount2(target, sys.MNT_DETACH)
             raise
+
+
+def _remount(target: bytes, flags: int, *, recursive: bool) -> None:
+    """Add flags to a bind, and to what came with it from below its source, each of which is a mount of its own."""
+    found = False
+    for entry in mountinfo.parse(mountinfo.own()):
+        if entry.mountpoint == target or (recursive and entry.mountpoint.startswith(target + b"/")):
+            # A remount takes away what it does not name: the source's own "nosuid" and the like.
+            kept = flags
+            for option in os.fsdecode(entry.options).split(","):
+                kept |= _FLAGS.get(option, (0, 0))[0]
+            sys.mount("none", entry.mountpoint, None, sys.MS_BIND | sys.MS_REMOUNT | kept, None)
+            found = True
+    if not found:
+        raise OSError(errno.ENOENT, "/proc/self/mountinfo does not show the mount to remount", target)
 
 
 def _bind_fd(plan: Mount) -> int:
@@ -328,7 +357,8 @@ def _bind_fd(plan: Mount) -> int:
             fd = idmap.mapped(plan.source, namespace)
         try:
             if attributes:
-                sys.mount_setattr(fd, set_attributes=attributes)
+                # What came with it from below its source is not to stay writable when it is "ro".
+                sys.mount_setattr(fd, set_attributes=attributes, recursive="rbind" in plan.flags)
         except OSError:
             os.close(fd)
             raise

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from onlap.overlayfs.options import octal_unescape
+from onlap.syscalls.files import mount_id
 
 
 class Entry(NamedTuple):
@@ -86,14 +87,12 @@ def place_of(path: str) -> Place | None:
     """
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            fields = dict(line.partition(b":")[::2] for line in file)
+        # By the mount's number: one mounted on top of another, or hidden by it, has the same path.
+        number = mount_id(fd)
     finally:
         os.close(fd)
-    # By the mount's number: one mounted on top of another, or hidden by it, has the same path.
-    mount = fields[b"mnt_id"].strip()
-    for entry in parse(own(), b"%s " % mount):
-        if entry.id == int(mount):
+    for entry in parse(own(), b"%d " % number):
+        if entry.id == number:
             return _place(entry, os.fsencode(path))
     return None
 

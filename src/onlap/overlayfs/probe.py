@@ -261,13 +261,11 @@ def _remove(directory: str) -> None:
 def _filesystem(directory: str) -> str:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            fields = dict(line.split(b":", 1) for line in file if b":" in line)
-        mount_id = fields.get(b"mnt_id", b"").strip()
+        number = b"%d" % files.mount_id(fd)
         with open("/proc/self/mountinfo", "rb") as file:
             for line in file:
                 before, _, after = line.partition(b" - ")
-                if before.split(b" ", 1)[0] == mount_id:
+                if before.split(b" ", 1)[0] == number:
                     return after.split(b" ", 1)[0].decode()
         magic = files.filesystem_magic(fd)
     finally:

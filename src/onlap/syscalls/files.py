@@ -97,6 +97,12 @@ def filesystem_magic(fd: int) -> int:
     return kind & 0xFFFFFFFF
 
 
+def mount_id(fd: int) -> int:
+    """The id of the mount that ``fd`` is on, as mountinfo shows it (proc_pid_fdinfo(5), Linux 3.15)."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return next(int(line[len(b"mnt_id:") :]) for line in file if line.startswith(b"mnt_id:"))
+
+
 def unique_mount_id(fd: int) -> int | None:
     """The id of the mount that ``fd`` is on, never used again until reboot; None before Linux 6.8."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)

@@ -56,6 +56,7 @@ MOUNT_ATTR_NODEV = 0x4
 MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_STRICTATIME = 0x20
+MOUNT_ATTR__ATIME = 0x70  # the bits of NOATIME and STRICTATIME, which are one field
 MOUNT_ATTR_NODIRATIME = 0x80
 MOUNT_ATTR_IDMAP = 0x100000
 
@@ -158,7 +159,9 @@ class _MountAttr(ctypes.Structure):
 def mount_setattr(
     fd: int, *, set_attributes: int = 0, propagation: int = 0, userns_fd: int = 0, recursive: bool = False
 ) -> None:
-    """Change the attributes of the mount that ``fd`` is the root of."""
-    attributes = _MountAttr(set_attributes, 0, propagation, userns_fd)
+    """Change the attributes of the mount that ``fd`` is the root of (Linux 5.12)."""
+    # EINVAL where how times are kept is set without being cleared.
+    cleared = MOUNT_ATTR__ATIME if set_attributes & MOUNT_ATTR__ATIME else 0
+    attributes = _MountAttr(set_attributes, cleared, propagation, userns_fd)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     _libc.syscall(_libc.MOUNT_SETATTR, fd, b"", flags, ctypes.byref(attributes), ctypes.sizeof(attributes))

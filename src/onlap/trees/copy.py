@@ -19,7 +19,7 @@ from onlap.overlayfs.markers import is_marker
 from onlap.syscalls import files
 from onlap.trees.meta import OVERRIDE_XATTR, format_override
 from onlap.trees.remove import remove
-from onlap.trees.walk import OPEN_DIRECTORY, Descent, path_of
+from onlap.trees.walk import OPEN_DIRECTORY, Descent, open_on_mount, path_of
 
 _CHUNK = 256 * 1024
 # copy_file_range(2) is asked for this much at once: large enough that the call does not count, small enough that a
@@ -177,20 +177,12 @@ class Copier:
             if not self._merge:
                 raise
         try:
-            # RESOLVE_NO_XDEV: st_dev does not differ for a bind mount of the same filesystem.
-            source = files.openat2(
-                name,
-                OPEN_DIRECTORY,
-                dir_fd=source_dir,
-                resolve=files.RESOLVE_NO_XDEV | files.RESOLVE_NO_SYMLINKS,
-            )
+            source = open_on_mount(source_dir, name)
         except OSError as error:
             if error.errno == errno.EXDEV:
                 self._skipped["mountpoint"] += 1
                 return None
-            if error.errno != errno.ENOSYS:
-                raise OSError(error.errno, error.strerror, path_of(source_dir, name)) from error
-            source = os.open(name, OPEN_DIRECTORY, dir_fd=source_dir)
+            raise OSError(error.errno, error.strerror, path_of(source_dir, name)) from error
         try:
             return source, os.open(name, OPEN_DIRECTORY, dir_fd=target_dir)
         except OSError:

@@ -1,7 +1,7 @@
 """Removing a tree without ever leaving it: not through a symlink, not into a mount.
 
-Each directory is opened with openat2(RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS): st_dev does not differ for a bind mount of
-the same filesystem, so that comparing it would delete through one.
+Each directory is opened by :func:`~onlap.trees.walk.open_on_mount`, which enters no mount, also none of the same
+filesystem.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import os
 from collections.abc import Callable
 
 from onlap.syscalls import files
-from onlap.trees.walk import OPEN_DIRECTORY
-
-_RESOLVE = files.RESOLVE_NO_XDEV | files.RESOLVE_NO_SYMLINKS | files.RESOLVE_BENEATH
+from onlap.trees.walk import open_on_mount
 
 # Directories deeper than this are renamed up to the top of the tree and removed from there, so that the number of open
 # descriptors stays below the usual limit of 1024 whatever the depth.
@@ -59,31 +57,23 @@ def _open(dir_fd: int, name: str) -> int | None:
 
 def _open_if_directory(dir_fd: int, name: str) -> int | None:
     try:
-        return files.openat2(name, OPEN_DIRECTORY, dir_fd=dir_fd, resolve=_RESOLVE)
+        return open_on_mount(dir_fd, name)
     except FileNotFoundError:
         return None
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
             _unlink(dir_fd, name)
             return None
-        if error.errno == errno.EACCES:
-            # The kernel's work/work has mode 000, and layers may hold such directories too; as their owner we may
-            # change that. O_PATH needs no permission of the directory itself.
-            fd = files.openat2(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd, resolve=_RESOLVE)
-            try:
-                os.chmod(f"/proc/self/fd/{fd}", 0o700)
-            finally:
-                os.close(fd)
-            return files.openat2(name, OPEN_DIRECTORY, dir_fd=dir_fd, resolve=_RESOLVE)
-        if error.errno != errno.ENOSYS:
+        if error.errno != errno.EACCES:
             raise
-    # Before Linux 5.6 there is no openat2; such a kernel has no way to see a bind mount of the same filesystem, but
-    # rmdir of a mount point fails with EBUSY, and the trash is looked through for mounts beforehand.
+    # The kernel's work/work has mode 000, and layers may hold such directories too; as their owner we may change that.
+    # O_PATH needs no permission of the directory itself.
+    fd = open_on_mount(dir_fd, name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        return os.open(name, OPEN_DIRECTORY, dir_fd=dir_fd)
-    except NotADirectoryError:
-        _unlink(dir_fd, name)
-        return None
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+    finally:
+        os.close(fd)
+    return open_on_mount(dir_fd, name)
 
 
 def _unlink(dir_fd: int, name: str) -> None:

@@ -141,6 +141,25 @@ def _entries(fd: int, ordered: bool) -> Iterator[os.DirEntry[str]]:
     return iter(entries)
 
 
+def open_on_mount(dir_fd: int, name: str, flags: int = OPEN_DIRECTORY) -> int:
+    """Open a directory that is neither a symlink nor a mount point; st_dev does not tell a bind of the same filesystem.
+
+    Raises:
+        OSError: EXDEV where something is mounted; ELOOP or ENOTDIR where it is no directory.
+    """
+    try:
+        return files.openat2(name, flags, dir_fd=dir_fd, resolve=files.RESOLVE_NO_XDEV | files.RESOLVE_NO_SYMLINKS)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+    # Before Linux 5.6 there is no openat2: which mount it is on can be asked only afterwards.
+    fd = os.open(name, flags, dir_fd=dir_fd)
+    if files.mount_id(fd) == files.mount_id(dir_fd):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
+
+
 def path_of(dir_fd: int, name: str) -> str:
     """A path for the calls that take no ``dir_fd`` (the xattr ones); valid while ``dir_fd`` is open."""
     return f"/proc/self/fd/{dir_fd}/{name}"
