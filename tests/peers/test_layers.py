@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
 import json
 import os
@@ -19,6 +21,7 @@ from kernel.layer_oracle import TRUSTED, apply_to
 from onlap import errors
 from onlap.layers.write import write_layer
 from onlap.testing import Tree, assert_same_tree, differences
+from pure.tar_makers import END, header, pax
 
 containerd = pytest.mark.needs("mount", "gopkg:github.com/containerd/containerd")
 umoci = pytest.mark.needs("mount", "peer:umoci")
@@ -247,6 +250,36 @@ def test_we_apply_containerds(here: Place, peer: Path) -> None:
     assert {line.split(": ")[1].split()[0] for line in _below(here.changed, ours)} == {"times"}
 
 
+_HIDDEN = header(b"hidden", mode=b"0004755\0") + END
+
+DOUBTFUL = {
+    "a file whose name ends in a slash": header(b"f/", size=len(_HIDDEN), mtime=b"00000000001\0") + _HIDDEN,
+    "global records": pax(("path", b"p"), ("uid", b"7"), ("SCHILY.xattr.user.a", b"b"), flag=b"g") + header(b"f"),
+    "records before a global header": pax(("path", b"p")) + pax(("uid", b"7"), flag=b"g") + header(b"f"),
+    "a device of v7": header(b"null", flag=b"4", magic=bytes(8), devices=b"0000001\0" * 2),
+    "another version of ustar": header(b"f", magic=b"ustar\000xx", prefix=b"d"),
+    "no end": header(b"f"),
+    "no padding": header(b"f", size=3) + b"abc",
+}
+
+
+@containerd
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_doubtful_layers_are_applied_as_containerd_applies_them(here: Place, peer: Path, name: str) -> None:
+    data = DOUBTFUL[name]
+    layer = here.directory / "layer.tar"
+    layer.write_bytes(data)
+    theirs, ours = here.empty("theirs"), here.empty("ours")
+    _run(peer, "apply", theirs, layer)
+    apply_to(ours, data, markers=None, digest=f"sha256:{hashlib.sha256(data).hexdigest()}")
+    assert os.listdir(ours)
+    for tree in (theirs, ours):
+        for path in tree.rglob("*"):
+            if path.is_dir():  # that no entry named
+                os.utime(path, (1, 1))
+    _same_below(theirs, ours)
+
+
 def _below(one: Path, other: Path) -> list[str]:
     return [line for line in differences(one, other) if not line.startswith("b'.': ")]
 
@@ -353,3 +386,15 @@ def test_we_unpack_umocis(here: Place) -> None:
     ours = here.applied("ours", _umoci_layers(image, "changed"))
     assert_same_tree(rootfs, ours)
     shutil.rmtree(bundle)
+
+
+@umoci
+def test_what_umoci_inserts(here: Place) -> None:
+    """Its writer is not closed: the layer ends where the file does, without padding and without an end marker."""
+    image = _umoci_image(here)
+    (here.directory / "file").write_bytes(b"abc")
+    _run("umoci", "insert", "--image", f"{image}:base", here.directory / "file", "/file")
+    [layer] = _umoci_layers(image, "base")
+    assert len(gzip.decompress(layer.read_bytes())) % 512 == 3
+    ours = here.applied("ours", [layer])
+    assert (ours / "file").read_bytes() == b"abc"

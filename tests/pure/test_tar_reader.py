@@ -86,36 +86,96 @@ def test_nanoseconds_of_pax_times() -> None:
         assert (entry.mtime_ns, entry.atime_ns) == (expected, expected)
 
 
-def test_global_records_hold_until_they_are_taken_back() -> None:
+def test_global_headers_are_for_nobody() -> None:
+    """As in Go's archive/tar: it gives them out as entries, and what came before them is theirs."""
+    everything = (("path", b"x"), ("size", b"512"), ("uid", b"7"), ("SCHILY.xattr.user.a", b"b"), ("mtime", b"nan"))
     data = (
-        pax(("uid", b"7"), ("gid", b"8"), ("comment", b"x"), flag=b"g")
-        + header(b"one")
-        + pax(("uid", b"9"))
-        + header(b"two")
-        + pax(("uid", b""), flag=b"g")
-        + header(b"three")
+        pax(*everything, flag=b"g")
+        + header(b"one", size=4)
+        + padded(b"data")
+        + pax(("path", b"lost"))
+        + gnu_long(b"K", b"lost")
+        + pax(("comment", b"x"), flag=b"g")
+        + header(b"two", flag=b"2", link=b"target")
+        + pax(flag=b"g")
         + END
     )
-    assert [(entry.name, entry.uid, entry.gid) for entry, _ in read(data)] == [
-        ("one", 7, 8),
-        ("two", 9, 8),
-        ("three", 0, 8),
-    ]
+    [(one, content), (two, _)] = read(data)
+    assert (one.name, one.uid, one.mtime_ns, one.xattrs, content) == ("one", 0, 0, None, b"data")
+    assert (two.name, two.linkname) == ("two", "target")
 
 
-def test_xattrs_of_both_kinds() -> None:
+def test_global_records_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+    parse = tar.parse_records
+
+    def counted(data: bytes) -> dict[str, bytes]:
+        parsed.append(len(data))
+        return parse(data)
+
+    monkeypatch.setattr(tar, "parse_records", counted)
+    data = pax(("comment", b"c" * 500_000), flag=b"g") + header() * 100 + END
+    assert len(read(data)) == 100
+    assert len(parsed) == 1
+
+
+def test_xattrs() -> None:
     data = (
         pax(
             ("SCHILY.xattr.user.a", b"\0=\n"),
             ("SCHILY.xattr.user.empty", b""),
+            # bsdtar writes both forms, and Go's archive/tar knows the other one.
             ("LIBARCHIVE.xattr.user.a", b"d3Jvbmc"),
-            ("LIBARCHIVE.xattr.user.b%3D", b"Yg"),
+            ("LIBARCHIVE.xattr.security.capability", b"Yg"),
         )
         + header()
         + END
     )
     [(entry, _)] = read(data)
-    assert entry.xattrs == {"user.a": b"\0=\n", "user.empty": b"", "user.b=": b"b"}
+    assert entry.xattrs == {"user.a": b"\0=\n", "user.empty": b""}
+
+
+def test_of_a_key_that_comes_again_the_last_value_counts() -> None:
+    data = pax(("path", b"one"), ("path", b""), ("uid", b"1"), ("uid", b"2")) + header(b"file") + END
+    [(entry, _)] = read(data)
+    assert (entry.name, entry.uid) == ("file", 2)
+
+
+def test_a_slash_makes_no_directory_of_a_file() -> None:
+    """Its data, read as headers, would be a second reading of the same bytes."""
+    hidden = header(b"hidden", mode=b"0004755\0")
+    [(entry, content)] = read(header(b"dir/", size=len(hidden)) + hidden + END)
+    assert (entry.type, content) == (tar.FILE, hidden)
+    data = pax(("path", b"dir/")) + header(b"x", flag=b"\0", size=len(hidden)) + hidden + END
+    assert [(entry.name, entry.type) for entry, _ in read(data)] == [
+        ("dir/", tar.DIRECTORY),
+        ("hidden", tar.FILE),
+    ]
+
+
+@pytest.mark.parametrize("flag", [b"7", b"D", b"X", b"A", b"M", b"N"])
+def test_types_that_go_does_not_know_are_refused(flag: bytes) -> None:
+    with pytest.raises(errors.InvalidArgument, match="not supported"):
+        read(header(flag=flag) + END)
+
+
+def test_only_headers_with_a_magic_have_devices_and_a_prefix() -> None:
+    devices = b"0000010\0" * 2
+    for magic, expected in (
+        (b"ustar\00000", ("p/f", 8)),
+        (b"ustar\000xx", ("p/f", 8)),
+        (b"ustar   ", ("f", 0)),
+        (bytes(8), ("f", 0)),
+    ):
+        [(entry, _)] = read(header(b"f", flag=b"3", magic=magic, devices=devices, prefix=b"p") + END)
+        assert (entry.name, entry.devmajor) == expected
+    for prefix, expected_name in (
+        (b"00000000001\0", "f"),  # GNU tar has times there
+        (b"prefix", "prefix/f"),  # as Go before 1.8 wrote it
+        (b"caf\xe9", "f"),
+    ):
+        [(entry, _)] = read(header(b"f", magic=b"ustar  \0", prefix=prefix) + END)
+        assert entry.name == expected_name
 
 
 def test_attributes_in_a_form_that_cannot_be_used_are_said() -> None:
@@ -132,12 +192,11 @@ def test_names_that_are_not_utf8() -> None:
 
 
 def test_old_headers() -> None:
-    v7 = header(b"dir/", flag=b"\0", magic=bytes(8), prefix=b"no prefix")
-    contiguous = header(b"c", flag=b"7", size=3) + padded(b"abc")
-    found = read(v7 + contiguous + END)
-    assert [(entry.name, entry.type, data) for entry, data in found] == [
+    data = header(b"dir/", flag=b"\0", magic=bytes(8), prefix=b"no prefix")
+    data += header(b"f", flag=b"\0", size=3, magic=bytes(8)) + padded(b"abc")
+    assert [(entry.name, entry.type, data) for entry, data in read(data + END)] == [
         ("dir/", tar.DIRECTORY, b""),
-        ("c", tar.FILE, b"abc"),
+        ("f", tar.FILE, b"abc"),
     ]
 
 
@@ -161,7 +220,8 @@ def test_types_without_data_ignore_their_size() -> None:
 
 
 def test_a_volume_label_is_passed_over() -> None:
-    assert [entry.name for entry, _ in read(header(b"label", flag=b"V") + header(b"f") + END)] == ["f"]
+    label = pax(("path", b"l")) + header(b"label", flag=b"V", size=512) + header(b"data")
+    assert [entry.name for entry, _ in read(label + header(b"f") + END)] == ["f"]
 
 
 def test_data_that_nobody_takes_is_passed_over() -> None:
@@ -177,6 +237,19 @@ def test_data_that_nobody_takes_is_passed_over() -> None:
 @pytest.mark.parametrize("end", [b"", bytes(512), bytes(1024), bytes(10240), END + b"anything at all"])
 def test_ends_that_are_taken(end: bytes) -> None:
     assert len(read(header() + end)) == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 512, 1 << 18])
+@pytest.mark.parametrize("padding", [0, 1, 508, 509])
+def test_the_last_padding_may_be_missing(padding: int, chunk: int) -> None:
+    """umoci's insert writes such layers; Go's archive/tar ends where the archive does."""
+    [(_, content)] = read(header(size=3) + b"abc" + bytes(padding), chunk)
+    assert content == b"abc"
+    with pytest.raises(errors.DataLoss):
+        read(header(size=3) + b"ab", chunk)
+    # A header of what does not come is no end.
+    with pytest.raises(errors.DataLoss):
+        read(pax(("path", b"x"))[: 1024 - padding], chunk)
 
 
 # Sparse files: 4 KiB at 1 MiB, of 2 MiB
@@ -230,7 +303,7 @@ def _sparse(version: str, pieces: list[tuple[int, int]], size: int, data: bytes)
     return _old_sparse(pieces, size, data) if version == "old" else _pax_sparse(version, pieces, size, data)
 
 
-# 0.0 and 0.1 say nothing of a file that is all hole.
+# Without a version, 0.0 and 0.1 say nothing of a file that is all hole.
 @pytest.mark.parametrize(
     "version, count",
     [("old", 0), ("1.0", 0)]

@@ -27,7 +27,11 @@ DIRECTORY = "5"
 FIFO = "6"
 
 XATTR_PREFIX = "SCHILY.xattr."
-LIBARCHIVE_XATTR_PREFIX = "LIBARCHIVE.xattr."
+
+# Records whose values Go's archive/tar refuses when they hold a NUL (validPAXRecord).
+_TEXTS = ("path", "linkpath", "uname", "gname")
+_SPARSE_PAIR = ("GNU.sparse.offset", "GNU.sparse.numbytes")
+SPARSE_MAP = "GNU.sparse.map"
 
 # Meta data of one entry (a long name, the records of a pax header) is read into memory; Go's archive/tar has the same
 # limit (maxSpecialFileSize).
@@ -39,8 +43,8 @@ MAX_PATH = 4095
 # chown(2): an id of -1 means "leave it", so the largest 32-bit number is none.
 MAX_ID = 0xFFFFFFFE
 
-# Seconds in either direction that a time_t holds.
-MAX_SECONDS = (1 << 63) - 1
+# The largest size of a file and number of seconds, in the kernel as in Go's archive/tar.
+MAX_INT64 = (1 << 63) - 1
 
 _SPACES = b"\0 "
 
@@ -50,7 +54,7 @@ class Entry:
 
     Attributes:
         name: as the archive has it, decoded with :func:`os.fsdecode`.
-        type: one of the type flags above; an old-style or contiguous file is :data:`FILE`.
+        type: one of the type flags above; an old-style file is :data:`FILE`.
         mode: permission bits, with set-user-ID and the like (``0o7777``).
         uid: numeric owner.
         gid: numeric group.
@@ -146,23 +150,36 @@ def signed_checksum(header: memoryview) -> int:
     return checksum(header) - 256 * high
 
 
-def parse_number(field: bytes) -> int:
-    """A numeric field: octal digits between spaces and NULs, or GNU's base-256, which may be negative.
+def parse_octal(field: bytes) -> int:
+    """An octal field: digits between spaces and NULs, nothing for 0.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is no such thing.
     """
-    first = field[0]
-    if first & 0x80:
-        # GNU: the lowest bits of a two's complement number whose top bit marks the form.
-        value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-        return value - (1 << (8 * len(field) - 1)) if first & 0x40 else value
-    text = field.strip(_SPACES).partition(b"\0")[0].rstrip(b" ")
+    text = field.strip(_SPACES).partition(b"\0")[0]
     if not text:
         return 0
-    if not text.isdigit():  # int() would take signs, underscores and "0o"
+    if not text.isdigit():  # int() would take signs, spaces, underscores and "0o"
         raise ValueError("not an octal number")
     return int(text, 8)
+
+
+def parse_number(field: bytes) -> int:
+    """A numeric field: octal, or GNU's base-256, which may be negative.
+
+    Raises:
+        ValueError: it is neither, or does not fit 64 bits.
+    """
+    first = field[0]
+    if not first & 0x80:
+        return parse_octal(field)
+    # GNU: the lowest bits of a two's complement number whose top bit marks the form.
+    value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    if first & 0x40:
+        value -= 1 << (8 * len(field) - 1)
+    if not -MAX_INT64 <= value + 1 <= MAX_INT64 + 1:
+        raise ValueError("a number of more than 64 bits")
+    return value
 
 
 def parse_size(field: bytes, name: str | None, offset: int) -> int:
@@ -180,7 +197,7 @@ def parse_size(field: bytes, name: str | None, offset: int) -> int:
         size = parse_number(field)
     except ValueError:
         raise bad("its size is not a number", name, offset) from None
-    if size < 0 or size > MAX_SECONDS:
+    if size < 0 or size > MAX_INT64:
         raise bad(f"its size {size} is impossible", name, offset)
     return size
 
@@ -199,13 +216,17 @@ def cut(field: bytes) -> bytes:
     return field if end < 0 else field[:end]
 
 
-def parse_records(data: bytes) -> list[tuple[str, bytes]]:
-    """The records of a pax header: ``"LENGTH KEY=VALUE\\n"``, in their order; a key may come again.
+def parse_records(data: bytes) -> dict[str, bytes]:
+    """The records of a pax header: ``"LENGTH KEY=VALUE\\n"``; of a key that comes again, the last.
+
+    The map of a sparse file in the form 0.0, a record for each number, becomes that of 0.1 (Go's archive/tar,
+    parsePAX).
 
     Raises:
         ValueError: they are malformed; its text says how.
     """
-    records = []
+    records: dict[str, bytes] = {}
+    sparse: list[bytes] = []
     position = 0
     end = len(data)
     while position < end:
@@ -219,13 +240,23 @@ def parse_records(data: bytes) -> list[tuple[str, bytes]]:
             raise ValueError(f"a pax record has the wrong length {int(digits)}")
         if data[after - 1] != 0x0A:
             raise ValueError("a pax record does not end with a newline")
-        key, equals, value = data[space + 1 : after - 1].partition(b"=")
-        if not equals or not key:
+        raw_key, equals, value = data[space + 1 : after - 1].partition(b"=")
+        if not equals or not raw_key:
             raise ValueError("a pax record has no key")
-        if b"\0" in key:
+        if b"\0" in raw_key:
             raise ValueError("a key of a pax record holds a NUL")
-        records.append((os.fsdecode(key), value))
+        key = os.fsdecode(raw_key)
+        if b"\0" in value and key in _TEXTS:
+            raise ValueError(f"the pax record {key} {shown(value)} holds a NUL")
+        if key in _SPARSE_PAIR:
+            if key != _SPARSE_PAIR[len(sparse) % 2] or b"," in value:
+                raise ValueError("a sparse map whose offsets and lengths do not alternate")
+            sparse.append(value)
+        else:
+            records[key] = value
         position = after
+    if sparse:
+        records[SPARSE_MAP] = b",".join(sparse)
     return records
 
 
@@ -243,12 +274,14 @@ def parse_time(text: bytes) -> int:
     """A pax time, ``"[-]SECONDS[.FRACTION]"``, as nanoseconds; digits beyond the ninth are dropped.
 
     Raises:
-        ValueError: it is no such thing.
+        ValueError: it is no such thing, or its seconds do not fit 64 bits.
     """
     negative = text.startswith(b"-")
     seconds, _, fraction = text[negative:].partition(b".")
     if not seconds.isdigit() or (fraction and not fraction.isdigit()) or len(seconds) > 19:
         raise ValueError("not a time")
+    if int(seconds) > MAX_INT64:
+        raise ValueError("a time out of range")
     total = int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0"))
     return -total if negative else total
 
@@ -264,8 +297,8 @@ def parse_decimal(text: bytes) -> int:
     """A pax number.
 
     Raises:
-        ValueError: it is negative, or no number.
+        ValueError: it is negative, no number, or does not fit 64 bits.
     """
-    if not text.isdigit() or len(text) > 20:
+    if not text.isdigit() or len(text) > 20 or (value := int(text)) > MAX_INT64:
         raise ValueError("not a number")
-    return int(text)
+    return value

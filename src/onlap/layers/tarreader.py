@@ -6,30 +6,38 @@ in, and nothing is kept of an entry once the next one is asked for.
 
 from __future__ import annotations
 
-import binascii
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
-from urllib.parse import unquote_to_bytes
+from collections.abc import Callable, Iterator, Mapping
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.layers import tarformat as tar
 from onlap.layers import tarsparse
-from onlap.layers.tarformat import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal, parse_number
+from onlap.layers.tarformat import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal, parse_number, parse_octal
 
-# name mode uid gid size mtime checksum type linkname magic+version (uname gname) devmajor devminor prefix
-_HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
+# name mode uid gid size mtime (checksum) type linkname magic version (uname gname) devmajor devminor prefix trailer
+_HEADER = struct.Struct("100s8s8s8s12s12s8xc100s6s2s64x8s8s155s8x4s")
 
-_USTAR = b"ustar\00000"
+# Go's archive/tar takes any version of ustar, and for GNU only its own; anything else is a header of v7, which ends
+# before the devices and the prefix.
+_USTAR = b"ustar\0"
+_GNU = b"ustar "
+_GNU_VERSION = b" \0"
+_STAR_TRAILER = b"tar\0"
+# In a header of star, and in one of GNU: the times of access and change.
+_STAR_TIMES = (slice(476, 488), slice(488, 500))
+_GNU_TIMES = (slice(345, 357), slice(357, 369))
 
 # Types that have no data whatever their size field says; Go's archive/tar, isHeaderOnly.
 _HEADER_ONLY = frozenset("123456")
+_LABEL = "V"
+# Contiguous files (7), GNU's directories with a list of names (D) and Solaris's own pax headers (X) are none: Go gives
+# them out as entries of unknown types, so that containerd and Docker refuse them and scanners do not see them.
 _KNOWN = {
     b"\0": tar.FILE,
     b"0": tar.FILE,
-    b"7": tar.FILE,  # contiguous
     b"S": tar.FILE,  # GNU sparse
     b"1": tar.HARDLINK,
     b"2": tar.SYMLINK,
@@ -37,13 +45,12 @@ _KNOWN = {
     b"4": tar.BLOCK_DEVICE,
     b"5": tar.DIRECTORY,
     b"6": tar.FIFO,
-    b"D": tar.DIRECTORY,  # GNU: a directory with the names in it as its data
+    b"V": _LABEL,  # GNU: the volume's
 }
-_FILES = (b"\0", b"0", b"7")
 
-# Headers that are no entries: pax records (x, and X of Solaris), global ones, GNU's long names and volume labels.
-_META = b"xXgLKV"
-_GLOBAL, _LONG_NAME, _LONG_LINK, _LABEL = b"gLKV"
+# Headers that are no entries: pax records, global ones, GNU's long names and links.
+_META = b"xgLK"
+_GLOBAL, _LONG_NAME, _LONG_LINK = b"gLK"
 
 _MAX_NUMBERS = 4096
 
@@ -66,7 +73,8 @@ class TarReader:
 
     Attributes:
         position: how many bytes of the archive were read so far.
-        marked_end: whether the archive's end marker was met.
+        marked_end: whether the archive has its end marker. One that ends inside the padding of its last entry counts,
+            too: umoci's ``insert`` writes such, and Go's archive/tar takes them.
     """
 
     def __init__(self, next_chunk: Callable[[], bytes | memoryview]) -> None:
@@ -77,8 +85,8 @@ class TarReader:
         self._left = 0  # of the current entry's data
         self._padding = 0  # behind it
         self._name: str | None = None
-        self._globals: list[tuple[str, bytes]] = []
         self._numbers: dict[bytes, int] = {}
+        self._meta_fields = b""
         self.marked_end = False
 
     @property
@@ -96,15 +104,11 @@ class TarReader:
             InvalidArgument: what comes next is no tar entry, or a malformed one.
             DataLoss: the archive ends in the middle of an entry.
         """
-        records: list[tuple[str, bytes]] | None = None
-        long_name: bytes | None = None
-        long_link: bytes | None = None
+        records: Mapping[str, bytes] | None = None
+        long_name = long_link = b""
         start: int | None = None
         while True:
-            if self._left or self._padding:
-                self._pass(self._left + self._padding)
-                self._left = self._padding = 0
-            header = self._header()
+            header = self._header() if self._pass_entry() else None
             if header is None:
                 if start is not None:
                     raise self._truncated(start)
@@ -114,15 +118,23 @@ class TarReader:
                 start = offset
             flag = header[156]
             if flag not in _META:
-                return self._entry(header, start, records, long_name, long_link)
-            if flag == _GLOBAL:
-                self._global(self._records(header, offset))
+                entry = self._entry(header, start, records, long_name, long_link)
+                if entry.type != _LABEL:
+                    return entry
             elif flag == _LONG_NAME:
                 long_name = tar.cut(self._meta(header, offset))
+                continue
             elif flag == _LONG_LINK:
                 long_link = tar.cut(self._meta(header, offset))
-            elif flag != _LABEL:
+                continue
+            else:
                 records = self._records(header, offset)
+                if flag != _GLOBAL:
+                    continue
+            # Go's archive/tar gives global headers and labels out as entries: what came before them is theirs, and
+            # nothing in them is for others.
+            records = start = None
+            long_name = long_link = b""
 
     def piece(self) -> memoryview:
         """The next piece of the current entry's data, empty at its end; valid until the reader is used again."""
@@ -142,21 +154,37 @@ class TarReader:
 
     def drain(self) -> None:
         """Read what follows the end of the archive; all of it belongs to its digest."""
-        while True:
-            self._before += len(self._chunk)
-            self._at = 0
-            self._chunk = memoryview(self._next_chunk())
-            if not self._chunk:
-                return
+        while self._more():
+            pass
 
     # Bytes
 
-    def _fill(self) -> None:
+    def _more(self) -> bool:
+        """Whether anything follows; fetches the next chunk."""
         self._before += len(self._chunk)
         self._at = 0
         self._chunk = memoryview(self._next_chunk())
-        if not self._chunk:
+        return bool(self._chunk)
+
+    def _fill(self) -> None:
+        if not self._more():
             raise self._truncated(self._before)
+
+    def _pass_entry(self) -> bool:
+        """Pass over the rest of the current entry; whether its padding is there, without which the archive ends."""
+        left, padding = self._left, self._padding
+        self._left = self._padding = 0
+        if len(self._chunk) - self._at >= left + padding:
+            self._at += left + padding
+            return True
+        self._pass(left)
+        while padding > (available := len(self._chunk) - self._at):
+            padding -= available
+            if not self._more():
+                self.marked_end = True
+                return False
+        self._at += padding
+        return True
 
     def _truncated(self, offset: int) -> errors.DataLoss:
         what = f"in entry {shown(self._name)}" if self._name is not None else "in a header"
@@ -214,7 +242,7 @@ class TarReader:
             return None
         expected: int | None = None
         try:
-            expected = parse_number(header[148:156].tobytes())
+            expected = parse_octal(header[148:156].tobytes())
         except ValueError:
             pass  # not a number, so it is no sum either
         if tar.checksum(header) != expected and tar.signed_checksum(header) != expected:
@@ -225,13 +253,6 @@ class TarReader:
                 )
             raise bad("its checksum is wrong", None, offset)
         return header
-
-    def _more(self) -> bool:
-        """Whether anything follows; fetches the next chunk."""
-        self._before += len(self._chunk)
-        self._at = 0
-        self._chunk = memoryview(self._next_chunk())
-        return bool(self._chunk)
 
     def _end(self) -> None:
         # The marker is two blocks of zeros. As Go's archive/tar: one at the very end will do, and anything else behind
@@ -252,177 +273,187 @@ class TarReader:
         return value
 
     def _meta(self, header: memoryview, offset: int) -> bytes:
+        # Go refuses a header with a malformed field also where it uses none of them. Mostly all but the size are alike.
+        fields = header[100:124].tobytes() + header[136:148].tobytes() + header[257:].tobytes()
+        if fields != self._meta_fields:
+            self._parse(header, offset)
+            self._meta_fields = fields
         size = tar.parse_size(header[124:136].tobytes(), None, offset)
         if size > tar.MAX_META:
             raise bad(f"{size} bytes of meta data; {tar.MAX_META} are the limit", None, offset)
-        data = self._take(size)
-        self._pass(-size % BLOCK)
-        return data
+        self._padding = -size % BLOCK
+        return self._take(size)
 
-    def _records(self, header: memoryview, offset: int) -> list[tuple[str, bytes]]:
+    def _records(self, header: memoryview, offset: int) -> Mapping[str, bytes]:
         data = self._meta(header, offset)
         try:
             return tar.parse_records(data)
         except ValueError as error:
             raise bad(str(error), None, offset) from None
 
-    def _global(self, records: list[tuple[str, bytes]]) -> None:
-        # A later global header changes what it names and leaves the rest; no value removes.
-        merged = dict(self._globals)
-        merged.update(records)
-        self._globals = [(key, value) for key, value in merged.items() if value]
-        if sum(len(key) + len(value) for key, value in self._globals) > tar.MAX_META:
-            raise bad(f"global records of more than {tar.MAX_META} bytes", None, self.position)
-
-    def _entry(
-        self,
-        header: memoryview,
-        offset: int,
-        records: list[tuple[str, bytes]] | None,
-        long_name: bytes | None,
-        long_link: bytes | None,
-    ) -> Entry:
+    def _parse(
+        self, header: memoryview, offset: int
+    ) -> tuple[bytes, int, int, int, bytes, int, bytes, bytes, int, int, bool]:
+        """The fields of a header of any kind; the last says whether it is one of GNU tar."""
         (
-            raw_name,
+            name,
             raw_mode,
             raw_uid,
             raw_gid,
             raw_size,
             raw_mtime,
-            _,
             flag,
             raw_link,
             magic,
+            version,
             raw_major,
             raw_minor,
             prefix,
+            trailer,
         ) = _HEADER.unpack_from(header)
-        raw_name = raw_name.partition(b"\0")[0]
-        if magic == _USTAR and prefix[0]:
-            # star: "tar\0" at the end of the block, access and change times behind a shorter prefix.
-            prefix = tar.cut(prefix[:131] if header[508:512].tobytes() == b"tar\0" else prefix)
-            raw_name = prefix + b"/" + raw_name
-        name = (raw_name if long_name is None else long_name).decode(_ENCODING, "surrogateescape")
-        self._name = name
-        type = _KNOWN.get(flag)
-        if type is None:
-            raise bad(f"type {flag!r} is not supported", name, offset)
+        name = name.partition(b"\0")[0]
         number = self._number
         known = self._numbers
+        gnu = magic == _GNU and version == _GNU_VERSION
+        major = minor = 0
         try:
             # Few modes and owners come again and again; a file's time is its own.
             mode = (known[raw_mode] if raw_mode in known else number(raw_mode)) & 0o7777
             uid = known[raw_uid] if raw_uid in known else number(raw_uid)
             gid = known[raw_gid] if raw_gid in known else number(raw_gid)
             mtime = parse_number(raw_mtime)
+            if gnu or magic == _USTAR:
+                major = known[raw_major] if raw_major in known else number(raw_major)
+                minor = known[raw_minor] if raw_minor in known else number(raw_minor)
+                if gnu:
+                    prefix = _gnu_prefix(header, prefix)
+                elif trailer == _STAR_TRAILER:
+                    for field in _STAR_TIMES:
+                        parse_number(header[field].tobytes())
+                    prefix = prefix[:131]
+                if prefix and prefix[0]:
+                    name = tar.cut(prefix) + b"/" + name
         except ValueError:
-            raise bad("its mode, owner or time is not a number", name, offset) from None
+            raise bad("its mode, owner, time or device is not a number", os.fsdecode(name), offset) from None
+        return name, mode, uid, gid, raw_size, mtime, flag, raw_link, major, minor, gnu
+
+    def _entry(
+        self,
+        header: memoryview,
+        offset: int,
+        records: Mapping[str, bytes] | None,
+        long_name: bytes,
+        long_link: bytes,
+    ) -> Entry:
+        raw_name, mode, uid, gid, raw_size, mtime, flag, raw_link, major, minor, gnu = self._parse(header, offset)
+        name = (long_name or raw_name).decode(_ENCODING, "surrogateescape")
+        self._name = name
+        type = _KNOWN.get(flag)
+        if type is None:
+            raise bad(f"type {flag!r} is not supported", name, offset)
         entry = Entry(name, type, mode, uid, gid, 0, mtime * 1_000_000_000, offset=offset)
-        if raw_link[0] or long_link is not None:
-            entry.linkname = os.fsdecode(tar.cut(raw_link) if long_link is None else long_link)
+        if raw_link[0] or long_link:
+            entry.linkname = os.fsdecode(long_link or tar.cut(raw_link))
         if type == tar.CHAR or type == tar.BLOCK_DEVICE:
-            self._device(entry, raw_major, raw_minor)
+            entry.devmajor, entry.devminor = major, minor
         entry.size = tar.parse_size(raw_size, name, offset)
-        if records is not None or self._globals:
-            self._apply_records(entry, self._globals + (records or []), long_name, long_link)
-            name = entry.name
-        if flag in _FILES and name.endswith("/"):
-            # Before directories had a type of their own, a slash told them apart.
+        sparse = records is not None and self._apply_records(entry, records, long_name, long_link)
+        if flag == b"\0" and entry.name.endswith("/"):
+            # Before directories had a type of their own, a slash told them apart. Since then it says nothing.
             type = entry.type = tar.DIRECTORY
         if type in _HEADER_ONLY:
-            # The names in a GNU 'D' are data; the size of every other of these is a remark.
-            self._begin(entry.size if flag == b"D" else 0)
-            entry.size = entry.stored = 0
+            self._begin(0)
+            entry.size = 0
         else:
-            entry.stored = entry.size
             self._begin(entry.size)
-            if flag == b"S":
-                tarsparse.read_old(entry, header, self._block)
-            elif records is not None:
-                tarsparse.read_pax(entry, records, self._data_block)
-            if entry.sparse is not None:
-                entry.stored = self._left
-                tarsparse.check(entry)
-        if not 0 <= uid <= tar.MAX_ID or not 0 <= gid <= tar.MAX_ID or records is not None or self._globals:
+        entry.stored = self._left
+        if flag == b"S":
+            if not gnu:
+                raise bad("a sparse file of star is not supported", name, offset)
+            tarsparse.read_old(entry, header, self._block)
+            tarsparse.check(entry)
+        elif sparse and records is not None:
+            self._sparse(entry, records)
+        if not 0 <= uid <= tar.MAX_ID or not 0 <= gid <= tar.MAX_ID or records is not None:
             self._check(entry)
-        elif not -tar.MAX_SECONDS <= mtime <= tar.MAX_SECONDS:
-            raise bad("its time is out of range", name, offset)
         return entry
-
-    def _device(self, entry: Entry, major: bytes, minor: bytes) -> None:
-        try:
-            entry.devmajor, entry.devminor = self._number(major), self._number(minor)
-        except ValueError:
-            raise bad("its device number is not a number", entry.name, entry.offset) from None
 
     def _check(self, entry: Entry) -> None:
         name, link = entry.name, entry.linkname
         self._name = name
         if not 0 <= entry.uid <= tar.MAX_ID or not 0 <= entry.gid <= tar.MAX_ID:
             raise bad(f"its owner {entry.uid}:{entry.gid} is out of range", name, entry.offset)
-        if not -tar.MAX_SECONDS <= entry.mtime_ns // 1_000_000_000 <= tar.MAX_SECONDS:
-            raise bad("its time is out of range", name, entry.offset)
         if "\0" in name or "\0" in link:
             raise bad("its name or its link holds a NUL", name, entry.offset)
 
     # Extended records
 
-    def _apply_records(
-        self, entry: Entry, records: list[tuple[str, bytes]], long_name: bytes | None, long_link: bytes | None
-    ) -> None:
+    def _sparse(self, entry: Entry, records: Mapping[str, bytes]) -> None:
+        try:
+            if not tarsparse.is_pax(records):
+                return
+            if entry.type in _HEADER_ONLY:
+                raise ValueError("it is no file")
+            tarsparse.read_pax(entry, records, self._data_block)
+        except ValueError as error:
+            raise bad(f"its sparse map: {error}", entry.name, entry.offset) from None
+        entry.stored = self._left
+        tarsparse.check(entry)
+
+    def _apply_records(self, entry: Entry, records: Mapping[str, bytes], long_name: bytes, long_link: bytes) -> bool:
+        """Let the records of an entry stand for its header; whether some of them are of a sparse file."""
         xattrs: dict[str, bytes] = {}
-        encoded: dict[str, bytes] = {}
+        sparse = False
         skipped: list[str] = []
         key = ""
         try:
-            for key, value in records:
-                # An empty value takes back what a global header said; the entry's own header stands.
-                if key == "path":
-                    if long_name is None and value:
-                        entry.name = os.fsdecode(value)
-                elif key == "linkpath":
-                    if long_link is None and value:
-                        entry.linkname = os.fsdecode(value)
+            for key, value in records.items():
+                if key == "mtime" and value:  # the one that most entries have
+                    entry.mtime_ns = tar.parse_time(value)
                 elif key.startswith(tar.XATTR_PREFIX):
                     xattrs[key[len(tar.XATTR_PREFIX) :]] = value
-                elif key.startswith(tar.LIBARCHIVE_XATTR_PREFIX):
-                    encoded[_unquoted(key[len(tar.LIBARCHIVE_XATTR_PREFIX) :])] = _from_base64(value)
                 elif key.startswith(("SCHILY.acl.", "RHT.security.", "SCHILY.fflags")):
                     skipped.append("acl" if "acl" in key else "xattr")
                 elif not value:
-                    continue
-                elif key == "mtime":
-                    entry.mtime_ns = tar.parse_time(value)
+                    continue  # without a value, the entry's own header stands
+                elif key == "path":
+                    if not long_name:
+                        entry.name = os.fsdecode(value)
+                elif key == "linkpath":
+                    if not long_link:
+                        entry.linkname = os.fsdecode(value)
                 elif key == "atime":
                     entry.atime_ns = tar.parse_time(value)
+                elif key == "ctime":
+                    tar.parse_time(value)  # of no use; Go refuses what is no time
                 elif key == "size":
                     entry.size = parse_decimal(value)
-                    if entry.size > tar.MAX_SECONDS:
-                        raise ValueError("too large")
                 elif key == "uid":
                     entry.uid = parse_decimal(value)
                 elif key == "gid":
                     entry.gid = parse_decimal(value)
-                elif key == "SCHILY.devmajor":
-                    entry.devmajor = parse_decimal(value)
-                elif key == "SCHILY.devminor":
-                    entry.devminor = parse_decimal(value)
+                elif key.startswith("GNU.sparse."):
+                    sparse = True
         except ValueError as error:
             raise bad(f"its pax record {shown(key)}: {error}", entry.name, entry.offset) from None
-        # bsdtar writes both forms; in its own the name and the value are encoded, and it means the same.
-        merged = {**encoded, **xattrs}
-        if merged:
-            entry.xattrs = merged
-        entry.skipped = tuple(skipped)
+        if xattrs:
+            entry.xattrs = xattrs
+        if skipped:
+            entry.skipped = tuple(skipped)
+        return sparse
 
 
-def _unquoted(key: str) -> str:
-    return os.fsdecode(unquote_to_bytes(os.fsencode(key)))
+def _gnu_prefix(header: memoryview, prefix: bytes) -> bytes:
+    """The prefix of the name in a header of GNU tar, which has none.
 
-
-def _from_base64(value: bytes) -> bytes:
-    # libarchive leaves the padding out.
+    Before Go 1.8, archive/tar wrote one over the times of access and change; it still reads it where these are no
+    numbers (reader.go, readHeader).
+    """
     try:
-        return binascii.a2b_base64(value + b"=" * (-len(value) % 4))
-    except binascii.Error as error:
-        raise ValueError(f"not base64 ({error})") from None
+        for field in _GNU_TIMES:
+            if header[field.start]:
+                parse_number(header[field].tobytes())
+    except ValueError:
+        prefix = tar.cut(prefix)
+        return prefix if prefix.isascii() else b""
+    return b""

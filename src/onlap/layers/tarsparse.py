@@ -1,12 +1,13 @@
 """The maps of sparse files in tar archives: where their data belongs, in all the forms that GNU tar has written.
 
-Source: GNU tar's manual, "Storing Sparse Files": the old GNU format, and pax 0.0, 0.1 and 1.0.
+Sources: GNU tar's manual, "Storing Sparse Files": the old GNU format, and pax 0.0, 0.1 and 1.0; Go's archive/tar,
+reader.go (1.24), which is followed where the manual leaves a choice.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from onlap.layers import tarformat as tar
 from onlap.layers.tarformat import Entry, bad, parse_decimal
@@ -21,6 +22,9 @@ _EXTENSION_EXTENDED = 504
 
 # A map of this many pieces is about 30 MB in memory. A file in more pieces than that is refused.
 _MAX_PIECES = 1 << 18
+
+# Pax forms with their version in the records.
+_VERSIONS = ((b"0", b"0"), (b"0", b"1"), (b"1", b"0"))
 
 Pieces = list[tuple[int, int]]
 
@@ -52,61 +56,54 @@ def _old_pieces(entry: Entry, block: memoryview, count: int) -> Pieces:
     pieces = []
     for at in range(0, count * 24, 24):
         raw = block[at : at + 24].tobytes()
-        if not raw[0] and not raw[12]:
+        if not raw[0]:
             break  # unused
         offset = tar.parse_size(raw[:12], entry.name, entry.offset)
         pieces.append((offset, tar.parse_size(raw[12:], entry.name, entry.offset)))
     return pieces
 
 
-def read_pax(entry: Entry, records: list[tuple[str, bytes]], block: Callable[[], bytes]) -> None:
+def is_pax(records: Mapping[str, bytes]) -> bool:
+    """Whether the pax records of an entry make it a sparse file.
+
+    Raises:
+        ValueError: they do, in a form that is not known. Go's archive/tar takes such a file as it is stored.
+    """
+    version = records.get("GNU.sparse.major", b""), records.get("GNU.sparse.minor", b"")
+    if version in _VERSIONS:
+        return True
+    if any(version):
+        raise ValueError("a version of the sparse format that nobody knows")
+    # GNU tar says no version for 0.0 and 0.1.
+    return bool(records.get(tar.SPARSE_MAP))
+
+
+def read_pax(entry: Entry, records: Mapping[str, bytes], block: Callable[[], bytes]) -> None:
     """Take the map of a sparse file from its pax records, or from the start of its data where they say so.
 
     Args:
-        entry: gets its ``name``, ``size`` and ``sparse`` if it is a sparse file.
-        records: those of the entry.
+        entry: gets its ``name``, ``size`` and ``sparse``.
+        records: those of the entry, of which :func:`is_pax` is true.
         block: gives the next block of the entry's data; raises ValueError where that ends.
 
     Raises:
-        InvalidArgument: the map is malformed.
+        ValueError: the map is malformed.
     """
-    values = {key: value for key, value in records if key.startswith("GNU.sparse.")}
-    if not values:
+    if records.get("GNU.sparse.name"):
+        entry.name = os.fsdecode(records["GNU.sparse.name"])
+    size = records.get("GNU.sparse.size") or records.get("GNU.sparse.realsize")
+    if not size:
+        raise ValueError("the size of the file is missing")
+    entry.size = parse_decimal(size)
+    if records.get("GNU.sparse.major") == b"1":
+        entry.sparse = _read_1_0(block)
         return
-    try:
-        pieces = _pax_pieces(values, records, block)
-        if pieces is None:
-            return
-        size = values.get("GNU.sparse.realsize", values.get("GNU.sparse.size"))
-        if size is None:
-            raise ValueError("the size of the file is missing")
-        entry.size = parse_decimal(size)
-    except ValueError as error:
-        raise bad(f"its sparse map: {error}", entry.name, entry.offset) from None
-    if len(pieces) > _MAX_PIECES:
-        raise bad(f"a sparse map of more than {_MAX_PIECES} pieces", entry.name, entry.offset)
-    if values.get("GNU.sparse.name"):
-        entry.name = os.fsdecode(values["GNU.sparse.name"])
-    entry.sparse = pieces
-
-
-def _pax_pieces(
-    values: dict[str, bytes], records: list[tuple[str, bytes]], block: Callable[[], bytes]
-) -> Pieces | None:
-    """The map; None where there is none. Raises ValueError."""
-    if values.get("GNU.sparse.major") == b"1":
-        if values.get("GNU.sparse.minor") != b"0":
-            raise ValueError("a version of the sparse format that nobody knows")
-        return _read_1_0(block)
-    if "GNU.sparse.map" in values:
-        return _pairs([parse_decimal(number) for number in values["GNU.sparse.map"].split(b",")])
-    if "GNU.sparse.offset" in values:
-        wanted = ("GNU.sparse.offset", "GNU.sparse.numbytes")
-        ordered = [(key, value) for key, value in records if key in wanted]
-        if any(key != wanted[index % 2] for index, (key, _) in enumerate(ordered)):
-            raise ValueError("offsets and lengths do not alternate")
-        return _pairs([parse_decimal(value) for _, value in ordered])
-    return None
+    count = parse_decimal(records.get("GNU.sparse.numblocks", b""))
+    text = records.get(tar.SPARSE_MAP)
+    numbers = [parse_decimal(number) for number in text.split(b",")] if text else []
+    if len(numbers) != 2 * count:
+        raise ValueError(f"it has {len(numbers)} numbers for {count} pieces")
+    entry.sparse = _pairs(numbers)
 
 
 def _read_1_0(block: Callable[[], bytes]) -> Pieces:
@@ -148,7 +145,7 @@ def check(entry: Entry) -> None:
             raise bad("its sparse map overlaps or is not ascending", entry.name, entry.offset)
         end = offset + length
         total += length
-    if end > entry.size or entry.size > tar.MAX_SECONDS:
+    if end > entry.size or entry.size > tar.MAX_INT64:
         raise bad("its sparse map reaches beyond the end of the file", entry.name, entry.offset)
     if total != entry.stored:
         raise bad(f"its sparse map is of {total} bytes, its data of {entry.stored}", entry.name, entry.offset)
@@ -156,6 +153,6 @@ def check(entry: Entry) -> None:
 
 
 def _pairs(numbers: list[int]) -> Pieces:
-    if len(numbers) % 2:
-        raise ValueError("an offset without a length")
+    if len(numbers) > 2 * _MAX_PIECES:
+        raise ValueError(f"more than {_MAX_PIECES} pieces")
     return list(zip(numbers[::2], numbers[1::2], strict=True))

@@ -107,9 +107,8 @@ def encode(entry: Entry) -> bytes:
     ]
     devices = b"\0" * 16
     if entry.type in (tar.CHAR, tar.BLOCK_DEVICE):
-        devices = _octal(entry.devmajor, 8, "SCHILY.devmajor", records) + _octal(
-            entry.devminor, 8, "SCHILY.devminor", records
-        )
+        # No record says them so that Go reads it; the kernel's, of 12 and of 20 bits, have room.
+        devices = _octal(entry.devmajor, 8, "major", None) + _octal(entry.devminor, 8, "minor", None)
     for xattr, value in (entry.xattrs or {}).items():
         if "=" in xattr or not xattr or "\0" in xattr:
             raise errors.InvalidArgument(
