@@ -328,7 +328,9 @@ def _archives(seed: int, count: int) -> list[bytes]:
 
 def test_random_archives_are_read_as_go_reads_them(go: Go) -> None:
     same, stricter = compare(go, _archives(1, 6000))
-    assert same > 1500 and stricter < 1200, (same, stricter)
+    # Else the archives are too odd to say much.
+    assert same > 1500
+    assert stricter < 1200
 
 
 @pytest.mark.long
