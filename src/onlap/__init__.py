@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from onlap.layers.apply import Applied, Limits
     from onlap.layers.write import Written
     from onlap.mounts.plan import Mount
-    from onlap.mounts.temporary import mounted
     from onlap.overlayfs.probe import Probe, probe
     from onlap.overlayfs.trials.bench import Feature
     from onlap.snapshots.contract import Cleaner, Differ, Info, Snapshotter
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter
+    from onlap.snapshots.working import mounted
     from onlap.store import Imported, Progress, Store, open
     from onlap.trees.compare import Change
     from onlap.trees.meta import Meta
@@ -76,7 +76,7 @@ _WHERE = {
     "Store": "onlap.store",
     "Usage": "onlap.trees.usage",
     "Written": "onlap.layers.write",
-    "mounted": "onlap.mounts.temporary",
+    "mounted": "onlap.snapshots.working",
     "open": "onlap.store",
     "probe": "onlap.overlayfs.probe",
 }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
-from onlap.mounts.temporary import may_mount, mounted
 from onlap.progress import Callback, Progress, Reporter
-from onlap.snapshots import exclusion
-from onlap.snapshots.contract import COMMITTED, Info
+from onlap.snapshots import working
+from onlap.snapshots.contract import Info
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
@@ -249,15 +248,17 @@ class Store:
         self.snapshotter.cleanup()
 
     def collect(self) -> None:
-        """Let go of what nobody needs any more: dead runs, blobs that no image has, and the snapshots of layers.
+        """Let go of what nobody needs: what killed programs left, blobs without an image, and layers' snapshots.
+
+        Behind which program it cannot be cleaned up, the log says.
 
         Raises:
-            OnlapError: the filesystem refuses, or the container of a dead run does not end.
+            OnlapError: the filesystem refuses.
         """
-        if os.path.isdir(os.path.join(self.snapshotter.root, "runs")):
-            from onlap.images import rundirs
+        from onlap.catalog import runs
+        from onlap.images import rundirs
 
-            rundirs.sweep(self.snapshotter)
+        runs.sweep(self.snapshotter.catalog, rundirs.end)
         if os.path.isdir(self.snapshotter.catalog.layout.content):
             from onlap.images import garbage
 
@@ -285,8 +286,7 @@ class Store:
         """
         return self.snapshotter.label(key, changes)
 
-    @contextlib.contextmanager
-    def mounted(self, key: str, at: StrPath | None = None, *, detached: bool = False) -> Iterator[Path]:
+    def mounted(self, key: str, at: StrPath | None = None, *, detached: bool = False) -> AbstractContextManager[Path]:
         """Mount a snapshot for the time of a ``with`` block; a committed one read-only, through a view.
 
         Args:
@@ -300,34 +300,9 @@ class Store:
             DataLoss: a layer of it is lost.
             OnlapError: see :func:`onlap.mounted`.
         """
-        record = self.snapshotter.record(key)
-        if record.kind == COMMITTED:
-            with self._viewed(key) as view, self.mounted(view, at, detached=detached) as tree:
-                yield tree
-            return
-        # A detached mount shows in no mountinfo, so that only a lock keeps its layers from being deleted.
-        hidden = detached or not may_mount()
-        with contextlib.ExitStack() as stack:
-            mounts = stack.enter_context(exclusion.mounting(self.snapshotter, record, hidden=hidden))
-            try:
-                tree = stack.enter_context(mounted(mounts, at, detached=detached))
-            except errors.NotFound as error:
-                if isinstance(error.__cause__, FileNotFoundError):
-                    raise self.snapshotter.missing("mount", key, error.__cause__) from error
-                raise
-            yield tree
+        return working.mounted_snapshot(self.snapshotter, key, at, detached=detached)
 
-    @contextlib.contextmanager
-    def _viewed(self, name: str) -> Iterator[str]:
-        view = _temporary_key("view")
-        self.snapshotter.view(view, name)
-        try:
-            yield view
-        finally:
-            self.snapshotter.remove(view, force=True)
-
-    @contextlib.contextmanager
-    def scratch(self, parent: str | None = None) -> Iterator[Path]:
+    def scratch(self, parent: str | None = None) -> AbstractContextManager[Path]:
         """A writable view of a committed snapshot, or an empty tree; dropped at the end.
 
         Raises:
@@ -335,12 +310,15 @@ class Store:
             InvalidArgument: the parent is not committed.
             OnlapError: see :func:`onlap.mounted`.
         """
-        with self._prepared(parent) as key, self.mounted(key) as tree:
-            yield tree
+        return working.scratch(self.snapshotter, parent)
 
-    @contextlib.contextmanager
-    def build(self, name: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> Iterator[Path]:
+    def build(
+        self, name: str, parent: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> AbstractContextManager[Path]:
         """A writable view that is committed as ``name`` at the end, or dropped when the body raises.
+
+        When the end fails, since a program still works in the tree or the disk is full, nothing that was written is
+        lost: the error says under which key it is kept, to be committed later.
 
         Args:
             name: what to commit it as.
@@ -350,28 +328,10 @@ class Store:
         Raises:
             AlreadyExists: the name is taken.
             NotFound, InvalidArgument: the parent does not exist, or is not committed.
-            OnlapError: see :func:`onlap.mounted`.
+            Busy: at the end, somebody still used the tree; ``.key`` is the snapshot that was kept.
+            OnlapError: see :func:`onlap.mounted` and :meth:`commit`; likewise.
         """
-        if name in self:
-            raise errors.AlreadyExists(
-                f"there already is a snapshot {shown(name)}",
-                key=name,
-                hint="take another name, or remove it first",
-            )
-        with self._prepared(parent) as key:
-            with self.mounted(key) as tree:
-                yield tree
-            self.commit(name, key, labels)
-
-    @contextlib.contextmanager
-    def _prepared(self, parent: str | None) -> Iterator[str]:
-        key = _temporary_key("scratch")
-        self.snapshotter.prepare(key, parent)
-        try:
-            yield key
-        finally:
-            with contextlib.suppress(errors.NotFound):  # it was committed
-                self.snapshotter.remove(key)
+        return working.build(self.snapshotter, name, parent, labels)
 
     # Trees and layers, in and out
 
@@ -414,7 +374,7 @@ class Store:
                 f"there already is a snapshot {shown(name)}", key=name, hint="take another name, or remove it first"
             )
         done: tuple[int, int, Mapping[str, int]]
-        with self._prepared(parent) as key:
+        with working.prepared(self.snapshotter, parent, "import") as key:
             if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
                 from onlap.snapshots import archives
 
@@ -573,11 +533,7 @@ class Store:
         from onlap.snapshots import archives
 
         self.stat(top)
-        with self._prepared(base) as key:
+        with working.prepared(self.snapshotter, base, "squash") as key:
             archives.squash(self.snapshotter, top, key, base)
             self.commit(name, key, labels)
         return self.stat(name)
-
-
-def _temporary_key(what: str) -> str:
-    return f"{what}-{os.getpid()}-{os.urandom(6).hex()}"

@@ -20,8 +20,8 @@ from onlap.layers.apply import Applied, Limits, apply
 from onlap.layers.tarformat import Entry
 from onlap.layers.tarwriter import TarWriter
 from onlap.mounts.plan import overlay
-from onlap.mounts.temporary import mounted
 from onlap.overlayfs.markers import Markers, is_marker
+from onlap.snapshots.working import mounted
 
 TRUSTED = Markers("trusted")
 

@@ -31,8 +31,8 @@ from onlap.layers.changes import stack_changes
 from onlap.layers.compression import Inflater
 from onlap.layers.write import Written, write_layer
 from onlap.mounts.plan import overlay
-from onlap.mounts.temporary import mounted
 from onlap.progress import Progress
+from onlap.snapshots.working import mounted
 from onlap.store import Store
 from onlap.store import open as open_store
 from onlap.testing import Tree, assert_same_tree, read_tree

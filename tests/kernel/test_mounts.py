@@ -9,20 +9,18 @@ import mmap
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import capabilities
-from kernel.helpers import NOBODY, OLD_KERNEL, mountinfo, output, python
+from kernel.helpers import OLD_KERNEL, mountinfo, output, python
 from onlap import errors
-from onlap.mounts import kernel, mounted, plan
+from onlap.mounts import kernel, plan
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import MAX_DATA, MAX_LOWERS
-from onlap.overlayfs.probe import probe
+from onlap.snapshots.working import mounted
 
 ODD = [b"a:b", b"a,b", b"a\\b", b"\\", b"a b", b"line\nfeed", b"caf\xe9", b"tab\t", b"#'\"$", b"\\054\\072"]
 WAYS = [kernel.LAYERS_BY_FD, kernel.LAYERS_BY_PROC, kernel.LAYERS_BY_STRING]
@@ -419,18 +417,6 @@ def test_a_detached_body_that_raises(root: Path) -> None:
     with pytest.raises(RuntimeError), mounted(Mount("tmpfs", "tmpfs"), detached=True) as path:
         raise RuntimeError
     assert not path.exists()
-
-
-@pytest.fixture
-def ordinary() -> Iterator[Path]:
-    """A directory of user 65534, who may be ourselves."""
-    directory, _ = capabilities.overlay_directory()
-    with tempfile.TemporaryDirectory(prefix="onlap-test-", dir=directory) as name:
-        if os.geteuid() == 0:
-            os.chown(name, NOBODY, NOBODY)
-        if not probe(name).features["unprivileged"].ok:
-            pytest.skip(probe(name).features["unprivileged"].reason)
-        yield Path(name)
 
 
 UNPRIVILEGED = """

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from onlap import errors
-from onlap.catalog import pins
+from onlap.catalog import pins, runs
 from onlap.catalog.catalog import Catalog
 from onlap.content.store import ContentStore
 from onlap.content.writer import Blob
@@ -225,15 +226,71 @@ def test_a_lease_outlives_an_error_until_it_expires(catalog: Catalog, content: C
     """What an interrupted pull has fetched is there for the next."""
 
     def fail() -> None:
-        with content.lease("test") as lease:
+        with content.lease("test", resumed=True) as lease:
             content.put([DATA], lease=lease)
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
+    runs.sweep(catalog)
     assert content.collect() == 0
     catalog.database.write(lambda c: c.execute("UPDATE pins SET expires_ns = 1"))
     assert content.collect() == 1
+
+
+def test_a_lease_that_nobody_resumes_ends_with_an_error(content: ContentStore) -> None:
+    def fail() -> None:
+        with content.lease("export") as lease:
+            content.put([DATA], lease=lease)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert content.collect() == 1
+
+
+def test_a_lease_does_not_look_at_the_clock(
+    catalog: Catalog, content: ContentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with content.lease("test") as lease:
+        content.put([DATA], lease=lease)
+        now = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda: now + 48 * 3600 * 10**9)
+        runs.sweep(catalog)
+        assert content.collect() == 0
+
+
+_DIE = """
+import os, sys
+from onlap.catalog.catalog import Catalog
+from onlap.content.store import ContentStore
+content = ContentStore(Catalog(sys.argv[1], create=False, timeout=30))
+lease = content.lease("test")
+content.put([b"blob"], lease=lease)
+os._exit(0)
+"""
+
+
+def test_the_pins_of_a_dead_process_go(catalog: Catalog, content: ContentStore) -> None:
+    """They know it by the lock where its directory is there, and by its absence where a power cut took that."""
+    for gone in (False, True):
+        subprocess.run([sys.executable, "-c", _DIE, catalog.layout.root], check=True)
+        (directory,) = Path(catalog.layout.root, "runs").iterdir()
+        if gone:
+            directory.rmdir()
+        assert content.collect() == 0
+        assert runs.sweep(catalog) == 1
+        assert content.collect() == 1
+        assert os.listdir(directory.parent) == []
+
+
+def test_a_pin_with_a_time_expires(catalog: Catalog, content: ContentStore) -> None:
+    """As Onlap 0.1 wrote them."""
+    for seconds, collected in ((60, 0), (-60, 1)):
+        blob = content.put([DATA])
+        row = ("pull of x (ab12cd34)", blob.digest, time.time_ns() + seconds * 10**9)
+        catalog.database.write(lambda c: c.execute("INSERT OR REPLACE INTO pins VALUES (?, NULL, ?, ?)", row))  # noqa: B023
+        assert content.collect() == collected
 
 
 def test_a_blob_that_is_pinned_before_it_comes_stays(content: ContentStore) -> None:

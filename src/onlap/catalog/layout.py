@@ -13,7 +13,7 @@
       reserve                 1 MiB, given up when a remove meets a full disk
       content/blobs/sha256/   blobs of images
       content/ingest/         blobs that are being fetched
-      runs/<id>               containers that run, or died
+      runs/<id>               what belongs to a running program, held by its flock (onlap.catalog.runs)
 """
 
 from __future__ import annotations

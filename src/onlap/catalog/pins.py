@@ -1,4 +1,4 @@
-"""Pins: what says that a snapshot or a blob must stay, and for how long."""
+"""Pins: what says that a snapshot or a blob must stay, until it is taken away or expires."""
 
 from __future__ import annotations
 
@@ -16,20 +16,17 @@ def pin(
     *,
     snapshot: int | None = None,
     digest: str | None = None,
-    seconds: float | None = None,
 ) -> None:
-    """Keep a snapshot or a blob; renews the owner's pin on it if there is one.
+    """Keep a snapshot or a blob until :func:`unpin`.
 
     Args:
         connection: inside a write transaction.
         owner: who wants it, in words that an error can show, as ``"image debian:13"``.
         snapshot: its id; or
         digest: of the blob.
-        seconds: for how long; until :func:`unpin` when None.
     """
-    expires = None if seconds is None else time.time_ns() + int(seconds * 1e9)
     unpin(connection, owner, snapshot=snapshot, digest=digest)
-    connection.execute("INSERT INTO pins VALUES (?, ?, ?, ?)", (owner, snapshot, digest, expires))
+    connection.execute("INSERT INTO pins VALUES (?, ?, ?, NULL)", (owner, snapshot, digest))
 
 
 def unpin(
@@ -40,6 +37,19 @@ def unpin(
         connection.execute("DELETE FROM pins WHERE owner = ? AND snapshot = ?", (owner, snapshot))
     else:
         connection.execute("DELETE FROM pins WHERE owner = ? AND digest = ?", (owner, digest))
+
+
+def lasting(connection: sqlite3.Connection, pattern: str) -> list[str]:
+    """The owners of pins that do not expire, which a pattern of LIKE matches."""
+    sql = "SELECT DISTINCT owner FROM pins WHERE expires_ns IS NULL AND owner LIKE ?"
+    return [row[0] for row in connection.execute(sql, (pattern,))]
+
+
+def postpone(connection: sqlite3.Connection, owner: str, seconds: float) -> None:
+    """Let an owner's blobs go so many seconds from now, and its snapshots at once."""
+    expires = time.time_ns() + int(seconds * 1e9)
+    connection.execute("DELETE FROM pins WHERE owner = ? AND snapshot IS NOT NULL", (owner,))
+    connection.execute("UPDATE pins SET expires_ns = ? WHERE owner = ?", (expires, owner))
 
 
 def unpin_all(connection: sqlite3.Connection, owner: str) -> None:

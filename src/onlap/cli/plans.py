@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onlap.catalog.records import COMMITTED
+from onlap.catalog.runs import Run, begin
 from onlap.cli.text import for_shell
 from onlap.mounts.plan import Mount
+from onlap.snapshots.working import viewed
 
 if TYPE_CHECKING:
     from onlap.store import Store
@@ -56,12 +58,9 @@ def held(store: Store, key: str) -> Iterator[list[Mount]]:
 
 
 @contextlib.contextmanager
-def held_for_use(store: Store, key: str) -> Iterator[list[Mount]]:
-    """The same of a snapshot of any kind; of a committed one, through a view."""
-    with contextlib.ExitStack() as stack:
+def held_for_use(store: Store, key: str) -> Iterator[tuple[Run, list[Mount]]]:
+    """The same of a snapshot of any kind, with a run that it belongs to; of a committed one, through a view."""
+    with begin(store.snapshotter.catalog) as run, contextlib.ExitStack() as stack:
         if store.stat(key).kind == COMMITTED:
-            view = f"enter-{os.getpid()}-{os.urandom(4).hex()}"
-            store.view(view, key)
-            stack.callback(store.remove, view, force=True)
-            key = view
-        yield stack.enter_context(held(store, key))
+            key = stack.enter_context(viewed(store.snapshotter, run, key))
+        yield run, stack.enter_context(held(store, key))

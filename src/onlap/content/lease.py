@@ -1,10 +1,8 @@
-"""Pins that live as long as the work that needs them: renewed while it goes on, expired when it was killed."""
+"""Pins that live as long as the work that needs them, whatever the clock says: until its end, or its process's."""
 
 from __future__ import annotations
 
-import secrets
-import threading
-import time
+import contextlib
 from collections.abc import Callable
 from types import TracebackType
 
@@ -12,35 +10,37 @@ from onlap import errors
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.database import Connection
-
-# Seconds. What an interrupted pull has fetched stays for so long, to go on with.
-LIFE = 3600.0
-_RENEWAL = LIFE / 4
+from onlap.catalog.runs import Run, forget
+from onlap.forks import only_here
 
 
 class Lease:
-    """A context manager; inside, what was pinned stays.
-
-    When the block ends well, the pins go. When it ends by an error, they stay until they expire: the next attempt goes
-    on with what is there (:meth:`end` takes them at once).
+    """A context manager; inside, what was pinned stays. Its pins are those of a run (:mod:`onlap.catalog.runs`).
 
     Args:
         catalog: the root's.
         purpose: what for, in a word or two that an error can show, as ``"pull debian:13"``.
+        resumed: whether another attempt goes on with the blobs that are there when this one fails or is killed: then
+            they stay for :data:`onlap.catalog.runs.RESUMED` (:meth:`end` lets them go at once). Else all pins go,
+            however the block ends.
 
     Attributes:
+        run: the run.
         owner: of its pins.
         digests: what it pinned.
         over: whether its pins are gone, by a transaction that took them (:meth:`end_within`) and succeeded.
+
+    Raises:
+        OnlapError: the filesystem refuses.
     """
 
-    def __init__(self, catalog: Catalog, purpose: str) -> None:
+    def __init__(self, catalog: Catalog, purpose: str, *, resumed: bool = False) -> None:
         self._catalog = catalog
-        self.owner = f"{purpose} ({secrets.token_hex(4)})"
+        self.run = Run(catalog.layout.root)
+        self.owner = self.run.owner(purpose, resumed=resumed)
         self.digests: set[str] = set()
         self.over = False
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._leave = only_here(self._left)
 
     def __enter__(self) -> Lease:
         return self
@@ -48,11 +48,19 @@ class Lease:
     def __exit__(
         self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
     ) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        if error is None and not self.over:
-            self.end()
+        self._leave(error)
+
+    def _left(self, error: BaseException | None) -> None:
+        try:
+            if self.over:
+                return
+            if error is None:
+                self.end()
+                return
+            with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell; a sweep takes the pins
+                forget(self._catalog, self.run.id)
+        finally:
+            self.run.close()
 
     def pin(self, *digests: str, snapshot: int | None = None) -> None:
         """Keep blobs, whether they are there already or come later; and a snapshot, by its id, in the same go."""
@@ -61,9 +69,9 @@ class Lease:
 
             def operation(connection: Connection) -> None:
                 for digest in fresh:
-                    pins.pin(connection, self.owner, digest=digest, seconds=LIFE)
+                    pins.pin(connection, self.owner, digest=digest)
                 if snapshot is not None:
-                    pins.pin(connection, self.owner, snapshot=snapshot, seconds=LIFE)
+                    pins.pin(connection, self.owner, snapshot=snapshot)
 
             self._write(operation)
             self.digests.update(fresh)
@@ -74,11 +82,11 @@ class Lease:
 
     def unpin_snapshot(self, identifier: int) -> None:
         """Let a snapshot go."""
-        self._catalog.database.write(lambda c: pins.unpin(c, self.owner, snapshot=identifier))
+        self._write(lambda c: pins.unpin(c, self.owner, snapshot=identifier))
 
     def end(self) -> None:
         """Take all pins away."""
-        self._catalog.database.write(self.end_within)
+        self._write(self.end_within)
 
     def end_within(self, connection: Connection) -> None:
         """The same inside a write transaction."""
@@ -86,17 +94,3 @@ class Lease:
 
     def _write(self, operation: Callable[[Connection], None]) -> None:
         self._catalog.database.write(operation)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._renew, name="onlap-lease", daemon=True)
-            self._thread.start()
-
-    def _renew(self) -> None:
-        while not self._stop.wait(_RENEWAL):
-            try:
-                self._catalog.database.write(self._postpone)
-            except errors.Unavailable:
-                continue  # the lock is taken; three more attempts come before the pins expire
-
-    def _postpone(self, connection: Connection) -> None:
-        expires = time.time_ns() + int(LIFE * 1e9)
-        connection.execute("UPDATE pins SET expires_ns = ? WHERE owner = ?", (expires, self.owner))

@@ -251,9 +251,9 @@ class ContentStore:
 
     # Staying and going
 
-    def lease(self, purpose: str) -> Lease:
+    def lease(self, purpose: str, *, resumed: bool = False) -> Lease:
         """A context manager in which blobs and snapshots can be pinned for as long as the work goes on."""
-        return Lease(self._catalog, purpose)
+        return Lease(self._catalog, purpose, resumed=resumed)
 
     def delete(self, digest: str) -> None:
         """Remove a blob.

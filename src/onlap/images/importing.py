@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,6 +22,7 @@ from onlap.images.unpack import Layer
 from onlap.layers import compression
 from onlap.layers.pipeline import Pipeline
 from onlap.progress import Callback, Reporter
+from onlap.snapshots import working
 from onlap.snapshots.archives import copy_in
 
 
@@ -177,9 +177,7 @@ def _import_tree(
     """A directory becomes a snapshot, and that an image."""
     full = name or _named_as(source)
     snapshotter = images.snapshotter
-    key = f"import-{secrets.token_hex(4)}"
-    snapshotter.prepare(key)
-    try:
+    with working.prepared(snapshotter, None, "import") as key:
         copy_in(snapshotter, key, source, progress=progress)
         return commit.commit(
             images,
@@ -189,9 +187,6 @@ def _import_tree(
             platform=wanted,
             progress=progress,
         )
-    finally:
-        with contextlib.suppress(errors.NotFound):  # it was committed
-            snapshotter.remove(key)
 
 
 def _named_as(source: str) -> str:

@@ -1,8 +1,8 @@
 """A container in the foreground: prepare, mount, run, and take everything away again.
 
 What is taken away at the end, in this order: the container, the mount points that the runtime made in a tree that
-stays, the mount, the snapshot, the directory of the run. Where this process is killed,
-:func:`onlap.images.rundirs.sweep` does the same later; each run begins with it.
+stays, the mount, the snapshot, the directory of the run. Where this process is killed, :mod:`onlap.catalog.runs` does
+the same later; each run begins with it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
+from onlap.catalog.runs import LABEL, Run
 from onlap.errors import shown
 from onlap.images import bundle, rooted, rundirs, runtime
 from onlap.images.bundle import Defaults, Options, Volume
@@ -147,10 +148,10 @@ def run(
             hint="run it with sudo, or work in the tree without a container: onlap enter",
         )
     runtimes = runtime.candidates(search)
-    rundirs.sweep(snapshotter)
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(rundirs.claimed(snapshotter))
-        record, options = _prepare(snapshotter, source, options, keep, os.path.basename(directory))
+        claimed = stack.enter_context(rundirs.claimed(snapshotter))
+        directory = claimed.directory
+        record, options = _prepare(snapshotter, source, options, keep, claimed)
         stack.enter_context(_mounted(snapshotter, record, rundirs.rootfs(directory)))
         root = _open(rundirs.rootfs(directory))
         stack.callback(os.close, root)
@@ -159,13 +160,13 @@ def run(
             problem = _configure(directory, root, source.defaults, options, binds)
             if problem is not None:
                 return Ended(problem.status or runtime.CANNOT_RUN, problem.message)
-            stays = rundirs.LABEL not in record.labels
+            stays = LABEL not in record.labels
             with rundirs.without_mount_points(directory, bundle.mount_points(options, binds) if stays else ()):
                 return _run_any(runtimes, directory)
 
 
 def _prepare(
-    snapshotter: RecordedSnapshotter, source: Source, options: Options, keep: str | None, number: str
+    snapshotter: RecordedSnapshotter, source: Source, options: Options, keep: str | None, run: Run
 ) -> tuple[Record, Options]:
     """The snapshot to run in, and the options that it forces."""
     found = snapshotter.record(source.snapshot)
@@ -183,8 +184,8 @@ def _prepare(
         parent, options = found.parent, options._replace(read_only=True)
     labels = dict(source.labels)
     if keep is None:
-        labels[rundirs.LABEL] = number
-    key = keep if keep is not None else f"run-{number}"
+        labels |= run.labels
+    key = keep if keep is not None else f"run-{run.id}"
     snapshotter.prepare(key, parent, labels)
     return snapshotter.record(key), options
 

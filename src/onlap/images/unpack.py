@@ -21,12 +21,12 @@ from onlap.catalog import pins, records
 from onlap.catalog.catalog import check_commit, check_parent
 from onlap.catalog.database import Connection
 from onlap.catalog.records import Record
-from onlap.content.lease import LIFE, Lease
+from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.images import jobs
 from onlap.images.events import Event, Stopped, Tell
 from onlap.images.jobs import Job, Outcome
-from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
+from onlap.images.labels import LABEL_LAYER
 from onlap.images.workers import Worker, count
 from onlap.layers.changes import is_empty_layer
 from onlap.snapshots.overlay import OverlaySnapshotter
@@ -178,7 +178,7 @@ class _Unpacking:
             return
         chain_id = self._layers[layer].chain_id
         key = new_key(chain_id)
-        self._snapshotter.prepare(key, labels={LABEL_UNPACK: self._lease.owner})
+        self._snapshotter.prepare(key, labels=self._lease.run.labels)
         record = self._actives[layer] = self._snapshotter.record(key)
         one = self._layers[layer]
         lowers = self._lowers if layer == self._next else None
@@ -254,7 +254,7 @@ class _Unpacking:
                     made.append(number)
             # Those below it are kept by what stands on them.
             top = records.get(connection, owner, self._layers[end - 1].chain_id)
-            pins.pin(connection, self._lease.owner, snapshot=top.id, seconds=LIFE)
+            pins.pin(connection, self._lease.owner, snapshot=top.id)
             return made
 
         # One transaction: nobody sees the lower half of a stack, and takes it for garbage. A layer that another process

@@ -12,7 +12,7 @@ from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.images.events import Event, Stopped, Tell
 from onlap.images.jobs import Outcome
-from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
+from onlap.images.labels import LABEL_LAYER
 from onlap.images.unpack import Layer, drop_active, new_key, present
 from onlap.progress import Progress
 from onlap.snapshots.archives import apply_layer
@@ -69,7 +69,7 @@ class CopiesUnpacking:
         layer = self._layers[number]
         key = new_key(layer.chain_id)
         parent = self._layers[number - 1].chain_id if number else None
-        self._snapshotter.prepare(key, parent, {LABEL_UNPACK: self._lease.owner})
+        self._snapshotter.prepare(key, parent, self._lease.run.labels)
         self._active = self._snapshotter.record(key)
         self._thread = threading.Thread(target=self._apply, args=(number, key), name="onlap-unpack", daemon=True)
         self._thread.start()

@@ -1,11 +1,10 @@
 """Mounts: values that describe them, what gives them to the kernel, and who holds them.
 
-A snapshotter answers with :class:`Mount` values and never mounts; :func:`mounted` does, and cleans up.
+A snapshotter answers with :class:`Mount` values and never mounts; :func:`onlap.mounted` does, and cleans up.
 """
 
 from __future__ import annotations
 
 from onlap.mounts.plan import Mount
-from onlap.mounts.temporary import mounted
 
-__all__ = ["Mount", "mounted"]
+__all__ = ["Mount"]

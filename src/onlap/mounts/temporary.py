@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from onlap import errors
+from onlap.arguments import check_path
+from onlap.errors import shown
+from onlap.forks import only_here
 from onlap.mounts import kernel, mountinfo
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import unmount
@@ -19,38 +22,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def mounted(
-    mounts: Mount | Sequence[Mount],
-    at: str | os.PathLike[str] | None = None,
-    *,
-    detached: bool = False,
-    timeout: float = 5.0,
+    plan: list[Mount], at: str | os.PathLike[str] | None = None, *, detached: bool = False, timeout: float = 5.0
 ) -> Iterator[Path]:
-    """Mount a plan for the time of a ``with`` block, and always clean up.
-
-    Without the privilege to mount, a read-write bind is its own source, and everything else becomes a detached mount
-    that a helper in a user namespace makes.
-
-    Args:
-        mounts: the plan, as a snapshotter's ``mounts`` gives it; the first is mounted first.
-        at: an existing directory to mount at; by default a temporary one, removed at the end.
-        detached: mount it nowhere: the path is ``/proc/<pid>/fd/<n>`` of this process, which sees it as long as the
-            block runs, as do other processes of the same user. Nothing is left behind even by SIGKILL. ``getcwd()``
-            fails inside it.
-        timeout: how many seconds to wait at the end for those who still use it.
-
-    Yields:
-        Where the tree is.
-
-    Raises:
-        Busy: at the end, somebody still used it; ``.holders`` says who, and the mount is left as it is.
-        PermissionDenied: mounting is not allowed here, not even in a user namespace.
-        OnlapError: of another kind, for what the kernel says.
-    """
+    """See :func:`onlap.mounted`; without ``at``, in a temporary directory."""
     from pathlib import Path
 
-    plan = [mounts] if isinstance(mounts, Mount) else list(mounts)
-    if not plan:
-        raise errors.InvalidArgument("an empty plan mounts nothing")
     with ExitStack() as stack:
         if at is None and len(plan) == 1 and plan[0].needs_no_mount and (detached or not may_mount()):
             where = os.path.abspath(plan[0].source)
@@ -59,6 +35,27 @@ def mounted(
         else:
             where = _attached(plan, at, timeout, stack)
         yield Path(where)
+
+
+def check_plan(mounts: object) -> list[Mount]:
+    """The mounts of a plan; InvalidArgument for what is none."""
+    if isinstance(mounts, Mount):
+        return [mounts]
+    if isinstance(mounts, (str, bytes, os.PathLike)):
+        raise errors.InvalidArgument(
+            f"{shown(repr(mounts))} is no plan to mount",
+            hint="give what mounts(key) or prepare(key) answers; or use a store: store.mounted(key)",
+        )
+    plan: list[Mount] = []
+    for mount in mounts if isinstance(mounts, Iterable) else [mounts]:
+        if not isinstance(mount, Mount):
+            raise errors.InvalidArgument(
+                f"{shown(repr(mount))} is no onlap.Mount", hint="give what mounts(key) or prepare(key) answers"
+            )
+        plan.append(mount)
+    if not plan:
+        raise errors.InvalidArgument("an empty plan mounts nothing")
+    return plan
 
 
 def may_mount() -> bool:
@@ -95,17 +92,17 @@ def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: flo
 
         where = tempfile.mkdtemp(prefix="onlap-")
         # rmdir, never a recursive delete: if the unmount failed, that would delete the tree through the mount.
-        stack.callback(_remove_if_empty, where)
+        stack.callback(only_here(_remove_if_empty), where)
     else:
-        where = os.path.abspath(os.fspath(at))
+        where = os.path.abspath(check_path(at, "mount point"))
     for mount in plan:
         target = os.path.join(where, mount.target.lstrip("/")) if mount.target else where
         kernel.attach(mount, target)
-        stack.callback(unmount, target, timeout=timeout)
+        stack.callback(only_here(unmount), target, timeout=timeout)
         if "rbind" in mount.flags:
             # It brought along what is mounted below its source, which goes first, the deepest before all.
             for inner in mountinfo.below(os.fsencode(os.path.realpath(target))):
-                stack.callback(unmount, os.fsdecode(inner), timeout=timeout)
+                stack.callback(only_here(unmount), os.fsdecode(inner), timeout=timeout)
     return where
 
 

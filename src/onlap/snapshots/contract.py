@@ -75,6 +75,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 from onlap import errors
+from onlap.arguments import check_mapping, check_text
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Info
 from onlap.mounts.plan import Mount
 from onlap.trees.compare import Change
@@ -233,6 +234,7 @@ class Differ(Protocol):
 
 def check_name(name: str, what: str = "key") -> None:
     """Raise InvalidArgument unless ``name`` can be a key or name: some text, valid as UTF-8, without NUL."""
+    check_text(name, what)
     if not name:
         raise errors.InvalidArgument(f"the {what} is empty", hint="give it a name")
     try:
@@ -245,7 +247,8 @@ def check_name(name: str, what: str = "key") -> None:
 
 def check_labels(labels: Mapping[str, str | None]) -> None:
     """Raise InvalidArgument for a label whose key is empty, or that is not valid as UTF-8 or holds NUL."""
+    check_mapping(labels, "labels")
     for key, value in labels.items():
         check_name(key, "key of a label")
-        if value:
+        if value is not None and value != "":
             check_name(value, f"label {errors.shown(key)}")

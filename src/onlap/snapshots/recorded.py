@@ -160,6 +160,12 @@ class RecordedSnapshotter(ABC):
         """The catalog's record of a snapshot; NotFound if there is none."""
         return self.catalog.get(self._owner, key)
 
+    def check_free(self, name: str) -> None:
+        """Raise AlreadyExists when a name is taken."""
+        check_name(name, "name")
+        if self.catalog.database.read(lambda c: records.exists(c, self._owner, name)):
+            raise records.already_exists(name)
+
     def _info(self, record: Record) -> Info:
         return record.info
 

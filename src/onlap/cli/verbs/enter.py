@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 
 from onlap import errors
@@ -43,13 +42,9 @@ def run(call: Call) -> int:
         "environment": {**os.environ, "ONLAP_KEY": args.key},
         "open_files": limits.before(),
     }
-    with call.store(sweep=True) as store, held_for_use(store, args.key) as mounts:
-        where = tempfile.mkdtemp(prefix="onlap-")
-        try:
-            return _run_inside(call, {**task, "mounts": mounts, "where": where})
-        finally:
-            # Mounted on in the other namespace only: here it is the empty directory that we made.
-            os.rmdir(where)
+    with call.store(sweep=True) as store, held_for_use(store, args.key) as (held, mounts):
+        # Mounted on in the other namespace only: here it is the empty directory that we made.
+        return _run_inside(call, {**task, "mounts": mounts, "where": held.tree()})
 
 
 def _run_inside(call: Call, task: Mapping[str, object]) -> int:

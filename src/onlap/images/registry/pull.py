@@ -33,7 +33,7 @@ def pull(
     halt = threading.Event()
     with (
         closing(session_for(reference, access, stoppable(halt))) as session,
-        images.content.lease(f"pull of {reference}") as lease,
+        images.content.lease(f"pull of {reference}", resumed=True) as lease,
         clean(images, lease),
     ):
         repository = Repository(session)

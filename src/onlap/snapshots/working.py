@@ -1,0 +1,197 @@
+"""Work in a snapshot's tree for the time of a ``with`` block: mounted, as a scratch copy, or to make another of it.
+
+Everything here belongs to a run (:mod:`onlap.catalog.runs`): when the program is killed, the next sweep takes its
+mounts and its snapshots away. A child that is forked in a block and leaves it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from onlap import errors
+from onlap.arguments import check_path
+from onlap.catalog.records import COMMITTED
+from onlap.catalog.runs import Run, begin, root_of
+from onlap.errors import shown
+from onlap.forks import only_here
+from onlap.mounts import temporary
+from onlap.mounts.plan import Mount
+from onlap.mounts.temporary import may_mount
+from onlap.snapshots import exclusion
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+StrPath = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def mounted(
+    mounts: Mount | Sequence[Mount], at: StrPath | None = None, *, detached: bool = False, timeout: float = 5.0
+) -> Iterator[Path]:
+    """Mount a plan for the time of a ``with`` block, and always clean up.
+
+    Without the privilege to mount, a read-write bind is its own source, and everything else becomes a detached mount
+    that a helper in a user namespace makes.
+
+    Args:
+        mounts: the plan, as a snapshotter's ``mounts`` gives it; the first is mounted first.
+        at: an existing directory to mount at; by default one below the root, or a temporary one where the plan is not
+            of a root.
+        detached: mount it nowhere: the path is ``/proc/<pid>/fd/<n>`` of this process, which sees it as long as the
+            block runs, as do other processes of the same user. Nothing is left behind even by SIGKILL. ``getcwd()``
+            fails inside it.
+        timeout: how many seconds to wait at the end for those who still use it.
+
+    Yields:
+        Where the tree is.
+
+    Raises:
+        InvalidArgument: it is no plan.
+        Busy: at the end, somebody still used it; ``.holders`` says who, and the mount is left as it is.
+        PermissionDenied: mounting is not allowed here, not even in a user namespace.
+        OnlapError: of another kind, for what the kernel says.
+    """
+    plan = temporary.check_plan(mounts)
+    root = root_of(_layer(plan))
+    with contextlib.ExitStack() as stack:
+        if root is not None:
+            run = stack.enter_context(Run(root))
+            yield stack.enter_context(_placed(run, plan, at, detached, timeout))
+        else:
+            yield stack.enter_context(temporary.mounted(plan, at, detached=detached, timeout=timeout))
+
+
+def _layer(plan: list[Mount]) -> str:
+    """A layer of the plan, by which its mount is known again."""
+    return plan[0].upper or (plan[0].lowers[0] if plan[0].lowers else plan[0].source)
+
+
+@contextlib.contextmanager
+def _placed(run: Run, plan: list[Mount], at: StrPath | None, detached: bool, timeout: float = 5.0) -> Iterator[Path]:
+    """Mount where whoever sweeps behind a dead run will find it."""
+    if at is not None and not detached:
+        run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
+    elif not detached and may_mount():
+        at = run.tree()
+    with temporary.mounted(plan, at, detached=detached, timeout=timeout) as tree:
+        yield tree
+
+
+@contextlib.contextmanager
+def mounted_snapshot(
+    snapshotter: RecordedSnapshotter, key: str, at: StrPath | None = None, *, detached: bool = False
+) -> Iterator[Path]:
+    """See :meth:`onlap.store.Store.mounted`."""
+    record = snapshotter.record(key)
+    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
+        if record.kind == COMMITTED:
+            key = stack.enter_context(viewed(snapshotter, run, key))
+        yield stack.enter_context(_mounted(snapshotter, run, key, at, detached))
+
+
+@contextlib.contextmanager
+def _mounted(
+    snapshotter: RecordedSnapshotter, run: Run, key: str, at: StrPath | None = None, detached: bool = False
+) -> Iterator[Path]:
+    # A detached mount shows in no mountinfo, so that only a lock keeps its layers from being deleted.
+    hidden = detached or not may_mount()
+    with contextlib.ExitStack() as stack:
+        mounts = stack.enter_context(exclusion.mounting(snapshotter, snapshotter.record(key), hidden=hidden))
+        try:
+            tree = stack.enter_context(_placed(run, mounts, at, detached))
+        except errors.NotFound as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise snapshotter.missing("mount", key, error.__cause__) from error
+            raise
+        yield tree
+
+
+@contextlib.contextmanager
+def viewed(snapshotter: RecordedSnapshotter, run: Run, name: str) -> Iterator[str]:
+    """The key of a view of a committed snapshot, which goes with the run."""
+    key = f"view-{run.id}"
+    snapshotter.view(key, name, run.labels)
+    with contextlib.ExitStack() as stack:
+        stack.callback(only_here(_drop), snapshotter, key)
+        yield key
+
+
+@contextlib.contextmanager
+def prepared(snapshotter: RecordedSnapshotter, parent: str | None, what: str) -> Iterator[str]:
+    """The key of an active snapshot, removed at the end unless it was committed.
+
+    Args:
+        snapshotter: of the root.
+        parent: what it stands on.
+        what: what for, in one word that its key begins with.
+    """
+    with begin(snapshotter.catalog) as run, _prepared(snapshotter, parent, what, run) as key:
+        yield key
+
+
+@contextlib.contextmanager
+def _prepared(snapshotter: RecordedSnapshotter, parent: str | None, what: str, run: Run) -> Iterator[str]:
+    key = f"{what}-{run.id}"
+    snapshotter.prepare(key, parent, run.labels)
+    with contextlib.ExitStack() as stack:
+        stack.callback(only_here(_drop), snapshotter, key)
+        yield key
+
+
+def _drop(snapshotter: RecordedSnapshotter, key: str) -> None:
+    with contextlib.suppress(errors.NotFound):  # it was committed, or removed by others
+        snapshotter.remove(key, force=True)
+
+
+@contextlib.contextmanager
+def scratch(snapshotter: RecordedSnapshotter, parent: str | None) -> Iterator[Path]:
+    """See :meth:`onlap.store.Store.scratch`."""
+    with (
+        begin(snapshotter.catalog) as run,
+        _prepared(snapshotter, parent, "scratch", run) as key,
+        _mounted(snapshotter, run, key) as tree,
+    ):
+        yield tree
+
+
+@contextlib.contextmanager
+def build(
+    snapshotter: RecordedSnapshotter, name: str, parent: str | None, labels: Mapping[str, str] | None
+) -> Iterator[Path]:
+    """See :meth:`onlap.store.Store.build`."""
+    snapshotter.check_free(name)
+    finished = False
+    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
+        key = f"build-{run.id}"
+        snapshotter.prepare(key, parent, run.labels)
+        dropped = stack.enter_context(contextlib.ExitStack())
+        dropped.callback(only_here(_drop), snapshotter, key)
+        commit = only_here(snapshotter.commit)
+        try:
+            with _mounted(snapshotter, run, key) as tree:
+                yield tree
+                finished = True
+            commit(name, key, labels)
+        except BaseException as error:
+            if finished and run.keep(snapshotter.catalog):
+                # The work is done, and can be committed once what was in the way is gone.
+                dropped.pop_all()
+                _tell(error, name, key)
+            raise
+        dropped.pop_all()
+
+
+def _tell(error: BaseException, name: str, key: str) -> None:
+    kept = f"what was written is kept as snapshot {shown(key)}"
+    do = f"onlap commit {shown(name)} {shown(key)}"
+    if isinstance(error, errors.OnlapError):
+        error.message = f"cannot finish {shown(name)}: {error.message}; {kept}"
+        error.hint = f"{error.hint or 'mend that'}; then commit it: {do}"
+        error.key = key
+    else:
+        error.add_note(f"{kept}; commit it with: {do}")
