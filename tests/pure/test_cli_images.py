@@ -84,3 +84,15 @@ def test_what_is_no_name_is_an_invalid_argument(onlap: Command) -> None:
     for name in ("host:99999/a", "[:::]/a", f"{'x' * 64}.example/a"):
         onlap.fails(6, "image", "pull", name)
     onlap.fails(6, "image", "inspect", "host:0/a")
+
+
+def test_commit_knows_source_date_epoch(onlap: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000")
+    (tmp_path / "tree").mkdir()
+    assert onlap.json("image", "import", tmp_path / "tree")[0]["created"] == "1970-01-01T00:16:40Z"
+    onlap("prepare", "k", onlap.json("image", "inspect", "app:1")[0]["layers"][-1]["chain_id"])
+    for wrong in ("\N{SUPERSCRIPT TWO}", "9" * 5000, "-1"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        assert "SOURCE_DATE_EPOCH" in onlap.fails(6, "image", "commit", "k", "made:1")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000")
+    assert onlap.json("image", "commit", "k", "made:1")[0]["created"] == "1970-01-01T00:16:40Z"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from onlap.store import Store
 
 STANDARD_OUTPUT = "-"
+# A tar has 33 bits for a time (11 octal digits), and PAX as many digits as one likes; this is 30 million years.
+_MAX_DIGITS = 15
 
 
 class Options(TypedDict):
@@ -47,7 +49,7 @@ def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Wr
     """
     args, out = call.args, call.out
     with call.store() as store, progress(out) as report, _opened(path) as file:
-        options = Options(compression=args.compress, level=args.level, epoch=_epoch(), progress=report)
+        options = Options(compression=args.compress, level=args.level, epoch=source_date_epoch(), progress=report)
         try:
             done = action(store, file, options)
         except errors.OnlapError as error:
@@ -66,12 +68,17 @@ def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Wr
         out.line(f"diff ID  {done.diff_id}")
 
 
-def _epoch() -> int | None:
-    """SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch): seconds; no time in it is later."""
+def source_date_epoch() -> int | None:
+    """SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch): seconds; no time of what is made is later.
+
+    Raises:
+        InvalidArgument: it is no number.
+    """
     text = os.environ.get("SOURCE_DATE_EPOCH", "")
     if not text:
         return None
-    if not text.isdigit():
+    # Python counts other digits as such, and makes no number of more than 4,300.
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
         raise errors.InvalidArgument(f"SOURCE_DATE_EPOCH is {shown(text)}", hint="it is a number of seconds")
     return int(text)
 

@@ -26,9 +26,11 @@ from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.model import Descriptor, Manifest, Platform
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
-from onlap.snapshots.archives import write_diff
+from onlap.snapshots.archives import clamp_times, write_diff
 
 _COMPRESSIONS = ("gzip", "zstd", "none")
+# RFC 3339 has years of four digits.
+_LAST_SECOND = 253402300799
 
 
 def commit(
@@ -63,6 +65,7 @@ def commit(
         progress: likewise.
     """
     full = names.normalized(name)
+    created = timestamp(epoch)
     if compression not in _COMPRESSIONS:
         raise errors.InvalidArgument(
             f"there is no compression {shown(compression)}", hint=f"use {', '.join(_COMPRESSIONS)}"
@@ -109,7 +112,6 @@ def commit(
             layers.append(Descriptor(kind, written.digest, written.size))
         if not docker:
             layers = [_in_oci(layer) for layer in layers]
-        created = timestamp(time.time_ns() if epoch is None else min(time.time_ns(), epoch * 1_000_000_000))
         config = _configuration(before, settings, diff_ids, created, author, message, changes, empty)
         image, documents = _documents(full, config, layers, docker)
         lease.pin(*image.blobs)
@@ -119,13 +121,19 @@ def commit(
             except OSError as error:
                 raise errors.from_oserror(error, doing="write the layer of", key=key) from error
         images.content.put_documents(*documents)
-        _finish(images, lease, record, image, written.diff_id, empty)
+        _finish(images, lease, record, image, written.diff_id, epoch, empty)
     return image
 
 
-def timestamp(ns: int) -> str:
-    """RFC 3339, as images write it."""
-    seconds, rest = divmod(ns, 1_000_000_000)
+def timestamp(epoch: int | None) -> str:
+    """When an image is made, in RFC 3339 as images have it: now, or at the time that the caller gives.
+
+    Raises:
+        InvalidArgument: that is before 1970, or has no place in RFC 3339.
+    """
+    if epoch is not None and not 0 <= epoch <= _LAST_SECOND:
+        raise errors.InvalidArgument(f"the time {epoch} is no number of seconds since 1970", hint="see date +%s")
+    seconds, rest = divmod(time.time_ns(), 1_000_000_000) if epoch is None else (epoch, 0)
     text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{text}.{rest:09d}Z" if rest else f"{text}Z"
 
@@ -226,7 +234,9 @@ def _documents(
     return image_of(name, digest_of(manifest_data), manifest, config), (config_data, manifest_data)
 
 
-def _finish(images: Images, lease: Lease, record: Record, image: Image, diff_id: str, empty: bool) -> None:
+def _finish(
+    images: Images, lease: Lease, record: Record, image: Image, diff_id: str, epoch: int | None, empty: bool
+) -> None:
     """Commit the snapshot and record the image in one transaction: a crash leaves both, or the active snapshot.
 
     The caller keeps others from the snapshot's tree.
@@ -236,6 +246,8 @@ def _finish(images: Images, lease: Lease, record: Record, image: Image, diff_id:
     owner = snapshotter.owner
     top = image.chain_ids[-1] if image.chain_ids else ""
     put = images.recording(image)  # with pins of its own, which take the place of the lease's
+    if not empty and epoch is not None:
+        clamp_times(snapshotter, record, epoch)
     if not empty and snapshotter.syncs:
         catalog.sync()
 

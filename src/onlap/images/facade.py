@@ -245,6 +245,7 @@ class Images:
         name: str | None = None,
         platform: str | None = None,
         unpack: bool = True,
+        epoch: int | None = None,
         progress: Callback | None = None,
     ) -> _Listed:
         """Take images in from a disk.
@@ -255,6 +256,7 @@ class Images:
             name: what to call the one image; by default as it is called there, or as the file.
             platform: which one, where there are several.
             unpack: make snapshots of the layers.
+            epoch: of a root filesystem: see :meth:`commit`. An archive of one is kept as it is, with its times.
             progress: told of the stages ``fetch`` and ``unpack``, in bytes; of a directory, ``import`` in files.
 
         Raises:
@@ -265,7 +267,7 @@ class Images:
         from onlap.images import importing
 
         return importing.import_(
-            self, os.fspath(source), name=name, platform=platform, unpack=unpack, progress=progress
+            self, os.fspath(source), name=name, platform=platform, unpack=unpack, epoch=epoch, progress=progress
         )
 
     def export(
@@ -408,7 +410,8 @@ class Images:
             base: the image that it was prepared from; when None, the one that a run recorded, or the only one with that
                 topmost layer.
             compression: of the layer: ``"gzip"``, ``"zstd"`` or ``"none"``.
-            epoch: seconds since 1970; later times in the layer, and of the image, become this one (SOURCE_DATE_EPOCH).
+            epoch: seconds since 1970: when the image is made; later times in the layer and its snapshot become this
+                one (SOURCE_DATE_EPOCH).
             labels: more labels of the image.
             progress: told of the stage ``diff``, in bytes.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator
 
 from onlap import errors
@@ -33,6 +32,7 @@ def import_(
     name: str | None,
     platform: str | None,
     unpack: bool,
+    epoch: int | None,
     progress: Callback | None,
 ) -> list[Image]:
     """See :meth:`Images.import_`."""
@@ -42,13 +42,13 @@ def import_(
     with images.content.lease(f"import of {shown(source)}") as lease, clean(images, lease):
         if os.path.isdir(source):
             if not layout.is_layout(DirectoryFiles(source)) and not _is_saved(DirectoryFiles(source)):
-                return [_import_tree(images, lease, source, name, wanted, progress)]
+                return [_import_tree(images, source, name, wanted, epoch, progress)]
             return _import_files(images, lease, DirectoryFiles(source), source, name, platform, unpack, progress)
         staging = images.snapshotter.catalog.staging
         with TarFiles(source, staging.new, staging.discard) as tar:
             if tar.is_image:
                 return _import_files(images, lease, tar, source, name, platform, unpack, progress)
-        return [_import_tar(images, lease, source, name, wanted, unpack, progress)]
+        return [_import_tar(images, lease, source, name, wanted, unpack, epoch, progress)]
 
 
 @contextlib.contextmanager
@@ -128,12 +128,12 @@ def _import_tar(
     name: str | None,
     wanted: model.Platform,
     unpack: bool,
+    epoch: int | None,
     progress: Callback | None,
 ) -> Image:
     """A root filesystem's archive, as it is, becomes the one layer of an image."""
     full = name or _named_as(source)
-    total = os.stat(source).st_size
-    reporter = Reporter(progress, "fetch", "bytes", total)
+    created = commit.timestamp(epoch)
     done = 0
 
     def told(count: int) -> None:
@@ -143,6 +143,7 @@ def _import_tar(
 
     try:
         with open(source, "rb") as file:
+            reporter = Reporter(progress, "fetch", "bytes", os.fstat(file.fileno()).st_size)
             kind = compression.detect(file.read(compression.PEEK))
             file.seek(0)
             if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
@@ -157,7 +158,7 @@ def _import_tar(
     reporter.finish(done)
     diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
     descriptor = model.Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
-    resolved = made(wanted, [descriptor], [diff_id], f"imported from {os.path.basename(source)}")
+    resolved = made(wanted, [descriptor], [diff_id], created, f"imported from {os.path.basename(source)}")
     image = images.keep(lease, full, resolved)
     images.bring(lease, image, None, unpack=unpack, progress=progress)
     images.record(image)
@@ -172,7 +173,12 @@ def _diff_id(images: Images, digest: str) -> str:
 
 
 def _import_tree(
-    images: Images, lease: Lease, source: str, name: str | None, wanted: model.Platform, progress: Callback | None
+    images: Images,
+    source: str,
+    name: str | None,
+    wanted: model.Platform,
+    epoch: int | None,
+    progress: Callback | None,
 ) -> Image:
     """A directory becomes a snapshot, and that an image."""
     full = name or _named_as(source)
@@ -185,6 +191,7 @@ def _import_tree(
             full,
             message=f"imported from {os.path.basename(os.path.abspath(source))}",
             platform=wanted,
+            epoch=epoch,
             progress=progress,
         )
 
@@ -198,9 +205,10 @@ def _named_as(source: str) -> str:
     return names.normalized(repository)
 
 
-def made(platform: model.Platform, layers: list[model.Descriptor], diff_ids: list[str], created_by: str) -> Resolved:
+def made(
+    platform: model.Platform, layers: list[model.Descriptor], diff_ids: list[str], created: str, created_by: str
+) -> Resolved:
     """The documents of a new image of these layers, in OCI's form."""
-    created = commit.timestamp(time.time_ns())
     config = Config(
         architecture=platform.architecture,
         os=platform.os,

@@ -6,6 +6,7 @@ Source: the OCI image specification, image-index.md ("platform"); containerd v1.
 from __future__ import annotations
 
 import os
+import re
 
 from onlap import errors
 from onlap.errors import shown
@@ -30,6 +31,7 @@ _MACHINES = {
 _ALIASES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "i386": "386"}
 # A variant that an image may leave out.
 _IMPLIED = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
+_LEVEL = re.compile("v([0-9]{1,4})")
 
 
 def host() -> Platform:
@@ -71,9 +73,11 @@ def rank(wanted: Platform, offered: Platform) -> int | None:
     if one == other:
         return 0
     # An ARM of version 7 runs what is made for 6 and 5; likewise the levels of amd64.
-    if one[:1] == other[:1] == "v" and one[1:].isdigit() and other[1:].isdigit() and int(other[1:]) < int(one[1:]):
-        return int(one[1:]) - int(other[1:])
-    return None
+    levels = _LEVEL.fullmatch(one), _LEVEL.fullmatch(other)
+    if levels[0] is None or levels[1] is None:
+        return None
+    above = int(levels[0][1]) - int(levels[1][1])
+    return above if above > 0 else None
 
 
 def choose(candidates: list[tuple[Descriptor, Platform]], wanted: Platform, what: str) -> Descriptor:

@@ -13,6 +13,7 @@ from onlap.catalog import records
 from onlap.catalog.records import ACTIVE, Record
 from onlap.errors import shown
 from onlap.layers.apply import Applied, Limits, apply
+from onlap.layers.changes import stack_items
 from onlap.layers.write import Written, write_layer
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import exclusion
@@ -137,6 +138,30 @@ def write_diff(
             content=content,
             progress=progress,
         )
+
+
+def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) -> None:
+    """Give what an active snapshot changed the times that its layer has, written with this epoch.
+
+    Where directories are renamed (redirect_dir), a layer holds files of the snapshots below, too; those stay.
+
+    Raises:
+        OnlapError: a file refuses.
+    """
+    latest = epoch * 1_000_000_000
+    before, after = _parent_layers(snapshotter, record), snapshotter.layers(record)
+    with (
+        snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]),
+        snapshotter.translated("set the times of", record.name),
+    ):
+        for change, _, found in stack_items(before, after, snapshotter.markers):
+            if change.after is None or change.after.mtime_ns <= latest:
+                continue
+            if found is not None and found.layer == 0:
+                times = (found.status.st_atime_ns, latest)
+                os.utime(found.name, ns=times, dir_fd=found.dir_fd, follow_symlinks=False)
+            elif change.path == ".":
+                os.utime(after[0], ns=(os.stat(after[0]).st_atime_ns, latest))
 
 
 def write_tree(

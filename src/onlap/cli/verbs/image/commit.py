@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onlap.cli.archives import source_date_epoch
 from onlap.cli.bars import bars
 from onlap.cli.call import Call
 from onlap.cli.images import image_as_json, images_of
@@ -46,6 +47,7 @@ def run(call: Call) -> None:
                 changes=args.change,
                 base=args.base,
                 compression=args.compress,
+                epoch=source_date_epoch(),
                 progress=report,
             )
     if out.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onlap.cli.archives import source_date_epoch
 from onlap.cli.bars import bars
 from onlap.cli.call import Call
 from onlap.cli.images import image_as_json, images_of, platform_argument
@@ -27,7 +28,9 @@ def run(call: Call) -> None:
     with call.store(create=True, sweep=True) as store:
         images = images_of(store)
         with bars(out) as report:
-            found = images.import_(args.source, name=args.name, platform=args.platform, progress=report)
+            found = images.import_(
+                args.source, name=args.name, platform=args.platform, epoch=source_date_epoch(), progress=report
+            )
     for image in found:
         if out.json:
             out.item(image_as_json(image))

@@ -24,10 +24,11 @@ def run(call: Call) -> None:
     args, out = call.args, call.out
     with call.store() as store:
         images = images_of(store)
+        name = images.get(args.name).name
         with bars(out) as report:
-            digest = images.push(args.name, args.target, access=access(call), progress=report)
-    target = args.target or args.name
+            digest = images.push(name, args.target, access=access(call), progress=report)
+    target = args.target or name
     if out.json:
-        out.item({"name": args.name, "target": target, "digest": digest})
+        out.item({"name": name, "target": target, "digest": digest})
     else:
         out.line(f"{shown(target)} {digest}")
