@@ -71,7 +71,7 @@ def _apply(archive: BinaryIO, fd: int, lowers: Sequence[str], markers: Markers |
 
     reader = TarReader(chunk)
     try:
-        applier = Applier(reader, fd, lowers, markers)
+        applier = Applier(reader, fd, lowers, markers, recorded=markers is not None and markers.recorded)
     except OSError as error:
         raise errors.from_oserror(error, doing="open the layers") from error
     size = 0

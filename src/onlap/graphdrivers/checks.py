@@ -17,6 +17,7 @@ from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xatt
 from onlap.overlayfs.trials.bench import No
 from onlap.overlayfs.trials.files import d_type
 from onlap.syscalls.files import filesystem_magic
+from onlap.syscalls.namespaces import in_user_namespace
 
 _INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
 _SELINUX = "/sys/fs/selinux/enforce"
@@ -122,18 +123,6 @@ def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -
 def _filesystem(fd: int) -> str:
     magic = filesystem_magic(fd)
     return _NAMES.get(magic, f"{magic:#x}")
-
-
-def in_user_namespace() -> bool:
-    """Whether this process is in another user namespace than the machine's first.
-
-    The first one's map is all ids in one line (user_namespaces(7)); there is no other sign.
-    """
-    try:
-        with open("/proc/self/uid_map", "rb") as file:
-            return file.read().split() != [b"0", b"0", b"4294967295"]
-    except FileNotFoundError:  # a kernel without user namespaces
-        return False
 
 
 def label_flag(label: str) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ class _LoneApplier(Applier):
     """An applier that has nothing below it, and knows that this is not the truth."""
 
     def __init__(self, reader: TarReader, layer: int, markers: Markers) -> None:
-        super().__init__(reader, layer, (), markers)
+        super().__init__(reader, layer, (), markers, recorded=markers.recorded)
         self.upper.lowers = _Unknown()
         self._whiteouts = self.noted = _Noted(self.upper)
 
@@ -102,7 +102,7 @@ class _SettledUpper(Upper):
     """A layer of which everything came from its archive, although it is not empty any more."""
 
     def __init__(self, layer: int, lowers: Sequence[str], markers: Markers, *, top_named: bool) -> None:
-        super().__init__(layer, lowers, markers, Attributes())
+        super().__init__(layer, lowers, markers, Attributes(recorded=markers.recorded))
         self.tracking = False
         self._top_named = top_named
 

@@ -38,15 +38,18 @@ class Applier:
         layer: a descriptor of the layer's top directory, open for reading.
         lowers: the layers below, topmost first.
         markers: how whiteouts are written; None: the layer is a whole tree, and whiteouts remove from it.
+        recorded: whether owners that cannot be set are recorded in an xattr.
 
     Attributes:
         attributes: counts what could not be kept.
         upper: the layer.
     """
 
-    def __init__(self, reader: TarReader, layer: int, lowers: Sequence[str], markers: Markers | None) -> None:
+    def __init__(
+        self, reader: TarReader, layer: int, lowers: Sequence[str], markers: Markers | None, *, recorded: bool
+    ) -> None:
         self._reader = reader
-        self.attributes = Attributes()
+        self.attributes = Attributes(recorded=recorded)
         self.upper = Upper(layer, lowers, markers, self.attributes)
         self._whiteouts = Whiteouts(self.upper)
         self._parent_path: str | None = None

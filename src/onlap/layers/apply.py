@@ -68,6 +68,7 @@ def apply(
     *,
     lowers: Sequence[str] = (),
     markers: Markers | None,
+    recorded: bool | None = None,
     digest: str | None = None,
     diff_id: str | None = None,
     limits: Limits | None = None,
@@ -86,6 +87,8 @@ def apply(
         lowers: the layers below it, topmost first.
         markers: how whiteouts are written where a layer below has the name. None: the layer is a whole tree, and
             whiteouts remove from it what was there before.
+        recorded: whether owners that this process cannot set are recorded in an xattr; by default as ``markers`` say,
+            and in a whole tree they are not.
         digest: what the digest of ``source`` must be.
         diff_id: what the digest of the archive in it must be.
         limits: how much the archive may hold; by default there are none.
@@ -111,7 +114,9 @@ def apply(
         raise errors.from_oserror(error, doing="open the archive and the layer") from error
     with pipeline:
         try:
-            return _apply(pipeline, layer, lowers, markers, digest, diff_id, limits or Limits(), progress)
+            if recorded is None:
+                recorded = markers is not None and markers.recorded
+            return _apply(pipeline, layer, lowers, markers, recorded, digest, diff_id, limits or Limits(), progress)
         except BaseException:
             if was_empty:
                 _undo(layer, before)
@@ -123,6 +128,7 @@ def _apply(
     layer: int,
     lowers: Sequence[str],
     markers: Markers | None,
+    recorded: bool,
     digest: str | None,
     diff_id: str | None,
     limits: Limits,
@@ -132,7 +138,7 @@ def _apply(
     meter = _Meter(pipeline, limits, reporter)
     reader = TarReader(meter.chunk)
     try:
-        applier = Applier(reader, layer, lowers, markers)
+        applier = Applier(reader, layer, lowers, markers, recorded=recorded)
     except OSError as error:
         raise errors.from_oserror(error, doing="open the layers") from error
     try:

@@ -26,6 +26,10 @@ IMPLICIT_MODE = 0o755
 class Attributes:
     """What this process may set, and what it could not.
 
+    Args:
+        recorded: record the owner that could not be set (see :data:`~onlap.trees.meta.OVERRIDE_XATTR`). Then no archive
+            may bring such a record; else it is an xattr like any other.
+
     Attributes:
         uid: the owner of what this process makes.
         gid: its group.
@@ -34,7 +38,8 @@ class Attributes:
             ``xattr``, ``acl`` (in a text form), ``device``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, recorded: bool) -> None:
+        self._recorded = recorded
         self.uid = os.geteuid()
         self.gid = os.getegid()
         self.umask = _umask()
@@ -52,6 +57,8 @@ class Attributes:
             else:
                 return
         self.skipped["owner"] += 1
+        if not self._recorded:
+            return
         try:
             os.setxattr(fd, OVERRIDE_XATTR, format_override(entry.uid, entry.gid, entry.mode))
         except OSError as error:
@@ -96,7 +103,7 @@ class Attributes:
                 raise ValueError(
                     f"the xattr {shown(name)} has {len(value)} bytes, and the kernel takes {_MAX_XATTR_VALUE}"
                 )
-            if not _is_safe(name):
+            if not self._is_safe(name):
                 self.skipped["xattr"] += 1
                 continue
             try:
@@ -110,6 +117,12 @@ class Attributes:
                 if error.errno not in _NO_XATTR:
                     raise
                 self.skipped["xattr"] += 1
+
+    def _is_safe(self, name: str) -> bool:
+        """Whether an xattr may come from an archive: not what steers OverlayFS, or Onlap's own record of owners."""
+        if name.startswith("user."):
+            return not is_marker(name) and not (self._recorded and name == OVERRIDE_XATTR)
+        return name.startswith("security.") or name in (ACCESS_ACL, DEFAULT_ACL)
 
     def set_directory(self, directory: Directory, entry: Entry, *, fresh: bool, own: bool = False) -> None:
         """Give a directory the attributes of an entry; its times, and what would be in our way, when it is closed.
@@ -153,13 +166,6 @@ class Attributes:
             if not is_marker(name) and not name.startswith("security.selinux"):
                 _remove_xattr(directory.fd, name)
         directory.acl = None
-
-
-def _is_safe(name: str) -> bool:
-    """Whether an xattr may come from an archive: not what steers OverlayFS, or Onlap's own record of owners."""
-    if name.startswith("user."):
-        return not is_marker(name) and name != OVERRIDE_XATTR
-    return name.startswith("security.") or name in (ACCESS_ACL, DEFAULT_ACL)
 
 
 def _remove_xattr(fd: int, name: str) -> None:

@@ -98,13 +98,13 @@ def stack_items(
             old, skip = cleanup.enter_context(Stack(before, markers)), 0
         one, other = old.top(skip), new.top()
         if other.parts:
-            yield from _top(one, other)
-        yield from _Walk(one, other, content or on_top, above if on_top else None).items()
+            yield from _top(one, other, markers.recorded)
+        yield from _Walk(one, other, content or on_top, above if on_top else None, markers.recorded).items()
 
 
-def _top(before: MergedDirectory, after: MergedDirectory) -> Iterator[Item]:
-    new = read_directory_meta(after.parts[0].fd)
-    old = read_directory_meta(before.parts[0].fd) if before.parts else None
+def _top(before: MergedDirectory, after: MergedDirectory, recorded: bool) -> Iterator[Item]:
+    new = read_directory_meta(after.parts[0].fd, recorded=recorded)
+    old = read_directory_meta(before.parts[0].fd, recorded=recorded) if before.parts else None
     what = frozenset(differences(old, new)) if old is not None else TOUCHED
     if what:
         yield Item(Change(MODIFIED, ".", old, new, what), None, None)
@@ -153,9 +153,13 @@ class _Walk:
         after: the top directory on the new side.
         content: whether files with the same attributes are read.
         above: how many layers of the new stack lie on top of the whole old one; None when they are two stacks.
+        recorded: whether owners may be recorded in an xattr.
     """
 
-    def __init__(self, before: MergedDirectory, after: MergedDirectory, content: bool, above: int | None) -> None:
+    def __init__(
+        self, before: MergedDirectory, after: MergedDirectory, content: bool, above: int | None, recorded: bool
+    ) -> None:
+        self._recorded = recorded
         self._before = before
         self._after = after
         self._content = content
@@ -197,13 +201,13 @@ class _Walk:
         old = level.before.lookup(name) if level.before is not None else None
         new = level.after.lookup(name)
         if new is None:
-            return Item(Change(DELETED, path, _meta(old), None), None, None) if old is not None else None
+            return Item(Change(DELETED, path, self._meta(old), None), None, None) if old is not None else None
         if old is None:
-            return Item(Change(ADDED, path, None, _meta(new)), level.after, new)
+            return Item(Change(ADDED, path, None, self._meta(new)), level.after, new)
         is_directory = stat.S_ISDIR(new.status.st_mode)
         if _same_file(old, new) and not is_directory:
             return None
-        old_meta, new_meta = _meta(old), _meta(new)
+        old_meta, new_meta = self._meta(old), self._meta(new)
         what = frozenset(differences(old_meta, new_meta))
         if not what and not is_directory:
             assert level.before is not None
@@ -231,6 +235,9 @@ class _Walk:
         if self._links is None:
             self._links = Links(self._before, self._after)
         return LINKED if self._links.differ(path, new.status) else frozenset()
+
+    def _meta(self, found: Found) -> Meta:
+        return read_meta(found.dir_fd, found.name, found.status, recorded=self._recorded)
 
     # Levels
 
@@ -299,10 +306,6 @@ def _same_data(before: MergedDirectory, after: MergedDirectory, old: Found, new:
             os.close(other)
     finally:
         os.close(one)
-
-
-def _meta(found: Found) -> Meta:
-    return read_meta(found.dir_fd, found.name, found.status)
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -29,14 +29,17 @@ class Markers:
 
     Args:
         flavour: ``"trusted"`` or ``"user"``.
+        recorded: whether the layers' files may have an owner that could not be set and is recorded in an xattr
+            (:data:`onlap.trees.meta.OVERRIDE_XATTR`); by default those of the user flavour.
     """
 
-    __slots__ = ("flavour", "metacopy", "opaque", "prefix", "redirect", "whiteout")
+    __slots__ = ("flavour", "metacopy", "opaque", "prefix", "recorded", "redirect", "whiteout")
 
-    def __init__(self, flavour: str) -> None:
+    def __init__(self, flavour: str, *, recorded: bool | None = None) -> None:
         if flavour not in FLAVOURS:
             raise ValueError(f"no such xattr flavour: {flavour!r}")
         self.flavour = flavour
+        self.recorded = flavour == USER if recorded is None else recorded
         self.prefix = f"{flavour}.overlay."
         self.opaque = self.prefix + "opaque"
         self.redirect = self.prefix + "redirect"

@@ -62,6 +62,7 @@ def apply_layer(
             fd,
             lowers=lowers,
             markers=markers,
+            recorded=snapshotter.markers.recorded,
             digest=digest,
             diff_id=diff_id,
             limits=limits,

@@ -18,6 +18,7 @@ from onlap.mounts.plan import Mount
 from onlap.snapshots import filters as language
 from onlap.snapshots.contract import ACTIVE, COMMITTED, VIEW, Info, Usage, check_name
 from onlap.snapshots.native import copy_tree
+from onlap.snapshots.properties import records_owners
 from onlap.trees.compare import Change, added_tree, compare
 from onlap.trees.remove import remove
 from onlap.trees.usage import usage
@@ -171,8 +172,8 @@ class MemorySnapshotter:
         parent = self.stat(key).parent
         if other is not None:
             self.stat(other)
-            yield from compare(self._trees[key], self._trees[other])
+            yield from compare(self._trees[key], self._trees[other], recorded=records_owners())
         elif parent is None:
-            yield from added_tree(self._trees[key])
+            yield from added_tree(self._trees[key], recorded=records_owners())
         else:
-            yield from compare(self._trees[parent], self._trees[key])
+            yield from compare(self._trees[parent], self._trees[key], recorded=records_owners())

@@ -15,7 +15,8 @@ from onlap.errors import shown
 from onlap.layers.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
-from onlap.snapshots.properties import settle
+from onlap.overlayfs.markers import TRUSTED, Markers
+from onlap.snapshots.properties import records_owners, settle
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.compare import Change, added_tree, compare
 from onlap.trees.copy import Copier
@@ -33,6 +34,7 @@ class NativeSnapshotter(RecordedSnapshotter):
 
     def _settle(self) -> None:
         settle(self.catalog.database, KIND, dict)
+        self.markers = Markers(TRUSTED, recorded=records_owners())
 
     def _build(self, staged: str, kind: str, parent: Record | None, labels: Mapping[str, str]) -> None:
         tree = f"{staged}/fs"
@@ -87,12 +89,12 @@ class NativeSnapshotter(RecordedSnapshotter):
     def _changes(self, record: Record) -> Iterator[Change]:
         tree = self.layers(record)[0]
         if record.parent_id is None:
-            yield from added_tree(tree)
+            yield from added_tree(tree, recorded=self.markers.recorded)
         else:
-            yield from compare(self.catalog.layout.tree(record.parent_id), tree)
+            yield from compare(self.catalog.layout.tree(record.parent_id), tree, recorded=self.markers.recorded)
 
     def _differences(self, one: Record, other: Record) -> Iterator[Change]:
-        yield from compare(self.layers(one)[0], self.layers(other)[0])
+        yield from compare(self.layers(one)[0], self.layers(other)[0], recorded=self.markers.recorded)
 
 
 def copy_tree(source: str, target: str) -> None:

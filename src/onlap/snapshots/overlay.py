@@ -22,6 +22,7 @@ from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.snapshots.properties import settle
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.compare import Change
 from onlap.trees.copy import Copier
 from onlap.trees.meta import read_xattrs
@@ -250,10 +251,13 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
 
 def default_flavour() -> str:
-    """The flavour that this process may write: the kernel reads and writes ``trusted.*`` for CAP_SYS_ADMIN alone."""
+    """The flavour that this process may write.
+
+    The kernel reads and writes ``trusted.*`` for CAP_SYS_ADMIN in the machine's first user namespace alone (xattr(7)).
+    """
     from onlap.mounts.temporary import may_mount
 
-    return TRUSTED if may_mount() else USER
+    return TRUSTED if may_mount() and not in_user_namespace() else USER
 
 
 def _as_settings(properties: Properties) -> dict[str, str]:

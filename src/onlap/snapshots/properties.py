@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.database import Connection, Database
 from onlap.errors import shown
+from onlap.syscalls.namespaces import in_user_namespace
 
 _KIND = "snapshotter"
+
+
+def records_owners() -> bool:
+    """Whether the owners in this process's copies are recorded where they cannot be set: it may not give files away."""
+    return os.geteuid() != 0 or in_user_namespace()
 
 
 def kind(database: Database) -> str | None:

@@ -30,6 +30,18 @@ def setns(fd: int, kind: int) -> None:
     _libc.call("setns", ctypes.c_int(fd), ctypes.c_int(kind))
 
 
+def in_user_namespace() -> bool:
+    """Whether this process is in another user namespace than the machine's first.
+
+    The first one's map is all ids in one line (user_namespaces(7)); there is no other sign.
+    """
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            return file.read().split() != [b"0", b"0", b"4294967295"]
+    except FileNotFoundError:  # a kernel without user namespaces
+        return False
+
+
 def owner_of(fd: int) -> int:
     """The user who made the user namespace that a namespace (an open ``/proc/<pid>/ns/mnt``) belongs to.
 

@@ -84,13 +84,14 @@ def _read_up_to(fd: int, length: int) -> bytes:
     return data
 
 
-def compare(one: str, other: str, *, content: bool = False) -> Iterator[Change]:
+def compare(one: str, other: str, *, content: bool = False, recorded: bool = False) -> Iterator[Change]:
     """How the tree ``other`` differs from the tree ``one``, sorted by path.
 
     Args:
         one: a directory.
         other: a directory.
         content: read files whose attributes are equal too; else size and time in nanoseconds speak for the content.
+        recorded: see :func:`~onlap.trees.meta.read_meta`.
 
     Raises:
         OSError: something cannot be read.
@@ -99,8 +100,9 @@ def compare(one: str, other: str, *, content: bool = False) -> Iterator[Change]:
     try:
         after = os.open(other, OPEN_DIRECTORY)
         try:
-            yield from top_change(read_directory_meta(before), read_directory_meta(after))
-            yield from _Comparison(before, after, content).changes()
+            old, new = (read_directory_meta(fd, recorded=recorded) for fd in (before, after))
+            yield from top_change(old, new)
+            yield from _Comparison(before, after, content, recorded).changes()
         finally:
             os.close(after)
     finally:
@@ -122,18 +124,19 @@ def _listing(fd: int) -> dict[str, os.stat_result]:
     return {entry.name: entry.stat(follow_symlinks=False) for entry in files.list_directory(fd)}
 
 
-def added_tree(top: str) -> Iterator[Change]:
+def added_tree(top: str, *, recorded: bool = False) -> Iterator[Change]:
     """Everything in the tree at ``top``, as added, but not ``top`` itself."""
     fd = os.open(top, OPEN_DIRECTORY)
     try:
-        yield from _added_below(fd, "")
+        yield from _added_below(fd, "", recorded)
     finally:
         os.close(fd)
 
 
-def _added_below(fd: int, prefix: str) -> Iterator[Change]:
+def _added_below(fd: int, prefix: str, recorded: bool) -> Iterator[Change]:
     for entry in walk(fd):
-        yield Change(ADDED, prefix + entry.path, None, read_meta(entry.dir_fd, entry.name, entry.status))
+        meta = read_meta(entry.dir_fd, entry.name, entry.status, recorded=recorded)
+        yield Change(ADDED, prefix + entry.path, None, meta)
 
 
 class _Level:
@@ -152,9 +155,10 @@ class _Level:
 class _Comparison:
     """Two trees, walked beside each other without recursion."""
 
-    def __init__(self, before: int, after: int, content: bool) -> None:
+    def __init__(self, before: int, after: int, content: bool, recorded: bool) -> None:
         self._before, self._after = Descent(before), Descent(after)
         self._content = content
+        self._recorded = recorded
         self._levels = [_Level(before, after, "", None)]
 
     def changes(self) -> Iterator[Change]:
@@ -192,14 +196,14 @@ class _Comparison:
         old, new = level.old.get(name), level.new.get(name)
         if new is None:
             assert old is not None
-            yield Change(DELETED, path, read_meta(self._before.fd, name, old), None)
+            yield Change(DELETED, path, read_meta(self._before.fd, name, old, recorded=self._recorded), None)
             return
-        meta = read_meta(self._after.fd, name, new)
+        meta = read_meta(self._after.fd, name, new, recorded=self._recorded)
         if old is None:
             yield Change(ADDED, path, None, meta)
             yield from self._below(name, meta, path)
             return
-        before = read_meta(self._before.fd, name, old)
+        before = read_meta(self._before.fd, name, old, recorded=self._recorded)
         what = differences(before, meta)
         if before.is_dir and meta.is_dir:
             self._enter(name, path, Change(MODIFIED, path, before, meta, frozenset(what)))
@@ -225,7 +229,7 @@ class _Comparison:
             return
         fd = os.open(name, OPEN_DIRECTORY, dir_fd=self._after.fd)
         try:
-            yield from _added_below(fd, path + "/")
+            yield from _added_below(fd, path + "/", self._recorded)
         finally:
             os.close(fd)
 
