@@ -24,6 +24,7 @@ import stat
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.trees.meta import drop_acls
 
 # SQLite's DELETE fails on a full disk, where rename still works; a few pages of the write-ahead log are enough for it,
 # and 1 MiB is hundreds of them.
@@ -182,4 +183,5 @@ def _make_directory(path: str, mode: int) -> None:
         os.mkdir(path, mode)
     except FileExistsError:
         return
-    os.chmod(path, mode)  # whatever the umask took away
+    drop_acls(path)
+    os.chmod(path, mode)  # whatever the umask or an inherited ACL took away

@@ -12,6 +12,7 @@ import threading
 import weakref
 
 from onlap import errors
+from onlap.trees.meta import drop_acls
 
 # For what is locked: never through a symlink, never into a program that is run.
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
@@ -161,6 +162,9 @@ def claim_directory(path: str) -> Held | None:
             return None
         # Between mkdir and flock somebody may have taken it for a dead one's: then the name is gone, or another's.
         if held.is_at(path):
+            # The trees that are built in it are to inherit none.
+            drop_acls(held.fd)
+            os.chmod(held.fd, 0o700)
             return held
         held.release()
 

@@ -19,6 +19,7 @@ from onlap.layers.tarformat import FILE
 from onlap.layers.tarreader import TarReader
 from onlap.overlayfs.markers import Markers
 from onlap.syscalls import files
+from onlap.trees.meta import list_xattrs
 from onlap.trees.remove import remove
 from onlap.trees.walk import OPEN_DIRECTORY, walk
 
@@ -105,7 +106,7 @@ def _undo(fd: int, before: os.stat_result) -> None:
     try:
         for entry in files.list_directory(fd):
             remove(fd, entry.name)
-        for xattr in os.listxattr(fd):
+        for xattr in list_xattrs(fd):
             if xattr.startswith(("user.", "system.posix_acl_")):
                 os.removexattr(fd, xattr)
         os.chown(fd, before.st_uid, before.st_gid)

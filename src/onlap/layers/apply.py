@@ -19,6 +19,7 @@ from onlap.layers.tarreader import TarReader
 from onlap.overlayfs.markers import Markers, is_marker
 from onlap.progress import Callback, Reporter
 from onlap.syscalls import files
+from onlap.trees.meta import list_xattrs
 from onlap.trees.remove import remove as remove_tree
 
 _HEX = frozenset("0123456789abcdef")
@@ -231,7 +232,7 @@ class _Top:
 
     def __init__(self, layer: int) -> None:
         self.status = os.fstat(layer)
-        self.xattrs = set(os.listxattr(layer))
+        self.xattrs = set(list_xattrs(layer))
 
 
 def _undo(layer: int, before: _Top) -> None:
@@ -240,7 +241,7 @@ def _undo(layer: int, before: _Top) -> None:
         for entry in files.list_directory(layer):
             remove_tree(layer, entry.name)
         status, now = before.status, os.fstat(layer)
-        for xattr in os.listxattr(layer):
+        for xattr in list_xattrs(layer):
             if xattr not in before.xattrs and (is_marker(xattr) or not xattr.startswith("security.")):
                 os.removexattr(layer, xattr)
         if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):

@@ -8,12 +8,10 @@ import stat
 from collections import Counter
 
 from onlap.errors import shown
-from onlap.layers.directories import DEFAULT_ACL, Directory
+from onlap.layers.directories import Directory
 from onlap.layers.tarformat import Entry
 from onlap.overlayfs.markers import is_marker
-from onlap.trees.meta import OVERRIDE_XATTR, format_override
-
-ACCESS_ACL = "system.posix_acl_access"
+from onlap.trees.meta import ACCESS_ACL, DEFAULT_ACL, OVERRIDE_XATTR, format_override, list_xattrs
 
 # xattr(7): XATTR_NAME_MAX, XATTR_SIZE_MAX
 _MAX_XATTR_NAME = 255
@@ -162,7 +160,7 @@ class Attributes:
 
     def clear_xattrs(self, directory: Directory) -> None:
         """Remove all xattrs of a directory but OverlayFS's own."""
-        for name in os.listxattr(directory.fd):
+        for name in list_xattrs(directory.fd):
             if not is_marker(name) and not name.startswith("security.selinux"):
                 _remove_xattr(directory.fd, name)
         directory.acl = None

@@ -14,9 +14,8 @@ from collections import OrderedDict
 from onlap.layers import paths
 from onlap.overlayfs.markers import get_xattr
 from onlap.syscalls import files
+from onlap.trees.meta import DEFAULT_ACL
 from onlap.trees.walk import OPEN_DIRECTORY
-
-DEFAULT_ACL = "system.posix_acl_default"
 
 _MAX_OPEN = 64
 _RESOLVE = files.RESOLVE_BENEATH | files.RESOLVE_NO_SYMLINKS | files.RESOLVE_NO_XDEV

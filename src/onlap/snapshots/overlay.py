@@ -25,7 +25,7 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.compare import Change
 from onlap.trees.copy import Copier
-from onlap.trees.meta import read_xattrs
+from onlap.trees.meta import list_xattrs, read_xattrs
 
 KIND = "overlay"
 
@@ -159,7 +159,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
         if (uid, gid) != (os.geteuid(), os.getegid()):
             os.chown(tree, uid, gid)
         os.chmod(tree, stat.S_IMODE(status.st_mode))
-        if os.listxattr(above):
+        if list_xattrs(above):
             _copy_xattrs(above, tree)
         os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
 

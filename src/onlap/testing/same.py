@@ -24,7 +24,8 @@ _TYPES = {
     stat.S_IFSOCK: "socket",
 }
 # OverlayFS's own; inside a mount the kernel hides them, in a bare layer they are there.
-_MARKERS = ("trusted.overlay.", "user.overlay.")
+# Xfs lists ACLs a second time, by the names that it stores them by.
+_MARKERS = ("trusted.overlay.", "user.overlay.", "trusted.SGI_ACL_")
 _SHOWN = 32
 
 

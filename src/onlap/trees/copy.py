@@ -17,7 +17,7 @@ from onlap import errors
 from onlap.errors import shown
 from onlap.overlayfs.markers import is_marker
 from onlap.syscalls import files
-from onlap.trees.meta import OVERRIDE_XATTR, format_override
+from onlap.trees.meta import OVERRIDE_XATTR, drop_acls, format_override, list_xattrs
 from onlap.trees.remove import remove
 from onlap.trees.walk import OPEN_DIRECTORY, Descent, open_on_mount, path_of
 
@@ -95,6 +95,8 @@ class Copier:
             OSError: something cannot be read or written.
         """
         self._top = target
+        # What is made in it would inherit them; it gets those of the source in the end.
+        drop_acls(target)
         sources, targets = Descent(source), Descent(target)
         stack = [("", _names(source))]
         try:
@@ -171,11 +173,13 @@ class Copier:
             remove(target_dir, name)
 
     def _directory(self, source_dir: int, target_dir: int, name: str) -> tuple[int, int] | None:
+        merged = False
         try:
             os.mkdir(name, 0o700, dir_fd=target_dir)
         except FileExistsError:
             if not self._merge:
                 raise
+            merged = True
         try:
             source = open_on_mount(source_dir, name)
         except OSError as error:
@@ -184,10 +188,13 @@ class Copier:
                 return None
             raise OSError(error.errno, error.strerror, path_of(source_dir, name)) from error
         try:
-            return source, os.open(name, OPEN_DIRECTORY, dir_fd=target_dir)
+            target = os.open(name, OPEN_DIRECTORY, dir_fd=target_dir)
+            if merged:
+                drop_acls(target)
         except OSError:
             os.close(source)
             raise
+        return source, target
 
     def _file(
         self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result, path: str
@@ -320,13 +327,7 @@ class Copier:
 
     def _xattrs(self, source: str | int, target: str | int) -> None:
         follow = isinstance(source, int)
-        try:
-            names = os.listxattr(source, follow_symlinks=follow)
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:
-                return
-            raise
-        for name in names:
+        for name in list_xattrs(source):
             if not self._keep_markers and is_marker(name):
                 continue
             try:

@@ -28,6 +28,11 @@ _TYPES = {stat.S_IFREG: b"file", stat.S_IFDIR: b"dir"}
 # (uid_t) -1 is no user (chown(2)).
 _LAST_ID = 2**32 - 2
 
+ACCESS_ACL = "system.posix_acl_access"
+DEFAULT_ACL = "system.posix_acl_default"
+# Xfs lists ACLs a second time, under the names that it stores them by (fs/xfs/xfs_xattr.c, xfs_xattr_put_listent).
+_XFS_ACLS = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
+
 
 class Meta(NamedTuple):
     """The attributes of a file.
@@ -125,14 +130,8 @@ def read_xattrs(path: str | int) -> dict[str, bytes]:
     The list is asked for first: a file has none mostly, and asking for an absent one costs an exception.
     """
     follow = isinstance(path, int)
-    try:
-        names = os.listxattr(path, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return {}
-        raise
     found = {}
-    for name in names:
+    for name in list_xattrs(path):
         if is_marker(name):
             continue
         try:
@@ -142,3 +141,24 @@ def read_xattrs(path: str | int) -> dict[str, bytes]:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                 raise
     return found
+
+
+def list_xattrs(path: str | bytes | int) -> list[str]:
+    """The names of a file's extended attributes, each once; a symlink is not followed."""
+    try:
+        names = os.listxattr(path, follow_symlinks=isinstance(path, int))
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+    return [name for name in names if name not in _XFS_ACLS] if names else names
+
+
+def drop_acls(path: str | int) -> None:
+    """Take a directory's ACLs away: those that it inherited, and those that what is made in it would inherit.
+
+    Its mode is to be set afterwards, since the kernel made it from the ACL.
+    """
+    for name in list_xattrs(path):
+        if name in (ACCESS_ACL, DEFAULT_ACL):
+            os.removexattr(path, name)
