@@ -156,6 +156,36 @@ def test_a_root_filesystem_is_an_image_of_one_layer(
     assert contents(store, image.chain_ids[-1]) == {"a": "1", "etc-x": "2"}
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("manifest.json", b'{"name": "a web application", "icons": []}'),
+        ("manifest.json", b"[]"),
+        ("manifest.json", b'[{"Layers": 3}, 4]'),
+        ("manifest.json", b"\xff no JSON"),
+        ("oci-layout", b"mine"),
+        ("index.json", b"{}"),
+        ("repositories", b'{"of": {"my": "packages"}}'),
+        ("repositories", b"https://dl-cdn.example/v3/main"),
+    ],
+)
+@pytest.mark.parametrize("form", ["tar", "directory"])
+def test_a_root_filesystem_may_have_files_of_those_names(
+    store: Store, tmp_path: Path, name: str, content: bytes, form: str
+) -> None:
+    files = {name: content, "etc/passwd": b"root"}
+    if form == "tar":
+        source = write_tar(tmp_path / "rootfs.tar", files)
+    else:
+        source = tmp_path / "rootfs"
+        (source / "etc").mkdir(parents=True)
+        for path, data in files.items():
+            (source / path).write_bytes(data)
+    [image] = store.images.import_(source)
+    found = tree(store, image.chain_ids[-1])
+    assert {path: (found / path).read_bytes() for path in files} == files
+
+
 def test_a_directory_is_an_image_of_one_layer(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "tree"
     (source / "d").mkdir(parents=True)
@@ -246,7 +276,9 @@ def test_a_layer_that_leads_out_is_refused(store: Store, tmp_path: Path) -> None
 
 
 def test_the_oldest_form_is_named(store: Store, tmp_path: Path) -> None:
-    source = write_tar(tmp_path / "x.tar", {"repositories": b"{}", "a/json": b"{}", "a/layer.tar": layer(a="1")})
+    source = write_tar(
+        tmp_path / "x.tar", {"repositories": b'{"x": {"1": "a"}}', "a/json": b"{}", "a/layer.tar": layer(a="1")}
+    )
     refused(store, source, errors.Unimplemented, r"1\.10")
 
 

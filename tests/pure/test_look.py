@@ -184,7 +184,7 @@ def test_two_images_differ_by_path_and_bytes(unpacked: Store) -> None:
         "big/two": ("D", 200, 0),
         "etc": ("C", 0, 0),
         "etc/passwd": ("C", 4, 10),
-        "linked-too": ("D", 50, 0),
+        "linked-too": ("D", 0, 0),  # its other name stays
         "opaque": ("C", 0, 0),
         "opaque/hidden": ("D", 30, 0),
         "opaque/shown": ("A", 0, 2),
@@ -200,6 +200,31 @@ def test_a_removed_directory_counts_with_all_in_it(unpacked: Store) -> None:
     found = {each.change.path: each for each in look.diff(unpacked.snapshotter, "layer-3", "layer-1")}
     # A directory that a file takes the place of.
     assert (found["turns"].change.kind, found["turns"].before, found["turns"].after) == ("C", 1, 6)
+
+
+def test_a_file_with_several_names_counts_once(store: Store) -> None:
+    base = Layer().directory("./").file("x", b"x" * 3).link("y", "x").file("kept", b"k" * 20)
+    middle = (
+        Layer()
+        .directory("a")
+        .file("a/one", b"1" * 100)
+        .link("a/two", "a/one")
+        .directory("b")
+        .link("b/three", "a/one")
+        .link("kept-too", "kept")
+    )
+    top = Layer().whiteout("a").whiteout("x").whiteout("y")
+    unpack(store, [layer.done() for layer in (base, middle, top)], CHAIN)
+
+    def bytes_of(one: str, other: str) -> dict[str, tuple[int, int]]:
+        found = look.diff(store.snapshotter, one, other)
+        return {each.change.path: (each.before, each.after) for each in found if each.before or each.after}
+
+    assert bytes_of("layer-1", "layer-2") == {"a/one": (0, 100)}
+    assert bytes_of("layer-2", "layer-1") == {"a": (100, 0)}
+    # Of the one file a name is left, of the other none.
+    assert bytes_of("layer-2", "layer-3") == {"x": (3, 0)}
+    assert bytes_of("layer-3", "layer-1") == {"b": (100, 0), "x": (0, 3)}
 
 
 def test_an_image_does_not_differ_from_itself(unpacked: Store) -> None:

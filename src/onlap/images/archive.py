@@ -9,6 +9,8 @@ Format".
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from msgspec import Struct
 
@@ -34,6 +36,19 @@ class Entry(Struct, rename="pascal"):
     config: str
     layers: list[str] | None = None
     repo_tags: list[str] | None = None
+
+
+def is_saved(source: Files) -> bool:
+    """Whether the files are those of ``docker save``, and not a root filesystem's that happen to be called so."""
+    said = files.peek(source, MANIFEST_FILE, list[dict[str, Any]])
+    return any("Config" in entry and "Layers" in entry for entry in said) or _is_oldest(source)
+
+
+def _is_oldest(source: Files) -> bool:
+    if source.has(MANIFEST_FILE):
+        return False
+    said = files.peek(source, "repositories", dict[str, dict[str, str]])
+    return any(source.has(f"{identifier}/layer.tar") for tags in said.values() for identifier in tags.values())
 
 
 def images(

@@ -8,12 +8,15 @@ import stat
 import tarfile
 from collections.abc import Callable
 from types import TracebackType
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.images import model
 from onlap.layers.compression import NONE
 from onlap.layers.pipeline import Pipeline
+
+T = TypeVar("T")
 
 # An archive of an image has a few files a layer. What has more names than this before any that is an image's is
 # somebody's root filesystem.
@@ -56,6 +59,18 @@ def read(files: Files, name: str, limit: int) -> bytes:
     if len(data) > limit:
         raise errors.ResourceExhausted(f"{shown(name)} has more than {limit} bytes", key=name)
     return data
+
+
+def peek(files: Files, name: str, kind: type[T]) -> T:
+    """What a JSON file holds; an empty one of its kind where there is no such file, or it is something else.
+
+    Raises:
+        OnlapError: it cannot be read.
+    """
+    try:
+        return model.decode_any(read(files, name, model.MAX_MANIFEST), kind, name)
+    except (errors.NotFound, errors.InvalidArgument, errors.ResourceExhausted):
+        return kind()
 
 
 class DirectoryFiles:
@@ -102,7 +117,7 @@ class TarFiles:
         discard: removes that directory.
 
     Attributes:
-        is_image: whether it looks like an image's; else the names are not complete.
+        may_be_image: whether it has a file that images have; else the names are not complete.
 
     Raises:
         NotFound: there is no such archive.
@@ -118,7 +133,7 @@ class TarFiles:
             raise errors.from_oserror(error, doing="read the archive", key=path) from error
         self._members: dict[str, tarfile.TarInfo] = {}
         try:
-            self.is_image = self._scan()
+            self.may_be_image = self._scan()
         except BaseException:
             os.close(self._fd)
             raise

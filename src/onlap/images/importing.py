@@ -41,12 +41,12 @@ def import_(
         name = names.normalized(name)
     with images.content.lease(f"import of {shown(source)}") as lease, clean(images, lease):
         if os.path.isdir(source):
-            if not layout.is_layout(DirectoryFiles(source)) and not _is_saved(DirectoryFiles(source)):
+            if not _is_image(DirectoryFiles(source)):
                 return [_import_tree(images, source, name, wanted, epoch, progress)]
             return _import_files(images, lease, DirectoryFiles(source), source, name, platform, unpack, progress)
         staging = images.snapshotter.catalog.staging
         with TarFiles(source, staging.new, staging.discard) as tar:
-            if tar.is_image:
+            if tar.may_be_image and _is_image(tar):
                 return _import_files(images, lease, tar, source, name, platform, unpack, progress)
         return [_import_tar(images, lease, source, name, wanted, unpack, epoch, progress)]
 
@@ -64,8 +64,8 @@ def clean(images: Images, lease: Lease) -> Iterator[None]:
         raise
 
 
-def _is_saved(source: Files) -> bool:
-    return source.has(archive.MANIFEST_FILE)
+def _is_image(source: Files) -> bool:
+    return layout.is_layout(source) or archive.is_saved(source)
 
 
 def _import_files(

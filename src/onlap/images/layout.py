@@ -46,8 +46,8 @@ def blob_path(digest: str) -> str:
 
 
 def is_layout(source: Files) -> bool:
-    """Whether the files are those of a layout."""
-    return source.has(LAYOUT_FILE) and source.has(INDEX_FILE)
+    """Whether the files are those of a layout, and not a root filesystem's that happen to be called so."""
+    return source.has(INDEX_FILE) and "imageLayoutVersion" in files.peek(source, LAYOUT_FILE, dict[str, Any])
 
 
 def images(source: Files, wanted: Platform, name: str | None, fallback: str | None) -> list[Found]:

@@ -5,8 +5,10 @@ All of it is read from the layers' directories; nothing is mounted. Layers have 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,8 +59,9 @@ class Difference(NamedTuple):
 
     Attributes:
         change: how.
-        before: bytes of content that were there; of a removed directory with all that was in it.
-        after: bytes that are there now.
+        before: bytes of content that went with it; of a removed directory with all that was in it. Of a file with
+            several names they count once, and only when all of them are changed or gone.
+        after: bytes that came with it, likewise.
     """
 
     change: Change
@@ -166,56 +169,142 @@ def diff(snapshotter: RecordedSnapshotter, one: str, other: str) -> Iterator[Dif
         NotFound: there is no such snapshot.
         OnlapError: of another kind, for what the filesystem says.
     """
-    before: Stack | None = None
-    try:
+    changed = _Changed(snapshotter, one, other)
+    with _Side(snapshotter, one, changed) as before, _Side(snapshotter, other, changed) as after:
         for change in snapshotter.changes(one, other):
-            gone = change.before
-            if gone is not None and gone.is_dir and (change.after is None or not change.after.is_dir):
-                with snapshotter.translated("measure snapshot", one):
-                    if before is None:
-                        before = Stack(snapshotter.layers(snapshotter.record(one)), snapshotter.markers)
-                    size = _size_below(before, change.path)
-            else:
-                size = _content(gone)
-            yield Difference(change, size, _content(change.after))
-    finally:
-        if before is not None:
-            before.close()
+            gone = change.before if not _is_replaced(change) else None
+            size = before.below(change.path) if gone is None and change.before else before.at(change.path, gone)
+            yield Difference(change, size, after.at(change.path, change.after))
 
 
-def _content(meta: Meta | None) -> int:
-    return meta.size if meta is not None and stat.S_ISREG(meta.mode) else 0
+def _is_replaced(change: Change) -> bool:
+    """Whether it was a directory, whose content the change does not name."""
+    return change.before is not None and change.before.is_dir and not (change.after is not None and change.after.is_dir)
 
 
-def _size_below(stack: Stack, path: str) -> int:
-    """Bytes of content in the directory at ``path`` of a stack."""
-    here: MergedDirectory | None = stack.top()
-    for name in path.split("/"):
-        above = here
-        if above is None:
+class _Changed:
+    """Which paths differ between two snapshots; found out when the first file with several names is met.
+
+    Args:
+        snapshotter: of the root.
+        one: the name of a snapshot.
+        other: likewise.
+    """
+
+    def __init__(self, snapshotter: RecordedSnapshotter, one: str, other: str) -> None:
+        self._snapshotter = snapshotter
+        self._names = one, other
+        self._paths: frozenset[str] | None = None
+        self._replaced: frozenset[str] = frozenset()
+
+    def __contains__(self, path: str) -> bool:
+        if self._paths is None:
+            changes = list(self._snapshotter.changes(*self._names))
+            self._paths = frozenset(change.path for change in changes)
+            self._replaced = frozenset(change.path for change in changes if _is_replaced(change))
+        if path in self._paths:
+            return True
+        return any(path[:end] in self._replaced for end, letter in enumerate(path) if letter == "/")
+
+
+class _Side:
+    """The content on one side of a difference; a file with several names counts once, and not while one of them stays.
+
+    A context manager; raises NotFound when there is no such snapshot.
+
+    Args:
+        snapshotter: of the root.
+        name: of the snapshot.
+        changed: the paths that differ.
+    """
+
+    def __init__(self, snapshotter: RecordedSnapshotter, name: str, changed: _Changed) -> None:
+        self._snapshotter = snapshotter
+        self._name = name
+        self._changed = changed
+        self._seen: set[tuple[int, int]] = set()
+        self._names: defaultdict[tuple[int, int], list[str]] | None = None
+        layers = snapshotter.layers(snapshotter.record(name))
+        with snapshotter.translated("measure snapshot", name):
+            self._stack = Stack(layers, snapshotter.markers)
+            self._top = self._here = self._stack.top()
+        self._path = ""
+
+    def __enter__(self) -> _Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        self._stack.close()
+
+    def at(self, path: str, meta: Meta | None) -> int:
+        """Bytes of the file at ``path`` that came or went with it."""
+        if meta is None or not stat.S_ISREG(meta.mode) or not meta.size:
             return 0
-        here = above.open(name)
-        above.close()
-    if here is None:
-        return 0
-    with here:
-        return _sum(here)
+        with self._snapshotter.translated("measure snapshot", self._name):
+            directory, _, name = path.rpartition("/")
+            found = self._open(directory).lookup(name)
+            return 0 if found is None else self._own(path, found.status)
 
+    def below(self, path: str) -> int:
+        """The same of all files in the directory at ``path``."""
+        with self._snapshotter.translated("measure snapshot", self._name):
+            return sum(self._own(each, status) for each, status in self._files(path))
 
-def _sum(directory: MergedDirectory) -> int:
-    total = 0
-    for name in directory.names():
-        found = directory.lookup(name)
-        if found is None:
-            continue
-        if stat.S_ISREG(found.status.st_mode):
-            total += found.status.st_size
-        elif stat.S_ISDIR(found.status.st_mode):
-            below = directory.open(name)
-            if below is not None:
-                with below:
-                    total += _sum(below)
-    return total
+    def _own(self, path: str, status: os.stat_result) -> int:
+        if not stat.S_ISREG(status.st_mode):
+            return 0
+        if status.st_nlink > 1:
+            file = status.st_dev, status.st_ino
+            if file in self._seen:
+                return 0
+            self._seen.add(file)
+            if not all(name in self._changed for name in self._names_of(file)):
+                return 0
+        return status.st_size
+
+    def _names_of(self, file: tuple[int, int]) -> list[str]:
+        if self._names is None:
+            self._names = defaultdict(list)
+            for path, status in self._files(""):
+                if status.st_nlink > 1:
+                    self._names[status.st_dev, status.st_ino].append(path)
+        return self._names[file]
+
+    def _files(self, path: str) -> Iterator[tuple[str, os.stat_result]]:
+        """All below a directory that are none, without recursion: a tree may be deeper than Python's stack."""
+        left = [path]
+        while left:
+            above = left.pop()
+            here = self._open(above)
+            for found in [here.lookup(name) for name in here.names()]:
+                if found is None:
+                    continue
+                inside = f"{above}/{found.name}" if above else found.name
+                if stat.S_ISDIR(found.status.st_mode):
+                    left.append(inside)
+                else:
+                    yield inside, found.status
+
+    def _open(self, path: str) -> MergedDirectory:
+        """A directory, valid until another is asked for: most questions are about neighbours."""
+        if path != self._path:
+            here = self._top
+            for name in path.split("/") if path else ():
+                above, below = here, here.open(name)
+                if above is not self._top:
+                    above.close()
+                if below is None:
+                    raise FileNotFoundError(errno.ENOENT, "the directory vanished", path)
+                here = below
+            self._close()
+            self._path, self._here = path, here
+        return self._here
+
+    def _close(self) -> None:
+        if self._here is not self._top:
+            self._here.close()
+        self._path, self._here = "", self._top
 
 
 def files(snapshotter: RecordedSnapshotter, layers: Sequence[str], path: str | None = None) -> Files:
