@@ -132,7 +132,7 @@ def test_before_init_and_with_another_driver(root: Path) -> None:
 
 def test_only_one_server_a_socket(root: Path) -> None:
     with serve(root) as server:
-        with pytest.raises(errors.FailedPrecondition, match="listens"):
+        with pytest.raises(errors.Unavailable, match="listens"):
             serve(root)
         assert os.stat(server.socket).st_mode & 0o777 == 0o600
     assert not os.path.exists(server.socket)
@@ -188,6 +188,52 @@ def test_a_body_that_breaks_off_is_no_layer(root: Path) -> None:
             request(server, "GraphDriver.ApplyDiff?id=x&parent=", half, {"Transfer-Encoding": "chunked"})
         assert os.listdir(driver.get("x")) == []
         assert driver.apply_diff("x", "", io.BytesIO(data)) == 10_000
+
+
+def test_a_call_that_is_repeated_without_its_body(root: Path) -> None:
+    """dockerd repeats a call whose connection broke with a reader that it has read to its end, or in part."""
+    data = archive(("f", {"content": b"1" * 10_000}), ("g", {"content": b"2"})).read()
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, str(root / "home"))
+        for name in ("Create", "Remove", "Get", "Put", "Changes"):
+            status, answer = request(server, f"GraphDriver.{name}", b"", {"Content-Length": "0"})
+            assert (status, "empty request" in json.loads(answer)["Err"]) == (200, True)
+        assert driver.status()
+        driver.create("x")
+        # What a kill in the middle leaves, and then the rest of the archive, which begins at an entry by chance.
+        (root / "home/.onlap-applying-x").touch()
+        rest = data[512 + 10_240 :]
+        for part in (b"", rest):
+            chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(part), part) if part else b"0\r\n\r\n"
+            path = "GraphDriver.ApplyDiff?id=x&parent="
+            _, answer = request(server, path, chunks, {"Transfer-Encoding": "chunked"})
+            assert "without its beginning" in json.loads(answer)["Err"]
+        assert os.listdir(driver.get("x")) == []
+        driver.remove("x")
+        driver.create("x")
+        assert driver.apply_diff("x", "", io.BytesIO(data)) == 10_001
+
+
+def test_a_socket_that_was_handed_over_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call between two servers waits for the second; neither removes the socket."""
+    (root / "s").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(root / "s/p.sock"))
+        listener.listen()
+        monkeypatch.setattr("onlap.serve.sockets.inherited", lambda _: listener.dup())
+
+        def activated() -> Listening:
+            return Listening("p", "overlay2", socket_dir=str(root / "s"), sync="none", handed_over=True)
+
+        with activated() as server:
+            PluginDriver(server.socket, str(root / "home")).create("x")
+        found: list[bool] = []
+        call = threading.Thread(target=lambda: found.append(Reconnected(server.socket).exists("x")))
+        call.start()
+        with activated():
+            call.join(20)
+        assert found == [True]
+        assert os.path.exists(server.socket)
 
 
 def test_a_client_that_leaves_in_the_middle_of_diff(root: Path) -> None:

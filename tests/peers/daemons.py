@@ -50,6 +50,8 @@ class Daemon:
         self.log = place / f"{name}.log"
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
+        # Descriptors that it gets, under the same numbers.
+        self.passed: tuple[int, ...] = ()
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -62,7 +64,12 @@ class Daemon:
         assert self._process is None, f"{self.name} runs already"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                pass_fds=self.passed,
             )
         running.append(self)
         await_socket(self.socket, self._process)
@@ -169,6 +176,13 @@ def onlap_command(store: Path, *words: str) -> list[str]:
 ONLAP_ENVIRONMENT = {"PYTHONPATH": str(SOURCES)}
 
 
+_ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.execve(sys.argv[2], sys.argv[2:], {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"})
+"""
+
+
 class Onlap(Daemon):
     """``onlap serve containerd``.
 
@@ -194,6 +208,11 @@ class Onlap(Daemon):
             self.store, "-v", "serve", "containerd", "--socket", str(listen), "--snapshotter", kind, *options
         )
         super().__init__(name, place, listen, command, {**ONLAP_ENVIRONMENT, **(environment or {})})
+
+    def hand_over(self, listener: socket.socket) -> None:
+        """Give it, at each start, a socket that listens already, as systemd does (sd_listen_fds(3))."""
+        self.passed = (listener.fileno(),)
+        self.command = [sys.executable, "-c", _ACTIVATE, str(listener.fileno()), *self.command]
 
     def onlap(self, *words: str) -> str:
         """The output of the command on the served root."""

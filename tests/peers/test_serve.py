@@ -96,8 +96,61 @@ def test_what_is_no_socket_is_left_alone(root: Path) -> None:
     path.write_text("precious")
     assert "no socket" in refused("--socket", str(path), "--snapshotter", "native", store=root / "store")
     assert path.read_text() == "precious"
-    missing = str(root / "no/such/s.sock")
-    assert missing in refused("--socket", missing, "--snapshotter", "native", store=root / "store")
+    below = str(root / "file/s.sock")
+    assert str(path) in refused("--socket", below, "--snapshotter", "native", store=root / "store")
+
+
+def test_the_directory_of_the_socket_is_made(root: Path) -> None:
+    """Others may pass through it, as far as the socket's own mode lets them; nobody sees what else is in it."""
+    (root / "new").mkdir()
+    with Onlap(root, kind="native") as daemon:
+        daemon.stop()
+        daemon.socket = root / "new/run/onlap/s.sock"
+        daemon.command[daemon.command.index("--socket") + 1] = str(daemon.socket)
+        daemon.start()
+        assert stat.filemode(daemon.socket.parent.stat().st_mode) == "drwx--x--x"
+        assert os.listdir(daemon.socket.parent) == ["s.sock"]
+
+
+def test_what_cannot_be_listened_on_is_one_line(root: Path) -> None:
+    """Of ours: none of the gRPC library's own."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for words in (("--socket", "/proc/s.sock"), ("--socket", str(root / "s"), "--metrics", address)):
+            command = onlap_command(root / "store", "serve", "containerd", "--snapshotter", "native", *words)
+            done = subprocess.run(command, env={**os.environ, **ONLAP_ENVIRONMENT}, capture_output=True, check=False)
+            assert done.returncode == 9
+            assert re.fullmatch(rb"onlap: cannot [^\n]+\n", done.stderr)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_socket_that_was_handed_over_outlives_the_server(root: Path, killed: bool) -> None:
+    """A call between two servers waits for the second; neither touches the socket."""
+    daemon = Onlap(root, kind="native")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(daemon.socket))
+        os.chmod(daemon.socket, 0o640)
+        listener.listen()
+        daemon.hand_over(listener)
+        with daemon, RemoteSnapshotter(daemon.socket) as client, ThreadPoolExecutor(1) as pool:
+            client.prepare("key")
+            if killed:
+                daemon.kill()
+            else:
+                assert daemon.stop() == 0
+            answer = pool.submit(client.stat, "key")
+            daemon.start()
+            assert answer.result().kind == "active"
+            assert len(list(client.walk())) == 1
+            assert stat.filemode(os.stat(daemon.socket).st_mode) == "srw-r-----"
+            daemon.command[daemon.command.index("--socket") + 1] = str(root / "other")
+            daemon.stop()
+            daemon.start()
+            assert daemon.process.wait(20) == 6
+            assert "handed over" in daemon.tail()
+    assert daemon.socket.exists()
 
 
 def test_the_owner_alone_may_connect(server: Onlap) -> None:
@@ -218,11 +271,18 @@ def test_figures_and_a_line_a_call(root: Path) -> None:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
             figures = answer.read().decode()
         log = daemon.tail()
-    assert 'onlap_calls_total{code="0",method="Prepare"} 1.0' in figures
-    assert 'onlap_calls_total{code="5",method="Stat"} 1.0' in figures
-    assert 'onlap_call_seconds_count{method="Prepare"} 1.0' in figures
+    assert 'onlap_calls_total{code="OK",method="Prepare"} 1.0' in figures
+    assert 'onlap_calls_total{code="NotFound",method="Stat"} 1.0' in figures
+    assert 'onlap_call_duration_seconds_count{method="Prepare"} 1.0' in figures
     assert 'onlap_snapshots{kind="active",owner="containerd"} 1.0' in figures
-    assert re.search(r"^onlap_trash_bytes 0\.0$", figures, re.MULTILINE)
+    assert 'onlap_store_bytes{owner="containerd"} 0.0' in figures
+    assert 'onlap_store_inodes{owner="containerd"} 0.0' in figures
+    assert re.search(r'^onlap_build_info\{.*version="\d.*\} 1\.0$', figures, re.MULTILINE)
+    assert re.search(r"^onlap_trash_trees 0\.0$", figures, re.MULTILINE)
+    # Each has a type and a text, and a unit of Prometheus's where it has one.
+    names = {line.split()[2] for line in figures.splitlines() if line.startswith("# TYPE")}
+    assert names == {line.split()[2] for line in figures.splitlines() if line.startswith("# HELP") and line.split()[3:]}
+    assert not [name for name in names if name.endswith(("_ms", "_kb", "_percent"))]
     assert re.search(
         r'^time=\S+Z level=debug msg=call method=Prepare key="default/7/key of ours" namespace=default code=0 ms=\S+$',
         log,

@@ -116,11 +116,24 @@ def test_no_verb_is_a_usage_error_that_explains() -> None:
         (("label", "a", "x"), "onlap: a label is KEY=VALUE, not x; see: onlap label --help\n"),
         (("\x1b[31m",), "onlap: there is no verb \\e[31m; see: onlap --help\n"),
         (("ls", "--\x1b[31m"), "onlap: unrecognized arguments: --\\e[31m; see: onlap ls --help\n"),
+        (("serve", "containerd", "--socket", "s", "--driver", "overlay2"), "--driver belongs to serve docker"),
+        (("serve", "docker", "--name", "n", "--socket-mode", "0600"), "--socket-mode belongs to serve containerd"),
+        (("serve", "docker", "--name", "n", "--remap-ids"), "--remap-ids belongs to serve containerd"),
     ],
 )
 def test_usage_errors_are_one_line(arguments: tuple[str, ...], said: str) -> None:
     done = onlap(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+def test_units_are_printed_for_where_it_is(tmp_path: Path) -> None:
+    for kind in ("containerd", "docker"):
+        done = onlap("--root", str(tmp_path), "serve", kind, "--print-unit", "service")
+        (command,) = [line for line in done.stdout.splitlines() if line.startswith("ExecStart=")]
+        assert command.startswith(f"ExecStart={sys.executable} -m onlap ")
+        assert f" serve {kind} " in command
+        assert "ListenStream=/run/" in onlap("serve", kind, "--print-unit", "socket").stdout
+    assert os.listdir(tmp_path) == []
 
 
 def test_options_stand_before_and_after_the_verb(native: Path) -> None:

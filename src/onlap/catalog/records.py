@@ -320,9 +320,11 @@ def set_usage(connection: sqlite3.Connection, identifier: int, inodes: int, size
     )
 
 
-def count(connection: sqlite3.Connection) -> list[tuple[str, str, int]]:
-    """How many snapshots there are, by kind and owner."""
-    return connection.execute("SELECT kind, owner, count(*) FROM snapshots GROUP BY kind, owner").fetchall()
+def totals(connection: sqlite3.Connection) -> list[tuple[str, str, int, float, float]]:
+    """By kind and owner: how many snapshots there are, and the inodes and bytes of those that were measured."""
+    return connection.execute(
+        "SELECT kind, owner, count(*), total(inodes), total(size) FROM snapshots GROUP BY kind, owner"
+    ).fetchall()
 
 
 def ids(connection: sqlite3.Connection) -> set[int]:

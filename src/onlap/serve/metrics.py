@@ -1,22 +1,32 @@
-"""Figures for Prometheus: calls, errors and latencies, live snapshots, bytes in the trash."""
+"""Figures for Prometheus: calls and how long they took, live snapshots and what they take, the filesystem, the process.
+
+Names and units are as Prometheus has them (prometheus.io/docs/practices/naming), codes as gRPC does. A scrape reads the
+catalog and lists one directory; it walks no tree.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
 import threading
 from collections.abc import Iterator
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from onlap import errors
+from onlap._version import __version__
 from onlap.catalog import records
+from onlap.serve.containerd.status import CODES
 from onlap.snapshots.recorded import RecordedSnapshotter
-from onlap.trees.usage import usage
 
 # From a read of the catalog (some 0.1 ms) to a sync of a large layer (minutes).
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+
+
+_NAMES = {0: "OK", **{number: name for name, number in CODES.items()}}
 
 
 class Metrics:
@@ -28,17 +38,20 @@ class Metrics:
 
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
         self.registry = CollectorRegistry()
-        self._calls = Counter("onlap_calls", "Calls answered.", ["method", "code"], registry=self.registry)
-        self._seconds = Histogram(
-            "onlap_call_seconds", "How long calls took.", ["method"], registry=self.registry, buckets=_BUCKETS
+        self._calls = Counter(
+            "onlap_calls", "Calls answered, by gRPC's code.", ["method", "code"], registry=self.registry
         )
+        self._seconds = Histogram(
+            "onlap_call_duration_seconds", "How long calls took.", ["method"], registry=self.registry, buckets=_BUCKETS
+        )
+        ProcessCollector(registry=self.registry)
         self.registry.register(_State(snapshotter))
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
 
     def observe(self, method: str, code: int, seconds: float) -> None:
         """One call was answered."""
-        self._calls.labels(method, str(code)).inc()
+        self._calls.labels(method, _NAMES[code]).inc()
         self._seconds.labels(method).observe(seconds)
 
     def serve(self, address: str) -> int:
@@ -46,7 +59,7 @@ class Metrics:
 
         Raises:
             InvalidArgument: the address has another form.
-            OnlapError: of another kind, when it cannot be listened on.
+            Unavailable: it cannot be listened on, as one that is taken.
         """
         host, colon, port = address.rpartition(":")
         if not colon or not port.isdigit():
@@ -54,7 +67,9 @@ class Metrics:
         try:
             self._server, self._thread = start_http_server(int(port), host.strip("[]") or "0.0.0.0", self.registry)
         except OSError as error:
-            raise errors.from_oserror(error, doing=f"serve metrics at {address}") from error
+            raise errors.Unavailable(
+                f"cannot serve figures at {address}: {error.strerror}", key=address, hint="give another address"
+            ) from error
         return int(self._server.server_port)
 
     def close(self) -> None:
@@ -73,18 +88,31 @@ class _State(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         catalog = self._snapshotter.catalog
+        built = GaugeMetricFamily("onlap_build_info", "What runs; always 1.", labels=["version", "python"])
+        built.add_metric([__version__, platform.python_version()], 1)
+        yield built
         live = GaugeMetricFamily("onlap_snapshots", "Live snapshots.", labels=["kind", "owner"])
-        for kind, owner, count in catalog.database.read(records.count):
+        size = GaugeMetricFamily("onlap_store_bytes", "What committed snapshots take, once measured.", labels=["owner"])
+        inodes = GaugeMetricFamily("onlap_store_inodes", "Inodes of the same.", labels=["owner"])
+        # Also those of which there are none, so that a rule may rely on them.
+        kinds = (records.ACTIVE, records.VIEW, records.COMMITTED)
+        found: dict[tuple[str, str], tuple[int, float, float]]
+        found = dict.fromkeys(((kind, self._snapshotter.owner) for kind in kinds), (0, 0, 0))
+        for kind, owner, count, files, taken in catalog.database.read(records.totals):
+            found[kind, owner] = count, files, taken
+        for (kind, owner), (count, files, taken) in found.items():
             live.add_metric([kind, owner], count)
-        yield live
-        trees = catalog.trash.names()
-        yield GaugeMetricFamily("onlap_trash_trees", "Removed trees that wait for deletion.", value=len(trees))
-        size = sum(_size(f"{catalog.layout.trash}/{name}") for name in trees)
-        yield GaugeMetricFamily("onlap_trash_bytes", "What they take.", value=float(size))
-
-
-def _size(tree: str) -> int:
-    try:
-        return usage(tree).size
-    except FileNotFoundError:
-        return 0  # it was deleted meanwhile
+            if kind == records.COMMITTED:
+                size.add_metric([owner], taken)
+                inodes.add_metric([owner], files)
+        yield from (live, size, inodes)
+        waiting = len(catalog.trash.names())
+        yield GaugeMetricFamily("onlap_trash_trees", "Removed trees that wait for deletion.", value=waiting)
+        disk = os.statvfs(catalog.layout.root)
+        for name, text, value in (
+            ("size_bytes", "Size of the root's filesystem.", disk.f_blocks * disk.f_frsize),
+            ("avail_bytes", "Of these, free for users.", disk.f_bavail * disk.f_frsize),
+            ("inodes", "Inodes of the root's filesystem.", disk.f_files),
+            ("inodes_free", "Of these, free.", disk.f_ffree),
+        ):
+            yield GaugeMetricFamily(f"onlap_filesystem_{name}", text, value=value)

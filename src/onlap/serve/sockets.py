@@ -1,4 +1,4 @@
-"""The unix socket of a server: made for its owner alone, replaced when stale, refused when somebody answers on it."""
+"""The unix socket of a server: one that was handed over, or one of its own, which replaces a stale one in one step."""
 
 from __future__ import annotations
 
@@ -12,69 +12,135 @@ from contextlib import contextmanager
 from onlap import errors
 from onlap.errors import shown
 
+# sd_listen_fds(3): the first of the descriptors that are handed over.
+_FIRST = 3
+# unix(7): a path has 108 bytes with the closing NUL. A socket is made under a longer name: "." and a process's number,
+# which has seven digits at most (proc(5), pid_max).
+_MAX_PATH = 107
+_SUFFIX = 8
 
-def claim(path: str) -> None:
-    """Make way for a socket at ``path``: a stale one is removed, one that somebody listens on is left alone.
+
+def inherited(path: str | None) -> socket.socket | None:
+    """The listening socket that whoever started this process hands over, as systemd does; None where there is none.
+
+    It stays when this process ends: who connects meanwhile waits, rather than being refused.
+
+    Args:
+        path: where it has to listen; None: anywhere.
 
     Raises:
-        FailedPrecondition: a server answers there, or it is no socket.
+        InvalidArgument: it is not one listening unix socket, or listens elsewhere.
+    """
+    # Taken away: it is not meant for the processes that this one starts.
+    meant_for, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if meant_for != str(os.getpid()) or not number:
+        return None
+    if number != "1":
+        raise errors.InvalidArgument(f"{number} sockets were handed over, and a server has one")
+    try:
+        found = socket.socket(fileno=_FIRST)
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise errors.InvalidArgument(f"what was handed over is no socket: {error.strerror}") from error
+    if (found.family, found.type, listens) != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
+        raise errors.InvalidArgument("what was handed over is not a unix socket that listens")
+    os.set_inheritable(_FIRST, False)
+    where = found.getsockname()
+    if path is not None and where != path:
+        raise errors.InvalidArgument(
+            f"the socket that was handed over is at {shown(where)}, not at {shown(path)}",
+            hint="say the same path in both, with systemd in ListenStream= and in ExecStart=",
+        )
+    return found
+
+
+def claim(path: str) -> None:
+    """See that a socket can be put at ``path``; its directory is made.
+
+    Raises:
+        Unavailable: a server answers there.
+        FailedPrecondition: something else is there.
         OnlapError: of another kind, for what the filesystem says.
     """
+    if len(os.fsencode(path)) > _MAX_PATH - _SUFFIX:
+        raise errors.InvalidArgument(
+            f"the path of the socket {shown(path)} is too long", key=path, hint=f"{_MAX_PATH - _SUFFIX} bytes at most"
+        )
+    directory = os.path.dirname(path)
     try:
+        if not os.path.isdir(directory):
+            # 0711: the mode of the socket says who may connect, and with 0700 no group could come so far.
+            os.makedirs(directory, 0o711, exist_ok=True)
+            os.chmod(directory, 0o711)  # whatever the umask took away
         status = os.lstat(path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if not os.path.isdir(directory):
+            raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
         return
+    except OSError as error:
+        raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
     if not stat.S_ISSOCK(status.st_mode):
         raise errors.FailedPrecondition(f"{shown(path)} is no socket", key=path, hint="give another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
         except OSError as error:
-            if error.errno != errno.ECONNREFUSED:
+            if error.errno not in (errno.ECONNREFUSED, errno.ENOENT):
                 raise errors.from_oserror(error, doing="see whether somebody listens on it", key=path) from error
         else:
-            raise errors.FailedPrecondition(
+            raise errors.Unavailable(
                 f"a server listens on {shown(path)} already", key=path, hint="stop it first, or give another socket"
             )
-    os.unlink(path)
 
 
 @contextmanager
-def private() -> Iterator[None]:
-    """While a socket is made: nobody else may connect in the moment before its mode is set."""
-    before = os.umask(0o177)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def remove(path: str) -> None:
-    """Remove a socket, if it is still there."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass  # the library that made it removes it too, or somebody tidied up
-
-
-def grant(path: str, mode: int, group: str | None) -> None:
-    """Say who may connect.
+def made(path: str, mode: int, group: str | None) -> Iterator[str]:
+    """Put a socket at ``path`` once it is listened on: who connects finds the stale one, or one that answers.
 
     Args:
-        path: the socket.
+        path: where; claimed.
         mode: permissions; write permission is what connect(2) asks for.
         group: a group's name or number that gets the group's permissions.
+
+    Yields:
+        The name to listen at; until the end of the block only this process's user may connect.
 
     Raises:
         NotFound: there is no such group.
         OnlapError: of another kind, for what the kernel says.
     """
+    new = f"{path}.{os.getpid()}"
+    before = os.umask(0o177)
+    try:
+        yield new
+    finally:
+        os.umask(before)
     try:
         if group is not None:
-            os.chown(path, -1, _group_id(group))
-        os.chmod(path, mode)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="set the permissions of the socket", key=path) from error
+            os.chown(new, -1, _group_id(group))
+        os.chmod(new, mode)
+        os.rename(new, path)
+    except BaseException as error:
+        remove(new)
+        if isinstance(error, OSError):
+            raise errors.from_oserror(error, doing="set the permissions of the socket", key=path) from error
+        raise
+
+
+def identity(path: str) -> tuple[int, int]:
+    """What tells a socket from one that replaces it; raises OSError."""
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def remove(path: str, only: tuple[int, int] | None = None) -> None:
+    """Remove a socket, if it is still there, and with ``only`` if it is that one."""
+    try:
+        if only is None or identity(path) == only:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass  # somebody tidied up
 
 
 def _group_id(group: str) -> int:

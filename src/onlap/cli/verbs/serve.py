@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 from onlap import errors
 from onlap.cli.call import Call, check_access
 from onlap.cli.parser import Parser, UsageError, check_text
 
 _KINDS = ("containerd", "docker")
+
+# What is said where an option of one kind is not given; an option is refused where it means nothing.
+_DEFAULTS: dict[str, dict[str, object]] = {
+    "containerd": {
+        "socket": None,
+        "owner": "containerd",
+        "socket_mode": "0600",
+        "socket_group": None,
+        "metrics": None,
+        "snapshotter": "auto",
+        "mount_option": [],
+        "upperdir_label": False,
+        "remap_ids": False,
+        "slow_chown": False,
+    },
+    "docker": {"name": None, "driver": "overlay2", "socket_dir": "/run/docker/plugins"},
+}
 
 
 def arguments(parser: Parser) -> None:
@@ -18,24 +37,27 @@ def arguments(parser: Parser) -> None:
         "onlap serve docker --name onlap --driver overlay2",
     )
     parser.add_argument("kind", choices=_KINDS, metavar="containerd|docker", help="whom to serve")
+    parser.add_argument(
+        "--print-unit", choices=("service", "socket"), help="print this unit for systemd, and serve nothing"
+    )
     parser.add_argument("--sync", choices=("layer", "none"), default="layer", help="see the documentation of each")
     one = parser.add_argument_group("containerd")
-    one.add_argument("--socket", metavar="S", help="where to listen")
-    one.add_argument("--owner", metavar="O", default="containerd", help="whose snapshots these are (containerd)")
-    one.add_argument("--socket-mode", metavar="MODE", default="0600", help="permissions of the socket (0600)")
+    one.add_argument("--socket", metavar="S", help="where to listen; need not be said of a socket that is handed over")
+    one.add_argument("--owner", metavar="O", help="whose snapshots these are (containerd)")
+    one.add_argument("--socket-mode", metavar="MODE", help="permissions of the socket (0600)")
     one.add_argument("--socket-group", metavar="G", help="the group that gets the group's permissions")
     one.add_argument("--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there")
-    one.add_argument("--snapshotter", choices=("auto", "overlay", "native"), default="auto", help="of a new root")
-    one.add_argument("--mount-option", metavar="O", action="append", default=[], help="for every overlay; repeatable")
-    one.add_argument("--upperdir-label", action="store_true", help="show the upperdir as a label")
-    one.add_argument("--remap-ids", action="store_true", help="ID-mapped mounts for user namespaces")
-    one.add_argument("--slow-chown", action="store_true", help="let containerd copy and chown where it has to")
+    one.add_argument("--snapshotter", choices=("auto", "overlay", "native"), help="of a new root (auto)")
+    one.add_argument("--mount-option", metavar="O", action="append", help="for every overlay; repeatable")
+    one.add_argument("--upperdir-label", action="store_true", default=None, help="show the upperdir as a label")
+    one.add_argument("--remap-ids", action="store_true", default=None, help="ID-mapped mounts for user namespaces")
+    one.add_argument(
+        "--slow-chown", action="store_true", default=None, help="let containerd copy and chown where it has to"
+    )
     other = parser.add_argument_group("docker")
     other.add_argument("--name", metavar="N", help="of the plugin")
-    other.add_argument("--driver", choices=("overlay", "overlay2"), default="overlay2", help="which (overlay2)")
-    other.add_argument(
-        "--socket-dir", metavar="DIR", default="/run/docker/plugins", help="where dockerd looks (/run/docker/plugins)"
-    )
+    other.add_argument("--driver", choices=("overlay", "overlay2"), help="which (overlay2)")
+    other.add_argument("--socket-dir", metavar="DIR", help="where dockerd looks (/run/docker/plugins)")
 
 
 def run(call: Call) -> int:
@@ -43,13 +65,38 @@ def run(call: Call) -> int:
 
     from onlap.serve import logs
 
+    _settle(call)
+    if call.args.print_unit:
+        return _print_unit(call)
     logs.configure(logging.DEBUG if call.args.verbose else logging.WARNING if call.args.quiet else logging.INFO)
     return _containerd(call) if call.args.kind == "containerd" else _docker(call)
 
 
+def _settle(call: Call) -> None:
+    """Refuse the options of the other kind, and fill in what was not said."""
+    args, kind = call.args, call.args.kind
+    for each, defaults in _DEFAULTS.items():
+        for name, default in defaults.items():
+            if each == kind and getattr(args, name) is None:
+                setattr(args, name, default)
+            elif each != kind and getattr(args, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} belongs to serve {each}, not to serve {kind}")
+
+
+def _print_unit(call: Call) -> int:
+    from onlap.serve import units
+
+    print(units.unit(f"onlap-{call.args.kind}.{call.args.print_unit}", os.path.abspath(call.root)), end="")
+    return 0
+
+
 def _containerd(call: Call) -> int:
+    from onlap.serve import sockets
+
     args = call.args
-    if not args.socket:
+    listener = sockets.inherited(args.socket and os.path.abspath(args.socket))
+    where = args.socket if listener is None else listener.getsockname()
+    if not where:
         raise UsageError("serve containerd needs --socket")
     check_text(args.owner, "owner")
     if not args.owner:
@@ -82,7 +129,8 @@ def _containerd(call: Call) -> int:
         try:
             with Server(
                 snapshotter,
-                args.socket,
+                where,
+                listener=listener,
                 mode=_mode(args.socket_mode),
                 group=args.socket_group,
                 observer=metrics if args.metrics else None,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from contextlib import ExitStack
+from socket import socket as Socket
 
 from onlap.serve import sockets
 from onlap.serve.containerd.calls import Calls, Observer
+from onlap.serve.containerd.relay import Relay
 from onlap.serve.containerd.service import Service, check_root
 from onlap.serve.containerd.transport import Transport
 from onlap.serve.life import until_stopped
@@ -30,7 +33,8 @@ class Server:
 
     Args:
         snapshotter: what to serve; closed by its owner, after the server.
-        socket: where to listen.
+        socket: where to listen; its directory is made.
+        listener: a socket that was handed over, and listens there already, to be used instead; it is left as it is.
         mode: permissions of the socket.
         group: who gets the group's permissions of it.
         observer: told of every call.
@@ -44,12 +48,14 @@ class Server:
         snapshotter: RecordedSnapshotter,
         socket: str,
         *,
+        listener: Socket | None = None,
         mode: int = 0o600,
         group: str | None = None,
         observer: Observer | None = None,
     ) -> None:
         check_root(snapshotter)
         self._socket = os.path.abspath(socket)
+        self._listener = listener
         self._access = (mode, group)
         self._cleanup = ExitStack()
         self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
@@ -75,14 +81,18 @@ class Server:
         """Listen, and answer in the background.
 
         Raises:
-            FailedPrecondition: somebody listens there.
+            Unavailable: somebody listens there.
             OnlapError: of another kind, when the socket cannot be made.
         """
+        if self._listener is not None:
+            inner = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="onlap-serve-")) + "/s"
+            self._transport.start(inner)
+            self._cleanup.callback(Relay(self._listener, inner).stop)
+            return
         sockets.claim(self._socket)
-        with sockets.private():
-            self._transport.start(self._socket)
-        self._cleanup.callback(sockets.remove, self._socket)
-        sockets.grant(self._socket, *self._access)
+        with sockets.made(self._socket, *self._access) as new:
+            self._transport.start(new)
+        self._cleanup.callback(sockets.remove, self._socket, sockets.identity(self._socket))
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread.

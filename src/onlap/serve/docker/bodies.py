@@ -98,6 +98,33 @@ class Chunked(io.RawIOBase):
         return line.rstrip(b"\r\n")
 
 
+class Joined(io.RawIOBase):
+    """What was read of a body already, and the rest.
+
+    Args:
+        first: a byte, or a few.
+        rest: the body.
+    """
+
+    def __init__(self, first: bytes, rest: BinaryIO) -> None:
+        self._first = first
+        self._rest = rest
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As the body's."""
+        first, self._first = self._first, b""
+        if size is None or size < 0:
+            return first + self._rest.read()
+        if not first:
+            return self._rest.read(size)
+        self._first = first[size:]
+        return first[:size]
+
+
 def drain(body: io.RawIOBase) -> None:
     """Read what is left: the client reads no answer before it has sent everything."""
     while body.read(_DRAIN):

@@ -28,6 +28,8 @@ _JSON = "application/vnd.docker.plugins.v1.2+json"
 # A request with a storage option or two has some hundred bytes.
 _MAX_REQUEST = 1 << 20
 _BUFFER = 256 * 1024
+# Calls that mean something without a body.
+_NEEDS_NOTHING = ("Plugin.Activate", "GraphDriver.Capabilities", "GraphDriver.Status", "GraphDriver.Cleanup")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,9 +77,9 @@ class Handler(BaseHTTPRequestHandler):
                 id, parent = (asked.get(key, [""])[0] for key in ("id", "parent"))
                 response = service.apply_diff(id, parent, cast(BinaryIO, body))
             elif name == "GraphDriver.Diff":
-                return self._diff(_request(body))
+                return self._diff(_request(name, body))
             elif name in service.calls:
-                response = service.calls[name](_request(body))
+                response = service.calls[name](_request(name, body))
             else:
                 drain(body)
                 self._reply(404, {"Err": f"no such call: {shown(name)}"})
@@ -143,10 +145,19 @@ class Handler(BaseHTTPRequestHandler):
         _log.warning("bad request", extra={"fields": {"said": format % args}})
 
 
-def _request(body: io.RawIOBase) -> dict[str, Any]:
+def _request(name: str, body: io.RawIOBase) -> dict[str, Any]:
     data = body.read(_MAX_REQUEST) or b""
+    if not data.strip():
+        if name in _NEEDS_NOTHING:
+            return {}
+        # It repeats a call whose connection broke with the same reader, which it has read to its end
+        # (pkg/plugins/client.go, callWithRetry).
+        raise errors.InvalidArgument(
+            f"{name}: empty request: dockerd repeats a call that the plugin was killed in, and sends it without a body",
+            hint="ask dockerd again",
+        )
     try:
-        value = json.loads(data) if data.strip() else {}
+        value = json.loads(data)
     except ValueError as error:
         raise errors.InvalidArgument("the request is no JSON") from error
     if not isinstance(value, dict):
@@ -168,18 +179,24 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     Args:
         path: where; nothing is there.
         service: knows the answers.
+        listener: a socket that listens already, to be used instead.
     """
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, path: str, service: Service) -> None:
+    def __init__(self, path: str, service: Service, listener: socket.socket | None = None) -> None:
         self.service = service
         self._changed = threading.Condition()
         self._calls = 0
         self._connections: set[socket.socket] = set()
-        super().__init__(path, Handler)
+        super().__init__(path, Handler, bind_and_activate=listener is None)
+        if listener is not None:
+            self.socket.close()
+            self.socket = listener
+            # Another server may accept on it, too, in the moment when one follows the other.
+            self.socket.setblocking(False)
 
     def call(self) -> _Call:
         """A context manager around each call, so that the end can wait for those that run."""

@@ -40,13 +40,15 @@ class Server:
         sync: ``"layer"``: a layer is on the disk when ApplyDiff answers; ``"none"``: as Docker's own.
         mode: permissions of the socket.
         group: who gets the group's permissions of it.
+        handed_over: take the socket that whoever started this process hands over, if there is one.
 
     Attributes:
         socket: the socket's path.
 
     Raises:
         InvalidArgument: dockerd would take a driver of its own for that name, or the name or driver is none.
-        FailedPrecondition: somebody listens there, or the home was written by another driver.
+        FailedPrecondition: the home was written by another driver.
+        Unavailable: somebody listens there.
         OnlapError: of another kind, when the socket cannot be made.
     """
 
@@ -59,6 +61,7 @@ class Server:
         sync: str = "layer",
         mode: int = 0o600,
         group: str | None = None,
+        handed_over: bool = False,
     ) -> None:
         check_name(name)
         if driver not in DRIVERS:
@@ -73,11 +76,9 @@ class Server:
         self._cleanup = ExitStack()
         with ExitStack() as on_error:
             on_error.callback(self._cleanup.close)
-            try:
-                os.makedirs(directory, 0o755, exist_ok=True)
-            except OSError as error:
-                raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
-            sockets.claim(self.socket)  # before the state is touched that a living plugin of this name keeps
+            self._listener = sockets.inherited(self.socket) if handed_over else None
+            if self._listener is None:
+                sockets.claim(self.socket)  # before the state is touched that a living plugin of this name keeps
             self._service = Service(driver, sync, StateFile(directory, name))
             self._cleanup.callback(self._service.close)
             self._service.restore()
@@ -88,17 +89,19 @@ class Server:
         """Listen, and answer in the background.
 
         Raises:
-            FailedPrecondition: somebody listens there.
+            Unavailable: somebody listens there.
             OnlapError: of another kind, when the socket cannot be made.
         """
-        sockets.claim(self.socket)
-        try:
-            with sockets.private():
-                server = HttpServer(self.socket, self._service)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="listen", key=self.socket) from error
-        self._cleanup.callback(sockets.remove, self.socket)
-        sockets.grant(self.socket, *self._access)
+        if self._listener is not None:
+            server = HttpServer(self.socket, self._service, self._listener)
+        else:
+            sockets.claim(self.socket)
+            with sockets.made(self.socket, *self._access) as new:
+                try:
+                    server = HttpServer(new, self._service)
+                except OSError as error:
+                    raise errors.from_oserror(error, doing="listen", key=self.socket) from error
+            self._cleanup.callback(sockets.remove, self.socket, sockets.identity(self.socket))
         thread = threading.Thread(target=server.serve_forever, name="onlap-docker", daemon=True)
         thread.start()
         self._cleanup.callback(server.stop, _GRACE)
@@ -128,7 +131,7 @@ def serve(
     group: str | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status. The arguments and errors are those of :class:`Server`."""
-    with Server(name, driver, socket_dir=socket_dir, sync=sync, mode=mode, group=group) as server:
+    with Server(name, driver, socket_dir=socket_dir, sync=sync, mode=mode, group=group, handed_over=True) as server:
         return server.run()
 
 

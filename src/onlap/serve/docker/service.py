@@ -9,14 +9,15 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.contract import Driver
 from onlap.graphdrivers.ids import IdMap
-from onlap.serve.docker.state import State, StateFile
+from onlap.serve.docker.bodies import Joined
+from onlap.serve.docker.state import Applying, State, StateFile
 
 _log = logging.getLogger("onlap.serve")
 
@@ -91,9 +92,25 @@ class Service:
             driver.diff(_text(request, "ID"), _text(request, "Parent"), out)
 
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> Response:
-        """``GraphDriver.ApplyDiff``."""
+        """``GraphDriver.ApplyDiff``.
+
+        dockerd repeats a call that the plugin was killed in with what it has not sent yet of the archive, which may be
+        nothing, or begin at an entry by chance; neither may pass for the layer.
+        """
         with self._using() as driver:
-            return {"Size": driver.apply_diff(id, parent, archive)}
+            first = archive.read(1)
+            applying = Applying(driver.home, id)
+            if not first or (driver.exists(id) and not applying.begin()):
+                raise errors.FailedPrecondition(
+                    f"the layer {shown(id)} comes without its beginning: dockerd repeats a call that the plugin was "
+                    "killed in with the rest of the archive",
+                    key=id,
+                    hint="pull or build it again",
+                )
+            try:
+                return {"Size": driver.apply_diff(id, parent, cast(BinaryIO, Joined(first, archive)))}
+            finally:
+                applying.end()
 
     # Calls
 
@@ -119,6 +136,7 @@ class Service:
         if driver is not None:
             driver.close()
         self._open(state)
+        Applying.forget_all(state.home)
         return {}
 
     def _open(self, state: State) -> None:
@@ -159,7 +177,9 @@ class Service:
 
     def _remove(self, request: Request) -> Response:
         with self._counting() as driver:
-            driver.remove(_text(request, "ID"))
+            id = _text(request, "ID")
+            driver.remove(id)
+            Applying(driver.home, id).end()
         return {}
 
     def _get(self, request: Request) -> Response:

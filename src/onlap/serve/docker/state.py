@@ -20,6 +20,7 @@ from onlap.graphdrivers.ids import IdMap
 
 FILE = ".onlap-graphdriver.json"
 _FORMAT = 1
+_APPLYING = ".onlap-applying-"
 
 
 class State(NamedTuple):
@@ -102,6 +103,52 @@ class StateFile:
         except errors.DataLoss:
             return None  # dockerd tells all of it again
         return None if state is None else state.driver
+
+
+class Applying:
+    """A mark that a layer is being applied, which stays when the plugin is killed meanwhile.
+
+    Args:
+        home: the driver's.
+        id: the layer's, which exists.
+    """
+
+    def __init__(self, home: str, id: str) -> None:
+        self._path = os.path.join(home, _APPLYING + id)
+
+    def begin(self) -> bool:
+        """Set it; False where it is there already.
+
+        Raises:
+            OnlapError: for what the kernel says.
+        """
+        try:
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise errors.from_oserror(error, doing="mark the layer", key=self._path) from error
+        return True
+
+    def end(self) -> None:
+        """Take it away, if it is there.
+
+        Raises:
+            OnlapError: for what the kernel says.
+        """
+        try:
+            os.unlink(self._path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise errors.from_oserror(error, doing="unmark the layer", key=self._path) from error
+
+    @staticmethod
+    def forget_all(home: str) -> None:
+        """Take all of them away: dockerd starts anew, and repeats nothing."""
+        for name in os.listdir(home):
+            if name.startswith(_APPLYING):
+                Applying(home, name.removeprefix(_APPLYING)).end()
 
 
 def _load(home: str) -> State | None:

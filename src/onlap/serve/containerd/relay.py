@@ -1,0 +1,84 @@
+"""From a socket that outlives the server to the one that gRPC made.
+
+grpcio makes its listening sockets itself and takes none over (grpc/grpc#19133: only where the C core was built with
+libsystemd, as no wheel is). So the connections of a socket that was handed over are accepted here, and their bytes
+passed on, both ways, to gRPC's own socket in a private directory. Where nothing was handed over, clients talk to gRPC's
+socket itself.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+
+# containerd has one connection, whose messages are some hundred bytes; a list has some ten thousand.
+_CHUNK = 64 * 1024
+
+
+class Relay:
+    """Accepts in the background.
+
+    Args:
+        listener: the socket that was handed over; closed in the end, which those who also have it do not notice.
+        inner: the path of the socket that answers.
+    """
+
+    def __init__(self, listener: socket.socket, inner: str) -> None:
+        self._listener = listener
+        # Another server may accept on it, too, in the moment when one follows the other.
+        self._listener.setblocking(False)
+        self._inner = inner
+        self._told, self._tell = os.pipe()
+        self._thread = threading.Thread(target=self._accept, name="onlap-accept", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Accept no more: who connects from now on waits for the next server. What is connected stays so."""
+        os.close(self._tell)
+        self._thread.join()
+        os.close(self._told)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._listener.fileno(), self._told], [], [])
+            if self._told in ready:
+                return
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                continue  # it has gone again, or another server was faster
+            client.setblocking(True)
+            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                server.connect(self._inner)
+            except OSError:
+                client.close()
+                server.close()
+                continue
+            there = threading.Thread(target=_copy, args=(client, server), name="onlap-relay", daemon=True)
+            there.start()
+            threading.Thread(target=_back, args=(server, client, there), name="onlap-relay", daemon=True).start()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(_CHUNK):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        # One side is gone; nothing that the other one sends can arrive.
+        for each in (source, target):
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue  # that one
+
+
+def _back(server: socket.socket, client: socket.socket, there: threading.Thread) -> None:
+    _copy(server, client)
+    there.join()
+    server.close()
+    client.close()
