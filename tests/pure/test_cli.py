@@ -116,9 +116,18 @@ def test_no_verb_is_a_usage_error_that_explains() -> None:
         (("label", "a", "x"), "onlap: a label is KEY=VALUE, not x; see: onlap label --help\n"),
         (("\x1b[31m",), "onlap: there is no verb \\e[31m; see: onlap --help\n"),
         (("ls", "--\x1b[31m"), "onlap: unrecognized arguments: --\\e[31m; see: onlap ls --help\n"),
-        (("serve", "containerd", "--socket", "s", "--driver", "overlay2"), "--driver belongs to serve docker"),
-        (("serve", "docker", "--name", "n", "--socket-mode", "0600"), "--socket-mode belongs to serve containerd"),
-        (("serve", "docker", "--name", "n", "--remap-ids"), "--remap-ids belongs to serve containerd"),
+        (
+            ("serve", "containerd", "--socket", "s", "--driver", "overlay2"),
+            "onlap: --driver belongs to serve docker, not to serve containerd; see: onlap serve --help\n",
+        ),
+        (
+            ("serve", "docker", "--name", "n", "--socket-mode", "0600"),
+            "onlap: --socket-mode belongs to serve containerd, not to serve docker; see: onlap serve --help\n",
+        ),
+        (
+            ("serve", "docker", "--name", "n", "--remap-ids"),
+            "onlap: --remap-ids belongs to serve containerd, not to serve docker; see: onlap serve --help\n",
+        ),
     ],
 )
 def test_usage_errors_are_one_line(arguments: tuple[str, ...], said: str) -> None:
