@@ -87,14 +87,17 @@ def place_of(path: str) -> Place | None:
     """
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        # By the mount's number: one mounted on top of another, or hidden by it, has the same path.
-        number = mount_id(fd)
+        mount = mount_of(fd)
     finally:
         os.close(fd)
-    for entry in parse(own(), b"%d " % number):
-        if entry.id == number:
-            return _place(entry, os.fsencode(path))
-    return None
+    return None if mount is None else _place(mount, os.fsencode(path))
+
+
+def mount_of(fd: int) -> Entry | None:
+    """The mount that an open file is on; None where this process's table does not have it."""
+    # By its number: one mounted on top of another, or hidden by it, has the same path.
+    number = mount_id(fd)
+    return next((entry for entry in parse(own(), b"%d " % number) if entry.id == number), None)
 
 
 def _place(mount: Entry, path: bytes) -> Place:

@@ -193,8 +193,8 @@ def _lockers(fd: int, how: bytes) -> list[str]:
     from onlap.mounts import holders, mountinfo
 
     # A subvolume of btrfs has a device number of its own; the lock shows that of its filesystem, as mountinfo does.
-    place = mountinfo.place_of(os.readlink(f"/proc/self/fd/{fd}"))
-    major, minor = place.device.split(b":") if place is not None else (b"0", b"0")
+    mount = mountinfo.mount_of(fd)
+    major, minor = mount.device.split(b":") if mount is not None else (b"0", b"0")
     wanted = b"%02x:%02x:%d" % (int(major), int(minor), os.fstat(fd).st_ino)
     with open("/proc/locks", "rb") as file:
         lines = [line.split() for line in file.read().split(b"\n")]
