@@ -21,7 +21,7 @@ import pytest
 import capabilities
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-PROGRAMS = ("cat", "env", "id", "ls", "mkdir", "rm", "sh", "sleep", "tty")
+PROGRAMS = ("cat", "env", "id", "ln", "ls", "mkdir", "rm", "sh", "sleep", "tty")
 
 pytestmark = pytest.mark.needs("overlay", "peer:runc")
 
@@ -194,10 +194,138 @@ def test_volumes(onlap: Command, tmp_path: Path) -> None:
     assert "missing" in done.stderr
 
 
+def test_what_is_mounted_below_a_read_only_volume_is_so_too(onlap: Command, tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "onlap-test", below], check=True)
+    try:
+        done = onlap.do("run", "-v", f"{tmp_path}:/v:ro", "base", "sh", "-c", "echo x > /v/below/x")
+        assert "Read-only file system" in done.stderr
+        assert list(below.iterdir()) == []
+    finally:
+        subprocess.run(["umount", below], check=True)
+
+
+def test_a_bad_volume_is_no_fault_of_the_runtime_s(onlap: Command, tmp_path: Path) -> None:
+    """One container's volume cannot be mounted; the next container of the same process runs."""
+    (tmp_path / "file").write_text("")
+    code = (
+        "import onlap, sys; from onlap import errors; from onlap.images.run import Options, Source, run\n"
+        "from onlap.images.options import Volume\n"
+        "with onlap.open(sys.argv[1]) as store:\n"
+        "    try:\n"
+        "        run(store.snapshotter, Source('base'), Options(('true',), volumes=(Volume(sys.argv[2], '/bin'),)))\n"
+        "    except errors.FailedPrecondition as error:\n"
+        "        print(error.kind)\n"
+        "    print(run(store.snapshotter, Source('base'), Options(('sh', '-c', 'exit 7'))).status)\n"
+    )
+    line = [sys.executable, "-S", "-c", code, str(onlap.root), str(tmp_path / "file")]
+    done = subprocess.run(line, env=onlap.environment, capture_output=True, text=True)
+    assert done.stdout == "FailedPrecondition\n7\n", done.stderr
+
+
 def test_a_program_from_a_volume(onlap: Command, tmp_path: Path) -> None:
     (tmp_path / "program").write_text("#!/bin/sh\necho ran\n")
     (tmp_path / "program").chmod(0o755)
     assert onlap("run", "--volume", f"{tmp_path}:/tools", "base", "/tools/program") == "ran\n"
+
+
+def test_who_it_is_also_by_group(onlap: Command) -> None:
+    """CVE-2022-36109: with its own group among the others, leaving that group does not help."""
+    assert onlap("run", "-u", "app", "base", "id", "-G") == "1001 10\n"
+    status = onlap("run", "-u", "app", "base", "cat", "/proc/self/status")
+    assert "Groups:\t10 1001" in status
+
+
+def test_system_calls_are_filtered(onlap: Command, tmp_path: Path) -> None:
+    status = "/proc/self/status"
+    assert "Seccomp:\t2" in onlap("run", "base", "cat", status)
+    assert "Seccomp:\t0" in onlap("run", "--security-opt", "seccomp=unconfined", "base", "cat", status)
+    profile = tmp_path / "profile.json"
+    rule = {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 11}
+    profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}))
+    done = onlap.do("run", "--security-opt", f"seccomp={profile}", "base", "mkdir", "/x")
+    assert "Resource temporarily unavailable" in done.stderr
+    profile.write_text("{}")
+    done = onlap.do("run", "--security-opt", f"seccomp={profile}", "base", "ls")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "profile.json is no seccomp profile" in done.stderr
+    assert onlap.do("run", "--security-opt", "label=x", "base", "ls").returncode == 125
+
+
+def test_without_a_seccomp_profile_it_says_so(onlap: Command) -> None:
+    code = (
+        "import sys; from onlap.images import seccomp; seccomp.PLACES = ('/nonexistent',);"
+        "from onlap.cli import main; sys.exit(main(['run', *sys.argv[1:], 'base', 'cat', '/proc/self/status']))"
+    )
+    for words, said in (([], True), (["--security-opt", "seccomp=unconfined"], False), (["-q"], False)):
+        line = [sys.executable, "-S", "-c", code, *words]
+        done = subprocess.run(line, env=onlap.environment, capture_output=True, text=True)
+        assert "Seccomp:\t0" in done.stdout, done.stderr
+        assert ("no seccomp profile" in done.stderr) is said
+
+
+def capability_mask(onlap: Command, *words: str) -> int:
+    status = onlap("run", *words, "base", "cat", "/proc/self/status")
+    return int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
+
+
+def test_capabilities_by_name(onlap: Command) -> None:
+    usual = capability_mask(onlap)
+    assert usual.bit_count() == 14
+    assert capability_mask(onlap, "--cap-drop", "ALL") == 0
+    assert capability_mask(onlap, "--cap-drop", "all", "--cap-add", "net_admin") == 1 << 12
+    assert capability_mask(onlap, "--cap-add", "CAP_SYS_PTRACE") == usual | 1 << 19
+    done = onlap.do("run", "--cap-add", "FLY", "base", "ls")
+    assert done.returncode == 125
+    assert "capability FLY" in done.stderr
+
+
+def test_limits(onlap: Command) -> None:
+    # Where version 1 of control groups has them, and where version 2 does.
+    files = "memory/memory.limit_in_bytes memory.max cpu/cpu.cfs_quota_us cpu.max pids/pids.max pids.max"
+    script = f"cd /sys/fs/cgroup && cat {files} 2> /dev/null"
+    done = onlap.do("run", "--memory", "64m", "--cpus", "1.5", "--pids-limit", "20", "base", "sh", "-c", script)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [str(64 << 20), "150000", "20"]
+    # A shell that forks without end comes to the limit.
+    script = "i=0; while [ $i -lt 40 ]; do sleep 5 & i=$((i+1)); done"
+    done = onlap.do("run", "--pids-limit", "20", "base", "sh", "-c", script)
+    assert done.returncode != 0
+    assert "ork" in done.stderr
+    for option, value in (("--memory", "1"), ("--memory", "x"), ("--cpus", "0"), ("--pids-limit", "0")):
+        done = onlap.do("run", option, value, "base", "ls")
+        assert done.returncode == 125, option
+        assert value in done.stderr
+
+
+def test_options_as_docker_has_them(onlap: Command, tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("# variables\nA=file\nB=file\n")
+    said = onlap(
+        *("run", "-i", "--env-file", tmp_path / "env", "-e", "A=word", "-w", "/tmp", "--tmpfs", "/tmp:size=1m"),
+        *("-v", f"{tmp_path}:/v", "base", "sh", "-c", "echo $A $B; pwd; cat /proc/mounts; ls /v"),
+    )
+    lines = said.splitlines()
+    assert lines[:2] == ["word file", "/tmp"]
+    assert lines[-1] == "env"
+    (tmpfs,) = [line for line in lines if " /tmp tmpfs " in line]
+    assert {"nosuid", "nodev", "noexec", "size=1024k"} <= set(tmpfs.split()[3].split(","))
+    assert onlap("-v", "run", "--entrypoint", "/bin/cat", "base", "/etc/group").startswith("root:")
+
+
+def test_its_own_name_is_known(onlap: Command) -> None:
+    hosts = onlap("run", "base", "sh", "-c", "cat /etc/hosts /etc/hostname")
+    name = hosts.splitlines()[-1]
+    assert f"127.0.0.1\tlocalhost {name}" in hosts.splitlines()
+    assert onlap("run", "base", "sh", "-c", "echo $HOSTNAME; echo changed > /etc/hosts").strip() != name
+
+
+def test_a_symlink_that_leads_nowhere_stays_so(onlap: Command) -> None:
+    """As Debian's /etc/resolv.conf is, which leads into /run: nothing of what is mounted there stays in the tree."""
+    onlap("run", "--keep", "linked", "base", "sh", "-c", "ln -s ../run/x/stub.conf /etc/resolv.conf")
+    before = onlap("diff", "linked")
+    onlap("run", "--network", "host", "linked", "cat", "/etc/resolv.conf")
+    assert onlap("diff", "linked") == before
+    onlap("rm", "linked")
 
 
 def test_read_only(onlap: Command) -> None:
@@ -359,9 +487,7 @@ def test_nothing_stays_unless_it_is_kept(onlap: Command) -> None:
     # Again, in the same snapshot.
     assert onlap("run", "kept", "cat", "/x") == "kept\n"
     onlap("run", "--network", "host", "kept", "sh", "-c", "mkdir /data; echo more > /data/f")
-    assert onlap("diff", "kept").splitlines() == ["C /bin", "D /bin/data", "A /data", "A /data/f", "A /x"] or (
-        "C /etc" in onlap("diff", "kept")
-    )
+    assert onlap("diff", "kept").splitlines() == ["C /bin", "D /bin/data", "A /data", "A /data/f", "A /x"]
     onlap("commit", "next", "kept")
     assert onlap("run", "next", "cat", "/data/f", "/x") == "more\nkept\n"
 
@@ -472,7 +598,7 @@ def test_another_runtime_where_the_first_does_not_work(onlap: Command, tmp_path:
     shutil.copy(tmp_path / "runc", tmp_path / "crun")
     done = subprocess.run(line, env={**onlap.environment, "PATH": path}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (125, "")
-    assert "no container can be made here: runc: not here; crun: not here" in done.stderr
+    assert "the container cannot be made: runc: not here; crun: not here" in done.stderr
 
 
 def test_in_a_thread(onlap: Command) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from onlap import errors
-from onlap.images import bundle, rooted, runtime
-from onlap.images.bundle import Defaults, Options, Volume
+from onlap.images import bundle, capabilities, mount_points, options, rooted, runtime, seccomp
+from onlap.images.bundle import Defaults
+from onlap.images.mount_points import MountPoint
+from onlap.images.options import Limits, Options, Tmpfs, Volume
 from onlap.images.run import find_problem
 from onlap.images.runtime import Failure
 from onlap.images.users import User, find_user
@@ -203,20 +205,13 @@ def test_the_log_of_a_runtime(tmp_path: Path, message: str, failure: Failure) ->
 
 def test_runtimes_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_USUAL_PLACES", "")
-    monkeypatch.setattr(runtime, "_unusable", {})
     with pytest.raises(errors.Unimplemented, match="no container runtime is installed") as caught:
         runtime.candidates(str(tmp_path))
     assert "apt-get install runc" in str(caught.value)
     for name in ("crun", "runc"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    found = runtime.candidates(str(tmp_path))
-    assert [each.name for each in found] == ["runc", "crun"]
-    runtime.note_unusable(found[0], "not here")
-    assert [each.name for each in runtime.candidates(str(tmp_path))] == ["crun"]
-    runtime.note_unusable(found[1], "nor here")
-    with pytest.raises(errors.Unimplemented, match="runc: not here; crun: nor here"):
-        runtime.candidates(str(tmp_path))
+    assert [each.name for each in runtime.candidates(str(tmp_path))] == ["runc", "crun"]
 
 
 # The configuration
@@ -289,7 +284,8 @@ def test_root_has_fourteen_capabilities_and_others_have_none() -> None:
     held = specification(user=User(1000, 1000, (5,)))["process"]["capabilities"]
     assert (held["effective"], held["permitted"], len(held["bounding"])) == ([], [], 14)
     user = specification(user=User(1000, 1001, (5,)))["process"]["user"]
-    assert user == {"uid": 1000, "gid": 1001, "additionalGids": [5]}
+    # CVE-2022-36109: without his own group among them, he could leave a group that is denied something.
+    assert user == {"uid": 1000, "gid": 1001, "additionalGids": [1001, 5]}
 
 
 def test_the_kernel_is_kept_away() -> None:
@@ -312,14 +308,195 @@ def test_namespaces_and_networks() -> None:
 
 
 def test_options_reach_the_configuration() -> None:
-    options = Options(volumes=(Volume("/src", "/dst", True),), read_only=True, terminal=True)
-    found = specification(options=options, binds=[Volume("/made", "/etc/hosts")], open_files=64)
+    said = Options(volumes=(Volume("/src", "/dst", True),), read_only=True, terminal=True)
+    found = specification(options=said, binds=[Volume("/made", "/etc/hosts")], open_files=64)
     assert found["root"] == {"path": "/rootfs", "readonly": True}
     assert found["process"]["terminal"] is True
     assert found["process"]["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 64, "hard": 64}]
-    one, other = found["mounts"][-2:]
-    assert (one["source"], one["destination"], one["options"][-1]) == ("/made", "/etc/hosts", "rw")
-    assert (other["source"], other["destination"], other["options"][-1]) == ("/src", "/dst", "ro")
+    mounts = {each["destination"]: each for each in found["mounts"]}
+    made, volume = mounts["/etc/hosts"], mounts["/dst"]
+    assert (made["source"], made["options"][-1]) == ("/made", "rw")
+    # And not "ro", which leaves what is mounted below the source writable.
+    assert (volume["source"], volume["options"][-1]) == ("/src", "rro")
+
+
+def test_what_is_mounted_in_another_mount_comes_later() -> None:
+    said = Options(volumes=(Volume("/a", "/x/y/z"), Volume("/b", "/x")), tmpfs=(Tmpfs("/x/y", ("size=1m", "exec")),))
+    mounts = specification(options=said)["mounts"]
+    assert [each["destination"] for each in mounts[-3:]] == ["/x", "/x/y", "/x/y/z"]
+    assert mounts[-2]["options"] == ["nosuid", "nodev", "noexec", "size=1m", "exec"]
+
+
+def test_limits() -> None:
+    def resources(limits: Limits) -> dict[str, Any]:
+        found = specification(options=Options(limits=limits))["linux"]["resources"]
+        assert found.pop("devices")
+        return dict(found)
+
+    assert resources(Limits()) == {}
+    assert resources(Limits(1 << 30, 1.5, 64)) == {
+        "memory": {"limit": 1 << 30},
+        "cpu": {"period": 100_000, "quota": 150_000},
+        "pids": {"limit": 64},
+    }
+
+
+@pytest.mark.parametrize(
+    "add, drop, expected",
+    [
+        ((), (), set(capabilities.DEFAULT)),
+        (("net_admin",), ("CAP_CHOWN",), {*capabilities.DEFAULT, "CAP_NET_ADMIN"} - {"CAP_CHOWN"}),
+        (("NET_RAW", "sys_admin"), ("all",), {"CAP_NET_RAW", "CAP_SYS_ADMIN"}),
+        ((), ("ALL",), set()),
+    ],
+)
+def test_capabilities(add: tuple[str, ...], drop: tuple[str, ...], expected: set[str]) -> None:
+    assert capabilities.chosen(add, drop) == sorted(expected)
+
+
+def test_all_capabilities_are_those_of_the_kernel() -> None:
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    found = capabilities.chosen(["ALL"], [])
+    assert len(found) == last + 1
+    assert len(capabilities.chosen(["ALL"], ["SYS_ADMIN"])) == last
+    with pytest.raises(errors.InvalidArgument, match="CAP_FLY"):
+        capabilities.chosen(["CAP_FLY"], [])
+
+
+def test_an_entrypoint_of_the_caller_s_is_without_the_image_s_command() -> None:
+    image = Defaults(entrypoint=("/entry",), command=("serve",))
+    assert bundle.arguments(image, Options()) == ("/entry", "serve")
+    assert bundle.arguments(image, Options(("x",), entrypoint=("/other",))) == ("/other", "x")
+    assert bundle.arguments(image, Options(entrypoint=("/other",))) == ("/other",)
+    assert bundle.arguments(image, Options(("x",), entrypoint=())) == ("x",)
+    with pytest.raises(errors.InvalidArgument):
+        bundle.arguments(image, Options(entrypoint=()))
+
+
+# System calls
+
+PROFILE: dict[str, Any] = {
+    "defaultAction": "SCMP_ACT_ERRNO",
+    "defaultErrnoRet": 38,
+    "defaultErrno": "ENOSYS",
+    "archMap": [
+        {"architecture": "SCMP_ARCH_X86_64", "subArchitectures": ["SCMP_ARCH_X86"]},
+        {"architecture": "SCMP_ARCH_AARCH64", "subArchitectures": None},
+    ],
+    "syscalls": [
+        {"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [], "includes": {}, "excludes": {}},
+        {"name": "mount", "action": "SCMP_ACT_ALLOW", "includes": {"caps": ["CAP_SYS_ADMIN"]}},
+        {"names": ["mount"], "action": "SCMP_ACT_ERRNO", "errno": "EPERM", "excludes": {"caps": ["CAP_SYS_ADMIN"]}},
+        {"names": ["arch_prctl"], "action": "SCMP_ACT_ALLOW", "includes": {"arches": ["amd64", "x32"]}},
+        {"names": ["sync_file_range2"], "action": "SCMP_ACT_ALLOW", "includes": {"arches": ["arm64"]}},
+        {"names": ["ptrace"], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": "4.8"}},
+        {"names": ["future"], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": "999.0"}},
+        {
+            "names": ["personality"],
+            "action": "SCMP_ACT_ALLOW",
+            "args": [{"index": 0, "value": 8, "valueTwo": 0, "op": "SCMP_CMP_EQ"}],
+            "comment": "",
+        },
+    ],
+}
+
+
+def load_profile(directory: Path, profile: object, *held: str) -> Any:
+    path = directory / "profile.json"
+    path.write_text(json.dumps(profile))
+    return seccomp.load(str(path), held)
+
+
+def test_a_profile_comes_to_what_this_container_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "h", "6.1.0-1-amd64", "v", "x86_64")))
+    found = load_profile(tmp_path, PROFILE)
+    assert found["defaultAction"] == "SCMP_ACT_ERRNO"
+    assert found["defaultErrnoRet"] == 38
+    assert found["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]
+    assert found["syscalls"] == [
+        {"names": ["read"], "action": "SCMP_ACT_ALLOW"},
+        {"names": ["mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1},
+        {"names": ["arch_prctl"], "action": "SCMP_ACT_ALLOW"},
+        {"names": ["ptrace"], "action": "SCMP_ACT_ALLOW"},
+        {
+            "names": ["personality"],
+            "action": "SCMP_ACT_ALLOW",
+            "args": [{"index": 0, "value": 8, "valueTwo": 0, "op": "SCMP_CMP_EQ"}],
+        },
+    ]
+    powerful = load_profile(tmp_path, PROFILE, "CAP_SYS_ADMIN")["syscalls"]
+    assert [each["action"] for each in powerful if each["names"] == ["mount"]] == ["SCMP_ACT_ALLOW"]
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        [],
+        {},
+        {"defaultAction": "X"},
+        {**PROFILE, "syscalls": [{"action": "SCMP_ACT_ALLOW"}]},
+        {**PROFILE, "syscalls": [{"names": ["x"], "action": "SCMP_ACT_ERRNO", "errno": "ENOSUCH"}]},
+        {**PROFILE, "syscalls": [{"names": ["x"], "action": "A", "includes": {"minKernel": "new"}}]},
+        {**PROFILE, "syscalls": [7]},
+    ],
+)
+def test_a_profile_that_is_none_is_told(tmp_path: Path, profile: object) -> None:
+    with pytest.raises(errors.InvalidArgument, match=r"profile\.json is no seccomp profile"):
+        load_profile(tmp_path, profile)
+
+
+# What Docker's users write
+
+
+@pytest.mark.parametrize(
+    "text, size", [("6m", 6 << 20), ("1g", 1 << 30), ("2GiB", 2 << 30), ("512MB", 512 << 20), ("9000000", 9_000_000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert options.parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    "parse, text",
+    [
+        (options.parse_memory, "1"),
+        (options.parse_memory, "-1g"),
+        (options.parse_memory, "1.5g"),
+        (options.parse_memory, "999999999999t"),
+        (options.parse_cpus, "0"),
+        (options.parse_cpus, "."),
+        (options.parse_cpus, ""),
+        (options.parse_cpus, "nan"),
+        (options.parse_cpus, "1e3"),
+        (options.parse_pids, "0"),
+        (options.parse_pids, "-2"),
+        (options.parse_pids, "\u0661"),
+        (options.parse_tmpfs, "x"),
+        (options.parse_tmpfs, "/"),
+        (options.parse_tmpfs, "/..:size=1m"),
+    ],
+)
+def test_numbers_and_places_that_are_none(parse: Callable[[str], object], text: str) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        parse(text)
+
+
+def test_numbers_and_places() -> None:
+    assert (options.parse_cpus("1.5"), options.parse_cpus(".5"), options.parse_cpus("2")) == (1.5, 0.5, 2.0)
+    assert (options.parse_pids("-1"), options.parse_pids("7")) == (None, 7)
+    assert options.parse_tmpfs("/t:size=1m,exec") == Tmpfs("/t", ("size=1m", "exec"))
+
+
+def test_a_file_of_variables(tmp_path: Path) -> None:
+    path = tmp_path / "env"
+    path.write_bytes(b'\xef\xbb\xbfA=1\r\n# no\n\n  B= x "y" \nHERE\nAWAY\nC=\xe2\x80\xa8\n')
+    found = options.read_variables(str(path), {"HERE": "here"})
+    assert found == {"A": "1", "B": ' x "y" ', "HERE": "here", "C": "\u2028"}
+    for bad in (b"=x", b"A B=1", b"\xff=1"):
+        path.write_bytes(bad)
+        with pytest.raises(errors.InvalidArgument):
+            options.read_variables(str(path), {})
+    with pytest.raises(errors.NotFound):
+        options.read_variables(str(tmp_path / "missing"), {})
 
 
 @pytest.mark.parametrize("text", ["\udcff", "a\0b"])
@@ -335,14 +512,14 @@ def test_text_that_json_would_change_is_refused(text: str) -> None:
 def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "f").write_text("x")
-    assert bundle.parse_volume("f:/a//b/") == Volume(str(tmp_path / "f"), "/a/b")
-    assert bundle.parse_volume(f"{tmp_path}:/a/../b:ro") == Volume(str(tmp_path), "/b", True)
-    assert bundle.parse_volume(".://x:rw") == Volume(str(tmp_path), "/x")
+    assert options.parse_volume("f:/a//b/") == Volume(str(tmp_path / "f"), "/a/b")
+    assert options.parse_volume(f"{tmp_path}:/a/../b:ro") == Volume(str(tmp_path), "/b", True)
+    assert options.parse_volume(".://x:rw") == Volume(str(tmp_path), "/x")
     for text in ("f", "f:", ":/x", "f:/x:z", "f:x", "f:/", "f:/..", "f:/x:ro:rw"):
         with pytest.raises(errors.InvalidArgument):
-            bundle.parse_volume(text)
+            options.parse_volume(text)
     with pytest.raises(errors.NotFound, match=r"there is no .*missing"):
-        bundle.parse_volume("missing:/x")
+        options.parse_volume("missing:/x")
 
 
 # Mount points
@@ -364,12 +541,74 @@ def test_missing_mount_points_and_their_removal(tree: Path, root: int) -> None:
     assert (tree / "link").is_symlink()
 
 
-def test_mount_points_are_those_of_the_tree() -> None:
-    options = Options(volumes=(Volume("/s", "/data"),))
-    assert bundle.mount_points(options, [Volume("/m", "/etc/hosts")]) == [
-        "/proc",
-        "/dev",
-        "/sys",
-        "/etc/hosts",
-        "/data",
-    ]
+def test_symlinks_end_inside_the_tree(tree: Path, root: int) -> None:
+    (tree / "etc" / "resolv.conf").symlink_to("../run/systemd/stub.conf")
+    (tree / "out").symlink_to("/../../etc/../out2")
+    (tree / "out2").symlink_to("etc")
+    (tree / "loop").symlink_to("loop")
+    assert rooted.real_path(root, "/etc/resolv.conf") == "/run/systemd/stub.conf"
+    assert rooted.real_path(root, "/out/./passwd") == "/etc/passwd"
+    assert rooted.real_path(root, "/a/../../b") == "/b"
+    assert rooted.real_path(root, "/") == "/"
+    with pytest.raises(OSError, match="symbolic links"):
+        rooted.real_path(root, "/loop/x")
+
+
+WANTED = [MountPoint("/etc/hosts", False), MountPoint("/etc/resolv.conf", False), MountPoint("/a/b", True)]
+
+
+def times(tree: Path) -> dict[str, int]:
+    return {name: (tree / name).stat().st_mtime_ns for name in ("", "etc", "bin")}
+
+
+@pytest.fixture
+def old(tree: Path, tmp_path: Path) -> str:
+    """A directory of a run; the tree beside it is not of today, and has a symlink that leads nowhere."""
+    (tree / "etc" / "resolv.conf").symlink_to("../run/stub.conf")
+    for path in (tree / "etc", tree / "bin", tree):
+        os.utime(path, (1, 1))
+    (tmp_path / "run").mkdir()
+    return str(tmp_path / "run")
+
+
+def test_nothing_of_mount_points_stays(tree: Path, old: str) -> None:
+    before = times(tree)
+    with mount_points.made(old, str(tree), WANTED):
+        assert (tree / "run" / "stub.conf").is_file()
+        assert (tree / "etc" / "hosts").is_file()
+        assert (tree / "a" / "b").is_dir()
+    assert sorted(os.listdir(tree)) == ["bin", "etc"]
+    assert sorted(os.listdir(tree / "etc")) == ["group", "passwd", "resolv.conf"]
+    assert times(tree) == before
+
+
+def test_what_the_container_wrote_stays(tree: Path, old: str) -> None:
+    with mount_points.made(old, str(tree), WANTED):
+        (tree / "etc" / "new").write_text("x")
+        os.utime(tree / "etc", ns=(7, 7))
+        (tree / "a" / "b" / "c").write_text("x")
+    assert (tree / "etc").stat().st_mtime_ns == 7
+    assert sorted(os.listdir(tree / "etc")) == ["group", "new", "passwd", "resolv.conf"]
+    assert (tree / "a" / "b" / "c").read_text() == "x"
+
+
+@pytest.mark.parametrize("writes", [1, 2])
+def test_mount_points_of_a_run_that_was_killed(
+    tree: Path, old: str, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """Killed while they were made, or when they were: the next one removes them all the same."""
+    before = times(tree)
+    left = iter(range(writes))
+
+    def killed(source: str, target: str) -> None:
+        os.rename(source, target)
+        if next(left) == writes - 1:
+            raise SystemExit
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit), mount_points.made(old, str(tree), WANTED):
+        raise AssertionError("unreachable")
+    monkeypatch.undo()
+    mount_points.remove(old, str(tree))
+    assert sorted(os.listdir(tree)) == ["bin", "etc"]
+    assert times(tree) == before

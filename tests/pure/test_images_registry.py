@@ -15,6 +15,7 @@ import pytest
 from onlap import errors
 from onlap.images import Access, Credentials, Login
 from onlap.images.registry.session import RegistrySession
+from onlap.images.run import Source, find_source
 from onlap.store import Store
 from pure.image_makers import INDEX, MANIFEST, Faulty, Made, Reply, Request, digest_of, layer
 
@@ -168,6 +169,35 @@ def test_a_callback_can_end_a_pull(store: Store, registry: Faulty) -> None:
     assert store.images.list() == []
     assert [info for info in store.walk() if info.kind == "active"] == []
     pull(store, registry)
+
+
+# Pulled when it is run
+
+
+def test_an_image_that_is_not_here_is_pulled(store: Store, registry: Faulty, made: Made) -> None:
+    name = f"{registry.host}/some/image:1"
+
+    def source(**more: Any) -> Source:
+        return find_source(store.snapshotter, lambda: store.images, name, **more)
+
+    with pytest.raises(errors.NotFound, match="no snapshot and no image"):
+        source()
+    assert registry.requests == []
+    assert source(pull=store.images.pull).defaults.command == ("/x",)
+    before = len(registry.requests)
+    source(pull=store.images.pull)
+    assert len(registry.requests) == before  # it is here
+    changed = Made(*made.layers, config={"config": {"Cmd": ["/new"]}})
+    registry.made = changed
+    assert source(pull=store.images.pull, newest=True).defaults.command == ("/new",)
+
+
+def test_an_image_that_cannot_be_pulled_says_why(store: Store, registry: Faulty) -> None:
+    for name, error in ((f"{registry.host}/some/image:2", errors.NotFound), ("127.0.0.1:1/x:1", errors.Unavailable)):
+        with pytest.raises(error, match=r"there is no snapshot .* and the image cannot be pulled"):
+            find_source(store.snapshotter, lambda: store.images, name, pull=store.images.pull)
+    with pytest.raises(errors.NotFound, match="no snapshot and no image"):
+        find_source(store.snapshotter, lambda: store.images, "No name", pull=store.images.pull)
 
 
 # What is refused, with nothing left

@@ -9,6 +9,9 @@ from typing import NoReturn
 from onlap import errors
 from onlap.cli.registry import Verb
 
+# Verbs whose -v is something else: Docker's --volume. Before such a verb it is --verbose as well.
+_OTHER_V = frozenset({"run"})
+
 
 class UsageError(Exception):
     """A command line that nobody can run; its text says why."""
@@ -38,7 +41,8 @@ class Parser(argparse.ArgumentParser):
         self._globals.add_argument("--root", metavar="DIR", help="where the snapshots are (see: onlap --help)")
         self._globals.add_argument("--json", action="store_true", help="JSON Lines: an object a thing")
         self._globals.add_argument("-q", "--quiet", action="store_true", help="no warnings, no progress")
-        self._globals.add_argument("-v", "--verbose", action="count", default=0, help="say more; -vv: with tracebacks")
+        flags = ("--verbose",) if verb.name in _OTHER_V else ("-v", "--verbose")
+        self._globals.add_argument(*flags, action="count", default=0, help="say more; twice: with tracebacks")
 
     def explain(self, description: str, *examples: str) -> None:
         """Say what the verb does, and show how."""
@@ -63,9 +67,13 @@ class Parser(argparse.ArgumentParser):
         self.ends_with_command = True
         self.usage = f"{self.prog} [OPTION...] {metavar} [CMD [ARG...]]"
 
+    def repeatable(self, *flags: str, metavar: str, help: str) -> None:
+        """An option that may be given several times; its values are a list."""
+        self.add_argument(*flags, metavar=metavar, action="append", default=[], help=f"{help}; repeatable")
+
     def labels(self) -> None:
         """The option ``--label K=V``."""
-        self.add_argument("--label", metavar="K=V", action="append", default=[], help="note a label on it; repeatable")
+        self.repeatable("--label", metavar="K=V", help="note a label on it")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

@@ -31,9 +31,9 @@ class Terminated(BaseException):
 
 def run(argv: list[str]) -> int:
     """Run a command line; nothing is raised."""
-    out = _first_output(argv)
-    _prepare_process()
     verb, arguments = in_group(*split(argv))
+    out = _first_output(argv if verb not in _RUNNERS else argv[: argv.index(verb)])
+    _prepare_process()
     try:
         status = _run(verb, arguments, out)
     except SystemExit as end:  # argparse's --help
@@ -42,13 +42,16 @@ def run(argv: list[str]) -> int:
 
 
 def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The verb, and the rest: options before the verb count as if they stood behind it."""
+    """The verb, and the rest: options before the verb count as if they stood behind it.
+
+    But for ``-v``, which may mean something else there (``run -v SRC:DST``).
+    """
     before: list[str] = []
     rest = iter(argv)
     for word in rest:
         if not word.startswith("-"):
             return word, [*before, *rest]
-        before.append(word)
+        before += ["--verbose"] * (len(word) - 1) if set(word[1:]) == {"v"} else [word]
         if word in _WITH_VALUE:
             before += [value for value in [next(rest, None)] if value is not None]
     return None, before

@@ -1,31 +1,26 @@
 """A container as the OCI runtime specification describes it: the content of ``config.json``.
 
 The defaults are Docker's and containerd's, so that an image does here what it does there: fourteen capabilities, parts
-of /proc and /sys hidden or read-only, few devices, namespaces of its own. There is no seccomp profile and no user
-namespace: root in the container is root outside, with less power.
+of /proc and /sys hidden or read-only, few devices, namespaces of its own. There is no user namespace: root in the
+container is root outside, with less power.
 
-Sources: OCI runtime specification 1.2, config.md and config-linux.md; moby v27, oci/defaults.go and
-oci/caps/defaults.go; containerd v1.7.24, oci/spec.go.
+Sources: OCI runtime specification 1.2, config.md and config-linux.md; moby v27, oci/defaults.go; containerd v1.7.24,
+oci/spec.go.
 """
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.images import capabilities
+from onlap.images.options import Limits, Options, Tmpfs, Volume
 from onlap.images.users import User
 
-NETWORKS = ("none", "host")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-_CAPABILITIES = [
-    "CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD",
-    "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
-]  # fmt: skip
 
 _MASKED = [
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
@@ -44,8 +39,13 @@ _MOUNTS = (
     ("cgroup", "/sys/fs/cgroup", "cgroup", ("nosuid", "noexec", "nodev", "relatime", "ro")),
 )
 
+# What lies in /dev and /sys is made in the filesystems that are mounted there.
+OWN_MOUNT_POINTS = tuple(target for _, target, _, _ in _MOUNTS if target.count("/") == 1)
+
 # What a program that knows no better gets; who needs more may raise it to the hard limit, which stays ours.
 _OPEN_FILES = 1024
+# Microseconds: what the kernel divides time into for a quota; its own default.
+_CPU_PERIOD = 100_000
 
 
 class Defaults(NamedTuple):
@@ -66,73 +66,18 @@ class Defaults(NamedTuple):
     workdir: str = ""
 
 
-class Volume(NamedTuple):
-    """A file or directory of the host that the container sees.
-
-    Attributes:
-        source: its absolute path on the host.
-        target: where it shows in the container, an absolute path.
-        readonly: whether the container may not write to it.
-    """
-
-    source: str
-    target: str
-    readonly: bool = False
-
-
-class Options(NamedTuple):
-    """What the caller says.
-
-    Attributes:
-        command: what to run; the image's own command when it is empty.
-        env: variables over those of the image.
-        user: instead of the image's.
-        workdir: instead of the image's.
-        volumes: what the container sees of the host.
-        read_only: whether its root can be written to.
-        network: ``"none"``: nothing but a loopback of its own; ``"host"``: the host's.
-        terminal: give it a terminal of its own.
-    """
-
-    command: tuple[str, ...] = ()
-    env: Mapping[str, str] = {}
-    user: str | None = None
-    workdir: str | None = None
-    volumes: tuple[Volume, ...] = ()
-    read_only: bool = False
-    network: str = "none"
-    terminal: bool = False
-
-
-def parse_volume(text: str) -> Volume:
-    """A volume from ``SOURCE:TARGET`` or ``SOURCE:TARGET:ro``; a relative source starts at the working directory.
-
-    Raises:
-        InvalidArgument: it is of another form.
-        NotFound: there is no such source.
-    """
-    source, _, rest = text.partition(":")
-    target, _, mode = rest.partition(":")
-    if not source or not target or mode not in ("", "ro", "rw"):
-        raise errors.InvalidArgument(f"a volume is SOURCE:TARGET or SOURCE:TARGET:ro, not {shown(text)}", key=text)
-    if not target.startswith("/"):
-        raise errors.InvalidArgument(f"the target {shown(target)} of a volume is not absolute", key=text)
-    target = posixpath.normpath("/" + target.lstrip("/"))
-    if target == "/":
-        raise errors.InvalidArgument("a volume cannot take the place of the whole tree", key=text)
-    source = os.path.abspath(source)
-    if not os.path.exists(source):
-        raise errors.NotFound(f"there is no {shown(source)} to show in the container", key=text, hint="make it first")
-    return Volume(source, target, mode == "ro")
-
-
 def arguments(image: Defaults, options: Options) -> tuple[str, ...]:
     """The command line of the container's process: the entrypoint, then the caller's command, else the image's.
+
+    An entrypoint of the caller's is without the image's command, which was made for the image's own.
 
     Raises:
         InvalidArgument: nobody says what to run.
     """
-    found = (*image.entrypoint, *(options.command or image.command))
+    if options.entrypoint is not None:
+        found = (*options.entrypoint, *options.command)
+    else:
+        found = (*image.entrypoint, *(options.command or image.command))
     if not found:
         raise errors.InvalidArgument("nothing says what to run", hint="give a command behind the name")
     return found
@@ -165,6 +110,7 @@ def specification(
     hostname: str,
     options: Options,
     binds: Sequence[Volume] = (),
+    seccomp: Mapping[str, object] | None = None,
     open_files: int = 1 << 20,
 ) -> dict[str, object]:
     """The configuration of a container.
@@ -176,52 +122,51 @@ def specification(
         cwd: the working directory.
         user: who it runs as.
         hostname: its name for itself.
-        options: what the caller says; of them the volumes, the network, the terminal and read_only count here.
+        options: what the caller says of its mounts, network, terminal, capabilities and limits.
         binds: mounted before the volumes: files that we make for it.
+        seccomp: the system calls that it may make, as the runtime has it; None: all.
         open_files: the hard limit of open files.
 
     Raises:
         InvalidArgument: some text is not UTF-8, which the runtime would change silently, or holds a NUL.
     """
+    bounding = capabilities.chosen(options.cap_add, options.cap_drop)
     # Without a user number of 0 the kernel would take these away at the exec anyhow (capabilities(7)).
-    held = _CAPABILITIES if user.uid == 0 else []
+    held = bounding if user.uid == 0 else []
     process = {
         "terminal": options.terminal,
-        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        # With its own group among them: what the group is denied is denied then to whoever changes his group, too
+        # (CVE-2022-36109).
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": [user.gid, *user.groups]},
         "args": list(args),
         "env": [f"{name}={value}" for name, value in env.items()],
         "cwd": cwd,
-        "capabilities": {"bounding": _CAPABILITIES, "effective": held, "permitted": held},
+        "capabilities": {"bounding": bounding, "effective": held, "permitted": held},
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": min(_OPEN_FILES, open_files), "hard": open_files}],
         "noNewPrivileges": True,
     }
     namespaces = ["pid", "ipc", "uts", "mount", "cgroup", *(["network"] if options.network == "none" else [])]
     result: dict[str, object] = {
-        "ociVersion": "1.0.2",  # what runc 1.0 and crun 1.0 know; nothing newer is used
+        "ociVersion": "1.0.2",  # what every runc and crun knows; what is newer here is but options of mounts
         "process": process,
         "root": {"path": rootfs, "readonly": options.read_only},
         "hostname": hostname,
         "mounts": [
             *(_mount(source, target, kind, flags) for source, target, kind, flags in _MOUNTS),
-            *(_bind(volume) for volume in (*binds, *options.volumes)),
+            # What is mounted in another mount comes after it, whatever the order of the caller's words.
+            *sorted([*map(_tmpfs, options.tmpfs), *map(_bind, (*binds, *options.volumes))], key=_depth),
         ],
         "linux": {
             "namespaces": [{"type": kind} for kind in namespaces],
             "maskedPaths": _MASKED,
             "readonlyPaths": _READONLY,
             # The runtime adds what every container has: null, zero, full, random, urandom, tty, and terminals.
-            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+            "resources": {"devices": [{"allow": False, "access": "rwm"}], **_resources(options.limits)},
+            **({"seccomp": seccomp} if seccomp is not None else {}),
         },
     }
     _check_text(result)
     return result
-
-
-def mount_points(options: Options, binds: Sequence[Volume] = ()) -> list[str]:
-    """Every place of the tree that something is mounted at, and that the runtime makes where the tree lacks it."""
-    # What lies in /dev and /sys is made in the filesystems that are mounted there.
-    own = [target for _, target, _, _ in _MOUNTS if target.count("/") == 1]
-    return [*own, *(volume.target for volume in (*binds, *options.volumes))]
 
 
 def _mount(source: str, target: str, kind: str, flags: Sequence[str]) -> dict[str, object]:
@@ -229,8 +174,31 @@ def _mount(source: str, target: str, kind: str, flags: Sequence[str]) -> dict[st
 
 
 def _bind(volume: Volume) -> dict[str, object]:
-    flags = ["rbind", "rprivate", "ro" if volume.readonly else "rw"]
+    # "ro" would leave what is mounted below the source writable; "rro" takes Linux 5.12, runc 1.1 or crun 1.4, and
+    # fails with others.
+    flags = ["rbind", "rprivate", "rro" if volume.readonly else "rw"]
     return _mount(volume.source, volume.target, "bind", flags)
+
+
+def _tmpfs(tmpfs: Tmpfs) -> dict[str, object]:
+    # Docker's; what the caller says comes later, and so wins.
+    return _mount("tmpfs", tmpfs.target, "tmpfs", ["nosuid", "nodev", "noexec", *tmpfs.options])
+
+
+def _depth(mount: Mapping[str, object]) -> int:
+    return str(mount["destination"]).count("/")
+
+
+def _resources(limits: Limits) -> dict[str, object]:
+    found: dict[str, object] = {}
+    if limits.memory is not None:
+        # Not of swap: a kernel that does not account for that refuses the container.
+        found["memory"] = {"limit": limits.memory}
+    if limits.cpus is not None:
+        found["cpu"] = {"period": _CPU_PERIOD, "quota": round(limits.cpus * _CPU_PERIOD)}
+    if limits.pids is not None:
+        found["pids"] = {"limit": limits.pids}
+    return found
 
 
 def _check_text(value: object) -> None:

@@ -6,15 +6,19 @@ A symlink in an image may point anywhere; here "/" and ".." end at the top of th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 
 from onlap.syscalls import files
 
 _RESOLVE = files.RESOLVE_IN_ROOT | files.RESOLVE_NO_MAGICLINKS
 # Account files have some kilobytes; an image's could be endless (a sparse file of a terabyte).
 _MAX_TEXT = 8 << 20
+# As many as the kernel follows (path_resolution(7)).
+_MAX_LINKS = 40
 
 
 def open_inside(root: int, path: str, flags: int) -> int:
@@ -73,23 +77,81 @@ def missing_parts(root: int, path: str) -> list[str]:
     return found
 
 
+def real_path(root: int, path: str) -> str:
+    """``path`` without symlinks, as the kernel would find it inside the tree; also where it ends in nothing.
+
+    Raises:
+        OSError: the tree refuses; ELOOP: too many symlinks.
+    """
+    todo = path.split("/")[::-1]
+    done: list[str] = []
+    followed = 0
+    while todo:
+        name = todo.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            done = done[:-1]
+            continue
+        target = _link(root, "/" + "/".join(done), name)
+        if target is None:
+            done.append(name)
+            continue
+        followed += 1
+        if followed > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if target.startswith("/"):
+            done = []
+        todo += target.split("/")[::-1]
+    return "/" + "/".join(done)
+
+
+def _link(root: int, above: str, name: str) -> str | None:
+    """Where a symlink leads; None where there is none."""
+    try:
+        with _directory(root, above) as parent:
+            return os.readlink(name, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+            return None
+        raise
+
+
+def make(root: int, path: str, *, is_directory: bool) -> None:
+    """Make an empty directory or file, as a runtime makes what it mounts at; raises OSError."""
+    above, _, name = path.rpartition("/")
+    with _directory(root, above or "/") as parent:
+        if is_directory:
+            os.mkdir(name, 0o755, dir_fd=parent)
+        else:
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=parent))
+
+
+def set_changed(root: int, path: str, changed_ns: int) -> None:
+    """Give a directory another time of change; raises OSError."""
+    with _directory(root, path) as fd:
+        os.utime(fd, ns=(os.fstat(fd).st_atime_ns, changed_ns))
+
+
+@contextlib.contextmanager
+def _directory(root: int, path: str) -> Iterator[int]:
+    fd = open_inside(root, path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def remove_if_empty(root: int, path: str) -> None:
     """Remove an empty directory, or a file without content, at ``path``; leave anything else; raises OSError."""
     above, _, name = path.rpartition("/")
     try:
-        parent = open_inside(root, above or "/", os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    try:
-        there = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if stat.S_ISDIR(there.st_mode):
-            os.rmdir(name, dir_fd=parent)
-        elif stat.S_ISREG(there.st_mode) and there.st_size == 0:
-            os.unlink(name, dir_fd=parent)
-    except FileNotFoundError:
-        return
+        with _directory(root, above or "/") as parent:
+            there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISDIR(there.st_mode):
+                os.rmdir(name, dir_fd=parent)
+            elif stat.S_ISREG(there.st_mode) and there.st_size == 0:
+                os.unlink(name, dir_fd=parent)
     except OSError as error:
-        if error.errno != errno.ENOTEMPTY:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY):
             raise
-    finally:
-        os.close(parent)

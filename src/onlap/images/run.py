@@ -21,10 +21,12 @@ from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
 from onlap.catalog.runs import LABEL, Run
 from onlap.errors import shown
-from onlap.images import bundle, rooted, rundirs, runtime
-from onlap.images.bundle import Defaults, Options, Volume
+from onlap.images import bundle, capabilities, mount_points, rooted, rundirs, runtime, seccomp
+from onlap.images.bundle import Defaults
 from onlap.images.forward import Forwarder
 from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST
+from onlap.images.mount_points import MountPoint
+from onlap.images.options import NETWORKS, Options, Volume
 from onlap.images.runtime import Failure, Runtime
 from onlap.images.users import find_user
 from onlap.mounts.temporary import may_mount, mounted
@@ -35,7 +37,13 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 if TYPE_CHECKING:
     from onlap.images import Image, Images
 
-_HOST_FILES = ("hosts", "resolv.conf")
+# What finds an image that is not here.
+Pull = Callable[[str], "Image"]
+
+_LOCAL_HOSTS = """\
+127.0.0.1\tlocalhost {hostname}
+::1\tlocalhost ip6-localhost ip6-loopback
+"""
 
 
 class Source(NamedTuple):
@@ -65,7 +73,13 @@ class Ended(NamedTuple):
 
 
 def find_source(
-    snapshotter: RecordedSnapshotter, images: Callable[[], Images], name: str, progress: Callback | None = None
+    snapshotter: RecordedSnapshotter,
+    images: Callable[[], Images],
+    name: str,
+    progress: Callback | None = None,
+    *,
+    pull: Pull | None = None,
+    newest: bool = False,
 ) -> Source:
     """What a name means: the snapshot of exactly that name, else the image, which is unpacked where it is not yet.
 
@@ -74,15 +88,17 @@ def find_source(
         images: gives the root's images; called only when they are needed.
         name: of a snapshot or an image.
         progress: called with what is unpacked.
+        pull: fetches an image that is not here.
+        newest: fetch it also when it is here, since the registry may have another one by now.
 
     Raises:
         NotFound: there is neither.
-        OnlapError: the image cannot be unpacked.
+        OnlapError: the image cannot be fetched or unpacked.
     """
     try:
         record = snapshotter.record(name)
     except errors.NotFound:
-        return _image_source(images(), name, progress)
+        return _image_source(images(), name, progress, pull, newest)
     if LABEL_IMAGE in record.labels:
         found = images()
         image = found.labelled(record.labels)
@@ -91,16 +107,32 @@ def find_source(
     return Source(name)
 
 
-def _image_source(images: Images, name: str, progress: Callback | None) -> Source:
+def _image_source(images: Images, name: str, progress: Callback | None, pull: Pull | None, newest: bool) -> Source:
     try:
         image = images.get(name)
-    except (errors.NotFound, errors.InvalidArgument) as error:  # what is no name of an image may be one of a snapshot
-        raise errors.NotFound(
-            f"there is no snapshot and no image {shown(name)}",
-            key=name,
-            hint=f"see: onlap ls, onlap image ls; or get it: onlap image pull {shown(name)}",
-        ) from error
+    except (errors.NotFound, errors.InvalidArgument) as error:
+        # What is no name of an image may be one of a snapshot.
+        if pull is None or not isinstance(error, errors.NotFound):
+            raise errors.NotFound(
+                f"there is no snapshot and no image {shown(name)}",
+                key=name,
+                hint=f"see: onlap ls, onlap image ls; or get it: onlap image pull {shown(name)}",
+            ) from error
+        newest = True
+    if newest and pull is not None:
+        image = _pulled(name, pull)
     return _source(images, images.unpack(image, progress=progress), image)
+
+
+def _pulled(name: str, pull: Pull) -> Image:
+    try:
+        return pull(name)
+    except (errors.NotFound, errors.PermissionDenied, errors.Unavailable) as error:
+        raise type(error)(
+            f"there is no snapshot {shown(name)}, and the image cannot be pulled: {error.message}",
+            key=name,
+            hint=error.hint,
+        ) from error
 
 
 def _source(images: Images, snapshot: str, image: Image) -> Source:
@@ -134,13 +166,13 @@ def run(
 
     Raises:
         PermissionDenied: we may not mount.
-        Unimplemented: no runtime works here.
+        Unimplemented: no runtime is installed.
         AlreadyExists: ``keep`` is taken.
-        FailedPrecondition: the active snapshot is in use.
+        FailedPrecondition: the active snapshot is in use, or no runtime could make the container.
         InvalidArgument, NotFound: an option cannot be; the error says which.
         OnlapError: of another kind, for what the filesystem or the kernel says.
     """
-    if options.network not in bundle.NETWORKS:
+    if options.network not in NETWORKS:
         raise errors.InvalidArgument(f"there is no network {shown(options.network)}", hint="none or host")
     if not may_mount():
         raise errors.PermissionDenied(
@@ -156,12 +188,15 @@ def run(
         root = _open(rundirs.rootfs(directory))
         stack.callback(os.close, root)
         with _translated(directory):
-            binds = _host_files(directory, options)
-            problem = _configure(directory, root, source.defaults, options, binds)
+            hostname = os.uname().nodename if options.network == "host" else os.path.basename(directory)
+            binds = _host_files(directory, options, hostname)
+            problem = _configure(directory, root, source.defaults, options, binds, hostname)
             if problem is not None:
                 return Ended(problem.status or runtime.CANNOT_RUN, problem.message)
             stays = LABEL not in record.labels
-            with rundirs.without_mount_points(directory, bundle.mount_points(options, binds) if stays else ()):
+            with mount_points.made(
+                directory, rundirs.rootfs(directory), _mount_points(options, binds) if stays else ()
+            ):
                 return _run_any(runtimes, directory)
 
 
@@ -211,19 +246,18 @@ def _translated(directory: str) -> Iterator[None]:
         raise errors.from_oserror(error, doing="run a container", key=os.path.basename(directory)) from error
 
 
-def _host_files(directory: str, options: Options) -> list[Volume]:
-    """Copies of the files without which a program does not find its way in the host's network.
+def _host_files(directory: str, options: Options, hostname: str) -> list[Volume]:
+    """Files without which a program does not find its own name, or its way in the host's network.
 
-    Copies, since the container may write to them.
+    Copies of the host's, since the container may write to them.
     """
-    found = []
+    contents = {"hostname": f"{hostname}\n".encode(), "hosts": _LOCAL_HOSTS.format(hostname=hostname).encode()}
+    for name in ("hosts", "resolv.conf") if options.network == "host" else ():
+        with contextlib.suppress(FileNotFoundError), open(f"/etc/{name}", "rb") as file:
+            contents[name] = file.read()
     taken = {volume.target for volume in options.volumes}
-    for name in _HOST_FILES if options.network == "host" else ():
-        try:
-            with open(f"/etc/{name}", "rb") as file:
-                content = file.read()
-        except FileNotFoundError:
-            continue
+    found = []
+    for name, content in contents.items():
         path = f"{directory}/{name}"
         with open(path, "wb") as file:
             file.write(content)
@@ -233,10 +267,11 @@ def _host_files(directory: str, options: Options) -> list[Volume]:
     return found
 
 
-def _configure(directory: str, root: int, image: Defaults, options: Options, binds: Sequence[Volume]) -> Failure | None:
+def _configure(
+    directory: str, root: int, image: Defaults, options: Options, binds: Sequence[Volume], hostname: str
+) -> Failure | None:
     """Write the container's configuration, or say why its command cannot be run."""
     user = find_user(root, image.user if options.user is None else options.user)
-    hostname = os.uname().nodename if options.network == "host" else os.path.basename(directory)
     args = bundle.arguments(image, options)
     env = bundle.environment(image, options, user, hostname)
     cwd = bundle.working_directory(image, options)
@@ -252,11 +287,25 @@ def _configure(directory: str, root: int, image: Defaults, options: Options, bin
         hostname=hostname,
         options=options,
         binds=binds,
+        seccomp=_seccomp(options),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
     )
     with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
         json.dump(content, file)
     return None
+
+
+def _mount_points(options: Options, binds: Sequence[Volume]) -> list[MountPoint]:
+    directories = [*bundle.OWN_MOUNT_POINTS, *(tmpfs.target for tmpfs in options.tmpfs)]
+    volumes = [MountPoint(volume.target, os.path.isdir(volume.source)) for volume in (*binds, *options.volumes)]
+    return [*(MountPoint(path, True) for path in directories), *volumes]
+
+
+def _seccomp(options: Options) -> dict[str, object] | None:
+    path = options.seccomp if options.seccomp is not None else seccomp.default_profile()
+    if path is None or path == seccomp.UNCONFINED:
+        return None
+    return seccomp.load(path, capabilities.chosen(options.cap_add, options.cap_drop))
 
 
 def find_problem(
@@ -288,17 +337,23 @@ def find_problem(
 
 
 def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
-    """Run the container with the first runtime that works."""
+    """Run the container with the first runtime that can make it.
+
+    What one could not do is not remembered: it may have been this container's volume, and the next one's is another.
+    """
+    said = []
     for each in runtimes:
         ended, failure = _run_with(each, directory)
         if failure is None:
             return ended
         if failure.status is not None:
             return Ended(failure.status, failure.message)
-        runtime.note_unusable(each, failure.message)
         if ended.status > 128:
             return ended  # a signal ended it before it came to anything: nobody wants another try
-    raise runtime.none_works(runtimes)
+        said.append(f"{each.name}: {shown(failure.message)}")
+    raise errors.FailedPrecondition(
+        f"the container cannot be made: {'; '.join(said)}", hint="another runtime may do it: runc, crun"
+    )
 
 
 def _run_with(each: Runtime, directory: str) -> tuple[Ended, Failure | None]:

@@ -4,11 +4,11 @@
 
     ROOT/runs/<id>/        see onlap.catalog.runs
       runtime              the path of the runtime's program
-      mount-points         paths that the tree of a snapshot that stays did not have: JSON
+      mount-points         see onlap.images.mount_points
       config.json          the container, as the runtime takes it
       rootfs/              where the snapshot is mounted
       state/, log, pid     the runtime's
-      hosts, resolv.conf   files that the container sees
+      hosts, hostname, resolv.conf   files that the container sees
 
 What is left of it when this process is killed, :mod:`onlap.catalog.runs` takes away, which asks here for what it does
 not know: to end the container.
@@ -17,16 +17,15 @@ not know: to end the container.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from onlap import errors
 from onlap.catalog import runs
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.runs import Run
 from onlap.forks import only_here
-from onlap.images import rooted, runtime
+from onlap.images import mount_points, runtime
 from onlap.mounts import mountinfo
 from onlap.snapshots.recorded import RecordedSnapshotter
 
@@ -39,46 +38,6 @@ def container_id(directory: str) -> str:
 def rootfs(directory: str) -> str:
     """Where the snapshot of a run is mounted."""
     return f"{directory}/rootfs"
-
-
-@contextlib.contextmanager
-def without_mount_points(directory: str, targets: Sequence[str]) -> Iterator[None]:
-    """Take away, at the end, the empty files and directories that the runtime makes in the tree to mount at.
-
-    They would be changes of a snapshot that stays, and in the layer that is made of it.
-
-    Args:
-        directory: of the run, whose snapshot is mounted.
-        targets: where something will be mounted.
-
-    Raises:
-        OSError: the tree, or the directory, refuses.
-    """
-    root = os.open(rootfs(directory), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        missing = {part for target in targets for part in rooted.missing_parts(root, target)}
-    finally:
-        os.close(root)
-    with open(f"{directory}/mount-points", "w", encoding="utf-8") as file:
-        json.dump(sorted(missing, key=len, reverse=True), file)
-    try:
-        yield
-    finally:
-        _remove_mount_points(directory)
-
-
-def _remove_mount_points(directory: str) -> None:
-    try:
-        with open(f"{directory}/mount-points", encoding="utf-8") as file:
-            paths = json.load(file)
-    except (FileNotFoundError, ValueError):  # ValueError: a crash while it was written, before there was a container
-        return
-    root = os.open(rootfs(directory), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for path in paths:
-            rooted.remove_if_empty(root, path)
-    finally:
-        os.close(root)
 
 
 @contextlib.contextmanager
@@ -121,7 +80,7 @@ def end(directory: str) -> None:
         if program:  # a power cut may have left the file empty, and no container
             runtime.delete(program, directory, container_id(directory))
         if os.fsencode(rootfs(directory)) in mountinfo.below(os.fsencode(directory)):
-            _remove_mount_points(directory)
+            mount_points.remove(directory, rootfs(directory))
     except FileNotFoundError:
         pass  # it had not come so far
     except OSError as error:

@@ -1,8 +1,7 @@
 """The program that makes containers: runc or crun, whichever works here.
 
 That is found by trial, which is the container that was asked for: a runtime may be installed and still not work, as
-crun on hybrid cgroups (libcrun, "cgroups in hybrid mode not supported"). What failed for a reason of its own is not
-tried again by this process.
+crun on hybrid cgroups (libcrun, "cgroups in hybrid mode not supported").
 
 Sources: runc(8), runc-run(8), runc-delete(8); crun(1).
 """
@@ -30,8 +29,6 @@ _NOT_THERE = re.compile(r"not found|no such file", re.IGNORECASE)
 
 NO_COMMAND = 127
 CANNOT_RUN = 126
-
-_unusable: dict[str, str] = {}
 
 
 class Runtime(NamedTuple):
@@ -84,30 +81,16 @@ def candidates(search: str = "") -> list[Runtime]:
         search: directories to look into before the usual ones, as PATH has them.
 
     Raises:
-        Unimplemented: none is installed, or those that are do not work.
+        Unimplemented: none is installed.
     """
     path = os.pathsep.join(part for part in (search, _USUAL_PLACES) if part)
     found = [Runtime(name, where) for name in NAMES if (where := shutil.which(name, path=path))]
-    usable = [runtime for runtime in found if runtime.path not in _unusable]
-    if usable:
-        return usable
     if found:
-        raise none_works(found)
+        return found
     raise errors.Unimplemented(
         "no container runtime is installed: neither runc nor crun",
         hint="install one (apt-get install runc, dnf install crun), or run without a container: onlap enter",
     )
-
-
-def note_unusable(runtime: Runtime, message: str) -> None:
-    """Remember that a runtime does not work here."""
-    _unusable[runtime.path] = message
-
-
-def none_works(runtimes: list[Runtime]) -> errors.Unimplemented:
-    """The error for runtimes that were all tried in vain."""
-    said = "; ".join(f"{runtime.name}: {shown(_unusable[runtime.path])}" for runtime in runtimes)
-    return errors.Unimplemented(f"no container can be made here: {said}", hint="another runtime may work: runc, crun")
 
 
 def read_failure(directory: str) -> Failure | None:

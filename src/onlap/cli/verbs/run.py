@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli import exits
 from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import images_of
+from onlap.cli.images import access, images_of, registry_arguments
 from onlap.cli.parser import Parser, UsageError, check_text
 from onlap.errors import shown
+
+if TYPE_CHECKING:
+    from onlap.images import Image
+    from onlap.images.options import Options
 
 
 def arguments(parser: Parser) -> None:
@@ -20,41 +25,57 @@ def arguments(parser: Parser) -> None:
         "Run CMD in a container: on an image, with its user, environment, working directory and entrypoint; or on a\n"
         "snapshot. A committed one gets a writable view, which is gone afterwards unless --keep gives it a key; in an\n"
         "active one the command works itself. A snapshot of exactly that name goes before an image. The container has\n"
-        "no network but a loopback, unless --network host. It takes root, and runc or crun.\n\n"
+        "no network but a loopback, unless --network host. An image that is not here is fetched. It takes root, and\n"
+        "runc or crun. Options are as Docker has them, and stand before the name.\n\n"
         "It ends as CMD ends, with 128+N for signal N; else with 125 when onlap fails, 126 when CMD cannot be run,\n"
         "127 when there is none. A signal that CMD has no handler for ends it, as outside of a container.",
         "onlap run debian:13 cat /etc/os-release",
         "onlap run --keep work --network host debian:13 apt-get update",
-        "onlap run --tty --volume .:/src --workdir /src --env CI=1 base sh",
+        "onlap run -it -v .:/src:ro -w /src -e CI=1 --memory 1g base sh",
     )
     parser.key("name", metavar="IMAGE|SNAPSHOT", help="what the container begins with")
     parser.command_behind("IMAGE|SNAPSHOT")
-    parser.add_argument(
-        "-e",
-        "--env",
-        metavar="K=V",
-        action="append",
-        default=[],
-        help="a variable; K alone: as it is here; repeatable",
-    )
-    parser.add_argument("-u", "--user", metavar="U", help="user, uid, user:group or uid:gid, instead of the image's")
-    parser.add_argument("-w", "--workdir", metavar="DIR", help="where CMD starts; made where the tree lacks it")
-    parser.add_argument(
-        "--volume",
-        metavar="SRC:DST",
-        action="append",
-        default=[],
-        help="show it a file or directory (:ro); repeatable",
-    )
-    parser.add_argument("--read-only", action="store_true", help="nothing can be written to the container's tree")
-    parser.add_argument("--network", choices=("none", "host"), default="none", help="only a loopback, or ours (none)")
-    parser.add_argument("-t", "--tty", action="store_true", help="give it a terminal of its own, for a shell")
+    _what_it_runs(parser)
+    _what_it_sees(parser)
+    _what_it_may(parser)
     parser.add_argument("--rm", action="store_true", help="forget what was written (the default)")
     parser.key("--keep", metavar="KEY", help="keep what was written, as the active snapshot KEY")
+    parser.add_argument(
+        "--pull",
+        choices=("missing", "always", "never"),
+        default="missing",
+        help="fetch the image from its registry (missing)",
+    )
+    registry_arguments(parser)
+
+
+def _what_it_runs(parser: Parser) -> None:
+    parser.add_argument("--entrypoint", metavar="CMD", help='instead of the image\'s entrypoint and command; "": none')
+    parser.repeatable("-e", "--env", metavar="K=V", help="a variable; K alone: as it is here")
+    parser.repeatable("--env-file", metavar="FILE", help="variables, one a line")
+    parser.add_argument("-u", "--user", metavar="U", help="user, uid, user:group or uid:gid, instead of the image's")
+    parser.add_argument("-w", "--workdir", metavar="DIR", help="where CMD starts; made where the tree lacks it")
+    parser.add_argument("-t", "--tty", action="store_true", help="give it a terminal of its own, for a shell")
+    parser.add_argument("-i", "--interactive", action="store_true", help="as for Docker; its input is always ours")
+
+
+def _what_it_sees(parser: Parser) -> None:
+    parser.repeatable("-v", "--volume", metavar="SRC:DST", help="show it a file or directory (:ro)")
+    parser.repeatable("--tmpfs", metavar="DST", help="an empty filesystem in memory (:size=64m)")
+    parser.add_argument("--read-only", action="store_true", help="nothing can be written to the container's tree")
+    parser.add_argument("--network", choices=("none", "host"), default="none", help="only a loopback, or ours (none)")
+
+
+def _what_it_may(parser: Parser) -> None:
+    parser.add_argument("--memory", metavar="SIZE", help="bytes that it may use, as 512m")
+    parser.add_argument("--cpus", metavar="N", help="processors that it may use, as 1.5")
+    parser.add_argument("--pids-limit", metavar="N", help="processes and threads that it may have")
+    parser.repeatable("--cap-add", metavar="CAP", help="a capability more, as NET_ADMIN, or ALL")
+    parser.repeatable("--cap-drop", metavar="CAP", help="one less")
+    parser.repeatable("--security-opt", metavar="seccomp=FILE", help='its seccomp profile, or "unconfined"')
 
 
 def run(call: Call) -> int:
-    from onlap.images import bundle
     from onlap.images import run as containers
 
     args, out = call.args, call.out
@@ -62,19 +83,21 @@ def run(call: Call) -> int:
         raise UsageError("--rm and --keep exclude each other")
     if args.tty and not any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise errors.FailedPrecondition("--tty needs a terminal, and there is none", hint="leave it out")
-    options = bundle.Options(
-        command=tuple(args.command),
-        env=_environment(args.env),
-        user=args.user,
-        workdir=args.workdir,
-        volumes=tuple(map(bundle.parse_volume, args.volume)),
-        read_only=args.read_only,
-        network=args.network,
-        terminal=args.tty,
-    )
+    options = _options(call)
     with call.store(sweep=True) as store:
         with bars(out) as report:
-            source = containers.find_source(store.snapshotter, lambda: images_of(store), args.name, report)
+
+            def pull(name: str) -> Image:
+                return images_of(store).pull(name, access=access(call), progress=report)
+
+            source = containers.find_source(
+                store.snapshotter,
+                lambda: images_of(store),
+                args.name,
+                report,
+                pull=None if args.pull == "never" else pull,
+                newest=args.pull == "always",
+            )
         out.flush()
         ended = containers.run(store.snapshotter, source, options, keep=args.keep, search=os.environ.get("PATH", ""))
     if ended.problem is not None:
@@ -84,15 +107,56 @@ def run(call: Call) -> int:
     return ended.status
 
 
-def _environment(pairs: Sequence[str]) -> dict[str, str]:
-    found = {}
+def _options(call: Call) -> Options:
+    from onlap.images import options
+
+    args = call.args
+    return options.Options(
+        command=tuple(args.command),
+        entrypoint=None if args.entrypoint is None else (args.entrypoint,) if args.entrypoint else (),
+        env=_environment(args.env_file, args.env),
+        user=args.user,
+        workdir=args.workdir,
+        volumes=tuple(map(options.parse_volume, args.volume)),
+        tmpfs=tuple(map(options.parse_tmpfs, args.tmpfs)),
+        read_only=args.read_only,
+        network=args.network,
+        terminal=args.tty,
+        limits=options.Limits(
+            None if args.memory is None else options.parse_memory(args.memory),
+            None if args.cpus is None else options.parse_cpus(args.cpus),
+            None if args.pids_limit is None else options.parse_pids(args.pids_limit),
+        ),
+        cap_add=tuple(args.cap_add),
+        cap_drop=tuple(args.cap_drop),
+        seccomp=_seccomp(call),
+    )
+
+
+def _environment(files: Sequence[str], pairs: Sequence[str]) -> dict[str, str]:
+    """Variables; those of the command line win, whatever the order, as Docker has it."""
+    from onlap.images.options import parse_variable, read_variables
+
+    found: dict[str, str] = {}
+    for path in files:
+        found |= read_variables(path, os.environ)
     for pair in pairs:
         check_text(pair, "variable")
-        name, equals, value = pair.partition("=")
-        if not name:
-            raise UsageError(f"a variable is NAME=VALUE or NAME, not {shown(pair)}")
-        if equals:
-            found[name] = value
-        elif name in os.environ:
-            found[name] = os.environ[name]
+        found |= parse_variable(pair, os.environ)
     return found
+
+
+def _seccomp(call: Call) -> str | None:
+    from onlap.images.seccomp import default_profile
+
+    for option in call.args.security_opt:
+        if not option.startswith("seccomp=") or option == "seccomp=":
+            raise UsageError(f"a security option is seccomp=FILE or seccomp=unconfined, not {shown(option)}")
+    if call.args.security_opt:
+        return str(call.args.security_opt[-1]).partition("=")[2]
+    if default_profile() is None:
+        call.out.warn(
+            "the container may make every system call, since no seccomp profile is installed (it comes with Podman, in"
+            " containers-common or golang-github-containers-common); to mean it: --security-opt seccomp=unconfined"
+        )
+    return None
