@@ -183,14 +183,14 @@ def test_of_two_who_mount_at_once_one_does(store: Store, monkeypatch: pytest.Mon
     errors_seen: list[BaseException] = []
 
     def meanwhile(*args: object, **options: object) -> object:
-        monkeypatch.setattr("onlap.store.mounted", mounted)
+        monkeypatch.setattr("onlap.snapshots.working.mounted", mounted)
         try:
             mount_and_write(store)
         except errors.OnlapError as error:
             errors_seen.append(error)
         return mounted(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("onlap.store.mounted", meanwhile)
+    monkeypatch.setattr("onlap.snapshots.working.mounted", meanwhile)
     mount_and_write(store)
     assert [type(error) for error in errors_seen] == [errors.Busy]
 

@@ -59,6 +59,11 @@ class Catalog:
         self.timeout = timeout
         self.layout.prepare(create=create)
         self._janitor = Janitor(self._upkeep, self._background)
+        self.staging = Staging(self.layout.staging)
+        self.trash = Trash(self.layout.root, self.layout.trash)
+        self.lost: list[Record] = []
+        self._unmeasured: list[int] | None = None
+        self._closed = False
         with contextlib.ExitStack() as on_error:
             try:
                 self._lease = self._take_lease()
@@ -66,20 +71,17 @@ class Catalog:
                 self.database = Database(
                     self.layout.database, self.layout.lock, timeout, lambda: self._janitor.wake(urgent=True)
                 )
+                on_error.callback(self.database.close)
+                self.with_room(lambda: self.database.set_up(self._may_bring_up))
+                self._syncer = Syncer(self.layout.snapshots)
+                on_error.callback(self._syncer.close)
+                self._floor = self._highest_number()
+                waits = bool(self.trash.names())
             except OSError as error:
                 raise errors.from_oserror(error, doing="open the root", key=self.layout.root) from error
-            on_error.callback(self.database.close)
-            self._set_up()
             on_error.pop_all()
-        self.staging = Staging(self.layout.staging)
-        self.trash = Trash(self.layout.root, self.layout.trash)
-        self._syncer = Syncer(self.layout.snapshots)
-        self.lost: list[Record] = []
-        self._unmeasured: list[int] | None = None
-        self._floor = self._highest_number()
-        self._closed = False
         _catalogs.add(self)
-        if self.trash.names():
+        if waits:
             self._janitor.wake()
 
     def close(self) -> None:
@@ -94,15 +96,6 @@ class Catalog:
         self._lease.release()
         _catalogs.discard(self)
 
-    def _set_up(self) -> None:
-        try:
-            self.database.set_up(self._check_alone)
-        except (errors.ResourceExhausted, errors.DataLoss):
-            # SQLite wants a page or two for its shared memory, and says "disk I/O error" where there is no room.
-            if os.statvfs(self.layout.root).f_bavail or not self.layout.drop_reserve():
-                raise
-            self.database.set_up(self._check_alone)
-
     def _take_lease(self) -> Held:
         # Whoever has the root open holds its staging directory shared; a migration needs it alone.
         held = lock_directory(self.layout.staging, shared=True)
@@ -114,7 +107,11 @@ class Catalog:
             )
         return held
 
-    def _check_alone(self) -> None:
+    def _may_bring_up(self, found: int) -> None:
+        """Raise when a catalog of an older format must not be brought to ours now; 0 is that of a new one."""
+        if not found:
+            self.layout.check_new()
+            return
         if not self._lease.lock():
             raise errors.Unavailable(
                 f"the root {shown(self.layout.root)} has an older format, and other processes have it open",
@@ -144,15 +141,47 @@ class Catalog:
             remake: makes what is missing of a snapshot's directory and says whether it is whole then. Those that are
                 not are in :attr:`lost`.
         """
-        now = epoch(self.layout.snapshots)
+        try:
+            now = epoch(self.layout.snapshots)
+        except OSError as error:
+            raise errors.from_oserror(error, doing="open the root", key=self.layout.root) from error
         if self.database.read(lambda c: records.setting(c, "epoch")) == now:
             return
-        self.lost = [record for record in self.walk(None) if not remake(record)]
+        self.lost = [record for record in self.walk(None) if not self._recovered(record, remake)]
         if not self.lost:
-            # Else whoever opens the root next shall know as well.
-            self.database.write(lambda c: records.put_setting(c, "epoch", now))
+            # Else whoever opens the root next shall know as well; and as long as it cannot be written, too.
+            with contextlib.suppress(errors.OnlapError):
+                self.database.write(lambda c: records.put_setting(c, "epoch", now))
         for record in self.lost:
             warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, leaf first")
+
+    def _recovered(self, record: Record, remake: Callable[[Record], bool]) -> bool:
+        try:
+            if remake(record):
+                return True
+        except (OSError, errors.OnlapError) as error:
+            # One that cannot be made again must not keep the others: it is tried again when the root is opened next.
+            failure: Exception | None = error
+        else:
+            failure = None
+        # Looked at again, since whoever removes one deletes its record first.
+        if self.database.read(lambda c: records.by_id(c, record.id)) is None:
+            return True
+        if failure is not None:
+            warn(f"cannot make the tree of snapshot {shown(record.name)} again: {failure}")
+        return False
+
+    def restore(self, record: Record, staged: str) -> None:
+        """Put a tree that was made again in its place, unless another process was faster or the snapshot is gone."""
+
+        def operation(connection: Connection) -> None:
+            now = records.by_id(connection, record.id)
+            if now is None or now.kind != record.kind or os.path.isdir(self.layout.tree(record.id)):
+                return
+            self.trash.put(self.layout.snapshot(record.id))  # what a power cut left of it
+            os.rename(staged, self.layout.snapshot(record.id))
+
+        self.database.write(operation)
 
     # Reading
 
@@ -339,13 +368,7 @@ class Catalog:
             records.delete(connection, found.id)
             return found.id
 
-        try:
-            identifier = self.database.write(operation)
-        except errors.ResourceExhausted:
-            # The write-ahead log needs a page or two, and a full disk must not keep anybody from removing things.
-            if not self.layout.drop_reserve():
-                raise
-            identifier = self.database.write(operation)
+        identifier = self.with_room(lambda: self.database.write(operation))
         try:
             self.trash.put(self.layout.snapshot(identifier))
         except OSError as error:
@@ -379,6 +402,30 @@ class Catalog:
 
     # Garbage
 
+    def with_room(self, action: Callable[[], T]) -> T:
+        """Do what makes room or is needed for that, also on a full disk.
+
+        The write-ahead log needs a page or two, which a full disk does not have: then the reserve is given up, and if
+        that is not enough, the trash is emptied.
+
+        Raises:
+            ResourceExhausted: there is no room even so.
+            OnlapError: what ``action`` raises.
+        """
+        for make_room in (self.layout.drop_reserve, self._empty_trash):
+            try:
+                return action()
+            except errors.ResourceExhausted:
+                if not make_room():
+                    continue
+        return action()
+
+    def _empty_trash(self) -> bool:
+        try:
+            return self.trash.sweep().removed > 0
+        except OSError as error:
+            raise errors.from_oserror(error, doing="delete a removed tree", key=self.layout.root) from error
+
     def cleanup(self) -> int:
         """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
         self.collect()
@@ -402,7 +449,7 @@ class Catalog:
             self._janitor.wake()
 
     def _collect_orphans(self) -> None:
-        numbers = [int(name) for name in os.listdir(self.layout.snapshots) if name.isdigit()]
+        numbers = [int(name) for name in os.listdir(self.layout.snapshots) if re.fullmatch("[0-9]+", name)]
         known = self.database.read(records.ids)
         suspects = [number for number in numbers if number not in known]
         if not suspects:

@@ -106,11 +106,11 @@ class Database:
         self._frozen = False
         self._closed = False
 
-    def set_up(self, may_migrate: Callable[[], None]) -> None:
+    def set_up(self, may_migrate: Callable[[int], None]) -> None:
         """Make the tables, or bring them to our format.
 
         Args:
-            may_migrate: raises when an old catalog must not be changed now.
+            may_migrate: raises when a catalog of the format that it is given must not be changed now; 0 is a new one.
 
         Raises:
             FailedPrecondition: a newer Onlap wrote it.
@@ -127,15 +127,14 @@ class Database:
         finally:
             self._leave()
 
-    def _bring_up(self, may_migrate: Callable[[], None]) -> None:
+    def _bring_up(self, may_migrate: Callable[[int], None]) -> None:
         connection = self._connect()
         try:
             found = schema.version(connection)
             if found > schema.VERSION:
                 raise other_version(found, self._path)
             if found < schema.VERSION:
-                if found:
-                    may_migrate()
+                may_migrate(found)
                 connection.execute("BEGIN IMMEDIATE")
                 schema.migrate(connection, found)
                 connection.execute("COMMIT")
@@ -528,6 +527,23 @@ _BY_CODE: dict[int, tuple[type[errors.OnlapError], str]] = {
 
 _OF_THE_DATABASE = frozenset(_BY_CODE)
 
+# SQLite keeps the errno to itself when it cannot make or open its log and its shared memory, or make them larger.
+_OF_ITS_FILES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
+# What its shared memory takes at first (sqlite.org/walformat.html).
+_SHARED_MEMORY = 32768
+
+
+def _try_files(directory: str) -> None:
+    """Make a file as SQLite makes its own, and remove it; the OSError of that says what ails the disk."""
+    import tempfile
+
+    fd, path = tempfile.mkstemp(prefix="catalog.try-", dir=directory)
+    try:
+        os.unlink(path)
+        os.posix_fallocate(fd, 0, _SHARED_MEMORY)
+    finally:
+        os.close(fd)
+
 
 def _primary_code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -537,4 +553,9 @@ def translated(error: sqlite3.Error, path: str) -> errors.OnlapError:
     """What SQLite says, as one of our errors."""
     code = _primary_code(error)
     cls, hint = _BY_CODE.get(code, (errors.Internal, ""))
+    if code in _OF_ITS_FILES:
+        try:
+            _try_files(os.path.dirname(path))
+        except OSError as reason:
+            return errors.from_oserror(reason, doing="use the catalog", key=path)
     return cls(f"the catalog {path}: {error}", key=path, hint=hint or None)

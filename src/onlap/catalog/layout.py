@@ -118,8 +118,16 @@ class Layout:
             strangers = sorted(set(os.listdir(self.root)) - _OURS)
             if strangers:
                 raise self._refused(f"holds something else ({shown(strangers[0])})", "give an empty or new directory")
-        if os.path.isdir(self.snapshots) and os.listdir(self.snapshots) and not _has_content(self.database):
-            # Opened as a new root, all of these would be trees without a record, which cleanup deletes.
+        if not _has_content(self.database):
+            self.check_new()
+
+    def check_new(self) -> None:
+        """Refuse to begin a catalog where there are trees: each would be one without a record, which cleanup deletes.
+
+        Raises:
+            DataLoss: there are.
+        """
+        if os.path.isdir(self.snapshots) and os.listdir(self.snapshots):
             raise errors.DataLoss(
                 f"the root {shown(self.root)} has trees and no catalog of them",
                 key=self.root,
@@ -166,11 +174,15 @@ def _is_there(path: str) -> bool:
 
 
 def _has_content(path: str) -> bool:
+    """Whether it can be a database at all: looked at before SQLite opens it, which deletes the log of an empty one."""
     try:
-        return os.stat(path).st_size > 0
+        return os.stat(path).st_size >= _SMALLEST_DATABASE
     except FileNotFoundError:
         return False
 
+
+# The smallest page of SQLite (sqlite.org/fileformat2.html, "The Database Header").
+_SMALLEST_DATABASE = 512
 
 _OURS = {
     "catalog.db", "catalog.db-journal", "catalog.db-wal", "catalog.db-shm", "catalog.lock", "staging", "snapshots",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -70,6 +71,11 @@ class Staging:
             try:
                 held = lock_directory(path)
             except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                put(path)  # no directory of a process
                 continue
             if held is not None:
                 with held:

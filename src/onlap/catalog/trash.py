@@ -14,8 +14,8 @@ from onlap.mounts import mountinfo, namespaces
 from onlap.overlayfs.options import layer_paths
 from onlap.trees.remove import remove
 
-# rename(2) onto a directory that is not empty.
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+# rename(2) onto a directory that is not empty, or of a directory onto a file and the other way round.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 class Swept(NamedTuple):
@@ -108,6 +108,12 @@ class Trash:
             held = Held(name, dir_fd=top)
         except FileNotFoundError:
             return True  # another process was faster
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            # No directory: nobody mounts or reads it as a tree, however it came here.
+            os.unlink(name, dir_fd=top)
+            return True
         with held:
             # Readers hold it shared, by the open directory itself, so that the rename changed nothing for them.
             if not held.lock():

@@ -15,7 +15,18 @@ from typing import NamedTuple
 from onlap.layers.links import Links, descend
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
-from onlap.trees.compare import ADDED, DELETED, MODIFIED, Change, differences, same_content
+from onlap.trees.compare import (
+    ADDED,
+    ALWAYS,
+    DELETED,
+    MODIFIED,
+    NEVER,
+    Change,
+    Since,
+    differences,
+    may_differ,
+    same_content,
+)
 from onlap.trees.meta import Meta, read_directory_meta, read_meta
 
 # What only the writer of an archive wants to know of a file: another name was linked to it, and it has to be in the
@@ -57,7 +68,12 @@ def upper_changes(upper: str, lowers: Sequence[str], markers: Markers) -> Iterat
 
 
 def stack_changes(
-    before: Sequence[str], after: Sequence[str], markers: Markers, *, content: bool = False
+    before: Sequence[str],
+    after: Sequence[str],
+    markers: Markers,
+    *,
+    content: bool = False,
+    since: Since = (NEVER, NEVER),
 ) -> Iterator[Change]:
     """How the merged tree of one stack of layers differs from that of another, sorted by path.
 
@@ -68,19 +84,26 @@ def stack_changes(
         before: layers, topmost first.
         after: layers, likewise.
         markers: the flavour of the markers in all of them.
-        content: read files whose attributes are the same on both sides. Where one stack lies on top of the other, those
-            that the kernel copied up are read anyhow.
+        content: read all files whose attributes are the same on both sides. Where one stack lies on top of the other,
+            those that the kernel copied up are read anyhow; else those of which
+            :func:`onlap.trees.compare.may_differ` says so.
+        since: see there.
 
     Raises:
         OSError: something cannot be read.
     """
-    for change, _, _ in stack_items(before, after, markers, content=content):
+    for change, _, _ in stack_items(before, after, markers, content=content, since=since):
         if change.what != LINKED and (change.path != "." or change.what != TOUCHED):
             yield change
 
 
 def stack_items(
-    before: Sequence[str], after: Sequence[str], markers: Markers, *, content: bool = False
+    before: Sequence[str],
+    after: Sequence[str],
+    markers: Markers,
+    *,
+    content: bool = False,
+    since: Since = (NEVER, NEVER),
 ) -> Iterator[Item]:
     """The same with where the files are, and with what an archive needs besides: :data:`LINKED` files, the top's time.
 
@@ -99,7 +122,8 @@ def stack_items(
         one, other = old.top(skip), new.top()
         if other.parts:
             yield from _top(one, other, markers.recorded)
-        yield from _Walk(one, other, content or on_top, above if on_top else None, markers.recorded).items()
+        read = (ALWAYS, ALWAYS) if content or on_top else since
+        yield from _Walk(one, other, read, above if on_top else None, markers.recorded).items()
 
 
 def _top(before: MergedDirectory, after: MergedDirectory, recorded: bool) -> Iterator[Item]:
@@ -151,18 +175,18 @@ class _Walk:
     Args:
         before: the top directory on the old side.
         after: the top directory on the new side.
-        content: whether files with the same attributes are read.
+        since: which files with the same attributes are read, see :func:`onlap.trees.compare.may_differ`.
         above: how many layers of the new stack lie on top of the whole old one; None when they are two stacks.
         recorded: whether owners may be recorded in an xattr.
     """
 
     def __init__(
-        self, before: MergedDirectory, after: MergedDirectory, content: bool, above: int | None, recorded: bool
+        self, before: MergedDirectory, after: MergedDirectory, since: Since, above: int | None, recorded: bool
     ) -> None:
         self._recorded = recorded
         self._before = before
         self._after = after
-        self._content = content
+        self._since = since
         self._above = above
         self._links: Links | None = None
         self._levels: list[_Level] = []
@@ -225,7 +249,8 @@ class _Walk:
         layer that is cheap: only files that the kernel copied up come here, and nothing else tells why it did.
         """
         regular = stat.S_ISREG(new.status.st_mode)
-        if regular and self._content and not _same_data(before, after, old, new, path):
+        doubtful = regular and may_differ(old.status, new.status, self._since)
+        if doubtful and not _same_data(before, after, old, new, path):
             return frozenset({"content"})
         if old.status.st_nlink == 1 and new.status.st_nlink == 1:
             return frozenset()

@@ -29,7 +29,7 @@ from onlap.layers.tarformat import Entry
 from onlap.layers.tarwriter import TarWriter
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
-from onlap.trees.compare import DELETED
+from onlap.trees.compare import DELETED, NEVER, Since
 from onlap.trees.meta import Meta
 
 WHITEOUT_PREFIX = ".wh."
@@ -74,6 +74,7 @@ def write_layer(
     level: int | None = None,
     epoch: int | None = None,
     content: bool = False,
+    since: Since = (NEVER, NEVER),
     progress: Callback | None = None,
 ) -> Written:
     """Write how one stack of layers differs from another as the archive of a layer.
@@ -87,6 +88,7 @@ def write_layer(
         level: of the compression, its own default when None.
         epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
         content: see :func:`onlap.layers.changes.stack_changes`.
+        since: likewise.
         progress: called with the bytes of the uncompressed archive, at most ten times a second.
 
     Raises:
@@ -98,7 +100,7 @@ def write_layer(
     report = Reporter(progress, "diff", "bytes")
     with Outlet(out, compression, level) as outlet:
         layer = _Layer(outlet.write, None if epoch is None else epoch * 1_000_000_000, report)
-        for item in stack_items(before, after, markers, content=content):
+        for item in stack_items(before, after, markers, content=content, since=since):
             layer.add(item)
         layer.close()
         found = outlet.finish()

@@ -121,22 +121,22 @@ def write_diff(
     """
     record = snapshotter.record(key)
     if other is None:
-        before, after = _parent_layers(snapshotter, record), snapshotter.layers(record)
-        ids = {record.id, *snapshotter.ancestors(record)}
+        one, two = _parent(snapshotter, record), record
     else:
-        target = snapshotter.record(other)
-        before, after = snapshotter.layers(record), snapshotter.layers(target)
-        ids = {record.id, target.id, *snapshotter.ancestors(record), *snapshotter.ancestors(target)}
+        one, two = record, snapshotter.record(other)
+    sides = [each for each in (one, two) if each is not None]
+    ids = {identifier for each in sides for identifier in (each.id, *snapshotter.ancestors(each))}
     with snapshotter.catalog.hold(sorted(ids)), snapshotter.translated("write the layer of", key):
         return write_layer(
-            before,
-            after,
+            snapshotter.layers(one) if one is not None else [],
+            snapshotter.layers(two),
             snapshotter.markers,
             out,
             compression=compression,
             level=level,
             epoch=epoch,
             content=content,
+            since=snapshotter.since(one, two),
             progress=progress,
         )
 
@@ -150,12 +150,14 @@ def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) ->
         OnlapError: a file refuses.
     """
     latest = epoch * 1_000_000_000
-    before, after = _parent_layers(snapshotter, record), snapshotter.layers(record)
+    parent = _parent(snapshotter, record)
+    before, after = snapshotter.layers(parent) if parent is not None else [], snapshotter.layers(record)
     with (
         snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]),
         snapshotter.translated("set the times of", record.name),
     ):
-        for change, _, found in stack_items(before, after, snapshotter.markers):
+        since = snapshotter.since(parent, record)
+        for change, _, found in stack_items(before, after, snapshotter.markers, since=since):
             if change.after is None or change.after.mtime_ns <= latest:
                 continue
             if found is not None and found.layer == 0:
@@ -220,21 +222,30 @@ def squash(
         before = snapshotter.layers(below)
     after = snapshotter.layers(record)
     failure: list[BaseException] = []
-    read_end, write_end = os.pipe()
 
-    def write() -> None:
+    def write(out: BinaryIO) -> None:
         try:
-            with os.fdopen(write_end, "wb", buffering=0) as out:
+            with out:
                 # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
                 write_layer(before, after, snapshotter.markers, out, content=True, progress=progress)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
 
-    with snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]):
-        writer = threading.Thread(target=write, name="onlap-squash")
-        writer.start()
+    with ExitStack() as stack:
+        stack.enter_context(snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]))
+        with snapshotter.translated("squash", top):
+            read_end, write_end = os.pipe()
+        source = stack.enter_context(os.fdopen(read_end, "rb"))
+        out = stack.enter_context(os.fdopen(write_end, "wb", buffering=0))
+        writer = threading.Thread(target=write, args=(out,), name="onlap-squash")
         try:
-            with os.fdopen(read_end, "rb") as source:
+            writer.start()
+        except RuntimeError as error:
+            raise errors.ResourceExhausted(
+                f"cannot squash {shown(top)}: {error}", key=top, hint="raise the limit of threads (ulimit -u)"
+            ) from error
+        try:
+            with source:
                 return apply_layer(snapshotter, key, source)
         except errors.OnlapError as error:
             writer.join()
@@ -251,12 +262,12 @@ def _as_error(error: BaseException, key: str) -> BaseException:
     return errors.from_oserror(error, doing="read the layers of", key=key) if isinstance(error, OSError) else error
 
 
-def _parent_layers(snapshotter: RecordedSnapshotter, record: Record) -> list[str]:
-    """The layers of the tree that a snapshot began with."""
+def _parent(snapshotter: RecordedSnapshotter, record: Record) -> Record | None:
+    """The snapshot that another began as."""
     if record.parent_id is None:
-        return []
+        return None
     # By its id: its name may belong to another one by now, if both have been removed meanwhile.
     parent = snapshotter.catalog.database.read(lambda c: records.by_id(c, record.parent_id or 0))
     if parent is None:
         raise records.not_found(record.name)
-    return snapshotter.layers(parent)
+    return parent

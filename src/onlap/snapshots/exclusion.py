@@ -78,14 +78,14 @@ def unused(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
         Busy: it is mounted; or others write to it for longer than the store's timeout.
     """
     with contextlib.ExitStack() as stack:
+        found = []
         try:
             stack.enter_context(_locked(snapshotter, record, shared=False))
+            found = _mounts_of(snapshotter, record, writable=False)
         except (errors.NotFound, errors.DataLoss):
             pass  # the transaction that follows says which
-        else:
-            found = _mounts_of(snapshotter, record, writable=False)
-            if found:
-                raise _busy(record, "is mounted", found, "unmount it first, or remove it all the same with --force")
+        if found:
+            raise _busy(record, "is mounted", found, "unmount it first, or remove it all the same with --force")
         yield
 
 

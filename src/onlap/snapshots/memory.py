@@ -172,8 +172,8 @@ class MemorySnapshotter:
         parent = self.stat(key).parent
         if other is not None:
             self.stat(other)
-            yield from compare(self._trees[key], self._trees[other], recorded=records_owners())
+            yield from compare(self._trees[key], self._trees[other], content=True, recorded=records_owners())
         elif parent is None:
             yield from added_tree(self._trees[key], recorded=records_owners())
         else:
-            yield from compare(self._trees[parent], self._trees[key], recorded=records_owners())
+            yield from compare(self._trees[parent], self._trees[key], content=True, recorded=records_owners())

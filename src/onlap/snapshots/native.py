@@ -6,7 +6,6 @@ Where the filesystem shares blocks between files (xfs, btrfs) a copy takes inode
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Mapping
 
 from onlap import errors
@@ -17,10 +16,9 @@ from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots.properties import records_owners, settle
-from onlap.snapshots.recorded import RecordedSnapshotter
-from onlap.trees.compare import Change, added_tree, compare
+from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
+from onlap.trees.compare import ALWAYS, NEVER, Change, Since, added_tree, compare
 from onlap.trees.copy import Copier
-from onlap.trees.meta import read_xattrs
 from onlap.trees.walk import OPEN_DIRECTORY
 
 KIND = "native"
@@ -52,24 +50,14 @@ class NativeSnapshotter(RecordedSnapshotter):
         tree = self.catalog.layout.tree(record.id)
         if record.parent_id is not None or not is_empty_layer(tree):
             return False
-        status = os.stat(tree)
-        fresh = (os.geteuid(), os.getegid(), 0o755)
-        return (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == fresh and not read_xattrs(tree)
+        return is_fresh(tree, (os.geteuid(), os.getegid()), record.created_ns)
 
     def _remake(self, record: Record) -> bool:
-        tree = self.catalog.layout.tree(record.id)
-        if os.path.isdir(tree):
-            return True
-        if record.kind not in (ACTIVE, VIEW) and not record.empty:
-            return False
-        os.makedirs(tree, 0o755, exist_ok=True)  # another process may look as well
-        os.chmod(self.catalog.layout.snapshot(record.id), 0o700)
-        if record.kind == ACTIVE and record.parent_id is not None:
-            above = self.catalog.layout.tree(record.parent_id)
-            if not os.path.isdir(above):
-                return False
-            copy_tree(above, tree)
-        return True
+        layout = self.catalog.layout
+        copied = record.parent_id if record.kind == ACTIVE else None
+        if copied is not None and not os.path.isdir(layout.tree(copied)):
+            return os.path.isdir(layout.tree(record.id))
+        return super()._remake(record)
 
     def _rebase(self, record: Record, parent: Record) -> None:
         raise errors.Unimplemented(
@@ -91,10 +79,29 @@ class NativeSnapshotter(RecordedSnapshotter):
         if record.parent_id is None:
             yield from added_tree(tree, recorded=self.markers.recorded)
         else:
-            yield from compare(self.catalog.layout.tree(record.parent_id), tree, recorded=self.markers.recorded)
+            since = self._copied_since([record.id, record.parent_id], record.parent_id)
+            above = self.catalog.layout.tree(record.parent_id)
+            yield from compare(above, tree, since=(NEVER, since), recorded=self.markers.recorded)
 
     def _differences(self, one: Record, other: Record) -> Iterator[Change]:
-        yield from compare(self.layers(one)[0], self.layers(other)[0], recorded=self.markers.recorded)
+        trees = self.layers(one)[0], self.layers(other)[0]
+        yield from compare(*trees, since=self.since(one, other), recorded=self.markers.recorded)
+
+    def since(self, one: Record | None, other: Record) -> Since:
+        """See :meth:`RecordedSnapshotter.since`; a copy is as old as its directory's way from staging to its place."""
+        if one is None:
+            return (NEVER, NEVER)
+        chains = [[*([] if r.kind == VIEW else [r.id]), *self.ancestors(r)] for r in (one, other)]
+        shared = next((i for i in chains[0] if i in chains[1]), None)
+        return self._copied_since(chains[0], shared), self._copied_since(chains[1], shared)
+
+    def _copied_since(self, chain: list[int], source: int | None) -> int:
+        """When the first of a chain of copies was copied from ``source``."""
+        if not chain or chain[0] == source:
+            return NEVER
+        if len(chain) > 1 and chain[1] == source:
+            return os.stat(self.catalog.layout.snapshot(chain[0])).st_ctime_ns
+        return ALWAYS  # by way of others, in which files may have been edited
 
 
 def copy_tree(source: str, target: str) -> None:

@@ -6,13 +6,13 @@ in a plan goes on working; durable and exact where that one is not (docs/adr/).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.catalog import records
 from onlap.catalog.records import ACTIVE, VIEW, Info, Record
 from onlap.errors import shown
 from onlap.layers.changes import is_empty_layer, stack_changes
@@ -21,7 +21,7 @@ from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.snapshots.properties import settle
-from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.compare import Change
 from onlap.trees.copy import Copier
@@ -174,39 +174,25 @@ class OverlaySnapshotter(RecordedSnapshotter):
         tree = self.catalog.layout.tree(record.id)
         if not is_empty_layer(tree):
             return False
-        if record.parent_id is not None and not os.path.lexists(f"{self.catalog.layout.work(record.id)}/work"):
-            return True  # no overlay was ever mounted on it (see snapshots/mounted.py)
-        # Nothing is in it; but its own attributes are a change as well.
-        owner, mode, xattrs = (os.geteuid(), os.getegid()), 0o755, {}
-        if record.parent_id is not None:
-            above = self.catalog.layout.tree(record.parent_id)
-            made_of = os.stat(above)
-            owner, mode = (made_of.st_uid, made_of.st_gid), stat.S_IMODE(made_of.st_mode)
-            xattrs = read_xattrs(above)
-        now = os.stat(tree)
+        # Nothing is in it; but its own attributes are a change as well, which an archive may have brought.
+        owner = _mapped_root(record.labels)
+        if record.parent_id is None:
+            return is_fresh(tree, owner or (os.geteuid(), os.getegid()), record.created_ns)
+        above = self.catalog.layout.tree(record.parent_id)
+        made_of, now = os.stat(above), os.stat(tree)
         return (
-            (now.st_uid, now.st_gid) == (_mapped_root(record.labels) or owner)
-            and stat.S_IMODE(now.st_mode) == mode
-            and read_xattrs(tree) == xattrs
+            (now.st_uid, now.st_gid) == (owner or (made_of.st_uid, made_of.st_gid))
+            and (now.st_mode, now.st_mtime_ns) == (made_of.st_mode, made_of.st_mtime_ns)
+            and read_xattrs(tree) == read_xattrs(above)
         )
 
     def _remake(self, record: Record) -> bool:
-        tree, work = self.catalog.layout.tree(record.id), self.catalog.layout.work(record.id)
-        if not os.path.isdir(tree):
-            if record.kind not in (ACTIVE, VIEW) and not record.empty:
-                return False
-            os.makedirs(tree, 0o755, exist_ok=True)  # another process may look as well
-            os.chmod(self.catalog.layout.snapshot(record.id), 0o700)
-            parent = None
-            if record.parent_id is not None:
-                parent = self.catalog.database.read(lambda c: records.by_id(c, record.parent_id or 0))
-                # A parent comes first in the walk by id, so that it has been made again already, or is lost itself.
-                if not os.path.isdir(self.catalog.layout.tree(record.parent_id)):
-                    parent = None
-            self._inherit(tree, parent, record.labels)
-        if record.kind == ACTIVE:
-            os.makedirs(work, 0o711, exist_ok=True)
-        return True
+        whole = super()._remake(record)
+        if whole and record.kind == ACTIVE:
+            # Not with its parents, which would begin anew what was removed meanwhile.
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.catalog.layout.work(record.id), 0o711)
+        return whole
 
     def layers(self, record: Record) -> list[str]:
         """The directories that make up a snapshot's tree, topmost first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
@@ -19,13 +20,17 @@ from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import exclusion
 from onlap.snapshots import filters as language
 from onlap.snapshots.contract import check_labels, check_name
-from onlap.trees.compare import Change
+from onlap.trees.compare import NEVER, Change, Since
+from onlap.trees.meta import read_xattrs
 from onlap.trees.usage import Usage, usage
 
 Self = TypeVar("Self", bound="RecordedSnapshotter")
 
 SYNC_LAYER = "layer"
 SYNC_NONE = "none"
+
+# From the mkdir of a layer to its record: a transaction that others hold up at most.
+_BUILT_WITHIN_NS = 60 * 10**9
 
 # How the catalog states what an index can answer of a filter (filters.Filter.where).
 _TERMS = {
@@ -89,12 +94,34 @@ class RecordedSnapshotter(ABC):
         """Fill a staging directory with what a new snapshot begins with; raises OSError."""
 
     @abstractmethod
-    def _remake(self, record: Record) -> bool:
-        """After a power cut: make what is missing of a snapshot's directory; whether it is whole now."""
-
-    @abstractmethod
     def _is_as_made(self, record: Record) -> bool:
         """Whether nothing was ever changed in an active snapshot, so that it can be made again after a power cut."""
+
+    def _remake(self, record: Record) -> bool:
+        """After a power cut: make what is missing of a snapshot's directory; whether it is whole now.
+
+        It is built in staging, synced and put in its place at once: whoever opens the root beside us, or after the next
+        power cut, finds all of it or nothing. Raises OSError.
+        """
+        layout = self.catalog.layout
+        if os.path.isdir(layout.tree(record.id)):
+            return True
+        if record.kind == COMMITTED and not record.empty:
+            return False
+        parent = None
+        if record.parent_id is not None:
+            parent = self.catalog.database.read(lambda c: records.by_id(c, record.parent_id or 0))
+            # A parent comes first in the walk by id, so that it has been made again already, or is lost itself.
+            if parent is not None and not os.path.isdir(layout.tree(parent.id)):
+                parent = None
+        staged = self.catalog.staging.new()
+        try:
+            self._build(staged, record.kind, parent, record.labels)
+            self.catalog.sync()
+            self.catalog.restore(record, staged)
+        finally:
+            self.catalog.staging.discard(staged)
+        return True
 
     @abstractmethod
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
@@ -119,6 +146,13 @@ class RecordedSnapshotter(ABC):
     @abstractmethod
     def layers(self, record: Record) -> list[str]:
         """The directories that make up a snapshot's tree, topmost first."""
+
+    def since(self, one: Record | None, other: Record) -> Since:
+        """From when on files of the trees of two snapshots may have been edited, where one is a copy of the other.
+
+        For :func:`onlap.trees.compare.may_differ`; ``one`` is None for an empty tree. Raises OSError.
+        """
+        return (NEVER, NEVER)
 
     @property
     def syncs(self) -> bool:
@@ -337,9 +371,12 @@ class RecordedSnapshotter(ABC):
         record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
         with contextlib.nullcontext() if allow_mounted else exclusion.alone(self, record):
             with self.translated("commit snapshot", key):
+                made = record
                 if parent and record.parent_id is None:
-                    self._rebase(record, self.catalog.database.read(lambda c: check_rebase(c, self._owner, parent)))
-                empty = self._is_as_made(record)
+                    above = self.catalog.database.read(lambda c: check_rebase(c, self._owner, parent))
+                    self._rebase(record, above)
+                    made = record._replace(parent_id=above.id)  # what it would be made of after a power cut
+                empty = self._is_as_made(made)
                 if self.syncs and not empty:
                     self.catalog.sync()
             self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
@@ -390,3 +427,20 @@ class RecordedSnapshotter(ABC):
             return errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key)
         record = self.catalog.database.read(lambda c: records.by_id(c, int(number)))
         return records.not_found(key) if record is None else lost(record)
+
+
+def is_fresh(tree: str, owner: tuple[int, int], created_ns: int) -> bool:
+    """Whether the top of a layer without a parent has the attributes that it was made with.
+
+    Args:
+        tree: the directory.
+        owner: user and group that it was given.
+        created_ns: when its record was made, which was after the directory. One that was touched later has another
+            time, and one that an archive gave a time has mostly a time long before.
+    """
+    now = os.stat(tree)
+    return (
+        (now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)) == (*owner, 0o755)
+        and not read_xattrs(tree)
+        and created_ns - _BUILT_WITHIN_NS <= now.st_mtime_ns <= created_ns
+    )

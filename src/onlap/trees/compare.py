@@ -17,6 +17,11 @@ DELETED = "D"
 
 _CHUNK = 256 * 1024
 
+# From when on a file of one tree, and one of the other, may have been edited since the one was copied from the other:
+# nanoseconds of ctime, which nobody can put back.
+Since = tuple[int, int]
+ALWAYS, NEVER = -(1 << 63), 1 << 63
+
 
 class Change(NamedTuple):
     """One path that differs.
@@ -60,6 +65,21 @@ def differences(before: Meta, after: Meta) -> set[str]:
     return found
 
 
+def may_differ(old: os.stat_result, new: os.stat_result, since: Since) -> bool:
+    """Whether two files with equal attributes may have different content.
+
+    Equal times say little where they have no nanoseconds: two edits within a second have the same, and archives cut
+    them (containerd reads such files too: continuity, fs/path.go, sameFile). And a program may put a time back.
+
+    Args:
+        old: the status of the one, whose size and time are those of the other.
+        new: of the other.
+        since: the ctime from which on the one, and the other, may have been edited.
+    """
+    whole = new.st_mtime_ns % 1_000_000_000 == 0
+    return whole or old.st_ctime_ns >= since[0] or new.st_ctime_ns >= since[1]
+
+
 def same_content(one: int, other: int) -> bool:
     """Whether two open files hold the same bytes from where they stand."""
     while True:
@@ -84,13 +104,16 @@ def _read_up_to(fd: int, length: int) -> bytes:
     return data
 
 
-def compare(one: str, other: str, *, content: bool = False, recorded: bool = False) -> Iterator[Change]:
+def compare(
+    one: str, other: str, *, content: bool = False, since: Since = (NEVER, NEVER), recorded: bool = False
+) -> Iterator[Change]:
     """How the tree ``other`` differs from the tree ``one``, sorted by path.
 
     Args:
         one: a directory.
         other: a directory.
-        content: read files whose attributes are equal too; else size and time in nanoseconds speak for the content.
+        content: read all files whose attributes are equal; else those for which :func:`may_differ`.
+        since: see there.
         recorded: see :func:`~onlap.trees.meta.read_meta`.
 
     Raises:
@@ -102,7 +125,7 @@ def compare(one: str, other: str, *, content: bool = False, recorded: bool = Fal
         try:
             old, new = (read_directory_meta(fd, recorded=recorded) for fd in (before, after))
             yield from top_change(old, new)
-            yield from _Comparison(before, after, content, recorded).changes()
+            yield from _Comparison(before, after, content, since, recorded).changes()
         finally:
             os.close(after)
     finally:
@@ -155,9 +178,10 @@ class _Level:
 class _Comparison:
     """Two trees, walked beside each other without recursion."""
 
-    def __init__(self, before: int, after: int, content: bool, recorded: bool) -> None:
+    def __init__(self, before: int, after: int, content: bool, since: Since, recorded: bool) -> None:
         self._before, self._after = Descent(before), Descent(after)
         self._content = content
+        self._since = since
         self._recorded = recorded
         self._levels = [_Level(before, after, "", None)]
 
@@ -208,7 +232,9 @@ class _Comparison:
         if before.is_dir and meta.is_dir:
             self._enter(name, path, Change(MODIFIED, path, before, meta, frozenset(what)))
             return
-        doubtful = self._content and stat.S_ISREG(new.st_mode) and not what & {"type", "size"}
+        doubtful = stat.S_ISREG(new.st_mode) and (
+            not what & {"type", "size"} if self._content else not what and may_differ(old, new, self._since)
+        )
         if doubtful and not _same_file(old, new) and not self._same_content(name):
             what.add("content")
         if what:
