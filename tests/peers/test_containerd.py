@@ -303,7 +303,13 @@ def test_the_configuration_in_the_document(place: Path) -> None:
     taken = tomllib.loads(run("containerd", "--config", place / "document.toml", "config", "dump"))
     assert taken["proxy_plugins"]["onlap"]["exports"]["root"] == "/var/lib/onlap"
     assert taken["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["snapshotter"] == "onlap"
-    assert tomllib.loads(newer)["version"] == 3
+    newest = tomllib.loads(newer)
+    assert newest["version"] == 3
+    # The list replaces the default one, and without the number of unpacks "rebase" does nothing.
+    transfer = newest["plugins"]["io.containerd.transfer.v1.local"]
+    assert {each["snapshotter"] for each in transfer["unpack_config"]} == {"onlap", "overlayfs"}
+    assert transfer["max_concurrent_unpacks"] > 1
+    assert newest["proxy_plugins"]["onlap"]["capabilities"] == ["rebase"]
     (daemon,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     assert json.loads(daemon) == {"features": {"containerd-snapshotter": True}, "storage-driver": "onlap"}
 
