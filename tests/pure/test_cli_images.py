@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pure.image_makers import Made, layer
-from pure.test_cli_snapshots import Command
+from pure.test_cli_snapshots import SOURCE, Command
 
 SETTINGS = {
     "User": "web",
@@ -96,3 +98,22 @@ def test_commit_knows_source_date_epoch(onlap: Command, tmp_path: Path, monkeypa
         assert "SOURCE_DATE_EPOCH" in onlap.fails(6, "image", "commit", "k", "made:1")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000")
     assert onlap.json("image", "commit", "k", "made:1")[0]["created"] == "1970-01-01T00:16:40Z"
+
+
+def test_export_to_standard_output(onlap: Command, tmp_path: Path) -> None:
+    onlap("-q", "image", "export", "app:1", tmp_path / "x.tar", "--format", "docker")
+    line = [
+        *onlap.python,
+        "-m",
+        "onlap",
+        "--root",
+        str(onlap.root),
+        "image",
+        "export",
+        "app:1",
+        "-",
+        "--format",
+        "docker",
+    ]
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, check=True)
+    assert done.stdout == (tmp_path / "x.tar").read_bytes()

@@ -14,6 +14,7 @@ from onlap.cli.parser import Parser
 from onlap.cli.progress import progress, skipped_text
 from onlap.cli.text import count, size
 from onlap.errors import shown
+from onlap.trees import whole
 
 if TYPE_CHECKING:
     from onlap.layers.write import Written
@@ -89,26 +90,15 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    # Through a symlink, as a shell's ">" goes.
-    target = os.path.realpath(path)
-    if os.path.exists(path) and not os.path.isfile(path):
-        with _open(path, "wb", path) as file:
-            yield file
-        return
-    partial = f"{target}.{os.getpid()}.partial"
-    file = _open(partial, "xb", path)
     try:
-        with file:
-            yield file
-        os.replace(partial, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb", buffering=0) as device:
+                yield cast("BinaryIO", device)
+        else:
+            # Through a symlink, as a shell's ">" goes.
+            with whole.new_file(os.path.realpath(path)) as file:
+                yield file
+    except BrokenPipeError:
         raise
-
-
-def _open(where: str, mode: str, path: str) -> BinaryIO:
-    try:
-        return cast("BinaryIO", open(where, mode, buffering=0))
     except OSError as error:
         raise errors.from_oserror(error, doing="write the archive", key=path) from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
 from onlap import errors
 from onlap.content.store import ContentStore
@@ -16,6 +15,7 @@ from onlap.images import archive, layout, model
 from onlap.images.facade import Image, Images, StrPath
 from onlap.images.layout import Exported, blob_path
 from onlap.progress import Callback, Reporter
+from onlap.trees import whole
 
 OCI = "oci"
 DOCKER = "docker"
@@ -53,8 +53,7 @@ def _export(
             raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
         _write_directory(images.content, os.fspath(out), small, blobs, report)
     else:
-        with _new_file(os.fspath(out)) as file:
-            _write_tar(images.content, file, small, blobs, report)
+        _write_file(images.content, os.fspath(out), small, blobs, report)
     report.finish(total)
 
 
@@ -70,31 +69,24 @@ def _exported(images: Images, image: Image) -> Exported:
     )
 
 
-@contextlib.contextmanager
-def _new_file(path: str) -> Iterator[BinaryIO]:
-    """A file that appears whole, or not at all."""
-    if os.path.lexists(path):
-        raise errors.AlreadyExists(f"there already is a file {shown(path)}", key=path, hint="remove it first")
-    unfinished = f"{path}.{os.getpid()}.part"
-    try:
-        with open(unfinished, "xb") as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                os.unlink(unfinished)
-                raise
-        os.rename(unfinished, path)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="write the archive", key=path) from error
+class _Whole:
+    """A file that takes all of what it is given: a raw one may take less, and tarfile does not look."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._out.write(view) :]
 
 
 def _write_tar(
     content: ContentStore, out: BinaryIO, small: dict[str, bytes], blobs: list[str], report: Reporter
 ) -> None:
     try:
-        with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, bufsize=_CHUNK) as tar:
+        sink: Any = _Whole(out)  # typeshed wants of a stream that is written all that one for reading has
+        with tarfile.open(fileobj=sink, mode="w|", format=tarfile.GNU_FORMAT, bufsize=_CHUNK) as tar:
             for name, data in small.items():
                 tar.addfile(_entry(name, len(data)), io.BytesIO(data))
             done = 0
@@ -105,6 +97,18 @@ def _write_tar(
                 done += size
     except OSError as error:
         raise errors.from_oserror(error, doing="write the archive") from error
+
+
+def _write_file(content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter) -> None:
+    if os.path.lexists(path):
+        raise errors.AlreadyExists(f"there already is a file {shown(path)}", key=path, hint="remove it first")
+    try:
+        with whole.new_file(path) as file:
+            _write_tar(content, file, small, blobs, report)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise errors.from_oserror(error, doing="write the archive", key=path) from error
 
 
 def _entry(name: str, size: int) -> tarfile.TarInfo:
@@ -133,22 +137,18 @@ def _write_directory(
     content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter
 ) -> None:
     try:
-        os.makedirs(path, exist_ok=True)
-        if os.listdir(path):
-            raise errors.FailedPrecondition(
-                f"the directory {shown(path)} is not empty", key=path, hint="give a new or an empty one"
-            )
-        os.makedirs(os.path.join(path, "blobs/sha256"))
-        done = 0
-        for blob in blobs:
-            with content.open(blob) as file, open(os.path.join(path, blob_path(blob)), "xb") as target:
-                told = _Told(file, done, report)
-                while data := told.read(_CHUNK):
+        with whole.new_directory(path) as directory:
+            os.makedirs(os.path.join(directory, "blobs/sha256"))
+            done = 0
+            for blob in blobs:
+                with content.open(blob) as file, open(os.path.join(directory, blob_path(blob)), "xb") as target:
+                    told = _Told(file, done, report)
+                    while data := told.read(_CHUNK):
+                        target.write(data)
+                    done += target.tell()
+            # The index last: whoever looks before finds no image rather than a part of one.
+            for name, data in reversed(small.items()):
+                with open(os.path.join(directory, name), "xb") as target:
                     target.write(data)
-                done += target.tell()
-        # The index last: whoever looks before finds no image rather than a part of one.
-        for name, data in reversed(small.items()):
-            with open(os.path.join(path, name), "xb") as target:
-                target.write(data)
     except OSError as error:
         raise errors.from_oserror(error, doing="write the layout", key=path) from error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.trees import whole
 from onlap.trees.copy import Copied, Copier
 from onlap.trees.walk import OPEN_DIRECTORY
 
@@ -38,22 +39,19 @@ def import_directory(
 
 
 def export_directory(source: str, target: str, progress: Callable[[int, int], None]) -> Copied:
-    """Copy the tree ``source`` into the directory ``target``, which is made when it does not exist.
+    """Copy the tree ``source`` into the directory ``target``, whole or not at all; it is made where there is none.
 
     Raises:
         FailedPrecondition, OnlapError: see :meth:`Store.export`.
     """
     doing = f"export to {shown(target)}"
+    # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
+    copier = Copier(allow_changes=True, progress=progress)
     try:
-        os.makedirs(target, exist_ok=True)
-        if os.listdir(target):
-            raise errors.FailedPrecondition(
-                f"the directory {shown(target)} is not empty", key=target, hint="give a new or an empty one"
-            )
+        with whole.new_directory(target) as directory:
+            return _copy(copier, source, directory, doing)
     except OSError as error:
         raise errors.from_oserror(error, doing=doing, key=target) from error
-    # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
-    return _copy(Copier(allow_changes=True, progress=progress), source, target, doing)
 
 
 def _copy(copier: Copier, source: str, target: str, doing: str) -> Copied:

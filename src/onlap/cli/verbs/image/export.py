@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+from onlap.cli.archives import STANDARD_OUTPUT
 from onlap.cli.bars import bars
 from onlap.cli.call import Call
 from onlap.cli.images import images_of
@@ -13,13 +15,15 @@ from onlap.errors import shown
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "Write images into an archive; or, as an OCI image layout, into OUT when that is an empty directory, or ends\n"
-        "in a slash. The format docker can be read by docker load, podman load and skopeo.",
+        "Write images into an archive, on standard output for -; or, as an OCI image layout, into OUT when\n"
+        "that is an empty directory, or ends in a slash. The format docker is for docker load, podman load and\n"
+        "skopeo. OUT appears when it is whole.",
         "onlap image export app:1 app.tar --format docker && docker load -i app.tar",
+        "onlap image export app:1 - --format docker | docker load",
         "onlap image export app:1 ./layout/",
     )
     parser.add_argument("names", metavar="IMAGE", nargs="+", help="the images")
-    parser.add_argument("target", metavar="OUT", help="a new archive, or a directory")
+    parser.add_argument("target", metavar="OUT", help="a new archive, a directory, or -")
     parser.add_argument("--format", choices=("oci", "docker"), default="oci", help="of the archive (oci)")
 
 
@@ -28,7 +32,10 @@ def run(call: Call) -> None:
     with call.store() as store:
         images = images_of(store)
         with bars(out) as report:
-            images.export(args.names, args.target, format=args.format, progress=report)
+            target = sys.stdout.buffer if args.target == STANDARD_OUTPUT else args.target
+            images.export(args.names, target, format=args.format, progress=report)
+    if args.target == STANDARD_OUTPUT:
+        return
     if out.json:
         out.item({"names": args.names, "target": os.path.abspath(args.target), "format": args.format})
     else:
