@@ -256,7 +256,7 @@ class Store:
             OnlapError: the filesystem refuses.
         """
         from onlap.catalog import runs
-        from onlap.images import rundirs
+        from onlap.containers import rundirs
 
         runs.sweep(self.snapshotter.catalog, rundirs.end)
         if os.path.isdir(self.snapshotter.catalog.layout.content):

@@ -210,8 +210,8 @@ def test_a_bad_volume_is_no_fault_of_the_runtime_s(onlap: Command, tmp_path: Pat
     """One container's volume cannot be mounted; the next container of the same process runs."""
     (tmp_path / "file").write_text("")
     code = (
-        "import onlap, sys; from onlap import errors; from onlap.images.run import Options, Source, run\n"
-        "from onlap.images.options import Volume\n"
+        "import onlap, sys; from onlap import errors; from onlap.containers.run import Options, Source, run\n"
+        "from onlap.containers.options import Volume\n"
         "with onlap.open(sys.argv[1]) as store:\n"
         "    try:\n"
         "        run(store.snapshotter, Source('base'), Options(('true',), volumes=(Volume(sys.argv[2], '/bin'),)))\n"
@@ -255,7 +255,7 @@ def test_system_calls_are_filtered(onlap: Command, tmp_path: Path) -> None:
 
 def test_without_a_seccomp_profile_it_says_so(onlap: Command) -> None:
     code = (
-        "import sys; from onlap.images import seccomp; seccomp.PLACES = ('/nonexistent',);"
+        "import sys; from onlap.containers import seccomp; seccomp.PLACES = ('/nonexistent',);"
         "from onlap.cli import main; sys.exit(main(['run', *sys.argv[1:], 'base', 'cat', '/proc/self/status']))"
     )
     for words, said in (([], True), (["--security-opt", "seccomp=unconfined"], False), (["-q"], False)):
@@ -571,7 +571,7 @@ def test_a_runtime_that_was_killed(onlap: Command) -> None:
 
 def test_without_a_runtime(onlap: Command) -> None:
     code = (
-        "import sys; from onlap.images import runtime; runtime._USUAL_PLACES = '/nonexistent';"
+        "import sys; from onlap.containers import runtime; runtime._USUAL_PLACES = '/nonexistent';"
         "from onlap.cli import main; sys.exit(main(['run', 'base', 'ls']))"
     )
     done = subprocess.run(
@@ -605,7 +605,7 @@ def test_in_a_thread(onlap: Command) -> None:
     """The library may be called from any thread; signals are the main thread's."""
     code = (
         "import threading, onlap\n"
-        "from onlap.images.run import Options, Source, run\n"
+        "from onlap.containers.run import Options, Source, run\n"
         f"store = onlap.open({str(onlap.root)!r})\n"
         "found = []\n"
         "options = Options(('sh', '-c', 'exit 3'))\n"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from onlap import errors
+from onlap.containers.run import Source, find_source
 from onlap.images import Access, Credentials, Login
 from onlap.images.registry.session import RegistrySession
-from onlap.images.run import Source, find_source
 from onlap.store import Store
 from pure.image_makers import INDEX, MANIFEST, Faulty, Made, Reply, Request, digest_of, layer
 

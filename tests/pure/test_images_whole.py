@@ -12,8 +12,8 @@ import pytest
 
 import onlap
 from onlap import errors
+from onlap.containers.run import find_source
 from onlap.images import Image, Images, commit
-from onlap.images.run import find_source
 from onlap.snapshots.archives import write_diff
 from onlap.store import Store
 from pure.image_makers import Made, digest_of, layer

@@ -16,8 +16,8 @@ from onlap.cli.parser import Parser, UsageError, check_text
 from onlap.errors import shown
 
 if TYPE_CHECKING:
+    from onlap.containers.options import Options
     from onlap.images import Image
-    from onlap.images.options import Options
 
 
 def arguments(parser: Parser) -> None:
@@ -76,7 +76,7 @@ def _what_it_may(parser: Parser) -> None:
 
 
 def run(call: Call) -> int:
-    from onlap.images import run as containers
+    from onlap.containers import run as containers
 
     args, out = call.args, call.out
     if args.rm and args.keep is not None:
@@ -108,7 +108,7 @@ def run(call: Call) -> int:
 
 
 def _options(call: Call) -> Options:
-    from onlap.images import options
+    from onlap.containers import options
 
     args = call.args
     return options.Options(
@@ -135,7 +135,7 @@ def _options(call: Call) -> Options:
 
 def _environment(files: Sequence[str], pairs: Sequence[str]) -> dict[str, str]:
     """Variables; those of the command line win, whatever the order, as Docker has it."""
-    from onlap.images.options import parse_variable, read_variables
+    from onlap.containers.options import parse_variable, read_variables
 
     found: dict[str, str] = {}
     for path in files:
@@ -147,7 +147,7 @@ def _environment(files: Sequence[str], pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _seccomp(call: Call) -> str | None:
-    from onlap.images.seccomp import default_profile
+    from onlap.containers.seccomp import default_profile
 
     for option in call.args.security_opt:
         if not option.startswith("seccomp=") or option == "seccomp=":

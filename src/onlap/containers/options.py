@@ -78,7 +78,7 @@ class Options(NamedTuple):
         network: ``"none"``: nothing but a loopback of its own; ``"host"``: the host's.
         terminal: give it a terminal of its own.
         limits: what it may use.
-        cap_add: more capabilities; see :func:`onlap.images.capabilities.chosen`.
+        cap_add: more capabilities; see :func:`onlap.containers.capabilities.chosen`.
         cap_drop: fewer of them.
         seccomp: the path of a profile, or ``"unconfined"``; None: this machine's, where it has one.
     """

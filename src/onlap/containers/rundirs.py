@@ -4,7 +4,7 @@
 
     ROOT/runs/<id>/        see onlap.catalog.runs
       runtime              the path of the runtime's program
-      mount-points         see onlap.images.mount_points
+      mount-points         see onlap.containers.mount_points
       config.json          the container, as the runtime takes it
       rootfs/              where the snapshot is mounted
       state/, log, pid     the runtime's
@@ -24,8 +24,8 @@ from onlap import errors
 from onlap.catalog import runs
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.runs import Run
+from onlap.containers import mount_points, runtime
 from onlap.forks import only_here
-from onlap.images import mount_points, runtime
 from onlap.mounts import mountinfo
 from onlap.snapshots.recorded import RecordedSnapshotter
 

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.containers import capabilities
+from onlap.containers.options import Limits, Options, Tmpfs, Volume
+from onlap.containers.users import User
 from onlap.errors import shown
-from onlap.images import capabilities
-from onlap.images.options import Limits, Options, Tmpfs, Volume
-from onlap.images.users import User
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -55,7 +55,7 @@ class Defaults(NamedTuple):
         entrypoint: the words before the command.
         command: the command, where the caller gives none.
         env: ``NAME=value``.
-        user: see :func:`onlap.images.users.find_user`.
+        user: see :func:`onlap.containers.users.find_user`.
         workdir: the working directory.
     """
 

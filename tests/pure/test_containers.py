@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from onlap import errors
-from onlap.images import bundle, capabilities, mount_points, options, rooted, runtime, seccomp
-from onlap.images.bundle import Defaults
-from onlap.images.mount_points import MountPoint
-from onlap.images.options import Limits, Options, Tmpfs, Volume
-from onlap.images.run import find_problem
-from onlap.images.runtime import Failure
-from onlap.images.users import User, find_user
+from onlap.containers import bundle, capabilities, mount_points, options, runtime, seccomp, tree_files
+from onlap.containers.bundle import Defaults
+from onlap.containers.mount_points import MountPoint
+from onlap.containers.options import Limits, Options, Tmpfs, Volume
+from onlap.containers.run import find_problem
+from onlap.containers.runtime import Failure
+from onlap.containers.users import User, find_user
 
 PASSWD = """\
 root:x:0:0:root:/root:/bin/sh
@@ -527,15 +527,15 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_mount_points_and_their_removal(tree: Path, root: int) -> None:
     (tree / "link").symlink_to("/etc")
-    assert rooted.missing_parts(root, "/etc") == []
-    assert rooted.missing_parts(root, "/a/b") == ["/a", "/a/b"]
-    assert rooted.missing_parts(root, "/link/passwd") == []
-    assert rooted.missing_parts(root, "/link/hosts") == ["/link/hosts"]
+    assert tree_files.missing_parts(root, "/etc") == []
+    assert tree_files.missing_parts(root, "/a/b") == ["/a", "/a/b"]
+    assert tree_files.missing_parts(root, "/link/passwd") == []
+    assert tree_files.missing_parts(root, "/link/hosts") == ["/link/hosts"]
     (tree / "a" / "b").mkdir(parents=True)
     (tree / "a" / "mine").write_text("content")
     (tree / "etc" / "hosts").write_text("")
     for path in ("/a/b", "/a", "/link/hosts", "/etc/passwd", "/link", "/not/there"):
-        rooted.remove_if_empty(root, path)
+        tree_files.remove_if_empty(root, path)
     assert sorted(os.listdir(tree / "a")) == ["mine"]
     assert sorted(os.listdir(tree / "etc")) == ["group", "passwd"]
     assert (tree / "link").is_symlink()
@@ -546,12 +546,12 @@ def test_symlinks_end_inside_the_tree(tree: Path, root: int) -> None:
     (tree / "out").symlink_to("/../../etc/../out2")
     (tree / "out2").symlink_to("etc")
     (tree / "loop").symlink_to("loop")
-    assert rooted.real_path(root, "/etc/resolv.conf") == "/run/systemd/stub.conf"
-    assert rooted.real_path(root, "/out/./passwd") == "/etc/passwd"
-    assert rooted.real_path(root, "/a/../../b") == "/b"
-    assert rooted.real_path(root, "/") == "/"
+    assert tree_files.real_path(root, "/etc/resolv.conf") == "/run/systemd/stub.conf"
+    assert tree_files.real_path(root, "/out/./passwd") == "/etc/passwd"
+    assert tree_files.real_path(root, "/a/../../b") == "/b"
+    assert tree_files.real_path(root, "/") == "/"
     with pytest.raises(OSError, match="symbolic links"):
-        rooted.real_path(root, "/loop/x")
+        tree_files.real_path(root, "/loop/x")
 
 
 WANTED = [MountPoint("/etc/hosts", False), MountPoint("/etc/resolv.conf", False), MountPoint("/a/b", True)]

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from onlap.images import rooted
+from onlap.containers import tree_files
 
 _RECORD = "mount-points"
 
@@ -61,7 +61,7 @@ def made(directory: str, top: str, wanted: Sequence[MountPoint]) -> Iterator[Non
     with _opened(top) as root:
         missing: dict[str, bool] = {}
         for point in wanted:
-            parts = rooted.missing_parts(root, rooted.real_path(root, point.path))
+            parts = tree_files.missing_parts(root, tree_files.real_path(root, point.path))
             for part in parts:
                 missing[part] = missing.get(part, False) or part != parts[-1] or point.is_directory
         outside = {os.path.dirname(part) for part in missing} - set(missing)
@@ -69,7 +69,7 @@ def made(directory: str, top: str, wanted: Sequence[MountPoint]) -> Iterator[Non
         deepest_first = sorted(missing, key=lambda path: path.count("/"), reverse=True)
         _write(directory, _Made(deepest_first, before, {}))
         for part in reversed(deepest_first):
-            rooted.make(root, part, is_directory=missing[part])
+            tree_files.make(root, part, is_directory=missing[part])
         _write(directory, _Made(deepest_first, before, {parent: _changed_ns(root, parent) for parent in before}))
     try:
         yield
@@ -89,12 +89,14 @@ def remove(directory: str, top: str) -> None:
     except (FileNotFoundError, ValueError):  # ValueError: a crash while it was written, before anything was made
         return
     with _opened(top) as root:
-        now = {parent: _changed_ns(root, parent) for parent in found.before if rooted.status(root, parent) is not None}
+        now = {
+            parent: _changed_ns(root, parent) for parent in found.before if tree_files.status(root, parent) is not None
+        }
         for path in found.paths:
-            rooted.remove_if_empty(root, path)
+            tree_files.remove_if_empty(root, path)
         for parent, changed in now.items():
             untouched = changed == found.after.get(parent, changed)
-            rooted.set_changed(root, parent, found.before[parent] if untouched else changed)
+            tree_files.set_changed(root, parent, found.before[parent] if untouched else changed)
 
 
 @contextlib.contextmanager
@@ -107,7 +109,7 @@ def _opened(top: str) -> Iterator[int]:
 
 
 def _changed_ns(root: int, path: str) -> int:
-    found = rooted.status(root, path)
+    found = tree_files.status(root, path)
     return found.st_mtime_ns if found is not None else 0
 
 

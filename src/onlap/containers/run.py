@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
 from onlap.catalog.runs import LABEL, Run
+from onlap.containers import bundle, capabilities, mount_points, rundirs, runtime, seccomp, tree_files
+from onlap.containers.bundle import Defaults
+from onlap.containers.mount_points import MountPoint
+from onlap.containers.options import NETWORKS, Options, Volume
+from onlap.containers.runtime import Failure, Runtime
+from onlap.containers.signals import Forwarder
+from onlap.containers.users import find_user
 from onlap.errors import shown
-from onlap.images import bundle, capabilities, mount_points, rooted, rundirs, runtime, seccomp
-from onlap.images.bundle import Defaults
-from onlap.images.forward import Forwarder
 from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST
-from onlap.images.mount_points import MountPoint
-from onlap.images.options import NETWORKS, Options, Volume
-from onlap.images.runtime import Failure, Runtime
-from onlap.images.users import find_user
 from onlap.mounts.temporary import may_mount, mounted
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
@@ -321,7 +321,7 @@ def find_problem(
         places = [posixpath.join(cwd, place, command) for place in env.get("PATH", "").split(":")]
     denied = False
     for place in places:
-        there = rooted.status(root, place)
+        there = tree_files.status(root, place)
         if there is not None and stat.S_ISREG(there.st_mode):
             if there.st_mode & 0o111:
                 return None

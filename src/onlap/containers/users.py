@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.containers import tree_files
 from onlap.errors import shown
-from onlap.images import rooted
 
 # uid_t and gid_t have 32 bits, and all ones mean "none".
 _LAST_ID = 2**32 - 2
@@ -121,7 +121,7 @@ def _groups(root: int) -> Iterator[_Group]:
 
 
 def _lines(root: int, path: str, least: int) -> Iterator[list[str]]:
-    for line in rooted.read_text(root, path).split("\n"):
+    for line in tree_files.read_text(root, path).split("\n"):
         fields = line.strip().split(":")
         if len(fields) >= least and fields[0]:
             yield fields
