@@ -383,16 +383,6 @@ def test_completion_for_bash(base: Command) -> None:
     assert complete("onlap", "cleanup", "") == []
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_completion_names_every_verb(shell: str, onlap: Command) -> None:
-    from onlap.cli.registry import VERBS
-
-    script = onlap("completion", shell)
-    assert [verb for verb in VERBS if verb not in script] == []
-    assert "--exit-code" in script or "-l exit-code" in script
-    assert "onlap -q ls" in script
-
-
 def test_probe(onlap: Command, tmp_path: Path) -> None:
     from onlap.overlayfs.probe import FEATURES
 

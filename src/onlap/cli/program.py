@@ -17,6 +17,8 @@ from onlap.cli.text import safe
 
 # Options that stand before the verb and take a value.
 _WITH_VALUE = frozenset({"--root"})
+# Asked for by the scripts of "onlap completion".
+_COMPLETE = "__complete"
 # Verbs that run a command of the user's, whose statuses are theirs.
 _RUNNERS = frozenset({"enter", "run"})
 
@@ -138,6 +140,11 @@ def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
         return _without_verb(arguments, out)
     if verb in GROUPS:
         return _without_second_word(verb, arguments, out)
+    if verb == _COMPLETE:
+        from onlap.cli.complete import complete
+
+        complete(arguments, out)
+        return exits.DONE
     if verb not in VERBS:
         raise UsageError(f"there is no verb {errors.shown(verb)}{_similar(verb)}")
     module = VERBS[verb].load()
