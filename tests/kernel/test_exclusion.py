@@ -17,6 +17,7 @@ import pytest
 
 import onlap
 from onlap import errors
+from onlap.mounts import temporary
 from onlap.store import Store
 
 pytestmark = pytest.mark.needs("overlay")
@@ -179,18 +180,18 @@ def test_a_commit_beside_an_apply_that_does_not_end_is_busy(root: Path, store: S
 def test_of_two_who_mount_at_once_one_does(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither sees the other's mount when it looks."""
     store.prepare("key", "base")
-    mounted = onlap.mounted
+    mounted = temporary.mounted
     errors_seen: list[BaseException] = []
 
     def meanwhile(*args: object, **options: object) -> object:
-        monkeypatch.setattr("onlap.snapshots.working.mounted", mounted)
+        monkeypatch.setattr(temporary, "mounted", mounted)
         try:
             mount_and_write(store)
         except errors.OnlapError as error:
             errors_seen.append(error)
         return mounted(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("onlap.snapshots.working.mounted", meanwhile)
+    monkeypatch.setattr(temporary, "mounted", meanwhile)
     mount_and_write(store)
     assert [type(error) for error in errors_seen] == [errors.Busy]
 

@@ -223,10 +223,12 @@ def _claim(place: str) -> tuple[str, str, Held]:
 
 def _remove(path: str) -> None:
     """Remove the directory of a run, and nothing that is mounted in it; raises OSError."""
-    with contextlib.suppress(OSError):  # what is more than that, and why it stays, the walk below finds
-        os.rmdir(f"{path}/tree")
-        os.rmdir(path)
-        return
+    for inside in ("", "tree"):  # what it mostly has; what there is more, and why it stays, the walk below finds
+        with contextlib.suppress(OSError):
+            if inside:
+                os.rmdir(f"{path}/{inside}")
+            os.rmdir(path)
+            return
     above, name = os.path.split(path)
     fd = open_directory(above)
     try:
