@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from onlap import errors
 
@@ -31,6 +31,28 @@ def check_mapping(value: object, what: str) -> None:
     """Raise InvalidArgument for what is no mapping."""
     if not isinstance(value, Mapping):
         raise _wrong(value, what, "a mapping")
+
+
+def check_texts(value: object, what: str) -> None:
+    """Raise InvalidArgument for what is no collection of ``str``; one ``str`` alone is none."""
+    if (
+        not isinstance(value, Collection)
+        or isinstance(value, (str, bytes))
+        or not all(isinstance(v, str) for v in value)
+    ):
+        raise _wrong(value, what, "a list of str")
+
+
+def check_number(value: object, what: str, *, whole: bool = False) -> None:
+    """Raise InvalidArgument for what is no number, or no whole one."""
+    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+        raise _wrong(value, what, "an int" if whole else "a number")
+
+
+def check_file(value: object, what: str, method: str) -> None:
+    """Raise InvalidArgument for what has no such method as a binary file has."""
+    if not callable(getattr(value, method, None)):
+        raise _wrong(value, what, f"a path, or a binary file to {method}")
 
 
 def _wrong(value: object, what: str, wanted: str) -> errors.InvalidArgument:

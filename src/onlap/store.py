@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_path
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
 from onlap.progress import Callback, Progress, Reporter
@@ -99,6 +100,7 @@ def open_snapshotter(
     Raises:
         OnlapError: see :func:`open`.
     """
+    root = check_path(root, "path of the root")
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
 
@@ -373,13 +375,15 @@ class Store:
             raise errors.AlreadyExists(
                 f"there already is a snapshot {shown(name)}", key=name, hint="take another name, or remove it first"
             )
+        if isinstance(source, (str, os.PathLike)):
+            source = check_path(source, "path to import")
         done: tuple[int, int, Mapping[str, int]]
         with working.prepared(self.snapshotter, parent, "import") as key:
-            if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
+            if isinstance(source, str) and not os.path.isfile(source):
                 from onlap.snapshots import archives
 
                 done = archives.copy_in(
-                    self.snapshotter, key, os.fspath(source), exclude, allow_changes=allow_changes, progress=progress
+                    self.snapshotter, key, source, exclude, allow_changes=allow_changes, progress=progress
                 )
             elif exclude:
                 raise errors.InvalidArgument("nothing can be excluded from an archive", hint="unpack it first")
@@ -420,7 +424,7 @@ class Store:
             OnlapError: of another kind, for what the filesystem or the mount says.
         """
         if isinstance(out, (str, os.PathLike)):
-            return self._export_directory(key, os.fspath(out), progress)
+            return self._export_directory(key, check_path(out, "path to export to"), progress)
         from onlap.snapshots import archives
 
         if layer:

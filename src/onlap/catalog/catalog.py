@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from onlap import errors
+from onlap.arguments import check_number
 from onlap.catalog import pins, records
 from onlap.catalog.database import Connection, Database
 from onlap.catalog.epoch import epoch
@@ -55,6 +56,7 @@ class Catalog:
     """
 
     def __init__(self, root: str | os.PathLike[str], *, create: bool, timeout: float) -> None:
+        check_number(timeout, "timeout")
         self.layout = Layout(root)
         self.timeout = timeout
         self.layout.prepare(create=create)

@@ -23,6 +23,7 @@ import os
 import stat
 
 from onlap import errors
+from onlap.arguments import check_path
 from onlap.errors import shown
 from onlap.trees.meta import drop_acls
 
@@ -42,7 +43,7 @@ class Layout:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         # The directories above may be reached through symlinks; what mountinfo shows of our trees is the real path.
-        above, name = os.path.split(os.path.abspath(os.fspath(root)))
+        above, name = os.path.split(os.path.abspath(check_path(root, "path of the root")))
         self.root = os.path.join(os.path.realpath(above), name)
         self.database = self._place("catalog.db")
         self.lock = self._place("catalog.lock")

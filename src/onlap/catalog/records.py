@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_text
 from onlap.errors import shown
 
 VIEW = "view"
@@ -95,7 +96,8 @@ def get(connection: sqlite3.Connection, owner: str, name: str) -> Record:
 
 
 def is_text(name: str) -> bool:
-    """Whether SQLite can store it, whose text is UTF-8."""
+    """Whether SQLite can store it, whose text is UTF-8; InvalidArgument for what is no text at all."""
+    check_text(name, "key or name of a snapshot")
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from onlap import errors
+from onlap.arguments import check_file, check_path
 from onlap.content.store import ContentStore
 from onlap.errors import shown
 from onlap.images import archive, layout, model
@@ -47,13 +48,14 @@ def _export(
     total = sum(images.content.size(blob) for blob in blobs)
     report = Reporter(progress, "export", "bytes", total)
     if not isinstance(out, (str, os.PathLike)):
+        check_file(out, "place to export to", "write")
         _write_tar(images.content, out, small, blobs, report)
-    elif os.path.isdir(out) or os.fspath(out).endswith("/"):
+    elif os.path.isdir(out := check_path(out, "path to export to")) or out.endswith("/"):
         if form == DOCKER:
             raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
-        _write_directory(images.content, os.fspath(out), small, blobs, report)
+        _write_directory(images.content, out, small, blobs, report)
     else:
-        _write_file(images.content, os.fspath(out), small, blobs, report)
+        _write_file(images.content, out, small, blobs, report)
     report.finish(total)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_path, check_texts
 from onlap.catalog import records as snapshots
 from onlap.catalog.database import Connection
 from onlap.content.lease import Lease
@@ -158,7 +159,7 @@ class Images:
         return self._document(self._given(image).config_digest, model.MAX_CONFIG)
 
     def _given(self, image: Image | str) -> Image:
-        return self.get(image) if isinstance(image, str) else image
+        return image if isinstance(image, Image) else self.get(image)
 
     def _document(self, digest: str, limit: int) -> bytes:
         try:
@@ -267,7 +268,13 @@ class Images:
         from onlap.images import importing
 
         return importing.import_(
-            self, os.fspath(source), name=name, platform=platform, unpack=unpack, epoch=epoch, progress=progress
+            self,
+            check_path(source, "path to import"),
+            name=name,
+            platform=platform,
+            unpack=unpack,
+            epoch=epoch,
+            progress=progress,
         )
 
     def export(
@@ -296,6 +303,7 @@ class Images:
         from onlap.images import exporting
 
         chosen = [image_names] if isinstance(image_names, str) else image_names
+        check_texts(chosen, "list of images")
         exporting.export(self, [self.get(each) for each in chosen], out, form=format, progress=progress)
 
     # Changing

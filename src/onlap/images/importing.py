@@ -158,7 +158,7 @@ def _import_tar(
     reporter.finish(done)
     diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
     descriptor = model.Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
-    resolved = made(wanted, [descriptor], [diff_id], created, f"imported from {os.path.basename(source)}")
+    resolved = made(wanted, [descriptor], [diff_id], created, f"imported from {shown(os.path.basename(source))}")
     image = images.keep(lease, full, resolved)
     images.bring(lease, image, None, unpack=unpack, progress=progress)
     images.record(image)
@@ -189,7 +189,7 @@ def _import_tree(
             images,
             key,
             full,
-            message=f"imported from {os.path.basename(os.path.abspath(source))}",
+            message=f"imported from {shown(os.path.basename(os.path.abspath(source)))}",
             platform=wanted,
             epoch=epoch,
             progress=progress,

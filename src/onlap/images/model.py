@@ -216,8 +216,11 @@ def check_descriptor(descriptor: Descriptor) -> None:
 
 
 def encode(value: Struct | Mapping[str, Any]) -> bytes:
-    """JSON, always the same for the same value."""
-    return msgspec.json.encode(value)
+    """JSON, always the same for the same value; InvalidArgument where a text in it is not valid as UTF-8."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError as error:
+        raise errors.InvalidArgument(f"{shown(error.object)} is not valid UTF-8, as JSON has to be") from error
 
 
 def describe(data: bytes, media_type: str) -> Descriptor:

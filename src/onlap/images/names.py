@@ -11,6 +11,7 @@ import socket
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_text
 from onlap.content.digests import check_digest
 from onlap.errors import shown
 
@@ -60,6 +61,7 @@ def parse(name: str) -> Reference:
         InvalidArgument: it is none; the message says why.
         Unimplemented: its digest is of another algorithm than SHA-256.
     """
+    check_text(name, "name of an image")
     rest, at, digest = name.partition("@")
     if at:
         check_digest(digest)

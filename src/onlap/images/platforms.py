@@ -9,6 +9,7 @@ import os
 import re
 
 from onlap import errors
+from onlap.arguments import check_text
 from onlap.errors import shown
 from onlap.images.model import Descriptor, Platform
 
@@ -47,12 +48,15 @@ def parse(text: str | None) -> Platform:
     Raises:
         InvalidArgument: it is of another form.
     """
+    if text is None:
+        return host()
+    check_text(text, "platform")
     if not text:
         return host()
     parts = text.lower().split("/")
     if len(parts) == 1:
         parts = ["linux", *parts]
-    if len(parts) > 3 or not all(parts):
+    if len(parts) > 3 or not all(parts) or not text.isascii():
         raise errors.InvalidArgument(
             f"not a platform: {shown(text)}", key=text, hint="give it as linux/arm64 or linux/arm/v7"
         )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_text
 from onlap.errors import shown
 from onlap.layers.applier import Applier
 from onlap.layers.pipeline import Digests, Pipeline
@@ -213,6 +214,7 @@ def _exceeded(what: str, item: str | None) -> errors.ResourceExhausted:
 def _check_form(digest: str | None) -> None:
     if digest is None:
         return
+    check_text(digest, "digest")
     algorithm, _, value = digest.partition(":")
     if algorithm != "sha256" or len(value) != 64 or not _HEX.issuperset(value):
         raise errors.InvalidArgument(f"not a sha256 digest: {shown(digest)}", key=digest)

@@ -7,6 +7,7 @@ import queue
 import threading
 from typing import BinaryIO
 
+from onlap.arguments import check_file
 from onlap.layers.compression import Compressor, compressor
 from onlap.layers.pipeline import Digests
 
@@ -30,6 +31,7 @@ class Outlet:
     """
 
     def __init__(self, out: BinaryIO, compression: str, level: int | None = None) -> None:
+        check_file(out, "place to write an archive", "write")
         self._out = out
         self._compressor: Compressor | None = None if compression == "none" else compressor(compression, level)
         self._plain = hashlib.sha256()

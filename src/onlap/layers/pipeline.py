@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_file, check_path
 from onlap.layers import compression
 
 _CHUNK = compression.CHUNK
@@ -92,9 +93,12 @@ class Input:
     def __init__(self, source: BinaryIO | str | bytes | os.PathLike[str]) -> None:
         self._fd = -1
         self._file: BinaryIO | None = None
-        if isinstance(source, (str, bytes, os.PathLike)):
+        if isinstance(source, (str, os.PathLike)):
+            source = check_path(source, "path of the archive")
+        if isinstance(source, (str, bytes)):
             self._fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         else:
+            check_file(source, "archive", "read")
             self._file = source
         self._start = b""
         self.hash = hashlib.sha256()

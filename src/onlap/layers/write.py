@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_number
 from onlap.errors import shown
 from onlap.layers import tarformat as tar
 from onlap.layers.changes import Item, stack_items
@@ -97,6 +98,8 @@ def write_layer(
         Unimplemented: the library for the compression is not installed.
         OSError: something cannot be read or written.
     """
+    if epoch is not None:
+        check_number(epoch, "epoch", whole=True)
     report = Reporter(progress, "diff", "bytes")
     with Outlet(out, compression, level) as outlet:
         layer = _Layer(outlet.write, None if epoch is None else epoch * 1_000_000_000, report)

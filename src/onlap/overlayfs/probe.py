@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from onlap import errors
+from onlap.arguments import check_path
 from onlap.overlayfs.trials import bench as how
 from onlap.overlayfs.trials import files as plain
 from onlap.overlayfs.trials import mounts
@@ -229,7 +230,7 @@ def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature
 @contextlib.contextmanager
 def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
     """A new directory inside ``directory`` for the time of a block; yields both, absolute."""
-    where = os.path.abspath(os.fspath(directory))
+    where = os.path.abspath(check_path(directory, "directory to try out"))
     base = os.path.join(where, f".onlap-probe-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         os.mkdir(base, 0o700)

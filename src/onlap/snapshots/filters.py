@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, NoReturn, Protocol
 
+from onlap.arguments import check_text
 from onlap.errors import InvalidArgument
 from onlap.snapshots.goregexp import CONTROLS, HEX, SURROGATES, translate
 
@@ -132,6 +133,8 @@ class Filter:
 
 def parse(*filters: str) -> Filter:
     """The filter that holds where any of `filters` does. Raises InvalidArgument, saying where and why."""
+    for text in filters:
+        check_text(text, "filter")
     return Filter(tuple(tuple(_Parser(text).selectors()) for text in filters) or ((),))
 
 

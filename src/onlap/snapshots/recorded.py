@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from onlap import errors
+from onlap.arguments import check_text
 from onlap.catalog import records
 from onlap.catalog.catalog import Catalog, check_commit, check_parent, check_rebase, lost
 from onlap.catalog.database import Connection
@@ -71,6 +72,7 @@ class RecordedSnapshotter(ABC):
     ) -> None:
         if sync not in (None, SYNC_LAYER, SYNC_NONE):
             raise errors.InvalidArgument(f"sync is {sync!r}", hint='it can be "layer" or "none"')
+        check_text(owner, "owner")
         self._sync = sync or SYNC_LAYER
         self._owner = owner
         self._asynchronous_remove = asynchronous_remove
@@ -279,9 +281,12 @@ class RecordedSnapshotter(ABC):
 
     def update(self, info: Info, *fieldpaths: str) -> Info:
         """See :meth:`Snapshotter.update`."""
+        if not isinstance(info, Info):
+            raise errors.InvalidArgument(f"{shown(repr(info))} is no onlap.Info", hint="give what stat(key) answers")
         changes: dict[str, str | None] = {}
         whole = not fieldpaths
         for path in fieldpaths:
+            check_text(path, "field to update")
             field, dot, key = path.partition(".")
             if field != "labels" or (dot and not key):
                 self.record(info.name)  # NotFound comes first

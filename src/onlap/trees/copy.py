@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.arguments import check_texts
 from onlap.errors import shown
 from onlap.overlayfs.markers import is_marker
 from onlap.syscalls import files
@@ -70,6 +71,7 @@ class Copier:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._allow_changes = allow_changes
+        check_texts(exclude, "list of what to exclude")
         self._exclude = tuple(exclude)
         self._avoid = frozenset(avoid)
         self._keep_markers = keep_markers
