@@ -62,7 +62,7 @@ class Metrics:
             Unavailable: it cannot be listened on, as one that is taken.
         """
         host, colon, port = address.rpartition(":")
-        if not colon or not port.isdigit():
+        if not colon or not port.isdecimal() or int(port) > 65535:
             raise errors.InvalidArgument(f"the address {address!r} is not HOST:PORT", hint="as 127.0.0.1:9100")
         try:
             self._server, self._thread = start_http_server(int(port), host.strip("[]") or "0.0.0.0", self.registry)

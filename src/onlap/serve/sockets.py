@@ -95,6 +95,16 @@ def claim(path: str) -> None:
 
 
 @contextmanager
+def private() -> Iterator[None]:
+    """While a socket is made: only this process's user may connect."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
 def made(path: str, mode: int, group: str | None) -> Iterator[str]:
     """Put a socket at ``path`` once it is listened on: who connects finds the stale one, or one that answers.
 
@@ -104,18 +114,15 @@ def made(path: str, mode: int, group: str | None) -> Iterator[str]:
         group: a group's name or number that gets the group's permissions.
 
     Yields:
-        The name to listen at; until the end of the block only this process's user may connect.
+        The name to listen at until the end of the block; it is :func:`private` meanwhile.
 
     Raises:
         NotFound: there is no such group.
         OnlapError: of another kind, for what the kernel says.
     """
     new = f"{path}.{os.getpid()}"
-    before = os.umask(0o177)
-    try:
+    with private():
         yield new
-    finally:
-        os.umask(before)
     try:
         if group is not None:
             os.chown(new, -1, _group_id(group))

@@ -2,8 +2,8 @@
 
 grpcio makes its listening sockets itself and takes none over (grpc/grpc#19133: only where the C core was built with
 libsystemd, as no wheel is). So the connections of a socket that was handed over are accepted here, and their bytes
-passed on, both ways, to gRPC's own socket in a private directory. Where nothing was handed over, clients talk to gRPC's
-socket itself.
+passed on, both ways, to gRPC's own socket, which only its owner can reach. Where nothing was handed over, clients talk
+to gRPC's socket itself (docs/adr/0007-sockets.md).
 """
 
 from __future__ import annotations

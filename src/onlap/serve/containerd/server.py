@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from contextlib import ExitStack
 from socket import socket as Socket
 
@@ -85,8 +84,11 @@ class Server:
             OnlapError: of another kind, when the socket cannot be made.
         """
         if self._listener is not None:
-            inner = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="onlap-serve-")) + "/s"
-            self._transport.start(inner)
+            # Always the same name, so that what a killed server leaves is replaced.
+            inner = f"{self._socket}.inner"
+            with sockets.private():
+                self._transport.start(inner)
+            self._cleanup.callback(sockets.remove, inner)
             self._cleanup.callback(Relay(self._listener, inner).stop)
             return
         sockets.claim(self._socket)
