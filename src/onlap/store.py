@@ -402,6 +402,7 @@ class Store:
         compression: str = "none",
         level: int | None = None,
         epoch: int | None = None,
+        sparse: bool = False,
         progress: Callback | None = None,
     ) -> Imported | Written:
         """Write a snapshot's tree into a directory, or as an archive into a binary file.
@@ -413,6 +414,7 @@ class Store:
             compression: to a file: ``"none"``, ``"gzip"`` or ``"zstd"``.
             level: of the compression, its own default when None.
             epoch: to a file: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
+            sparse: to a file: leave holes out; see :meth:`write_diff`.
             progress: called with what is done, at most ten times a second.
 
         Returns:
@@ -428,11 +430,25 @@ class Store:
         from onlap.snapshots import archives
 
         if layer:
-            return archives.write_diff(
-                self.snapshotter, key, None, out, compression=compression, level=level, epoch=epoch, progress=progress
+            return self.write_diff(
+                key,
+                None,
+                out,
+                compression=compression,
+                level=level,
+                epoch=epoch,
+                sparse=sparse,
+                progress=progress,
             )
         return archives.write_tree(
-            self.snapshotter, key, out, compression=compression, level=level, epoch=epoch, progress=progress
+            self.snapshotter,
+            key,
+            out,
+            compression=compression,
+            level=level,
+            epoch=epoch,
+            sparse=sparse,
+            progress=progress,
         )
 
     def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Imported:
@@ -487,6 +503,7 @@ class Store:
         level: int | None = None,
         epoch: int | None = None,
         content: bool = False,
+        sparse: bool = False,
         progress: Callback | None = None,
     ) -> Written:
         """Write :meth:`diff` as a layer: applied to the one, it makes the other of it.
@@ -499,6 +516,9 @@ class Store:
             level: of the compression, its own default when None.
             epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
             content: read files whose attributes are the same on both sides.
+            sparse: leave holes out: a file of 2 GiB with 4 KiB of data takes about as much. The archive then depends on
+                where the filesystem has holes, and not every reader of layers knows such entries: it is for
+                :meth:`apply`, GNU tar and the like, not for images.
             progress: called with the bytes of the uncompressed archive, at most ten times a second.
 
         Raises:
@@ -516,6 +536,7 @@ class Store:
             level=level,
             epoch=epoch,
             content=content,
+            sparse=sparse,
             progress=progress,
         )
 

@@ -338,6 +338,52 @@ def test_a_link_out_of_the_tree_is_refused_by_both(here: Place, peer: Path) -> N
     assert done.returncode == 1
 
 
+# Holes
+
+
+def _with_holes(here: Place) -> tuple[Path, Path]:
+    """A tree with a file of 16 MiB that has data at both ends, and its archive without the hole."""
+    tree = here.empty("with-holes")
+    (tree / "d").mkdir()
+    with (tree / "d" / "fïle").open("wb") as file:
+        file.write(b"begin")
+        file.seek((16 << 20) - 3)
+        file.write(b"end")
+    archive = here.directory / "sparse.tar"
+    with archive.open("wb", buffering=0) as out:
+        write_layer([], [str(tree)], TRUSTED, out, sparse=True)
+    assert archive.stat().st_size < 1 << 20
+    return tree, archive
+
+
+@containerd
+def test_containerd_reads_what_has_no_holes(here: Place, peer: Path) -> None:
+    tree, archive = _with_holes(here)
+    _run(peer, "apply", here.empty("theirs"), archive)
+    _same_below(tree, here.directory / "theirs")
+
+
+@umoci
+def test_umoci_reads_what_has_no_holes(here: Place) -> None:
+    tree, archive = _with_holes(here)
+    image = _umoci_image(here)
+    _run("umoci", "raw", "add-layer", "--image", f"{image}:base", archive)
+    _run("umoci", "raw", "unpack", "--image", f"{image}:base", here.directory / "rootfs")
+    assert_same_tree(tree, here.directory / "rootfs")
+
+
+@pytest.mark.needs("mount")
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=pytest.mark.needs(f"peer:{name}")) for name in ("tar", "bsdtar")]
+)
+def test_programs_make_holes_again(here: Place, program: str) -> None:
+    tree, archive = _with_holes(here)
+    theirs = here.empty("theirs")
+    _run(program, "-xpf", archive, "-C", theirs)
+    _same_below(tree, theirs)  # bsdtar gives the top another time
+    assert (theirs / "d" / "fïle").stat().st_blocks * 512 < 1 << 20
+
+
 # umoci
 
 

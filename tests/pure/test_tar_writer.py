@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from onlap import errors
 from onlap.layers import tarformat as tar
+from onlap.layers import tarsparse
 from onlap.layers.tarformat import Entry
 from onlap.layers.tarwriter import TarWriter
 from pure.tar_makers import facts, read, record, write
@@ -173,3 +174,69 @@ def test_programs_extract_it(tmp_path: Path, program: str, request: pytest.Fixtu
     assert long.stat().st_mtime_ns == 1_600_000_000_123_456_789
     assert os.readlink(tmp_path / "link") == "t" * 150
     assert os.path.samefile(tmp_path / "hard", tmp_path / "dir" / "é")
+
+
+# Sparse files
+
+
+def test_pieces_are_of_whole_blocks() -> None:
+    assert tarsparse.pieces_of([], 10) == []
+    assert tarsparse.pieces_of([(0, 10)], 10) == [(0, 10)]
+    assert tarsparse.pieces_of([(700, 800), (1000, 1100), (5000, 5001)], 5001) == [(512, 1024), (4608, 393)]
+
+
+def _sparse(name: str, pieces: list[tuple[int, int]], size: int) -> tuple[Entry, bytes, bytes]:
+    """An entry, what is stored of it, and the whole content."""
+    entry = Entry(name, size=size, mtime_ns=10**18)
+    entry.sparse = pieces
+    entry.stored = sum(length for _, length in pieces)
+    stored = os.urandom(entry.stored)
+    content = bytearray(size)
+    at = 0
+    for offset, length in pieces:
+        content[offset : offset + length] = stored[at : at + length]
+        at += length
+    return entry, stored, bytes(content)
+
+
+_SPARSE = {
+    "all hole": ([], 1 << 20),
+    "hole at the end": ([(0, 5)], 1 << 20),
+    "hole at the beginning": ([((1 << 20) - 5, 5)], 1 << 20),
+    "many": ([(number * 8192, 1024) for number in range(128)], 1 << 20),
+}
+_SPARSE_NAMES = ("d/file", "d/" * 60 + "n" * 120, "é\udcff/ü")
+
+
+@pytest.mark.parametrize("name", _SPARSE_NAMES, ids=["short", "long", "not utf-8"])
+@pytest.mark.parametrize("case", _SPARSE)
+def test_sparse_files_are_read_here_and_by_tarfile(case: str, name: str) -> None:
+    pieces, size = _SPARSE[case]
+    entry, stored, content = _sparse(name, pieces, size)
+    data = write([(entry, stored), (Entry("behind", size=3), b"abc")])
+    assert len(data) < 200_000
+    [(found, found_data), (behind, _)] = read(data, 700)
+    assert (found.name, found.size, found.sparse, found_data) == (name, size, pieces, stored)
+    assert behind.name == "behind"
+    with tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8", errors="surrogateescape") as archive:
+        first, second = archive.getmembers()
+        assert (_bytes(first.name), first.size, second.name) == (os.fsencode(name), size, "behind")
+        file = archive.extractfile(first)
+        assert file is not None
+        assert file.read() == content
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=pytest.mark.needs(f"peer:{name}")) for name in ("tar", "bsdtar")]
+)
+def test_sparse_files_are_made_by_programs(tmp_path: Path, program: str) -> None:
+    items = [_sparse(f"{case}/{name}", *_SPARSE[case]) for case in _SPARSE for name in _SPARSE_NAMES[:2]]
+    archive = tmp_path / "archive.tar"
+    archive.write_bytes(write([(entry, stored) for entry, stored, _ in items]))
+    subprocess.run([program, "-xf", archive, "-C", tmp_path], check=True, capture_output=True)
+    for entry, _, content in items:
+        assert (tmp_path / entry.name).read_bytes() == content

@@ -32,6 +32,7 @@ class Options(TypedDict):
     compression: str
     level: int | None
     epoch: int | None
+    sparse: bool
     progress: Callback | None
 
 
@@ -41,6 +42,7 @@ def archive_arguments(parser: Parser, option: str | None, help: str = "") -> Non
         parser.add_argument(option, metavar="FILE", help=help)
     parser.add_argument("--compress", choices=("none", "gzip", "zstd"), default="none", help="of the archive (none)")
     parser.add_argument("--level", metavar="N", type=int, help="of the compression")
+    parser.add_argument("--sparse", action="store_true", help="leave holes out: for onlap and tar, not for images")
 
 
 def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Written]) -> None:
@@ -50,7 +52,13 @@ def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Wr
     """
     args, out = call.args, call.out
     with call.store() as store, progress(out) as report, _opened(path) as file:
-        options = Options(compression=args.compress, level=args.level, epoch=source_date_epoch(), progress=report)
+        options = Options(
+            compression=args.compress,
+            level=args.level,
+            epoch=source_date_epoch(),
+            sparse=args.sparse,
+            progress=report,
+        )
         try:
             done = action(store, file, options)
         except errors.OnlapError as error:

@@ -73,8 +73,8 @@ class TarReader:
 
     Attributes:
         position: how many bytes of the archive were read so far.
-        marked_end: whether the archive has its end marker. One that ends inside the padding of its last entry counts,
-            too: umoci's ``insert`` writes such, and Go's archive/tar takes them.
+        marked_end: whether the archive's end marker was met. Without one, the archive ends after an entry, or in its
+            padding: umoci's ``insert`` writes such, and Go's archive/tar takes them.
     """
 
     def __init__(self, next_chunk: Callable[[], bytes | memoryview]) -> None:
@@ -181,7 +181,6 @@ class TarReader:
         while padding > (available := len(self._chunk) - self._at):
             padding -= available
             if not self._more():
-                self.marked_end = True
                 return False
         self._at += padding
         return True

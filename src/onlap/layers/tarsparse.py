@@ -7,7 +7,7 @@ reader.go (1.24), which is followed where the manual leaves a choice.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from onlap.layers import tarformat as tar
 from onlap.layers.tarformat import Entry, bad, parse_decimal
@@ -20,8 +20,8 @@ _OLD_REALSIZE = slice(483, 495)
 _EXTENSION_ENTRIES = 21
 _EXTENSION_EXTENDED = 504
 
-# A map of this many pieces is about 30 MB in memory. A file in more pieces than that is refused.
-_MAX_PIECES = 1 << 18
+# A map of this many pieces is about 30 MB in memory. A file in more pieces than that is refused, and written whole.
+MAX_PIECES = 1 << 18
 
 # Pax forms with their version in the records.
 _VERSIONS = ((b"0", b"0"), (b"0", b"1"), (b"1", b"0"))
@@ -47,8 +47,8 @@ def read_old(entry: Entry, header: memoryview, block: Callable[[], bytes]) -> No
         extension = memoryview(block())
         pieces += _old_pieces(entry, extension, _EXTENSION_ENTRIES)
         extended = extension[_EXTENSION_EXTENDED]
-        if len(pieces) > _MAX_PIECES:
-            raise bad(f"a sparse map of more than {_MAX_PIECES} pieces", entry.name, entry.offset)
+        if len(pieces) > MAX_PIECES:
+            raise bad(f"a sparse map of more than {MAX_PIECES} pieces", entry.name, entry.offset)
     entry.sparse = pieces
 
 
@@ -125,11 +125,35 @@ def _read_1_0(block: Callable[[], bytes]) -> Pieces:
             numbers.append(parse_decimal(line))
             if len(numbers) == 1:
                 wanted = 1 + 2 * numbers[0]
-                if numbers[0] > _MAX_PIECES:
-                    raise ValueError(f"more than {_MAX_PIECES} pieces")
+                if numbers[0] > MAX_PIECES:
+                    raise ValueError(f"more than {MAX_PIECES} pieces")
             if len(numbers) == wanted:
                 break
     return _pairs(numbers[1:wanted])
+
+
+def pieces_of(ranges: Iterable[tuple[int, int]], size: int) -> Pieces:
+    """The pieces to store of a file that has data in these ranges, ``(start, end)``, ascending.
+
+    GNU tar reads and writes each piece in whole blocks (sparse.c, sparse_extract_region), so that only the last one may
+    end within a block: where the file does.
+    """
+    pieces: Pieces = []
+    for start, end in ranges:
+        start -= start % tar.BLOCK
+        end = min(end + -end % tar.BLOCK, size)
+        if pieces and sum(pieces[-1]) >= start:
+            start = pieces.pop()[0]
+        pieces.append((start, end - start))
+    return pieces
+
+
+def format_1_0(pieces: Pieces, size: int) -> bytes:
+    """The map of a file in the form 1.0, up to the next block, for the start of its data."""
+    if not pieces or sum(pieces[-1]) < size:
+        pieces = [*pieces, (size, 0)]  # GNU tar gives the file its size by the last piece
+    text = b"%d\n" % len(pieces) + b"".join(b"%d\n%d\n" % piece for piece in pieces)
+    return text + bytes(-len(text) % tar.BLOCK)
 
 
 def check(entry: Entry) -> None:
@@ -153,6 +177,6 @@ def check(entry: Entry) -> None:
 
 
 def _pairs(numbers: list[int]) -> Pieces:
-    if len(numbers) > 2 * _MAX_PIECES:
-        raise ValueError(f"more than {_MAX_PIECES} pieces")
+    if len(numbers) > 2 * MAX_PIECES:
+        raise ValueError(f"more than {MAX_PIECES} pieces")
     return list(zip(numbers[::2], numbers[1::2], strict=True))

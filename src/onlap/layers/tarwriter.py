@@ -13,6 +13,7 @@ from collections.abc import Callable
 from onlap import errors
 from onlap.errors import shown
 from onlap.layers import tarformat as tar
+from onlap.layers import tarsparse
 from onlap.layers.tarformat import BLOCK, ZERO_BLOCK, Entry, format_number, format_record
 
 _USTAR = b"ustar\00000"
@@ -25,7 +26,7 @@ class TarWriter:
     ::
 
         writer.begin(entry)
-        writer.write(data)  # as often as needed, entry.size bytes in all
+        writer.write(data)  # as often as needed, entry.stored bytes in all
         writer.end()
 
     Args:
@@ -45,6 +46,8 @@ class TarWriter:
     def begin(self, entry: Entry) -> None:
         """Start an entry; the data of the one before must be complete.
 
+        Of a sparse file only the pieces are data, one after the other.
+
         Raises:
             InvalidArgument: the entry has a value that no tar archive can hold.
         """
@@ -52,7 +55,7 @@ class TarWriter:
         header = encode(entry)
         self._write(header)
         self.position += len(header)
-        size = entry.size if entry.type == tar.FILE else 0
+        size = entry.stored if entry.type == tar.FILE else 0
         self._left = size
         self._padding = -size % BLOCK
         self._name = entry.name
@@ -86,18 +89,27 @@ class TarWriter:
 
 
 def encode(entry: Entry) -> bytes:
-    """The header of an entry, after its pax header where it needs one.
+    """The header of an entry, after its pax header where it needs one; of a sparse file also the map.
 
     Raises:
         InvalidArgument: the entry has a value that no tar archive can hold.
     """
     records: dict[str, bytes] = {}
-    name, prefix = _name(entry, records)
+    for text in (entry.name, entry.linkname):
+        if "\0" in text:
+            raise errors.InvalidArgument(f"a name in a tar archive holds no NUL: {shown(text)}", key=entry.name)
+    size = entry.size if entry.type == tar.FILE else 0
+    sparse_map = b""
+    if entry.sparse is None:
+        name, prefix = _name(entry, records)
+    else:
+        name, prefix = _sparse_name(entry, records), b""
+        sparse_map = tarsparse.format_1_0(entry.sparse, size)
+        size = len(sparse_map) + entry.stored
     link = os.fsencode(entry.linkname)
     if len(link) > 100 or not link.isascii():
         records["linkpath"] = link
         link = _ascii(link)[:100]
-    size = entry.size if entry.type == tar.FILE else 0
     fields = [
         _octal(entry.mode & 0o7777, 8, "mode", None),
         _octal(entry.uid, 8, "uid", records),
@@ -117,15 +129,12 @@ def encode(entry: Entry) -> bytes:
             )
         records[tar.XATTR_PREFIX + xattr] = value
     header = _block(name, b"".join(fields), entry.type.encode(), link, devices, prefix)
-    return _pax(entry, records) + header if records else header
+    return _pax(entry, records) + header + sparse_map if records else header
 
 
 def _name(entry: Entry, records: dict[str, bytes]) -> tuple[bytes, bytes]:
     """The name and the prefix fields."""
     name = os.fsencode(entry.name)
-    for text in (name, os.fsencode(entry.linkname)):
-        if b"\0" in text:
-            raise errors.InvalidArgument(f"a name in a tar archive holds no NUL: {shown(text)}", key=entry.name)
     if name.isascii():
         if len(name) <= 100:
             return name, b""
@@ -135,6 +144,24 @@ def _name(entry: Entry, records: dict[str, bytes]) -> tuple[bytes, bytes]:
             return name[cut + 1 :], name[:cut]
     records["path"] = name
     return _ascii(name)[:100], b""
+
+
+def _sparse_name(entry: Entry, records: dict[str, bytes]) -> bytes:
+    """The name field of a sparse file, for readers that know none and would take the map for content; as GNU tar's.
+
+    What is read is the form 1.0: by GNU tar, libarchive, Python's tarfile and Go's archive/tar, which is containerd's
+    and Docker's.
+    """
+    records["GNU.sparse.major"], records["GNU.sparse.minor"] = b"1", b"0"
+    records["GNU.sparse.realsize"] = b"%d" % entry.size
+    records["GNU.sparse.name"] = os.fsencode(entry.name)
+    return _beside(entry, b"GNUSparseFile.0")
+
+
+def _beside(entry: Entry, directory: bytes) -> bytes:
+    """A name in a directory that stands beside the entry, as far as the name field has room."""
+    parent, _, base = _ascii(os.fsencode(entry.name)).rstrip(b"/").rpartition(b"/")
+    return b"/".join(part for part in (parent, directory, base) if part)[:100]
 
 
 def _ascii(text: bytes) -> bytes:
@@ -167,7 +194,7 @@ def _block(name: bytes, numbers: bytes, flag: bytes, link: bytes, devices: bytes
 
 def _pax(entry: Entry, records: dict[str, bytes]) -> bytes:
     """The pax header of an entry; its records are sorted by their keys."""
-    texts = [value for key, value in records.items() if key in ("path", "linkpath")]
+    texts = [value for key, value in records.items() if key in ("path", "linkpath", "GNU.sparse.name")]
     if any(not _is_utf8(text) for text in texts):
         # POSIX: pax headers are UTF-8 unless they say otherwise.
         records["hdrcharset"] = b"BINARY"
@@ -179,10 +206,8 @@ def _pax(entry: Entry, records: dict[str, bytes]) -> bytes:
             f"{shown(entry.name)} has more than {tar.MAX_META} bytes of names and xattrs, too much for a tar archive",
             key=entry.name,
         )
-    directory, _, base = _ascii(os.fsencode(entry.name)).rstrip(b"/").rpartition(b"/")
-    name = b"/".join(part for part in (directory, b"PaxHeaders.0", base) if part)[:100]
     numbers = b"0000000\0" * 3 + b"%011o\0" % len(data) + b"00000000000\0"
-    header = _block(name, numbers, b"x", b"", b"\0" * 16, b"")
+    header = _block(_beside(entry, b"PaxHeaders.0"), numbers, b"x", b"", b"\0" * 16, b"")
     return header + data + bytes(-len(data) % BLOCK)
 
 

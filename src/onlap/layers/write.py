@@ -24,6 +24,7 @@ from onlap import errors
 from onlap.arguments import check_number
 from onlap.errors import shown
 from onlap.layers import tarformat as tar
+from onlap.layers import tarsparse
 from onlap.layers.changes import Item, stack_items
 from onlap.layers.outlet import Outlet
 from onlap.layers.tarformat import Entry
@@ -31,6 +32,7 @@ from onlap.layers.tarwriter import TarWriter
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
 from onlap.trees.compare import DELETED, NEVER, Since
+from onlap.trees.copy import data_ranges, has_holes
 from onlap.trees.meta import Meta
 
 WHITEOUT_PREFIX = ".wh."
@@ -76,6 +78,7 @@ def write_layer(
     epoch: int | None = None,
     content: bool = False,
     since: Since = (NEVER, NEVER),
+    sparse: bool = False,
     progress: Callback | None = None,
 ) -> Written:
     """Write how one stack of layers differs from another as the archive of a layer.
@@ -90,6 +93,8 @@ def write_layer(
         epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
         content: see :func:`onlap.layers.changes.stack_changes`.
         since: likewise.
+        sparse: leave holes out. Not every reader of layers knows such entries, and the archive depends on where the
+            filesystem has holes; without it, on the content alone (docs/adr/0007-holes.md).
         progress: called with the bytes of the uncompressed archive, at most ten times a second.
 
     Raises:
@@ -102,7 +107,7 @@ def write_layer(
         check_number(epoch, "epoch", whole=True)
     report = Reporter(progress, "diff", "bytes")
     with Outlet(out, compression, level) as outlet:
-        layer = _Layer(outlet.write, None if epoch is None else epoch * 1_000_000_000, report)
+        layer = _Layer(outlet.write, None if epoch is None else epoch * 1_000_000_000, sparse, report)
         for item in stack_items(before, after, markers, content=content, since=since):
             layer.add(item)
         layer.close()
@@ -114,9 +119,12 @@ def write_layer(
 class _Layer:
     """One archive on its way."""
 
-    def __init__(self, write: Callable[[bytes | memoryview], object], epoch_ns: int | None, report: Reporter) -> None:
+    def __init__(
+        self, write: Callable[[bytes | memoryview], object], epoch_ns: int | None, sparse: bool, report: Reporter
+    ) -> None:
         self._tar = TarWriter(write)
         self._epoch_ns = epoch_ns
+        self._sparse = sparse
         self._report = report
         self._first_names: dict[tuple[int, int], str] = {}
         self._buffer = memoryview(bytearray(_CHUNK))
@@ -174,32 +182,44 @@ class _Layer:
                 entry.type, entry.linkname, entry.xattrs = tar.HARDLINK, first, None
                 self._emit(entry)
                 return
-        if kind == tar.FILE:
-            entry.size = entry.stored = meta.size
-        self._emit(entry)
-        if kind == tar.FILE and meta.size:
-            self._data(item.directory.data(item.found, path), meta.size, path)
+        if kind != tar.FILE or not meta.size:
+            self._emit(entry)
+            return
+        fd = item.directory.data(item.found, path)
+        try:
+            self._content(fd, meta.size, entry, path)
+        finally:
+            os.close(fd)
 
     def _emit(self, entry: Entry) -> None:
         self._tar.begin(entry)
         self.entries += 1
         self._report(self._tar.position, entry.name)
 
-    def _data(self, fd: int, size: int, path: str) -> None:
-        try:
-            left = size
-            while left:
-                count = os.readv(fd, [self._buffer[: min(left, _CHUNK)]])
-                if not count:
-                    raise errors.FailedPrecondition(
-                        f"{shown(path)} became shorter while it was read", key=path, hint="diff it when it is quiet"
-                    )
-                # What follows is done with the bytes when it returns, or has copied them.
-                self._tar.write(self._buffer[:count])
-                left -= count
-                self._report(self._tar.position, path)
-        finally:
-            os.close(fd)
+    def _content(self, fd: int, size: int, entry: Entry, path: str) -> None:
+        entry.size = entry.stored = size
+        pieces = [(0, size)]
+        if self._sparse and has_holes(os.fstat(fd)):
+            found = tarsparse.pieces_of(data_ranges(fd, size), size)
+            if found != pieces and len(found) < tarsparse.MAX_PIECES:
+                entry.sparse = pieces = found
+                entry.stored = sum(length for _, length in found)
+        self._emit(entry)
+        for start, length in pieces:
+            self._piece(fd, start, length, path)
+
+    def _piece(self, fd: int, position: int, left: int, path: str) -> None:
+        while left:
+            count = os.preadv(fd, [self._buffer[: min(left, _CHUNK)]], position)
+            if not count:
+                raise errors.FailedPrecondition(
+                    f"{shown(path)} became shorter while it was read", key=path, hint="diff it when it is quiet"
+                )
+            # What follows is done with the bytes when it returns, or has copied them.
+            self._tar.write(self._buffer[:count])
+            position += count
+            left -= count
+            self._report(self._tar.position, path)
 
     def close(self) -> None:
         """End the archive."""

@@ -111,6 +111,7 @@ def write_diff(
     level: int | None = None,
     epoch: int | None = None,
     content: bool = False,
+    sparse: bool = False,
     progress: Callback | None = None,
 ) -> Written:
     """Write what ``key`` changed against its parent as a layer; with ``other``: what makes ``other`` of ``key``.
@@ -137,6 +138,7 @@ def write_diff(
             epoch=epoch,
             content=content,
             since=snapshotter.since(one, two),
+            sparse=sparse,
             progress=progress,
         )
 
@@ -175,6 +177,7 @@ def write_tree(
     compression: str = "none",
     level: int | None = None,
     epoch: int | None = None,
+    sparse: bool = False,
     progress: Callback | None = None,
 ) -> Written:
     """Write the whole tree of a snapshot as one archive, without whiteouts; nothing is mounted.
@@ -194,6 +197,7 @@ def write_tree(
             compression=compression,
             level=level,
             epoch=epoch,
+            sparse=sparse,
             progress=progress,
         )
 
@@ -227,7 +231,7 @@ def squash(
         try:
             with out:
                 # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
-                write_layer(before, after, snapshotter.markers, out, content=True, progress=progress)
+                write_layer(before, after, snapshotter.markers, out, content=True, sparse=True, progress=progress)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
 
