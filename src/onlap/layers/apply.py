@@ -160,7 +160,8 @@ def _apply(
         _verify(found, digest, diff_id)
         if not reader.marked_end and digest is None and diff_id is None and pipeline.compression == "none":
             raise errors.DataLoss(
-                "the archive has no end marker: a part of it may be missing", hint="give its digest to accept it"
+                "the archive ends without an end marker: a part of it may be missing",
+                hint="give its digest to accept it",
             )
     finally:
         applier.close()
