@@ -25,6 +25,7 @@ import faulthandler, multiprocessing, os, subprocess, sys, threading, time, warn
 faulthandler.dump_traceback_later(float(os.environ.get("PATIENCE", 30)), exit=True)
 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads is what is tested
 import onlap
+from onlap.catalog.writer import forks
 root = sys.argv[1]
 
 def acknowledge(key):
@@ -162,12 +163,12 @@ inside.wait()
 waiters = [threading.Thread(target=write, args=(store, f"waiter{n}", 1)) for n in range(3)]
 for waiter in waiters:
     waiter.start()
-while len(database._queue) < 3:
+while database._writer._helper.jobs.qsize() < 3:
     time.sleep(0.001)
 forked = threading.Event()
 def release():
     # By now the fork waits for what is under way; if it did not, the child would find an open transaction.
-    while not database._frozen:
+    while not forks.lock.locked():
         time.sleep(0.001)
     assert not forked.is_set()
     go.set()

@@ -12,8 +12,8 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import schema
-from onlap.catalog.database import other_version
 from onlap.catalog.layout import RESERVE_SIZE
+from onlap.catalog.writer import other_version
 
 # The places
 

@@ -13,6 +13,7 @@ import onlap
 from onlap import errors
 from onlap.catalog import records, sync
 from onlap.catalog.sync import Syncer
+from onlap.store import Store
 
 PATIENCE = 30.0
 
@@ -80,7 +81,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def waiting(syncer: Syncer, count: int) -> None:
-    wait_until(lambda: len(syncer._changed._waiters) == count)  # type: ignore[attr-defined]
+    wait_until(lambda: syncer._helper.jobs.qsize() == count)
 
 
 def test_who_comes_while_one_runs_gets_the_next_and_shares_it(disk: Disk, syncer: Syncer) -> None:
@@ -94,7 +95,7 @@ def test_who_comes_while_one_runs_gets_the_next_and_shares_it(disk: Disk, syncer
     # Their pages may have been written after the first had passed them.
     assert all(caller.is_alive() for caller in late)
     later = Caller(syncer)
-    waiting(syncer, 3)  # two of the three who share the second, and the one who must not
+    waiting(syncer, 1)  # the one who must not share the second
     disk.runs[1].set()
     assert all(caller.done() for caller in late)
     disk.await_run(3)
@@ -124,20 +125,87 @@ def test_a_failure_is_everybodys_who_shared_it_and_nobody_elses(disk: Disk, sync
     assert after.error is None
 
 
-def test_a_layer_whose_sync_fails_is_not_committed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fails(_: int) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def write(store: Store, key: str) -> None:
+    Path(store.prepare(key)[0].source, "file").touch()
+
+
+def test_a_layer_whose_sync_failed_is_never_committed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says once that pages are lost, and they count as clean then: a retry succeeds without them."""
     with onlap.open(root, snapshotter="overlay", sync="layer") as store:
-        plan = store.prepare("key")[0]
-        Path(plan.source, "file").touch()
-
-        def fails(_: int) -> None:
-            raise OSError(5, "Input/output error")
-
+        write(store, "key")
+        write(store, "bystander")  # whose file it was nobody knows
+        store.prepare("empty")
         monkeypatch.setattr(sync, "syncfs", fails)
         with pytest.raises(errors.DataLoss, match="write the layer to the disk"):
             store.commit("name", "key")
-        assert store.stat("key").kind == "active"
         monkeypatch.undo()
+        for _ in range(2):
+            with pytest.raises(errors.DataLoss, match="may lack content"):
+                store.commit("name", "key")
+        assert store.stat("key").kind == "active"
+        store.commit("nothing", "empty")
+        # Written anew it can be trusted.
+        store.remove("key")
+        write(store, "key")
         store.commit("name", "key")
+    for choice in ("layer", "none"):  # another process
+        with onlap.open(root, sync=choice) as store, pytest.raises(errors.DataLoss, match="may lack content"):
+            store.commit("other", "bystander")
+
+
+def test_a_failed_sync_is_remembered_until_it_can_be_noted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with onlap.open(root, snapshotter="overlay", sync="layer") as store:
+        write(store, "key")
+        monkeypatch.setattr(sync, "syncfs", fails)
+
+        def full(_: object) -> None:
+            raise errors.ResourceExhausted("no space")
+
+        monkeypatch.setattr(records, "note_loss", full)
+        with pytest.raises(errors.DataLoss, match="write the layer to the disk"):
+            store.commit("name", "key")
+        monkeypatch.setattr(sync, "syncfs", lambda _: None)
+        with pytest.raises(errors.ResourceExhausted):
+            store.commit("name", "key")
+        monkeypatch.undo()
+        with pytest.raises(errors.DataLoss, match="may lack content"):
+            store.commit("name", "key")
+
+
+def test_who_waits_for_the_next_run_does_not_hear_of_an_older_or_a_newer_one(disk: Disk, syncer: Syncer) -> None:
+    disk.failures[1] = OSError(5, "Input/output error")
+    first = Caller(syncer)
+    disk.await_run(1)
+    second = Caller(syncer)
+    waiting(syncer, 1)
+    disk.runs[0].set()
+    disk.await_run(2)
+    third = Caller(syncer)
+    waiting(syncer, 1)
+    disk.runs[1].set()
+    disk.await_run(3)
+    disk.runs[2].set()
+    for caller in (first, second, third):
+        assert caller.done()
+    assert [caller.error and caller.error.errno for caller in (first, second, third)] == [None, 5, None]
+    assert syncer.failures == 1
+
+
+def test_what_was_written_before_a_failure_is_not_synced_by_a_later_run(
+    syncer: Syncer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    since = syncer.failures  # somebody begins to write
+    monkeypatch.setattr(sync, "syncfs", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        syncer.sync()
+    monkeypatch.setattr(sync, "syncfs", lambda _: None)
+    syncer.sync()
+    with pytest.raises(OSError, match="may be lost"):
+        syncer.sync(since)
 
 
 @pytest.mark.parametrize("choice, runs", [("layer", 1), ("none", 0), (None, 1)])

@@ -15,9 +15,10 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.catalog import database as module
 from onlap.catalog import janitor, records
+from onlap.catalog import writer as module
 from onlap.catalog.database import Database
+from onlap.catalog.helper import Job
 from onlap.catalog.janitor import Janitor
 from onlap.store import Store
 
@@ -61,6 +62,10 @@ class Lock:
         os.close(self._fd)
 
 
+def checkpoint(database: Database) -> None:
+    database._writer.do(Job(database._writer.checkpoint))
+
+
 def test_nobody_writes_without_the_lock(root: Path, store: Store) -> None:
     with Lock(root), pytest.raises(errors.Unavailable, match=r"another process has held .*catalog.lock for 0.3 s"):
         store.prepare("key")
@@ -79,7 +84,7 @@ def test_no_checkpoint_without_the_lock(root: Path, store: Store, database: Data
     store.prepare("key")
     size = (root / "catalog.db").stat().st_size
     with Lock(root), pytest.raises(errors.Unavailable):
-        database._checkpoint()
+        checkpoint(database)
     assert (root / "catalog.db").stat().st_size == size
 
 
@@ -98,7 +103,7 @@ def test_a_checkpoint_moves_the_log_into_the_database(
 
     store.prepare("key")
     assert without_log() == []
-    database._checkpoint()
+    checkpoint(database)
     assert without_log() == ["key"]
 
 
@@ -107,13 +112,13 @@ def test_a_checkpoint_comes_with_every_kind_of_write(
     store: Store, database: Database, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     happened = threading.Event()
-    checkpoint = database._checkpoint
+    checkpoint = database._writer.checkpoint
 
     def seen() -> None:
         checkpoint()
         happened.set()
 
-    monkeypatch.setattr(database, "_checkpoint", seen)
+    monkeypatch.setattr(database._writer, "checkpoint", seen)
     monkeypatch.setattr(module, "COMMITS_TO_CHECKPOINT", 10)
     store.prepare("key")
     for number in range(11):
@@ -131,7 +136,7 @@ def test_a_checkpoint_does_not_wait_for_quiet(
     store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened = threading.Event()
-    monkeypatch.setattr(database, "_checkpoint", happened.set)
+    monkeypatch.setattr(database._writer, "checkpoint", happened.set)
     monkeypatch.setattr(module, "COMMITS_TO_CHECKPOINT", 10)
     monkeypatch.setattr(janitor, "_LONGEST_BURST", PATIENCE * 10)
     store.prepare("key")

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -65,38 +64,37 @@ class Catalog:
         self.trash = Trash(self.layout.root, self.layout.trash)
         self.lost: list[Record] = []
         self._unmeasured: list[int] | None = None
-        self._closed = False
+        self._loss_to_note = False
         with contextlib.ExitStack() as on_error:
             try:
                 self._lease = self._take_lease()
                 on_error.callback(self._lease.release)
+                self._syncer = Syncer(self.layout.snapshots, self._write_failed)
+                on_error.callback(self._syncer.close)
+                self._floor = self._highest_number()
                 self.database = Database(
-                    self.layout.database, self.layout.lock, timeout, lambda: self._janitor.wake(urgent=True)
+                    self.layout.database,
+                    self.layout.lock,
+                    timeout,
+                    upkeep_due=lambda: self._janitor.wake(urgent=True),
+                    after_fork=self._after_fork_in_child,
                 )
                 on_error.callback(self.database.close)
                 self.with_room(lambda: self.database.set_up(self._may_bring_up))
-                self._syncer = Syncer(self.layout.snapshots)
-                on_error.callback(self._syncer.close)
-                self._floor = self._highest_number()
                 waits = bool(self.trash.names())
             except OSError as error:
                 raise errors.from_oserror(error, doing="open the root", key=self.layout.root) from error
             on_error.pop_all()
-        _catalogs.add(self)
         if waits:
             self._janitor.wake()
 
     def close(self) -> None:
-        """Stop the background and close everything; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        """Stop the background and close everything; idempotent, and can be called again when it was interrupted."""
         self._janitor.stop()
         self.staging.close()
         self.database.close()
         self._syncer.close()
         self._lease.release()
-        _catalogs.discard(self)
 
     def _take_lease(self) -> Held:
         # Whoever has the root open holds its staging directory shared; a migration needs it alone.
@@ -371,13 +369,14 @@ class Catalog:
             return found.id
 
         identifier = self.with_room(lambda: self.database.write(operation))
+        # It is removed: what goes wrong from here on is only that its space is freed later.
         try:
             self.trash.put(self.layout.snapshot(identifier))
-        except OSError as error:
-            raise errors.from_oserror(error, doing="move the removed tree to the trash", key=name) from error
-        if wait:
-            self.sweep()
-        else:
+            if wait:
+                self.sweep()
+        except (OSError, errors.OnlapError) as error:
+            warn(f"cannot delete the tree of the removed snapshot {shown(name)} now: {error}")
+        if not wait:
             self._janitor.wake()
 
     def update(self, owner: str, name: str, change: Callable[[Connection, Record], None]) -> Record:
@@ -391,16 +390,42 @@ class Catalog:
 
         return self.database.write(operation)
 
-    def sync(self) -> None:
+    @property
+    def failed_syncs(self) -> int:
+        """How many have failed in this process: for :meth:`sync`, to be read before anything is written."""
+        return self._syncer.failures
+
+    def sync(self, since: int | None = None) -> None:
         """Return when every file written so far is on the disk; shared with others that wait.
+
+        After a failure, snapshots that were active then cannot be committed any more, by any process: the kernel tells
+        of lost pages once, and the next sync succeeds without them.
+
+        Args:
+            since: the :attr:`failed_syncs` of when the caller began to write what has no record yet.
 
         Raises:
             OnlapError: the write-back failed.
         """
         try:
-            self._syncer.sync()
+            self._syncer.sync(since)
         except OSError as error:
             raise errors.from_oserror(error, doing="write the layer to the disk") from error
+        if self._loss_to_note:
+            self._note_loss()
+
+    def _write_failed(self) -> None:
+        # In the syncer's thread, which nothing interrupts.
+        self._loss_to_note = True
+        try:
+            self._note_loss()
+        except errors.OnlapError as error:
+            warn(f"cannot note that the disk failed to take what was written: {error}")
+
+    def _note_loss(self) -> None:
+        # Until it is noted no sync of this process succeeds.
+        self.database.write(records.note_loss)
+        self._loss_to_note = False
 
     # Garbage
 
@@ -575,14 +600,3 @@ def lost(record: Record) -> errors.DataLoss:
         key=record.name,
         hint="a crash took it, or somebody deleted it; remove the snapshot, leaf first, and make it again",
     )
-
-
-_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for catalog in list(_catalogs):
-        catalog._after_fork_in_child()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
+from onlap.catalog.helper import Helper, Job
 from onlap.catalog.log import warn
 
 # A burst of removes or commits is over before the janitor starts, so that it does not compete with them.
@@ -17,7 +17,9 @@ _RETRY = 5.0
 
 
 class Janitor:
-    """One background thread, started when there is first something to do.
+    """One background thread, which exists while there is something to do.
+
+    What it has not done when the process ends, the next one does; nothing of it is needed for correctness.
 
     Args:
         urgent: what cannot wait for quiet, and takes milliseconds.
@@ -28,61 +30,69 @@ class Janitor:
     def __init__(self, urgent: Callable[[], None], work: Callable[[Callable[[], bool]], bool]) -> None:
         self._urgent = urgent
         self._work = work
-        self._fresh()
-
-    def _fresh(self) -> None:
-        self._mutex = threading.Lock()
-        self._due = threading.Event()
-        self._pressing = threading.Event()
-        self._later = False
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self.after_fork()
 
     def after_fork(self) -> None:
         """In the child: the thread stayed with the parent."""
-        self._fresh()
+        self._helper = Helper(self._serve)
+        self._pressing = False
+        self._later = False
+        self._stopping = False
 
     def wake(self, *, urgent: bool = False) -> None:
-        """There is something to do."""
+        """There is something to do. Never fails: what it is for has been done already."""
         if urgent:
-            self._pressing.set()
+            self._pressing = True
         else:
             self._later = True
-        self._due.set()
-        with self._mutex:
-            if self._thread is None and not self._stopping.is_set():
-                # A daemon: what it has not done, the next one does; nothing of it is needed for correctness.
-                self._thread = threading.Thread(target=self._run, name="onlap-janitor", daemon=True)
-                self._thread.start()
+        if not self._stopping:
+            self._helper.put(Job(_nothing))
 
     def stop(self) -> None:
-        """End the thread soon, and wait for it."""
-        with self._mutex:
-            self._stopping.set()
-            thread = self._thread
-        self._due.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        """End the work soon, and wait for that."""
+        self._stopping = True
+        if not self._helper.is_idle():
+            self._helper.ask(Job(_nothing))
 
-    def _run(self) -> None:
+    def _stops(self) -> bool:
+        return self._stopping
+
+    def _serve(self, first: Job[object], alone: bool) -> None:
+        calls = [first]
+        try:
+            # Without a thread of its own it would keep whoever has just committed something.
+            if not alone:
+                self._work_off(calls)
+        finally:
+            for call in calls:
+                call.finish()
+
+    def _work_off(self, calls: list[Job[object]]) -> None:
         retry = False
-        while True:
-            self._due.wait(_RETRY if retry else None)
-            busy_since = time.monotonic()
-            while self._due.is_set():
-                self._due.clear()
-                if self._stopping.is_set():
-                    return
-                if self._pressing.is_set():
-                    self._pressing.clear()
-                    self._attempt(self._urgent)
-                if time.monotonic() - busy_since < _LONGEST_BURST:
-                    self._due.wait(_QUIET)
-            if self._stopping.is_set():
+        while not self._stops():
+            self._await_quiet(calls)
+            if self._stops():
                 return
             if self._later or retry:
                 self._later = False
-                retry = self._attempt(lambda: self._work(self._stopping.is_set))
+                retry = self._attempt(lambda: self._work(self._stops))
+            if not self._called(calls, _RETRY if retry else 0) and not retry:
+                return
+
+    def _await_quiet(self, calls: list[Job[object]]) -> None:
+        busy_since = time.monotonic()
+        called = True
+        while called and not self._stops():
+            if self._pressing:
+                self._pressing = False
+                self._attempt(self._urgent)
+            called = time.monotonic() - busy_since < _LONGEST_BURST and self._called(calls, _QUIET)
+
+    def _called(self, calls: list[Job[object]], seconds: float) -> bool:
+        """Whether somebody calls before the time is over."""
+        found = self._helper.await_more(seconds)
+        calls += found
+        return bool(found)
 
     def _attempt(self, action: Callable[[], bool | None]) -> bool:
         """Do it; whether it has to be done again."""
@@ -92,3 +102,7 @@ class Janitor:
             # Nobody waits for this thread, so the log is the only place to tell; it is tried again all the same.
             warn(f"background work failed: {error}")
             return True
+
+
+def _nothing() -> None:
+    """A job here is only a call."""

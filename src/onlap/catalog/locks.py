@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
 import weakref
 
-from onlap import errors
 from onlap.trees.meta import drop_acls
 
 # For what is locked: never through a symlink, never into a program that is run.
@@ -170,106 +168,54 @@ def claim_directory(path: str) -> Held | None:
 
 
 class FileLock:
-    """An exclusive lock on a file, waited for in the order of arrival.
+    """An exclusive lock on a file, for one thread at a time; the kernel keeps a queue of those that wait.
 
     The file's first bytes hold a number for whoever has the lock; it is kept by nobody through a crash.
 
     Args:
         path: the file; made when it does not exist.
-        timeout: how many seconds to wait for other processes.
     """
 
-    def __init__(self, path: str, timeout: float) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._timeout = timeout
-        self._held = Held(path, os.O_RDWR | os.O_CREAT)
+        self._held: Held | None = None
 
-    def __enter__(self) -> None:
-        self.acquire()
+    def acquire(self, *, wait: bool) -> bool:
+        """Take the lock; False when another process has it.
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def acquire(self) -> None:
-        """Take the lock.
+        Args:
+            wait: until it can be had, however long that takes. To ask again and again instead would let others overtake
+                us (16 processes behind SQLite's busy handler: a wait of 2.1 s at worst; queued in the kernel: 88 ms).
 
         Raises:
-            Unavailable: another process has held it all the time.
+            OSError: the filesystem refuses.
         """
-        if not self._held.lock():
-            self._wait()
+        if self._held is None:
+            self._held = Held(self._path, os.O_RDWR | os.O_CREAT)
+        return self._held.lock(wait=wait)
 
     def release(self) -> None:
-        """Give it back."""
-        self._held.unlock()
+        """Give it back; never fails."""
+        if self._held is None:
+            return
+        try:
+            self._held.unlock()
+        except OSError:
+            self.close()  # ENOLCK: the close of the file gives it back as well
 
     def close(self) -> None:
-        """Give it back and close the file."""
-        self._held.release()
+        """Give it back and close the file, which the next :meth:`acquire` opens again."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.release()
 
     @property
     def number(self) -> int:
-        """The number in the file; 0 when there is none."""
+        """The number in the file; 0 when there is none. Only with the lock."""
+        assert self._held is not None
         return int.from_bytes(os.pread(self._held.fd, 8, 0), "little")
 
     @number.setter
     def number(self, value: int) -> None:
+        assert self._held is not None
         os.pwrite(self._held.fd, value.to_bytes(8, "little"), 0)
-
-    def _wait(self) -> None:
-        # flock(2) has no timeout, and asking again and again would let others overtake us (16 processes behind
-        # SQLite's busy handler: a wait of 2.1 s at worst; queued in the kernel: 88 ms). So a thread waits in the
-        # kernel's queue, for a descriptor of its own that it gives back if we have gone meanwhile.
-        waiter = _Waiter(self._path)
-        if not waiter.wait(self._timeout):
-            raise errors.Unavailable(
-                f"another process has held {self._path} for {self._timeout:g} s",
-                hint="see who with: fuser -v, then try again",
-            )
-        before, self._held = self._held, waiter.held
-        before.release()
-
-
-class BriefLock(FileLock):
-    """A FileLock that is opened for one use."""
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _Waiter:
-    """One blocking flock(2), in a thread that the caller may abandon."""
-
-    def __init__(self, path: str) -> None:
-        self.held = Held(path, os.O_RDWR)
-        self._mutex = threading.Lock()
-        self._taken = threading.Event()
-        self._abandoned = False
-        threading.Thread(target=self._run, name="onlap-lock", daemon=True).start()
-
-    def wait(self, timeout: float) -> bool:
-        try:
-            if self._taken.wait(timeout):
-                return True
-        except BaseException:
-            # A signal (KeyboardInterrupt): nobody will use the lock that the thread is going to get.
-            if not self._abandon():
-                self.held.release()
-            raise
-        return not self._abandon()
-
-    def _abandon(self) -> bool:
-        """Leave the thread alone with the lock; False when it has it already."""
-        with self._mutex:
-            if self._taken.is_set():
-                return False
-            self._abandoned = True
-            return True
-
-    def _run(self) -> None:
-        self.held.lock(wait=True)
-        with self._mutex:
-            if self._abandoned:
-                self.held.release()
-            else:
-                self._taken.set()

@@ -236,7 +236,27 @@ def make_committed(
         raise already_exists(name) from error
     if changed:
         replace_labels(connection, record.id, labels)
+        if not empty:
+            _check_kept(connection, record)
     return bool(changed)
+
+
+# The highest id when the write-back of some file failed: nobody knows which, and the kernel says it once.
+_LOST_UP_TO = "lost_up_to"
+
+
+def note_loss(connection: sqlite3.Connection) -> None:
+    """Note that what was written to any active snapshot may not be on the disk, and never will be."""
+    put_setting(connection, _LOST_UP_TO, str(next_id(connection, 0) - 1))
+
+
+def _check_kept(connection: sqlite3.Connection, record: Record) -> None:
+    if record.id <= int(setting(connection, _LOST_UP_TO) or 0):
+        raise errors.DataLoss(
+            f"snapshot {shown(record.name)} may lack content: it was active when the disk failed to take writes",
+            key=record.name,
+            hint="see dmesg; then remove the snapshot, prepare another, and write or apply it anew",
+        )
 
 
 def replace_labels(connection: sqlite3.Connection, identifier: int, labels: Mapping[str, str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import threading
 from collections.abc import Callable
 
 from onlap.catalog.locks import Held, claim_directory, lock_directory, open_directory
 from onlap.trees.remove import remove
+
+_OWN = "own"
+_DISCARDED = ".discarded"
 
 
 class Staging:
@@ -24,10 +26,9 @@ class Staging:
         self._fresh()
 
     def _fresh(self) -> None:
-        self._mutex = threading.Lock()
         self._numbers = itertools.count(1)
-        self._own: str | None = None
-        self._held: Held | None = None
+        # One entry at most, made in a single step: there is no lock that an interrupt could leave taken.
+        self._claimed: dict[str, tuple[str, Held]] = {}
 
     def after_fork(self) -> None:
         """In the child: the parent goes on using its directory, we take one of our own."""
@@ -39,23 +40,38 @@ class Staging:
         Raises:
             OSError: it cannot be made.
         """
-        with self._mutex:
-            own = self._own or self._claim()
-        path = f"{own}/{next(self._numbers)}"
+        path = f"{self._own or self._claim()}/{next(self._numbers)}"
         os.mkdir(path, 0o700)
         return path
+
+    @property
+    def _own(self) -> str | None:
+        claimed = self._claimed.get(_OWN)
+        return claimed and claimed[0]
 
     def _claim(self) -> str:
         while True:
             path = f"{self._directory}/{os.getpid()}-{os.urandom(4).hex()}"
             held = claim_directory(path)
             if held is not None:
-                self._own, self._held = path, held
-                return path
+                own = self._claimed.setdefault(_OWN, (path, held))[0]
+                if own != path:  # another thread was faster
+                    os.rmdir(path)
+                    held.release()
+                return own
 
     def discard(self, path: str) -> None:
-        """Remove a directory that :meth:`new` gave, if it is still there."""
-        parent, name = os.path.split(path)
+        """Remove a directory that :meth:`new` gave, if it is still there.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        parent, name = os.path.split(path + _DISCARDED)
+        try:
+            # One step decides: a transaction that is still going on gets it whole, or not at all.
+            os.rename(path, path + _DISCARDED)
+        except FileNotFoundError:
+            return
         fd = open_directory(parent)
         try:
             remove(fd, name)
@@ -83,12 +99,13 @@ class Staging:
 
     def close(self) -> None:
         """Remove our own directory when it is empty, and give its lock back."""
-        if self._own is None or self._held is None:
+        claimed = self._claimed.pop(_OWN, None)
+        if claimed is None:
             return
+        path, held = claimed
         try:
-            os.rmdir(self._own)
+            os.rmdir(path)
         except OSError:
             # ENOTEMPTY: something that is being built was given up; cleanup takes it once the lock is free.
             pass
-        self._held.release()
-        self._fresh()
+        held.release()

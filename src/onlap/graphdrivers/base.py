@@ -6,10 +6,11 @@ What parts them is how a layer lies on disk: a driver says for a layer which dir
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
@@ -347,12 +348,15 @@ class StackDriver(ABC):
             raise errors.NotFound(f"there is no layer {shown(id)}", key=id)
         return self._stack(id)
 
-    def _sync(self, id: str) -> None:
-        """Put what was written on the disk, if that was asked for."""
+    @contextlib.contextmanager
+    def _synced(self, id: str) -> Iterator[None]:
+        """Put what a ``with`` block writes on the disk, if that was asked for."""
+        since = None if self._syncer is None else self._syncer.failures
+        yield
         if self._syncer is None:
             return
         try:
-            self._syncer.sync()
+            self._syncer.sync(since)
         except OSError as error:
             raise errors.from_oserror(error, doing="write the layer to the disk", key=id) from error
 

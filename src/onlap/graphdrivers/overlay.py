@@ -127,13 +127,11 @@ class OverlayDriver(StackDriver):
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
         """See :meth:`DiffDriver.apply_diff`; the layer becomes an image's."""
         self._existing_stack(id)
-        if parent and self._is_image(parent) and not self._is_image(id):
-            with self._locks.held(id):
-                size = self._apply_on(id, parent, archive)
-        else:
-            size = self._naive.apply_diff(id, parent, archive)
-        self._sync(id)
-        return size
+        with self._synced(id):
+            if parent and self._is_image(parent) and not self._is_image(id):
+                with self._locks.held(id):
+                    return self._apply_on(id, parent, archive)
+            return self._naive.apply_diff(id, parent, archive)
 
     def _apply_on(self, id: str, parent: str, archive: BinaryIO) -> int:
         directory = self._dir(id)

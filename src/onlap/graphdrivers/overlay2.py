@@ -150,13 +150,11 @@ class Overlay2Driver(StackDriver):
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
         """See :meth:`DiffDriver.apply_diff`."""
         stack = self._existing_stack(id)
-        if not self.facts.native_diff or not self._is_parent(id, parent):
-            size = self._naive.apply_diff(id, parent, archive)
-        else:
+        with self._synced(id):
+            if not self.facts.native_diff or not self._is_parent(id, parent):
+                return self._naive.apply_diff(id, parent, archive)
             apply_archive(archive, stack[0], lowers=stack[1:], markers=self.facts.markers, ids=self.ids)
-            size = layer_size(stack[0])
-        self._sync(id)
-        return size
+            return layer_size(stack[0])
 
     def diff_size(self, id: str, parent: str) -> int:
         """See :meth:`DiffDriver.diff_size`."""

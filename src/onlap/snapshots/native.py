@@ -40,11 +40,12 @@ class NativeSnapshotter(RecordedSnapshotter):
         if parent is None:
             os.chmod(tree, 0o755)  # whatever the umask took away
         elif kind == ACTIVE:
+            since = self.catalog.failed_syncs
             with self.catalog.hold([parent.id]):
                 copy_tree(self.catalog.layout.tree(parent.id), tree)
             if self.syncs:
                 # A power cut must not take files of the copy that its commit would then be missing.
-                self.catalog.sync()
+                self.catalog.sync(since)
 
     def _is_as_made(self, record: Record) -> bool:
         tree = self.catalog.layout.tree(record.id)
