@@ -337,11 +337,13 @@ def test_a_forked_child_does_not_keep_what_its_parent_holds(root: Path) -> None:
     program = """
 import os, sys, threading
 import onlap
+from onlap.catalog.locks import lock_directory
 store = onlap.open(sys.argv[1], snapshotter="overlay", sync="none")
 store.prepare("key")
 catalog = store.snapshotter.catalog
 record = catalog.get("", "key")
-with catalog.hold([record.id]), catalog.hold_for_writing(record.id), catalog.serve("server"):
+writing = lock_directory(catalog.layout.tree(record.id), shared=True)
+with catalog.hold([record.id]), writing, catalog.serve("server"):
     if os.fork():
         os._exit(0)  # as if killed: nothing is given back
     os.write(1, b"forked\\n")
