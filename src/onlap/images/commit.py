@@ -13,7 +13,7 @@ from typing import Any
 
 from onlap import errors
 from onlap.catalog import records as snapshots
-from onlap.catalog.catalog import check_commit
+from onlap.catalog.checks import check_commit
 from onlap.catalog.database import Connection
 from onlap.catalog.records import ACTIVE, Record
 from onlap.content.digests import digest_of

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 from onlap import errors
 from onlap.catalog import pins, records
-from onlap.catalog.catalog import check_commit, check_parent
+from onlap.catalog.checks import check_commit, check_parent
 from onlap.catalog.database import Connection
 from onlap.catalog.records import Record
 from onlap.content.lease import Lease

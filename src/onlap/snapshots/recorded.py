@@ -12,7 +12,8 @@ from typing import TypeVar
 from onlap import errors
 from onlap.arguments import check_text
 from onlap.catalog import records
-from onlap.catalog.catalog import Catalog, check_commit, check_parent, check_rebase, lost
+from onlap.catalog.catalog import Catalog
+from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
 from onlap.catalog.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
 from onlap.errors import shown
