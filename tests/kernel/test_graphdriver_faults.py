@@ -181,7 +181,7 @@ def test_the_upper_of_two_mounts_goes(kind: str, root: Path) -> None:
         path = driver.get("layer")
         sys.mount(path, path, None, sys.MS_BIND, None)
     with closing(open_driver(kind, str(root / "home"))) as driver:
-        assert Path("/proc/self/mountinfo").read_text().count(path) >= 1
+        assert os.fsencode(path) in Path("/proc/self/mountinfo").read_bytes()
         driver.put("layer")
         assert not os.path.lexists(path)
 

@@ -17,7 +17,7 @@ import pytest
 
 import capabilities
 import onlap
-from kernel.helpers import OLD_KERNEL
+from kernel.helpers import OLD_KERNEL, mountinfo
 from onlap import errors
 from onlap.overlayfs import probe as probing
 from onlap.overlayfs.probe import Feature, overlay_mode, probe
@@ -41,10 +41,6 @@ def kernel_version() -> tuple[int, ...]:
 
 def missing(features: Mapping[str, Feature]) -> dict[str, str]:
     return {name: feature.reason for name, feature in features.items() if not feature.ok}
-
-
-def mountinfo() -> str:
-    return Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
 
 
 @pytest.fixture(autouse=True)

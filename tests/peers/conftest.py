@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def place() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="onlap-", dir=capabilities.overlay_directory()[0]))
     yield path
     # A mount that is left fails the removal: it is a defect, and nothing is deleted through it.
-    assert str(path) not in Path("/proc/self/mountinfo").read_text()
+    assert os.fsencode(path) not in Path("/proc/self/mountinfo").read_bytes()
     shutil.rmtree(path)
 
 

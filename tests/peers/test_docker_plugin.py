@@ -16,6 +16,7 @@ import pytest
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.checkup import check
 from onlap.graphdrivers.inspect import open_root
+from onlap.mounts import mountinfo
 from onlap.testing.same import assert_same_tree
 from peers.daemons import eventually
 from peers.graphdriver_story import OFFLINE, Seen, base_layer, exported, tell, tree
@@ -62,9 +63,8 @@ def peer(place: Path, tool: Path) -> Peer:
         return Peer(seen, exported(dockerd, "base:1"), where / "data")
 
 
-def mounts_below(directory: Path) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if line.split()[4].startswith(f"{directory}/")]
+def mounts_below(directory: Path) -> list[bytes]:
+    return mountinfo.below(os.fsencode(directory))
 
 
 def layers_in(home: Path) -> list[str]:
