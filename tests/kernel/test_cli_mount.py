@@ -199,6 +199,15 @@ def test_enter(onlap: Command) -> None:
 
 
 @pytest.mark.needs("overlay", "mount")
+def test_enter_takes_a_command_as_it_is(onlap: Command) -> None:
+    """With or without ``--``; the options behind its first word are its own."""
+    assert onlap("enter", "work", "echo", "-q", "--", "--chroot") == "-q -- --chroot\n"
+    assert onlap("enter", "work", "--", "echo", "--", "--json") == "-- --json\n"
+    assert onlap("enter", "work", "-q", "--", "echo", "-v") == "-v\n"
+    assert onlap("enter", "-q", "--", "work", "echo", "x") == "x\n"
+    assert "nothing" in onlap.fails(127, "enter", "work", "--chroot", "nothing", "--root")
+
+
 def test_enter_of_a_committed_snapshot_is_read_only_and_leaves_nothing(onlap: Command) -> None:
     done = onlap.run("enter", "base", "--", "sh", "-c", "cat f; echo > g")
     assert done.returncode != 0

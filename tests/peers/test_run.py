@@ -630,7 +630,7 @@ def image(onlap: Command, place: Path) -> Iterator[Command]:
         onlap("run", "--keep", "work", "localhost/base:1", "sh", "-c", "echo hello > /greeting; rm /bin/data")
         changes = ['ENTRYPOINT ["sh", "-c"]', 'CMD ["cat /greeting"]', "USER app", "WORKDIR /work", "ENV A=1"]
         words = [word for change in changes for word in ("--change", change)]
-        onlap("-q", "image", "commit", "work", "localhost/app:1", "--message", "greets", *words)
+        onlap("-q", "image", "commit", "localhost/app:1", "work", "--message", "greets", *words)
         yield onlap
         for name in onlap("-q", "image", "ls").split():
             onlap("image", "rm", name)

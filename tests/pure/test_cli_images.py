@@ -117,3 +117,21 @@ def test_export_to_standard_output(onlap: Command, tmp_path: Path) -> None:
     ]
     done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, check=True)
     assert done.stdout == (tmp_path / "x.tar").read_bytes()
+
+
+def test_commit_in_either_order(onlap: Command) -> None:
+    top = onlap.json("image", "inspect", "app:1")[0]["layers"][-1]["chain_id"]
+    for words in (("made:1", "k"), ("k", "made:2")):
+        onlap("prepare", "k", top)
+        [image] = onlap.json("-q", "image", "commit", *words, "--base", "app:1")
+        assert image["name"] == f"docker.io/library/{next(word for word in words if word != 'k')}"
+    assert "there is no snapshot made:3" in onlap.fails(3, "-q", "image", "commit", "k", "made:3")
+    assert "not valid UTF-8" in onlap.fails(6, "image", "commit", b"\xff", "k")
+    onlap("prepare", "k", top)
+    onlap("prepare", "made", top)
+    # Both are snapshots: the order is that of onlap commit.
+    assert (
+        onlap.json("-q", "image", "commit", "made", "k", "--base", "app:1")[0]["name"]
+        == "docker.io/library/made:latest"
+    )
+    assert "made" in onlap("-q", "ls")

@@ -194,6 +194,8 @@ def test_ls(base: Command) -> None:
     assert base("-q", "ls", "kind==active") == "work\n"
     assert base("-q", "ls", "parent==base,kind==view", "name~=^ba") == "base\n"
     assert "filter" in base.fails(6, "ls", "kind=active")
+    for wrong in ("work", "work==base", "name==base,of", "labels==x", "kind==comitted"):
+        assert base.fails(6, "ls", "name==base", wrong)
     things = base.json("ls")
     assert [thing["name"] for thing in things] == ["base", "work"]
     assert things[0]["usage"]["inodes"] == 4
@@ -288,6 +290,17 @@ def test_diff_in_json_and_as_an_answer(base: Command) -> None:
     assert things["/d"]["what"] == ["mode"] or "mode" in things["/d"]["what"]
     assert things["/l"]["before"]["target"] == "d/f"
     assert things["/l"]["after"] is None
+
+
+def test_options_of_an_archive_that_nobody_writes(base: Command, tmp_path: Path) -> None:
+    for options in (["--compress", "gzip"], ["--compress", "none"], ["--level", "0"], ["--content"], ["--sparse"]):
+        assert "give its file with --tar" in base.fails(2, "diff", "base", *options)
+    for options in (["--compress", "gzip"], ["--level", "3"], ["--layer"]):
+        assert "ends in .tar" in base.fails(2, "export", "base", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+    assert "--exit-code" in base.fails(2, "diff", "base", "--tar", tmp_path / "x.tar", "--exit-code")
+    assert "level" in base.fails(6, "diff", "base", "--tar", tmp_path / "x.tar", "--compress", "gzip", "--level", "99")
+    assert "--compress" in base.fails(2, "diff", "base", "--tar", tmp_path / "x.tar", "--level", "1")
 
 
 def test_odd_names_reach_no_terminal(onlap: Command, source: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypedDict, cast
 
 from onlap import errors
 from onlap.cli.call import Call
-from onlap.cli.parser import Parser
+from onlap.cli.parser import Parser, UsageError
 from onlap.cli.progress import progress, skipped_text
 from onlap.cli.text import count, size
 from onlap.errors import shown
@@ -40,9 +40,18 @@ def archive_arguments(parser: Parser, option: str | None, help: str = "") -> Non
     """The options of an archive; ``option`` names its file, where that is an option."""
     if option is not None:
         parser.add_argument(option, metavar="FILE", help=help)
-    parser.add_argument("--compress", choices=("none", "gzip", "zstd"), default="none", help="of the archive (none)")
+    parser.add_argument("--compress", choices=("none", "gzip", "zstd"), help="of the archive (none)")
     parser.add_argument("--level", metavar="N", type=int, help="of the compression")
     parser.add_argument("--sparse", action="store_true", help="leave holes out: for onlap and tar, not for images")
+
+
+def check_no_archive(call: Call, needs: str, *options: str) -> None:
+    """Raise UsageError where an option was given that says how an archive is written, and none is."""
+    args = call.args
+    for option in ("--compress", "--level", "--sparse", *options):
+        value = getattr(args, option.lstrip("-"))
+        if value is not None and value is not False:
+            raise UsageError(f"{option} is for an archive: {needs}")
 
 
 def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Written]) -> None:
@@ -51,9 +60,12 @@ def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Wr
     A file appears under its name only when it is whole. What is there and is no file (a device, a pipe) is written to.
     """
     args, out = call.args, call.out
+    compression = args.compress or "none"
+    if args.level is not None and compression == "none":
+        raise UsageError("--level is that of a compression: give --compress")
     with call.store() as store, progress(out) as report, _opened(path) as file:
         options = Options(
-            compression=args.compress,
+            compression=compression,
             level=args.level,
             epoch=source_date_epoch(),
             sparse=args.sparse,

@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         keys: the arguments that are keys or names of snapshots, for the check and for completion.
-        takes_command: whether what follows ``--`` is a command line of the user's.
-        ends_with_command: whether one begins behind the first argument, also without ``--``.
+        takes_command: whether a command line of the user's begins behind the first argument.
+        options_behind: whether options of the verb may stand between the two.
     """
 
     def __init__(self, verb: Verb) -> None:
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.keys: list[str] = []
         self.takes_command = False
-        self.ends_with_command = False
+        self.options_behind = False
         self._globals = self.add_argument_group("options of every verb")
         self._globals.add_argument("-h", "--help", action="help", help="this text")
         self._globals.add_argument("--root", metavar="DIR", help="where the snapshots are (see: onlap --help)")
@@ -57,15 +57,14 @@ class Parser(argparse.ArgumentParser):
         else:
             self.add_argument(dest, nargs=nargs, metavar=metavar, help=help)
 
-    def command(self) -> None:
-        """Take what follows ``--`` as a command line, into ``command``."""
-        self.takes_command = True
-        self.usage = f"{self.prog} [OPTION...] KEY [-- CMD [ARG...]]"
+    def command(self, metavar: str, *, options_behind: bool = False) -> None:
+        """Take what follows the first argument as a command line, into ``command``; ``--`` may stand between the two.
 
-    def command_behind(self, metavar: str) -> None:
-        """Take all that follows the first argument as a command line, options and all, into ``command``."""
-        self.ends_with_command = True
-        self.usage = f"{self.prog} [OPTION...] {metavar} [CMD [ARG...]]"
+        With ``options_behind`` options that follow at once are still the verb's.
+        """
+        self.takes_command = True
+        self.options_behind = options_behind
+        self.usage = f"{self.prog} [OPTION...] {metavar} [[--] CMD [ARG...]]"
 
     def repeatable(self, *flags: str, metavar: str, help: str) -> None:
         """An option that may be given several times; its values are a list."""
@@ -86,10 +85,7 @@ class Parser(argparse.ArgumentParser):
             InvalidArgument: a key is not text.
         """
         command: list[str] = []
-        if self.takes_command and "--" in arguments:
-            at = list(arguments).index("--")
-            arguments, command = arguments[:at], list(arguments[at + 1 :])
-        if self.ends_with_command:
+        if self.takes_command:
             arguments, command = self._first_parted(arguments)
         options, others = self._parted(arguments)
         # argparse alone cannot take "diff A --exit-code B": an optional argument ends at the first option.
@@ -105,13 +101,17 @@ class Parser(argparse.ArgumentParser):
         """What belongs to the verb, its first argument included, and what is behind that."""
         rest = list(arguments)
         ours: list[str] = []
+        named = False
         while rest:
             word = rest.pop(0)
-            ours.append(word)
             if word == "--":
-                return ours + rest[:1], rest[1:]
+                return (ours, rest) if named else ([*ours, word, *rest[:1]], rest[1:])
+            if named and (not word.startswith("-") or not self.options_behind):
+                return ours, [word, *rest]
+            ours.append(word)
             if not word.startswith("-") or word == "-":
-                return ours, rest[1:] if rest[:1] == ["--"] else rest
+                named = True
+                continue
             action = self._option_string_actions.get(word)
             if action is not None and action.nargs is None:
                 ours += [rest.pop(0)] if rest else []

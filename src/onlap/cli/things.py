@@ -6,23 +6,46 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.catalog.records import COMMITTED, VIEW, Info, Record, not_found
+from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Info, Record, not_found
 from onlap.cli import text
 from onlap.errors import shown
 from onlap.trees.usage import Usage, usage
 
 if TYPE_CHECKING:
+    from onlap.snapshots.filters import Selector
     from onlap.store import Store
 
 NOTHING = "-"
 
 
 def records(store: Store, filters: Sequence[str] = ()) -> Iterator[Record]:
-    """The records of every owner that one of the filters matches, in the order of their making."""
+    """The records of every owner that one of the filters matches, in the order of their making.
+
+    Raises:
+        InvalidArgument: one can match nothing. containerd's clients may ask so; who types it made a mistake.
+    """
     from onlap.snapshots.filters import parse
 
     parsed = parse(*filters)
+    for selector in (selector for selectors in parsed.alternatives for selector in selectors):
+        _check_selector(selector)
     return (record for record in store.snapshotter.catalog.walk(None) if parsed.matches(record))
+
+
+def _check_selector(selector: Selector) -> None:
+    field = selector.field
+    if field not in ("name", "parent", "kind", "labels"):
+        raise errors.InvalidArgument(
+            f"no snapshot has a field {shown(field)}",
+            key=field,
+            hint='a filter is as name==a, parent==a, kind==active, labels."a/b"==c',
+        )
+    if field == "labels" and not selector.label:
+        raise errors.InvalidArgument("which label?", key=field, hint='a filter is as labels."a/b"==c')
+    if field == "kind" and selector.operator == "==" and selector.value not in (ACTIVE, VIEW, COMMITTED):
+        raise errors.InvalidArgument(
+            f"there is no kind {shown(selector.value)}", key=selector.value, hint="active, view or committed"
+        )
 
 
 def find(store: Store, key: str) -> Record:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, BinaryIO
 
 from onlap.cli import exits
-from onlap.cli.archives import Options, archive_arguments, write
+from onlap.cli.archives import Options, archive_arguments, check_no_archive, write
 from onlap.cli.call import Call
-from onlap.cli.parser import Parser
+from onlap.cli.parser import Parser, UsageError
 from onlap.errors import shown
 from onlap.trees.compare import Change
 from onlap.trees.meta import Meta
@@ -39,8 +39,11 @@ def arguments(parser: Parser) -> None:
 
 def run(call: Call) -> int:
     if call.args.tar is not None:
+        if call.args.exit_code:
+            raise UsageError("with --tar a layer is written, and --exit-code has nothing to say")
         write(call, call.args.tar, lambda store, out, options: _write_diff(call, store, out, options))
         return exits.DONE
+    check_no_archive(call, "give its file with --tar", "--content")
     out = call.out
     differs = False
     with call.store() as store:

@@ -25,11 +25,11 @@ def arguments(parser: Parser) -> None:
         "namespaces. ONLAP_KEY is set for CMD.\n\n"
         "It ends as CMD ends; else with 125 when onlap fails, 126 when CMD cannot be run, 127 when there is none.",
         "onlap enter work",
-        "onlap enter work -- make install DESTDIR=.",
+        "onlap enter work make install DESTDIR=.",
     )
     parser.key("key", help="a snapshot of any kind")
     parser.add_argument("--chroot", action="store_true", help="make the tree the root of CMD")
-    parser.command()
+    parser.command("KEY", options_behind=True)
 
 
 def run(call: Call) -> int:

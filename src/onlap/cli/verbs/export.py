@@ -6,7 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING, cast
 
-from onlap.cli.archives import STANDARD_OUTPUT, archive_arguments, write
+from onlap.cli.archives import STANDARD_OUTPUT, archive_arguments, check_no_archive, write
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.progress import progress, skipped_text
@@ -43,6 +43,7 @@ def run(call: Call) -> None:
             lambda store, out, options: cast("Written", store.export(args.key, out, layer=args.layer, **options)),
         )
     else:
+        check_no_archive(call, "give a target that ends in .tar, or -", "--layer")
         _directory(call)
 
 

@@ -34,7 +34,7 @@ def arguments(parser: Parser) -> None:
         "onlap run -it -v .:/src:ro -w /src -e CI=1 --memory 1g base sh",
     )
     parser.key("name", metavar="IMAGE|SNAPSHOT", help="what the container begins with")
-    parser.command_behind("IMAGE|SNAPSHOT")
+    parser.command("IMAGE|SNAPSHOT")
     _what_it_runs(parser)
     _what_it_sees(parser)
     _what_it_may(parser)

@@ -6,7 +6,7 @@ from onlap.cli.archives import source_date_epoch
 from onlap.cli.bars import bars
 from onlap.cli.call import Call
 from onlap.cli.images import image_as_json, images_of
-from onlap.cli.parser import Parser
+from onlap.cli.parser import Parser, check_text
 from onlap.errors import shown
 
 
@@ -14,12 +14,13 @@ def arguments(parser: Parser) -> None:
     parser.explain(
         "Make an image of the active snapshot KEY: what it changed becomes one layer more than the image has that it\n"
         "was prepared from. KEY is gone afterwards; the new layer's snapshot is what it was. An instruction is one of\n"
-        "a Dockerfile's: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, WORKDIR, VOLUME.",
+        "a Dockerfile's: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, WORKDIR, VOLUME. The order is that of onlap\n"
+        "commit; that of docker commit, KEY first, is understood where IMAGE is no snapshot.",
         "onlap run --keep work debian:13 sh -c 'echo hello > /greeting'",
-        "onlap image commit work greeter:1 --message 'says hello' --change 'CMD [\"cat\", \"/greeting\"]'",
+        "onlap image commit greeter:1 work --message 'says hello' --change 'CMD [\"cat\", \"/greeting\"]'",
     )
-    parser.key("key", help="the active snapshot")
     parser.add_argument("name", metavar="IMAGE", help="what to call the image")
+    parser.key("key", help="the active snapshot")
     parser.add_argument("--author", metavar="A", default="", help="who made it")
     parser.add_argument("-m", "--message", metavar="M", default="", help="what was done")
     parser.add_argument(
@@ -36,12 +37,16 @@ def arguments(parser: Parser) -> None:
 
 def run(call: Call) -> None:
     args, out = call.args, call.out
+    check_text(args.name, "name")
     with call.store(sweep=True) as store:
         images = images_of(store)
+        key, name = args.key, args.name
+        if key not in store and name in store:
+            key, name = name, key
         with bars(out) as report:
             image = images.commit(
-                args.key,
-                args.name,
+                key,
+                name,
                 author=args.author,
                 message=args.message,
                 changes=args.change,
