@@ -152,8 +152,10 @@ def _of_verb(
             behind_dashes = True
         elif behind_dashes or not word.startswith("-") or word == "-":
             count += 1
-    if (parser.takes_command and behind_dashes) or (parser.ends_with_command and count and action is None):
-        return  # a command line of the user's own
+    if parser.takes_command and count and action is None:
+        ours = parser.options_behind and count == 1 and last.startswith("-") and not behind_dashes
+        if not ours:
+            return  # a command line of the user's own
     prefix = ""
     if action is None and not behind_dashes and last.startswith("-"):
         option, equals, _ = last.partition("=")
