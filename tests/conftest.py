@@ -92,8 +92,8 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def loop_fs(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
-    """`loop_fs(kind, size_mb)`: a fresh "ext4", "xfs" or "btrfs" of `size_mb` MiB on a loop device.
+def loop_fs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """`loop_fs(kind, size_mb, *options)`: a fresh "ext4", "xfs" or "btrfs" of `size_mb` MiB on a loop device.
 
     Returns the directory where it is mounted. The test may unmount it and mount the device again there. In
     the end, also after a failure, it is unmounted and the device is detached.
@@ -105,14 +105,14 @@ def loop_fs(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
 
     with ExitStack() as stack:
 
-        def make(kind: str, size_mb: int) -> Path:
+        def make(kind: str, size_mb: int, *options: str) -> Path:
             require(kind)
             directory = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=tmp_path))
             stack.callback(shutil.rmtree, directory)
             image, target = directory / "image", directory / "fs"
             with image.open("wb") as file:
                 file.truncate(size_mb << 20)
-            _run(f"mkfs.{kind}", "-q", str(image))
+            _run(f"mkfs.{kind}", "-q", *options, str(image))
             target.mkdir()
             # No autoclear: the device outlives an unmount, so that a test can mount it again.
             device = _run("losetup", "--find", "--show", str(image))
@@ -125,7 +125,7 @@ def loop_fs(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
 
 
 @pytest.fixture
-def loop_ext4(loop_fs: Callable[[str, int], Path]) -> Callable[[int], Path]:
+def loop_ext4(loop_fs: Callable[..., Path]) -> Callable[[int], Path]:
     """`loop_ext4(size_mb)`: `loop_fs` for an ext4 with a journal; at least 16 MiB."""
 
     def make(size_mb: int) -> Path:

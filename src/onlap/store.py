@@ -257,6 +257,9 @@ class Store:
         Raises:
             OnlapError: the filesystem refuses.
         """
+        self.snapshotter.catalog.with_room(self._collect)
+
+    def _collect(self) -> None:
         from onlap.catalog import runs
         from onlap.containers import rundirs
 

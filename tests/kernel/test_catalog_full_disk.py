@@ -14,6 +14,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import records
+from onlap.catalog.database import Connection
 from onlap.catalog.layout import RESERVE_SIZE
 from onlap.store import Store
 
@@ -210,11 +211,135 @@ def test_no_inodes_left(loop_ext4: Callable[[int], Path]) -> None:
 
 
 @pytest.mark.needs("mount")
-@pytest.mark.parametrize("made", [True, False], ids=["an old root", "a new one"])
-def test_a_readonly_filesystem_is_a_clear_error(small: Filesystems, made: bool) -> None:
+def test_a_new_root_on_a_readonly_filesystem_is_a_clear_error(small: Filesystems) -> None:
     disk = small("tmpfs")
-    if made:
-        onlap.open(disk / "root", snapshotter="overlay").close()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises((errors.FailedPrecondition, errors.PermissionDenied), match="read-only"):
         onlap.open(disk / "root", snapshotter="overlay")
+
+
+# A disk that has nothing left at all: each call opens the root anew, as the command does.
+
+
+def exhaust(disk: Path, *, inodes: bool) -> None:
+    """Take every block, or every inode."""
+    (disk / "many").mkdir()
+    (disk / "filler").touch()
+    if not inodes:
+        # At once where that goes, and the rest byte by byte.
+        left = os.statvfs(disk)
+        subprocess.run(["fallocate", "-l", str(left.f_bavail * left.f_frsize - (4 << 20)), disk / "large"], check=True)
+        fill(disk)
+    with pytest.raises(OSError, match="No space left"):
+        _make_files_for_ever(disk / "many")
+
+
+@pytest.mark.parametrize(
+    "kind, inodes",
+    [
+        pytest.param("ext4", True, marks=pytest.mark.needs("ext4")),
+        pytest.param("ext4", False, marks=pytest.mark.needs("ext4")),
+        pytest.param("xfs", False, marks=pytest.mark.needs("xfs")),
+    ],
+)
+def test_an_exhausted_disk_can_be_looked_at_and_emptied(
+    loop_fs: Callable[..., Path], tmp_path: Path, kind: str, inodes: bool
+) -> None:
+    disk = loop_fs("ext4", 24, "-N", "256") if kind == "ext4" else loop_fs(kind, 320)
+    root = disk / "root"
+    with onlap.open(root, snapshotter="overlay", sync="none") as store:
+        with store.build("base") as tree:
+            (tree / "file").write_bytes(b"x" * 500_000)
+        store.prepare("one", "base")
+        store.prepare("two", "base")
+    exhaust(disk, inodes=inodes)
+    with onlap.open(root, timeout=5) as store:
+        assert [info.name for info in store.walk()] == ["base", "one", "two"]
+        assert store.usage("base").inodes == 2
+        assert list(store.diff("one")) == []
+        with pytest.raises(errors.ResourceExhausted):
+            store.prepare("three", "base")
+    with onlap.open(root, timeout=5) as store:
+        store.export("base", tmp_path / "saved")
+        assert (tmp_path / "saved" / "file").stat().st_size == 500_000
+    with onlap.open(root, timeout=5) as store:
+        store.remove("one")
+        assert "one" not in store
+    with onlap.open(root, timeout=5) as store:
+        store.cleanup()
+        assert [info.name for info in store.walk()] == ["base", "two"]
+        assert os.listdir(root / "trash") == []
+        # What was freed is reserved first.
+        assert (root / "reserve.4").exists()
+
+
+def test_the_trash_is_emptied_before_a_removal_fails(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with onlap.open(root, snapshotter="overlay", sync="none") as store, quiet(store):
+        catalog = store.snapshotter.catalog
+        for key in ("one", "two"):
+            store.prepare(key)
+        store.remove("one")
+        assert os.listdir(catalog.layout.trash) == ["1"]
+        write = catalog.database.write
+
+        def full_while_trash_waits(operation: Callable[[Connection], object]) -> object:
+            if os.listdir(catalog.layout.trash):
+                raise errors.ResourceExhausted("no space left")
+            return write(operation)
+
+        monkeypatch.setattr(catalog.database, "write", full_while_trash_waits)
+        store.remove("two")
+        assert list(store.walk()) == []
+        assert not os.path.exists(catalog.layout.reserve)  # it was tried first
+
+
+@pytest.mark.needs("mount")
+@pytest.mark.parametrize("left", ["nothing", "log", "log without index"])
+@pytest.mark.parametrize("snapshotter", ["overlay", "native"])
+def test_a_readonly_filesystem(root: Path, tmp_path: Path, left: str, snapshotter: str) -> None:
+    (root / "store").mkdir(mode=0o700)
+    with onlap.open(root / "store", snapshotter=snapshotter, sync="none") as store:
+        with store.build("base") as tree:
+            (tree / "file").write_text("base")
+        store.prepare("key", "base")
+        with store.mounted("key") as tree:
+            (tree / "new").write_text("new")
+        store.view("view", "base")
+    if left != "nothing":
+        child = os.fork()
+        if not child:
+            with onlap.open(root / "store") as store:
+                store.label("base", {"a": "b"})
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert (root / "store" / "catalog.db-wal").stat().st_size
+    if left == "log without index":
+        (root / "store" / "catalog.db-shm").unlink()
+    subprocess.run(["mount", "--bind", root, root], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", root], check=True)
+        with onlap.open(root / "store", timeout=5) as store:
+            assert {info.name for info in store.walk()} == {"base", "key", "view"}
+            assert store.stat("base").labels == ({} if left == "nothing" else {"a": "b"})
+            assert store.usage("base").inodes == 2
+            assert [change.path for change in store.diff("key")] == ["new"]
+            for name, files in {"base": ["file"], "key": ["file", "new"], "view": ["file"]}.items():
+                store.export(name, tmp_path / name)
+                assert sorted(os.listdir(tmp_path / name)) == files
+                with (tmp_path / f"{name}.tar").open("wb") as out:
+                    store.export(name, out)
+                with store.mounted(name) as tree:
+                    assert sorted(os.listdir(tree)) == files
+            calls: list[Callable[[], object]] = [
+                lambda: store.remove("view"),
+                lambda: store.prepare("other"),
+                lambda: store.label("key", {}),
+            ]
+            for call in calls:
+                with pytest.raises(errors.FailedPrecondition, match="read-only"):
+                    call()
+            store.cleanup()
+    finally:
+        subprocess.run(["umount", root], check=True)
+    with onlap.open(root / "store") as store:
+        store.remove("view")

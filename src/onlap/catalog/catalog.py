@@ -222,7 +222,9 @@ class Catalog:
         if record.inodes is not None and record.size is not None:
             return record.inodes, record.size
         measured = usage(self.layout.tree(record.id))
-        self.database.write(lambda c: records.set_usage(c, record.id, *measured))
+        # To know it does not need a place to note it: on a full or read-only disk it is measured again the next time.
+        with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
+            self.database.write(lambda c: records.set_usage(c, record.id, *measured))
         return measured
 
     @contextlib.contextmanager
@@ -491,7 +493,7 @@ class Catalog:
                 if identifier not in now:
                     self.trash.put(self.layout.snapshot(identifier))
 
-        self.database.write(operation)
+        self.with_room(lambda: self.database.write(operation))
 
     def sweep(self) -> int:
         """Delete what waits in the trash and nobody uses; returns how many trees."""

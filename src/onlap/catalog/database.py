@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from onlap import errors
-from onlap.catalog import schema
+from onlap.catalog import dormant, schema
 from onlap.catalog.helper import Job
 from onlap.catalog.log import warn
 from onlap.catalog.writer import (
@@ -32,6 +32,7 @@ from onlap.catalog.writer import (
     Writer,
     closed,
     forks,
+    is_of_files,
     other_version,
     translated,
 )
@@ -131,29 +132,41 @@ class Database:
                 return self._query(query)
             except _Later:
                 time.sleep(POLL)
+            except sqlite3.Error as error:
+                if not is_of_files(error):
+                    raise translated(error, self._path) from error
+                return self._read_dormant(query, error)
 
     def _query(self, query: Callable[[Connection], T]) -> T:
         # Who closes the connections sees by the threads' stacks whether somebody is in here (_somebody_reads): there is
         # no count that an interrupt could leave wrong. Who comes after that look finds these set.
         if self._closed or forks.lock.locked():
             raise _Later
-        try:
-            connection = self._readers.pop() if self._readers else self._writer.connect()
-        except sqlite3.Error as error:
-            raise translated(error, self._path) from error
+        connection = self._readers.pop() if self._readers else self._writer.connect()
         try:
             result = query(connection)
         except errors.OnlapError:
             self._readers.append(connection)
             raise
-        except sqlite3.Error as error:
-            self._writer.discard(connection)
-            raise translated(error, self._path) from error
         except BaseException:
             self._writer.discard(connection)
             raise
         self._readers.append(connection)
         return result
+
+    def _read_dormant(self, query: Callable[[Connection], T], error: sqlite3.Error) -> T:
+        """Read without the files that SQLite could not make; raises what ``error`` means where that is no help."""
+
+        def read() -> T:
+            try:
+                return dormant.read(self._path, query)
+            except (sqlite3.Error, OSError) as failure:
+                raise _Unreadable from failure
+
+        try:
+            return self._writer.do(Job(read))
+        except _Unreadable:
+            raise translated(error, self._path) from error
 
     def write(self, operation: Callable[[Connection], T]) -> T:
         """Run ``operation`` in a transaction and return when it is durable.
@@ -238,6 +251,10 @@ class Database:
             )
         if self._closed:
             raise closed(self._path)
+
+
+class _Unreadable(Exception):
+    """The catalog cannot be read even without SQLite's other files."""
 
 
 class _Later(Exception):

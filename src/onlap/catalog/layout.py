@@ -10,7 +10,7 @@
       snapshots/<id>/work     the workdir, while active
       trash/<id>              removed trees, deleted later
       empty                   0755, never written: a lower layer where the kernel wants one
-      reserve                 1 MiB, given up when a remove meets a full disk
+      reserve, reserve.<n>    1 MiB and some inodes, given up when a remove meets a full disk
       content/blobs/sha256/   blobs of images
       content/ingest/         blobs that are being fetched
       runs/<id>               what belongs to a running program, held by its flock (onlap.catalog.runs)
@@ -30,6 +30,8 @@ from onlap.trees.meta import drop_acls
 # SQLite's DELETE fails on a full disk, where rename still works; a few pages of the write-ahead log are enough for it,
 # and 1 MiB is hundreds of them.
 RESERVE_SIZE = 1 << 20
+# SQLite makes two files as it opens the catalog, its log and its shared memory; and one to spare for each.
+RESERVE_INODES = 4
 
 
 class Layout:
@@ -139,30 +141,48 @@ class Layout:
         return errors.FailedPrecondition(f"the root {shown(self.root)} {why}", key=self.root, hint=hint)
 
     def make_reserve(self) -> None:
-        """Allocate the reserve when it is not all there; a disk too full for it is no error."""
+        """Allocate the reserve when it is not all there; a disk too full for it, or read-only, is no error."""
         try:
-            fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            for name in self._reserved_inodes:
+                if not os.path.lexists(name):
+                    os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            if not _is_allocated(self.reserve):
+                self._allocate_reserve()
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                return
-            raise
-        try:
-            if os.fstat(fd).st_blocks * 512 < RESERVE_SIZE:
-                os.posix_fallocate(fd, 0, RESERVE_SIZE)
-        except OSError as error:
-            os.unlink(self.reserve)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.EROFS):
                 raise
+
+    def _allocate_reserve(self) -> None:
+        fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, RESERVE_SIZE)
+        except OSError:
+            os.unlink(self.reserve)
+            raise
         finally:
             os.close(fd)
 
     def drop_reserve(self) -> bool:
-        """Give the reserve's space back to the filesystem; whether there was one."""
-        try:
-            os.unlink(self.reserve)
-        except FileNotFoundError:
-            return False
-        return True
+        """Give the reserve's space and inodes back to the filesystem; whether there was any."""
+        dropped = False
+        for path in (self.reserve, *self._reserved_inodes):
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                continue
+            dropped = True
+        return dropped
+
+    @property
+    def _reserved_inodes(self) -> list[str]:
+        return [f"{self.reserve}.{number}" for number in range(1, RESERVE_INODES + 1)]
+
+
+def _is_allocated(path: str) -> bool:
+    try:
+        return os.lstat(path).st_blocks * 512 >= RESERVE_SIZE
+    except FileNotFoundError:
+        return False
 
 
 def _is_there(path: str) -> bool:
@@ -186,8 +206,9 @@ def _has_content(path: str) -> bool:
 _SMALLEST_DATABASE = 512
 
 _OURS = {
-    "catalog.db", "catalog.db-journal", "catalog.db-wal", "catalog.db-shm", "catalog.lock", "staging", "snapshots",
-    "trash", "empty", "reserve", "runs", "content", "lost+found",
+    "catalog.db", "catalog.db-journal", "catalog.db-wal", "catalog.db-shm", "catalog.db-try", "catalog.lock", "staging",
+    "snapshots", "trash", "empty", "reserve", "runs", "content", "lost+found",
+    *(f"reserve.{number}" for number in range(1, RESERVE_INODES + 1)),
 }  # fmt: skip
 
 

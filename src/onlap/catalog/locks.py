@@ -6,6 +6,7 @@ rename of the file changes nothing.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import weakref
@@ -167,6 +168,16 @@ def claim_directory(path: str) -> Held | None:
         held.release()
 
 
+def _open(path: str) -> Held:
+    try:
+        return Held(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        # To lock a file it need not be open for writing; only the number in it cannot change.
+        return Held(path, os.O_RDONLY)
+
+
 class FileLock:
     """An exclusive lock on a file, for one thread at a time; the kernel keeps a queue of those that wait.
 
@@ -191,7 +202,7 @@ class FileLock:
             OSError: the filesystem refuses.
         """
         if self._held is None:
-            self._held = Held(self._path, os.O_RDWR | os.O_CREAT)
+            self._held = _open(self._path)
         return self._held.lock(wait=wait)
 
     def release(self) -> None:

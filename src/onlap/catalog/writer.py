@@ -7,6 +7,7 @@ those who asked go when they have waited long enough, and what they asked for is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sqlite3
@@ -406,29 +407,33 @@ _OF_ITS_FILES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLIT
 _SHARED_MEMORY = 32768
 
 
-def _try_files(directory: str) -> None:
+def _try_files(path: str) -> None:
     """Make a file as SQLite makes its own, and remove it; the OSError of that says what ails the disk."""
-    import tempfile
-
-    fd, path = tempfile.mkstemp(prefix="catalog.try-", dir=directory)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        os.unlink(path)
         os.posix_fallocate(fd, 0, _SHARED_MEMORY)
     finally:
         os.close(fd)
+        with contextlib.suppress(FileNotFoundError):  # others try as well
+            os.unlink(path)
 
 
 def _primary_code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
+def is_of_files(error: sqlite3.Error) -> bool:
+    """Whether SQLite could not make its other files, or open them, for whatever reason."""
+    return _primary_code(error) in _OF_ITS_FILES
+
+
 def translated(error: sqlite3.Error, path: str) -> errors.OnlapError:
     """What SQLite says, as one of our errors."""
     code = _primary_code(error)
     cls, hint = _BY_CODE.get(code, (errors.Internal, ""))
-    if code in _OF_ITS_FILES:
+    if is_of_files(error):
         try:
-            _try_files(os.path.dirname(path))
+            _try_files(path + "-try")
         except OSError as reason:
             return errors.from_oserror(reason, doing="use the catalog", key=path)
     return cls(f"the catalog {path}: {error}", key=path, hint=hint or None)

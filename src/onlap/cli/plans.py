@@ -11,7 +11,7 @@ from onlap.catalog.records import COMMITTED
 from onlap.catalog.runs import Run, begin
 from onlap.cli.text import for_shell
 from onlap.mounts.plan import Mount
-from onlap.snapshots.working import viewed
+from onlap.snapshots import exclusion
 
 if TYPE_CHECKING:
     from onlap.store import Store
@@ -47,20 +47,15 @@ def held(store: Store, key: str) -> Iterator[list[Mount]]:
         NotFound: there is no such snapshot.
         FailedPrecondition: it is committed, or it is mounted read-write already.
     """
-    from onlap.snapshots import exclusion
-
-    snapshotter = store.snapshotter
-    record = snapshotter.record(key)
-    if record.kind == COMMITTED:
-        snapshotter.mounts(key)  # which says what to do
-    with exclusion.mounting(snapshotter, record) as mounts:
+    if store.stat(key).kind == COMMITTED:
+        store.mounts(key)  # which says what to do
+    with exclusion.mounting(store.snapshotter, store.snapshotter.record(key)) as mounts:
         yield mounts
 
 
 @contextlib.contextmanager
 def held_for_use(store: Store, key: str) -> Iterator[tuple[Run, list[Mount]]]:
-    """The same of a snapshot of any kind, with a run that it belongs to; of a committed one, through a view."""
-    with begin(store.snapshotter.catalog) as run, contextlib.ExitStack() as stack:
-        if store.stat(key).kind == COMMITTED:
-            key = stack.enter_context(viewed(store.snapshotter, run, key))
-        yield run, stack.enter_context(held(store, key))
+    """The same of a snapshot of any kind, with a run that it belongs to; of a committed one, the plan of a view."""
+    record = store.snapshotter.record(key)
+    with begin(store.snapshotter.catalog) as run, exclusion.mounting(store.snapshotter, record) as mounts:
+        yield run, mounts

@@ -332,7 +332,7 @@ class Images:
             records.delete(connection, found[0].name)
             return found[0]
 
-        record = self._database.write(operation)
+        record = self.snapshotter.catalog.with_room(lambda: self._database.write(operation))
         try:
             image = self._image(record)
         except errors.DataLoss:

@@ -32,7 +32,9 @@ _LONGEST_PAUSE = 0.05
 
 @contextlib.contextmanager
 def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True) -> Iterator[list[Mount]]:
-    """The plan of a snapshot or view, for whoever mounts it and uses that mount inside the block.
+    """The plan of a snapshot of any kind, for whoever mounts it and uses that mount inside the block.
+
+    Of a committed one it is that of a view; of an active one on a read-only filesystem likewise.
 
     Args:
         snapshotter: whose record it is.
@@ -50,7 +52,8 @@ def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool =
         record = _again(snapshotter, record)
         ancestors = snapshotter.ancestors(record)
         stack.enter_context(snapshotter.catalog.hold([record.id, *(ancestors if hidden else ())]))
-        mounts = snapshotter.plan(record)
+        readonly = os.statvfs(snapshotter.root).f_flag & os.ST_RDONLY
+        mounts = snapshotter.readonly_plan(record) if readonly else snapshotter.plan(record)
         if any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
             stack.enter_context(_only_overlay(snapshotter, record))
         yield mounts
@@ -119,8 +122,9 @@ def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: 
         # A commit, a removal or an apply ends by itself, and is waited for; a mount does not.
         mounted = [] if shared else _lockers(held.fd, b"READ")
         if mounted:
-            found = _mounts_of(snapshotter, record, writable=True) if record.kind != VIEW else []
-            what = "is mounted" if record.kind == VIEW else "is mounted read-write"
+            active = record.kind == ACTIVE
+            found = _mounts_of(snapshotter, record, writable=True) if active else []
+            what = "is mounted read-write" if active else "is mounted"
             raise _busy(record, what, found or mounted, "unmount it first, or end that program")
         if time.monotonic() >= deadline:
             found = _lockers(held.fd, b"READ") + _lockers(held.fd, b"WRITE")

@@ -243,8 +243,17 @@ class RecordedSnapshotter(ABC):
         return self.plan(record)
 
     def plan(self, record: Record) -> list[Mount]:
-        """The mounts of an active snapshot or view, by its record."""
+        """The mounts of an active snapshot or view, by its record; of a committed one, those that a view has."""
+        if record.kind == COMMITTED:
+            return self.readonly_plan(record)
         return self._plan(record, self.ancestors(record))
+
+    def readonly_plan(self, record: Record) -> list[Mount]:
+        """The mounts that a view of it would have."""
+        if record.kind == VIEW:
+            return self.plan(record)
+        view = record._replace(kind=VIEW, parent_id=record.id, parent=record.name)
+        return self._plan(view, (record.id, *self.ancestors(record)))
 
     def ancestors(self, record: Record) -> tuple[int, ...]:
         """The ids below a snapshot, parent first."""

@@ -7,13 +7,13 @@ mounts and its snapshots away. A child that is forked in a block and leaves it c
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.arguments import check_path
-from onlap.catalog.records import COMMITTED
 from onlap.catalog.runs import Run, begin, root_of
 from onlap.errors import shown
 from onlap.forks import only_here
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 StrPath = str | os.PathLike[str]
+
+# Where no directory can be made.
+_NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -72,9 +75,13 @@ def _layer(plan: list[Mount]) -> str:
 
 
 @contextlib.contextmanager
-def _placed(run: Run, plan: list[Mount], at: StrPath | None, detached: bool, timeout: float = 5.0) -> Iterator[Path]:
+def _placed(
+    run: Run | None, plan: list[Mount], at: StrPath | None, detached: bool, timeout: float = 5.0
+) -> Iterator[Path]:
     """Mount where whoever sweeps behind a dead run will find it."""
-    if at is not None and not detached:
+    if run is None:
+        pass
+    elif at is not None and not detached:
         run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
     elif not detached and may_mount():
         at = run.tree()
@@ -87,16 +94,22 @@ def mounted_snapshot(
     snapshotter: RecordedSnapshotter, key: str, at: StrPath | None = None, *, detached: bool = False
 ) -> Iterator[Path]:
     """See :meth:`onlap.store.Store.mounted`."""
-    record = snapshotter.record(key)
-    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
-        if record.kind == COMMITTED:
-            key = stack.enter_context(viewed(snapshotter, run, key))
+    snapshotter.record(key)  # NotFound comes first
+    with contextlib.ExitStack() as stack:
+        run = None
+        try:
+            run = stack.enter_context(begin(snapshotter.catalog))
+        except errors.OnlapError as error:
+            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_PLACE):
+                raise
+            # On a read-only or full disk what is there can still be read. A detached mount ends with the process.
+            detached = detached or at is None
         yield stack.enter_context(_mounted(snapshotter, run, key, at, detached))
 
 
 @contextlib.contextmanager
 def _mounted(
-    snapshotter: RecordedSnapshotter, run: Run, key: str, at: StrPath | None = None, detached: bool = False
+    snapshotter: RecordedSnapshotter, run: Run | None, key: str, at: StrPath | None = None, detached: bool = False
 ) -> Iterator[Path]:
     # A detached mount shows in no mountinfo, so that only a lock keeps its layers from being deleted.
     hidden = detached or not may_mount()
@@ -109,16 +122,6 @@ def _mounted(
                 raise snapshotter.missing("mount", key, error.__cause__) from error
             raise
         yield tree
-
-
-@contextlib.contextmanager
-def viewed(snapshotter: RecordedSnapshotter, run: Run, name: str) -> Iterator[str]:
-    """The key of a view of a committed snapshot, which goes with the run."""
-    key = f"view-{run.id}"
-    snapshotter.view(key, name, run.labels)
-    with contextlib.ExitStack() as stack:
-        stack.callback(only_here(_drop), snapshotter, key)
-        yield key
 
 
 @contextlib.contextmanager
