@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from typing import NamedTuple
 
 from onlap import errors
 from onlap.catalog.records import Record
@@ -55,6 +56,20 @@ def postpone(connection: sqlite3.Connection, owner: str, seconds: float) -> None
 def unpin_all(connection: sqlite3.Connection, owner: str) -> None:
     """Take every pin of an owner away."""
     connection.execute("DELETE FROM pins WHERE owner = ?", (owner,))
+
+
+class Pin(NamedTuple):
+    """A row: who keeps what, a snapshot by its id or a blob by its digest."""
+
+    owner: str
+    snapshot: int | None
+    digest: str | None
+
+
+def valid(connection: sqlite3.Connection) -> list[Pin]:
+    """All that have not expired, by owner."""
+    sql = "SELECT owner, snapshot, digest FROM pins WHERE expires_ns IS NULL OR expires_ns > ? ORDER BY owner"
+    return [Pin(*row) for row in connection.execute(sql, (time.time_ns(),))]
 
 
 def holders(connection: sqlite3.Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:

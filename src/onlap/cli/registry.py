@@ -62,6 +62,7 @@ VERBS = {
         Verb("import", "import_", _CONTENT, "take a directory in, as a committed snapshot"),
         Verb("export", "export", _CONTENT, "copy a snapshot's tree into a directory"),
         Verb("squash", "squash", _CONTENT, "make one layer of several"),
+        Verb("df", "df", _CARE, "what the root holds, who keeps it, and what cleanup would free"),
         Verb("cleanup", "cleanup", _CARE, "delete what belongs to no snapshot"),
         Verb("probe", "probe", _CARE, "what this kernel and a directory can do"),
         Verb("demo", "demo", _CARE, "the main job, on a real tree; leaves nothing behind"),

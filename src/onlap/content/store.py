@@ -139,12 +139,11 @@ class ContentStore:
 
     def walk(self) -> Iterator[Blob]:
         """Every blob, sorted by digest."""
-        for name in sorted(_names(self._blobs)):
-            try:
-                size = os.stat(f"{self._blobs}/{name}").st_size
-            except FileNotFoundError:
-                continue  # collected meanwhile
-            yield Blob(PREFIX + name, size)
+        return _walk(self._blobs)
+
+    def partials(self) -> Iterator[Blob]:
+        """What interrupted fetches have left, likewise, with the bytes that are there."""
+        return _walk(self._ingest)
 
     # Writing
 
@@ -330,6 +329,15 @@ class ContentStore:
         with held:
             if held.lock():
                 os.unlink(f"{self._ingest}/{name}")
+
+
+def _walk(directory: str) -> Iterator[Blob]:
+    for name in sorted(_names(directory)):
+        try:
+            size = os.stat(f"{directory}/{name}").st_size
+        except FileNotFoundError:
+            continue  # collected meanwhile
+        yield Blob(PREFIX + name, size)
 
 
 def _names(directory: str) -> list[str]:
