@@ -133,7 +133,9 @@ CASES: dict[str, Case] = {
     "name-component-255": Case(pax(("path", b"n" * 255)) + _file(b"f"), None),
     "name-component-256": Case(pax(("path", b"n" * 256)) + _file(b"f"), named="nnn"),
     "name-4095": Case(pax(("path", _LONG + b"f")) + _file(b"f"), None),
-    "name-4096": Case(pax(("path", _LONG + b"ff")) + _file(b"f"), named="d/d/"),
+    "name-4096": Case(pax(("path", _LONG + b"ff")) + _file(b"f"), None),
+    "name-65535": Case(pax(("path", b"%s/" % (b"n" * 254) * 256 + b"n" * 254 + b"f")) + _file(b"f"), None),
+    "name-65536": Case(pax(("path", b"%s/" % (b"n" * 254) * 257 + b"f")) + _file(b"f"), named="nnn"),
     "name-100000-levels": Case(pax(("path", b"d/" * 100_000)) + _file(b"f"), named="d/d/"),
     "name-deep-by-symlink": Case(
         pax(("path", _LONG))
@@ -141,7 +143,7 @@ CASES: dict[str, Case] = {
         + pax(("linkpath", _LONG[:2000]))
         + header(b"l", flag=b"2")
         # Each step through the link goes a thousand levels down.
-        + pax(("path", b"l/" + b"e/" * 1600 + b"f"))
+        + pax(("path", b"l/" + b"e/" * 32_000 + b"f"))
         + _file(b"f"),
         named="l/e/e",
     ),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from onlap.layers.links import Links, descend
+from onlap.layers.links import Links, identity, signature
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 from onlap.trees.compare import (
@@ -32,8 +32,6 @@ from onlap.trees.meta import Meta, read_directory_meta, read_meta
 # What only the writer of an archive wants to know of a file: another name was linked to it, and it has to be in the
 # archive too for that link to have something to point to.
 LINKED = frozenset({"links"})
-# Descriptors of directories in layers that are kept open, the tops aside.
-_MAX_DESCRIPTORS = 512
 # Of the top directory: its time moves with every file that is made or removed right below, so that it alone is no
 # change; "docker diff" does not show it either.
 TOUCHED = frozenset({"mtime"})
@@ -92,8 +90,16 @@ def stack_changes(
     Raises:
         OSError: something cannot be read.
     """
+    # Directories that are only on the way to a change, which may be none but for an archive.
+    passed: list[Change] = []
     for change, _, _ in stack_items(before, after, markers, content=content, since=since):
-        if change.what != LINKED and (change.path != "." or change.what != TOUCHED):
+        while passed and not change.path.startswith(passed[-1].path + "/"):
+            passed.pop()
+        if change.kind == MODIFIED and not change.what:
+            passed.append(change)
+        elif change.what != LINKED and (change.path != "." or change.what != TOUCHED):
+            yield from passed
+            passed.clear()
             yield change
 
 
@@ -118,7 +124,7 @@ def stack_items(
             # As mostly: then each layer needs to be open but once.
             old, skip = new, above
         else:
-            old, skip = cleanup.enter_context(Stack(before, markers)), 0
+            old, skip = cleanup.enter_context(Stack(before, markers, beside=new)), 0
         one, other = old.top(skip), new.top()
         if other.parts:
             yield from _top(one, other, markers.recorded)
@@ -143,34 +149,27 @@ class _Level:
         prefix: its path with a slash, empty for the top.
         left: the names that are still to be compared, the next one last.
         unsaid: the change that it is itself, as long as nothing in it has been found that differs.
-        closed: whether its descriptors were given back for a while.
     """
 
-    __slots__ = ("after", "before", "closed", "left", "prefix", "unsaid")
+    __slots__ = ("after", "before", "left", "prefix", "unsaid")
 
     def __init__(
-        self, before: MergedDirectory | None, after: MergedDirectory, prefix: str, unsaid: Item | None
+        self, before: MergedDirectory | None, after: MergedDirectory, prefix: str, whole: bool, unsaid: Item | None
     ) -> None:
         self.before = before
         self.after = after
         self.prefix = prefix
-        self.left = (after.names() if before is None else _suspects(before, after))[::-1]
+        self.left = _suspects(before, after, whole)[::-1]
         self.unsaid = unsaid
-        self.closed = False
-
-    @property
-    def descriptors(self) -> int:
-        return len(self.after.parts) + (len(self.before.parts) if self.before is not None else 0)
 
     def close(self) -> None:
         self.after.close()
         if self.before is not None:
             self.before.close()
-        self.closed = True
 
 
 class _Walk:
-    """One comparison: without recursion, and with few descriptors however deep the trees are.
+    """One comparison, without recursion.
 
     Args:
         before: the top directory on the old side.
@@ -189,36 +188,36 @@ class _Walk:
         self._since = since
         self._above = above
         self._links: Links | None = None
-        self._levels: list[_Level] = []
-        self._descriptors = 0
+        # Whether names are looked at that both sides have from layers which they share.
+        self._whole = False
+        if above is None and (shared := _shared(before, after)):
+            first = len(before.parts) - shared, len(after.parts) - shared
+            names = _pairs(before, after, whole=False)
+            self._whole = any(_may_be_linked(old, new, *first) for _, old, new in names)
 
     def items(self) -> Iterator[Item]:
         """The changes below the top, sorted by path."""
-        levels = self._levels = [_Level(self._before, self._after, "", None)]
-        try:
-            while levels:
-                level = levels[-1]
-                if not level.left:
-                    self._leave()
-                    continue
-                if level.closed:
-                    self._reopen(level)
-                name = level.left.pop()
-                item = self._compare(level, name)
-                if item is None:
-                    continue
-                said = item.change.kind != MODIFIED or bool(item.change.what)
-                if item.found is not None and stat.S_ISDIR(item.found.status.st_mode):
-                    self._enter(level, item, None if said else item)
-                if said:
-                    for passed in levels:
-                        if passed.unsaid is not None:
-                            yield passed.unsaid
-                            passed.unsaid = None
-                    yield item
-        finally:
-            while levels:
-                self._leave()
+        levels = [_Level(self._before, self._after, "", self._whole, None)]
+        said = 0  # of so many levels nothing is left to say
+        while levels:
+            level = levels[-1]
+            if not level.left:
+                levels.pop().close()
+                said = min(said, len(levels))
+                continue
+            item = self._compare(level, level.left.pop())
+            if item is None:
+                continue
+            differs = item.change.kind != MODIFIED or bool(item.change.what)
+            if item.found is not None and stat.S_ISDIR(item.found.status.st_mode):
+                levels += self._entered(level, item, None if differs else item)
+            if differs:
+                for passed in levels[said:]:
+                    if passed.unsaid is not None:
+                        yield passed.unsaid
+                        passed.unsaid = None
+                said = len(levels)
+                yield item
 
     def _compare(self, level: _Level, name: str) -> Item | None:
         path = level.prefix + name
@@ -229,7 +228,7 @@ class _Walk:
         if old is None:
             return Item(Change(ADDED, path, None, self._meta(new)), level.after, new)
         is_directory = stat.S_ISDIR(new.status.st_mode)
-        if _same_file(old, new) and not is_directory:
+        if _same_file(old, new) and not is_directory and (self._above is not None or new.status.st_nlink == 1):
             return None
         old_meta, new_meta = self._meta(old), self._meta(new)
         what = frozenset(differences(old_meta, new_meta))
@@ -249,7 +248,7 @@ class _Walk:
         layer that is cheap: only files that the kernel copied up come here, and nothing else tells why it did.
         """
         regular = stat.S_ISREG(new.status.st_mode)
-        doubtful = regular and may_differ(old.status, new.status, self._since)
+        doubtful = regular and not _same_file(old, new) and may_differ(old.status, new.status, self._since)
         if doubtful and not _same_data(before, after, old, new, path):
             return frozenset({"content"})
         if old.status.st_nlink == 1 and new.status.st_nlink == 1:
@@ -258,15 +257,13 @@ class _Walk:
             # Copying a file up takes it out of its group, or was done to link to it.
             return LINKED if new.layer < self._above else frozenset()
         if self._links is None:
-            self._links = Links(self._before, self._after)
+            self._links = Links(_pairs(self._before, self._after, whole=self._whole))
         return LINKED if self._links.differ(path, new.status) else frozenset()
 
     def _meta(self, found: Found) -> Meta:
         return read_meta(found.dir_fd, found.name, found.status, recorded=self._recorded)
 
-    # Levels
-
-    def _enter(self, level: _Level, item: Item, unsaid: Item | None) -> None:
+    def _entered(self, level: _Level, item: Item, unsaid: Item | None) -> Iterator[_Level]:
         assert item.found is not None
         name = item.found.name
         after = level.after.open(name)
@@ -274,51 +271,62 @@ class _Walk:
             return
         was_directory = item.change.before is not None and item.change.before.is_dir
         before = level.before.open(name) if was_directory and level.before is not None else None
-        entered = _Level(before, after, item.change.path + "/", unsaid)
-        self._levels.append(entered)
-        self._descriptors += entered.descriptors
-        self._spare()
-
-    def _leave(self) -> None:
-        level = self._levels.pop()
-        if self._levels and not level.closed:
-            self._close(level)
-
-    def _close(self, level: _Level) -> None:
-        self._descriptors -= level.descriptors
-        level.close()
-
-    def _spare(self) -> None:
-        """Give back descriptors of the directories that are needed last."""
-        for level in self._levels[1:-1]:
-            if self._descriptors <= _MAX_DESCRIPTORS:
-                return
-            if not level.closed:
-                self._close(level)
-
-    def _reopen(self, level: _Level) -> None:
-        level.after = descend(self._after, level.prefix)
-        level.closed = False
-        if level.before is not None:
-            level.before = descend(self._before, level.prefix)
-        self._descriptors += level.descriptors
+        yield _Level(before, after, item.change.path + "/", self._whole, unsaid)
 
 
-def _suspects(before: MergedDirectory, after: MergedDirectory) -> list[str]:
+def _pairs(
+    before: MergedDirectory, after: MergedDirectory, *, whole: bool
+) -> Iterator[tuple[str, Found | None, Found | None]]:
+    """What each suspect of the new tree is on both sides."""
+    left: list[tuple[str, MergedDirectory | None, MergedDirectory]] = [("", before, after)]
+    while left:
+        prefix, one, other = left.pop()
+        for name in _suspects(one, other, whole):
+            old = one.lookup(name) if one is not None else None
+            new = other.lookup(name)
+            yield prefix + name, old, new
+            below = other.open(name) if new is not None and stat.S_ISDIR(new.status.st_mode) else None
+            if below is not None:
+                left.append((f"{prefix}{name}/", one.open(name) if one is not None else None, below))
+        other.close()
+        if one is not None:
+            one.close()
+
+
+def _may_be_linked(old: Found | None, new: Found | None, old_shared: int, new_shared: int) -> bool:
+    """Whether a file that differs may be linked, on one side only, to a name that only the shared layers have."""
+    if new is None or (old is not None and _same_file(old, new)):
+        return False
+    if new.layer >= new_shared and new.status.st_nlink > 1 and not stat.S_ISDIR(new.status.st_mode):
+        return True
+    return (
+        old is not None
+        and old.layer >= old_shared
+        and old.status.st_nlink > 1
+        and signature(old.status) == signature(new.status)
+    )
+
+
+def _shared(before: MergedDirectory, after: MergedDirectory) -> int:
+    """How many parts the two sides share at the bottom."""
+    shared = 0
+    for one, other in zip(reversed(before.parts), reversed(after.parts), strict=False):
+        if one.identity != other.identity:
+            break
+        shared += 1
+    return shared
+
+
+def _suspects(before: MergedDirectory | None, after: MergedDirectory, whole: bool) -> list[str]:
     """The names in a directory that may differ: those of the layers that the two sides do not share at the bottom.
 
     An opaque directory above cuts off what lies below it, and a renamed one shows another: then the bottoms differ,
     and all names are looked at.
     """
-    one, other = [_identity(part.fd) for part in before.parts], [_identity(part.fd) for part in after.parts]
-    shared = 0
-    while shared < min(len(one), len(other)) and one[-1 - shared] == other[-1 - shared]:
-        shared += 1
-    names: set[str] = set()
-    for part in (*before.parts[: len(one) - shared], *after.parts[: len(other) - shared]):
-        with os.scandir(part.fd) as entries:
-            names.update(entry.name for entry in entries)
-    return sorted(names, key=os.fsencode)
+    if before is None:
+        return after.names()
+    shared = 0 if whole else _shared(before, after)
+    return sorted(before.names_above(shared) | after.names_above(shared), key=os.fsencode)
 
 
 def _same_data(before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str) -> bool:
@@ -333,14 +341,9 @@ def _same_data(before: MergedDirectory, after: MergedDirectory, old: Found, new:
         os.close(one)
 
 
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
 def _same_file(old: Found, new: Found) -> bool:
     """Whether both are one file of one layer, so that nothing above touched it."""
-    return (old.status.st_dev, old.status.st_ino) == (new.status.st_dev, new.status.st_ino)
+    return identity(old.status) == identity(new.status)
 
 
 def is_empty_layer(directory: str) -> bool:

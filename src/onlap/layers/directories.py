@@ -18,7 +18,6 @@ from onlap.trees.meta import DEFAULT_ACL
 from onlap.trees.walk import OPEN_DIRECTORY
 
 _MAX_OPEN = 64
-_RESOLVE = files.RESOLVE_BENEATH | files.RESOLVE_NO_SYMLINKS | files.RESOLVE_NO_XDEV
 _OWNER = stat.S_IRWXU
 
 
@@ -85,7 +84,6 @@ class Directories:
 
     def __init__(self, top: int, *, check_acl: bool) -> None:
         self._open: OrderedDict[str, Directory] = OrderedDict()
-        self._openat2 = True
         self._gid = os.getegid()
         self.check_acl = True
         self.top = self._known(Directory("", top))
@@ -185,29 +183,11 @@ class Directories:
             os.close(directory.fd)
 
     def _open_fd(self, path: str) -> int:
-        if self._openat2:
-            try:
-                return files.openat2(path, OPEN_DIRECTORY, dir_fd=self.top.fd, resolve=_RESOLVE)
-            except OSError as error:
-                if error.errno != errno.ENOSYS:
-                    raise
-                self._openat2 = False
-        return self._walk(path, OPEN_DIRECTORY)
-
-    def _walk(self, path: str, flags: int) -> int:
-        """Before Linux 5.6: one name after the other, none of them a symlink."""
-        *names, last = path.split("/")
-        fd = self.top.fd
-        try:
-            for name in names:
-                below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-                if fd != self.top.fd:
-                    os.close(fd)
-                fd = below
-            return os.open(last, flags, dir_fd=fd)
-        finally:
-            if fd != self.top.fd:
-                os.close(fd)
+        above, _, name = path.rpartition("/")
+        parent = self._open.get(above, self.top)
+        return files.open_beneath(
+            name if parent.path == above else path, OPEN_DIRECTORY, dir_fd=parent.fd, resolve=files.RESOLVE_NO_XDEV
+        )
 
     def _force(self, path: str) -> Directory | Blocked | None:
         """Open a directory though the modes on the way forbid it: its owner may change them, and puts them back."""

@@ -18,6 +18,7 @@ from onlap.layers import paths
 from onlap.layers.attributes import IMPLICIT_MODE
 from onlap.layers.lowers import Lowers
 from onlap.overlayfs.markers import OPAQUE_YES, Markers, get_xattr
+from onlap.syscalls import files
 from onlap.trees.copy import Copier
 from onlap.trees.meta import read_xattrs
 from onlap.trees.walk import OPEN_DIRECTORY, Descent
@@ -69,8 +70,7 @@ def inherit(layer: str, below: Sequence[str], markers: Markers, since_ns: int) -
 
 
 def _directories(fd: int) -> Iterator[str]:
-    with os.scandir(fd) as entries:
-        return iter([entry.name for entry in entries if entry.is_dir(follow_symlinks=False)])
+    return iter([entry.name for entry in files.list_directory(fd) if entry.is_dir(follow_symlinks=False)])
 
 
 def _is_invented(fd: int, model: int, since_ns: int) -> bool:

@@ -1,31 +1,46 @@
-"""Which names in a tree are one file, asked only where two trees are compared that share no inodes."""
+"""Which names in a tree are one file, asked only where two trees are compared of which neither stands on the other."""
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
+from collections import Counter
+from collections.abc import Iterable
 
-from onlap.overlayfs.merged import Found, MergedDirectory
+from onlap.overlayfs.merged import Found
 
-_NONE: frozenset[str] = frozenset()
+_Identity = tuple[int, int]
 
 
 class Links:
-    """The hard links of two merged trees; both are walked when the first file with several names is asked for.
+    """How the hard links of one tree differ from those of another.
 
     Args:
-        before: the top directory of the one.
-        after: the top directory of the other.
+        names: what each name is in the one and in the other, of all that the other has.
 
     Raises:
         OSError: something cannot be read.
     """
 
-    def __init__(self, before: MergedDirectory, after: MergedDirectory) -> None:
-        self._after = after
-        self._old = _groups(before)
-        self._new = _groups(after)
+    def __init__(self, names: Iterable[tuple[str, Found | None, Found | None]]) -> None:
+        self._files: dict[str, tuple[_Identity, _Identity]] = {}
+        # The names that a file has now, and those of them that were names of one file before.
+        self._names: Counter[_Identity] = Counter()
+        self._kept: Counter[tuple[_Identity, _Identity]] = Counter()
+        # The files that names of one file are now, by attributes.
+        self._alike: dict[object, set[_Identity]] = {}
+        for path, old, new in names:
+            if new is None or stat.S_ISDIR(new.status.st_mode):
+                continue
+            if new.status.st_nlink == 1 and (old is None or old.status.st_nlink == 1):
+                continue
+            now = identity(new.status)
+            self._names[now] += 1
+            if old is not None and not stat.S_ISDIR(old.status.st_mode):
+                before = identity(old.status)
+                self._files[path] = now, before
+                self._kept[now, before] += 1
+                self._alike.setdefault((before, signature(new.status)), set()).add(now)
 
     def differ(self, path: str, status: os.stat_result) -> bool:
         """Whether a file that is else the same has to be written for its links to come out right.
@@ -36,77 +51,20 @@ class Links:
             path: the file's.
             status: what it is now.
         """
-        old, new = self._old.get(path, _NONE), self._new.get(path, _NONE)
-        if new - old - {path}:
-            return True
-        return any(self._is_copy(other, status) for other in old - new - {path})
-
-    def _is_copy(self, path: str, status: os.stat_result) -> bool:
-        """Whether what was a link is a file of its own now, else unchanged."""
-        found = _lookup(self._after, path)
-        if found is None:
+        if path not in self._files:
             return False
-        other = found.status
-        return (other.st_mode, other.st_uid, other.st_gid, other.st_size, other.st_mtime_ns) == (
-            status.st_mode,
-            status.st_uid,
-            status.st_gid,
-            status.st_size,
-            status.st_mtime_ns,
-        )
+        now, before = self._files[path]
+        if self._kept[now, before] < self._names[now]:
+            return True
+        # What was a link is a file of its own now, else unchanged.
+        return len(self._alike[before, signature(status)]) > 1
 
 
-def descend(top: MergedDirectory, path: str) -> MergedDirectory:
-    """Open a directory by its path from the top; to be closed, unless it is the top itself.
-
-    Raises:
-        FileNotFoundError: there is none (any more).
-        OSError: it cannot be opened.
-    """
-    here = top
-    for name in path.split("/"):
-        if not name:
-            continue
-        below = here.open(name)
-        if here is not top:
-            here.close()
-        if below is None:
-            raise FileNotFoundError(errno.ENOENT, "the directory vanished while it was compared", path)
-        here = below
-    return here
+def identity(status: os.stat_result) -> _Identity:
+    """What tells one file from another."""
+    return status.st_dev, status.st_ino
 
 
-def _lookup(top: MergedDirectory, path: str) -> Found | None:
-    directory, _, name = path.rpartition("/")
-    try:
-        here = descend(top, directory)
-    except FileNotFoundError:
-        return None
-    found = here.lookup(name)
-    if here is not top:
-        here.close()
-    return found
-
-
-def _groups(top: MergedDirectory) -> dict[str, frozenset[str]]:
-    """By path, the names of each file that has several in the tree."""
-    files: dict[tuple[int, int], list[str]] = {}
-    left = [""]
-    while left:
-        prefix = left.pop()
-        here = descend(top, prefix)
-        try:
-            for name in here.names():
-                found = here.lookup(name)
-                if found is None:
-                    continue
-                status = found.status
-                if stat.S_ISDIR(status.st_mode):
-                    left.append(f"{prefix}{name}/")
-                elif status.st_nlink > 1:
-                    files.setdefault((status.st_dev, status.st_ino), []).append(prefix + name)
-        finally:
-            if here is not top:
-                here.close()
-    groups = [frozenset(names) for names in files.values() if len(names) > 1]
-    return {name: group for group in groups for name in group}
+def signature(status: os.stat_result) -> object:
+    """What the copy of a file has in common with it."""
+    return status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns

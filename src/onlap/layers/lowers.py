@@ -1,4 +1,4 @@
-"""What lies below the layer that is written: looked up only when it matters, with few descriptors open."""
+"""What lies below the layer that is written: looked up only when it matters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from onlap.layers import paths
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 
-# Descriptors of directories in layers that are kept open.
-_MAX_DESCRIPTORS = 256
+# Parts of directories that are remembered, of some 200 bytes each.
+_MAX_PARTS = 1 << 16
 
 
 class Lowers:
@@ -26,9 +26,9 @@ class Lowers:
 
     def __init__(self, layers: Sequence[str], markers: Markers | None) -> None:
         self._stack: Stack | None = None
-        self._hidden: set[str] = set()
-        self._open: OrderedDict[str, MergedDirectory | None] = OrderedDict()
-        self._descriptors = 0
+        self._hidden = paths.PathSet()
+        self._known: OrderedDict[str, MergedDirectory | None] = OrderedDict()
+        self._parts = 0
         if layers and markers is not None:
             self._stack = Stack(layers, markers)
 
@@ -37,7 +37,7 @@ class Lowers:
 
     def close(self) -> None:
         """Close all layers."""
-        self._drop("")
+        self._known.clear()
         if self._stack is not None:
             self._stack.close()
             self._stack = None
@@ -45,67 +45,42 @@ class Lowers:
     def hide(self, path: str) -> None:
         """From now on nothing shows at ``path`` and below: the new layer has an opaque directory there."""
         self._hidden.add(path)
-        self._drop(path)
 
     def show(self, path: str) -> None:
         """What the new layer had at ``path`` and below was removed, and its opaque marks with it."""
-        if self._hidden:
-            self._hidden = {hidden for hidden in self._hidden if not paths.is_below(hidden, path)}
-            self._drop(path)
+        self._hidden.discard_below(path)
 
     def directory(self, path: str) -> MergedDirectory | None:
-        """The merged directory at ``path``; None where there is none. Valid until the next call."""
-        if self._stack is None:
+        """The merged directory at ``path``; None where there is none."""
+        if self._stack is None or (self._hidden and self._hidden.covers(path)):
             return None
-        known = self._known(path)
-        here, directory = known
-        for name in path[len(here) :].split("/"):
-            if not name:
-                continue
+        if path in self._known:
+            self._known.move_to_end(path)
+            return self._known[path]
+        here = ""
+        directory: MergedDirectory | None = self._stack.top()
+        for name in path.split("/") if path else ():
             if directory is None:
-                return None
+                break
             here = paths.join(here, name)
-            directory = None if here in self._hidden else directory.open(name)
-            self._keep(here, directory)
+            if here in self._known:
+                self._known.move_to_end(here)
+                directory = self._known[here]
+            else:
+                directory = directory.open(name)
+                self._keep(here, directory)
         return directory
 
     def lookup(self, directory: str, name: str) -> Found | None:
-        """What ``name`` is in ``directory``. Valid until the next call."""
-        if self._stack is None or paths.join(directory, name) in self._hidden:
+        """What ``name`` is in ``directory``."""
+        if self._stack is None or (self._hidden and self._hidden.covers(paths.join(directory, name))):
             return None
         merged = self.directory(directory)
         return None if merged is None else merged.lookup(name)
 
-    def _known(self, path: str) -> tuple[str, MergedDirectory | None]:
-        """The longest part of ``path`` that is open."""
-        here = path
-        while here:
-            if here in self._open:
-                self._open.move_to_end(here)
-                return here, self._open[here]
-            here = here.rpartition("/")[0]
-        if "" not in self._open:
-            assert self._stack is not None
-            self._open[""] = self._stack.top()
-        return "", self._open[""]
-
     def _keep(self, path: str, directory: MergedDirectory | None) -> None:
-        self._open[path] = directory
-        if directory is not None:
-            self._descriptors += len(directory.parts)
-        while (self._descriptors > _MAX_DESCRIPTORS or len(self._open) > _MAX_DESCRIPTORS) and len(self._open) > 2:
-            oldest = next(key for key in self._open if key)
-            if oldest == path:
-                return
-            self._forget(oldest)
-
-    def _drop(self, path: str) -> None:
-        for key in [key for key in self._open if paths.is_below(key, path)]:
-            self._forget(key)
-
-    def _forget(self, key: str) -> None:
-        directory = self._open.pop(key)
-        if directory is not None:
-            if key:
-                self._descriptors -= len(directory.parts)
-            directory.close()
+        self._known[path] = directory
+        self._parts += 1 + (len(directory.parts) if directory is not None else 0)
+        while self._parts > _MAX_PARTS and len(self._known) > 1:
+            _, oldest = self._known.popitem(last=False)
+            self._parts -= 1 + (len(oldest.parts) if oldest is not None else 0)

@@ -37,8 +37,10 @@ SPARSE_MAP = "GNU.sparse.map"
 # limit (maxSpecialFileSize).
 MAX_META = 1 << 20
 
-# The kernel's PATH_MAX counts the closing NUL.
-MAX_PATH = 4095
+# A tree may be deeper than any path that the kernel takes at once (4095 bytes), and is carried; but a few bytes of an
+# archive must not make hundreds of thousands of directories in one another. What is written and what is read agree.
+MAX_PATH = (1 << 16) - 1
+
 
 # chown(2): an id of -1 means "leave it", so the largest 32-bit number is none.
 MAX_ID = 0xFFFFFFFE

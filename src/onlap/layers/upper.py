@@ -7,6 +7,7 @@ paths of the archive's entries are kept in memory.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Sequence
@@ -62,9 +63,9 @@ class Upper:
         self._copier = Copier()
         self._top_named = False
         # Not empty at the start: what the archive made. Else: what it did not, apart from whiteouts.
-        self._own: set[str] = set()
-        self._borrowed: set[str] = set()
-        self.followed: set[str] = set()
+        self._own = paths.PathSet()
+        self._borrowed = paths.PathSet()
+        self.followed = paths.PathSet()
         self.replaced: dict[str, str] = {}
 
     def _note_markers(self, layer: int) -> None:
@@ -115,8 +116,8 @@ class Upper:
 
     def forget(self, path: str) -> None:
         """Nothing is left at ``path`` and below."""
-        self._own.discard(path)
-        self._borrowed.discard(path)
+        self._own.discard_below(path)
+        self._borrowed.discard_below(path)
         self.lowers.show(path)
 
     def name_top(self, entry: Entry) -> None:
@@ -176,7 +177,7 @@ class Upper:
             create: make what is missing; else None is the answer to it.
         """
         pending = path.split("/")[::-1]
-        here = ""
+        here = self._passed("", pending)
         links = 0
         while pending:
             name = pending.pop()
@@ -201,6 +202,27 @@ class Upper:
             if target.startswith("/"):
                 here = ""
             pending += target.split("/")[::-1]
+            here = self._passed(here, pending)
+            if ".." not in pending:
+                paths.check_length(paths.join(here, "/".join(pending)))
+        return here
+
+    def _passed(self, here: str, pending: list[str]) -> str:
+        """Take from the end of ``pending`` the names that lead through directories of the layer; where they lead.
+
+        By halves, so that a name of very many directories costs as much as its length, not as the square of it.
+        """
+        names = list(itertools.takewhile(lambda name: name not in ("", ".", ".."), reversed(pending)))
+        low, high = 0, len(names)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if isinstance(self.directories.find(paths.join(here, "/".join(names[:middle]))), Directory):
+                low = middle
+            else:
+                high = middle - 1
+        if low:
+            del pending[-low:]
+            here = paths.join(here, "/".join(names[:low]))
         return here
 
     def _step(self, here: str, name: str, child: str, create: bool) -> str | None:
@@ -335,9 +357,6 @@ class Upper:
         self.directories.close_below(path, forget=True)
         remove_tree(parent.fd, base)
         self.forget(path)
-        for known in (self._own, self._borrowed):
-            if known:
-                known.difference_update([other for other in known if paths.is_below(other, path)])
 
     def replace_by_directory(self, parent: Directory, base: str, path: str) -> tuple[Directory, bool]:
         """Make a directory where something is, or open it if it is one; says whether it was made."""

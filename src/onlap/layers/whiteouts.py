@@ -28,6 +28,9 @@ class Whiteouts:
         self._upper = upper
         self._directories = upper.directories
         self._lowers = upper.lowers
+        # Of what there was before the archive nothing is left: at these paths, and in these directories.
+        self._removed = paths.PathSet()
+        self._emptied = paths.PathSet()
 
     def whiteout(self, parent: str, base: str) -> None:
         """Remove what was at ``base`` in ``parent`` before the archive.
@@ -40,6 +43,10 @@ class Whiteouts:
         if where is not None:
             self._remove_before(where, base)
 
+    def _is_empty(self, path: str) -> bool:
+        """Whether all that was in the directory ``path`` before the archive is removed already."""
+        return self._emptied.covers(path) or self._removed.covers(path)
+
     def opaque(self, path: str) -> None:
         """Remove all that was in the directory ``path`` before the archive.
 
@@ -48,15 +55,17 @@ class Whiteouts:
             OSError: it cannot be removed.
         """
         where = self._before(path)
-        if where is None:
+        if where is None or self._is_empty(where):
             return
         if not where:
             self._clear_top()
+            self._emptied.add(where)
             return
         upper = self._directories.find(where)
         if isinstance(upper, Blocked):
             return
         self._check_followed(where)
+        self._emptied.add(where)
         if upper is not None:
             self._prune(where)
         if self._lowers.directory(where) is not None:
@@ -75,6 +84,8 @@ class Whiteouts:
 
     def _before(self, path: str) -> str | None:
         """Where the directory called ``path`` was before the archive; None when there was none, or it is hidden."""
+        if self._lowers.directory(path) is not None and not isinstance(self._directories.find(path), Blocked):
+            return path  # as mostly: nothing on the way is, or was, anything but a directory
         pending = path.split("/")[::-1]
         here = ""
         links = 0
@@ -128,10 +139,13 @@ class Whiteouts:
     def _remove_before(self, where: str, base: str) -> None:
         """Remove what was at a path without symlinks, and hide what is below; the archive's own entries stay."""
         path = paths.join(where, base)
+        if self._is_empty(where) or path in self._removed:
+            return
         upper = self._directories.find(where)
         if isinstance(upper, Blocked):
             return  # hidden already: by a whiteout, or by a file of the archive
         self._check_followed(path)
+        self._removed.add(path)
         if upper is not None:
             status = upper.status(base)
             if status is not None and (is_whiteout(status) or self._kept(upper, base, path, status)):
@@ -184,7 +198,7 @@ class Whiteouts:
             path, below = frames[-1]
             if below:
                 child = below.pop()
-                frames.append((child, self._prune_files(child, left)))
+                frames.append((child, [] if self._is_pruned(child, left) else self._prune_files(child, left)))
                 continue
             frames.pop()
             if path == top:
@@ -198,6 +212,15 @@ class Whiteouts:
             else:
                 self._rmdir(path)
         return top in left
+
+    def _is_pruned(self, path: str, left: set[str]) -> bool:
+        """Whether only the archive's own entries are left in a directory, as an earlier removal saw to."""
+        if path not in self._emptied and path not in self._removed:
+            return False
+        directory = self._directories.find(path)
+        if isinstance(directory, Directory) and files.list_directory(directory.fd):
+            left.add(path)
+        return True
 
     def _prune_files(self, path: str, left: set[str]) -> list[str]:
         """Remove what is no directory; the directories in it, as paths."""
@@ -222,9 +245,9 @@ class Whiteouts:
         return below
 
     def _check_followed(self, path: str) -> None:
-        for followed in self._upper.followed:
-            if paths.is_below(followed, path):
-                raise ValueError(
-                    f"it removes the symlink {shown(followed)} after entries that were put through it; "
-                    "such an archive must have its whiteouts first"
-                )
+        followed = self._upper.followed.first_below(path)
+        if followed is not None:
+            raise ValueError(
+                f"it removes the symlink {shown(followed)} after entries that were put through it; "
+                "such an archive must have its whiteouts first"
+            )

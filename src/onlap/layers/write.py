@@ -27,6 +27,7 @@ from onlap.layers import tarformat as tar
 from onlap.layers import tarsparse
 from onlap.layers.changes import Item, stack_items
 from onlap.layers.outlet import Outlet
+from onlap.layers.paths import WHITEOUT_PREFIX, check_length
 from onlap.layers.tarformat import Entry
 from onlap.layers.tarwriter import TarWriter
 from onlap.overlayfs.markers import Markers
@@ -35,7 +36,6 @@ from onlap.trees.compare import DELETED, NEVER, Since
 from onlap.trees.copy import data_ranges, has_holes
 from onlap.trees.meta import Meta
 
-WHITEOUT_PREFIX = ".wh."
 _CHUNK = 256 * 1024
 _TYPES = {
     stat.S_IFREG: tar.FILE,
@@ -192,6 +192,12 @@ class _Layer:
             os.close(fd)
 
     def _emit(self, entry: Entry) -> None:
+        try:
+            check_length(entry.name.removesuffix("/"))
+        except ValueError as error:
+            raise errors.InvalidArgument(
+                f"{shown(entry.name)} cannot be in a layer: {error}", key=entry.name
+            ) from error
         self._tar.begin(entry)
         self.entries += 1
         self._report(self._tar.position, entry.name)

@@ -12,47 +12,96 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from onlap.overlayfs.markers import OPAQUE_XATTR_WHITEOUTS, OPAQUE_YES, Markers, get_xattr, is_whiteout
+from onlap.syscalls import files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# Descriptors that stacks keep open: more than the kernel takes layers (fs/overlayfs/params.h, OVL_MAX_STACK: 500), so
+# that one directory of the highest stack is looked through without opening its parts again.
+_MAX_OPEN = 512
+
+
+class Part:
+    """One layer's directory that takes part in a merged one.
+
+    Attributes:
+        layer: the layer's number, the topmost being 0.
+        identity: the directory's device and inode.
+        opaque: the value of its opaque mark.
+    """
+
+    __slots__ = ("_above", "_name", "_stack", "identity", "layer", "opaque")
+
+    def __init__(self, stack: Stack, above: Part | None, name: str, layer: int, identity: tuple[int, int]) -> None:
+        self._stack = stack
+        self._above = above
+        self._name = name
+        self.layer = layer
+        self.identity = identity
+        self.opaque: bytes | None = None
+
+    @property
+    def fd(self) -> int:
+        """A descriptor of the directory; it stays open until other parts need many."""
+        return self._stack.descriptor(self)
+
+    def open(self) -> int:
+        """Open the directory; for the stack, which closes it."""
+        if self._above is None:
+            return os.open(self._name, _DIRECTORY)
+        fd = self._stack.descriptor(self._above, only_open=True)
+        if fd >= 0:
+            return os.open(self._name, _DIRECTORY, dir_fd=fd)
+        names = []
+        part = self
+        while part._above is not None:
+            names.append(part._name)
+            part = part._above
+        return files.open_beneath("/".join(reversed(names)), _DIRECTORY, dir_fd=part.fd, resolve=0)
 
 
 class Found(NamedTuple):
     """A name as the topmost layer that has it shows it."""
 
-    layer: int
-    dir_fd: int
+    part: Part
     name: str
     status: os.stat_result
 
+    @property
+    def layer(self) -> int:
+        """The layer's number."""
+        return self.part.layer
 
-class _Part(NamedTuple):
-    """One layer's directory that takes part in a merged one."""
-
-    layer: int
-    fd: int
-    opaque: bytes | None
+    @property
+    def dir_fd(self) -> int:
+        """The directory that holds it; to be used at once, see :attr:`Part.fd`."""
+        return self.part.fd
 
 
 class MergedDirectory:
     """A directory of a stack, as the kernel merges it. Close it, or use it as a context manager.
 
+    However many there are, few descriptors are open: they are the stack's, which opens them again where need be.
+
     Attributes:
         parts: what each layer contributes, topmost first; nothing below an opaque part takes part.
     """
 
-    __slots__ = ("_markers", "_owned", "_roots", "parts")
+    __slots__ = ("_index", "_listed", "_stack", "_whiteouts", "parts")
 
-    def __init__(self, parts: Sequence[_Part], roots: Sequence[int], markers: Markers, *, owned: bool = True) -> None:
+    def __init__(self, parts: Sequence[Part], stack: Stack) -> None:
         self.parts = tuple(parts)
-        self._roots = roots
-        self._markers = markers
-        self._owned = owned
+        self._stack = stack
+        # How many of the uppermost parts were listed, which of those have a name, and what the first of them hides.
+        self._listed = 0
+        self._index: dict[str, list[Part]] = {}
+        self._whiteouts: set[str] = set()
 
     def __enter__(self) -> MergedDirectory:
         return self
@@ -61,11 +110,9 @@ class MergedDirectory:
         self.close()
 
     def close(self) -> None:
-        """Close the parts' descriptors; the directory cannot be used after that."""
-        parts, self.parts = self.parts, ()
-        if self._owned:
-            for part in parts:
-                os.close(part.fd)
+        """Close the parts' descriptors."""
+        for part in self.parts:
+            self._stack.release(part)
 
     @property
     def status(self) -> os.stat_result:
@@ -74,62 +121,68 @@ class MergedDirectory:
 
     def lookup(self, name: str) -> Found | None:
         """What ``name`` is here, None where no layer has it or a whiteout hides it."""
-        for part in self.parts:
+        for part in self._having(name):
             status = _status(part.fd, name)
             if status is None:
                 continue
             if self._hides(part, name, status):
                 return None
-            return Found(part.layer, part.fd, name, status)
+            return Found(part, name, status)
         return None
-
-    def hidden_by(self, part_index: int, name: str) -> bool:
-        """Whether the part of that index holds a whiteout for ``name``."""
-        part = self.parts[part_index]
-        status = _status(part.fd, name)
-        return status is not None and self._hides(part, name, status)
 
     def open(self, name: str) -> MergedDirectory | None:
         """The directory ``name``, None where there is no such directory."""
-        found: list[_Part] = []
+        found: list[Part] = []
         # Where the name continues below: a redirect sends the search in the layers beneath it to another place.
         redirect: bytes | None = None
-        for part in self.parts:
-            if redirect is not None:
-                break
+        for part in self._having(name):
             status = _status(part.fd, name)
             if status is None:
                 continue
             if not stat.S_ISDIR(status.st_mode):
                 break  # a whiteout or a file: it ends the merge, whatever lies below
-            new = _open_part(part.layer, part.fd, name, self._markers)
+            new = Part(self._stack, part, name, part.layer, (status.st_dev, status.st_ino))
+            new.opaque = get_xattr(new.fd, self._stack.markers.opaque)
             found.append(new)
             if new.opaque == OPAQUE_YES:
                 break
-            redirect = get_xattr(new.fd, self._markers.redirect)
-        if redirect is not None:
-            found += self._redirected(found[-1].layer, redirect)
-        return MergedDirectory(found, self._roots, self._markers) if found else None
+            redirect = get_xattr(new.fd, self._stack.markers.redirect)
+            if redirect is not None:
+                found += self._redirected(new.layer, redirect)
+                break
+        return MergedDirectory(found, self._stack) if found else None
 
     def names(self) -> list[str]:
         """The names that the merged directory shows, sorted by their bytes."""
-        shown: set[str] = set()
-        hidden: set[str] = set()
-        for part in self.parts:
-            here: set[str] = set()
-            with os.scandir(part.fd) as entries:
-                for entry in entries:
-                    if entry.name in hidden or entry.name in shown:
-                        continue
-                    # The type from readdir spares a stat a name: only devices, and files where the directory says
-                    # that it holds xattr whiteouts, can be one.
-                    maybe = not (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
-                    if maybe and self._hides(part, entry.name, entry.stat(follow_symlinks=False)):
-                        hidden.add(entry.name)
-                    else:
-                        here.add(entry.name)
-            shown |= here
-        return sorted(shown, key=os.fsencode)
+        return sorted(self.names_above(0) - self._whiteouts, key=os.fsencode)
+
+    def names_above(self, lowest: int) -> set[str]:
+        """The names that the parts above the ``lowest`` ones have, whiteouts included.
+
+        They are listed but once, and :meth:`lookup` and :meth:`open` need not try the parts that lack a name.
+        """
+        index = self._index
+        for part in self.parts[self._listed : len(self.parts) - lowest]:
+            for entry in files.list_directory(part.fd):
+                having = index.setdefault(entry.name, [])
+                # The type from readdir spares a stat a name: only devices, and files where the directory says that it
+                # holds xattr whiteouts, can be one.
+                if (
+                    not having
+                    and not (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
+                    and (part.opaque == OPAQUE_XATTR_WHITEOUTS or not entry.is_file(follow_symlinks=False))
+                ):
+                    status = _status(part.fd, entry.name)
+                    if status is not None and self._hides(part, entry.name, status):
+                        self._whiteouts.add(entry.name)
+                having.append(part)
+            self._listed += 1
+        return set(index)
+
+    def _having(self, name: str) -> Iterator[Part]:
+        """The parts that may have ``name``."""
+        yield from self._index.get(name, ())
+        yield from self.parts[self._listed :]
 
     def data(self, found: Found, path: str) -> int:
         """Open a regular file's data for reading: that of a layer below where ``found`` has only the metadata.
@@ -146,26 +199,20 @@ class MergedDirectory:
         # Where the data is looked for: beside the file, whose directory may be another one in the layers below, until
         # an absolute redirect leads elsewhere (fs/overlayfs/namei.c, ovl_lookup).
         directory = self
-        try:
-            while get_xattr(fd, self._markers.metacopy) is not None:
-                redirect = get_xattr(fd, self._markers.redirect)
-                os.close(fd)
-                if redirect is not None:
-                    above, slash, name = os.fsdecode(redirect).rpartition("/")
-                    if slash:
-                        elsewhere = self._absolute(layer, above)
-                        if directory is not self:
-                            directory.close()
-                        directory = elsewhere
-                layer, fd = directory._data_below(layer, name, path)
-        finally:
-            if directory is not self:
-                directory.close()
+        markers = self._stack.markers
+        while get_xattr(fd, markers.metacopy) is not None:
+            redirect = get_xattr(fd, markers.redirect)
+            os.close(fd)
+            if redirect is not None:
+                above, slash, name = os.fsdecode(redirect).rpartition("/")
+                if slash:
+                    directory = self._absolute(layer, above)
+            layer, fd = directory._data_below(layer, name, path)
         return fd
 
     def _absolute(self, above: int, path: str) -> MergedDirectory:
         """The directory at ``path`` in the layers below ``above``; without parts where there is none."""
-        return MergedDirectory(self._redirected(above, os.fsencode(path + "/")), self._roots, self._markers)
+        return MergedDirectory(self._redirected(above, os.fsencode(path + "/")), self._stack)
 
     def _data_below(self, layer: int, name: str, path: str) -> tuple[int, int]:
         for part in self.parts:
@@ -179,61 +226,61 @@ class MergedDirectory:
             return part.layer, os.open(name, _FILE, dir_fd=part.fd)
         raise FileNotFoundError(errno.ENOENT, "no layer below has the data of this metacopy file", path)
 
-    def _hides(self, part: _Part, name: str, status: os.stat_result) -> bool:
+    def _hides(self, part: Part, name: str, status: os.stat_result) -> bool:
         if is_whiteout(status):
             return True
         if part.opaque != OPAQUE_XATTR_WHITEOUTS or status.st_size or not stat.S_ISREG(status.st_mode):
             return False
-        return get_xattr(f"/proc/self/fd/{part.fd}/{name}", self._markers.whiteout) is not None
+        return get_xattr(f"/proc/self/fd/{part.fd}/{name}", self._stack.markers.whiteout) is not None
 
-    def _redirected(self, above: int, redirect: bytes) -> list[_Part]:
+    def _redirected(self, above: int, redirect: bytes) -> Sequence[Part]:
         """The parts of a renamed directory in the layers below ``above``.
 
         An absolute redirect starts at the top of the stack, a relative one is a name beside this directory's own.
         """
         target = os.fsdecode(redirect)
-        if target.startswith("/"):
-            start = [
-                _Part(layer, os.dup(fd), get_xattr(fd, self._markers.opaque))
-                for layer, fd in enumerate(self._roots)
-                if layer > above
-            ]
-            names = [name for name in target.split("/") if name]
-        else:
-            start = [part._replace(fd=os.dup(part.fd)) for part in self.parts if part.layer > above]
-            names = [target]
-        here = MergedDirectory(start, self._roots, self._markers)
-        for name in names:
-            below = here.open(name) if here.parts else None
-            here.close()
-            if below is None:
-                return []
-            here = below
-        return list(here.parts)
+        absolute = target.startswith("/")
+        start = self._stack.roots if absolute else self.parts
+        here: MergedDirectory | None = MergedDirectory([part for part in start if part.layer > above], self._stack)
+        for name in target.split("/") if absolute else [target]:
+            if name and here is not None:
+                here = here.open(name)
+        return here.parts if here is not None else ()
 
 
 class Stack:
-    """A stack of layers and its merged top directory; a context manager that closes all of it.
+    """A stack of layers; a context manager that closes all of it.
 
     Args:
         layers: the layers' top directories, topmost first.
         markers: the names of the markers in them.
+        beside: another stack, with which this one shares its number of descriptors.
+
+    Attributes:
+        markers: the names of the markers.
+        roots: the top directory of each layer.
 
     Raises:
         OSError: a layer cannot be opened.
     """
 
-    def __init__(self, layers: Sequence[str], markers: Markers) -> None:
-        self._cleanup = ExitStack()
-        self._markers = markers
-        self._roots: list[int] = []
-        with ExitStack() as on_error:
-            on_error.callback(self.close)
-            for layer in layers:
-                fd = os.open(layer, _DIRECTORY)
-                self._cleanup.callback(os.close, fd)
-                self._roots.append(fd)
-            on_error.pop_all()
+    def __init__(self, layers: Sequence[str], markers: Markers, *, beside: Stack | None = None) -> None:
+        self.markers = markers
+        self._open: OrderedDict[Part, int] = beside._open if beside is not None else OrderedDict()
+        self.roots = []
+        try:
+            for layer, path in enumerate(layers):
+                root = Part(self, None, path, layer, (0, 0))
+                self.roots.append(root)
+                status = os.fstat(root.fd)
+                root.identity = status.st_dev, status.st_ino
+                root.opaque = get_xattr(root.fd, markers.opaque)
+                if root.opaque == OPAQUE_YES:
+                    # fs/overlayfs/super.c merges the tops of all layers, whatever their marks say.
+                    root.opaque = None
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Stack:
         return self
@@ -243,7 +290,9 @@ class Stack:
 
     def close(self) -> None:
         """Close the layers."""
-        self._cleanup.close()
+        while self._open:
+            _, fd = self._open.popitem()
+            os.close(fd)
 
     def top(self, skip: int = 0) -> MergedDirectory:
         """The merged top directory, valid while the stack is open.
@@ -251,18 +300,27 @@ class Stack:
         Args:
             skip: leave out that many layers from the top.
         """
-        parts = []
-        for layer, fd in list(enumerate(self._roots))[skip:]:
-            part = _Part(layer, fd, get_xattr(fd, self._markers.opaque))
-            parts.append(part)
-            if part.opaque == OPAQUE_YES:
-                break
-        return MergedDirectory(parts, self._roots, self._markers, owned=False)
+        return MergedDirectory(self.roots[skip:], self)
 
+    def descriptor(self, part: Part, *, only_open: bool = False) -> int:
+        """A descriptor of a part, opened if need be; ``only_open``: -1 rather than that."""
+        fd = self._open.get(part)
+        if fd is not None:
+            self._open.move_to_end(part)
+            return fd
+        if only_open:
+            return -1
+        fd = self._open[part] = part.open()
+        if len(self._open) > _MAX_OPEN:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest)
+        return fd
 
-def _open_part(layer: int, dir_fd: int, name: str, markers: Markers) -> _Part:
-    fd = os.open(name, _DIRECTORY, dir_fd=dir_fd)
-    return _Part(layer, fd, get_xattr(fd, markers.opaque))
+    def release(self, part: Part) -> None:
+        """Close a part's descriptor, if it is open."""
+        fd = self._open.pop(part, None)
+        if fd is not None:
+            os.close(fd)
 
 
 def _status(dir_fd: int, name: str) -> os.stat_result | None:

@@ -7,6 +7,7 @@ include/uapi/linux/{openat2,fs,stat}.h.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 
@@ -27,6 +28,10 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 
+# The kernel's PATH_MAX counts the closing NUL.
+_MAX_PATH = 4095
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _STATX_MNT_ID_UNIQUE = 0x4000  # Linux 6.8
@@ -46,6 +51,53 @@ def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int, mode: i
     """Open ``path`` under ``dir_fd`` with restrictions on how it may be resolved; close-on-exec."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     return _libc.syscall(_libc.OPENAT2, dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how), path=path)
+
+
+def open_beneath(path: str, flags: int, *, dir_fd: int, resolve: int) -> int:
+    """Open what is at ``path`` below a directory, however long the path is; none of its names may be a symlink.
+
+    Raises:
+        OSError: ELOOP or ENOTDIR where a name on the way is a symlink or a file; else as :func:`openat2`.
+    """
+    resolve |= RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS
+    left = os.fsencode(path)
+    here = dir_fd
+    try:
+        while True:
+            cut = len(left) if len(left) <= _MAX_PATH else left.rindex(b"/", 0, _MAX_PATH + 1)
+            last = cut == len(left)
+            below = _open_part(left[:cut], flags if last else _PASS, here, resolve)
+            if here != dir_fd:
+                os.close(here)
+            here, left = below, left[cut + 1 :]
+            if last:
+                break
+    except BaseException:
+        if here != dir_fd:
+            os.close(here)
+        raise
+    return here
+
+
+def _open_part(path: bytes, flags: int, dir_fd: int, resolve: int) -> int:
+    try:
+        return openat2(path, flags, dir_fd=dir_fd, resolve=resolve)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+    # Before Linux 5.6: one name after the other.
+    *names, last = path.split(b"/")
+    here = dir_fd
+    try:
+        for name in names:
+            below = os.open(name, _PASS, dir_fd=here)
+            if here != dir_fd:
+                os.close(here)
+            here = below
+        return os.open(last, flags | os.O_NOFOLLOW, dir_fd=here)
+    finally:
+        if here != dir_fd:
+            os.close(here)
 
 
 def list_directory(fd: int) -> list[os.DirEntry[str]]:

@@ -184,6 +184,7 @@ class _Comparison:
         self._since = since
         self._recorded = recorded
         self._levels = [_Level(before, after, "", None)]
+        self._said = 0  # of so many levels nothing is left to say
 
     def changes(self) -> Iterator[Change]:
         try:
@@ -201,6 +202,7 @@ class _Comparison:
                         break
                 else:
                     self._levels.pop()
+                    self._said = min(self._said, len(self._levels))
                     if self._levels:
                         self._before.leave()
                         self._after.leave()
@@ -210,10 +212,11 @@ class _Comparison:
 
     def _announced(self) -> Iterator[Change]:
         """The directories on the way to a change, which are named before it, each once."""
-        for level in self._levels:
+        for level in self._levels[self._said :]:
             if level.change is not None:
                 yield level.change
                 level.change = None
+        self._said = len(self._levels)
 
     def _compare(self, level: _Level, name: str) -> Iterator[Change]:
         path = level.prefix + name
