@@ -26,21 +26,26 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # that one directory of the highest stack is looked through without opening its parts again.
 _MAX_OPEN = 512
 
+# A directory of a layer is listed only when names were looked up in vain, or nearly, more often than this, and than
+# there are names in those that were listed: many names in many layers cost their sum then, not their product.
+_TRIES = 64
+
 
 class Part:
     """One layer's directory that takes part in a merged one.
 
     Attributes:
+        above: the directory of the same layer that holds it; None for the layer's top.
         layer: the layer's number, the topmost being 0.
         identity: the directory's device and inode.
         opaque: the value of its opaque mark.
     """
 
-    __slots__ = ("_above", "_name", "_stack", "identity", "layer", "opaque")
+    __slots__ = ("_name", "_stack", "above", "identity", "layer", "opaque")
 
     def __init__(self, stack: Stack, above: Part | None, name: str, layer: int, identity: tuple[int, int]) -> None:
         self._stack = stack
-        self._above = above
+        self.above = above
         self._name = name
         self.layer = layer
         self.identity = identity
@@ -53,17 +58,22 @@ class Part:
 
     def open(self) -> int:
         """Open the directory; for the stack, which closes it."""
-        if self._above is None:
+        if self.above is None:
             return os.open(self._name, _DIRECTORY)
-        fd = self._stack.descriptor(self._above, only_open=True)
+        fd = self._stack.descriptor(self.above, only_open=True)
         if fd >= 0:
             return os.open(self._name, _DIRECTORY, dir_fd=fd)
         names = []
         part = self
-        while part._above is not None:
+        while part.above is not None:
             names.append(part._name)
-            part = part._above
-        return files.open_beneath("/".join(reversed(names)), _DIRECTORY, dir_fd=part.fd, resolve=0)
+            part = part.above
+        # Not kept: the roots of many layers would drive out what is looked at.
+        root = part.open()
+        try:
+            return files.open_beneath("/".join(reversed(names)), _DIRECTORY, dir_fd=root, resolve=0)
+        finally:
+            os.close(root)
 
 
 class Found(NamedTuple):
@@ -93,13 +103,15 @@ class MergedDirectory:
         parts: what each layer contributes, topmost first; nothing below an opaque part takes part.
     """
 
-    __slots__ = ("_index", "_listed", "_stack", "_whiteouts", "parts")
+    __slots__ = ("_entries", "_index", "_listed", "_stack", "_tried", "_whiteouts", "parts")
 
     def __init__(self, parts: Sequence[Part], stack: Stack) -> None:
         self.parts = tuple(parts)
         self._stack = stack
         # How many of the uppermost parts were listed, which of those have a name, and what the first of them hides.
         self._listed = 0
+        self._entries = 0
+        self._tried = 0
         self._index: dict[str, list[Part]] = {}
         self._whiteouts: set[str] = set()
 
@@ -161,28 +173,36 @@ class MergedDirectory:
 
         They are listed but once, and :meth:`lookup` and :meth:`open` need not try the parts that lack a name.
         """
-        index = self._index
-        for part in self.parts[self._listed : len(self.parts) - lowest]:
-            for entry in files.list_directory(part.fd):
-                having = index.setdefault(entry.name, [])
-                # The type from readdir spares a stat a name: only devices, and files where the directory says that it
-                # holds xattr whiteouts, can be one.
-                if (
-                    not having
-                    and not (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
-                    and (part.opaque == OPAQUE_XATTR_WHITEOUTS or not entry.is_file(follow_symlinks=False))
-                ):
-                    status = _status(part.fd, entry.name)
-                    if status is not None and self._hides(part, entry.name, status):
-                        self._whiteouts.add(entry.name)
-                having.append(part)
-            self._listed += 1
-        return set(index)
+        while self._listed < len(self.parts) - lowest:
+            self._list_next()
+        return set(self._index)
+
+    def _list_next(self) -> None:
+        part = self.parts[self._listed]
+        self._listed += 1
+        for entry in files.list_directory(part.fd):
+            self._entries += 1
+            having = self._index.setdefault(entry.name, [])
+            # The type from readdir spares a stat a name: only devices, and files where the directory says that it holds
+            # xattr whiteouts, can be one.
+            if (
+                not having
+                and not (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
+                and (part.opaque == OPAQUE_XATTR_WHITEOUTS or not entry.is_file(follow_symlinks=False))
+            ):
+                status = _status(part.fd, entry.name)
+                if status is not None and self._hides(part, entry.name, status):
+                    self._whiteouts.add(entry.name)
+            having.append(part)
 
     def _having(self, name: str) -> Iterator[Part]:
-        """The parts that may have ``name``."""
+        """The parts that may have ``name``; what was tried often enough to have been listed meanwhile is listed."""
+        while self._tried > self._entries + _TRIES and self._listed < len(self.parts):
+            self._list_next()
         yield from self._index.get(name, ())
-        yield from self.parts[self._listed :]
+        for part in self.parts[self._listed :]:
+            self._tried += 1
+            yield part
 
     def data(self, found: Found, path: str) -> int:
         """Open a regular file's data for reading: that of a layer below where ``found`` has only the metadata.
@@ -317,9 +337,20 @@ class Stack:
         return fd
 
     def release(self, part: Part) -> None:
-        """Close a part's descriptor, if it is open."""
+        """Close a part's descriptor, if it is open; the directory above it, which comes next in a walk, stays open."""
         fd = self._open.pop(part, None)
-        if fd is not None:
+        if fd is None:
+            return
+        try:
+            if part.above is not None and part.above not in self._open:
+                # It is one step from here, and very many may be from the top.
+                above = os.open("..", _DIRECTORY, dir_fd=fd)
+                self._open[part.above] = above
+                status = os.fstat(above)
+                if (status.st_dev, status.st_ino) != part.above.identity:
+                    self._open.pop(part.above)
+                    os.close(above)
+        finally:
             os.close(fd)
 
 

@@ -44,7 +44,7 @@ class Descent:
         self._fds.append(fd)
         self._identities.append(_identity(fd))
         far = len(self._fds) - MAX_OPEN
-        if far > 0:
+        if far > 0 and self._fds[far] >= 0:  # else it was closed on an earlier way down
             os.close(self._fds[far])
             self._fds[far] = -1
 
