@@ -34,7 +34,7 @@ def overview() -> str:
         "a first round:",
         "  onlap import ./project base       # a committed snapshot",
         "  onlap prepare work base           # a writable view of it, in about a millisecond",
-        "  onlap enter work -- sh -c 'echo hello > greeting'",
+        "  onlap enter work sh -c 'echo hello > greeting'",
         "  onlap diff work                   # A /greeting",
         "  onlap commit next work            # what was written is the next layer",
         "",
