@@ -185,6 +185,8 @@ _BY_ERRNO: dict[int, tuple[type[OnlapError], str | None]] = {
         "the filesystem's or the process's limit of file size is reached (ulimit -f)",
     ),
     _errno.EAGAIN: (Unavailable, "try again"),
+    _errno.ENOLCK: (Unavailable, "try again; the kernel, or the server of the filesystem, has no lock to give"),
+    _errno.EDEADLK: (Unavailable, "try again"),
     _errno.ETIMEDOUT: (Unavailable, "try again"),
     _errno.EINTR: (Unavailable, "try again"),
     _errno.EINVAL: (InvalidArgument, None),

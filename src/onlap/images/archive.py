@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from onlap import errors
@@ -147,4 +146,4 @@ def manifest_of(exported: list[Exported]) -> bytes:
         )
         if names.parse(each.name).tag is not None and entry.repo_tags is not None:
             entry.repo_tags.append(names.familiar(each.name))
-    return msgspec.json.encode(list(entries.values()))
+    return model.encode(list(entries.values()))

@@ -11,10 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-
 from onlap import errors
 from onlap.errors import shown
+from onlap.images import model
 
 Settings = dict[str, Any]
 
@@ -104,8 +103,8 @@ def _json_words(value: str) -> list[str] | None:
     if not value.startswith("["):
         return None
     try:
-        return msgspec.json.decode(value.encode(), type=list[str])
-    except msgspec.DecodeError:
+        return model.decode_any(value.encode("utf-8", "surrogateescape"), list[str], value)
+    except errors.InvalidArgument:
         return None  # as Docker: then it is a shell's command that begins with "["
 
 

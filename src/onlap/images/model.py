@@ -6,7 +6,8 @@ Docker's "Image Manifest Version 2, Schema 2" and its image specification v1.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -215,10 +216,10 @@ def check_descriptor(descriptor: Descriptor) -> None:
         raise _bad(descriptor.digest, f"its descriptor gives it {descriptor.size} bytes")
 
 
-def encode(value: Struct | Mapping[str, Any]) -> bytes:
+def encode(value: Struct | Mapping[str, Any] | Sequence[Struct]) -> bytes:
     """JSON, always the same for the same value; InvalidArgument where a text in it is not valid as UTF-8."""
     try:
-        return msgspec.json.encode(value)
+        return _ENCODER.encode(value)
     except UnicodeEncodeError as error:
         raise errors.InvalidArgument(f"{shown(error.object)} is not valid UTF-8, as JSON has to be") from error
 
@@ -245,9 +246,28 @@ def decode_any(data: bytes, kind: type[T], what: str) -> T:
     return _decode(data, kind, what)
 
 
+# By what they make. msgspec finds out about a class when a decoder for it is made: threads that did a process's first
+# decodes together were seen to end it by a segmentation fault. So each is made once, and one at a time.
+_decoders: dict[object, msgspec.json.Decoder[Any]] = {}
+_making = threading.Lock()
+
+
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    found = _decoders.get(kind)
+    if found is None:
+        with _making:
+            found = _decoders.setdefault(kind, msgspec.json.Decoder(kind))
+    return found
+
+
+for _kind in (dict[str, Any], Index, Manifest, Config):
+    _decoder(_kind)
+_ENCODER = msgspec.json.Encoder()
+
+
 def _decode(data: bytes, kind: type[T], digest: str) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return _decoder(kind).decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _bad(digest, str(error)) from error
 

@@ -26,12 +26,16 @@ def import_directory(
     Raises:
         NotFound, InvalidArgument, FailedPrecondition, OnlapError: see :meth:`Store.import_`.
     """
-    real = os.path.realpath(source)
-    if real == os.path.realpath(root) or real.startswith(os.path.realpath(root) + "/"):
+    try:
+        real = os.path.realpath(source)
+        place = os.path.realpath(root)
+        own = os.stat(root)
+    except OSError as error:
+        raise errors.from_oserror(error, doing=f"import {shown(source)}", key=source) from error
+    if real == place or real.startswith(place + "/"):
         raise errors.InvalidArgument(
             f"{shown(source)} lies inside the root {shown(root)}", key=source, hint="import something else"
         )
-    own = os.stat(root)
     copier = Copier(
         exclude=exclude, allow_changes=allow_changes, avoid=[(own.st_dev, own.st_ino)], merge=True, progress=progress
     )
