@@ -284,7 +284,6 @@ _frozen: list[Database] = []
 
 
 def _before_fork() -> None:
-    forks.number += 1
     try:
         _freeze_all()
     except BaseException:
@@ -294,6 +293,8 @@ def _before_fork() -> None:
 
 
 def _freeze_all() -> None:
+    # Also a second attempt is one of its own: the threads wait for the end of the one that they know.
+    forks.number += 1
     _frozen.clear()
     ours = [database for database in list(_databases) if database._pid == os.getpid() and not database._closed]
     jobs = [(database, database._writer.freeze(database._readers, _somebody_reads)) for database in ours]

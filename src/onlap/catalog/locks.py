@@ -33,11 +33,10 @@ class Held:
         fd: the descriptor; -1 after :meth:`release`.
     """
 
-    __slots__ = ("__weakref__", "_pid", "fd")
+    fd = -1
 
     def __init__(self, path: str | os.PathLike[str], flags: int = _DIRECTORY, *, dir_fd: int | None = None) -> None:
         self._pid = os.getpid()
-        self.fd = -1
         self.fd = os.open(path, flags | _FLAGS, 0o600, dir_fd=dir_fd)
         _held[self.fd] = weakref.ref(self)
 
@@ -112,10 +111,20 @@ _held: dict[int, weakref.ref[Held]] = {}
 
 
 def _after_fork_in_child() -> None:
-    while _held:
-        held = _held.popitem()[1]()
+    try:
+        _forget_all()
+    except BaseException:
+        # A signal, whose exception Python only prints.
+        _forget_all()
+        raise
+
+
+def _forget_all() -> None:
+    for reference in list(_held.values()):
+        held = reference()
         if held is not None:
             held._forget()
+    _held.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

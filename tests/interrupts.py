@@ -1,0 +1,215 @@
+"""A program that interrupts one call after the other at each of its bytecodes, with others waiting.
+
+Not a test itself: ``python interrupts.py ROOT SCENARIO EVERY`` raises KeyboardInterrupt in the main thread before the
+nth bytecode of the scenario, for every EVERYth n up to its end, while another thread and another process write to the
+same root all the time. It prints how many points it tried, and "done"; it ends with a traceback of all threads when
+anybody hangs.
+
+A signal's exception comes at fewer points than that (after calls, and at jumps back), and at no others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import onlap
+from onlap import errors
+from onlap.catalog import sync
+from onlap.store import Store
+
+# Seconds after which something hangs; what is waited for takes milliseconds.
+PATIENCE = 15.0
+_HERE = os.path.dirname(onlap.__file__)
+_monitoring: Any = getattr(sys, "monitoring", None)  # from Python 3.12
+_TOOL = 3  # none of those that Python names for a purpose
+# Whose bytecodes count.
+_PLACES = tuple(f"{_HERE}/{place}" for place in ("catalog/", "snapshots/", "store.py"))
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt in this thread before the nth bytecode of a ``with`` block (Python 3.12)."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+        self._thread = threading.get_ident()
+        self.fired = False
+
+    def __enter__(self) -> Interrupter:
+        _monitoring.use_tool_id(_TOOL, "interrupts")
+        _monitoring.register_callback(_TOOL, _monitoring.events.INSTRUCTION, self._instruction)
+        _monitoring.set_events(_TOOL, _monitoring.events.INSTRUCTION)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if _monitoring.get_tool(_TOOL):
+            _monitoring.set_events(_TOOL, 0)
+            _monitoring.free_tool_id(_TOOL)
+
+    def _instruction(self, code: types.CodeType, _offset: int) -> object:
+        if not code.co_filename.startswith(_PLACES):
+            return _monitoring.DISABLE
+        if threading.get_ident() == self._thread and not self.fired:
+            self._left -= 1
+            if self._left <= 0:
+                self.fired = True
+                raise KeyboardInterrupt
+        return None
+
+
+class Competitors:
+    """A thread and a process that write all the time."""
+
+    def __init__(self, root: str, store: Store) -> None:
+        self._store = store
+        self._written = 0
+        self._stop = False
+        self._failure: BaseException | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, root, "compete", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                self._store.label("competitor", {"n": str(self._written)})
+                self._written += 1
+                time.sleep(0.0005)
+        except BaseException as error:  # noqa: BLE001 - told to the thread that asserts
+            self._failure = error
+
+    def check(self) -> None:
+        """Each of them writes once more, and so nobody is in its way."""
+        before = self._written
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == b"written\n"
+        while self._written == before:
+            assert self._failure is None, repr(self._failure)
+            time.sleep(0.0002)
+
+    def close(self) -> None:
+        self._stop = True
+        self._thread.join()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait() == 0
+
+
+def compete(root: str) -> None:
+    """As the other process: write at once when told to, and otherwise hold nobody up for long."""
+    with onlap.open(root, sync="none", timeout=PATIENCE) as store:
+        for number, _ in enumerate(sys.stdin):
+            store.label("competitor", {"m": str(number)})
+            os.write(1, b"written\n")
+
+
+def _fork(store: Store, number: int) -> None:
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        return
+    status = 1
+    try:
+        _monitoring.set_events(_TOOL, 0)
+        store.prepare(f"child-{number}")
+        status = 0
+    except errors.FailedPrecondition:
+        status = 0  # the fork was interrupted: told, rather than broken
+    finally:
+        os._exit(status)
+
+
+def _written(store: Store, number: int) -> None:
+    with open(f"{store.prepare(f'key-{number}')[0].source}/file", "wb"):
+        pass
+
+
+def _another(store: Store, number: int) -> None:
+    with onlap.open(store.root, sync="none", timeout=PATIENCE) as other:
+        other.label("competitor", {"another": str(number)})
+
+
+# What is done before, and what is interrupted.
+SCENARIOS: dict[str, tuple[Callable[[Store, int], object], Callable[[Store, int], object]]] = {
+    "stat": (lambda store, n: None, lambda store, n: store.stat("competitor")),
+    "prepare": (lambda store, n: None, lambda store, n: store.prepare(f"key-{n}", "base")),
+    "commit": (_written, lambda store, n: store.commit(f"name-{n}", f"key-{n}")),
+    "remove": (_written, lambda store, n: store.remove(f"key-{n}")),
+    "open and close": (lambda store, n: None, _another),
+    "fork": (lambda store, n: None, _fork),
+}
+
+
+def interrupt(root: str, scenario: str, every: int) -> int:
+    """Run a scenario; returns at how many points it was interrupted."""
+    prepare, act = SCENARIOS[scenario]
+    points = 0
+    with onlap.open(root, snapshotter="overlay", sync="layer", timeout=PATIENCE) as store:
+        store.prepare("competitor")
+        store.prepare("base-key")
+        store.commit("base", "base-key")
+        competitors = Competitors(root, store)
+        number = 1
+        while True:
+            faulthandler.dump_traceback_later(PATIENCE, exit=True)
+            prepare(store, number)
+            interrupter = Interrupter(number)
+            try:
+                with interrupter:
+                    act(store, number)
+                acknowledged = True
+            except KeyboardInterrupt:
+                acknowledged = False
+            store.prepare(f"after-{number}")
+            competitors.check()
+            _check(store, scenario, number, acknowledged)
+            store.remove(f"after-{number}")
+            if not interrupter.fired:
+                break
+            points += 1
+            number += every
+        competitors.close()
+        for record in store.snapshotter.catalog.walk(None):
+            # Nothing that has a record was thrown away behind it.
+            assert os.path.isdir(store.snapshotter.catalog.layout.tree(record.id)), record
+    faulthandler.cancel_dump_traceback_later()
+    return points
+
+
+def _check(store: Store, scenario: str, number: int, acknowledged: bool) -> None:
+    key, name = f"key-{number}", f"name-{number}"
+    if scenario == "prepare" and acknowledged:
+        assert key in store
+    if scenario == "commit":
+        assert (name in store) != (key in store)
+        assert name in store or not acknowledged
+    if scenario == "remove" and acknowledged:
+        assert key not in store
+
+
+def main() -> None:
+    root, scenario, every = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    setattr(sync, "syncfs", lambda _: None)  # noqa: B010 - how long the disk takes is no matter here
+    if scenario == "compete":
+        compete(root)
+    else:
+        sys.stdout.write(f"{interrupt(root, scenario, every)} done\n")
+
+
+if __name__ == "__main__":
+    main()
