@@ -17,6 +17,7 @@ import contextlib
 import io
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
@@ -99,7 +100,11 @@ class PluginFactory(NamedTuple):
         """Serve the one in ``home``, or make it."""
         from onlap.serve.docker import Server
 
-        with Server("suite", self.kind, socket_dir=f"{home}.sockets", sync=self.sync) as server:
+        # Not beside the home: the path of a socket is short (unix(7)), and that of a test's directory may be long.
+        with (
+            tempfile.TemporaryDirectory(prefix="onlap-") as sockets,
+            Server("suite", self.kind, socket_dir=sockets, sync=self.sync) as server,
+        ):
             server.start()
             yield PluginDriver(server.socket, home)
 
