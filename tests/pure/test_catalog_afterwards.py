@@ -72,11 +72,10 @@ def test_without_a_thread_a_taken_lock_is_unavailable(root: Path, monkeypatch: p
         holder = threading.Thread(target=other.snapshotter.catalog.database.write, args=(hold,))
         holder.start()
         assert inside.wait(PATIENCE)
-        with onlap.open(root, sync="none") as store:
-            with monkeypatch.context() as patch:
-                patch.setattr(helper, "start_new_thread", refused)
-                with pytest.raises(errors.Unavailable, match=r"catalog\.lock"):
-                    store.prepare("key")
+        monkeypatch.setattr(helper, "start_new_thread", refused)
+        with onlap.open(root, sync="none", timeout=5) as store:
+            with pytest.raises(errors.Unavailable, match=r"catalog\.lock"):
+                store.prepare("key")
             go.set()
             holder.join()
             store.prepare("key")
@@ -212,9 +211,7 @@ from onlap.catalog.writer import forks
 def interrupt():
     while not forks.lock.locked():
         time.sleep(0.001)
-    for _ in range(3):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.02)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     go.set()
 threading.Thread(target=interrupt).start()
 try:
