@@ -234,6 +234,7 @@ class Catalog:
         Raises:
             NotFound: one of them was removed meanwhile.
             DataLoss: one of them is lost.
+            ResourceExhausted: there are no descriptors for so many.
         """
         with contextlib.ExitStack() as stack:
             for identifier in identifiers:
@@ -242,6 +243,8 @@ class Catalog:
                     held = lock_directory(path, shared=True)
                 except FileNotFoundError as error:
                     raise self._gone(identifier) from error
+                except OSError as error:
+                    raise errors.from_oserror(error, doing="hold a snapshot's tree", key=path) from error
                 if held is None:
                     raise self._gone(identifier)
                 stack.enter_context(held)
