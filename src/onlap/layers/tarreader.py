@@ -17,14 +17,13 @@ from onlap.layers import tarformat as tar
 from onlap.layers import tarsparse
 from onlap.layers.tarformat import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal, parse_number, parse_octal
 
-# name mode uid gid size mtime (checksum) type linkname magic version (uname gname) devmajor devminor prefix trailer
-_HEADER = struct.Struct("100s8s8s8s12s12s8xc100s6s2s64x8s8s155s8x4s")
+# name mode uid gid size mtime (checksum) type linkname magic+version (uname gname) devmajor devminor prefix trailer
+_HEADER = struct.Struct("100s8s8s8s12s12s8xc100s8s64x8s8s155s8x4s")
 
 # Go's archive/tar takes any version of ustar, and for GNU only its own; anything else is a header of v7, which ends
 # before the devices and the prefix.
 _USTAR = b"ustar\0"
-_GNU = b"ustar "
-_GNU_VERSION = b" \0"
+_GNU = b"ustar  \0"
 _STAR_TRAILER = b"tar\0"
 # In a header of star, and in one of GNU: the times of access and change.
 _STAR_TIMES = (slice(476, 488), slice(488, 500))
@@ -50,7 +49,7 @@ _KNOWN = {
 
 # Headers that are no entries: pax records, global ones, GNU's long names and links.
 _META = b"xgLK"
-_GLOBAL, _LONG_NAME, _LONG_LINK = b"gLK"
+_GLOBAL, _LONG_NAME, _LONG_LINK, _OLD_SPARSE = b"gLKS"
 
 _MAX_NUMBERS = 4096
 
@@ -290,12 +289,10 @@ class TarReader:
         except ValueError as error:
             raise bad(str(error), None, offset) from None
 
-    def _parse(
-        self, header: memoryview, offset: int
-    ) -> tuple[bytes, int, int, int, bytes, int, bytes, bytes, int, int, bool]:
-        """The fields of a header of any kind; the last says whether it is one of GNU tar."""
+    def _parse(self, header: memoryview, offset: int, long_name: bytes = b"", long_link: bytes = b"") -> Entry:
+        """What a header of any kind says; the type is empty where it is none of an entry."""
         (
-            name,
+            raw_name,
             raw_mode,
             raw_uid,
             raw_gid,
@@ -304,16 +301,14 @@ class TarReader:
             flag,
             raw_link,
             magic,
-            version,
             raw_major,
             raw_minor,
             prefix,
             trailer,
         ) = _HEADER.unpack_from(header)
-        name = name.partition(b"\0")[0]
+        raw_name = raw_name.partition(b"\0")[0]
         number = self._number
         known = self._numbers
-        gnu = magic == _GNU and version == _GNU_VERSION
         major = minor = 0
         try:
             # Few modes and owners come again and again; a file's time is its own.
@@ -321,20 +316,29 @@ class TarReader:
             uid = known[raw_uid] if raw_uid in known else number(raw_uid)
             gid = known[raw_gid] if raw_gid in known else number(raw_gid)
             mtime = parse_number(raw_mtime)
-            if gnu or magic == _USTAR:
+            if magic.startswith(_USTAR) or magic == _GNU:
                 major = known[raw_major] if raw_major in known else number(raw_major)
                 minor = known[raw_minor] if raw_minor in known else number(raw_minor)
-                if gnu:
+                if magic == _GNU:
                     prefix = _gnu_prefix(header, prefix)
                 elif trailer == _STAR_TRAILER:
                     for field in _STAR_TIMES:
                         parse_number(header[field].tobytes())
                     prefix = prefix[:131]
                 if prefix and prefix[0]:
-                    name = tar.cut(prefix) + b"/" + name
+                    raw_name = tar.cut(prefix) + b"/" + raw_name
         except ValueError:
-            raise bad("its mode, owner, time or device is not a number", os.fsdecode(name), offset) from None
-        return name, mode, uid, gid, raw_size, mtime, flag, raw_link, major, minor, gnu
+            name = os.fsdecode(long_name or raw_name)
+            raise bad("its mode, owner, time or device is not a number", name, offset) from None
+        name = (long_name or raw_name).decode(_ENCODING, "surrogateescape")
+        size = tar.parse_size(raw_size, name, offset)
+        type = _KNOWN.get(flag, "")
+        entry = Entry(name, type, mode, uid, gid, size, mtime * 1_000_000_000, offset=offset)
+        if raw_link[0] or long_link:
+            entry.linkname = os.fsdecode(long_link or tar.cut(raw_link))
+        if type == tar.CHAR or type == tar.BLOCK_DEVICE:
+            entry.devmajor, entry.devminor = major, minor
+        return entry
 
     def _entry(
         self,
@@ -344,36 +348,27 @@ class TarReader:
         long_name: bytes,
         long_link: bytes,
     ) -> Entry:
-        raw_name, mode, uid, gid, raw_size, mtime, flag, raw_link, major, minor, gnu = self._parse(header, offset)
-        name = (long_name or raw_name).decode(_ENCODING, "surrogateescape")
-        self._name = name
-        type = _KNOWN.get(flag)
-        if type is None:
-            raise bad(f"type {flag!r} is not supported", name, offset)
-        entry = Entry(name, type, mode, uid, gid, 0, mtime * 1_000_000_000, offset=offset)
-        if raw_link[0] or long_link:
-            entry.linkname = os.fsdecode(long_link or tar.cut(raw_link))
-        if type == tar.CHAR or type == tar.BLOCK_DEVICE:
-            entry.devmajor, entry.devminor = major, minor
-        entry.size = tar.parse_size(raw_size, name, offset)
+        entry = self._parse(header, offset, long_name, long_link)
+        self._name = entry.name
+        flag = header[156]
+        if not entry.type:
+            raise bad(f"type {bytes([flag])!r} is not supported", entry.name, offset)
         sparse = records is not None and self._apply_records(entry, records, long_name, long_link)
-        if flag == b"\0" and entry.name.endswith("/"):
+        if not flag and entry.name.endswith("/"):
             # Before directories had a type of their own, a slash told them apart. Since then it says nothing.
-            type = entry.type = tar.DIRECTORY
-        if type in _HEADER_ONLY:
-            self._begin(0)
+            entry.type = tar.DIRECTORY
+        if entry.type in _HEADER_ONLY:
             entry.size = 0
-        else:
-            self._begin(entry.size)
+        self._begin(entry.size)
         entry.stored = self._left
-        if flag == b"S":
-            if not gnu:
-                raise bad("a sparse file of star is not supported", name, offset)
+        if flag == _OLD_SPARSE:
+            if header[257:265] != _GNU:
+                raise bad("a sparse file of star is not supported", entry.name, offset)
             tarsparse.read_old(entry, header, self._block)
             tarsparse.check(entry)
         elif sparse and records is not None:
             self._sparse(entry, records)
-        if not 0 <= uid <= tar.MAX_ID or not 0 <= gid <= tar.MAX_ID or records is not None:
+        if records is not None or not 0 <= entry.uid <= tar.MAX_ID or not 0 <= entry.gid <= tar.MAX_ID:
             self._check(entry)
         return entry
 
