@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, closing
 
 from onlap import errors
 from onlap.cli.call import Call, check_access
@@ -104,7 +105,9 @@ def _containerd(call: Call) -> int:
     try:
         from onlap.serve.containerd.server import Server
         from onlap.serve.containerd.service import is_unpacked
-        from onlap.serve.metrics import Metrics
+
+        if args.metrics:  # a fifth of the start, during which clients wait
+            from onlap.serve.metrics import Metrics
     except ModuleNotFoundError as error:
         raise errors.Unimplemented(
             f"serving containerd needs grpcio, protobuf and prometheus-client; there is no module {error.name}",
@@ -120,24 +123,29 @@ def _containerd(call: Call) -> int:
         "slow_chown": args.slow_chown,
         "unpacked": is_unpacked,
     }
-    with open_snapshotter(
-        call.root, snapshotter=args.snapshotter, sync=args.sync, owner=args.owner, overlay_options=overlay_options
-    ) as snapshotter:
-        metrics = Metrics(snapshotter)
+    with ExitStack() as stack:
+        snapshotter = stack.enter_context(
+            open_snapshotter(
+                call.root,
+                snapshotter=args.snapshotter,
+                sync=args.sync,
+                owner=args.owner,
+                overlay_options=overlay_options,
+            )
+        )
+        metrics = None
         if args.metrics:
+            metrics = stack.enter_context(closing(Metrics(snapshotter)))
             metrics.serve(args.metrics)
-        try:
-            with Server(
-                snapshotter,
-                where,
-                listener=listener,
-                mode=_mode(args.socket_mode),
-                group=args.socket_group,
-                observer=metrics if args.metrics else None,
-            ) as server:
-                return server.run()
-        finally:
-            metrics.close()
+        server = Server(
+            snapshotter,
+            where,
+            listener=listener,
+            mode=_mode(args.socket_mode),
+            group=args.socket_group,
+            observer=metrics,
+        )
+        return stack.enter_context(server).run()
 
 
 def _docker(call: Call) -> int:
