@@ -57,7 +57,11 @@ with onlap.open(root) as store:
 """
 
 
-@pytest.mark.parametrize("block", _BLOCKS)
+@pytest.mark.parametrize(
+    "store, block",
+    [("overlay", block) for block in _BLOCKS] + [("native", block) for block in ("scratch", "mounted at", "a plan")],
+    indirect=["store"],
+)
 def test_nothing_is_left_of_a_killed_program(store: Store, root: Path, block: str) -> None:
     for name in ("at", "source"):
         (root / name).mkdir()

@@ -275,9 +275,10 @@ class Catalog:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # cleanup takes what is left
-                os.rmdir(path)
-            held.release()
+            if held.fd >= 0:  # else this is a forked child, and the server is its parent
+                with contextlib.suppress(OSError):  # cleanup takes what is left
+                    os.rmdir(path)
+                held.release()
 
     # Changing
 

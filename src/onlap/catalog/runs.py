@@ -147,7 +147,13 @@ def begin(catalog: Catalog) -> Run:
     if catalog not in _swept:
         _swept.add(catalog)
         sweep(catalog)
-    return Run(catalog.layout.root)
+    try:
+        return Run(catalog.layout.root)
+    except errors.ResourceExhausted:
+        # A full disk must not keep anybody from going into a tree and removing what fills it.
+        if not catalog.layout.drop_reserve():
+            raise
+        return Run(catalog.layout.root)
 
 
 def sweep(catalog: Catalog, end_container: Callable[[str], None] | None = None) -> int:
@@ -179,11 +185,17 @@ def sweep(catalog: Catalog, end_container: Callable[[str], None] | None = None) 
 
 
 def root_of(path: str) -> str | None:
-    """The root whose snapshot's tree a path is, if it is one that we may write to."""
+    """The root whose snapshot's tree a path is, if it is one of ours that can be written to."""
     match = re.match(r"(.*)/snapshots/[0-9]+/fs$", path, re.DOTALL)
-    if match and os.path.isfile(f"{match[1]}/catalog.db") and os.access(match[1], os.W_OK | os.X_OK):
-        return match[1]
-    return None
+    if match is None:
+        return None
+    root = match[1]
+    try:
+        # Root must not put things of its own into another user's.
+        ours = os.stat(f"{root}/catalog.db").st_uid == os.geteuid()
+    except OSError:
+        return None
+    return root if ours and os.access(root, os.W_OK | os.X_OK) else None
 
 
 def _of(identifier: str) -> str:

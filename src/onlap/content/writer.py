@@ -18,6 +18,7 @@ from onlap import errors
 from onlap.catalog.locks import Held
 from onlap.content.digests import PREFIX
 from onlap.content.lease import Lease
+from onlap.forks import only_here
 
 _CHUNK = 1 << 20
 # How long to wait before asking again for a partial that another process writes, in seconds.
@@ -47,7 +48,7 @@ class Writer:
 
     def __init__(self, directory: str, discard: Callable[[str], None], publish: Callable[[str, str], None]) -> None:
         self._directory = directory
-        self._discard = discard
+        self._discard = only_here(discard)
         self._publish = publish
         self._path = f"{directory}/blob"
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.forks import only_here
 from onlap.graphdrivers.applying import apply_archive
 from onlap.graphdrivers.contract import DELETED, Change, ProtoDriver
 from onlap.graphdrivers.ids import IdMap
@@ -43,10 +44,11 @@ class NaiveDiffer:
             yield []
             return
         directory = self._driver.get(id)
+        put = only_here(self._driver.put)
         try:
             yield [directory]
         finally:
-            self._driver.put(id)
+            put(id)
 
     def diff(self, id: str, parent: str, out: BinaryIO) -> None:
         """See :meth:`DiffDriver.diff`."""

@@ -9,9 +9,9 @@ from onlap.cli.text import count
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "Delete what belongs to no snapshot: removed trees that wait, what a crash left behind, containers whose\n"
-        "onlap run was killed, and blobs that no image needs. A tree that is mounted or read somewhere goes on\n"
-        "waiting.",
+        "Delete what belongs to no snapshot: removed trees that wait, what a crash left behind, the mounts, snapshots\n"
+        "and containers of programs that were killed, and blobs that no image needs. A tree that is mounted or read\n"
+        "somewhere goes on waiting.",
         "onlap cleanup",
     )
 
