@@ -220,6 +220,9 @@ CASES: dict[str, Case] = {
     "owner-huge": Case(_file(b"f", gid=_number(1 << 40, 8)), named="f"),
     "mode-text": Case(_file(b"f", mode=b"rwxrwxr\0"), named="f"),
     "time-huge": Case(_file(b"f", mtime=_number(1 << 90, 12)), named="f"),
+    "time-first-of-all": Case(_file(b"f", mtime=_number(-(1 << 63), 12)), None),
+    "time-last-of-all": Case(_file(b"f", mtime=_number((1 << 63) - 1, 12)), None),
+    "time-first-of-all-pax": Case(pax(("mtime", b"-9223372036854775807.9")) + _file(b"f"), None),
     "time-before-the-epoch": Case(_file(b"f", mtime=b"\xff" * 12), None),
     "mode-file-type-bits": Case(_file(b"f", mode=b"0177777\0"), None),
     # pax

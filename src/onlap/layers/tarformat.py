@@ -179,7 +179,7 @@ def parse_number(field: bytes) -> int:
     value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
     if first & 0x40:
         value -= 1 << (8 * len(field) - 1)
-    if not -MAX_INT64 <= value + 1 <= MAX_INT64 + 1:
+    if not -MAX_INT64 - 1 <= value <= MAX_INT64:
         raise ValueError("a number of more than 64 bits")
     return value
 
