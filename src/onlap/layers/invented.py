@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 
 from onlap.layers import paths
 from onlap.layers.attributes import IMPLICIT_MODE
@@ -39,12 +40,13 @@ def inherit(layer: str, below: Sequence[str], markers: Markers, since_ns: int) -
     Raises:
         OSError: something cannot be read or set.
     """
-    top = os.open(layer, OPEN_DIRECTORY)
-    lowers = Lowers(below, markers)
-    descent = Descent(top)
-    copier = Copier()
-    left = [("", _directories(top))]
-    try:
+    with ExitStack() as stack:
+        top = os.open(layer, OPEN_DIRECTORY)
+        stack.callback(os.close, top)
+        lowers = stack.enter_context(closing(Lowers(below, markers)))
+        descent = stack.enter_context(closing(Descent(top)))
+        copier = Copier()
+        left = [("", _directories(top))]
         while left:
             path, names = left[-1]
             for name in names:
@@ -63,10 +65,6 @@ def inherit(layer: str, below: Sequence[str], markers: Markers, since_ns: int) -
                 left.pop()
                 if left:
                     descent.leave()
-    finally:
-        descent.close()
-        lowers.close()
-        os.close(top)
 
 
 def _directories(fd: int) -> Iterator[str]:
