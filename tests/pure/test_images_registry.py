@@ -57,6 +57,16 @@ def test_an_image_comes_whole(store: Store, registry: Faulty, made: Made) -> Non
     assert len(registry.asked("blobs")) == count  # all of it is there
 
 
+def test_a_damaged_blob_is_fetched_again(store: Store, registry: Faulty, made: Made) -> None:
+    image = pull(store, registry, unpack=False)
+    for digest in image.blobs:
+        path = Path(store.content.path(digest))
+        data = path.read_bytes()
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    assert pull(store, registry) == image
+    assert all(map(store.content.is_whole, image.blobs))
+
+
 def test_a_cut_connection_is_gone_on_with(store: Store, registry: Faulty, made: Made) -> None:
     big = made.diff_ids[0]
     cuts = iter([1_000_000, 1_000_000])

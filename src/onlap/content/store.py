@@ -170,7 +170,7 @@ class ContentStore:
         try:
             self._make_places()
             path = f"{self._ingest}/{hexadecimal}"
-            return Partial(path, digest, size, lambda: self.has(digest, size), self._publish)
+            return Partial(path, digest, size, lambda: self.is_whole(digest), self._publish)
         except OSError as error:
             raise errors.from_oserror(error, doing=f"write the blob {digest}", key=digest) from error
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 
 from onlap.content.lease import Lease
@@ -72,23 +73,25 @@ class Bringing:
         Raises:
             OnlapError: what fetching or unpacking raised; what the callback raised goes up as well.
         """
-        missing = [number for number, layer in enumerate(self._layers) if not self._has(layer)]
-        if missing and fetch is None:
-            self._content.check_present({layer.digest: layer.size for layer in self._layers})  # raises
-        fetching = Threads(fetch, self._layers, missing, threads, self._events.put, self._halt)
-        total = sum(self._layers[number].size for number in missing)
-        fetched = Reporter(self._progress if missing else None, "fetch", "bytes", total)
-        if not unpack:
-            with fetching:
+        if fetch is None:
+            self._content.check_present({layer.digest: layer.size for layer in self._layers})
+        with contextlib.ExitStack() as stack:
+            target = None
+            due = range(0)
+            if unpack:
+                target = unpacking(self._snapshotter, self._content, self._lease, self._layers, self._events.put)
+                stack.enter_context(target)
+                due = range(target.start, len(self._layers))
+            missing = [] if fetch is None else [n for n in range(len(self._layers)) if not self._has(n, due)]
+            fetching = Threads(fetch, self._layers, missing, threads, self._events.put, self._halt)
+            stack.enter_context(fetching)
+            total = sum(self._layers[number].size for number in missing)
+            fetched = Reporter(self._progress if missing else None, "fetch", "bytes", total)
+            if target is None:
                 while not fetching.finished:
                     self._fetch_event(fetching, fetched)
-            fetched.finish(total)
-            return None
-        with (
-            unpacking(self._snapshotter, self._content, self._lease, self._layers, self._events.put) as target,
-            fetching,
-        ):
-            due = range(target.start, len(self._layers))
+                fetched.finish(total)
+                return None
             size = sum(self._layers[number].size for number in due)
             unpacked = Reporter(self._progress if due else None, "unpack", "bytes", size)
             # The largest first: what is left for the last of several workers is then small.
@@ -114,10 +117,12 @@ class Bringing:
             unpacked.finish(size)
         return top
 
-    def _has(self, layer: Layer) -> bool:
-        if self._verify:
-            return self._content.is_whole(layer.digest)
-        return self._content.has(layer.digest, layer.size)
+    def _has(self, number: int, due: Collection[int]) -> bool:
+        """Whether a layer's blob need not be fetched; one that is to be unpacked is read, since it would fail then."""
+        layer = self._layers[number]
+        return self._content.has(layer.digest, layer.size) and (
+            not (self._verify or number in due) or self._content.is_whole(layer.digest)
+        )
 
     def _fetch_event(self, fetching: Threads, fetched: Reporter) -> Event | None:
         """Wait for an event; those of fetching are dealt with here."""
