@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from onlap.border import theirs
+
 # A callback more often than this is no use to a reader, and would cost more than the work on small files.
 _INTERVAL = 0.1
 
@@ -51,9 +53,17 @@ class Reporter:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _INTERVAL
-            self._callback(Progress(self._stage, done, self._total, self._unit, item))
+            self._tell(Progress(self._stage, done, self._total, self._unit, item))
 
     def finish(self, done: int) -> None:
         """All is done."""
-        if self._callback is not None:
-            self._callback(Progress(self._stage, done, done, self._unit, None))
+        self._tell(Progress(self._stage, done, done, self._unit, None))
+
+    def _tell(self, report: Progress) -> None:
+        if self._callback is None:
+            return
+        try:
+            self._callback(report)
+        except Exception as error:
+            theirs(error)
+            raise

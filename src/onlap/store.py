@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_path
+from onlap.border import public, public_class
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
 from onlap.progress import Callback, Progress, Reporter
@@ -49,6 +50,7 @@ class Imported(NamedTuple):
     skipped: Mapping[str, int]
 
 
+@public
 def open(
     root: StrPath,
     *,
@@ -76,6 +78,7 @@ def open(
     return Store(open_snapshotter(root, snapshotter=snapshotter, create=create, sync=sync, timeout=timeout))
 
 
+@public
 def open_snapshotter(
     root: StrPath,
     *,
@@ -144,6 +147,7 @@ def best_snapshotter(root: StrPath) -> tuple[str, str | None]:
     return {"overlay": ("overlay", "trusted"), "overlay-userxattr": ("overlay", "user")}.get(mode, ("native", None))
 
 
+@public_class
 class Store:
     """A root and its snapshotter: the contract's methods, and what is built from them. A context manager.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_path, check_texts
+from onlap.border import public_class
 from onlap.catalog import records as snapshots
 from onlap.catalog.database import Connection
 from onlap.content.lease import Lease
@@ -77,6 +78,7 @@ _Listed = list[Image]
 _Records = list[records.ImageRecord]
 
 
+@public_class
 class Images:
     """The images of a root.
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from onlap import errors
 from onlap.arguments import check_path
+from onlap.border import public
 from onlap.overlayfs.trials import bench as how
 from onlap.overlayfs.trials import files as plain
 from onlap.overlayfs.trials import mounts
@@ -122,6 +123,7 @@ def has_wal_bug(version: str) -> bool:
     return any(first <= numbers < fixed for first, fixed in _WAL_BUG)
 
 
+@public
 def probe(directory: StrPath) -> Probe:
     """Find out what this kernel, with this process's privilege, can do in ``directory``.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.arguments import check_path
+from onlap.border import public
 from onlap.catalog.runs import Run, begin, root_of
 from onlap.errors import shown
 from onlap.forks import only_here
@@ -32,6 +33,7 @@ StrPath = str | os.PathLike[str]
 _NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
+@public
 @contextlib.contextmanager
 def mounted(
     mounts: Mount | Sequence[Mount], at: StrPath | None = None, *, detached: bool = False, timeout: float = 5.0
