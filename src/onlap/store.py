@@ -253,25 +253,29 @@ class Store:
         self.collect()
         self.snapshotter.cleanup()
 
-    def collect(self) -> None:
+    def collect(self) -> int:
         """Let go of what nobody needs: what killed programs left, blobs without an image, and layers' snapshots.
 
         Behind which program it cannot be cleaned up, the log says.
 
+        Returns:
+            How many blobs were deleted.
+
         Raises:
             OnlapError: the filesystem refuses.
         """
-        self.snapshotter.catalog.with_room(self._collect)
+        return self.snapshotter.catalog.with_room(self._collect)
 
-    def _collect(self) -> None:
+    def _collect(self) -> int:
         from onlap.catalog import runs
         from onlap.containers import rundirs
 
         runs.sweep(self.snapshotter.catalog, rundirs.end)
-        if os.path.isdir(self.snapshotter.catalog.layout.content):
-            from onlap.images import garbage
+        if not os.path.isdir(self.snapshotter.catalog.layout.content):
+            return 0
+        from onlap.images import garbage
 
-            garbage.collect(self.snapshotter, self.content)
+        return garbage.collect(self.snapshotter, self.content)
 
     def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
         """See :meth:`Differ.changes`."""

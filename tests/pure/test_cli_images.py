@@ -72,6 +72,7 @@ def test_what_ls_prints_is_a_reference(onlap: Command) -> None:
     onlap("image", "rm", "app:1")
     onlap("image", "rm", short)
     assert onlap("-q", "image", "ls") == ""
+    assert onlap("cleanup") == "deleted 4 blobs\n"
 
 
 def test_verbs_of_several_images_go_on_after_a_failure(onlap: Command) -> None:

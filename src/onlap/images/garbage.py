@@ -13,14 +13,14 @@ from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 
-def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> None:
-    """Remove all that; what is pinned, or has something standing on it, stays.
+def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> int:
+    """Remove all that; what is pinned, or has something standing on it, stays. Returns how many blobs went.
 
     Raises:
         OnlapError: the filesystem or the catalog refuses.
     """
     collect_layers(snapshotter)
-    content.collect()
+    return content.collect()
 
 
 def collect_layers(snapshotter: RecordedSnapshotter) -> None:

@@ -19,12 +19,13 @@ def arguments(parser: Parser) -> None:
 def run(call: Call) -> None:
     with call.store() as store:
         catalog = store.snapshotter.catalog
-        store.collect()
+        blobs = store.collect()
         deleted = catalog.cleanup()
         waiting = len(catalog.trash.names())
     if call.out.json:
-        call.out.item({"deleted": deleted, "waiting": waiting})
+        call.out.item({"deleted": deleted, "blobs": blobs, "waiting": waiting})
         return
-    call.out.line(f"deleted {count(deleted, 'tree')}" if deleted else "nothing to delete")
+    said = [count(number, word) for number, word in ((deleted, "tree"), (blobs, "blob")) if number]
+    call.out.line(f"deleted {' and '.join(said)}" if said else "nothing to delete")
     if waiting:
         call.out.warn(f"{count(waiting, 'removed tree is', 'removed trees are')} still mounted or read somewhere")
