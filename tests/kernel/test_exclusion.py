@@ -68,8 +68,10 @@ def during_sync(store: Store, monkeypatch: pytest.MonkeyPatch, call: Callable[[]
 
     def sync_slowly() -> None:
         outcomes.append(Outcome(call))
-        # As the loop for the lock has it: its first rest says that the call has come to the lock, and did not get it.
-        waits.wait(10)
+        # As the loop for the lock has it: its first rest says that the call has come to the lock, and did not get it;
+        # who has only a plan does not wait.
+        while not waits.wait(0.01) and outcomes[0].is_alive():
+            pass
         sync()
 
     monkeypatch.setattr(catalog, "sync", sync_slowly)
@@ -84,7 +86,7 @@ def mount_and_write(store: Store) -> None:
 
 
 @pytest.mark.parametrize("parent", ["base", None], ids=["overlay", "bind"])
-@pytest.mark.parametrize("how", ["mounted", "detached", "apply", "import", "remove"])
+@pytest.mark.parametrize("how", ["mounted", "plan", "detached", "apply", "import", "remove"])
 def test_nothing_begins_in_the_middle_of_a_commit(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parent: str | None, how: str
 ) -> None:
@@ -96,14 +98,20 @@ def test_nothing_begins_in_the_middle_of_a_commit(
         with store.mounted("key", detached=True) as tree:
             (tree / "late").touch()
 
+    plan = store.prepare("key", parent)
+
+    def mount_the_plan() -> None:
+        with onlap.mounted(plan) as tree:
+            (tree / "late").touch()
+
     calls: dict[str, Callable[[], object]] = {
         "mounted": lambda: mount_and_write(store),
+        "plan": mount_the_plan,
         "detached": detached,
         "apply": lambda: store.apply("key", io.BytesIO(layer("late"))),
         "import": lambda: archives.copy_in(store.snapshotter, "key", str(tmp_path), ["root", "ext4*"]),
         "remove": lambda: store.remove("key"),
     }
-    store.prepare("key", parent)
     mount_and_write(store) if how != "mounted" else store.apply("key", io.BytesIO(layer("early")))
     tree = Path(store.snapshotter.catalog.layout.tree(store.snapshotter.record("key").id))
     before = sorted(os.listdir(tree))

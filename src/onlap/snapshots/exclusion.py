@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
+_REMOVE = "unmount it first, or remove it all the same with --force"
+
 
 @contextlib.contextmanager
 def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True) -> Iterator[list[Mount]]:
@@ -60,6 +62,31 @@ def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool =
 
 
 @contextlib.contextmanager
+def mounting_plan(plan: list[Mount]) -> Iterator[None]:
+    """The same for who has only the plan of a snapshot; whether that is still active, its snapshotter has to know.
+
+    Raises:
+        Busy: it is being committed, removed or written to. That is not waited for: afterwards the plan may be of a
+            committed snapshot.
+    """
+    trees = [mount.upper or mount.source for mount in plan if not mount.readonly]
+    with contextlib.ExitStack() as stack:
+        for tree in trees:
+            try:
+                held = stack.enter_context(Held(tree))
+                if not held.lock(shared=True):
+                    raise errors.Busy(
+                        f"the snapshot at {shown(tree)} is being committed, removed or written to",
+                        key=tree,
+                        hint="ask for its mounts again",
+                        holders=_lockers(held.fd, b"WRITE"),
+                    )
+            except OSError as error:
+                raise errors.from_oserror(error, doing="mount a snapshot", key=tree) from error
+        yield
+
+
+@contextlib.contextmanager
 def alone(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
     """Keep everybody else from an active snapshot's tree, for whoever commits it or writes into its directory.
 
@@ -83,12 +110,12 @@ def unused(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         found = []
         try:
-            stack.enter_context(_locked(snapshotter, record, shared=False))
+            stack.enter_context(_locked(snapshotter, record, shared=False, hint=_REMOVE))
             found = _mounts_of(snapshotter, record, writable=False)
         except (errors.NotFound, errors.DataLoss):
             pass  # the transaction that follows says which
         if found:
-            raise _busy(record, "is mounted", found, "unmount it first, or remove it all the same with --force")
+            raise _busy(record, "is mounted", found, _REMOVE)
         yield
 
 
@@ -107,15 +134,21 @@ def _again(snapshotter: RecordedSnapshotter, record: Record) -> Record:
 
 
 @contextlib.contextmanager
-def _locked(snapshotter: RecordedSnapshotter, record: Record, *, shared: bool) -> Iterator[None]:
+def _locked(
+    snapshotter: RecordedSnapshotter,
+    record: Record,
+    *,
+    shared: bool,
+    hint: str = "unmount it first, or end that program",
+) -> Iterator[None]:
     with snapshotter.translated("use snapshot", record.name):
         held = Held(snapshotter.catalog.layout.tree(record.id))
     with held:
-        _take(snapshotter, record, held, shared)
+        _take(snapshotter, record, held, shared, hint)
         yield
 
 
-def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: bool) -> None:
+def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: bool, hint: str) -> None:
     deadline = time.monotonic() + snapshotter.catalog.timeout
     pause = _FIRST_PAUSE
     while not held.lock(shared=shared):
@@ -125,7 +158,7 @@ def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: 
             active = record.kind == ACTIVE
             found = _mounts_of(snapshotter, record, writable=True) if active else []
             what = "is mounted read-write" if active else "is mounted"
-            raise _busy(record, what, found or mounted, "unmount it first, or end that program")
+            raise _busy(record, what, found or mounted, hint)
         if time.monotonic() >= deadline:
             found = _lockers(held.fd, b"READ") + _lockers(held.fd, b"WRITE")
             raise _busy(record, "is in use", found or ["somebody who does not show"], "try again")
