@@ -212,6 +212,11 @@ def test_a_call_that_is_repeated_without_its_body(root: Path) -> None:
         driver.remove("x")
         driver.create("x")
         assert driver.apply_diff("x", "", io.BytesIO(data)) == 10_001
+        driver.create("y")
+    with serve(root) as server:  # it cannot know whether the one before was killed in the call
+        _, answer = request(server, "GraphDriver.ApplyDiff?id=y&parent=", b"", {"Content-Length": "0"})
+        assert "without its beginning" in json.loads(answer)["Err"]
+        assert Reconnected(server.socket).apply_diff("y", "", io.BytesIO(data)) == 10_001
 
 
 def test_a_socket_that_was_handed_over_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

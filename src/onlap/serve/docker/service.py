@@ -46,6 +46,8 @@ class Service:
         self._saved: dict[str, int] = {}
         self._mutex = threading.Condition()
         self._running = 0
+        # Layers that this process has created and not filled yet.
+        self._fresh: set[str] = set()
         self._saving = threading.Lock()
         self.calls: dict[str, Callable[[Request], Response]] = {
             "Plugin.Activate": lambda _: {"Implements": ["GraphDriver"]},
@@ -95,12 +97,15 @@ class Service:
         """``GraphDriver.ApplyDiff``.
 
         dockerd repeats a call that the plugin was killed in with what it has not sent yet of the archive, which may be
-        nothing, or begin at an entry by chance; neither may pass for the layer.
+        nothing, or begin at an entry by chance; neither may pass for the layer. Nothing is an archive as well: that it
+        is the whole one is known only of a layer that no process before this one has been asked to fill.
         """
         with self._using() as driver:
             first = archive.read(1)
             applying = Applying(driver.home, id)
-            if not first or (driver.exists(id) and not applying.begin()):
+            begins = bool(first) or id in self._fresh
+            self._fresh.discard(id)
+            if not begins or (driver.exists(id) and not applying.begin()):
                 raise errors.FailedPrecondition(
                     f"the layer {shown(id)} comes without its beginning: dockerd repeats a call that the plugin was "
                     "killed in with the rest of the archive",
@@ -173,12 +178,14 @@ class Service:
                 mount_label=_text(request, "MountLabel"),
                 storage_options={str(key): str(value) for key, value in options.items()},
             )
+            self._fresh.add(_text(request, "ID"))
         return {}
 
     def _remove(self, request: Request) -> Response:
         with self._counting() as driver:
             id = _text(request, "ID")
             driver.remove(id)
+            self._fresh.discard(id)
             Applying(driver.home, id).end()
         return {}
 
