@@ -17,6 +17,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import helper, locks
+from onlap.content.digests import digest_of
 from onlap.errors import from_oserror
 from onlap.store import Store
 
@@ -243,3 +244,45 @@ print("closed")
 """
     assert run(program, root) == "closed\n"
     shutil.rmtree(root)
+
+
+def test_a_prepare_looks_nothing_up_when_the_snapshot_is_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.prepare("one")
+    store.commit("base", "one")
+    with onlap.open(store.root, sync="none") as fresh:  # which knows no chain yet
+        catalog = fresh.snapshotter.catalog
+        create = catalog.create
+
+        def then_blind(*arguments: object) -> object:
+            record = create(*arguments)  # type: ignore[arg-type]
+
+            def fails(_: object) -> None:
+                raise errors.DataLoss("the catalog cannot be read")
+
+            monkeypatch.setattr(catalog.database, "read", fails)
+            return record
+
+        monkeypatch.setattr(catalog, "create", then_blind)
+        assert fresh.prepare("key", "base")
+        monkeypatch.undo()
+
+
+def test_a_blob_that_could_not_be_synced_is_fetched_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retry of the fsync would succeed: the pages that were lost count as clean."""
+    digest = digest_of(b"content")
+    fsync = os.fsync
+
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with store.content.partial(digest, 7) as partial:
+        partial.write(b"content")
+        with pytest.raises(OSError, match="Input/output"):
+            partial.commit()
+    monkeypatch.setattr(os, "fsync", fsync)
+    with store.content.partial(digest, 7) as partial:
+        assert partial.offset == 0
+        partial.write(b"content")
+        partial.commit()
+    assert store.content.read(digest, 100) == b"content"

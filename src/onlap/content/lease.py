@@ -10,6 +10,7 @@ from onlap import errors
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.database import Connection
+from onlap.catalog.log import warn
 from onlap.catalog.runs import Run, forget
 from onlap.forks import only_here
 
@@ -55,7 +56,11 @@ class Lease:
             if self.over:
                 return
             if error is None:
-                self.end()
+                try:
+                    self.end()
+                except errors.OnlapError as failure:
+                    # What it was for is done; a sweep takes the pins of a run that is over.
+                    warn(f"pins of {self.owner} stay for now: {failure}")
                 return
             with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell; a sweep takes the pins
                 forget(self._catalog, self.run.id)

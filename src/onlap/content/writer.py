@@ -200,7 +200,12 @@ class Partial:
         except errors.DigestMismatch:
             self._drop()
             raise
-        os.fsync(self._fd)
+        try:
+            os.fsync(self._fd)
+        except OSError:
+            # The kernel says so once, and what it could not write counts as clean: nobody may go on with it.
+            self._drop()
+            raise
         self._publish(self._path, self._digest)
         self.done = True
         self.close()

@@ -15,6 +15,7 @@ from onlap import errors
 from onlap.catalog import records as snapshots
 from onlap.catalog.checks import check_commit
 from onlap.catalog.database import Connection
+from onlap.catalog.log import warn
 from onlap.catalog.records import ACTIVE, Record
 from onlap.content.digests import digest_of
 from onlap.content.lease import Lease
@@ -266,4 +267,7 @@ def _finish(
     fresh = catalog.database.write(operation)
     lease.over = True
     if not fresh:
-        snapshotter.remove(record.name, force=True)  # which would look for mounts again
+        try:
+            snapshotter.remove(record.name, force=True)  # which would look for mounts again
+        except errors.OnlapError as error:
+            warn(f"the snapshot {shown(record.name)}, whose layer was there already, stays: {error}")

@@ -336,10 +336,10 @@ class Images:
 
         record = self.snapshotter.catalog.with_room(lambda: self._database.write(operation))
         try:
-            image = self._image(record)
-        except errors.DataLoss:
-            return  # damaged ones can be removed, too; cleanup finds their layers
-        self._remove_layers(image)
+            self._remove_layers(self._image(record))
+        except errors.OnlapError as error:
+            # It is removed, also a damaged one; cleanup finds its layers.
+            _log.warning("the layers of the removed image %s stay for now: %s", shown(name), error)
 
     def _remove_layers(self, image: Image) -> None:
         for chain_id in reversed(image.chain_ids):

@@ -346,6 +346,8 @@ class RecordedSnapshotter(ABC):
             return above
 
         above = self.catalog.database.read(look)
+        # Looked up before, since nothing may fail when there is the snapshot.
+        below = () if above is None else (above.id, *self.ancestors(above))
         with self.translated("prepare snapshot", key):
             staged = self.catalog.staging.new()
         try:
@@ -357,7 +359,7 @@ class RecordedSnapshotter(ABC):
             with contextlib.suppress(OSError):
                 self.catalog.staging.discard(staged)
             raise
-        return self.plan(record)
+        return self._plan(record, below)
 
     def commit(
         self,
