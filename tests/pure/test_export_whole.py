@@ -82,14 +82,6 @@ def test_a_directory(export: Export, tmp_path: Path, failing: Callable[[], Any])
     assert sorted(os.listdir(tmp_path / "out")) == ["empty", "new", "over"]
 
 
-def test_no_name_is_no_directory(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(errors.NotFound):
-        store.export("tree", "")
-    assert os.listdir(".") == []
-
-
 @pytest.mark.parametrize("failing", [interrupted, full])
 def test_an_archive_of_images(store: Store, tmp_path: Path, failing: Callable[[], Any]) -> None:
     (tmp_path / "out").mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -40,8 +39,6 @@ def new_directory(path: str) -> Iterator[str]:
         FailedPrecondition: there is one that is not empty.
         OSError: it cannot be made.
     """
-    if not path:  # which realpath(3) takes for where we stand
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     path = os.path.realpath(path)
     if os.path.isdir(path):
         if os.listdir(path):
