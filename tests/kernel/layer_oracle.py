@@ -22,6 +22,7 @@ from onlap.layers.tarwriter import TarWriter
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import Markers, is_marker
 from onlap.snapshots.working import mounted
+from onlap.trees.copy import copy_attributes
 
 TRUSTED = Markers("trusted")
 
@@ -83,6 +84,9 @@ def apply_to(
     limits: Limits | None = None,
 ) -> Applied:
     """Apply an archive directly."""
+    if lowers and not os.listdir(layer):
+        # A snapshot's upper starts with the attributes of its parent's top.
+        copy_attributes(str(lowers[0]), str(layer))
     fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY)
     try:
         return apply(

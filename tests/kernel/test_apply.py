@@ -39,6 +39,7 @@ from onlap.layers import tarformat as tar
 from onlap.layers.apply import Limits, apply
 from onlap.overlayfs.markers import Markers, is_whiteout
 from onlap.progress import Progress
+from onlap.store import open as open_store
 from onlap.syscalls import files
 from onlap.trees.meta import OVERRIDE_XATTR
 
@@ -857,3 +858,28 @@ def test_what_an_archive_made_and_replaces_goes_whole(loop_fs: Callable[[str, in
     deep = [directory("/".join("d" * depth) + "/") for depth in range(1, 300)]
     apply_to(layer, archive([entry("a/b/f"), *deep, entry("a/b/g"), entry("a"), entry("d")]))
     assert {name: seen.content for name, seen in look(layer).items()} == {".": None, "a": b"", "d": b""}
+
+
+# The top directory
+
+
+@overlay
+@pytest.mark.parametrize("written", [True, False])
+def test_the_top_of_a_snapshot_stays_as_it_is_unless_the_archive_names_it(root: Path, written: bool) -> None:
+    with open_store(root / "store", snapshotter="overlay", sync="none") as store:
+        with store.build("base") as tree:
+            (tree / "f").touch()
+        store.prepare("work", "base")
+        with store.mounted("work") as tree:
+            if written:
+                (tree / "there").touch()
+            tree.chmod(0o1750)
+            os.chown(tree, 5, 6)
+            os.setxattr(tree, "user.note", b"1")
+        store.apply("work", io.BytesIO(archive([entry("g")])))
+        with store.mounted("work") as tree:
+            seen = look(tree)["."]
+            assert (seen.mode, seen.owner, seen.xattrs) == (0o1750, (5, 6), (("user.note", b"1"),))
+        store.apply("work", io.BytesIO(archive([directory("./", mode=0o711)])))
+        with store.mounted("work") as tree:
+            assert look(tree)["."].mode == 0o711

@@ -36,6 +36,7 @@ from onlap.snapshots.working import mounted
 from onlap.store import Store
 from onlap.store import open as open_store
 from onlap.testing import Tree, assert_same_tree, read_tree
+from onlap.trees.compare import compare
 
 pytestmark = [pytest.mark.needs("overlay", "mount")]
 
@@ -215,6 +216,9 @@ class Operation(NamedTuple):
         where = os.path.join(os.path.dirname(path), os.path.basename(self.other))
         os.link(path, where, follow_symlinks=False)
 
+    def _anywhere(self, path: bytes, top: bytes) -> None:
+        os.link(path, os.path.join(top, self.other), follow_symlinks=False)
+
     def _fifo(self, path: bytes, top: bytes) -> None:
         os.mkfifo(path, 0o600)
 
@@ -316,14 +320,36 @@ def test_several_layers_as_one_give_the_tree_back(
         layers.check(data.draw(st.integers(1, len(stack)), label="below"))
 
 
+_LINKING = st.lists(
+    st.builds(
+        Operation, st.sampled_from([*_KINDS.split(), *["anywhere"] * 8]), _PATHS, _PATHS, st.integers(0, 9), _XATTRS
+    ),
+    max_size=10,
+)
+
+
+@settings(_SETTINGS, max_examples=60)
+@given(base=_LINKING, one=st.lists(_LINKING, min_size=1, max_size=2), other=st.lists(_LINKING, max_size=2))
+def test_one_stack_becomes_another_with_all_its_links(
+    root: Path, base: list[Operation], one: list[list[Operation]], other: list[list[Operation]]
+) -> None:
+    _become(root, base, one, other, ())
+
+
 @settings(_SETTINGS, max_examples=40)
 @given(base=st.lists(_OPERATIONS, max_size=8), one=_LAYERS, other=_LAYERS, flags=_FLAGS)
 def test_one_stack_becomes_another(
     root: Path, base: list[Operation], one: list[list[Operation]], other: list[list[Operation]], flags: tuple[str, ...]
 ) -> None:
+    _become(root, [step for step in base if step.kind != "link"], one, other, flags)
+
+
+def _become(
+    root: Path, base: list[Operation], one: list[list[Operation]], other: list[list[Operation]], flags: tuple[str, ...]
+) -> None:
     with _place(root) as place:
         layers = Layers(place, flags)
-        shared = layers.add(_Run([step for step in base if step.kind != "link"]))
+        shared = layers.add(_Run(base))
         stacks = []
         for above in (one, other):
             layers.stack = [shared]
@@ -646,6 +672,63 @@ def test_a_hard_link_to_a_file_that_did_not_change(layers: Layers) -> None:
     assert found["d/new"].size == 5000
     assert (found["s2"].type, found["s2"].linkname) == (tarfile.LNKTYPE, "s")
     layers.check()
+
+
+def test_a_name_that_only_an_archive_needs_is_no_change_and_neither_is_its_directory(layers: Layers) -> None:
+    layers.add(Tree().directory("d").file("d/f", b"1").file("z"))
+    layers.add(Tree().link("g", "d/f").times("d", TIME), Tree())
+    os.utime(layers.stack[0] / "d", ns=(TIME, os.stat(layers.stack[1] / "d").st_mtime_ns))
+    assert set(layers.entries()) == {"d", "d/f", "g"}
+    changes = stack_changes([*map(str, layers.stack[1:])], [*map(str, layers.stack)], TRUSTED)
+    assert [change.path for change in changes] == ["g"]
+    layers.check()
+
+
+def test_what_one_stack_changed_and_the_other_shows_again_is_linked(layers: Layers) -> None:
+    """To a name that is not looked at otherwise, since only the layer that both share has it."""
+    base = layers.add(Tree().directory("d").file("d/f", b"1").link("a", "d/f").link("z", "d/f"))
+    changed = layers.add(Tree().write("d/f", b"2"))
+    layers.stack = [base]
+    other = layers.add(Tree().file("new"))
+    data, _ = written([changed, base], [other, base])
+    assert {"a", "d", "d/f", "new", "z"} == set(entries(data))
+    again = layers.add(Tree())
+    shutil.rmtree(again)
+    again.mkdir()
+    apply_to(again, data, [changed, base])
+    with layers.mounted(other, [base]) as expected, layers.mounted(again, [changed, base]) as found:
+        assert_same_tree(expected, found)
+
+
+def test_a_tree_deeper_than_any_path(layers: Layers) -> None:
+    top, name = layers.add(Tree()), "n" * 25
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir(name, 0o750, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(os.open("z", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+        os.close(fd)
+        fd = below
+    os.link("../z", "link", src_dir_fd=fd, dst_dir_fd=fd)
+    os.close(fd)
+    data, _ = layers.write()
+    again = layers.add(Tree())
+    apply_to(again, data)
+    assert not [change for change in compare(str(top), str(again)) if change.path != "."]
+    assert written([], [again])[0] == data
+
+
+def test_a_tree_whose_paths_no_layer_carries(layers: Layers) -> None:
+    top = layers.add(Tree())
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(260):
+        os.mkdir("n" * 255, dir_fd=fd)
+        below = os.open("n" * 255, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    with pytest.raises(errors.InvalidArgument, match="cannot be in a layer: a path in a layer has at most 65535 bytes"):
+        layers.write()
 
 
 def test_a_copy_up_that_takes_a_file_out_of_its_group(layers: Layers) -> None:

@@ -291,3 +291,17 @@ def test_whiteouts_as_files(root: Path) -> None:
     if "d/hidden" in expected:
         pytest.skip("this kernel has no whiteouts as files")
     assert seen_in_userspace([str(upper), str(lower)], markers) == expected
+
+
+def test_an_opaque_mark_on_the_top_of_a_layer_hides_nothing(root: Path) -> None:
+    """fs/overlayfs/super.c merges the tops of all layers, whatever they say."""
+    markers = Markers(TRUSTED)
+    lower, middle, upper = (root / name for name in ("lower", "middle", "upper"))
+    for path in (lower, middle, upper):
+        path.mkdir()
+        (path / path.name).touch()
+    os.setxattr(middle, markers.opaque, b"y")
+    layers = [str(path) for path in (upper, middle, lower)]
+    with onlap.mounted(plan.overlay(tuple(layers), flags=PLAIN)) as tree:
+        assert seen_in_userspace(layers, markers) == seen_by_kernel(tree)
+    assert [change.path for change in stack_changes(layers[2:], layers, markers)] == ["middle", "upper"]

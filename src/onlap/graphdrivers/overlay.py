@@ -25,7 +25,7 @@ from onlap.graphdrivers.hardlinks import link_tree
 from onlap.graphdrivers.leftovers import STAGING, abandoned, claim, remove_tree
 from onlap.graphdrivers.stacks import layer_changes, layer_size
 from onlap.mounts.plan import Mount, overlay
-from onlap.trees.copy import Copier
+from onlap.trees.copy import Copier, copy_attributes
 from onlap.trees.walk import OPEN_DIRECTORY
 
 ROOT = "root"
@@ -68,9 +68,7 @@ class OverlayDriver(StackDriver):
         self._own(work, 0o700)
         root = self._path(parent, ROOT)
         if os.path.isdir(root):
-            below = os.stat(root)
-            os.chown(upper, below.st_uid, below.st_gid)
-            os.chmod(upper, below.st_mode & 0o7777)
+            copy_attributes(root, upper)
             lower_id = parent
         else:
             lower_id = self._lower_id(parent)

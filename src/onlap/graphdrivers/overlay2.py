@@ -24,6 +24,7 @@ from onlap.graphdrivers.ids import IdMap
 from onlap.graphdrivers.layout import Layer
 from onlap.graphdrivers.stacks import layer_size
 from onlap.mounts.plan import Mount, overlay
+from onlap.trees.copy import copy_attributes
 
 _log = logging.getLogger("onlap.graphdrivers")
 
@@ -91,11 +92,9 @@ class Overlay2Driver(StackDriver):
         if not parent:
             self._own(diff, 0o755)
         else:
-            # Its top directory is the one that the merged tree shows: Docker makes it root's and 0755 always, and so
-            # loses what the image said.
-            below = os.stat(Layer(self.home, parent).diff)
-            os.chown(diff, below.st_uid, below.st_gid)
-            os.chmod(diff, below.st_mode & 0o7777)
+            # Its top directory is the one that the merged tree shows: Docker makes it root's and 0755 always, without
+            # xattrs, and so loses what the image said.
+            copy_attributes(Layer(self.home, parent).diff, diff)
             # Before "lower" is read, as Docker: from now on the parent is mounted read-only.
             with open(os.path.join(self.home, parent, layout.COMMITTED), "wb") as file:
                 os.fchmod(file.fileno(), 0o600)

@@ -101,10 +101,9 @@ class _LoneApplier(Applier):
 class _SettledUpper(Upper):
     """A layer of which everything came from its archive, although it is not empty any more."""
 
-    def __init__(self, layer: int, lowers: Sequence[str], markers: Markers, *, top_named: bool) -> None:
+    def __init__(self, layer: int, lowers: Sequence[str], markers: Markers) -> None:
         super().__init__(layer, lowers, markers, Attributes(recorded=markers.recorded))
         self.tracking = False
-        self._top_named = top_named
 
     def _note_markers(self, layer: int) -> None:
         """It has none: they are about to be written."""
@@ -146,7 +145,7 @@ def apply_alone(path: str, layer: int, markers: Markers, progress: Callable[[int
         finally:
             applier.close()
     skipped = {kind: count for kind, count in applier.attributes.skipped.items() if count}
-    return Alone(digests, entries, skipped, applier.noted.removals, applier.upper._top_named)
+    return Alone(digests, entries, skipped, applier.noted.removals, applier.upper.top_named)
 
 
 def settle(
@@ -165,7 +164,7 @@ def settle(
         InvalidArgument: a removal that no honest archive has.
         OSError: a file cannot be made.
     """
-    upper = _SettledUpper(layer, lowers, markers, top_named=top_named)
+    upper = _SettledUpper(layer, lowers, markers)
     try:
         whiteouts = Whiteouts(upper)
         for parent, name in removals:
@@ -176,6 +175,8 @@ def settle(
                     whiteouts.whiteout(parent, name)
             except ValueError as error:
                 raise errors.InvalidArgument(f"the layer cannot be applied: {error}", key=name) from error
+        if not top_named:
+            upper.inherit_top()
         upper.finish()
     finally:
         upper.close()

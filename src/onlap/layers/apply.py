@@ -85,7 +85,7 @@ def apply(
         source: a path, or a binary file, which is read from another thread while this runs. Tar, plain or compressed
             with gzip, zstd, bzip2 or xz.
         layer: a descriptor of the directory to write into, open for reading; an overlay's upperdir that is not
-            mounted, or a whole tree.
+            mounted, or a whole tree. Its own attributes stay as they are, unless the archive describes them.
         lowers: the layers below it, topmost first.
         markers: how whiteouts are written where a layer below has the name. None: the layer is a whole tree, and
             whiteouts remove from it what was there before.

@@ -17,6 +17,7 @@ from onlap.layers import tarsparse
 from onlap.layers.tarformat import BLOCK, ZERO_BLOCK, Entry, format_number, format_record
 
 _USTAR = b"ustar\00000"
+_NOT_ASCII = bytes(range(0x80, 0x100))
 _MAX_OCTAL_TIME = 0o77777777777
 
 
@@ -165,7 +166,7 @@ def _beside(entry: Entry, directory: bytes) -> bytes:
 
 
 def _ascii(text: bytes) -> bytes:
-    return bytes(byte for byte in text if byte < 0x80)
+    return text.translate(None, delete=_NOT_ASCII)
 
 
 def _octal(value: int, width: int, key: str, records: dict[str, bytes] | None) -> bytes:

@@ -47,6 +47,7 @@ class Upper:
         lowers: what lies below.
         attributes: what may be set.
         tracking: whether the layer was not empty at the start, so that :meth:`own` must be told of every entry.
+        top_named: whether the archive describes the top directory.
         followed: symlinks that were there before the archive and that entries were put through.
         replaced: the targets of symlinks that were in the layer before the archive, which replaced them.
     """
@@ -61,7 +62,7 @@ class Upper:
             self._note_markers(layer)
         self.attributes = attributes
         self._copier = Copier()
-        self._top_named = False
+        self.top_named = False
         # Not empty at the start: what the archive made. Else: what it did not, apart from whiteouts.
         self._own = paths.PathSet()
         self._borrowed = paths.PathSet()
@@ -91,11 +92,6 @@ class Upper:
 
     def finish(self) -> None:
         """Give all directories the attributes that they must have."""
-        if not self._top_named and not self.tracking and self.lowers:
-            below = self.lowers.directory("")
-            assert below is not None
-            if below.parts:
-                self._copy_attributes(below.parts[0].fd, self.top)
         self.directories.close()
         for kind, count in self._copier.skipped.items():
             self.attributes.skipped[kind] += count
@@ -125,7 +121,7 @@ class Upper:
         self.attributes.set_directory(self.top, entry, fresh=False)
         if self.top.acl is not None:
             self.directories.check_acl = True
-        self._top_named = True
+        self.top_named = True
 
     # The way to an entry
 
@@ -293,6 +289,12 @@ class Upper:
             self.attributes.reset_directory(directory)
             return
         self._copy_attributes(source, directory)
+
+    def inherit_top(self) -> None:
+        """Give the top directory the attributes of the one below, as a snapshot's has them from the start."""
+        below = self.lowers.directory("")
+        if below is not None and below.parts:
+            self._copy_attributes(below.parts[0].fd, self.top)
 
     def _copy_attributes(self, source: int, directory: Directory) -> None:
         self._copier.directory_attributes(source, directory.fd)

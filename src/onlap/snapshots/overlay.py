@@ -24,7 +24,7 @@ from onlap.snapshots.properties import settle
 from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.compare import Change
-from onlap.trees.copy import Copier
+from onlap.trees.copy import copy_attributes
 from onlap.trees.meta import list_xattrs, read_xattrs
 
 KIND = "overlay"
@@ -160,7 +160,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
             os.chown(tree, uid, gid)
         os.chmod(tree, stat.S_IMODE(status.st_mode))
         if list_xattrs(above):
-            _copy_xattrs(above, tree)
+            copy_attributes(above, tree)
         os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def _rebase(self, record: Record, parent: Record) -> None:
@@ -248,18 +248,6 @@ def default_flavour() -> str:
 
 def _as_settings(properties: Properties) -> dict[str, str]:
     return {"flavour": properties.flavour, "redirect_dir": "on" if properties.redirect_dir else "off"}
-
-
-def _copy_xattrs(source: str, target: str) -> None:
-    one = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        other = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            Copier().directory_attributes(one, other)
-        finally:
-            os.close(other)
-    finally:
-        os.close(one)
 
 
 def _mapped_root(labels: Mapping[str, str]) -> tuple[int, int] | None:

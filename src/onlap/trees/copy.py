@@ -347,6 +347,23 @@ class Copier:
                 self._skipped["xattr"] += 1
 
 
+def copy_attributes(source: str, target: str) -> None:
+    """Give one directory the owner, mode, xattrs and times of another, but OverlayFS's own marks.
+
+    Raises:
+        OSError: something cannot be read or set.
+    """
+    one = os.open(source, OPEN_DIRECTORY)
+    try:
+        other = os.open(target, OPEN_DIRECTORY)
+        try:
+            Copier().directory_attributes(one, other)
+        finally:
+            os.close(other)
+    finally:
+        os.close(one)
+
+
 def has_holes(status: os.stat_result) -> bool:
     """Whether a regular file may have holes, which :func:`data_ranges` tells for sure."""
     # Xfs allocates ahead of a file's end, and fallocate(2) behind it, so that one with holes may have as many blocks as

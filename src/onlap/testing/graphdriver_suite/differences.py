@@ -101,6 +101,27 @@ def all_of_a_file_comes_through(site: DriverSite) -> None:
 
 
 @driver_case()
+def the_top_directory_is_one_of_the_tree(site: DriverSite) -> None:
+    """Docker makes it root's, 0755 and without xattrs in every layer."""
+    top = Tree().chmod(".", 0o1750).chown(".", 1000, 2000).xattr(".", "user.note", b"1").times(".", DAY)
+    base = site.image(tree=Tree().file("f") + top)
+    id = site.layer(base, writable=True)
+    _same(site, base, id)
+    equal(sorted(_members(site.diff(id, base))), [], "the archive of a layer without changes")
+    changed = site.layer(base, Tree().file("g").xattr(".", "user.note", b"2").chmod(".", 0o700), writable=True)
+    _same(site, changed, _applied(site, changed, base))
+
+
+@driver_case()
+def a_link_to_a_parents_file_is_a_link(site: DriverSite) -> None:
+    base = site.image(tree=Tree().directory("d").file("d/f", b"1").file("other").link("name", "other"))
+    image = site.image(base, Tree().link("g", "d/f").remove("name").link("d/name", "other"))
+    with site.got(image) as path:
+        equal(os.stat(path / "g").st_ino, os.stat(path / "d/f").st_ino, "the file that both names are")
+    _same(site, image, _applied(site, image, base))
+
+
+@driver_case()
 def an_edit_that_keeps_size_and_time_is_a_change(site: DriverSite) -> None:
     """Docker misses it (moby#31805)."""
     base = site.image(tree=Tree().file("f", b"one", mtime_ns=DAY))
