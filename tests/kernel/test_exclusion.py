@@ -204,6 +204,20 @@ def test_of_two_who_mount_at_once_one_does(store: Store, monkeypatch: pytest.Mon
     assert [type(error) for error in errors_seen] == [errors.Busy]
 
 
+@pytest.mark.parametrize("parent", ["base", None], ids=["overlay", "bind"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_an_old_plan_is_not_mounted(store: Store, parent: str | None, opened: bool) -> None:
+    plans = {key: store.prepare(key, parent) for key in ("committed", "removed")}
+    store.commit("name", "committed")
+    store.remove("removed")
+    if not opened:
+        store.close()
+    with pytest.raises(errors.FailedPrecondition, match="was committed as name"), onlap.mounted(plans["committed"]):
+        pass
+    with pytest.raises(errors.NotFound), onlap.mounted(plans["removed"]):
+        pass
+
+
 def test_a_forked_child_keeps_no_lock(store: Store) -> None:
     """It has the lock's open file, too: a plain close in the parent would leave that locked."""
     store.prepare("key", "base")

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -86,11 +87,13 @@ class Catalog:
             except OSError as error:
                 raise errors.from_oserror(error, doing="open the root", key=self.layout.root) from error
             on_error.pop_all()
+        _opened.add(self)
         if waits:
             self._janitor.wake()
 
     def close(self) -> None:
         """Stop the background and close everything; idempotent, and can be called again when it was interrupted."""
+        _opened.discard(self)
         self._janitor.stop()
         self.staging.close()
         self.database.close()
@@ -540,3 +543,22 @@ class Catalog:
 def _note_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:
     for identifier, inodes, size in measured:
         records.set_usage(connection, identifier, inodes, size)
+
+
+_opened: weakref.WeakSet[Catalog] = weakref.WeakSet()
+
+
+def look_up(root: str, identifier: int) -> Record | None:
+    """The record of an id, for who has no catalog of the root at hand; one that this process has open is asked.
+
+    Raises:
+        OnlapError: the root cannot be opened.
+    """
+    for catalog in list(_opened):
+        if catalog.layout.root == root:
+            return catalog.database.read(lambda c: records.by_id(c, identifier))
+    catalog = Catalog(root, create=False, timeout=30.0)
+    try:
+        return catalog.database.read(lambda c: records.by_id(c, identifier))
+    finally:
+        catalog.close()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.catalog import records
+from onlap.catalog.catalog import look_up
 from onlap.catalog.locks import Held
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
 from onlap.errors import shown
@@ -62,16 +63,16 @@ def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool =
 
 
 @contextlib.contextmanager
-def mounting_plan(plan: list[Mount]) -> Iterator[None]:
-    """The same for who has only the plan of a snapshot; whether that is still active, its snapshotter has to know.
+def mounting_plan(root: str, plan: list[Mount]) -> Iterator[None]:
+    """The same for who has only the plan of a snapshot, which may have been committed or removed since.
 
     Raises:
-        Busy: it is being committed, removed or written to. That is not waited for: afterwards the plan may be of a
-            committed snapshot.
+        NotFound: it was removed.
+        FailedPrecondition: it was committed, and is not to be written to.
+        Busy: it is being committed, removed or applied to.
     """
-    trees = [mount.upper or mount.source for mount in plan if not mount.readonly]
     with contextlib.ExitStack() as stack:
-        for tree in trees:
+        for tree in [mount.upper or mount.source for mount in plan if not mount.readonly]:
             try:
                 held = stack.enter_context(Held(tree))
                 if not held.lock(shared=True):
@@ -83,7 +84,20 @@ def mounting_plan(plan: list[Mount]) -> Iterator[None]:
                     )
             except OSError as error:
                 raise errors.from_oserror(error, doing="mount a snapshot", key=tree) from error
+            _check_active(root, tree)
         yield
+
+
+def _check_active(root: str, tree: str) -> None:
+    record = look_up(root, int(os.path.basename(os.path.dirname(tree))))
+    if record is None:
+        raise errors.NotFound(f"the snapshot at {shown(tree)} was removed", key=tree, hint="see: onlap ls")
+    if record.kind == COMMITTED:
+        raise errors.FailedPrecondition(
+            f"the snapshot at {shown(tree)} was committed as {shown(record.name)}, and is not written to any more",
+            key=record.name,
+            hint=f"prepare another on it: onlap prepare KEY {shown(record.name)}",
+        )
 
 
 @contextlib.contextmanager

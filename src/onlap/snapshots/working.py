@@ -57,6 +57,7 @@ def mounted(
 
     Raises:
         InvalidArgument: it is no plan.
+        NotFound, FailedPrecondition: the snapshot was removed, or committed, since its plan was given.
         Busy: it is being committed, removed or applied to; or, at the end, somebody still used it: ``.holders`` says
             who, and the mount is left as it is.
         PermissionDenied: mounting is not allowed here, not even in a user namespace.
@@ -66,7 +67,7 @@ def mounted(
     root = root_of(_layer(plan))
     with contextlib.ExitStack() as stack:
         if root is not None:
-            stack.enter_context(exclusion.mounting_plan(plan))
+            stack.enter_context(exclusion.mounting_plan(root, plan))
             run = stack.enter_context(Run(root))
             yield stack.enter_context(_placed(run, plan, at, detached, timeout))
         else:
