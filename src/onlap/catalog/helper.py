@@ -9,6 +9,7 @@ nobody else needs.
 
 from __future__ import annotations
 
+import signal
 from _queue import Empty, SimpleQueue
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
@@ -137,6 +138,10 @@ class Helper:
             return []
 
     def _run(self, linger: float, alone: bool) -> None:
+        if not alone:
+            # The kernel gives a signal to any thread that takes it while the main one has another pending. Python's
+            # handlers run in the main thread, which would sleep on in its system call.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self.jobs.empty() and self._running.acquire(blocking=False):
             try:
                 while True:
