@@ -1,7 +1,9 @@
 """What a stack of layers changed against another: mostly an upper layer against those below it.
 
 Walks only the layers that the two stacks do not share at the bottom, and looks their names up in the others; a lower
-directory is listed only under an opaque or a redirected one. So the cost is that of the change, not that of the tree.
+directory is listed only under an opaque or a redirected one, or for the sake of very many names. So the cost is that of
+the change, not that of the tree. All of both trees is walked in one case: two stacks, neither on top of the other, of
+which one shows a file with several names that the other had changed, so that its other names have to be found.
 """
 
 from __future__ import annotations
