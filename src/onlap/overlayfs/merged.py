@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # Descriptors that stacks keep open: more than the kernel takes layers (fs/overlayfs/params.h, OVL_MAX_STACK: 500), so
-# that one directory of the highest stack is looked through without opening its parts again.
+# that one directory of the highest stack is looked through without opening its parts again; but only a part of those
+# that the process may have, since two stacks may be open at once (a squash reads one and writes on another).
 _MAX_OPEN = 512
+_SHARE = 4
 
 # A directory of a layer is listed only when names were looked up in vain, or nearly, more often than this, and than
 # there are names in those that were listed: many names in many layers cost their sum then, not their product.
@@ -287,6 +290,8 @@ class Stack:
     def __init__(self, layers: Sequence[str], markers: Markers, *, beside: Stack | None = None) -> None:
         self.markers = markers
         self._open: OrderedDict[Part, int] = beside._open if beside is not None else OrderedDict()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = _MAX_OPEN if soft == resource.RLIM_INFINITY else min(_MAX_OPEN, soft // _SHARE)
         self.roots = []
         try:
             for layer, path in enumerate(layers):
@@ -331,7 +336,7 @@ class Stack:
         if only_open:
             return -1
         fd = self._open[part] = part.open()
-        if len(self._open) > _MAX_OPEN:
+        if len(self._open) > self._most:
             _, oldest = self._open.popitem(last=False)
             os.close(oldest)
         return fd
