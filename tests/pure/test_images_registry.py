@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 
 from onlap import errors
 from onlap.containers.run import Source, find_source
 from onlap.images import Access, Credentials, Login
+from onlap.images.registry.connections import drop
 from onlap.images.registry.session import RegistrySession
 from onlap.store import Store
 from pure.image_makers import INDEX, MANIFEST, Faulty, Made, Reply, Request, digest_of, layer
@@ -121,6 +123,57 @@ def test_a_registry_without_ranges_starts_again(store: Store, registry: Faulty, 
 
     registry.answers.append(cut)
     assert pull(store, registry).digest == digest_of(made.data)
+
+
+@pytest.mark.parametrize("where", ["manifests", "token"])
+def test_a_document_that_is_cut_is_asked_for_again(store: Store, registry: Faulty, made: Made, where: str) -> None:
+    with Faulty(made).running() as elsewhere:
+        tokens(registry, elsewhere)
+        cuts = iter([5])
+
+        def cut(request: Request) -> Reply | None:
+            if where not in request.path or (where == "manifests" and "authorization" not in request.headers):
+                return None
+            at = next(cuts, None)
+            return None if at is None else Reply(200, made.data, cut=at)
+
+        (elsewhere if where == "token" else registry).answers.append(cut)
+        assert pull(store, registry).digest == digest_of(made.data)
+
+
+def test_beginning_again_is_no_progress(store: Store, registry: Faulty, made: Made) -> None:
+    big = made.diff_ids[0]
+
+    def cut(request: Request) -> Reply | None:
+        if not request.path.endswith(big):
+            return None
+        return Reply(416) if "range" in request.headers else Reply(200, made.blobs[big], cut=1000)
+
+    registry.answers.append(cut)
+    with pytest.raises(errors.Unavailable, match="fetch"):
+        pull(store, registry)
+
+
+class Endless:
+    """A body, read piece by piece."""
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self.closed = False
+
+    def read(self, amount: int) -> bytes:
+        self.read_bytes += amount
+        assert self.read_bytes < 1 << 20
+        return b"x" * amount
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_says_nothing_is_not_read_to_its_end() -> None:
+    body = Endless()
+    drop(urllib3.HTTPResponse(body, preload_content=False))  # type: ignore[arg-type]
+    assert body.closed
 
 
 def test_another_part_than_asked_for_is_not_taken(store: Store, registry: Faulty, made: Made) -> None:
@@ -344,6 +397,32 @@ def test_credentials_stay_with_their_own_host(store: Store, registry: Faulty) ->
     registry.answers.append(again)
     pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
     assert {login_of(request) for request in registry.asked("moved")} == {BASIC}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://{elsewhere}\\@{registry}/x",
+        "http://{elsewhere}\\\\@{registry}/x",
+        "http://{elsewhere}#@{registry}/x",
+        "http://{registry}@{elsewhere}/x",
+        "/\\{elsewhere}/x",
+    ],
+)
+def test_a_url_is_read_as_the_connection_is_made(store: Store, registry: Faulty, made: Made, url: str) -> None:
+    """Two readings of one URL, and the login goes to where another one thinks that it does not."""
+    with Faulty(made).running() as elsewhere:
+        location = url.format(registry=registry.host, elsewhere=elsewhere.host)
+
+        def guard(request: Request) -> Reply | None:
+            if login_of(request) != BASIC:
+                return Reply(401, WWW_Authenticate='Basic realm="r"')
+            return Reply(302, Location=location) if "blobs" in request.path else None
+
+        registry.answers.append(guard)
+        with pytest.raises(errors.OnlapError):
+            pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
+        assert {login_of(request) for request in elsewhere.requests} <= {None}
 
 
 @pytest.mark.parametrize("asks", ['Basic realm="r"', 'Bearer realm="{elsewhere}/token",service="s"'])

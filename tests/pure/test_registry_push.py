@@ -117,6 +117,15 @@ def test_a_connection_that_breaks_in_the_end_is_overcome(
     assert len(registry.asked("PUT", "/upload/")) == len(uploads.blobs) * (1 if stored else 2)
 
 
+@pytest.mark.parametrize("reply", [Reply(hang_up=True), Reply(503)])
+def test_a_manifest_is_sent_again_too(store: Store, registry: Faulty, made: Made, imported: str, reply: Reply) -> None:
+    uploads = Uploads(registry)
+    broken = iter([reply] * 2)
+    registry.answers.append(lambda request: next(broken, None) if "/manifests/" in request.path else None)
+    assert push(store, registry, imported) == digest_of(made.data)
+    assert uploads.manifests == {"2": made.data}
+
+
 def test_a_connection_that_always_breaks_is_given_up(store: Store, registry: Faulty, imported: str) -> None:
     Uploads(registry)
     registry.answers.append(lambda request: Reply(hang_up=True) if "/upload/" in request.path else None)

@@ -150,7 +150,7 @@ class Threads:
         missing: those to deal with, by number.
         threads: how many at once.
         tell: hears of it: ``fetched``, ``present``, ``failure``.
-        halt: set in the end, so that nobody waits any longer.
+        halt: set when the work is given up, so that nobody waits any longer.
     """
 
     def __init__(
@@ -195,7 +195,8 @@ class Threads:
     def __exit__(
         self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
     ) -> None:
-        self._halt.set()
+        if error is not None:
+            self._halt.set()
         # One that waits for a network that is silent hears of the end only when it gives up.
         patience = None if error is None else time.monotonic() + _LAST_WORDS
         for thread in self._threads:

@@ -16,6 +16,8 @@ from functools import partial
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from urllib3.util import parse_url
+
 from onlap import errors
 from onlap.errors import shown
 from onlap.images.registry.credentials import Credentials, default_files
@@ -157,13 +159,15 @@ def from_environment(
 
 
 def split(url: str) -> tuple[str, str, int]:
-    """The scheme, the host and the port of a URL.
+    """The scheme, the host and the port of a URL, as the connection is made to it.
+
+    Not by the standard library: of ``https://a\\@b/`` it says that ``b`` is the host, and urllib3 goes to ``a``.
 
     Raises:
         ValueError: it is none.
     """
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 0)
+    parts = parse_url(url)
+    return parts.scheme or "", (parts.host or "").strip("[]"), parts.port or _PORTS.get(parts.scheme or "", 0)
 
 
 def is_loopback(host: str) -> bool:

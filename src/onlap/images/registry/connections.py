@@ -22,6 +22,8 @@ _TIMEOUT = urllib3.Timeout(connect=15.0, read=60.0)
 # Seconds for a registry on this machine to show whether it has TLS.
 _PROBE_TIMEOUT = 5.0
 _SIMULTANEOUS = 8
+# Bytes of a body that are read for the sake of its connection.
+_SHORT = 64 << 10
 
 
 class TransientError(Exception):
@@ -60,6 +62,11 @@ class Connections:
         self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
         self._pools: dict[tuple[str | None, bool], urllib3.PoolManager] = {}
         self._mutex = threading.Lock()
+
+    def may_reach(self, scheme: str, host: str) -> bool:
+        """Whether a registry may lead to a host: without TLS only where nobody else can listen in, or we were told."""
+        told = self._access.plain_http or self._access.insecure
+        return scheme == "https" or (scheme == "http" and self.plain and (told or is_loopback(host)))
 
     def close(self) -> None:
         """Close all."""
@@ -123,6 +130,25 @@ class Connections:
                 f"{host} talks without TLS", key=self._name, hint="if you trust the network: --plain-http"
             )
         return TransientError(reason(error))
+
+
+def whole(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
+    """A body, of which no more than ``limit`` bytes and one are read.
+
+    Raises:
+        HTTPError, OSError: it does not come, or not all of it.
+    """
+    data = response.read(limit + 1, decode_content=False)
+    # Where the connection ended too early, the end is what says so.
+    return data if len(data) > limit else data + response.read(1, decode_content=False)
+
+
+def drop(response: urllib3.BaseHTTPResponse) -> None:
+    """Be done with an answer whose body says nothing: a short one is read for its connection, one may be endless."""
+    with suppress(HTTPError, OSError):
+        whole(response, _SHORT)
+    response.close()
+    response.release_conn()
 
 
 def reason(error: Exception) -> str:

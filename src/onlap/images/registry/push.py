@@ -68,23 +68,20 @@ def _run(
     total = sum(blob.size for blob in blobs)
     report = Reporter(progress, "push", "bytes", total)
     sent: dict[int, int] = {}
-    try:
-        with Threads(send, blobs, range(len(blobs)), DOWNLOADS, events.put, halt) as threads:
-            while not threads.finished:
-                try:
-                    event: Event = events.get(timeout=PATIENCE)
-                except queue.Empty:
-                    continue
-                if event.failure is not None:
-                    raise event.failure
-                if event.present:
-                    threads.finished_one(event.layer)
-                    sent[event.layer] = blobs[event.layer].size
-                elif event.fetched is not None:
-                    sent[event.layer] = event.fetched
-                report(sum(sent.values()), blobs[event.layer].digest)
-    finally:
-        halt.set()
+    with Threads(send, blobs, range(len(blobs)), DOWNLOADS, events.put, halt) as threads:
+        while not threads.finished:
+            try:
+                event: Event = events.get(timeout=PATIENCE)
+            except queue.Empty:
+                continue
+            if event.failure is not None:
+                raise event.failure
+            if event.present:
+                threads.finished_one(event.layer)
+                sent[event.layer] = blobs[event.layer].size
+            elif event.fetched is not None:
+                sent[event.layer] = event.fetched
+            report(sum(sent.values()), blobs[event.layer].digest)
     report.finish(total)
 
 

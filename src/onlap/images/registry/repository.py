@@ -103,7 +103,7 @@ class Repository:
             OnlapError: of another kind, as :meth:`RegistrySession.request`.
         """
         doing = f"fetch {digest}"
-        failures = 0
+        failures = furthest = 0
         anew = False
         while True:
             with content.partial(digest, size) as partial:
@@ -111,11 +111,14 @@ class Repository:
                     told(size)
                     return
                 before = partial.offset
+                furthest = max(furthest, before)
                 try:
                     self._receive(partial, digest, size, told, doing)
                     partial.commit()
                 except TransientError as error:
-                    failures = 1 if partial.offset > before else failures + 1
+                    # What a registry makes us begin again is no progress.
+                    failures = 1 if partial.offset > furthest else failures + 1
+                    furthest = max(furthest, partial.offset)
                     if failures >= ATTEMPTS:
                         raise self._session.unavailable(doing, error) from error
                     failure = error

@@ -24,7 +24,7 @@ from onlap.errors import shown
 from onlap.images.names import DOCKER_HUB, Reference
 from onlap.images.registry.access import Access, split
 from onlap.images.registry.challenges import Challenge, challenges
-from onlap.images.registry.connections import Body, Connections, TransientError, reason
+from onlap.images.registry.connections import Body, Connections, TransientError, drop, reason, whole
 from onlap.images.registry.credentials import Login
 
 _HUB_HOST = "registry-1.docker.io"
@@ -180,7 +180,7 @@ class RegistrySession:
             response,
             url,
         ):
-            data = b"" if method == "HEAD" else response.read(limit + 1, decode_content=False)
+            data = b"" if method == "HEAD" else whole(response, limit)
             if len(data) > limit:
                 raise errors.ResourceExhausted(f"cannot {doing}: the answer has more than {limit} bytes")
             return Answer(response.status, response.headers, data, url)
@@ -221,7 +221,7 @@ class RegistrySession:
         reply = self._send(method, url, scope, headers or {}, body)
         try:
             if reply.response.status == 401 and reply.itself:
-                reply.response.drain_conn()
+                drop(reply.response)
                 self._authenticate(reply.response, scope, known, doing)
                 if body is not None and not isinstance(body, bytes):
                     raise TransientError("its token has expired")  # what was read of the body is gone
@@ -254,7 +254,7 @@ class RegistrySession:
             raise errors.FailedPrecondition(
                 f"{self.registry} leads to {shown(found[:200])!r}, which is no URL", key=self.registry
             )
-        if scheme != "https" and not (self._connections.plain and scheme == "http"):
+        if not self._connections.may_reach(scheme, host):
             raise errors.PermissionDenied(
                 f"{self.registry} leads to {shown(found)}, which has no TLS",
                 key=self.registry,
@@ -283,8 +283,7 @@ class RegistrySession:
             if response.status not in _REDIRECTS or not _can_follow(method, response.status, body):
                 return _Reply(response, url, itself)
             location = response.headers.get("Location", "")
-            response.drain_conn()
-            response.release_conn()
+            drop(response)
             url = self.absolute(url, location)
             if split(url) != first:
                 if body is not None:
@@ -299,7 +298,6 @@ class RegistrySession:
     def _refuse(self, reply: _Reply, doing: str) -> None:
         response, status = reply.response, reply.response.status
         if status in _TRANSIENT:
-            response.drain_conn()
             after = response.headers.get("Retry-After", "")
             raise TransientError(f"status {status}", float(after) if _SECONDS.fullmatch(after) else None)
         said = _message(response.read(_MAX_ANSWER, decode_content=False))
@@ -373,10 +371,11 @@ class RegistrySession:
                 secret["Authorization"] = login.basic
         response = self._follow(method, url, headers, secret, body).response
         try:
-            data = response.read(_MAX_ANSWER, decode_content=False)
+            data = whole(response, _MAX_ANSWER)
         except (HTTPError, OSError) as error:
             raise TransientError(reason(error)) from error
         finally:
+            response.close()
             response.release_conn()
         if response.status in _TRANSIENT:
             raise TransientError(f"status {response.status} for a token")
