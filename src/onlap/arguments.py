@@ -23,8 +23,19 @@ def check_path(value: object, what: str) -> str:
                 raise errors.InvalidArgument(f"the {what} is empty", hint="give a path")
             if "\0" in path:
                 raise errors.InvalidArgument(f"the {what} {errors.shown(path)} holds a NUL", key=path)
+            as_name(path, what)
             return path
     raise _wrong(value, what, "a path, as a str or an os.PathLike of one")
+
+
+def as_name(text: str, what: str) -> bytes:
+    """The bytes of a name on the disk; InvalidArgument for what stands for none."""
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise errors.InvalidArgument(
+            f"the {what} {errors.shown(text)} holds a surrogate that stands for no byte (PEP 383)", key=text
+        ) from error
 
 
 def check_mapping(value: object, what: str) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 import onlap
 from onlap import errors
+from onlap.graphdrivers import open_driver
 from onlap.store import Store
 
-ODD: list[Any] = [None, 3, 1.5, True, b"x", Path("x"), ["x"], {}, object(), "", "a\0b", "\udcff"]
+ODD: list[Any] = [None, 3, 1.5, True, b"x", Path("x"), ["x"], {}, object(), "", "a\0b", "\udcff", "\ud800"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ CALLS: dict[str, Callable[[Store, Any], object]] = {
     "open sync": lambda store, odd: onlap.open(store.root, sync=odd).close(),
     "owner": lambda store, odd: onlap.NativeSnapshotter(store.root, owner=odd).close(),
     "probe": lambda _, odd: onlap.probe(odd),
+    "graph driver": lambda _, odd: open_driver("overlay2", odd),
     "mounted plan": lambda _, odd: onlap.mounted(odd),
     "mounted plan at": lambda store, odd: onlap.mounted(store.mounts("work"), odd),
     "stat": lambda store, odd: store.stat(odd),

@@ -19,6 +19,7 @@ from onlap.catalog.locks import Held
 from onlap.content.digests import PREFIX
 from onlap.content.lease import Lease
 from onlap.forks import only_here
+from onlap.syscalls.files import write_all
 
 _CHUNK = 1 << 20
 # How long to wait before asking again for a partial that another process writes, in seconds.
@@ -74,7 +75,7 @@ class Writer:
         """
         self._hash.update(data)
         self.size += len(data)
-        _write_all(self._fd, data)
+        write_all(self._fd, data)
         return len(data)
 
     def flush(self) -> None:
@@ -185,7 +186,7 @@ class Partial:
             )
         self._hash.update(data)
         self.offset += len(data)
-        _write_all(self._fd, data)
+        write_all(self._fd, data)
         return len(data)
 
     def commit(self) -> Blob:
@@ -237,10 +238,3 @@ def _open_locked(path: str, present: Callable[[], bool]) -> Held | None:
         if present():
             return None
         time.sleep(_PATIENCE)
-
-
-def _write_all(fd: int, data: bytes | memoryview) -> None:
-    # One write(2) may take less, as on a disk that is nearly full.
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

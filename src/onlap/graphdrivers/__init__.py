@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onlap import errors
+from onlap.arguments import check_path
 from onlap.errors import shown
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED, Change, DiffDriver, Driver, ProtoDriver
 from onlap.graphdrivers.ids import IdMap
@@ -62,6 +63,7 @@ def open_driver(
         Unimplemented: the kernel or the filesystem cannot do it.
         OnlapError: of another kind, for what the kernel says.
     """
+    home = check_path(home, "home of a driver")
     if kind == "overlay2":
         from onlap.graphdrivers.overlay2 import Overlay2Driver
 

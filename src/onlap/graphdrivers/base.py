@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.arguments import as_name
 from onlap.catalog.locks import Held
 from onlap.catalog.sync import Syncer
 from onlap.errors import shown
@@ -40,6 +41,8 @@ _log = logging.getLogger("onlap.graphdrivers")
 
 MERGED = "merged"
 WORK = "work"
+# A name has 255 bytes (NAME_MAX), and ours in front of an id, as STAGING, at most 20 of them.
+_MAX_ID = 235
 
 
 class StackDriver(ABC):
@@ -382,6 +385,10 @@ class StackDriver(ABC):
         """
         if not id or id in (".", "..", *self._reserved) or "/" in id or "\0" in id or id.startswith(".onlap-"):
             raise errors.InvalidArgument(f"no id of a layer: {shown(id)!r}", key=id)
+        if len(as_name(id, "id of a layer")) > _MAX_ID:
+            raise errors.InvalidArgument(
+                f"no id of a layer: {shown(id[:40])}... is too long", hint=f"{_MAX_ID} bytes at most"
+            )
         return os.path.join(self.home, id)
 
     def _path(self, id: str, name: str) -> str:

@@ -15,6 +15,7 @@ from onlap.errors import shown
 from onlap.images import model
 from onlap.layers.compression import NONE
 from onlap.layers.pipeline import Pipeline
+from onlap.syscalls.files import write_all
 
 T = TypeVar("T")
 
@@ -230,9 +231,7 @@ def _plain(path: str, room: Callable[[], str], discard: Callable[[str], None]) -
             fd = os.open(f"{directory}/archive", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 while data := pipeline.chunk():
-                    view = memoryview(data)
-                    while view:
-                        view = view[os.write(fd, view) :]
+                    write_all(fd, data)
                 os.lseek(fd, 0, os.SEEK_SET)
             except BaseException:
                 os.close(fd)

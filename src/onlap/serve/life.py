@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from onlap.errors import shown
 from onlap.serve import systemd
 
 _log = logging.getLogger("onlap.serve")
+
+# Seconds from one try to the next to take a connection for which no descriptor was left; there is no event for one.
+PAUSE = 0.5
 
 
 def until_stopped(start: Callable[[], None], socket: str) -> int:
@@ -29,6 +33,12 @@ def until_stopped(start: Callable[[], None], socket: str) -> int:
     systemd.notify("STOPPING=1")
     _log.info("stopping")
     return 0
+
+
+def allow_many_files() -> None:
+    """Be allowed as many descriptors as can be had: a comparison of layers has 128 and more of them, a client three."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

@@ -111,6 +111,13 @@ def list_directory(fd: int) -> list[os.DirEntry[str]]:
         return list(entries)
 
 
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of it: one write(2) may take less, as on a disk that is nearly full."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 def clone_file(source_fd: int, target_fd: int) -> None:
     """Make the target share all of the source's blocks (FICLONE); EOPNOTSUPP or EXDEV where that cannot be."""
     # fcntl.ioctl instead of libc's: it does the same and is in the standard library.

@@ -8,10 +8,16 @@ to gRPC's socket itself (docs/adr/0010-sockets.md).
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
 import threading
+from contextlib import ExitStack
+
+from onlap.serve.life import PAUSE
+
+_log = logging.getLogger("onlap.serve")
 
 # containerd has one connection, whose messages are some hundred bytes; a list has some ten thousand.
 _CHUNK = 64 * 1024
@@ -47,20 +53,28 @@ class Relay:
             if self._told in ready:
                 return
             try:
-                client, _ = self._listener.accept()
-            except OSError:
+                self._take()
+            except (BlockingIOError, ConnectionError):
                 continue  # it has gone again, or another server was faster
-            client.setblocking(True)
+            except (OSError, RuntimeError) as error:
+                # No descriptor or no thread is left: who connects waits, until somebody else has gone.
+                _log.warning("cannot take a connection", extra={"fields": {"error": error}})
+                select.select([self._told], [], [], PAUSE)
+
+    def _take(self) -> None:
+        """Take one connection; raises OSError, and RuntimeError where no thread can be had."""
+        with ExitStack() as on_error:
             server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                server.connect(self._inner)
-            except OSError:
-                client.close()
-                server.close()
-                continue
+            on_error.callback(_end, server)
+            client, _ = self._listener.accept()
+            on_error.callback(_end, client)
+            client.setblocking(True)
+            server.connect(self._inner)
             there = threading.Thread(target=_copy, args=(client, server), name="onlap-relay", daemon=True)
+            back = threading.Thread(target=_back, args=(server, client, there), name="onlap-relay", daemon=True)
             there.start()
-            threading.Thread(target=_back, args=(server, client, there), name="onlap-relay", daemon=True).start()
+            back.start()
+            on_error.pop_all()
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
@@ -70,11 +84,8 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_WR)
     except OSError:
         # One side is gone; nothing that the other one sends can arrive.
-        for each in (source, target):
-            try:
-                each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # that one
+        _shut(source)
+        _shut(target)
 
 
 def _back(server: socket.socket, client: socket.socket, there: threading.Thread) -> None:
@@ -82,3 +93,15 @@ def _back(server: socket.socket, client: socket.socket, there: threading.Thread)
     there.join()
     server.close()
     client.close()
+
+
+def _end(connection: socket.socket) -> None:
+    _shut(connection)  # a thread may wait for what comes from it
+    connection.close()
+
+
+def _shut(connection: socket.socket) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it is not connected, or not any more

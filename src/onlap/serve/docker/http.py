@@ -21,6 +21,7 @@ from onlap import errors
 from onlap.errors import shown
 from onlap.serve.docker.bodies import Chunked, ChunkWriter, Sized, drain
 from onlap.serve.docker.service import Service
+from onlap.serve.life import PAUSE
 
 _log = logging.getLogger("onlap.serve")
 
@@ -197,6 +198,18 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             self.socket = listener
             # Another server may accept on it, too, in the moment when one follows the other.
             self.socket.setblocking(False)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept one connection."""
+        try:
+            return super().get_request()
+        except (BlockingIOError, ConnectionError):
+            raise  # it has gone again, or another server was faster
+        except OSError as error:
+            # No descriptor is left: who connects waits, until somebody else has gone.
+            _log.warning("cannot take a connection", extra={"fields": {"error": error}})
+            time.sleep(PAUSE)
+            raise
 
     def call(self) -> _Call:
         """A context manager around each call, so that the end can wait for those that run."""

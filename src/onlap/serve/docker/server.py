@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import resource
 import threading
 from contextlib import ExitStack
 
@@ -16,7 +15,7 @@ from onlap.serve import sockets
 from onlap.serve.docker.http import HttpServer
 from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import StateFile
-from onlap.serve.life import until_stopped
+from onlap.serve.life import allow_many_files, until_stopped
 
 _log = logging.getLogger("onlap.serve")
 
@@ -82,7 +81,7 @@ class Server:
             self._service = Service(driver, sync, StateFile(directory, name))
             self._cleanup.callback(self._service.close)
             self._service.restore()
-            _allow_many_files()
+            allow_many_files()
             on_error.pop_all()
 
     def start(self) -> None:
@@ -147,9 +146,3 @@ def check_name(name: str) -> None:
         raise errors.InvalidArgument(
             f"no name for a plugin: {shown(name)}", key=name, hint="letters, digits, '-' and '_'"
         )
-
-
-def _allow_many_files() -> None:
-    """Every comparison of layers opens each of them, 128 and more at once."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, cast
 
 from onlap import errors
+from onlap.arguments import check_path
 from onlap.errors import shown
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.contract import Driver
@@ -123,9 +124,10 @@ class Service:
         options = request.get("Opts") or []
         if not isinstance(options, list):
             raise errors.InvalidArgument("Opts is a list")
+        home = check_path(_text(request, "Home"), "Home")
         state = State(
             self._kind,
-            _text(request, "Home"),
+            home,
             tuple(str(option) for option in options),
             IdMap.from_json(request.get("UIDMaps"), request.get("GIDMaps")),
             # By Docker's rule: a dockerd that starts anew knows of no use, and counts what it finds mounted as one.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.errors import shown
 from onlap.graphdrivers.ids import IdMap
+from onlap.syscalls.files import write_all
 
 FILE = ".onlap-graphdriver.json"
 _FORMAT = 1
@@ -188,7 +189,7 @@ def _replace(path: str, content: bytes) -> None:
     new = f"{path}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, content)
+        write_all(fd, content)
     finally:
         os.close(fd)
     os.rename(new, path)
