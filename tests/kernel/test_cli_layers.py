@@ -139,6 +139,12 @@ def _names(data: bytes) -> set[str]:
         return set(archive.getnames())
 
 
+def _content_of(archive: Path) -> int:
+    """Where the last content in an archive ends, before its padding."""
+    with tarfile.open(archive) as tar:
+        return max(member.offset_data + member.size for member in tar if member.isreg())
+
+
 def _sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
@@ -419,7 +425,8 @@ def test_export_of_the_layer_and_import_over_a_parent(onlap: Command, layer: Pat
 
 def test_import_refuses(onlap: Command, layer: Path) -> None:
     assert "base" in onlap.fails(4, "import", "layer.tar", "base")
-    assert "ends" in onlap.fails(11, "import", "-", "new", input=layer.read_bytes()[:5000])
+    cut = _content_of(layer)  # an archive that ends after an entry is taken, as Go's reader takes it
+    assert "ends" in onlap.fails(11, "import", "-", "new", input=layer.read_bytes()[: cut - 1])
     assert "nothing can be excluded from an archive" in onlap.fails(6, "import", "layer.tar", "new", "--exclude", "x")
     assert "no tar archive" in onlap.fails(6, "import", "-", "new", input=b"no archive" * 100)
     names = {json.loads(line)["name"] for line in onlap("--json", "ls").splitlines()}

@@ -42,6 +42,17 @@ def test_ids_are_mapped_in_the_mount_and_not_on_the_disk(place: Path) -> None:
         assert (stored.st_uid, stored.st_gid) == (5, 6)
 
 
+def test_the_mapped_root_owns_the_top_also_where_the_parents_has_xattrs(place: Path) -> None:
+    with OverlaySnapshotter(place) as snapshotter:
+        with mounted(snapshotter.prepare("work")) as tree:
+            os.setxattr(tree, "trusted.x", b"1")
+        snapshotter.commit("base", "work")
+        top = snapshotter.prepare("container", "base", MAPPING)[0].options
+        upper = next(option.removeprefix("upperdir=") for option in top if option.startswith("upperdir="))
+        assert (os.stat(upper).st_uid, os.stat(upper).st_gid) == (100000, 200000)
+        assert os.getxattr(upper, "trusted.x") == b"1"
+
+
 def test_without_the_option_the_labels_say_nothing_to_the_mount(place: Path) -> None:
     with OverlaySnapshotter(place) as snapshotter:
         base_with_a_file(snapshotter)

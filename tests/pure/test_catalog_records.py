@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,11 +101,15 @@ def test_a_tree_in_the_trash_under_the_same_number_is_no_obstacle(store: Store) 
 # Pins
 
 
-def pinned(store: Store, key: str, **options: object) -> None:
+def pinned(store: Store, key: str) -> None:
     identifier = number(store, key)
-    store.snapshotter.catalog.database.write(
-        lambda c: pins.pin(c, "image debian:13", snapshot=identifier, **options)  # type: ignore[arg-type]
-    )
+    store.snapshotter.catalog.database.write(lambda c: pins.pin(c, "image debian:13", snapshot=identifier))
+
+
+def expires(store: Store, seconds: float) -> None:
+    """Let all pins expire by the clock, as those of older releases do."""
+    at = time.time_ns() + int(seconds * 1e9)
+    store.snapshotter.catalog.database.write(lambda c: c.execute("UPDATE pins SET expires_ns = ?", (at,)))
 
 
 def test_a_pinned_snapshot_is_kept_and_the_owner_of_the_pin_is_named(store: Store) -> None:
@@ -120,14 +125,21 @@ def test_a_pinned_snapshot_is_kept_and_the_owner_of_the_pin_is_named(store: Stor
 
 def test_a_pin_that_expired_keeps_nothing(store: Store) -> None:
     store.prepare("key")
-    pinned(store, "key", seconds=-1.0)
-    store.remove("key")
-    store.prepare("other")
-    pinned(store, "other", seconds=3600.0)
+    pinned(store, "key")
+    expires(store, 3600)
     with pytest.raises(errors.FailedPrecondition, match="kept by"):
-        store.remove("other")
-    pinned(store, "other", seconds=-1.0)  # a renewal replaces the pin
-    store.remove("other")
+        store.remove("key")
+    expires(store, -1)
+    store.remove("key")
+
+
+def test_a_pin_that_is_set_again_does_not_expire(store: Store) -> None:
+    store.prepare("key")
+    pinned(store, "key")
+    expires(store, -1)
+    pinned(store, "key")
+    with pytest.raises(errors.FailedPrecondition, match="kept by"):
+        store.remove("key")
 
 
 def test_a_pin_outlives_the_commit(store: Store) -> None:

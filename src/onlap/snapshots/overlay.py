@@ -155,12 +155,13 @@ class OverlaySnapshotter(RecordedSnapshotter):
             return
         above = self.catalog.layout.tree(parent.id)
         status = os.stat(above)
+        if list_xattrs(above):
+            copy_attributes(above, tree)
+        # After that, which copies the owner too: the mapped root owns the top whatever the parent's says.
         uid, gid = owner or (status.st_uid, status.st_gid)
         if (uid, gid) != (os.geteuid(), os.getegid()):
             os.chown(tree, uid, gid)
         os.chmod(tree, stat.S_IMODE(status.st_mode))
-        if list_xattrs(above):
-            copy_attributes(above, tree)
         os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def _rebase(self, record: Record, parent: Record) -> None:

@@ -33,7 +33,7 @@ class Change(NamedTuple):
         before: the attributes it had; None when added.
         after: the attributes it has; None when deleted.
         what: how it changed: of ``type mode owner size mtime content target rdev xattrs``; empty for a directory that
-            is only on the way to a change.
+            is only on the way to a change. Content is compared, and named, only where nothing else differs.
     """
 
     kind: str
@@ -235,9 +235,7 @@ class _Comparison:
         if before.is_dir and meta.is_dir:
             self._enter(name, path, Change(MODIFIED, path, before, meta, frozenset(what)))
             return
-        doubtful = stat.S_ISREG(new.st_mode) and (
-            not what & {"type", "size"} if self._content else not what and may_differ(old, new, self._since)
-        )
+        doubtful = not what and stat.S_ISREG(new.st_mode) and (self._content or may_differ(old, new, self._since))
         if doubtful and not _same_file(old, new) and not self._same_content(name):
             what.add("content")
         if what:
