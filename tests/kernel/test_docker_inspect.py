@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from graphdriver_suite.cases import archive
 from onlap import errors
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.checkup import check
 from onlap.graphdrivers.inspect import chain_ids, open_root
-from onlap.testing.graphdrivers import archive
 from onlap.testing.same import read_tree
 
 pytestmark = pytest.mark.needs("overlay")

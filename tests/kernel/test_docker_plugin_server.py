@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from graphdriver_suite.cases import archive
+from graphdriver_suite.plugin import PluginDriver, PluginError
 from onlap import errors
 from onlap.serve.docker import Server
 from onlap.serve.docker.state import FILE, StateFile
-from onlap.testing.graphdrivers import archive
-from onlap.testing.plugin import PluginDriver, PluginError
 
 pytestmark = pytest.mark.needs("overlay")
 

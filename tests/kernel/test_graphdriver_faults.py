@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from graphdriver_suite.cases import archive
 from kernel.helpers import python
 from onlap import errors
 from onlap.graphdrivers import Driver, IdMap, layout, open_driver
 from onlap.graphdrivers.ids import Range
 from onlap.mounts import kernel
 from onlap.syscalls import mount as sys
-from onlap.testing.graphdrivers import archive
 
 pytestmark = pytest.mark.needs("overlay")
 

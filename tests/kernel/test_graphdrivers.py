@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onlap.testing.graphdrivers import (
+from graphdriver_suite.cases import (
     DriverCase,
     DriverFactory,
     NaiveFactory,

@@ -6,7 +6,7 @@ import io
 import os
 import tarfile
 
-from onlap.testing.graphdrivers import DriverSite, archive, driver_case
+from graphdriver_suite.cases import DriverSite, archive, driver_case
 from onlap.testing.same import read_tree
 from onlap.testing.site import check, equal
 from onlap.testing.trees import Tree

@@ -6,8 +6,8 @@ import io
 import os
 import tarfile
 
+from graphdriver_suite.cases import DriverSite, driver_case
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED
-from onlap.testing.graphdrivers import DriverSite, driver_case
 from onlap.testing.same import assert_same_tree
 from onlap.testing.site import check, equal
 from onlap.testing.suite.files import everything

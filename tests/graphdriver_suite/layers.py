@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from onlap.testing.graphdrivers import DriverSite, driver_case
+from graphdriver_suite.cases import DriverSite, driver_case
 from onlap.testing.site import check, equal
 from onlap.testing.trees import Tree
 

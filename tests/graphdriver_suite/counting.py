@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from onlap.testing.graphdrivers import DriverSite, driver_case
+from graphdriver_suite.cases import DriverSite, driver_case
 from onlap.testing.site import check, equal
 from onlap.testing.trees import Tree
 

@@ -24,12 +24,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
+from graphdriver_suite.plugin import PluginDriver
 from onlap import errors
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.contract import Change, Driver, ProtoDriver
 from onlap.graphdrivers.naive import NaiveDiffer
 from onlap.mounts import mountinfo
-from onlap.testing.plugin import PluginDriver
 from onlap.testing.trees import Tree
 
 __all__ = [
@@ -289,7 +289,7 @@ def driver_case(*needs: str) -> Callable[[Callable[[DriverSite], None]], Callabl
 def graphdriver_cases(capabilities: Collection[str] = ()) -> list[DriverCase]:
     """The cases that a driver with these capabilities takes."""
     for room in _ROOMS:
-        import_module(f"onlap.testing.graphdriver_suite.{room}")
+        import_module(f"graphdriver_suite.{room}")
     return [case for case in _cases.values() if case.needs <= set(capabilities)]
 
 

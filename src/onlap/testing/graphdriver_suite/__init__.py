@@ -1,1 +1,0 @@
-"""The cases of :mod:`onlap.testing.graphdrivers`."""
