@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import capabilities
 import onlap
-from onlap.layers.changes import stack_changes, upper_changes
+from onlap.layers.changes import stack_changes
 from onlap.mounts import plan
 from onlap.overlayfs.markers import TRUSTED, USER, Markers, make_whiteout
 from onlap.overlayfs.merged import MergedDirectory, Stack
@@ -182,7 +182,7 @@ def check(layers: Layers, markers: Markers) -> None:
             assert seen_in_userspace(lowest, markers) == seen_by_kernel(tree)
             if number:
                 mounted = simple(compare(str(trees[number - 1]), str(tree), content=True))
-                assert simple(upper_changes(lowest[0], lowest[1:], markers)) == mounted
+                assert simple(stack_changes(lowest[1:], lowest, markers)) == mounted
         # From any to any, also backwards.
         for one, other in ((0, count - 1), (count - 1, 0)):
             before, after = (list(reversed(layers.made[: n + 1])) for n in (one, other))

@@ -223,7 +223,7 @@ class Onlap(Daemon):
         from onlap.store import open_snapshotter
 
         with open_snapshotter(self.store, create=False) as snapshotter:
-            return list(snapshotter.walk_owners())
+            return [record.info for record in snapshotter.catalog.walk(None)]
 
     def is_bare(self) -> bool:
         """Whether nothing is left in the root: no record, no tree, no garbage."""

@@ -31,11 +31,11 @@ def plan_as_json(mount: Mount) -> dict[str, object]:
     }
 
 
-def plan_as_command(mount: Mount, target: str) -> str:
-    """The line of mount(8) that mounts it."""
+def plan_as_command(mount: Mount) -> str:
+    """The line of mount(8) that mounts it at TARGET."""
     words = ["mount"] if mount.type == "bind" else ["mount", "-t", mount.type]
     # mount(8) wants "ro" of a bind beside it, and does the second call that it takes (since util-linux 2.27).
-    words += ["-o", ",".join(mount.options), mount.source, os.path.join(target, mount.target.lstrip("/"))]
+    words += ["-o", ",".join(mount.options), mount.source, os.path.join("TARGET", mount.target.lstrip("/"))]
     return " ".join(for_shell(word.rstrip("/") or word) for word in words)
 
 

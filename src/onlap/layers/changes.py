@@ -53,27 +53,12 @@ class Item(NamedTuple):
     found: Found | None
 
 
-def upper_changes(upper: str, lowers: Sequence[str], markers: Markers) -> Iterator[Change]:
-    """How the merged tree of ``upper`` on ``lowers`` differs from that of ``lowers`` alone, sorted by path.
-
-    Args:
-        upper: the layer's directory.
-        lowers: the layers below it, topmost first; none means that all of it was added.
-        markers: the flavour of the markers in them.
-
-    Raises:
-        OSError: something cannot be read.
-    """
-    return stack_changes(lowers, [upper, *lowers], markers)
-
-
 def stack_changes(
     before: Sequence[str],
     after: Sequence[str],
     markers: Markers,
     *,
     content: bool = False,
-    since: Since = (NEVER, NEVER),
 ) -> Iterator[Change]:
     """How the merged tree of one stack of layers differs from that of another, sorted by path.
 
@@ -87,14 +72,13 @@ def stack_changes(
         content: read all files whose attributes are the same on both sides. Where one stack lies on top of the other,
             those that the kernel copied up are read anyhow; else those of which
             :func:`onlap.trees.compare.may_differ` says so.
-        since: see there.
 
     Raises:
         OSError: something cannot be read.
     """
     # Directories that are only on the way to a change, which may be none but for an archive.
     passed: list[Change] = []
-    for change, _, _ in stack_items(before, after, markers, content=content, since=since):
+    for change, _, _ in stack_items(before, after, markers, content=content):
         while passed and not change.path.startswith(passed[-1].path + "/"):
             passed.pop()
         if change.kind == MODIFIED and not change.what:
@@ -114,6 +98,10 @@ def stack_items(
     since: Since = (NEVER, NEVER),
 ) -> Iterator[Item]:
     """The same with where the files are, and with what an archive needs besides: :data:`LINKED` files, the top's time.
+
+    Args:
+        before, after, markers, content: as :func:`stack_changes`.
+        since: of :func:`onlap.trees.compare.may_differ`.
 
     Raises:
         OSError: something cannot be read.

@@ -202,9 +202,7 @@ def write_tree(
         )
 
 
-def squash(
-    snapshotter: RecordedSnapshotter, top: str, key: str, base: str | None, progress: Callback | None = None
-) -> Applied:
+def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | None) -> None:
     """Write the layers above ``base`` up to ``top`` into the active snapshot ``key``, which stands on ``base``.
 
     The layers are written as one archive into a pipe and applied from it: whiteouts come out right against what lies
@@ -231,7 +229,7 @@ def squash(
         try:
             with out:
                 # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
-                write_layer(before, after, snapshotter.markers, out, content=True, sparse=True, progress=progress)
+                write_layer(before, after, snapshotter.markers, out, content=True, sparse=True)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
 
@@ -250,7 +248,7 @@ def squash(
             ) from error
         try:
             with source:
-                return apply_layer(snapshotter, key, source)
+                apply_layer(snapshotter, key, source)
         except errors.OnlapError as error:
             writer.join()
             # A writer that failed leaves a truncated archive; its own error tells more. One that met a closed pipe

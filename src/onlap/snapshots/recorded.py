@@ -208,17 +208,10 @@ class RecordedSnapshotter(ABC):
 
     def walk(self, *filters: str) -> Iterator[Info]:
         """See :meth:`Snapshotter.walk`."""
-        return self._walk(self._owner, filters)
-
-    def walk_owners(self, *filters: str) -> Iterator[Info]:
-        """The same over the snapshots of every owner, for those who only look."""
-        return self._walk(None, filters)
-
-    def _walk(self, owner: str | None, filters: tuple[str, ...]) -> Iterator[Info]:
         # Parsed now, so that a wrong filter raises where it is given rather than at the first step of the walk.
         parsed = language.parse(*filters)
         sql, parameters = parsed.where(_TERMS)
-        found = map(self._info, self.catalog.walk(owner, Condition(sql, parameters)))
+        found = map(self._info, self.catalog.walk(self._owner, Condition(sql, parameters)))
         return (info for info in found if parsed.matches(info))
 
     def usage(self, key: str) -> Usage:

@@ -25,7 +25,6 @@ RESOLVE_IN_ROOT = 0x10
 FICLONE = 0x40049409
 
 RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 
 # The kernel's PATH_MAX counts the closing NUL.
@@ -47,9 +46,9 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int, mode: int = 0) -> int:
+def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int) -> int:
     """Open ``path`` under ``dir_fd`` with restrictions on how it may be resolved; close-on-exec."""
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     return _libc.syscall(_libc.OPENAT2, dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how), path=path)
 
 

@@ -19,25 +19,18 @@ MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_NOEXEC = 8
-MS_SYNCHRONOUS = 16
 MS_REMOUNT = 32
-MS_MANDLOCK = 64
-MS_DIRSYNC = 128
-MS_NOSYMFOLLOW = 256
 MS_NOATIME = 1024
 MS_NODIRATIME = 2048
 MS_BIND = 4096
 MS_REC = 16384
-MS_SILENT = 32768
 MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
 MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
-MS_LAZYTIME = 1 << 25
 
 # umount2(2)
-MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
@@ -67,7 +60,6 @@ MOVE_MOUNT_F_EMPTY_PATH = 0x4
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
-AT_SYMLINK_NOFOLLOW = 0x100
 
 
 def mount(source: str | bytes, target: Path, fstype: str | None, flags: int, data: bytes | None) -> None:
@@ -136,13 +128,10 @@ def move_mount(mount_fd: int, target: Path) -> None:
     _libc.syscall(_libc.MOVE_MOUNT, mount_fd, b"", AT_FDCWD, fspath(target), MOVE_MOUNT_F_EMPTY_PATH, path=target)
 
 
-def open_tree(path: Path, *, recursive: bool = False, dir_fd: int = AT_FDCWD) -> int:
+def open_tree(path: Path, *, recursive: bool = False) -> int:
     """A detached bind mount of ``path``."""
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0)
-    encoded = fspath(path)
-    if not encoded:
-        flags |= AT_EMPTY_PATH
-    return _libc.syscall(_libc.OPEN_TREE, dir_fd, encoded, flags, path=path)
+    return _libc.syscall(_libc.OPEN_TREE, AT_FDCWD, fspath(path), flags, path=path)
 
 
 class _MountAttr(ctypes.Structure):
@@ -156,12 +145,10 @@ class _MountAttr(ctypes.Structure):
     )
 
 
-def mount_setattr(
-    fd: int, *, set_attributes: int = 0, propagation: int = 0, userns_fd: int = 0, recursive: bool = False
-) -> None:
+def mount_setattr(fd: int, *, set_attributes: int, userns_fd: int = 0, recursive: bool = False) -> None:
     """Change the attributes of the mount that ``fd`` is the root of (Linux 5.12)."""
     # EINVAL where how times are kept is set without being cleared.
     cleared = MOUNT_ATTR__ATIME if set_attributes & MOUNT_ATTR__ATIME else 0
-    attributes = _MountAttr(set_attributes, cleared, propagation, userns_fd)
+    attributes = _MountAttr(set_attributes, cleared, 0, userns_fd)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     _libc.syscall(_libc.MOUNT_SETATTR, fd, b"", flags, ctypes.byref(attributes), ctypes.sizeof(attributes))

@@ -1,6 +1,6 @@
-"""unshare(2) and setns(2), which the standard library has only from Python 3.12 on, and what goes with them.
+"""unshare(2), which the standard library has only from Python 3.12 on, and what goes with it.
 
-Sources: unshare(2), setns(2), user_namespaces(7), ioctl_nsfs(2); include/uapi/linux/{sched,nsfs}.h.
+Sources: unshare(2), user_namespaces(7), ioctl_nsfs(2); include/uapi/linux/{sched,nsfs}.h.
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ _NS_GET_OWNER_UID = 0xB704  # Linux 4.11
 def unshare(flags: int) -> None:
     """Give the calling thread namespaces (or, with CLONE_FS, a working directory) of its own."""
     _libc.call("unshare", ctypes.c_int(flags))
-
-
-def setns(fd: int, kind: int) -> None:
-    """Move the calling thread into the namespace that ``fd`` is of."""
-    _libc.call("setns", ctypes.c_int(fd), ctypes.c_int(kind))
 
 
 def in_user_namespace() -> bool:

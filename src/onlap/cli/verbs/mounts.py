@@ -23,4 +23,4 @@ def run(call: Call) -> None:
             if call.out.json:
                 call.out.item(plan_as_json(mount))
             else:
-                call.out.line(plan_as_command(mount, "TARGET"))
+                call.out.line(plan_as_command(mount))

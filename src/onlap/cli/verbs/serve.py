@@ -152,9 +152,10 @@ def _docker(call: Call) -> int:
     args = call.args
     if not args.name:
         raise UsageError("serve docker needs --name")
-    from onlap.serve.docker.server import serve
+    from onlap.serve.docker.server import Server
 
-    return serve(args.name, args.driver, socket_dir=args.socket_dir, sync=args.sync)
+    with Server(args.name, args.driver, socket_dir=args.socket_dir, sync=args.sync, handed_over=True) as server:
+        return server.run()
 
 
 def _mode(text: str) -> int:

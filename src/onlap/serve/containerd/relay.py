@@ -3,7 +3,7 @@
 grpcio makes its listening sockets itself and takes none over (grpc/grpc#19133: only where the C core was built with
 libsystemd, as no wheel is). So the connections of a socket that was handed over are accepted here, and their bytes
 passed on, both ways, to gRPC's own socket, which only its owner can reach. Where nothing was handed over, clients talk
-to gRPC's socket itself (docs/adr/0010-sockets.md).
+to gRPC's socket itself (docs/adr/0011-sockets.md).
 """
 
 from __future__ import annotations

@@ -7,6 +7,6 @@
 
 from __future__ import annotations
 
-from onlap.serve.docker.server import SOCKET_DIRECTORY, Server, serve
+from onlap.serve.docker.server import SOCKET_DIRECTORY, Server
 
-__all__ = ["SOCKET_DIRECTORY", "Server", "serve"]
+__all__ = ["SOCKET_DIRECTORY", "Server"]

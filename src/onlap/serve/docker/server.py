@@ -120,20 +120,6 @@ class Server:
         return until_stopped(self.start, self.socket)
 
 
-def serve(
-    name: str,
-    driver: str,
-    socket_dir: str = SOCKET_DIRECTORY,
-    sync: str = "layer",
-    *,
-    mode: int = 0o600,
-    group: str | None = None,
-) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status. The arguments and errors are those of :class:`Server`."""
-    with Server(name, driver, socket_dir=socket_dir, sync=sync, mode=mode, group=group, handed_over=True) as server:
-        return server.run()
-
-
 def check_name(name: str) -> None:
     """Raise InvalidArgument unless dockerd, told to use the driver ``name``, asks a plugin for it."""
     if name in BUILT_IN:
