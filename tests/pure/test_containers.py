@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -611,4 +612,30 @@ def test_mount_points_of_a_run_that_was_killed(
     monkeypatch.undo()
     mount_points.remove(old, str(tree))
     assert sorted(os.listdir(tree)) == ["bin", "etc"]
+    assert times(tree) == before
+
+
+@pytest.mark.parametrize("fault", ["a file in the way", "of the disk"])
+def test_mount_points_that_cannot_be_made_leave_nothing(
+    tree: Path, old: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    (tree / "bin" / "file").touch()
+    os.utime(tree / "bin", (1, 1))
+    before = times(tree)
+    wanted = list(WANTED)
+    if fault == "of the disk":
+        make = tree_files.make
+
+        def full(root: int, path: str, *, is_directory: bool) -> None:
+            if path == "/a/b":
+                raise OSError(errno.ENOSPC, "full", path)
+            make(root, path, is_directory=is_directory)
+
+        monkeypatch.setattr(tree_files, "make", full)
+    else:
+        wanted.append(MountPoint("/bin/file/x", True))
+    with pytest.raises(OSError, match=r"/bin/file|/a/b"), mount_points.made(old, str(tree), wanted):
+        raise AssertionError("unreachable")
+    assert sorted(os.listdir(tree)) == ["bin", "etc"]
+    assert sorted(os.listdir(tree / "etc")) == ["group", "passwd", "resolv.conf"]
     assert times(tree) == before

@@ -58,6 +58,14 @@ def made(directory: str, top: str, wanted: Sequence[MountPoint]) -> Iterator[Non
     Raises:
         OSError: the tree, or the directory, refuses.
     """
+    try:
+        _make(directory, top, wanted)
+        yield
+    finally:
+        remove(directory, top)
+
+
+def _make(directory: str, top: str, wanted: Sequence[MountPoint]) -> None:
     with _opened(top) as root:
         missing: dict[str, bool] = {}
         for point in wanted:
@@ -65,16 +73,14 @@ def made(directory: str, top: str, wanted: Sequence[MountPoint]) -> Iterator[Non
             for part in parts:
                 missing[part] = missing.get(part, False) or part != parts[-1] or point.is_directory
         outside = {os.path.dirname(part) for part in missing} - set(missing)
+        for parent in outside:
+            tree_files.check_directory(root, parent)
         before = {parent: _changed_ns(root, parent) for parent in outside}
         deepest_first = sorted(missing, key=lambda path: path.count("/"), reverse=True)
         _write(directory, _Made(deepest_first, before, {}))
         for part in reversed(deepest_first):
             tree_files.make(root, part, is_directory=missing[part])
         _write(directory, _Made(deepest_first, before, {parent: _changed_ns(root, parent) for parent in before}))
-    try:
-        yield
-    finally:
-        remove(directory, top)
 
 
 def remove(directory: str, top: str) -> None:
