@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from onlap.layers.apply import Applied, Limits
     from onlap.layers.write import Written
     from onlap.mounts.plan import Mount
-    from onlap.overlayfs.probe import Probe, probe
-    from onlap.overlayfs.trials.bench import Feature
+    from onlap.probing.probe import Probe, probe
+    from onlap.probing.trial import Feature
     from onlap.snapshots.contract import Cleaner, Differ, Info, Snapshotter
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter
@@ -62,7 +62,7 @@ _WHERE = {
     "Change": "onlap.trees.compare",
     "Cleaner": "onlap.snapshots.contract",
     "Differ": "onlap.snapshots.contract",
-    "Feature": "onlap.overlayfs.trials.bench",
+    "Feature": "onlap.probing.trial",
     "Imported": "onlap.store",
     "Info": "onlap.snapshots.contract",
     "Limits": "onlap.layers.apply",
@@ -70,7 +70,7 @@ _WHERE = {
     "Mount": "onlap.mounts.plan",
     "NativeSnapshotter": "onlap.snapshots.native",
     "OverlaySnapshotter": "onlap.snapshots.overlay",
-    "Probe": "onlap.overlayfs.probe",
+    "Probe": "onlap.probing.probe",
     "Progress": "onlap.store",
     "Snapshotter": "onlap.snapshots.contract",
     "Store": "onlap.store",
@@ -78,7 +78,7 @@ _WHERE = {
     "Written": "onlap.layers.write",
     "mounted": "onlap.snapshots.working",
     "open": "onlap.store",
-    "probe": "onlap.overlayfs.probe",
+    "probe": "onlap.probing.probe",
 }
 
 __all__ = [

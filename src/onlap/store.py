@@ -138,7 +138,7 @@ def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | Non
 
 def best_snapshotter(root: StrPath) -> tuple[str, str | None]:
     """What a new root can be: ``("overlay", flavour)`` or ``("native", None)``, found by trial where it will lie."""
-    from onlap.overlayfs.probe import overlay_mode
+    from onlap.probing.probe import overlay_mode
 
     above = os.path.abspath(os.fspath(root))
     while not os.path.isdir(above):

@@ -11,7 +11,7 @@ import pytest
 
 import capabilities
 from kernel.helpers import NOBODY
-from onlap.overlayfs.probe import probe
+from onlap.probing.probe import probe
 
 
 @pytest.fixture

@@ -19,18 +19,18 @@ import capabilities
 import onlap
 from kernel.helpers import OLD_KERNEL, mountinfo
 from onlap import errors
-from onlap.overlayfs import probe as probing
-from onlap.overlayfs.probe import Feature, overlay_mode, probe
-from onlap.overlayfs.trials import bench as how
-from onlap.overlayfs.trials import files as plain
-from onlap.overlayfs.trials import mounts, process
+from onlap.mounts import kernel
+from onlap.probing import files as plain
+from onlap.probing import overlays, process, trial
+from onlap.probing import probe as probing
+from onlap.probing.probe import Feature, overlay_mode, probe
 from onlap.syscalls import mount as api
 
 SOURCE = str(Path(onlap.__file__ or "").parent.parent)
 
 # The version of the kernel that a feature came with, where it may be missing on one that Onlap runs on.
-SINCE = {"lowerdir_fd": (6, 13), "xattr_whiteout": (6, 7), "data_only": (6, 5), "idmapped": (5, 19)}
-PRIVILEGED = {"overlay", "trusted_xattr", "tmpfs", "idmapped", *mounts.ON_OVERLAY, *mounts.ATTACHING}
+SINCE = {"lowerdir_fd": (6, 13), "xattr_whiteout": (6, 7), "data_only": (6, 8), "idmapped": (6, 15)}
+PRIVILEGED = {"overlay", "trusted_xattr", "tmpfs", *overlays.ON_OVERLAY, *overlays.ATTACHING}
 # What depends on the filesystem or on the machine's set-up rather than on the kernel.
 ELSEWHERE = {"reflink", "fuse", "user_namespaces", "unprivileged"}
 
@@ -71,7 +71,7 @@ def attach(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 CHILD = """
 import json, sys
 {prelude}
-from onlap.overlayfs.probe import overlay_mode, probe
+from onlap.probing.probe import overlay_mode, probe
 found = probe(sys.argv[1])
 fast = overlay_mode(sys.argv[1])
 answer = {{"features": dict(found.features), "mode": found.mode, "why": found.why, "fast": fast}}
@@ -248,8 +248,8 @@ def test_an_ordinary_user(ordinary_root: Path) -> None:
 # A user namespace inside which there can be no other: the limit is one a namespace (namespaces(7)). We have
 # all capabilities in it, but OverlayFS cannot keep its trusted xattrs there.
 NO_MORE_NAMESPACES = """
-from onlap.overlayfs.trials.process import own_user_namespace
-own_user_namespace()
+from onlap.mounts.userns import enter_user_namespace
+enter_user_namespace()
 with open("/proc/sys/user/max_user_namespaces", "w") as file:
     file.write("0")
 """
@@ -282,7 +282,7 @@ def test_without_the_new_mount_api(root: Path) -> None:
     assert found["mode"] == "overlay"
     assert features["overlay"] == (True, "by mount(2)")
     assert missing(features).keys() - ELSEWHERE <= {"lowerdir_fd", "idmapped", *SINCE}
-    assert "Function not implemented" in features["lowerdir_fd"].reason
+    assert "mount(2)" in features["lowerdir_fd"].reason
     assert "detached" in features["unprivileged"].reason or not features["user_namespaces"].ok
     assert list(root.iterdir()) == []
 
@@ -299,12 +299,12 @@ def test_without_the_new_mount_api_nor_privilege(ordinary_root: Path) -> None:
 
 
 @pytest.mark.needs("overlay")
-@pytest.mark.parametrize("name", sorted(mounts.ON_OVERLAY.keys() - {"lowerdir_fd"} | {"overlay"}))
-def test_layers_by_proc_strings(root: Path, name: str) -> None:
+@pytest.mark.parametrize("name", sorted(overlays.ON_OVERLAY.keys() - {"lowerdir_fd"} | {"overlay"}))
+def test_layers_by_proc_strings(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if kernel_version() < (6, 8):
         pytest.skip("this kernel takes layers by mount(2) only")
-    bench = how.detect(str(root))._replace(way=how.BY_PROC)
-    assert how.attempt(mounts.PRIVILEGED[name], bench) == (True, "")
+    monkeypatch.setattr(kernel, "_layers_by", kernel.LAYERS_BY_PROC)
+    assert trial.attempt(overlays.PRIVILEGED[name], trial.detect(str(root))) == (True, "")
 
 
 # Trials can say no
@@ -315,25 +315,22 @@ def test_layers_by_proc_strings(root: Path, name: str) -> None:
 def test_an_option_without_its_effect_is_a_no(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As where the kernel takes an option and then turns it off by itself."""
 
-    def without(bench: how.Bench, case: how.Case, *_: str, **more: Any) -> contextlib.AbstractContextManager[str]:
-        return how.mounted_overlay(bench, case, **more)
-
-    monkeypatch.setattr(mounts, "mounted_overlay", without)
+    plan = trial.Case.plan
+    monkeypatch.setattr(trial.Case, "plan", lambda case, *_, **more: plan(case, **more))
     default = Path("/sys/module/overlay/parameters", {"xino": "xino_auto"}.get(name, name))
     if default.exists() and default.read_text().strip() == "Y":
         pytest.skip(f"{name} is on by default here")
-    bench = how.detect(str(root))._replace(quick=())
-    answer = how.attempt(mounts.PRIVILEGED[name], bench)
+    bench = trial.detect(str(root))._replace(quick=())
+    answer = trial.attempt(overlays.PRIVILEGED[name], bench)
     assert not answer.ok
     assert answer.reason
 
 
 @pytest.mark.needs("overlay")
 def test_an_unknown_option_is_a_no_in_the_kernels_words(root: Path) -> None:
-    bench = how.detect(str(root))
-    case = how.Case(bench, "case")
-    with pytest.raises(how.No, match=r"cannot mount the overlay: Invalid argument \(.*Unknown parameter"):
-        how.mounted_overlay(bench, case, "no_such_option").__enter__()
+    case = trial.Case(trial.detect(str(root)), "case")
+    with pytest.raises(trial.No, match=r"cannot mount the overlay: Invalid argument \(.*Unknown parameter"):
+        trial.mounted(case.plan("no_such_option"), case.path("merged")).__enter__()
 
 
 # Nothing left behind
@@ -360,7 +357,7 @@ def test_no_mount_appears_even_for_a_moment(attach: Callable[..., Path]) -> None
     assert found.features["xino"].ok
 
 
-@pytest.mark.parametrize("room", [plain.PLAIN, mounts.ON_OVERLAY], ids=["plain", "mounts"])
+@pytest.mark.parametrize("room", [plain.PLAIN, overlays.ON_OVERLAY], ids=["plain", "mounts"])
 @pytest.mark.parametrize(
     "failure, raised",
     [(RuntimeError, errors.Internal), (KeyboardInterrupt, KeyboardInterrupt)],
@@ -418,7 +415,7 @@ def test_a_directory_that_takes_no_files() -> None:
 
 @pytest.mark.needs("overlay")
 def test_the_fast_question_loads_little(root: Path) -> None:
-    code = "import sys; from onlap.overlayfs import probe; probe.overlay_mode(sys.argv[1]); print(*sys.modules)"
+    code = "import sys; from onlap.probing import probe; probe.overlay_mode(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, str(root)],
         capture_output=True,

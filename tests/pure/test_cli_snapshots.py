@@ -397,7 +397,7 @@ def test_completion_for_bash(base: Command) -> None:
 
 
 def test_probe(onlap: Command, tmp_path: Path) -> None:
-    from onlap.overlayfs.probe import FEATURES
+    from onlap.probing.probe import FEATURES
 
     text = onlap("probe", tmp_path)
     lines = text.splitlines()

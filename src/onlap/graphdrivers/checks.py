@@ -14,8 +14,8 @@ from onlap.graphdrivers.leftovers import CHECKING, claim, detach, remove_tree
 from onlap.mounts import kernel
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xattr, set_opaque
-from onlap.overlayfs.trials.bench import No
-from onlap.overlayfs.trials.files import d_type
+from onlap.probing.files import d_type
+from onlap.probing.trial import No
 from onlap.syscalls.files import filesystem_magic
 from onlap.syscalls.namespaces import in_user_namespace
 

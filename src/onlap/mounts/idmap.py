@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 
-from onlap import errors
+from onlap import errors, forks
 from onlap.errors import shown
 from onlap.syscalls import mount as calls
 
@@ -59,12 +58,11 @@ def user_namespace(uid_map: str, gid_map: str) -> int:
     """A descriptor of a new user namespace with these maps; raises OSError."""
     import subprocess  # costs more than a short command may, and hardly one maps owners
 
-    parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     child = subprocess.Popen(
-        [sys.executable, "-S", "-P", "-c", _CHILD],
+        forks.python("-c", _CHILD),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": parent},
+        env=forks.environment(),
     )
     with child:
         assert child.stdout is not None

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 
-from onlap import errors
+from onlap import errors, forks
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
 
@@ -37,12 +37,11 @@ def detached(plan: Mount) -> int:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.settimeout(_TIMEOUT)
-        environment = {**os.environ, "PYTHONPATH": _package_parent()}
         # A new program rather than a fork: the caller may have threads, and SQLite connections that a fork breaks.
         helper = subprocess.Popen(
-            [sys.executable, "-S", "-P", "-m", __name__, str(theirs.fileno())],
+            forks.python("-m", __name__, str(theirs.fileno())),
             pass_fds=[theirs.fileno()],
-            env=environment,
+            env=forks.environment(),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -69,10 +68,6 @@ def _failure(answer: bytes, stderr: bytes) -> errors.OnlapError:
         last = stderr.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
         return errors.Unavailable(f"the helper that mounts in a user namespace ended without an answer: {last}")
     return cls(message)
-
-
-def _package_parent() -> str:
-    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def _encode(plan: Mount) -> bytes:
@@ -109,6 +104,9 @@ def enter_user_namespace() -> None:
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
+        # A second one takes the capability that the first should have given; Ubuntu's AppArmor gives the namespace
+        # and no capabilities in it.
+        unshare(CLONE_NEWNS)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSPC, errno.ENOSYS, errno.EINVAL):
             raise

@@ -10,7 +10,7 @@ from onlap import errors
 from onlap.cli.text import size
 from onlap.errors import shown
 from onlap.mounts.temporary import may_mount
-from onlap.overlayfs.probe import NATIVE, OVERLAY, overlay_mode
+from onlap.probing.probe import NATIVE, OVERLAY, overlay_mode
 
 # In a container /tmp is mostly on the container's own overlay, which OverlayFS does not take for an upper layer; these
 # are other filesystems in many of them.
@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
     Attributes:
         directory: its path.
-        mode: one of :data:`onlap.overlayfs.probe.MODES`.
+        mode: one of :data:`onlap.probing.probe.MODES`.
         why: the reason for it.
         free: bytes that can be written there.
     """

@@ -24,7 +24,7 @@ from onlap.cli.verbs.tree import print_tree
 from onlap.errors import shown
 from onlap.mounts import mountinfo
 from onlap.overlayfs.markers import TRUSTED, USER
-from onlap.overlayfs.probe import NATIVE, OVERLAY
+from onlap.probing.probe import NATIVE, OVERLAY
 from onlap.snapshots.native import NativeSnapshotter
 from onlap.snapshots.overlay import OverlaySnapshotter, Properties
 from onlap.store import Store

@@ -7,10 +7,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 
-from onlap import errors
+from onlap import errors, forks
 from onlap.cli import exits, limits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
@@ -55,9 +54,9 @@ def _run_inside(call: Call, task: Mapping[str, object]) -> int:
         try:
             # A new program rather than a fork: SQLite's connections must not cross one.
             process = subprocess.Popen(
-                [sys.executable, "-S", "-P", "-m", "onlap.cli.inside", str(task_read), str(answer_write)],
+                forks.python("-m", "onlap.cli.inside", str(task_read), str(answer_write)),
                 pass_fds=[task_read, answer_write],
-                env={**os.environ, "PYTHONPATH": _package_parent()},
+                env=forks.environment(),
             )
         finally:
             os.close(task_read)
@@ -106,10 +105,3 @@ def _patience(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _package_parent() -> str:
-    here = os.path.abspath(__file__)
-    for _ in range(4):
-        here = os.path.dirname(here)
-    return here

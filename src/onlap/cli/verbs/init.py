@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from onlap.cli.call import Call, check_access, existing_above
 from onlap.cli.parser import Parser, UsageError
 from onlap.errors import shown
-from onlap.overlayfs.probe import overlay_mode
+from onlap.probing.probe import overlay_mode
 
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter

@@ -7,7 +7,7 @@ from onlap.cli.call import Call, existing_above
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.text import size
 from onlap.errors import shown
-from onlap.overlayfs.probe import FEATURES, Probe, probe
+from onlap.probing.probe import FEATURES, Probe, probe
 
 _MODES = {
     "overlay": "overlay",

@@ -14,10 +14,19 @@ from types import MappingProxyType
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.border import public
-from onlap.overlayfs.trials import bench as how
-from onlap.overlayfs.trials import files as plain
-from onlap.overlayfs.trials import mounts
-from onlap.overlayfs.trials.bench import Bench, Feature, No, attempt
+from onlap.mounts import kernel
+from onlap.probing import files as plain
+from onlap.probing import overlays
+from onlap.probing.trial import (
+    NEEDS_PRIVILEGE,
+    OVERLAYFS_MAGIC,
+    Bench,
+    Feature,
+    No,
+    attempt,
+    detect,
+    with_upper_in_mind,
+)
 from onlap.syscalls import files
 
 __all__ = ["FEATURES", "MODES", "Feature", "Probe", "overlay_mode", "probe"]
@@ -56,7 +65,7 @@ MODES = (OVERLAY, OVERLAY_USERXATTR, NATIVE)
 # include/uapi/linux/magic.h, and the filesystems' own sources; for a directory whose mount
 # /proc/self/mountinfo does not show (a chroot into the middle of a mount, a detached mount).
 _MAGIC = {
-    how.OVERLAYFS_MAGIC: "overlay",
+    OVERLAYFS_MAGIC: "overlay",
     0xEF53: "ext4",
     0x58465342: "xfs",
     0x9123683E: "btrfs",
@@ -164,9 +173,9 @@ def overlay_mode(directory: StrPath) -> tuple[str, str]:
         bench, overlay = _overlay(base)
         if overlay.ok:
             return _mode(overlay, None)
-        from onlap.overlayfs.trials.process import UNPRIVILEGED, Running
+        from onlap.probing.process import UNPRIVILEGED, Running
 
-        with Running(bench or Bench(base, how.BY_FD, ()), [UNPRIVILEGED], drop=False) as running:
+        with Running(bench or Bench(base), [UNPRIVILEGED], drop=False) as running:
             return _mode(overlay, running.results()[UNPRIVILEGED])
 
 
@@ -184,43 +193,41 @@ def _mode(overlay: Feature, unprivileged: Feature | None) -> tuple[str, str]:
 def _overlay(base: str) -> tuple[Bench | None, Feature]:
     """Try an overlay; with how it goes, None where it cannot be mounted at all."""
     try:
-        bench = how.detect(base)
+        bench = detect(base)
     except No as no:
         return None, Feature(False, str(no))
-    if bench.way != how.BY_STRING:
-        overlay = attempt(mounts.overlay, bench)
+    if kernel.layers_by() != kernel.LAYERS_BY_STRING:
+        overlay = attempt(overlays.overlay, bench)
     else:
-        from onlap.overlayfs.trials.process import Running
+        from onlap.probing.process import Running
 
         with Running(bench, ["overlay"], drop=False) as running:
             overlay = running.results()["overlay"]
-    return bench, how.with_upper_in_mind(base, overlay)
+    return bench, with_upper_in_mind(base, overlay)
 
 
 def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature]:
     """All that needs the privilege to mount, or a process of its own."""
-    from onlap.overlayfs.trials.process import IDMAPPED, UNPRIVILEGED, USER_NAMESPACES, Running
+    from onlap.probing.process import UNPRIVILEGED, USER_NAMESPACES, Running
 
     ordinary = [USER_NAMESPACES, UNPRIVILEGED]
-    if bench is None or overlay.reason == how.NEEDS_PRIVILEGE:
-        found = dict.fromkeys(
-            [*mounts.ON_OVERLAY, *mounts.ATTACHING, IDMAPPED, "tmpfs"], Feature(False, overlay.reason)
-        )
-        detached = Bench(base, how.BY_FD, ())
-        if overlay.reason != how.NEEDS_PRIVILEGE:
-            found["tmpfs"] = attempt(mounts.tmpfs, detached)
+    if bench is None or overlay.reason == NEEDS_PRIVILEGE:
+        found = dict.fromkeys([*overlays.ON_OVERLAY, *overlays.ATTACHING, "tmpfs"], Feature(False, overlay.reason))
+        detached = Bench(base)
+        if overlay.reason != NEEDS_PRIVILEGE:
+            found["tmpfs"] = attempt(overlays.tmpfs, detached)
         with Running(detached, ordinary, drop=False) as running:
             return found | running.results()
     found = {}
-    here = {"tmpfs": mounts.tmpfs}
+    here = {"tmpfs": overlays.tmpfs}
     elsewhere = ["overlay_on_overlay"]
     if overlay.ok:
-        here |= mounts.ON_OVERLAY
-        elsewhere += ["xino", IDMAPPED]
+        here |= overlays.ON_OVERLAY
+        elsewhere.append("xino")
     else:
         no = Feature(False, f"no overlay here: {overlay.reason}")
-        found = dict.fromkeys([*mounts.ON_OVERLAY, "xino", IDMAPPED], no)
-    if bench.way == how.BY_STRING:
+        found = dict.fromkeys([*overlays.ON_OVERLAY, "xino"], no)
+    if kernel.layers_by() == kernel.LAYERS_BY_STRING:
         elsewhere += here
         here = {}
     # Root in full becomes somebody else to try what others can; who cannot mount is an ordinary user himself.

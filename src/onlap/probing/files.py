@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from onlap.overlayfs import markers
-from onlap.overlayfs.trials.bench import NEEDS_PRIVILEGE, No, expect, read, said, write
+from onlap.probing.trial import NEEDS_PRIVILEGE, No, expect, read, said, write
 from onlap.syscalls import files
 
 

@@ -1,0 +1,1 @@
+"""What this kernel and a directory can do, found by trial with the functions that Onlap mounts with."""
