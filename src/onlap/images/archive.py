@@ -82,8 +82,9 @@ def images(
         raise errors.InvalidArgument(f"the archive has {len(entries)} images")
     found: list[Found] = []
     others: list[str] = []
+    known: dict[str, Descriptor] = {}
     for entry in entries:
-        resolved, where = _image(source, content, lease, entry)
+        resolved, where = _image(source, content, lease, entry, known)
         if wanted is not None and not platforms.matches(wanted, resolved.config.platform):
             others.append(str(resolved.config.platform))
             continue
@@ -101,7 +102,10 @@ def images(
     return found
 
 
-def _image(source: Files, content: ContentStore, lease: Lease, entry: Entry) -> tuple[Resolved, dict[str, str]]:
+def _image(
+    source: Files, content: ContentStore, lease: Lease, entry: Entry, known: dict[str, Descriptor]
+) -> tuple[Resolved, dict[str, str]]:
+    """One image; ``known`` are the compressed layers that were taken in, by their paths."""
     config_data = files.read(source, entry.config, model.MAX_CONFIG)
     config = model.decode_any(config_data, Config, entry.config)
     paths = entry.layers or []
@@ -110,9 +114,10 @@ def _image(source: Files, content: ContentStore, lease: Lease, entry: Entry) -> 
         raise errors.InvalidArgument(
             f"{shown(entry.config)} has {len(diff_ids)} diff IDs for {len(paths)} layers", key=entry.config
         )
+    model.check_layer_count(len(paths), entry.config)  # before any of them is taken in
     layers, where = [], {}
     for path, diff_id in zip(paths, diff_ids, strict=True):
-        layer = _layer(source, content, lease, path, diff_id)
+        layer = _layer(source, content, lease, path, diff_id, known)
         layers.append(layer)
         where[layer.digest] = path
     manifest = Manifest(2, model.describe(config_data, media.DOCKER_CONFIG), layers, media_type=media.DOCKER_MANIFEST)
@@ -123,7 +128,11 @@ def _image(source: Files, content: ContentStore, lease: Lease, entry: Entry) -> 
     return Resolved(descriptor, manifest, manifest_data, checked, config_data), where
 
 
-def _layer(source: Files, content: ContentStore, lease: Lease, path: str, diff_id: str) -> Descriptor:
+def _layer(
+    source: Files, content: ContentStore, lease: Lease, path: str, diff_id: str, known: dict[str, Descriptor]
+) -> Descriptor:
+    if path in known:
+        return known[path]
     with source.open(path) as file:
         kind = compression.detect(file.read(compression.PEEK))
     if kind == compression.NONE:
@@ -133,7 +142,8 @@ def _layer(source: Files, content: ContentStore, lease: Lease, path: str, diff_i
     with source.open(path) as file:
         blob = content.put(file, lease=lease)
     check_same(blob.digest, blob.size, None, source.size(path))
-    return Descriptor(media.layer_type(docker=True, compression=kind), blob.digest, blob.size)
+    known[path] = Descriptor(media.layer_type(docker=True, compression=kind), blob.digest, blob.size)
+    return known[path]
 
 
 def manifest_of(exported: list[Exported]) -> bytes:

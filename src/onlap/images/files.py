@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import os
 import stat
-import tarfile
 from collections.abc import Callable
 from types import TracebackType
-from typing import BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.images import model
+from onlap.layers import tarformat
 from onlap.layers.compression import NONE
 from onlap.layers.pipeline import Pipeline
+from onlap.layers.tarreader import TarReader
 from onlap.syscalls.files import write_all
 
 T = TypeVar("T")
@@ -22,12 +23,24 @@ T = TypeVar("T")
 # An archive of an image has a few files a layer. What has more names than this before any that is an image's is
 # somebody's root filesystem.
 _ENOUGH = 2048
+# Nor has it so many at all, a thousand images of it included.
+_MOST = 1 << 17
+# Bytes read at once where an entry begins; its data is passed over.
+_HEADERS = 1 << 13
 MARKERS = frozenset({"oci-layout", "manifest.json"})
 _LINKS = 8
+# Bytes of all documents of an image, or of the many that one archive may hold: they are in memory together.
+_DOCUMENTS = 64 << 20
 
 
 class Files(Protocol):
-    """Read-only files by their path; a context manager."""
+    """Read-only files by their path; a context manager.
+
+    Attributes:
+        left: bytes that :func:`read` may still take.
+    """
+
+    left: int
 
     def __enter__(self) -> Files: ...
 
@@ -53,12 +66,14 @@ def read(files: Files, name: str, limit: int) -> bytes:
 
     Raises:
         NotFound: there is none.
-        ResourceExhausted: it is larger.
+        ResourceExhausted: it is larger, or too much was read before.
     """
+    limit = min(limit, files.left)
     with files.open(name) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise errors.ResourceExhausted(f"{shown(name)} has more than {limit} bytes", key=name)
+        raise errors.ResourceExhausted(f"{shown(name)} has more than the {limit} bytes that are read", key=name)
+    files.left -= len(data)
     return data
 
 
@@ -79,6 +94,7 @@ class DirectoryFiles:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self.left = _DOCUMENTS
 
     def __enter__(self) -> DirectoryFiles:
         return self
@@ -109,6 +125,16 @@ class DirectoryFiles:
         return os.path.join(self._path, check_inside(name))
 
 
+class _Member(NamedTuple):
+    """Where an archive has a file, and what it is; ``plain`` for what can be read there as it is."""
+
+    type: str
+    plain: bool
+    offset: int
+    size: int
+    linkname: str
+
+
 class TarFiles:
     """The files in an archive.
 
@@ -128,13 +154,17 @@ class TarFiles:
 
     def __init__(self, path: str, room: Callable[[], str], discard: Callable[[str], None]) -> None:
         self._path = path
+        self.left = _DOCUMENTS
         try:
             self._fd = _plain(path, room, discard)
         except OSError as error:
             raise errors.from_oserror(error, doing="read the archive", key=path) from error
-        self._members: dict[str, tarfile.TarInfo] = {}
+        self._members: dict[str, _Member] = {}
         try:
             self.may_be_image = self._scan()
+        except OSError as error:
+            os.close(self._fd)
+            raise errors.from_oserror(error, doing="read the archive", key=path) from error
         except BaseException:
             os.close(self._fd)
             raise
@@ -147,20 +177,29 @@ class TarFiles:
 
     def _scan(self) -> bool:
         """Learn the names; False as soon as they are a root filesystem's."""
-        try:
-            with (
-                open(self._fd, "rb", closefd=False) as file,
-                tarfile.open(fileobj=file, mode="r:", errorlevel=0) as archive,
-            ):
-                for member in archive:
-                    self._members[member.name.removeprefix("./").strip("/")] = member
-                    if len(self._members) > _ENOUGH and not MARKERS.intersection(self._members):
-                        return False
-        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            raise errors.InvalidArgument(f"{shown(self._path)} is no archive: {error}", key=self._path) from error
-        except OSError as error:
-            raise errors.from_oserror(error, doing="read the archive", key=self._path) from error
-        return bool(MARKERS.intersection(self._members)) or "repositories" in self._members
+        end = os.fstat(self._fd).st_size
+        at = 0
+        marked = False
+        while True:
+            # One for each entry: what is between two headers need not be read.
+            reader = TarReader(_chunks(self._fd, at), at)
+            entry = reader.next()
+            if entry is None:
+                if not end:
+                    raise errors.InvalidArgument(f"{shown(self._path)} is empty", key=self._path)
+                return marked or "repositories" in self._members
+            after = reader.position + entry.stored
+            if after > end:
+                raise errors.DataLoss(
+                    f"the archive {shown(self._path)} ends in entry {shown(entry.name)}", key=self._path
+                )
+            name = entry.name.removeprefix("./").strip("/")
+            plain = entry.type == tarformat.FILE and entry.sparse is None
+            self._members[name] = _Member(entry.type, plain, reader.position, entry.stored, entry.linkname)
+            marked = marked or name in MARKERS
+            if len(self._members) > (_MOST if marked else _ENOUGH):
+                return False
+            at = after + -entry.stored % tarformat.BLOCK
 
     def has(self, name: str) -> bool:
         return name in self._members
@@ -170,24 +209,36 @@ class TarFiles:
 
     def open(self, name: str) -> BinaryIO:
         member = self._member(name)
-        return io.BufferedReader(_Slice(self._fd, member.offset_data, member.size), 1 << 20)
+        return io.BufferedReader(_Slice(self._fd, member.offset, member.size), 1 << 20)
 
-    def _member(self, name: str) -> tarfile.TarInfo:
+    def _member(self, name: str) -> _Member:
         wanted = check_inside(name)
         for _ in range(_LINKS):
             member = self._members.get(wanted)
             if member is None:
                 raise errors.NotFound(f"{shown(self._path)} has no file {shown(name)}", key=name)
-            if member.issym():
+            if member.type == tarformat.SYMLINK:
                 # Docker before 25 saved a layer that two images share once, and pointed to it.
                 wanted = os.path.normpath(os.path.join(os.path.dirname(wanted), member.linkname))
-            elif member.islnk():
+            elif member.type == tarformat.HARDLINK:
                 wanted = member.linkname.removeprefix("./")
-            elif member.isreg() and not member.issparse():
+            elif member.plain:
                 return member
             else:
                 break
         raise errors.InvalidArgument(f"{shown(name)} in {shown(self._path)} is no file", key=name)
+
+
+def _chunks(fd: int, offset: int) -> Callable[[], bytes]:
+    """Gives a file's bytes from ``offset`` on, piece by piece."""
+
+    def chunk() -> bytes:
+        nonlocal offset
+        data = os.pread(fd, _HEADERS, offset)
+        offset += len(data)
+        return data
+
+    return chunk
 
 
 class _Slice(io.RawIOBase):

@@ -24,6 +24,7 @@ INDEX_FILE = "index.json"
 LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 ANNOTATION_NAME = "io.containerd.image.name"
 ANNOTATION_REF = "org.opencontainers.image.ref.name"
+_MAX_IMAGES = 1000
 
 
 class Found(NamedTuple):
@@ -75,6 +76,8 @@ def images(source: Files, wanted: Platform, name: str | None, fallback: str | No
     groups: dict[str | None, list[Descriptor]] = {}
     for descriptor in index.manifests:
         groups.setdefault(name_of(descriptor, fallback), []).append(descriptor)
+    if len(groups) > _MAX_IMAGES:
+        raise errors.InvalidArgument(f"the {INDEX_FILE} has {len(groups)} images")
     if name is not None and len(groups) > 1:
         raise errors.InvalidArgument(
             f"there are {len(groups)} images: {shown(', '.join(map(str, groups)))}", key=name, hint="give no name"

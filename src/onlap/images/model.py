@@ -184,11 +184,16 @@ def check_manifest(manifest: Manifest, digest: str) -> None:
     """Raise when a manifest is not that of a container image that we can unpack."""
     check_descriptor(manifest.config)
     media.check_config(manifest.config.media_type, digest)
-    if len(manifest.layers) > MAX_LAYERS:
-        raise _bad(digest, f"it has {len(manifest.layers)} layers, and {MAX_LAYERS} are the most that can be merged")
+    check_layer_count(len(manifest.layers), digest)
     for layer in manifest.layers:
         check_descriptor(layer)
         media.check_layer(layer.media_type, layer.digest)
+
+
+def check_layer_count(count: int, digest: str) -> None:
+    """Raise InvalidArgument when an image has more layers than can be merged."""
+    if count > MAX_LAYERS:
+        raise _bad(digest, f"it has {count} layers, and {MAX_LAYERS} are the most that can be merged")
 
 
 def decode_config(data: bytes, manifest: Manifest) -> Config:

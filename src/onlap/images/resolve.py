@@ -16,8 +16,9 @@ Get = Callable[[Descriptor, int], bytes]
 
 # Indexes in indexes. No honest image has more than two.
 _MAX_DEPTH = 4
-# Manifests that an index may name, so that a hostile one cannot keep us asking.
+# Manifests that an index may name, and documents that are asked for in all: a hostile one must not keep us asking.
 _MAX_ENTRIES = 1000
+_MAX_DOCUMENTS = 2 * _MAX_ENTRIES + _MAX_DEPTH
 
 
 class Resolved(NamedTuple):
@@ -46,12 +47,27 @@ def resolve(get: Get, descriptor: Descriptor, wanted: Platform) -> Resolved:
         InvalidArgument, Unimplemented: see :func:`onlap.images.model.decode_document`; or indexes that never end.
         DigestMismatch: something else than the descriptor says.
     """
-    return _resolve(get, descriptor, wanted, (), chosen=False)
+    return _resolve(_bounded(get), descriptor, wanted, (), chosen=False)
 
 
 def choose(get: Get, index: Index, wanted: Platform, what: str) -> Resolved:
     """The image of an index that fits; errors as of :func:`resolve`."""
-    return _choose(get, index, wanted, what, ())
+    return _choose(_bounded(get), index, wanted, what, ())
+
+
+def _bounded(get: Get) -> Get:
+    left = _MAX_DOCUMENTS
+
+    def bounded(descriptor: Descriptor, limit: int) -> bytes:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise errors.InvalidArgument(
+                f"the image leads through more than {_MAX_DOCUMENTS} documents", key=descriptor.digest
+            )
+        return get(descriptor, limit)
+
+    return bounded
 
 
 def _resolve(get: Get, descriptor: Descriptor, wanted: Platform, above: tuple[str, ...], *, chosen: bool) -> Resolved:

@@ -69,18 +69,19 @@ class TarReader:
     Args:
         next_chunk: gives the next bytes of the archive, at best 128 to 256 KiB, and none at its end. A chunk may be
             overwritten once the next one is asked for.
+        start: how many bytes of the archive were passed over before.
 
     Attributes:
-        position: how many bytes of the archive were read so far.
+        position: how many bytes of the archive were read or passed over so far.
         marked_end: whether the archive's end marker was met. Without one, the archive ends after an entry, or in its
             padding: umoci's ``insert`` writes such, and Go's archive/tar takes them.
     """
 
-    def __init__(self, next_chunk: Callable[[], bytes | memoryview]) -> None:
+    def __init__(self, next_chunk: Callable[[], bytes | memoryview], start: int = 0) -> None:
         self._next_chunk = next_chunk
         self._chunk = memoryview(b"")
         self._at = 0  # in the chunk
-        self._before = 0  # bytes of the archive before the chunk
+        self._before = start  # bytes of the archive before the chunk
         self._left = 0  # of the current entry's data
         self._padding = 0  # behind it
         self._name: str | None = None
