@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-from onlap.catalog.locks import open_directory
 from onlap.syscalls.files import unique_mount_id
+from onlap.trees.walk import opened
 
 
 def epoch(directory: str) -> str:
@@ -15,13 +13,15 @@ def epoch(directory: str) -> str:
     boot alone decides. A word that changed without a crash, as in another mount namespace, costs one look at every
     snapshot's directory.
     """
+    with opened(directory) as fd:
+        try:
+            mount = unique_mount_id(fd)
+        except OSError:
+            mount = None  # ENOSYS: Linux before 4.11, or a sandbox without statx
+    return boot_id() if mount is None else f"{boot_id()} {mount}"
+
+
+def boot_id() -> str:
+    """What this boot of the machine is called (random(4))."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot = file.read().strip()
-    fd = open_directory(directory)
-    try:
-        mount = unique_mount_id(fd)
-    except OSError:
-        mount = None  # ENOSYS: Linux before 4.11, or a sandbox without statx
-    finally:
-        os.close(fd)
-    return boot if mount is None else f"{boot} {mount}"
+        return file.read().strip()

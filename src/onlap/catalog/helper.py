@@ -80,6 +80,10 @@ class Job(Generic[T]):
             raise self.error
 
 
+def nothing() -> None:
+    """The action of a job that only calls the helper, or waits for it."""
+
+
 class Helper:
     """A thread, started when there is something to do, and ended when there has been nothing for a while.
 

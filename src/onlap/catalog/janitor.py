@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from onlap.catalog.helper import Helper, Job
+from onlap.catalog.helper import Helper, Job, nothing
 from onlap.catalog.log import warn
 
 # A burst of removes or commits is over before the janitor starts, so that it does not compete with them.
@@ -46,13 +46,13 @@ class Janitor:
         else:
             self._later = True
         if not self._stopping:
-            self._helper.put(Job(_nothing))
+            self._helper.put(Job(nothing))
 
     def stop(self) -> None:
         """End the work soon, and wait for that."""
         self._stopping = True
         if not self._helper.is_idle():
-            self._helper.ask(Job(_nothing))
+            self._helper.ask(Job(nothing))
 
     def _stops(self) -> bool:
         return self._stopping
@@ -102,7 +102,3 @@ class Janitor:
             # Nobody waits for this thread, so the log is the only place to tell; it is tried again all the same.
             warn(f"background work failed: {error}")
             return True
-
-
-def _nothing() -> None:
-    """A job here is only a call."""

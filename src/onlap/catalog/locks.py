@@ -93,11 +93,9 @@ class Held:
     def is_at(self, path: str) -> bool:
         """Whether the path still leads to it: whoever had the lock before may have moved it away."""
         try:
-            there = os.stat(path, follow_symlinks=False)
+            return os.path.samestat(os.lstat(path), os.fstat(self.fd))
         except FileNotFoundError:
             return False
-        ours = os.fstat(self.fd)
-        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
     def _forget(self) -> None:
         """In a forked child: only close it. LOCK_UN would take the lock from the parent."""
@@ -128,11 +126,6 @@ def _forget_all() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def open_directory(path: str) -> int:
-    """A descriptor of a directory, which is not locked (for that there is :class:`Held`)."""
-    return os.open(path, _DIRECTORY | _FLAGS)
 
 
 def lock_directory(path: str, *, shared: bool = False) -> Held | None:

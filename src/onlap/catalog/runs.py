@@ -29,14 +29,14 @@ from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.database import Connection
-from onlap.catalog.locks import Held, claim_directory, lock_directory, open_directory
+from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import COMMITTED, Condition, Record
 from onlap.errors import shown
 from onlap.mounts import mountinfo
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
-from onlap.trees.remove import remove as remove_tree
+from onlap.trees.remove import remove_at
 
 LABEL = "onlap.io/run"
 
@@ -241,12 +241,7 @@ def _remove(path: str) -> None:
                 os.rmdir(f"{path}/{inside}")
             os.rmdir(path)
             return
-    above, name = os.path.split(path)
-    fd = open_directory(above)
-    try:
-        remove_tree(fd, name)
-    finally:
-        os.close(fd)
+    remove_at(path)
 
 
 def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None] | None) -> bool:

@@ -7,8 +7,8 @@ import itertools
 import os
 from collections.abc import Callable
 
-from onlap.catalog.locks import Held, claim_directory, lock_directory, open_directory
-from onlap.trees.remove import remove
+from onlap.catalog.locks import Held, claim_directory, lock_directory
+from onlap.trees.remove import remove_at
 
 _OWN = "own"
 _DISCARDED = ".discarded"
@@ -66,17 +66,12 @@ class Staging:
         Raises:
             OSError: it cannot be removed.
         """
-        parent, name = os.path.split(path + _DISCARDED)
         try:
             # One step decides: a transaction that is still going on gets it whole, or not at all.
             os.rename(path, path + _DISCARDED)
         except FileNotFoundError:
             return
-        fd = open_directory(parent)
-        try:
-            remove(fd, name)
-        finally:
-            os.close(fd)
+        remove_at(path + _DISCARDED)
 
     def collect(self, put: Callable[[str], None]) -> None:
         """Hand what dead processes left to ``put``, which moves it away."""

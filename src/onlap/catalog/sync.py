@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from onlap.catalog.helper import Helper, Job
+from onlap.catalog.helper import Helper, Job, nothing
 from onlap.syscalls.files import syncfs
 
 # What syncfs(2) says when it has not been done at all: nothing is known to be lost.
@@ -56,7 +56,7 @@ class Syncer:
         Raises:
             OSError: EIO or ENOSPC of the write-back, in this run or, with ``since``, in an earlier one.
         """
-        self._helper.ask(Job(_nothing))
+        self._helper.ask(Job(nothing))
         if since is not None and since != self.failures:
             raise OSError(errno.EIO, "what was written before may be lost: an earlier sync failed")
 
@@ -73,7 +73,3 @@ class Syncer:
         finally:
             for job in jobs:
                 job.finish()
-
-
-def _nothing() -> None:
-    """A job here is only somebody who waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -9,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from onlap.catalog.locks import Held, open_directory
+from onlap.catalog.locks import Held
 from onlap.mounts import mountinfo, namespaces
 from onlap.overlayfs.options import layer_paths
 from onlap.trees.remove import remove
+from onlap.trees.walk import opened
 
 # rename(2) onto a directory that is not empty, or of a directory onto a file and the other way round.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
@@ -84,8 +86,7 @@ class Trash:
         pace = _Pace(stop, rate)
         removed = 0
         failure: OSError | None = None
-        top = open_directory(self._directory)
-        try:
+        with opened(self._directory) as top, contextlib.suppress(_Stopped):
             for name in names:
                 if stop():
                     break
@@ -95,10 +96,6 @@ class Trash:
                     removed += self._delete(top, name, pace)
                 except OSError as error:
                     failure = failure or error  # one that cannot be deleted must not keep the others
-        except _Stopped:
-            pass
-        finally:
-            os.close(top)
         if failure is not None:
             raise failure
         return Swept(removed, len(names) - removed)

@@ -25,6 +25,7 @@ from onlap.content.digests import PREFIX, check_digest, digest_of
 from onlap.content.lease import Lease
 from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
+from onlap.trees.walk import opened
 
 # Files renamed in one transaction of the collector.
 _AT_ONCE = 64
@@ -242,11 +243,8 @@ class ContentStore:
         self._sync_names()
 
     def _sync_names(self) -> None:
-        fd = os.open(self._blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with opened(self._blobs) as fd:
             os.fsync(fd)
-        finally:
-            os.close(fd)
 
     # Staying and going
 

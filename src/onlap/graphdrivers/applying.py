@@ -20,7 +20,7 @@ from onlap.layers.tarreader import TarReader
 from onlap.overlayfs.markers import Markers
 from onlap.syscalls import files
 from onlap.trees.meta import list_xattrs
-from onlap.trees.remove import remove
+from onlap.trees.remove import empty
 from onlap.trees.walk import OPEN_DIRECTORY, walk
 
 _log = logging.getLogger("onlap.graphdrivers")
@@ -104,8 +104,7 @@ def _give_away(fd: int, ids: IdMap) -> None:
 def _undo(fd: int, before: os.stat_result) -> None:
     """Remove what was applied. The first error, which led here, says what is wrong; one of this would hide it."""
     try:
-        for entry in files.list_directory(fd):
-            remove(fd, entry.name)
+        empty(fd)
         for xattr in list_xattrs(fd):
             if xattr.startswith(("user.", "system.posix_acl_")):
                 os.removexattr(fd, xattr)

@@ -18,6 +18,7 @@ from onlap.probing.files import d_type
 from onlap.probing.trial import No
 from onlap.syscalls.files import filesystem_magic
 from onlap.syscalls.namespaces import in_user_namespace
+from onlap.trees.walk import OPEN_DIRECTORY, opened
 
 _INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
 _SELINUX = "/sys/fs/selinux/enforce"
@@ -70,15 +71,11 @@ def examine(home: str) -> Facts:
     flags = (*index, *markers.mount_flags)
     base = f"{CHECKING}{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with claim(os.path.join(home, base)):
-                try:
-                    return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
-                finally:
-                    remove_tree(fd, home, base)
-        finally:
-            os.close(fd)
+        with opened(home, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as fd, claim(os.path.join(home, base)):
+            try:
+                return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
+            finally:
+                remove_tree(fd, home, base)
     except OSError as error:
         raise errors.from_oserror(error, doing="try OverlayFS", key=home) from error
 
@@ -93,11 +90,8 @@ def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -
         os.mkdir(directory, 0o755)
     with open(f"{bottom}/f", "wb") as file:
         file.write(b"content")
-    fd = os.open(f"{middle}/d", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(f"{middle}/d") as fd:
         set_opaque(fd, markers)
-    finally:
-        os.close(fd)
     try:
         kernel.attach(overlay((middle, bottom), upper=upper, work=work, flags=flags), merged)
     except errors.PermissionDenied:

@@ -14,7 +14,7 @@ import stat
 
 from onlap.syscalls import files
 from onlap.trees.copy import Copier
-from onlap.trees.walk import OPEN_DIRECTORY
+from onlap.trees.walk import OPEN_DIRECTORY, opened
 
 
 def link_tree(source: str, target: str) -> None:
@@ -23,15 +23,8 @@ def link_tree(source: str, target: str) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    one = os.open(source, OPEN_DIRECTORY)
-    try:
-        other = os.open(target, OPEN_DIRECTORY)
-        try:
-            _Linker().tree(one, other)
-        finally:
-            os.close(other)
-    finally:
-        os.close(one)
+    with opened(source) as one, opened(target) as other:
+        _Linker().tree(one, other)
 
 
 class _Linker:

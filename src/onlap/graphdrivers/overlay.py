@@ -26,7 +26,7 @@ from onlap.graphdrivers.leftovers import STAGING, abandoned, claim, remove_tree
 from onlap.graphdrivers.stacks import layer_changes, layer_size
 from onlap.mounts.plan import Mount, overlay
 from onlap.trees.copy import Copier, copy_attributes
-from onlap.trees.walk import OPEN_DIRECTORY
+from onlap.trees.walk import opened
 
 ROOT = "root"
 UPPER = "upper"
@@ -135,8 +135,7 @@ class OverlayDriver(StackDriver):
         directory = self._dir(id)
         new = os.path.join(directory, _NEW_ROOT)
         try:
-            fd = os.open(directory, OPEN_DIRECTORY)
-            try:
+            with opened(directory) as fd:
                 remove_tree(fd, directory, _NEW_ROOT)
                 with claim(new):
                     try:
@@ -148,8 +147,6 @@ class OverlayDriver(StackDriver):
                         raise
                 for name in (UPPER, WORK, MERGED, LOWER_ID):
                     remove_tree(fd, directory, name)
-            finally:
-                os.close(fd)
         except OSError as error:
             raise errors.from_oserror(error, doing="apply a layer", key=id) from error
         return size
@@ -185,12 +182,5 @@ class OverlayDriver(StackDriver):
 
 def _copy(source: str, target: str) -> None:
     """Copy one upper layer to another, with its markers; a file may change meanwhile, a container may run in it."""
-    one = os.open(source, OPEN_DIRECTORY)
-    try:
-        other = os.open(target, OPEN_DIRECTORY)
-        try:
-            Copier(allow_changes=True, keep_markers=True).tree(one, other)
-        finally:
-            os.close(other)
-    finally:
-        os.close(one)
+    with opened(source) as one, opened(target) as other:
+        Copier(allow_changes=True, keep_markers=True).tree(one, other)

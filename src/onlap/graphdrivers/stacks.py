@@ -21,7 +21,7 @@ from onlap.layers.tarwriter import TarWriter
 from onlap.layers.write import write_layer
 from onlap.overlayfs.markers import Markers
 from onlap.trees import compare
-from onlap.trees.walk import OPEN_DIRECTORY, walk
+from onlap.trees.walk import opened, walk
 
 _CHUNK = 256 * 1024
 _KINDS = {compare.ADDED: ADDED, compare.MODIFIED: MODIFIED, compare.DELETED: DELETED}
@@ -142,8 +142,7 @@ def layer_size(directory: str) -> int:
     size = 0
     seen: set[tuple[int, int]] = set()
     try:
-        fd = os.open(directory, OPEN_DIRECTORY)
-        try:
+        with opened(directory) as fd:
             for entry in walk(fd, ordered=False):
                 status = entry.status
                 if not status.st_size or status.st_mode & 0o170000 == 0o040000:
@@ -154,8 +153,6 @@ def layer_size(directory: str) -> int:
                         continue
                     seen.add(identity)
                 size += status.st_size
-        finally:
-            os.close(fd)
     except OSError as error:
         raise errors.from_oserror(error, doing="measure a layer", key=directory) from error
     return size

@@ -9,7 +9,6 @@ directory that it does not name, a hard link to a file of another layer - cannot
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,9 +22,6 @@ from onlap.layers.upper import Upper
 from onlap.layers.whiteouts import Whiteouts
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory
-from onlap.syscalls import files
-from onlap.trees.remove import remove as remove_tree
-from onlap.trees.walk import OPEN_DIRECTORY
 
 
 class NeedsParent(Exception):
@@ -180,13 +176,3 @@ def settle(
         upper.finish()
     finally:
         upper.close()
-
-
-def empty(layer: str) -> None:
-    """Remove all that is in a layer's directory."""
-    fd = os.open(layer, OPEN_DIRECTORY)
-    try:
-        for entry in files.list_directory(fd):
-            remove_tree(fd, entry.name)
-    finally:
-        os.close(fd)

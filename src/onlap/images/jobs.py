@@ -13,7 +13,8 @@ from onlap.images.alone import NeedsParent, Removal
 from onlap.layers.apply import apply
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Progress
-from onlap.trees.walk import OPEN_DIRECTORY
+from onlap.trees.remove import empty
+from onlap.trees.walk import OPEN_DIRECTORY, opened
 
 
 class Job(NamedTuple):
@@ -98,7 +99,7 @@ def _alone(job: Job, fd: int, markers: Markers, progress: Callable[[int], None])
                 hint="ask who made the image",
             )
     except NeedsParent:
-        alone.empty(job.tree)
+        empty(fd)
         return Outcome(needs_parent=True)
     except OSError as error:
         raise errors.from_oserror(error, doing="unpack a layer", key=job.digest) from error
@@ -116,11 +117,8 @@ def settle(job: Job, outcome: Outcome, lowers: Sequence[str]) -> None:
         OnlapError: see :func:`onlap.images.alone.settle`.
     """
     try:
-        fd = os.open(job.tree, OPEN_DIRECTORY)
-        try:
+        with opened(job.tree) as fd:
             alone.settle(fd, lowers, Markers(job.flavour), outcome.removals, top_named=outcome.top_named)
-        finally:
-            os.close(fd)
     except OSError as error:
         raise errors.from_oserror(error, doing="unpack a layer", key=job.digest) from error
 

@@ -6,7 +6,6 @@ renamed (redirect_dir), and on native roots, whose layers are whole trees, what 
 
 from __future__ import annotations
 
-import os
 import stat
 from collections import defaultdict
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from onlap.overlayfs.markers import OPAQUE_XATTR_WHITEOUTS, OPAQUE_YES, Markers,
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.compare import DELETED
-from onlap.trees.walk import OPEN_DIRECTORY, Entry, path_of, walk
+from onlap.trees.walk import Entry, opened, path_of, walk
 
 
 class Hidden(NamedTuple):
@@ -171,8 +170,7 @@ def _add_directory(tree: Tree, top: str, markers: Markers, number: int) -> None:
     linked: set[tuple[int, int]] = set()
     # Directories whose empty files may be whiteouts, by their paths (overlayfs.rst, "whiteouts").
     with_xattr_whiteouts: set[str] = set()
-    fd = os.open(top, OPEN_DIRECTORY)
-    try:
+    with opened(top) as fd:
         if get_xattr(fd, markers.opaque) == OPAQUE_XATTR_WHITEOUTS:
             with_xattr_whiteouts.add("")
         for entry in walk(fd):
@@ -189,8 +187,6 @@ def _add_directory(tree: Tree, top: str, markers: Markers, number: int) -> None:
                 again = status.st_nlink > 1 and (status.st_dev, status.st_ino) in linked
                 linked.add((status.st_dev, status.st_ino))
                 tree.put(entry.path, number, size, 0 if again else size)
-    finally:
-        os.close(fd)
 
 
 def _is_xattr_whiteout(entry: Entry, directories: set[str], markers: Markers) -> bool:

@@ -21,7 +21,7 @@ from onlap.overlayfs.markers import Markers, is_marker
 from onlap.progress import Callback, Reporter
 from onlap.syscalls import files
 from onlap.trees.meta import list_xattrs
-from onlap.trees.remove import remove as remove_tree
+from onlap.trees.remove import empty
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -249,8 +249,7 @@ class _Top:
 def _undo(layer: int, before: _Top) -> None:
     """Empty the layer's directory; an error of this is none beside the one that led here."""
     try:
-        for entry in files.list_directory(layer):
-            remove_tree(layer, entry.name)
+        empty(layer)
         status, now = before.status, os.fstat(layer)
         for xattr in list_xattrs(layer):
             if xattr not in before.xattrs and (is_marker(xattr) or not xattr.startswith("security.")):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from onlap.layers.links import Links, identity, signature
+from onlap.layers.links import Links, signature
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 from onlap.trees.compare import (
@@ -333,7 +333,7 @@ def _same_data(before: MergedDirectory, after: MergedDirectory, old: Found, new:
 
 def _same_file(old: Found, new: Found) -> bool:
     """Whether both are one file of one layer, so that nothing above touched it."""
-    return identity(old.status) == identity(new.status)
+    return os.path.samestat(old.status, new.status)
 
 
 def is_empty_layer(directory: str) -> bool:

@@ -20,9 +20,8 @@ from onlap.snapshots.contract import ACTIVE, COMMITTED, VIEW, Info, Usage, check
 from onlap.snapshots.native import copy_tree
 from onlap.snapshots.properties import records_owners
 from onlap.trees.compare import Change, added_tree, compare
-from onlap.trees.remove import remove
+from onlap.trees.remove import remove_at
 from onlap.trees.usage import usage
-from onlap.trees.walk import OPEN_DIRECTORY
 
 
 class MemorySnapshotter:
@@ -153,12 +152,7 @@ class MemorySnapshotter:
                 )
             del self._infos[key]
             self._usages.pop(key, None)
-            directory, name = os.path.split(self._trees.pop(key))
-            fd = os.open(directory, OPEN_DIRECTORY)
-            try:
-                remove(fd, name)
-            finally:
-                os.close(fd)
+            remove_at(self._trees.pop(key))
 
     def walk(self, *filters: str) -> Iterator[Info]:
         """See :meth:`Snapshotter.walk`."""

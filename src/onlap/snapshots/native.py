@@ -19,7 +19,7 @@ from onlap.snapshots.properties import records_owners, settle
 from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
 from onlap.trees.compare import ALWAYS, NEVER, Change, Since, added_tree, compare
 from onlap.trees.copy import Copier
-from onlap.trees.walk import OPEN_DIRECTORY
+from onlap.trees.walk import opened
 
 KIND = "native"
 
@@ -107,12 +107,5 @@ class NativeSnapshotter(RecordedSnapshotter):
 
 def copy_tree(source: str, target: str) -> None:
     """Copy a tree into an empty directory; raises OSError."""
-    one = os.open(source, OPEN_DIRECTORY)
-    try:
-        other = os.open(target, OPEN_DIRECTORY)
-        try:
-            Copier(allow_changes=True).tree(one, other)
-        finally:
-            os.close(other)
-    finally:
-        os.close(one)
+    with opened(source) as one, opened(target) as other:
+        Copier(allow_changes=True).tree(one, other)

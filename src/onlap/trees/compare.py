@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from onlap.syscalls import files
 from onlap.trees.meta import Meta, read_directory_meta, read_meta
-from onlap.trees.walk import OPEN_DIRECTORY, Descent, walk
+from onlap.trees.walk import OPEN_DIRECTORY, OPEN_FILE, Descent, opened, walk
 
 ADDED = "A"
 MODIFIED = "C"
@@ -119,17 +119,10 @@ def compare(
     Raises:
         OSError: something cannot be read.
     """
-    before = os.open(one, OPEN_DIRECTORY)
-    try:
-        after = os.open(other, OPEN_DIRECTORY)
-        try:
-            old, new = (read_directory_meta(fd, recorded=recorded) for fd in (before, after))
-            yield from top_change(old, new)
-            yield from _Comparison(before, after, content, since, recorded).changes()
-        finally:
-            os.close(after)
-    finally:
-        os.close(before)
+    with opened(one) as before, opened(other) as after:
+        old, new = (read_directory_meta(fd, recorded=recorded) for fd in (before, after))
+        yield from top_change(old, new)
+        yield from _Comparison(before, after, content, since, recorded).changes()
 
 
 def top_change(before: Meta, after: Meta) -> Iterator[Change]:
@@ -149,11 +142,8 @@ def _listing(fd: int) -> dict[str, os.stat_result]:
 
 def added_tree(top: str, *, recorded: bool = False) -> Iterator[Change]:
     """Everything in the tree at ``top``, as added, but not ``top`` itself."""
-    fd = os.open(top, OPEN_DIRECTORY)
-    try:
+    with opened(top) as fd:
         yield from _added_below(fd, "", recorded)
-    finally:
-        os.close(fd)
 
 
 def _added_below(fd: int, prefix: str, recorded: bool) -> Iterator[Change]:
@@ -236,7 +226,7 @@ class _Comparison:
             self._enter(name, path, Change(MODIFIED, path, before, meta, frozenset(what)))
             return
         doubtful = not what and stat.S_ISREG(new.st_mode) and (self._content or may_differ(old, new, self._since))
-        if doubtful and not _same_file(old, new) and not self._same_content(name):
+        if doubtful and not os.path.samestat(old, new) and not self._same_content(name):
             what.add("content")
         if what:
             yield Change(MODIFIED, path, before, meta, frozenset(what))
@@ -254,23 +244,12 @@ class _Comparison:
         """What is in a directory that is there now and was none before."""
         if not meta.is_dir:
             return
-        fd = os.open(name, OPEN_DIRECTORY, dir_fd=self._after.fd)
-        try:
+        with opened(name, dir_fd=self._after.fd) as fd:
             yield from _added_below(fd, path + "/", self._recorded)
-        finally:
-            os.close(fd)
 
     def _same_content(self, name: str) -> bool:
-        one = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._before.fd)
-        try:
-            two = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._after.fd)
-            try:
-                return same_content(one, two)
-            finally:
-                os.close(two)
-        finally:
-            os.close(one)
-
-
-def _same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+        with (
+            opened(name, OPEN_FILE, dir_fd=self._before.fd) as one,
+            opened(name, OPEN_FILE, dir_fd=self._after.fd) as other,
+        ):
+            return same_content(one, other)

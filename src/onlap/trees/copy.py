@@ -20,7 +20,7 @@ from onlap.overlayfs.markers import is_marker
 from onlap.syscalls import files
 from onlap.trees.meta import OVERRIDE_XATTR, drop_acls, format_override, list_xattrs
 from onlap.trees.remove import remove
-from onlap.trees.walk import OPEN_DIRECTORY, Descent, open_on_mount, path_of
+from onlap.trees.walk import OPEN_DIRECTORY, Descent, open_on_mount, opened, path_of
 
 _CHUNK = 256 * 1024
 # copy_file_range(2) is asked for this much at once: large enough that the call does not count, small enough that a
@@ -249,17 +249,17 @@ class Copier:
     ) -> None:
         source = os.open(name, _READ, dir_fd=source_dir)
         try:
-            opened = os.fstat(source)
-            if (opened.st_dev, opened.st_ino) != (status.st_dev, status.st_ino) and not self._allow_changes:
+            before = os.fstat(source)
+            if not os.path.samestat(before, status) and not self._allow_changes:
                 raise _changed(path)
             target = os.open(target_name, _CREATE, 0o600, dir_fd=target_dir)
             try:
-                self._size += self._content(source, target, opened)
-                self._attributes(source, target, opened)
+                self._size += self._content(source, target, before)
+                self._attributes(source, target, before)
             finally:
                 os.close(target)
             now = os.fstat(source)
-            if not self._allow_changes and _version(now) != _version(opened):
+            if not self._allow_changes and _version(now) != _version(before):
                 raise _changed(path)
         finally:
             os.close(source)
@@ -353,15 +353,8 @@ def copy_attributes(source: str, target: str) -> None:
     Raises:
         OSError: something cannot be read or set.
     """
-    one = os.open(source, OPEN_DIRECTORY)
-    try:
-        other = os.open(target, OPEN_DIRECTORY)
-        try:
-            Copier().directory_attributes(one, other)
-        finally:
-            os.close(other)
-    finally:
-        os.close(one)
+    with opened(source) as one, opened(target) as other:
+        Copier().directory_attributes(one, other)
 
 
 def has_holes(status: os.stat_result) -> bool:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from onlap.syscalls import files
-from onlap.trees.walk import open_on_mount
+from onlap.trees.walk import OPEN_DIRECTORY, open_on_mount, opened
 
 # Directories deeper than this are renamed up to the top of the tree and removed from there, so that the number of open
 # descriptors stays below the usual limit of 1024 whatever the depth.
@@ -42,6 +42,19 @@ def remove(dir_fd: int, name: str, *, pace: Callable[[], None] | None = None) ->
     finally:
         os.close(top)
     os.rmdir(name, dir_fd=dir_fd)
+
+
+def remove_at(path: str) -> None:
+    """The same for who has only its path, whose last component may be a symlink and is not followed."""
+    above, name = os.path.split(path)
+    with opened(above, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as fd:
+        remove(fd, name)
+
+
+def empty(fd: int) -> None:
+    """Remove all that is in an open directory; raises OSError as :func:`remove`."""
+    for name in _names(fd):
+        remove(fd, name)
 
 
 def _open(dir_fd: int, name: str) -> int | None:

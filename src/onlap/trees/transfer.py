@@ -9,7 +9,7 @@ from onlap import errors
 from onlap.errors import shown
 from onlap.trees import whole
 from onlap.trees.copy import Copied, Copier
-from onlap.trees.walk import OPEN_DIRECTORY
+from onlap.trees.walk import OPEN_DIRECTORY, opened
 
 
 def import_directory(
@@ -61,14 +61,7 @@ def export_directory(source: str, target: str, progress: Callable[[int, int], No
 def _copy(copier: Copier, source: str, target: str, doing: str) -> Copied:
     try:
         # Followed, if it is a symlink: the person who names it means what it points to.
-        one = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            other = os.open(target, OPEN_DIRECTORY)
-            try:
-                return copier.tree(one, other)
-            finally:
-                os.close(other)
-        finally:
-            os.close(one)
+        with opened(source, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as one, opened(target) as other:
+            return copier.tree(one, other)
     except OSError as error:
         raise errors.from_oserror(error, doing=doing, key=source) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from onlap.trees.walk import OPEN_DIRECTORY, walk
+from onlap.trees.walk import opened, walk
 
 # stat(2): st_blocks counts units of 512 bytes, whatever the filesystem's block size.
 _BLOCK = 512
@@ -31,8 +31,7 @@ def usage(top: str) -> Usage:
     Raises:
         OSError: the tree cannot be read.
     """
-    fd = os.open(top, OPEN_DIRECTORY)
-    try:
+    with opened(top) as fd:
         own = os.fstat(fd)
         inodes, size = 1, own.st_blocks * _BLOCK
         linked: set[tuple[int, int]] = set()
@@ -47,5 +46,3 @@ def usage(top: str) -> Usage:
             inodes += 1
             size += status.st_blocks * _BLOCK
         return Usage(inodes, size)
-    finally:
-        os.close(fd)

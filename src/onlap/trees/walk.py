@@ -6,6 +6,7 @@ while we walk cannot lead us out of the tree.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,17 @@ from typing import NamedTuple
 from onlap.syscalls import files
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def opened(path: str, flags: int = OPEN_DIRECTORY, *, dir_fd: int | None = None) -> Iterator[int]:
+    """A descriptor of a directory, or with other flags of a file, for the time of a block; raises OSError."""
+    fd = os.open(path, flags, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 # A walk keeps at most this many directories open, since the usual limit is 1024 descriptors a process; those further up

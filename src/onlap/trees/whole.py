@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.trees.remove import remove
-from onlap.trees.walk import OPEN_DIRECTORY
+from onlap.trees.remove import empty, remove_at
+from onlap.trees.walk import opened
 
 
 @contextlib.contextmanager
@@ -48,7 +48,8 @@ def new_directory(path: str) -> Iterator[str]:
         try:
             yield path
         except BaseException:
-            _empty(path)
+            with opened(path) as fd:
+                empty(fd)
             raise
         return
     above = os.path.dirname(path)
@@ -61,7 +62,7 @@ def new_directory(path: str) -> Iterator[str]:
         os.rename(partial, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            _remove(partial)
+            remove_at(partial)
         for each in missing:
             with contextlib.suppress(OSError):  # somebody uses it by now
                 os.rmdir(each)
@@ -75,21 +76,3 @@ def _missing(directory: str) -> list[str]:
         found.append(directory)
         directory = os.path.dirname(directory)
     return found
-
-
-def _remove(path: str) -> None:
-    above, name = os.path.split(path)
-    fd = os.open(above, OPEN_DIRECTORY)
-    try:
-        remove(fd, name)
-    finally:
-        os.close(fd)
-
-
-def _empty(directory: str) -> None:
-    fd = os.open(directory, OPEN_DIRECTORY)
-    try:
-        for name in os.listdir(directory):
-            remove(fd, name)
-    finally:
-        os.close(fd)

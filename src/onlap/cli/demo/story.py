@@ -29,7 +29,7 @@ from onlap.snapshots.native import NativeSnapshotter
 from onlap.snapshots.overlay import OverlaySnapshotter, Properties
 from onlap.store import Store
 from onlap.trees.compare import Change
-from onlap.trees.remove import remove
+from onlap.trees.remove import remove_at
 
 # Lines of a diff that are shown for each of A, C and D.
 _SHOWN = 2
@@ -223,15 +223,11 @@ def _left_in(root: str) -> list[str]:
 
 
 def _remove_scratch(scratch: str) -> None:
-    parent, name = os.path.split(scratch)
-    fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # By descriptors, never through a mount: after a failed unmount a plain recursive delete would empty the tree.
-        remove(fd, name)
+        remove_at(scratch)
     except OSError as error:
         raise errors.from_oserror(error, doing="remove what the demo made", key=scratch) from error
-    finally:
-        os.close(fd)
 
 
 def _check(scratch: str, records: list[str], directories: list[str]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.catalog.epoch import boot_id
 from onlap.errors import shown
 from onlap.graphdrivers.ids import IdMap
 from onlap.syscalls.files import write_all
@@ -176,12 +177,6 @@ def _parse(home: str, value: dict[str, object]) -> State:
     known = {str(id): int(count) for id, count in counts.items()} if value["boot"] == boot_id() else {}
     ids = IdMap.from_json(value["UIDMaps"], value["GIDMaps"])
     return State(str(value["driver"]), home, tuple(str(option) for option in options), ids, known)
-
-
-def boot_id() -> str:
-    """What this boot of the machine is called (random(4))."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
 
 
 def _replace(path: str, content: bytes) -> None:
