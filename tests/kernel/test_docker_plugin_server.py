@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import io
 import json
@@ -239,6 +240,54 @@ def test_a_socket_that_was_handed_over_stays(root: Path, monkeypatch: pytest.Mon
             call.join(20)
         assert found == [True]
         assert os.path.exists(server.socket)
+
+
+def test_a_request_in_chunks(root: Path) -> None:
+    with serve(root) as server:
+        PluginDriver(server.socket, str(root / "home")).create("x")
+        body = b"".join(b"1\r\n%c\r\n" % byte for byte in b'{"ID": "x"}') + b"0\r\n\r\n"
+        status, answer = request(server, "GraphDriver.Exists", body, {"Transfer-Encoding": "chunked"})
+        assert (status, json.loads(answer)) == (200, {"Exists": True})
+
+
+def test_a_full_disk_keeps_no_layer_in_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What frees goes on; what uses more is refused, and then not in use, as dockerd believes."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, str(root / "home"))
+        driver.create("base")
+        for name in ("one", "two"):
+            driver.create_read_write(name, "base")
+        used = driver.get("one")
+        with monkeypatch.context() as patch:
+            patch.setattr("onlap.serve.docker.state.write_all", full)
+            with pytest.raises(PluginError, match="No space left"):
+                driver.get("two")
+            assert not mounted(str(root / "home/two/merged"))
+            driver.put("one")
+            assert not mounted(used)
+            driver.remove("one")
+        assert not driver.exists("one")
+        assert mounted(driver.get("two"))
+        driver.put("two")
+        assert json.loads((root / "home" / FILE).read_text())["counts"] == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "\0" * 99, "[" * 99_999, '"counts": {"x": Infinity}', '"counts": []'])
+def test_a_damaged_state_is_named(root: Path, text: str) -> None:
+    with serve(root) as server:
+        PluginDriver(server.socket, str(root / "home"))
+    whole = (root / "home" / FILE).read_text()
+    (root / "home" / FILE).write_text(whole.replace('"counts": {}', text) if "counts" in text else text)
+    with pytest.raises(errors.DataLoss, match="damaged"):
+        serve(root)
+    (root / "home" / FILE).unlink()
+    (root / "s/.p.home").write_bytes(bytes(9))
+    with pytest.raises(errors.DataLoss, match=r"\.p\.home is damaged"):
+        serve(root)
 
 
 def test_a_client_that_leaves_in_the_middle_of_diff(root: Path) -> None:

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -284,3 +285,78 @@ def test_id_maps(kind: str, root: Path) -> None:
         driver.create("outside", "base")
         with pytest.raises(errors.InvalidArgument, match="id map"):
             driver.apply_diff("outside", "base", archive(("f", {"uid": 70_000})))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [5, b"x", "", "..", "a/b", "a\0b", "\ud800", "x" * 300])
+def test_what_is_no_layer(kind: str, root: Path, wrong: Any) -> None:
+    """Neither as the layer nor as what lies below it."""
+    with closing(open_driver(kind, str(root / "home"), sync="none")) as driver:
+        driver.create("x")
+        calls: list[Callable[[], object]] = [
+            lambda: driver.create(wrong),
+            lambda: driver.create_read_write(wrong),
+            lambda: driver.remove(wrong),
+            lambda: driver.get(wrong),
+            lambda: driver.put(wrong),
+            lambda: driver.exists(wrong),
+            lambda: driver.metadata(wrong),
+            lambda: driver.apply_diff(wrong, "", archive()),
+            lambda: driver.diff(wrong, "", io.BytesIO()),
+            lambda: driver.changes(wrong, ""),
+            lambda: driver.diff_size(wrong, ""),
+        ]
+        if wrong != "":  # which is no parent
+            calls += [
+                lambda: driver.create("y", wrong),
+                lambda: driver.apply_diff("x", wrong, archive()),
+                lambda: driver.diff("x", wrong, io.BytesIO()),
+                lambda: driver.changes("x", wrong),
+                lambda: driver.diff_size("x", wrong),
+            ]
+        for call in calls:
+            with pytest.raises(errors.InvalidArgument):
+                call()
+        assert os.listdir(driver.get("x")) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_of_other_types(kind: str, root: Path) -> None:
+    odd: Any
+    for odd in (5, [5], "x"):
+        with pytest.raises(errors.InvalidArgument):
+            open_driver(kind, str(root / "home"), options=odd)
+        with pytest.raises(errors.InvalidArgument):
+            open_driver(kind, str(root / "home"), ids=odd)
+    for odd in ((0, 0, 5), Range(0, 1 << 33, 5), Range(0, -1, 5), Range(0, (1 << 32) - 2, 2)):
+        with pytest.raises(errors.InvalidArgument):
+            IdMap([odd])
+    with closing(open_driver(kind, str(root / "home"), sync="none")) as driver:
+        driver.create("x")
+        for odd in (5, "size", {5: 5}):
+            with pytest.raises(errors.InvalidArgument):
+                driver.create_read_write("y", "x", storage_options=odd)
+        for odd in (None, 5, b"x", io.StringIO("x")):
+            with pytest.raises(errors.InvalidArgument):
+                driver.apply_diff("x", "", odd)
+        assert os.listdir(driver.get("x")) == []
+
+
+@pytest.mark.parametrize("content", ["", "\0" * 28, "x", "l/../x"])
+def test_a_damaged_record_of_what_lies_below(root: Path, content: str) -> None:
+    """As a power cut leaves it of Docker's own driver: the layer is not shown without what it stands on."""
+    with closing(open_driver("overlay2", str(root / "image"), sync="none")) as driver:
+        with_base(driver)
+        (root / "image/layer/lower").write_text(content)
+        for call in (
+            lambda: driver.get("layer"),
+            lambda: driver.create("on", "layer"),
+            lambda: driver.changes("layer", "base"),
+            lambda: driver.apply_diff("layer", "base", archive()),
+            lambda: driver.metadata("layer"),
+        ):
+            with pytest.raises(errors.DataLoss, match="damaged"):
+                call()
+        (root / "image/layer/link").write_text("\0" * 26)
+        driver.remove("layer")
+        assert not driver.exists("layer")

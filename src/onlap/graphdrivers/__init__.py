@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from onlap import errors
 from onlap.arguments import check_path
+from onlap.border import public
 from onlap.errors import shown
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED, Change, DiffDriver, Driver, ProtoDriver
 from onlap.graphdrivers.ids import IdMap
@@ -38,6 +39,7 @@ BUILT_IN = frozenset(
 )
 
 
+@public
 def open_driver(
     kind: str,
     home: str,

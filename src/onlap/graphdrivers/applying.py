@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.arguments import check_file
 from onlap.graphdrivers.ids import IdMap
 from onlap.layers.applier import Applier
 from onlap.layers.tarformat import FILE
@@ -46,6 +47,7 @@ def apply_archive(
     Raises:
         InvalidArgument, DataLoss, ResourceExhausted, OnlapError: see :meth:`DiffDriver.apply_diff`.
     """
+    check_file(archive, "archive", "read")
     try:
         fd = os.open(directory, OPEN_DIRECTORY)
     except OSError as error:
@@ -66,9 +68,12 @@ def apply_archive(
 def _apply(archive: BinaryIO, fd: int, lowers: Sequence[str], markers: Markers | None, ids: IdMap) -> int:
     def chunk() -> bytes:
         try:
-            return archive.read(_CHUNK)
+            data = archive.read(_CHUNK)
         except OSError as error:
             raise errors.from_oserror(error, doing="read the archive") from error
+        if not isinstance(data, bytes):
+            raise errors.InvalidArgument("the archive is read as no bytes", hint="open it in binary mode")
+        return data
 
     reader = TarReader(chunk)
     try:

@@ -11,10 +11,12 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
 from typing import BinaryIO
 
 from onlap import errors
-from onlap.arguments import as_name
+from onlap.arguments import as_name, check_text, check_texts
+from onlap.border import public_class
 from onlap.catalog.locks import Held
 from onlap.catalog.sync import Syncer
 from onlap.errors import shown
@@ -45,6 +47,7 @@ WORK = "work"
 _MAX_ID = 235
 
 
+@public_class
 class StackDriver(ABC):
     """A driver whose layers are directories stacked by OverlayFS.
 
@@ -78,7 +81,10 @@ class StackDriver(ABC):
     ) -> None:
         if sync not in ("layer", "none"):
             raise errors.InvalidArgument(f"sync is layer or none, not {sync!r}")
+        check_texts(options, "list of options")
         self._check_options(options)
+        if not isinstance(ids, (IdMap, NoneType)):
+            raise errors.InvalidArgument("the id map is none", hint="it must be an IdMap")
         self.ids = ids or IdMap()
         root_gid = self.ids.root[1]
         try:
@@ -383,6 +389,7 @@ class StackDriver(ABC):
         Raises:
             InvalidArgument: it cannot be a layer's.
         """
+        check_text(id, "id of a layer")
         if not id or id in (".", "..", *self._reserved) or "/" in id or "\0" in id or id.startswith(".onlap-"):
             raise errors.InvalidArgument(f"no id of a layer: {shown(id)!r}", key=id)
         if len(as_name(id, "id of a layer")) > _MAX_ID:

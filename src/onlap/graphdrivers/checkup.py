@@ -73,9 +73,11 @@ def _layer(root: Root, id: str) -> Iterator[Problem]:
     elif not os.path.lexists(os.path.join(root.home, layout.LINKS, short)):
         hint = f"ln -s ../{id}/{layout.DIFF} {root.home}/{layout.LINKS}/{short}"
         yield Problem("damaged", id, f"its link {layout.LINKS}/{short} is gone (moby#46498)", hint)
-    lower = layer.lower()
+    lower = layer.written_lower()
     for link in lower:
-        if not os.path.isdir(os.path.join(root.home, link)):
+        if not layout.LOWER_LINK.fullmatch(link):
+            yield Problem("damaged", id, f"its file {layout.LOWER} is damaged", _REMOVE_IMAGE)
+        elif not os.path.isdir(os.path.join(root.home, link)):
             yield Problem("damaged", id, f"it stands on {link}, which leads nowhere", _REMOVE_IMAGE)
     for link, count in Counter(lower).items():
         if count > 1:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from onlap import errors
 
+_NO_ID = (1 << 32) - 1
+
 
 class Range(NamedTuple):
     """Ids in a row, as the container has them and as the disk has them."""
@@ -29,13 +31,16 @@ class IdMap:
     Attributes:
         uids: of users.
         gids: of groups.
+
+    Raises:
+        InvalidArgument: a range is none, or goes beyond the ids that there are.
     """
 
     __slots__ = ("gids", "uids")
 
     def __init__(self, uids: Iterable[Range] = (), gids: Iterable[Range] = ()) -> None:
-        self.uids = tuple(uids)
-        self.gids = tuple(gids)
+        self.uids = tuple(map(_checked, uids))
+        self.gids = tuple(map(_checked, gids))
 
     def __bool__(self) -> bool:
         return bool(self.uids or self.gids)
@@ -93,13 +98,21 @@ def _ranges(value: object) -> list[Range]:
         raise errors.InvalidArgument("an id map is a list")
     found = []
     for part in value or []:
-        numbers = (
-            [part.get(key) for key in ("container_id", "host_id", "size")] if isinstance(part, Mapping) else [None]
-        )
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        if not isinstance(part, Mapping):
             raise errors.InvalidArgument("a part of an id map has container_id, host_id and size")
-        found.append(Range(*(int(str(number)) for number in numbers)))
+        found.append(Range(part.get("container_id", -1), part.get("host_id", -1), part.get("size", -1)))
     return found
+
+
+def _checked(part: object) -> Range:
+    if not isinstance(part, Range) or not all(type(number) is int and number >= 0 for number in part):
+        raise errors.InvalidArgument(
+            "a part of an id map has container_id, host_id and size", hint="three numbers that are not negative"
+        )
+    # (uid_t)-1 stands for "leave it as it is" (chown(2)).
+    if part.size > _NO_ID or max(part.container, part.host) > _NO_ID - part.size:
+        raise errors.InvalidArgument(f"a part of an id map ends beyond the last id: {', '.join(map(str, part))}")
+    return part
 
 
 def _turned(ranges: tuple[Range, ...]) -> tuple[Range, ...]:

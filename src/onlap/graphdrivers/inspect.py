@@ -170,7 +170,7 @@ class Root:
         kinds.update(dict.fromkeys(cached, CACHE))
         shorts = {f"{layout.LINKS}/{Layer(self.home, id).short()}": id for id in layer_ids(self.home)}
         for id in layer_ids(self.home):
-            lower = Layer(self.home, id).lower()
+            lower = Layer(self.home, id).written_lower()
             parent = shorts.get(lower[0]) if lower else None
             mounted = os.path.ismount(os.path.join(self.home, id, layout.MERGED))
             yield Known(id, kinds.get(id, ORPHAN), parent, tuple(sorted(set(owners.get(id, ())))), mounted)

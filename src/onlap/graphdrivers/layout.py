@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 
 from onlap import errors
 from onlap.errors import shown
@@ -46,6 +47,9 @@ COMMITTED = "committed"
 
 SHORT_LENGTH = 26
 MAX_DEPTH = 128
+
+# What the file "lower" has for a layer.
+LOWER_LINK = re.compile(f"{LINKS}/[A-Za-z0-9]+")
 
 
 def new_short() -> str:
@@ -84,12 +88,33 @@ class Layer:
 
     def short(self) -> str | None:
         """Its short name; None where it has none, which no whole layer lacks."""
-        return _read(os.path.join(self.path, LINK)) or None
+        try:
+            short = _text(os.path.join(self.path, LINK))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return short if LOWER_LINK.fullmatch(f"{LINKS}/{short}") else None
 
     def lower(self) -> list[str]:
-        """What is below it, uppermost first, as ``"l/<short>"``."""
-        text = _read(os.path.join(self.path, LOWER))
-        return text.split(":") if text else []
+        """What is below it, uppermost first, as ``"l/<short>"``.
+
+        Raises:
+            DataLoss: the file is empty or damaged, as after a power cut: what is below cannot be told.
+        """
+        found = self.written_lower()
+        if not all(map(LOWER_LINK.fullmatch, found)):
+            raise errors.DataLoss(
+                f"the file {LOWER} of the layer {shown(self.id)} is damaged",
+                key=self.id,
+                hint="see: onlap docker check",
+            )
+        return found
+
+    def written_lower(self) -> list[str]:
+        """The same, whatever the file holds."""
+        try:
+            return _text(os.path.join(self.path, LOWER)).split(":")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def is_committed(self) -> bool:
         """Whether a layer stands on it."""
@@ -151,7 +176,7 @@ def relink(home: str) -> list[str]:
     os.makedirs(os.path.join(home, LINKS), 0o700, exist_ok=True)
     for id in sorted(os.listdir(home)):
         short = Layer(home, id).short() if not id.startswith(".") and id != LINKS else None
-        if short is None or len(short) != SHORT_LENGTH or not short.isalnum():
+        if short is None or len(short) != SHORT_LENGTH:
             continue
         link = os.path.join(home, LINKS, short)
         if not os.path.lexists(link):
@@ -188,9 +213,6 @@ def unlink_dangling(home: str) -> None:
             continue  # somebody removes the layer
 
 
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="surrogateescape") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
+def _text(path: str) -> str:
+    with open(path, encoding="ascii", errors="surrogateescape") as file:
+        return file.read()

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.border import public_class
 from onlap.errors import shown
 from onlap.graphdrivers.applying import apply_archive
 from onlap.graphdrivers.base import MERGED, WORK, StackDriver
@@ -34,6 +35,7 @@ LOWER_ID = "lower-id"
 _NEW_ROOT = STAGING + "root"
 
 
+@public_class
 class OverlayDriver(StackDriver):
     """See the module, and :class:`~onlap.graphdrivers.base.StackDriver` for its arguments."""
 
@@ -125,6 +127,7 @@ class OverlayDriver(StackDriver):
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
         """See :meth:`DiffDriver.apply_diff`; the layer becomes an image's."""
         self._existing_stack(id)
+        self._stack_or_none(parent)
         with self._synced(id):
             if parent and self._is_image(parent) and not self._is_image(id):
                 with self._locks.held(id):
@@ -163,7 +166,7 @@ class OverlayDriver(StackDriver):
     def diff_size(self, id: str, parent: str) -> int:
         """See :meth:`DiffDriver.diff_size`."""
         stack = self._existing_stack(id)
-        if self.facts.native_diff and parent and self._stack(parent) == stack[1:]:
+        if self.facts.native_diff and parent and self._existing_stack(parent) == stack[1:]:
             return layer_size(stack[0])
         return self._naive.diff_size(id, parent)
 

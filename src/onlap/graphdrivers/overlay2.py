@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.arguments import check_mapping
+from onlap.border import public_class
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.applying import apply_archive
@@ -31,6 +33,7 @@ _log = logging.getLogger("onlap.graphdrivers")
 _SIZE = "size"
 
 
+@public_class
 class Overlay2Driver(StackDriver):
     """See the module, and :class:`~onlap.graphdrivers.base.StackDriver` for its arguments."""
 
@@ -70,20 +73,15 @@ class Overlay2Driver(StackDriver):
         self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
     ) -> None:
         """See :meth:`ProtoDriver.create`."""
-        for key in storage_options or {}:
-            if key.lower() == _SIZE:
-                raise errors.InvalidArgument("--storage-opt size is only supported for ReadWrite Layers", key=key)
-            raise errors.InvalidArgument(f"Unknown option {shown(key)}", key=key)
+        only_for_containers = errors.InvalidArgument("--storage-opt size is only supported for ReadWrite Layers")
+        _refuse(storage_options, only_for_containers)
         self._create(id, parent, mount_label)
 
     def create_read_write(
         self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
     ) -> None:
         """See :meth:`ProtoDriver.create_read_write`."""
-        for key in storage_options or {}:
-            if key.lower() == _SIZE:
-                raise _no_quota("--storage-opt size")
-            raise errors.InvalidArgument(f"Unknown option {shown(key)}", key=key)
+        _refuse(storage_options, _no_quota("--storage-opt size"))
         self._create(id, parent, mount_label)
 
     def _build(self, staged: str, id: str, parent: str) -> None:
@@ -144,7 +142,7 @@ class Overlay2Driver(StackDriver):
     def _is_parent(self, id: str, parent: str) -> bool:
         """Whether ``parent`` is right below ``id``; for none: whether nothing is."""
         below = Layer(self.home, id).lower_directories()[:1]
-        return below == ([Layer(self.home, parent).diff] if parent else [])
+        return below == self._stack_or_none(parent)[:1]
 
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
         """See :meth:`DiffDriver.apply_diff`."""
@@ -182,7 +180,7 @@ class Overlay2Driver(StackDriver):
     def _unlink(self, id: str) -> None:
         """Remove the link to a layer, if it got as far as having one."""
         short = Layer(self.home, id).short()
-        if short is None or "/" in short:
+        if short is None:
             return
         try:
             os.unlink(os.path.join(self.home, layout.LINKS, short))
@@ -194,6 +192,13 @@ class Overlay2Driver(StackDriver):
     def _sweep(self) -> None:
         super()._sweep()
         layout.unlink_dangling(self.home)
+
+
+def _refuse(storage_options: Mapping[str, str] | None, size: errors.OnlapError) -> None:
+    """Raise ``size`` for that option, InvalidArgument for any other."""
+    check_mapping(storage_options or {}, "storage options")
+    for key in map(str, storage_options or {}):
+        raise size if key.lower() == _SIZE else errors.InvalidArgument(f"Unknown option {shown(key)}", key=key)
 
 
 def _no_quota(option: str) -> errors.Unimplemented:

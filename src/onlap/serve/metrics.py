@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import threading
 from collections.abc import Iterator
 from wsgiref.simple_server import WSGIServer
@@ -25,7 +26,7 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 # From a read of the catalog (some 0.1 ms) to a sync of a large layer (minutes).
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 
-
+_PORT = re.compile("[0-9]{1,5}")
 _NAMES = {0: "OK", **{number: name for name, number in CODES.items()}}
 
 
@@ -62,10 +63,12 @@ class Metrics:
             Unavailable: it cannot be listened on, as one that is taken.
         """
         host, colon, port = address.rpartition(":")
-        if not colon or not port.isdecimal() or int(port) > 65535:
+        if not colon or not _PORT.fullmatch(port) or int(port) > 65535:
             raise errors.InvalidArgument(f"the address {address!r} is not HOST:PORT", hint="as 127.0.0.1:9100")
         try:
             self._server, self._thread = start_http_server(int(port), host.strip("[]") or "0.0.0.0", self.registry)
+        except UnicodeError as error:  # what encodes a host's name for the resolver says so, of "a..b" too
+            raise errors.InvalidArgument(f"the address {address!r} has no name of a host") from error
         except OSError as error:
             raise errors.Unavailable(
                 f"cannot serve figures at {address}: {error.strerror}", key=address, hint="give another address"

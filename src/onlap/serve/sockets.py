@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
@@ -18,6 +18,8 @@ _FIRST = 3
 # which has seven digits at most (proc(5), pid_max).
 _MAX_PATH = 107
 _SUFFIX = 8
+# chown(2): it stands for "leave it as it is".
+_NO_ID = (1 << 32) - 1
 
 
 def inherited(path: str | None) -> socket.socket | None:
@@ -46,33 +48,49 @@ def inherited(path: str | None) -> socket.socket | None:
     if (found.family, found.type, listens) != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
         raise errors.InvalidArgument("what was handed over is not a unix socket that listens")
     os.set_inheritable(_FIRST, False)
-    where = found.getsockname()
-    if path is not None and where != path:
-        raise errors.InvalidArgument(
-            f"the socket that was handed over is at {shown(where)}, not at {shown(path)}",
-            hint="say the same path in both, with systemd in ListenStream= and in ExecStart=",
-        )
+    try:
+        _check_place(found.getsockname(), path)
+    except errors.OnlapError:
+        found.close()
+        raise
     return found
 
 
-def claim(path: str) -> None:
-    """See that a socket can be put at ``path``; its directory is made.
+def _check_place(where: str | bytes, wanted: str | None) -> None:
+    if not isinstance(where, str) or not where.startswith("/"):  # bytes: an abstract one (unix(7))
+        raise errors.InvalidArgument(f"the socket that was handed over is at {shown(where)}, which is no absolute path")
+    if wanted is not None and where != wanted:
+        raise errors.InvalidArgument(
+            f"the socket that was handed over is at {shown(where)}, not at {shown(wanted)}",
+            hint="say the same path in both, with systemd in ListenStream= and in ExecStart=",
+        )
 
-    Raises:
-        Unavailable: a server answers there.
-        FailedPrecondition: something else is there.
-        OnlapError: of another kind, for what the filesystem says.
-    """
+
+def check_length(path: str) -> None:
+    """Raise InvalidArgument where a socket at ``path``, or one that is made beside it, would have too long a name."""
     if len(os.fsencode(path)) > _MAX_PATH - _SUFFIX:
         raise errors.InvalidArgument(
             f"the path of the socket {shown(path)} is too long", key=path, hint=f"{_MAX_PATH - _SUFFIX} bytes at most"
         )
+
+
+def claim(path: str) -> None:
+    """See that a socket can be put at ``path``; its directory is made, and what killed servers left there goes.
+
+    Raises:
+        InvalidArgument: the path is too long.
+        Unavailable: a server answers there.
+        FailedPrecondition: something else is there.
+        OnlapError: of another kind, for what the filesystem says.
+    """
+    check_length(path)
     directory = os.path.dirname(path)
     try:
         if not os.path.isdir(directory):
             # 0711: the mode of the socket says who may connect, and with 0700 no group could come so far.
             os.makedirs(directory, 0o711, exist_ok=True)
             os.chmod(directory, 0o711)  # whatever the umask took away
+        _sweep(path)
         status = os.lstat(path)
     except FileNotFoundError as error:
         if not os.path.isdir(directory):
@@ -82,16 +100,14 @@ def claim(path: str) -> None:
         raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
     if not stat.S_ISSOCK(status.st_mode):
         raise errors.FailedPrecondition(f"{shown(path)} is no socket", key=path, hint="give another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError as error:
-            if error.errno not in (errno.ECONNREFUSED, errno.ENOENT):
-                raise errors.from_oserror(error, doing="see whether somebody listens on it", key=path) from error
-        else:
-            raise errors.Unavailable(
-                f"a server listens on {shown(path)} already", key=path, hint="stop it first, or give another socket"
-            )
+    try:
+        answers = _answers(path)
+    except OSError as error:
+        raise errors.from_oserror(error, doing="see whether somebody listens on it", key=path) from error
+    if answers:
+        raise errors.Unavailable(
+            f"a server listens on {shown(path)} already", key=path, hint="stop it first, or give another socket"
+        )
 
 
 @contextmanager
@@ -150,12 +166,40 @@ def remove(path: str, only: tuple[int, int] | None = None) -> None:
         pass  # somebody tidied up
 
 
+def _answers(path: str) -> bool:
+    """Whether somebody listens on a socket; raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # and does not keep up with those who connect
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True
+
+
+def _sweep(path: str) -> None:
+    """Remove what servers that were killed in :func:`made` have left beside ``path``, as far as that can be."""
+    directory, last = os.path.split(path)
+    try:
+        left = [name for name in os.listdir(directory) if re.fullmatch(re.escape(last) + r"\.[0-9]{1,7}", name)]
+    except OSError:
+        return  # we may put a socket there, and not look
+    for each in (os.path.join(directory, name) for name in left):
+        try:
+            if stat.S_ISSOCK(os.lstat(each).st_mode) and not _answers(each):
+                os.unlink(each)
+        except OSError:
+            continue  # it has gone, or is none of ours
+
+
 def _group_id(group: str) -> int:
-    if group.isdigit():
+    if re.fullmatch("[0-9]{1,10}", group) and int(group) < _NO_ID:
         return int(group)
     import grp
 
     try:
         return grp.getgrnam(group).gr_gid
-    except KeyError as error:
+    except (KeyError, ValueError) as error:  # a NUL is a ValueError
         raise errors.NotFound(f"there is no group {shown(group)}", key=group) from error

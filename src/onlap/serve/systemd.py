@@ -5,21 +5,23 @@ Source: sd_notify(3), the protocol of NOTIFY_SOCKET.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 
+_log = logging.getLogger("onlap.serve")
+
 
 def notify(state: str) -> None:
-    """Send ``state``, as ``"READY=1"``.
-
-    Raises:
-        OSError: there is a socket, and it cannot be written to.
-    """
+    """Send ``state``, as ``"READY=1"``; where that cannot be, say so in the log: nobody is served worse for it."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]  # the abstract namespace (unix(7))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.connect(address)
-        sender.sendall(state.encode())
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.connect(address)
+            sender.sendall(state.encode())
+    except OSError as error:
+        _log.warning("cannot tell systemd", extra={"fields": {"state": state, "error": error}})

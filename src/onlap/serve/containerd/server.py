@@ -84,6 +84,7 @@ class Server:
             OnlapError: of another kind, when the socket cannot be made.
         """
         if self._listener is not None:
+            sockets.check_length(self._socket)
             # Always the same name, so that what a killed server leaves is replaced.
             inner = f"{self._socket}.inner"
             with sockets.private():

@@ -147,7 +147,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _request(name: str, body: io.RawIOBase) -> dict[str, Any]:
-    data = body.read(_MAX_REQUEST) or b""
+    data = b""
+    while len(data) < _MAX_REQUEST and (more := body.read(_MAX_REQUEST - len(data))):  # a chunk at a time
+        data += more
     if not data.strip():
         if name in _NEEDS_NOTHING:
             return {}

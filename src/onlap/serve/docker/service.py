@@ -192,8 +192,15 @@ class Service:
         return {}
 
     def _get(self, request: Request) -> Response:
-        with self._counting() as driver:
-            return {"Dir": driver.get(_text(request, "ID"), _text(request, "MountLabel"))}
+        with self._using() as driver:
+            id = _text(request, "ID")
+            found = driver.get(id, _text(request, "MountLabel"))
+            try:
+                self._remember(driver)
+            except BaseException:
+                driver.put(id)  # dockerd does not put what it has not got
+                raise
+            return {"Dir": found}
 
     def _put(self, request: Request) -> Response:
         with self._counting() as driver:
@@ -245,12 +252,19 @@ class Service:
 
     @contextmanager
     def _counting(self) -> Iterator[Driver]:
-        """The same, for a call that changes how often layers are in use; that is remembered also after an error."""
+        """The same, for a call that makes layers less in use.
+
+        It frees what it is asked for also where that cannot be written down, as on a full disk, where it is what helps;
+        the next call tries again. A plugin that is killed before that takes such a layer for one that is still in use.
+        """
         with self._using() as driver:
             try:
                 yield driver
             finally:
-                self._remember(driver)
+                try:
+                    self._remember(driver)
+                except errors.OnlapError as error:
+                    _log.warning("cannot keep the plugin's state", extra={"fields": {"error": error}})
 
     def _counts(self) -> dict[str, int]:
         return self._driver.counts if self._driver is not None else {}

@@ -92,6 +92,10 @@ class StateFile:
             OnlapError: of another kind, for what the kernel says.
         """
         home = _read(self._pointer)
+        if home and b"\0" in home:  # what a file is after a power cut whose length alone was written
+            raise errors.DataLoss(
+                f"{shown(self._pointer)} is damaged", key=self._pointer, hint="remove it, and restart dockerd"
+            )
         return _load(os.fsdecode(home)) if home else None
 
     def driver_of(self, home: str) -> str | None:
@@ -159,7 +163,7 @@ def _load(home: str) -> State | None:
         return None
     try:
         return _parse(home, json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise errors.DataLoss(
             f"the plugin's state in {shown(home)} is damaged",
             key=home,
