@@ -170,10 +170,11 @@ class Chunked(Uploads):
     def __init__(self, registry: Faulty, asks: dict[str, str] | None = None) -> None:
         super().__init__(registry, asks)
         self.falls_over = True
+        self.too_large = Reply(413)
 
     def _answer(self, request: Request) -> Reply | None:
         if len(request.body) > 1_000_000:
-            return Reply(413)
+            return self.too_large
         session = self.sessions.get(request.path)
         if request.method == "PATCH" and session and self.falls_over:
             self.falls_over = False
@@ -191,6 +192,17 @@ def test_what_is_too_large_goes_in_chunks(
     assert uploads.blobs == made.pushed
     starts = [each.headers["content-range"] for each in registry.asked("PATCH")]
     assert starts[:3] == ["0-999999", "1000000-1999999", "1001000-2000999"]  # from where it stopped
+
+
+def test_a_refusal_that_is_cut_is_one(
+    store: Store, registry: Faulty, made: Made, imported: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a proxy that closes the connection while the body still comes."""
+    monkeypatch.setattr("onlap.images.registry.repository.CHUNK", 1_000_000)
+    uploads = Chunked(registry)
+    uploads.too_large = Reply(413, b"too large", cut=0)
+    push(store, registry, imported)
+    assert uploads.blobs == made.pushed
 
 
 def test_a_registry_says_how_small_a_chunk_may_be(

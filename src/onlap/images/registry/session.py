@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 from urllib.parse import urlencode, urljoin, urlsplit
 
@@ -300,7 +300,10 @@ class RegistrySession:
         if status in _TRANSIENT:
             after = response.headers.get("Retry-After", "")
             raise TransientError(f"status {status}", float(after) if _SECONDS.fullmatch(after) else None)
-        said = _message(response.read(_MAX_ANSWER, decode_content=False))
+        said = ""
+        # Who refuses a large body may close while it comes, and so cut the answer; its status is what counts.
+        with suppress(HTTPError, OSError):
+            said = _message(response.read(_MAX_ANSWER, decode_content=False))
         host = self.registry
         if not reply.itself:
             host = f"{shown(urlsplit(reply.url).netloc)}, where {self.registry} leads to"
