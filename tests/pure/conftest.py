@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,23 @@ def registry(made: Made) -> Iterator[Faulty]:
 def store(tmp_path: Path) -> Iterator[Store]:
     with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
         yield store
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A directory that ordinary users reach, as pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="onlap-test-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """What is done inside is done as an ordinary user does it."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)

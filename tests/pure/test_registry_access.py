@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
@@ -16,6 +17,7 @@ from onlap.images import Access, Proxies
 from onlap.images.registry.access import from_environment, is_loopback
 from onlap.images.registry.session import RegistrySession
 from onlap.store import Store
+from pure.conftest import ordinary
 from pure.image_makers import Faulty, Made, Reply, Request, digest_of
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -212,6 +214,17 @@ def test_certificates_that_are_none_are_told(store: Store, tmp_path: Path) -> No
     access = Access(certs_dirs=(str(tmp_path / "none"), str(tmp_path / "certs.d")))
     with pytest.raises(errors.InvalidArgument, match=r"ours\.cert"):
         store.images.pull("r.example:5000/x:1", access=access)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes directories that it is kept out of as another")
+def test_certificates_that_are_closed_to_us_are_none(everybodys: Path) -> None:
+    (everybodys / "closed" / "r.example").mkdir(parents=True)
+    (everybodys / "closed").chmod(0o700)
+    (everybodys / "open" / "r.example").mkdir(parents=True)
+    (everybodys / "open" / "r.example" / "ca.crt").write_text("no certificate")
+    access = Access(certs_dirs=(str(everybodys / "closed"), str(everybodys / "open")))
+    with ordinary(), pytest.raises(errors.InvalidArgument, match=r"ca\.crt"):
+        access.contexts("r.example")
 
 
 @pytest.mark.parametrize("name", ["r.example:99999/x:1", "r.example:0/x:1", "a" * 64 + ".example/x:1"])

@@ -13,6 +13,7 @@ from onlap import errors
 from onlap.images import Credentials, Login
 from onlap.images.registry.challenges import challenges
 from onlap.images.registry.credentials import default_files
+from pure.conftest import ordinary
 
 
 def write(path: Path, value: object) -> str:
@@ -93,6 +94,32 @@ def test_a_broken_file_is_named(tmp_path: Path, document: object, error: type[Ex
     path = write(tmp_path / "config.json", document)
     with pytest.raises(error):
         Credentials([path], {"PATH": "/nowhere"}).find("r.example")
+
+
+def test_files_that_cannot_be_there_are_none(everybodys: Path) -> None:
+    """Of who has no home, and of who has no session where root's "podman login" has closed /run/containers."""
+    path = write(everybodys / "config.json", {"auths": {"r.example": AUTH}})
+    closed = write(everybodys / "containers" / "auth.json", {"auths": {"r.example": AUTH}})
+    (everybodys / "containers").chmod(0)
+    try:
+        with ordinary():
+            login = Credentials(["/dev/null/.config/containers/auth.json", closed, path]).find("r.example")
+    finally:
+        (everybodys / "containers").chmod(0o700)
+    assert login == Login("me", "se:cret")
+
+
+def test_a_file_that_may_not_be_read_is_told(everybodys: Path) -> None:
+    path = write(everybodys / "auth.json", {"auths": {"r.example": AUTH}})
+    os.chmod(path, 0)
+    with ordinary(), pytest.raises(errors.PermissionDenied, match=r"auth\.json"):
+        Credentials([path]).find("r.example")
+
+
+def test_a_file_that_nests_without_end_is_told(tmp_path: Path) -> None:
+    (tmp_path / "auth.json").write_text("[" * 200_000)
+    with pytest.raises(errors.InvalidArgument, match=r"auth\.json"):
+        Credentials([str(tmp_path / "auth.json")]).find("r.example")
 
 
 def test_a_failing_helper_is_told(tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ class Access(NamedTuple):
                 for context in (itself, elsewhere):
                     _load(path, partial(context.load_verify_locations, path))
             elif path.endswith(".cert"):
-                _load(path, partial(itself.load_cert_chain, path, path.removesuffix(".cert") + ".key"))
+                # Without a password to try, OpenSSL would ask for it on the terminal.
+                _load(path, partial(itself.load_cert_chain, path, path.removesuffix(".cert") + ".key", ""))
         return itself, elsewhere
 
     def _context(self) -> ssl.SSLContext:
@@ -120,8 +121,8 @@ class Access(NamedTuple):
             directory = os.path.join(top, registry)
             try:
                 return [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
-            except (FileNotFoundError, NotADirectoryError):
-                continue
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                continue  # the last of what is root's alone; Podman passes it over, too
             except OSError as error:
                 raise errors.from_oserror(error, doing="look for certificates", key=directory) from error
         return []
@@ -216,7 +217,9 @@ def _load(path: str, load: Callable[[], None]) -> None:
         load()
     except ssl.SSLError as error:
         raise errors.InvalidArgument(
-            f"no certificates in {shown(path)}: {error}", key=path, hint="they are wanted in PEM form"
+            f"no certificates in {shown(path)}: {error}",
+            key=path,
+            hint="they are wanted in PEM form, keys without a password",
         ) from error
     except OSError as error:
         raise errors.from_oserror(error, doing=f"read the certificates of {shown(path)}", key=path) from error

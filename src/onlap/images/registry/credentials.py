@@ -143,7 +143,7 @@ class Credentials:
         try:
             answer = json.loads(output)
             username, secret = str(answer["Username"]), str(answer["Secret"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise errors.FailedPrecondition(f"{program} gave no credentials", key=program) from error
         if username == _TOKEN_USER:
             return Login(identity_token=secret)
@@ -179,17 +179,30 @@ def _read(path: str) -> dict[str, Any] | None:
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_FILE)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter of who has /dev/null for a home
         return None
     except OSError as error:
+        if isinstance(error, PermissionError) and not _can_be_seen(path):
+            return None
         raise errors.from_oserror(error, doing="read the credentials", key=path) from error
     try:
         document = json.loads(data or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise errors.InvalidArgument(f"{shown(path)} is no JSON: {error}", key=path) from error
     if not isinstance(document, dict):
         raise errors.InvalidArgument(f"{shown(path)} is no configuration of Docker or Podman", key=path)
     return document
+
+
+def _can_be_seen(path: str) -> bool:
+    """Whether we may know that there is a file. What lies in another's closed directory, as root's "podman login" makes
+    /run/containers, is not ours.
+    """
+    try:
+        os.stat(path)
+    except OSError:
+        return False
+    return True
 
 
 def _table(document: dict[str, Any], name: str, path: str) -> dict[str, Any]:
