@@ -13,7 +13,7 @@ import onlap
 from onlap import errors
 from onlap.errors import OnlapError
 from onlap.images import look
-from onlap.images.facade import Image, image_of
+from onlap.images.index import Image, image_of
 from onlap.images.look import File, LayerTotal, Step
 from onlap.images.model import Config, Descriptor, History, Manifest, RootFS
 from onlap.images.origins import Hidden

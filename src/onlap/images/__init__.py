@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onlap.images.facade import Image as Image
     from onlap.images.facade import Images as Images
+    from onlap.images.index import Image as Image
     from onlap.images.registry.access import Access as Access
     from onlap.images.registry.access import Proxies as Proxies
     from onlap.images.registry.credentials import Credentials as Credentials
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Access": "registry.access",
     "Credentials": "registry.credentials",
-    "Image": "facade",
+    "Image": "index",
     "Images": "facade",
     "Login": "registry.credentials",
     "Proxies": "registry.access",

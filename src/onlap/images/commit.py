@@ -22,7 +22,7 @@ from onlap.content.lease import Lease
 from onlap.errors import shown
 from onlap.images import media, model, names, platforms
 from onlap.images.changes import apply_changes
-from onlap.images.facade import Image, Images, image_of
+from onlap.images.index import Image, Index, image_of
 from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.model import Descriptor, Manifest, Platform
 from onlap.progress import Callback
@@ -35,7 +35,7 @@ _LAST_SECOND = 253402300799
 
 
 def commit(
-    images: Images,
+    images: Index,
     key: str,
     name: str,
     *,
@@ -139,7 +139,7 @@ def timestamp(epoch: int | None) -> str:
     return f"{text}.{rest:09d}Z" if rest else f"{text}Z"
 
 
-def _base(images: Images, record: Record, base: Image | None) -> Image | None:
+def _base(images: Index, record: Record, base: Image | None) -> Image | None:
     """The image that a snapshot was prepared from."""
     parent = record.parent
     if base is not None:
@@ -174,7 +174,7 @@ def _base(images: Images, record: Record, base: Image | None) -> Image | None:
     )
 
 
-def _settings(images: Images, base: Image | None, platform: Platform) -> dict[str, Any]:
+def _settings(images: Index, base: Image | None, platform: Platform) -> dict[str, Any]:
     """The base's configuration with all that it has, known to us or not."""
     if base is not None:
         return model.decode_any(images.config_data(base), dict[str, Any], base.config_digest)
@@ -236,7 +236,7 @@ def _documents(
 
 
 def _finish(
-    images: Images, lease: Lease, record: Record, image: Image, diff_id: str, epoch: int | None, empty: bool
+    images: Index, lease: Lease, record: Record, image: Image, diff_id: str, epoch: int | None, empty: bool
 ) -> None:
     """Commit the snapshot and record the image in one transaction: a crash leaves both, or the active snapshot.
 

@@ -13,10 +13,12 @@ from onlap.arguments import check_file, check_path
 from onlap.content.store import ContentStore
 from onlap.errors import shown
 from onlap.images import archive, layout, model
-from onlap.images.facade import Image, Images, StrPath
+from onlap.images.index import Image, Index
 from onlap.images.layout import Exported, blob_path
 from onlap.progress import Callback, Reporter
 from onlap.trees import whole
+
+StrPath = str | os.PathLike[str]
 
 OCI = "oci"
 DOCKER = "docker"
@@ -24,7 +26,7 @@ _CHUNK = 1 << 20
 
 
 def export(
-    images: Images, chosen: Sequence[Image], out: StrPath | BinaryIO, *, form: str, progress: Callback | None
+    images: Index, chosen: Sequence[Image], out: StrPath | BinaryIO, *, form: str, progress: Callback | None
 ) -> None:
     """See :meth:`Images.export`."""
     if form not in (OCI, DOCKER):
@@ -39,7 +41,7 @@ def export(
 
 
 def _export(
-    images: Images, exported: list[Exported], out: StrPath | BinaryIO, form: str, progress: Callback | None
+    images: Index, exported: list[Exported], out: StrPath | BinaryIO, form: str, progress: Callback | None
 ) -> None:
     small = {layout.LAYOUT_FILE: layout.LAYOUT, layout.INDEX_FILE: layout.index_of(exported)}
     if form == DOCKER:
@@ -59,7 +61,7 @@ def _export(
     report.finish(total)
 
 
-def _exported(images: Images, image: Image) -> Exported:
+def _exported(images: Index, image: Image) -> Exported:
     layers = tuple(layer.digest for layer in image.layers)
     return Exported(
         image.name,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
+from collections.abc import Iterator
 
 from onlap import errors
 from onlap.catalog import pins
 from onlap.catalog.records import ACTIVE, COMMITTED
+from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -33,6 +36,19 @@ def collect_layers(snapshotter: RecordedSnapshotter) -> None:
         infos = list(snapshotter.walk(f'kind=={COMMITTED},labels."{LABEL_LAYER}"'))
         if not sum(_remove(snapshotter, info.name) for info in infos):
             break
+
+
+@contextlib.contextmanager
+def unless_refused(snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease) -> Iterator[None]:
+    """Take an image in: of one that is hostile or damaged nothing is left; what was interrupted is resumed later."""
+    try:
+        yield
+    except (errors.InvalidArgument, errors.DataLoss, errors.Unimplemented, errors.NotFound):
+        with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell
+            lease.end()
+            collect_layers(snapshotter)
+            content.collect(lease.digests)
+        raise
 
 
 def _lives(snapshotter: RecordedSnapshotter, owner: str) -> bool:

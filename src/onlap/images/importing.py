@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from onlap import errors
 from onlap.content.lease import Lease
 from onlap.errors import shown
 from onlap.images import archive, commit, layout, media, model, names, platforms
 from onlap.images.bring import Fetch
-from onlap.images.facade import Image, Images
 from onlap.images.files import DirectoryFiles, Files, TarFiles
-from onlap.images.garbage import collect_layers
+from onlap.images.garbage import unless_refused
+from onlap.images.index import Image, Index
 from onlap.images.layout import Found
 from onlap.images.model import Config, History, Manifest, RootFS
 from onlap.images.resolve import Resolved
@@ -26,7 +25,7 @@ from onlap.snapshots.archives import copy_in
 
 
 def import_(
-    images: Images,
+    images: Index,
     source: str,
     *,
     name: str | None,
@@ -39,7 +38,10 @@ def import_(
     wanted = platforms.parse(platform)
     if name is not None:
         name = names.normalized(name)
-    with images.content.lease(f"import of {shown(source)}") as lease, clean(images, lease):
+    with (
+        images.content.lease(f"import of {shown(source)}") as lease,
+        unless_refused(images.snapshotter, images.content, lease),
+    ):
         if os.path.isdir(source):
             if not _is_image(DirectoryFiles(source)):
                 return [_import_tree(images, source, name, wanted, epoch, progress)]
@@ -51,25 +53,12 @@ def import_(
         return [_import_tar(images, lease, source, name, wanted, unpack, epoch, progress)]
 
 
-@contextlib.contextmanager
-def clean(images: Images, lease: Lease) -> Iterator[None]:
-    """What is hostile or damaged leaves nothing; what was interrupted is gone on with later."""
-    try:
-        yield
-    except (errors.InvalidArgument, errors.DataLoss, errors.Unimplemented, errors.NotFound):
-        with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell
-            lease.end()
-            collect_layers(images.snapshotter)
-            images.content.collect(lease.digests)
-        raise
-
-
 def _is_image(source: Files) -> bool:
     return layout.is_layout(source) or archive.is_saved(source)
 
 
 def _import_files(
-    images: Images,
+    images: Index,
     lease: Lease,
     source: Files,
     path: str,
@@ -97,7 +86,7 @@ def _import_files(
     return done
 
 
-def _fetch(images: Images, source: Files, found: Found) -> Fetch:
+def _fetch(images: Index, source: Files, found: Found) -> Fetch:
     def fetch(layer: Layer, told: Callable[[int], None]) -> None:
         digest, size = layer.digest, layer.size
         path = found.where.get(digest) or layout.blob_path(digest)
@@ -122,7 +111,7 @@ def _fetch(images: Images, source: Files, found: Found) -> Fetch:
 
 
 def _import_tar(
-    images: Images,
+    images: Index,
     lease: Lease,
     source: str,
     name: str | None,
@@ -165,7 +154,7 @@ def _import_tar(
     return image
 
 
-def _diff_id(images: Images, digest: str) -> str:
+def _diff_id(images: Index, digest: str) -> str:
     with Pipeline(images.content.path(digest)) as pipeline:
         while pipeline.chunk():
             pass
@@ -173,7 +162,7 @@ def _diff_id(images: Images, digest: str) -> str:
 
 
 def _import_tree(
-    images: Images,
+    images: Index,
     source: str,
     name: str | None,
     wanted: model.Platform,

@@ -9,8 +9,8 @@ from contextlib import closing
 from onlap.content.digests import digest_of
 from onlap.images import media, names, resolve
 from onlap.images.events import stoppable
-from onlap.images.facade import Image, Images
-from onlap.images.importing import clean
+from onlap.images.garbage import unless_refused
+from onlap.images.index import Image, Index
 from onlap.images.model import Descriptor, Platform
 from onlap.images.registry.access import Access
 from onlap.images.registry.repository import Repository
@@ -20,7 +20,7 @@ from onlap.progress import Callback
 
 
 def pull(
-    images: Images,
+    images: Index,
     name: str,
     wanted: Platform,
     *,
@@ -34,7 +34,7 @@ def pull(
     with (
         closing(session_for(reference, access, stoppable(halt))) as session,
         images.content.lease(f"pull of {reference}", resumed=True) as lease,
-        clean(images, lease),
+        unless_refused(images.snapshotter, images.content, lease),
     ):
         repository = Repository(session)
         data, media_type = repository.manifest(reference.version)

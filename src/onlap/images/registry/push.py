@@ -11,7 +11,7 @@ from onlap import errors
 from onlap.images import model, names
 from onlap.images.bring import Threads
 from onlap.images.events import PATIENCE, Event, Events, stoppable
-from onlap.images.facade import DOWNLOADS, Image, Images
+from onlap.images.index import DOWNLOADS, Image, Index
 from onlap.images.names import Reference
 from onlap.images.registry.access import Access
 from onlap.images.registry.repository import Repository
@@ -21,7 +21,7 @@ from onlap.progress import Callback, Reporter
 
 
 def push(
-    images: Images,
+    images: Index,
     image: Image,
     target: str,
     *,
@@ -85,7 +85,7 @@ def _run(
     report.finish(total)
 
 
-def _sources(images: Images, target: Reference) -> dict[str, list[str]]:
+def _sources(images: Index, target: Reference) -> dict[str, list[str]]:
     """The repositories of the target's registry that are known to have a blob, since images of ours came from there."""
     found: dict[str, list[str]] = {}
     for image in images.list():

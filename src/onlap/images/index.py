@@ -1,0 +1,295 @@
+"""What images there are: names for manifests, whose blobs are in the content store and whose layers are snapshots."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.border import public_class
+from onlap.catalog import records as snapshots
+from onlap.catalog.database import Connection
+from onlap.content.lease import Lease
+from onlap.content.store import ContentStore
+from onlap.errors import shown
+from onlap.images import media, model, names, records
+from onlap.images.bring import Bringing, Fetch
+from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST, LABEL_LAYER
+from onlap.images.model import Config, Descriptor, Manifest
+from onlap.images.resolve import Resolved
+from onlap.images.unpack import Layer
+from onlap.progress import Callback
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+_log = logging.getLogger("onlap.images")
+
+# Layers fetched at once, as Docker and containerd do it.
+DOWNLOADS = 3
+
+
+class Image(NamedTuple):
+    """An image.
+
+    Attributes:
+        name: in its full form, as ``docker.io/library/debian:13``.
+        digest: of the manifest.
+        config_digest: of the configuration, which Docker calls the image's ID.
+        os: what it runs on, as ``"linux"``; empty where it does not say.
+        architecture: as ``"amd64"``, likewise.
+        variant: as ``"v8"``, likewise.
+        layers: descriptors of the layers' blobs, lowest first.
+        diff_ids: digests of the layers without compression, likewise.
+        chain_ids: names of the snapshots that the layers are, once unpacked, likewise.
+        created: when it was made, as RFC 3339 has it.
+        size: bytes of the layers' blobs.
+        media_type: of the manifest.
+    """
+
+    name: str
+    digest: str
+    config_digest: str
+    os: str
+    architecture: str
+    variant: str
+    layers: tuple[Descriptor, ...]
+    diff_ids: tuple[str, ...]
+    chain_ids: tuple[str, ...]
+    created: str | None
+    size: int
+    media_type: str
+
+    @property
+    def blobs(self) -> dict[str, int | None]:
+        """The digests of all that it needs; with the layers' sizes, which its manifest says."""
+        return {self.digest: None, self.config_digest: None} | {layer.digest: layer.size for layer in self.layers}
+
+
+# Inside the class ``list`` is its method.
+_Listed = list[Image]
+_Records = list[records.ImageRecord]
+
+
+@public_class
+class Index:
+    """The images of a root.
+
+    Args:
+        snapshotter: of the root; left open.
+        content: likewise.
+    """
+
+    def __init__(self, snapshotter: RecordedSnapshotter, content: ContentStore) -> None:
+        self.snapshotter = snapshotter
+        self.content = content
+        self._database = snapshotter.catalog.database
+
+    # Looking
+
+    def get(self, name: str) -> Image:
+        """The image of a name, short or full; or of the digest of its manifest, of which four characters are enough.
+
+        Raises:
+            NotFound: there is none.
+            InvalidArgument: it is no name.
+            FailedPrecondition: it is the beginning of several digests.
+            DataLoss: what the image consists of is damaged or gone.
+        """
+        while True:
+            record = self._records(name)[0]
+            try:
+                return self._image(record)
+            except errors.DataLoss:
+                # Looked up again: somebody may have removed it meanwhile, or given its name to another.
+                if self._records(name)[0].digest == record.digest:
+                    raise
+
+    def _records(self, name: str) -> _Records:
+        return self._database.read(lambda c: records.meant(c, name))
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(self.list())
+
+    def list(self) -> _Listed:
+        """Every image, by name; of one that is damaged a warning is logged, and :meth:`get` says more."""
+        found = []
+        for record in self._database.read(records.everything):
+            try:
+                found.append(self._image(record))
+            except errors.DataLoss as error:
+                _log.warning("the image %s is damaged: %s", shown(record.name), error)
+        return found
+
+    def labelled(self, labels: Mapping[str, str]) -> Image | None:
+        """The image that a container's snapshot says it began as; None where it says none, or that image is gone."""
+        name, digest = labels.get(LABEL_IMAGE), labels.get(LABEL_IMAGE_DIGEST)
+        # By its digest, where there is one: the name may be another image's by now, and the image have another name.
+        found = [image for image in self.list() if (image.name == name if digest is None else image.digest == digest)]
+        return min(found, key=lambda image: image.name != name, default=None)
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            return bool(self._records(name))
+        except errors.NotFound:
+            return False
+
+    def manifest(self, image: Image | str) -> Manifest:
+        """An image's manifest."""
+        image = self._given(image)
+        document = model.decode_document(self.manifest_data(image), image.media_type, image.digest)
+        assert isinstance(document, Manifest)
+        return document
+
+    def manifest_data(self, image: Image | str) -> bytes:
+        """The bytes of an image's manifest."""
+        return self._document(self._given(image).digest, model.MAX_MANIFEST)
+
+    def config(self, image: Image | str) -> Config:
+        """An image's configuration; its ``history`` says how each layer was made."""
+        return model.decode_config(self.config_data(image), self.manifest(image))
+
+    def config_data(self, image: Image | str) -> bytes:
+        """The bytes of an image's configuration, with whatever we do not know of."""
+        return self._document(self._given(image).config_digest, model.MAX_CONFIG)
+
+    def _given(self, image: Image | str) -> Image:
+        return image if isinstance(image, Image) else self.get(image)
+
+    def _document(self, digest: str, limit: int) -> bytes:
+        try:
+            return self.content.read(digest, limit)
+        except errors.NotFound as error:
+            raise errors.DataLoss(
+                f"the blob {digest} of an image is gone", key=digest, hint="pull or import the image again"
+            ) from error
+
+    def _image(self, record: records.ImageRecord) -> Image:
+        data = self._document(record.digest, model.MAX_MANIFEST)
+        manifest = model.decode_document(data, record.media_type, record.digest)
+        assert isinstance(manifest, Manifest)
+        config = model.decode_config(self._document(manifest.config.digest, model.MAX_CONFIG), manifest)
+        return image_of(record.name, record.digest, manifest, config)
+
+    # Changing
+
+    def remove(self, name: str) -> None:
+        """Forget an image, and the snapshots of its layers that nothing else needs.
+
+        Its blobs are deleted by the next cleanup, unless others have them.
+
+        Args:
+            name: see :meth:`get`; a digest only where the image has no more than one name.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: a digest was given, and the image has several names, or several images are meant.
+        """
+
+        def operation(connection: Connection) -> records.ImageRecord:
+            found = records.meant(connection, name)
+            if len(found) > 1:
+                raise errors.FailedPrecondition(
+                    f"the image {shown(name)} has several names",
+                    key=name,
+                    hint=f"say which: {shown(', '.join(each.name for each in found))}",
+                )
+            records.delete(connection, found[0].name)
+            return found[0]
+
+        record = self.snapshotter.catalog.with_room(lambda: self._database.write(operation))
+        try:
+            self._remove_layers(self._image(record))
+        except errors.OnlapError as error:
+            # It is removed, also a damaged one; cleanup finds its layers.
+            _log.warning("the layers of the removed image %s stay for now: %s", shown(name), error)
+
+    def _remove_layers(self, image: Image) -> None:
+        for chain_id in reversed(image.chain_ids):
+            try:
+                if LABEL_LAYER in self.snapshotter.stat(chain_id).labels:
+                    self.snapshotter.remove(chain_id)
+            except errors.NotFound:
+                continue  # it was never unpacked, or is gone
+            except errors.FailedPrecondition:
+                return  # another image or snapshot stands on it
+
+    def tag(self, name: str, new: str) -> Image:
+        """Give an image another name besides; what was called so before loses that name.
+
+        Raises:
+            NotFound: there is no such image.
+            InvalidArgument: it is no name.
+        """
+        image = self.get(name)._replace(name=names.normalized(new))
+        self.record(image)
+        return image
+
+    # For what takes images in
+
+    def bring(
+        self,
+        lease: Lease,
+        image: Image,
+        fetch: Fetch | None,
+        *,
+        unpack: bool,
+        progress: Callback | None,
+        verify: bool = False,
+        halt: threading.Event | None = None,
+    ) -> str | None:
+        """Fetch and unpack the layers of an image; see :meth:`Bringing.run`."""
+        layers = [
+            Layer(layer.digest, layer.size, diff_id, chain_id)
+            for layer, diff_id, chain_id in zip(image.layers, image.diff_ids, image.chain_ids, strict=True)
+        ]
+        bringing = Bringing(self.snapshotter, self.content, lease, layers, progress, verify=verify, halt=halt)
+        return bringing.run(fetch, DOWNLOADS, unpack=unpack)
+
+    def keep(self, lease: Lease, name: str, resolved: Resolved) -> Image:
+        """Put an image's documents into the content store, and pin all of its blobs for now."""
+        image = image_of(name, resolved.descriptor.digest, resolved.manifest, resolved.config)
+        lease.pin(*image.blobs)
+        self.content.put_documents(resolved.config_data, resolved.manifest_data)
+        return image
+
+    def record(self, image: Image) -> None:
+        """Let the image be known by its name, with pins on all that it needs.
+
+        Raises:
+            NotFound: a blob of it is gone; nothing is recorded.
+        """
+        self._database.write(self.recording(image))
+
+    def recording(self, image: Image) -> Callable[[Connection], None]:
+        """What does that inside a write transaction: the one way in which an image comes to be known."""
+        blobs = image.blobs
+        size = self.content.size(image.digest)
+        top = image.chain_ids[-1] if image.chain_ids else ""
+
+        def operation(connection: Connection) -> None:
+            self.content.check_present(blobs)
+            snapshot = snapshots.find(connection, self.snapshotter.owner, top)
+            identifier = snapshot.id if snapshot is not None and LABEL_LAYER in snapshot.labels else None
+            records.put(connection, image.name, image.digest, image.media_type, size, list(blobs), identifier)
+
+        return operation
+
+
+def image_of(name: str, digest: str, manifest: Manifest, config: Config) -> Image:
+    """An image, of its documents."""
+    diff_ids = tuple(config.rootfs.diff_ids)
+    return Image(
+        name,
+        digest,
+        manifest.config.digest,
+        config.os,
+        config.architecture,
+        config.variant,
+        tuple(manifest.layers),
+        diff_ids,
+        model.chain_ids(diff_ids),
+        config.created,
+        sum(layer.size for layer in manifest.layers),
+        manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST),
+    )
