@@ -144,7 +144,7 @@ class Trash:
             return found is not None
 
         for text in namespaces.tables():
-            table: mountinfo.Table | None = None
+            table = mountinfo.Table(text)
             for entry in mountinfo.parse(text, *_NEEDLES):
                 if entry.fstype != b"overlay":
                     if place is not None and by_place is not None and entry.device == place.device:
@@ -156,7 +156,6 @@ class Trash:
                     # Our root may be bound to another place there.
                     if by_place is None or b"/snapshots/" not in path or not path.startswith(b"/"):
                         continue
-                    table = table or mountinfo.Table(text)
                     lies = table.place(path)
                     if lies is not None and place is not None and lies.device == place.device:
                         note(by_place.match(lies.path))

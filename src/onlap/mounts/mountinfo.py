@@ -108,26 +108,37 @@ def _place(mount: Entry, path: bytes) -> Place:
 class Table:
     """The mounts of a namespace, to find where a path lies there without touching it.
 
+    They are read when the first path is asked for, and once: there may be thousands, of which each names a path.
+
     Args:
         text: the mountinfo of a process in it.
     """
 
     def __init__(self, text: bytes) -> None:
+        self._text: bytes | None = text
+        self._on: dict[tuple[int, bytes], Entry] = {}
+        self._tops: dict[bytes, Entry] = {}
+
+    def _read(self, text: bytes) -> None:
         entries = list(parse(text))
         ids = {entry.id for entry in entries}
         self._on = {(entry.parent, entry.mountpoint): entry for entry in entries if entry.parent != entry.id}
-        self._tops = [entry for entry in entries if entry.parent not in ids or entry.parent == entry.id]
+        for entry in entries:
+            if entry.parent not in ids or entry.parent == entry.id:
+                self._tops.setdefault(entry.mountpoint, entry)
 
     def place(self, path: bytes) -> Place | None:
         """Where an absolute path lies, symlinks aside; None when no mount that is shown holds it."""
-        tops = [top for top in self._tops if _is_in(path, top.mountpoint)]
-        if not tops:
+        if self._text is not None:
+            self._read(self._text)
+            self._text = None
+        points = [b"/", *(path[:end] for end in range(1, len(path)) if path[end] == _SLASH), path]
+        mount = next((self._tops[point] for point in reversed(points) if point in self._tops), None)
+        if mount is None:
             return None
-        mount = max(tops, key=lambda top: len(top.mountpoint))
         # Down from mount to mount, as the kernel goes: one below a mount point that was covered later is not met.
         passed = {mount.id}
-        ends = [end for end in range(1, len(path)) if path[end] == _SLASH]
-        for point in (b"/", *(path[:end] for end in ends), path):
+        for point in points:
             while (upper := self._on.get((mount.id, point))) is not None and upper.id not in passed:
                 passed.add(upper.id)
                 mount = upper
@@ -135,7 +146,3 @@ class Table:
 
 
 _SLASH = ord("/")
-
-
-def _is_in(path: bytes, directory: bytes) -> bool:
-    return path == directory or path.startswith(directory.rstrip(b"/") + b"/")

@@ -31,11 +31,12 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
     place, needle = _place(tree), _needle(tree)
     found = []
     for text in namespaces.tables() if everywhere or overlaid else (mountinfo.own(),):
+        table = mountinfo.Table(text)
         for entry in mountinfo.parse(text, needle):
             if writable and entry.options.split(b",")[0] != b"rw":
                 continue
             if entry.fstype == b"overlay":
-                uses = any(_is(text, path, os.fsencode(tree), place) for path in _upperdirs(entry.super_options))
+                uses = any(_is(table, path, os.fsencode(tree), place) for path in _upperdirs(entry.super_options))
             else:
                 uses = place is not None and entry.device == place.device and _covers(entry.root, place.path)
             if uses:
@@ -77,11 +78,11 @@ def _needle(tree: str) -> bytes:
     return os.fsencode("/".join(tree.split("/")[-2:]))
 
 
-def _is(text: bytes, path: bytes, tree: bytes, place: mountinfo.Place | None) -> bool:
+def _is(table: mountinfo.Table, path: bytes, tree: bytes, place: mountinfo.Place | None) -> bool:
     """Whether a path of a mount table is that directory; a root may be bound to another place there."""
     if path == tree:
         return True
-    return place is not None and mountinfo.Table(text).place(path) == place
+    return place is not None and table.place(path) == place
 
 
 def _covers(mounted: bytes, root: bytes) -> bool:
