@@ -145,6 +145,31 @@ def test_units_are_printed_for_where_it_is(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "name, word, in_command",
+    [
+        ("a%b", "a%%b", "a%%b"),
+        ("a$b", "a$b", "a$$b"),
+        ("a b", None, None),
+        ('a"\\b', r"a\"\\b", r"a\"\\b"),
+    ],
+)
+def test_a_root_of_any_name_is_one_word_in_a_unit(name: str, word: str | None, in_command: str | None) -> None:
+    """As systemd reads it: specifiers, variables, quotes (systemd.syntax(7), systemd.service(5))."""
+    lines = onlap("--root", f"/{name}", "serve", "containerd", "--print-unit", "service").stdout.splitlines()
+    quote = '"' if set(name) & set(' "') else ""
+    assert f"RequiresMountsFor={quote}/{word or name}{quote}" in lines
+    assert any(f" --root {quote}/{in_command or name}{quote} serve " in line for line in lines)
+
+
+def test_a_unit_takes_no_options_silently() -> None:
+    for kind, option in (("containerd", "--socket"), ("docker", "--name")):
+        done = onlap("serve", kind, "--print-unit", "service", option, "x")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{option} does not get into a unit" in done.stderr
+    assert "--sync" in onlap("serve", "docker", "--print-unit", "socket", "--sync", "none").stderr
+
+
 def test_options_stand_before_and_after_the_verb(native: Path) -> None:
     root = str(native)
     lines = [

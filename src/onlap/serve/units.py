@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib.resources import files
 
@@ -18,16 +19,27 @@ def unit(name: str, root: str = _ROOT) -> str:
         name: as ``"onlap-containerd.service"``.
         root: what the server is to serve.
     """
-    text = files("onlap.serve").joinpath("deploy", name).read_text(encoding="utf-8")
-    return text.replace(_PROGRAM, _escaped(_program())).replace(_ROOT, _escaped(root))
+    lines = files("onlap.serve").joinpath("deploy", name).read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(_settled(line, root) for line in lines)
+
+
+def _settled(line: str, root: str) -> str:
+    if line.startswith("ExecStart="):
+        # A command's words are also searched for variables (systemd.service(5), "Command lines").
+        return line.replace(_PROGRAM, _program()).replace(_ROOT, _word(root).replace("$", "$$"))
+    return line.replace(_ROOT, _word(root))
 
 
 def _program() -> str:
     """How this program was started, from anywhere."""
     if os.path.basename(sys.argv[0]) == "onlap" and os.access(sys.argv[0], os.X_OK):
-        return os.path.abspath(sys.argv[0])
-    return f"{sys.executable} -m onlap"
+        return _word(os.path.abspath(sys.argv[0]))
+    return f"{_word(sys.executable)} -m onlap"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")  # systemd.unit(5), "Specifiers"
+def _word(text: str) -> str:
+    """One word of a setting (systemd.syntax(7), "Quoting"; systemd.unit(5), "Specifiers")."""
+    text = text.replace("%", "%%")
+    if not re.search(r"[\s\"'\\;]", text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text).replace("\n", r"\n") + '"'

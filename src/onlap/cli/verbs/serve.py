@@ -14,6 +14,7 @@ _KINDS = ("containerd", "docker")
 # What is said where an option of one kind is not given; an option is refused where it means nothing.
 _DEFAULTS: dict[str, dict[str, object]] = {
     "containerd": {
+        "sync": "layer",
         "socket": None,
         "owner": "containerd",
         "socket_mode": "0600",
@@ -25,7 +26,7 @@ _DEFAULTS: dict[str, dict[str, object]] = {
         "remap_ids": False,
         "slow_chown": False,
     },
-    "docker": {"name": None, "driver": "overlay2", "socket_dir": "/run/docker/plugins"},
+    "docker": {"sync": "layer", "name": None, "driver": "overlay2", "socket_dir": "/run/docker/plugins"},
 }
 
 
@@ -41,7 +42,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--print-unit", choices=("service", "socket"), help="print this unit for systemd, and serve nothing"
     )
-    parser.add_argument("--sync", choices=("layer", "none"), default="layer", help="see the documentation of each")
+    parser.add_argument("--sync", choices=("layer", "none"), help="see the documentation of each (layer)")
     one = parser.add_argument_group("containerd")
     one.add_argument("--socket", metavar="S", help="where to listen; need not be said of a socket that is handed over")
     one.add_argument("--owner", metavar="O", help="whose snapshots these are (containerd)")
@@ -76,12 +77,17 @@ def run(call: Call) -> int:
 def _settle(call: Call) -> None:
     """Refuse the options of the other kind, and fill in what was not said."""
     args, kind = call.args, call.args.kind
-    for each, defaults in _DEFAULTS.items():
-        for name, default in defaults.items():
-            if each == kind and getattr(args, name) is None:
-                setattr(args, name, default)
-            elif each != kind and getattr(args, name) is not None:
-                raise UsageError(f"--{name.replace('_', '-')} belongs to serve {each}, not to serve {kind}")
+    other = next(each for each in _KINDS if each != kind)
+    for name in _DEFAULTS[other].keys() - _DEFAULTS[kind].keys():
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to serve {other}, not to serve {kind}")
+    for name, default in _DEFAULTS[kind].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.print_unit:
+            raise UsageError(
+                f"--{name.replace('_', '-')} does not get into a unit by itself: write it into ExecStart= there"
+            )
 
 
 def _print_unit(call: Call) -> int:
