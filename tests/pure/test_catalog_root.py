@@ -14,6 +14,7 @@ from onlap import errors
 from onlap.catalog import schema
 from onlap.catalog.layout import RESERVE_SIZE
 from onlap.catalog.writer import other_version
+from onlap.probing.probe import SCRATCH
 
 # The places
 
@@ -267,3 +268,20 @@ def test_a_label_that_is_not_utf8_is_a_clear_error(root: Path) -> None:
         with pytest.raises(errors.InvalidArgument):
             store.prepare("key", labels={"a": "\udcff"})
         assert "key" not in store
+
+
+def test_what_a_killed_program_tried_out_is_no_stranger(tmp_path: Path) -> None:
+    left, held = (tmp_path / f"{SCRATCH}{name}" for name in ("1-left", "2-held"))
+    for each in (left, held):
+        (each / "upper").mkdir(parents=True)
+    fd = os.open(held, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    try:
+        onlap.open(tmp_path, snapshotter="native").close()
+        assert not left.exists()
+        assert held.exists()
+    finally:
+        os.close(fd)
+    with onlap.open(tmp_path) as store:
+        store.cleanup()
+    assert not held.exists()

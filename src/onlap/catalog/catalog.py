@@ -480,6 +480,7 @@ class Catalog:
         try:
             self.staging.collect(self.trash.put)
             self._collect_orphans()
+            self.layout.remove_trials()
         except OSError as error:
             raise errors.from_oserror(error, doing="clean up", key=self.layout.root) from error
         if wake:

@@ -118,11 +118,21 @@ class Layout:
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise self._refused("can be written by others", f"chmod 700 {shown(self.root)}")
         if not _is_there(self.database):
-            strangers = sorted(set(os.listdir(self.root)) - _OURS)
+            from onlap.probing.probe import SCRATCH
+
+            self.remove_trials()
+            # Somebody else may be trying out what can be done here, to make the root as well.
+            strangers = sorted(name for name in os.listdir(self.root) if name not in _OURS and SCRATCH not in name)
             if strangers:
                 raise self._refused(f"holds something else ({shown(strangers[0])})", "give an empty or new directory")
         if not _has_content(self.database):
             self.check_new()
+
+    def remove_trials(self) -> None:
+        """Remove what programs that were killed tried out here; raises OSError."""
+        from onlap.probing.probe import remove_left
+
+        remove_left(self.root)
 
     def check_new(self) -> None:
         """Refuse to begin a catalog where there are trees: each would be one without a record, which cleanup deletes.

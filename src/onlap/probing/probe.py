@@ -7,6 +7,7 @@ snapshots. Both work in a scratch directory inside the one they are asked about,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -32,6 +33,9 @@ from onlap.syscalls import files
 __all__ = ["FEATURES", "MODES", "Feature", "Probe", "overlay_mode", "probe"]
 
 StrPath = str | os.PathLike[str]
+
+# Of the directories in which something is tried out.
+SCRATCH = ".onlap-probe-"
 
 # Every name in Probe.features, in its order.
 FEATURES = (
@@ -240,9 +244,8 @@ def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature
 def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
     """A new directory inside ``directory`` for the time of a block; yields both, absolute."""
     where = os.path.abspath(check_path(directory, "directory to try out"))
-    base = os.path.join(where, f".onlap-probe-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        os.mkdir(base, 0o700)
+        base, fd = _made(where)
     except OSError as error:
         raise errors.from_oserror(error, doing="try out that directory", key=where) from error
     try:
@@ -252,6 +255,39 @@ def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
             _remove(base)
         except OSError as error:
             raise errors.from_oserror(error, doing="remove what was tried out", key=base) from error
+        finally:
+            os.close(fd)
+
+
+def _made(where: str) -> tuple[str, int]:
+    """A new directory, and a descriptor that holds it: nobody takes it for what a killed program left (remove_left)."""
+    while True:
+        base = os.path.join(where, f"{SCRATCH}{os.getpid()}-{os.urandom(4).hex()}")
+        os.mkdir(base, 0o700)
+        with contextlib.suppress(FileNotFoundError):  # somebody took it for one before it was held
+            fd = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            if os.path.exists(base):
+                return base, fd
+            os.close(fd)
+
+
+def remove_left(directory: str) -> None:
+    """Remove what programs that were killed have left of their trials in a directory; raises OSError."""
+    for name in os.listdir(directory):
+        if not name.startswith(SCRATCH):
+            continue
+        try:
+            fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(os.path.join(directory, name))
+        except (BlockingIOError, FileNotFoundError):
+            continue  # somebody tries out something now, or cleans up as we do
+        finally:
+            os.close(fd)
 
 
 def _remove(directory: str) -> None:

@@ -49,10 +49,12 @@ def export_directory(source: str, target: str, progress: Callable[[int, int], No
         FailedPrecondition, OnlapError: see :meth:`Store.export`.
     """
     doing = f"export to {shown(target)}"
-    # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
-    copier = Copier(allow_changes=True, progress=progress)
     try:
         with whole.new_directory(target) as directory:
+            # It may lie in the tree, which would be copied into itself without end.
+            status = os.stat(directory)
+            # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
+            copier = Copier(allow_changes=True, avoid=[(status.st_dev, status.st_ino)], progress=progress)
             return _copy(copier, source, directory, doing)
     except OSError as error:
         raise errors.from_oserror(error, doing=doing, key=target) from error
