@@ -288,3 +288,120 @@ with onlap.open(sys.argv[1]) as store:
     assert len(list(store.walk())) == 48
 """
     output(code, ordinary / "onlap", ordinary=True)
+
+
+def test_a_build_of_an_ordinary_user_whose_tree_is_in_use_at_the_end_is_kept(ordinary: Path) -> None:
+    """No mountinfo shows his mount, so that nothing but /proc says that somebody could go on writing into the layer."""
+    code = """
+import subprocess, sys, onlap
+from onlap.mounts import unmount
+unmount._attempts = lambda _timeout: [True]
+with onlap.open(sys.argv[1]) as store:
+    with store.build("base") as tree:
+        (tree / "file").write_text("base")
+    for parent in ("base", None):
+        try:
+            with store.build("made", parent) as tree:
+                (tree / "new").write_text("work of hours")
+                child = subprocess.Popen(["sleep", "1000"], cwd=tree)
+        except onlap.errors.Busy as error:
+            assert any(f"pid {child.pid} (sleep): cwd" in line for line in error.holders), error.holders
+            assert f"onlap commit made {error.key}" in str(error)
+            key = error.key
+        else:
+            sys.exit("committed")
+        finally:
+            child.kill()
+            child.wait()
+    store.commit("made", key)
+    with store.mounted("made") as tree:
+        assert (tree / "new").read_text() == "work of hours"
+"""
+    output(code, ordinary / "onlap", ordinary=True)
+
+
+def test_a_forked_worker_does_not_keep_an_ordinary_users_tree(ordinary: Path) -> None:
+    code = """
+import os, sys, onlap
+from onlap.mounts import unmount
+unmount._attempts = lambda _timeout: [True]
+there, here = os.pipe()
+with onlap.open(sys.argv[1]) as store:
+    with store.build("base") as tree:
+        (tree / "file").write_text("base")
+    with store.build("made", "base") as tree:
+        if not os.fork():
+            os.close(here)
+            assert (tree / "file").read_text() == "base"
+            os.read(there, 1)
+            os._exit(0)
+    store.remove("made")
+    os.close(here)
+    os.wait()
+"""
+    output(code, ordinary / "onlap", ordinary=True)
+
+
+@pytest.mark.parametrize(
+    "fork",
+    [
+        # In a container a program is 1, and so is the child with which it begins a PID namespace.
+        "unshare(0x20000000); child = os.fork()",
+        # Behind Python's back.
+        "child = ctypes.CDLL(None).fork()",
+    ],
+)
+def test_a_child_that_is_hard_to_know_changes_nothing(store: Store, fork: str) -> None:
+    code = f"""
+import ctypes, os, subprocess, sys, onlap
+from onlap.syscalls.namespaces import unshare
+with onlap.open(sys.argv[1]) as store, store.scratch("base") as tree:
+    scratch = store.scratch("base")
+    other = scratch.__enter__()
+    {fork}
+    if child == 0:
+        try:
+            scratch.__exit__(None, None, None)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.getpid() == 1
+    onlap.open(sys.argv[1]).cleanup()
+    assert (other / "file").read_text() == "base"
+    scratch.__exit__(None, None, None)
+"""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-W", "ignore", "-c", code]
+    subprocess.run([*command, str(store.root)], check=True, env=ENVIRONMENT)
+    assert os.listdir(store.root / "runs") == []
+
+
+def test_what_others_do_at_the_place_inside_the_block(store: Store) -> None:
+    """Unmounted by the program itself, or moved with the root: it is found. What another mounts above it stays."""
+    before = mountinfo()
+    with store.scratch("base") as tree:
+        unmount(str(tree))
+    moved = store.root.with_name("moved")
+    with onlap.open(moved) as other:
+        with other.build("base"):
+            pass
+        with other.mounted("base") as tree:
+            moved.rename(store.root.with_name("again"))
+    assert mountinfo() == before
+    with pytest.raises(errors.Busy, match="above it"), store.scratch("base") as tree:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tree], check=True)
+    assert os.path.ismount(tree)
+    unmount(str(tree))
+    store.cleanup()
+    assert mountinfo() == before
+
+
+def test_a_mount_point_that_is_a_symlink(store: Store) -> None:
+    at, link = (store.root.with_name(name) for name in ("at", "link"))
+    at.mkdir()
+    link.symlink_to(at)
+    before = mountinfo()
+    with store.mounted("base", link) as tree:
+        assert tree == link
+        link.unlink()
+        assert (at / "file").read_text() == "base"
+    assert mountinfo() == before

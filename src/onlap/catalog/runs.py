@@ -33,6 +33,7 @@ from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import COMMITTED, Condition, Record
 from onlap.errors import shown
+from onlap.forks import only_here
 from onlap.mounts import mountinfo
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
@@ -69,6 +70,7 @@ class Run:
             self.id, self.directory, self._held = _claim(_place(root))
         except OSError as error:
             raise errors.from_oserror(error, doing="make a directory for the work", key=root) from error
+        self._end = only_here(_end)
 
     def __enter__(self) -> Run:
         return self
@@ -80,12 +82,7 @@ class Run:
 
     def close(self) -> None:
         """End it; the directory goes."""
-        if self._held.fd < 0:  # left, or of the parent, whose lock a forked child closes
-            return
-        # What is still mounted, or cannot be removed now, the next sweep finds; nothing is wrong with the work itself.
-        with contextlib.suppress(OSError):
-            _remove(self.directory)
-        self._held.release()
+        self._end(self.directory, self._held)
 
     def leave(self) -> None:
         """End it, and leave what there is of it to the next sweep."""
@@ -231,6 +228,15 @@ def _claim(place: str) -> tuple[str, str, Held]:
             continue
         if held is not None:
             return identifier, path, held
+
+
+def _end(directory: str, held: Held) -> None:
+    if held.fd < 0:  # left
+        return
+    # What is still mounted, or cannot be removed now, the next sweep finds; nothing is wrong with the work itself.
+    with contextlib.suppress(OSError):
+        _remove(directory)
+    held.release()
 
 
 def _remove(path: str) -> None:

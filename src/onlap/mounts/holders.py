@@ -25,13 +25,13 @@ def holders(target: str) -> list[str]:
     Looks at the working directory, the root, the program, the open files and the mappings of every process that /proc
     lets us see, and at mounts below ``target``. The mappings of other users are left out: a process can keep their
     reader waiting (mmap_lock), and what it has mapped it mostly runs or has open as well.
-
-    Raises:
-        OSError: ``target`` is not there.
     """
     path = os.path.realpath(target)
     prefix = os.fsencode(path)
-    place = mountinfo.place_of(path)
+    try:
+        place = mountinfo.place_of(path)
+    except OSError:
+        return []  # it is gone, or nobody could come to it
     found = [f"mount {shown(point)}" for point in mountinfo.below(prefix)]
     # What /proc calls "/mnt/x" may be another mount in another namespace, so that a name alone could accuse the wrong
     # one; the device number, which an overlay has to itself, has to be mounted there.
@@ -44,6 +44,60 @@ def holders(target: str) -> list[str]:
         if held and _sees(pid, place, sees):
             found += [f"pid {pid} ({command(pid)}): {what}" for what in held]
     return found
+
+
+def holders_of_mount(number: int, device: int) -> list[str]:
+    """Who holds a mount that is attached nowhere, so that its files have no paths, as :func:`holders`.
+
+    Args:
+        number: of the mount, as mountinfo has it; no two namespaces have the same.
+        device: that of its filesystem, which nobody else mounts.
+    """
+    line, of_device = b"mnt_id:\t%d\n" % number, b" %02x:%02x " % (os.major(device), os.minor(device))
+    found: list[str] = []
+    asked: set[int] = set()
+    # One that was forked meanwhile has what its parent had, which may have ended before we came to it.
+    while new := set(namespaces.pids()) - asked:
+        asked |= new
+        for pid in sorted(new):
+            held = [what for what, info in _files(pid) if line in info or of_device in info]
+            found += [f"pid {pid} ({command(pid)}): {what}" for what in held]
+    return found
+
+
+def _files(pid: int) -> Iterator[tuple[str, bytes]]:
+    """What proc_pid_fdinfo(5) says of what a process has open, its working directory, root and program included."""
+    base = f"/proc/{pid}"
+    for name in ("cwd", "root", "exe"):
+        try:
+            # Opened as a place only (O_PATH), of which its filesystem is not even told.
+            fd = os.open(f"{base}/{name}", os.O_PATH | os.O_CLOEXEC)
+        except PermissionError:
+            return  # another user's, who is not let into our tree; what else he has is hidden as well
+        except OSError:
+            continue  # it ended, or is a thread of the kernel
+        try:
+            yield name, _read(f"/proc/self/fdinfo/{fd}")
+        finally:
+            os.close(fd)
+    try:
+        with os.scandir(f"{base}/fdinfo") as files:
+            names = [file.name for file in islice(files, _MAX_FILES)]
+    except OSError:
+        return
+    for name in names:
+        yield f"fd/{name}", _read(f"{base}/fdinfo/{name}")
+    # Of a mapping it says nothing; its line there has the number of the filesystem.
+    yield "maps a file", _maps(pid)
+
+
+def _read(path: str) -> bytes:
+    """A file of /proc; empty when it is hidden, or the process ended."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _below(path: bytes, prefix: bytes) -> bool:
@@ -76,16 +130,16 @@ def _links(pid: int) -> Iterator[tuple[str, bytes]]:
             continue
 
 
-def _mapped(pid: int, prefix: bytes) -> list[bytes]:
+def _maps(pid: int) -> bytes:
     # "Uid:" has the real, effective, saved and filesystem user. (The owner of /proc/<pid> is root also for a process
     # that made itself undumpable.)
     if namespaces.status(pid).get("Uid", "").split("\t")[1:2] not in (["0"], [str(os.geteuid())]):
-        return []
-    try:
-        with open(f"/proc/{pid}/maps", "rb") as file:
-            text = file.read()
-    except OSError:
-        return []
+        return b""
+    return _read(f"/proc/{pid}/maps")
+
+
+def _mapped(pid: int, prefix: bytes) -> list[bytes]:
+    text = _maps(pid)
     # "address perms offset device inode   path": only a newline is escaped in the path (fs/proc/task_mmu.c).
     paths = {part.lstrip(b" ") for line in text.split(b"\n") for part in line.split(b" ", 5)[5:]}
     escaped = prefix.replace(b"\n", b"\\012")

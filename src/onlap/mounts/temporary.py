@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.errors import shown
-from onlap.forks import only_here
+from onlap.forks import kept_from_children, only_here
 from onlap.mounts import kernel, mountinfo
+from onlap.mounts.holders import holders, holders_of_mount
 from onlap.mounts.plan import Mount
-from onlap.mounts.unmount import unmount
+from onlap.mounts.unmount import await_nobody, busy, unmount
+from onlap.syscalls.files import mount_id
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,10 +33,20 @@ def mounted(
         if at is None and len(plan) == 1 and plan[0].needs_no_mount and (detached or not may_mount()):
             where = os.path.abspath(plan[0].source)
         elif detached or (at is None and not may_mount()):
-            where = _detached(plan, stack)
+            where = _detached(plan, timeout, stack)
         else:
             where = _attached(plan, at, timeout, stack)
         yield Path(where)
+
+
+def await_leaving(directory: Path) -> None:
+    """Wait until nobody uses a directory that :func:`mounted` gave as it is, without a mount.
+
+    Raises:
+        Busy: somebody still does.
+    """
+    where = os.fspath(directory)
+    await_nobody(where, lambda: holders(where))
 
 
 def check_plan(mounts: object) -> list[Mount]:
@@ -97,13 +109,48 @@ def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: flo
         where = os.path.abspath(check_path(at, "mount point"))
     for mount in plan:
         target = os.path.join(where, mount.target.lstrip("/")) if mount.target else where
+        # A mount point that is a symlink may lead elsewhere at the end.
+        target = os.path.realpath(target)
         kernel.attach(mount, target)
-        stack.callback(only_here(unmount), target, timeout=timeout)
+        stack.callback(_unmounting(target, timeout))
         if "rbind" in mount.flags:
             # It brought along what is mounted below its source, which goes first, the deepest before all.
-            for inner in mountinfo.below(os.fsencode(os.path.realpath(target))):
-                stack.callback(only_here(unmount), os.fsdecode(inner), timeout=timeout)
+            for inner in mountinfo.below(os.fsencode(target)):
+                stack.callback(_unmounting(os.fsdecode(inner), timeout))
     return where
+
+
+def _unmounting(target: str, timeout: float) -> Callable[[], None]:
+    """What unmounts that which is mounted at a place now: not what others mount there later."""
+    number = _mounted_at(target)
+
+    def end() -> None:
+        now = target
+        if number and _mounted_at(target) != number:
+            # Unmounted by whoever used it, moved with a directory above it, or covered by another mount.
+            found = [entry for entry in mountinfo.parse(mountinfo.own(), b"%d " % number) if entry.id == number]
+            if not found:
+                return
+            now = os.fsdecode(found[0].mountpoint)
+            if _mounted_at(now) not in (number, None):
+                raise busy(now, [f"mount {shown(now)}, above it"], "unmount that first")
+        unmount(now, timeout=timeout)
+
+    return only_here(end)
+
+
+def _mounted_at(path: str) -> int | None:
+    """The number of the mount that a path leads to; None where that cannot be told."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return mount_id(fd)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def _remove_if_empty(directory: str) -> None:
@@ -111,7 +158,7 @@ def _remove_if_empty(directory: str) -> None:
         os.rmdir(directory)
 
 
-def _detached(plan: list[Mount], stack: ExitStack) -> str:
+def _detached(plan: list[Mount], timeout: float, stack: ExitStack) -> str:
     if len(plan) > 1:
         raise errors.Unimplemented(
             "a plan of several mounts cannot be detached",
@@ -123,5 +170,13 @@ def _detached(plan: list[Mount], stack: ExitStack) -> str:
         from onlap.mounts import userns
 
         fd = userns.detached(plan[0])
-    stack.callback(os.close, fd)
+    if not plan[0].readonly:
+        stack.callback(only_here(_await_nobody), plan[0], mount_id(fd), os.fstat(fd).st_dev, timeout)
+    # Children come to it through us, as long as we have it.
+    stack.callback(kept_from_children(fd))
     return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def _await_nobody(mount: Mount, number: int, device: int, timeout: float) -> None:
+    # Nobody else sees that it still is mounted, and who works in it would go on writing into what is committed.
+    await_nobody(mount.upper or mount.source, lambda: holders_of_mount(number, device), timeout=timeout)

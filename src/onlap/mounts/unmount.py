@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable, Iterator
 
 from onlap import errors
 from onlap.errors import shown
@@ -29,10 +30,8 @@ def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
         InvalidArgument: nothing is mounted there.
         OnlapError: of another kind, for whatever else the kernel says.
     """
-    deadline = time.monotonic() + timeout
-    wait = _FIRST_WAIT
     flags = sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0)
-    while True:
+    for last in _attempts(timeout):
         try:
             sys.umount2(target, flags)
         except OSError as error:
@@ -40,21 +39,49 @@ def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
                 raise errors.InvalidArgument(f"nothing is mounted at {shown(target)}", key=target) from error
             if error.errno != errno.EBUSY:
                 raise errors.from_oserror(error, doing="unmount", key=target) from error
-            if time.monotonic() >= deadline:
-                raise _busy(target) from error
+            if last:
+                raise busy(target, holders(target), "end these, then unmount it again") from error
         else:
             return
+
+
+def await_nobody(target: str, find: Callable[[], list[str]], *, timeout: float = 5.0) -> None:
+    """Wait until nobody uses a tree any more that is not unmounted by a path, of which the kernel says nothing.
+
+    Args:
+        target: the tree, for the message.
+        find: who uses it.
+        timeout: how many seconds to go on asking.
+
+    Raises:
+        Busy: it is still in use; ``.holders`` says by whom.
+    """
+    for last in _attempts(timeout):
+        found = find()
+        if not found:
+            return
+        if last:
+            raise busy(target, found, "end these")
+
+
+def _attempts(timeout: float) -> Iterator[bool]:
+    """When to ask again; whether it is for the last time."""
+    deadline = time.monotonic() + timeout
+    wait = _FIRST_WAIT
+    while time.monotonic() < deadline:
+        yield False
         time.sleep(wait)
         wait = min(wait * 2, _LONGEST_WAIT)
+    yield True
 
 
-def _busy(target: str) -> errors.Busy:
-    found = holders(target)
+def busy(target: str, found: list[str], hint: str) -> errors.Busy:
+    """The error for a tree that is in use, with the words of :mod:`onlap.mounts.holders`."""
     who = "; ".join(found[:5]) or "nobody that /proc shows"
     more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
     return errors.Busy(
         f"{shown(target)} is busy, held by {who}{more}",
         key=target,
-        hint="end these, then unmount it again",
+        hint=hint,
         holders=found,
     )

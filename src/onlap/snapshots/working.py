@@ -59,7 +59,7 @@ def mounted(
         InvalidArgument: it is no plan.
         NotFound, FailedPrecondition: the snapshot was removed, or committed, since its plan was given.
         Busy: it is being committed, removed or applied to; or, at the end, somebody still used it: ``.holders`` says
-            who, and the mount is left as it is.
+            who, and the mount is left as it is, as is one that another is mounted above.
         PermissionDenied: mounting is not allowed here, not even in a user namespace.
         OnlapError: of another kind, for what the kernel says.
     """
@@ -179,11 +179,13 @@ def build(
         snapshotter.prepare(key, parent, run.labels)
         dropped = stack.enter_context(contextlib.ExitStack())
         dropped.callback(only_here(_drop), snapshotter, key)
-        commit = only_here(snapshotter.commit)
+        leave, commit = only_here(temporary.await_leaving), only_here(snapshotter.commit)
         try:
             with _mounted(snapshotter, run, key) as tree:
                 yield tree
                 finished = True
+            if os.fspath(tree).startswith(f"{snapshotter.catalog.layout.snapshots}/"):
+                leave(tree)  # its own directory, whose end as a mount did not wait for anybody
             commit(name, key, labels)
         except BaseException as error:
             if finished and run.keep(snapshotter.catalog):

@@ -45,7 +45,7 @@ def run(call: Call) -> None:
 def _mount(call: Call) -> None:
     from onlap.mounts.temporary import may_mount
 
-    key, target = call.args.key, os.path.abspath(call.args.target)
+    key, target = call.args.key, os.path.realpath(call.args.target)
     with call.store() as store:
         store.stat(key)
         if not may_mount():
@@ -77,7 +77,7 @@ def _attach_all(mounts: list[Mount], target: str) -> None:
 def _unmount(call: Call) -> None:
     from onlap.mounts.unmount import unmount
 
-    target = os.path.abspath(call.args.target)
+    target = os.path.realpath(call.args.target)
     unmount(target, timeout=call.args.timeout, lazy=call.args.lazy)
     if call.out.json:
         call.out.item({"target": target})
