@@ -161,10 +161,33 @@ def _deep_and_removed(top: Path, n: int) -> Work:
     return work
 
 
+def _deep_and_implicit(top: Path, n: int) -> Work:
+    """Directories that only the layer below describes, each in the one before."""
+    return _applied(top, [entry("d/" * 2 * n + "f")], [_deep(top / "below", 2 * n)])
+
+
+def _deep_behind_a_symlink(top: Path, n: int) -> Work:
+    (top / "below").mkdir()
+    (top / "below" / "link").symlink_to(".")
+    return _applied(top, [entry("link/" + "d/" * 2 * n + "f")], [top / "below"])
+
+
+def _deep_and_whited_out(top: Path, n: int) -> Work:
+    """What the archive put there stays, so that all on the way to it is looked at."""
+    return _applied(top, [entry("d/" * 2 * n + "f"), entry(".wh.d")], [_deep(top / "below", 2 * n)])
+
+
+def _deep_and_emptied(top: Path, n: int) -> Work:
+    work = _applied(top, [entry("d/" * 2 * n + "f"), entry("d/.wh..wh..opq")], [_deep(top / "below", 2 * n)])
+    _deep(top / "new" / "d", 2 * n)
+    return work
+
+
 CASES = [
     _implicit, _implicit_in_a_written_layer, _opaque_again, _opaque_top, _opaque_and_replaced,
     _whiteouts_after_followed_symlinks, _whiteouts_of_one_directory, _whiteouts_over_layers, _one_file_with_many_names,
     _layers_above_others, _one_of_many_layers, _deep_and_written, _deep_and_compared, _deep_and_removed,
+    _deep_and_implicit, _deep_behind_a_symlink, _deep_and_whited_out, _deep_and_emptied,
 ]  # fmt: skip
 
 

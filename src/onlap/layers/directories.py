@@ -116,6 +116,18 @@ class Directories:
             raise
         return self._add(self._known(Directory(path, fd)))
 
+    def keep_above(self, path: str) -> None:
+        """Open the directory that holds ``path``, if that is open: it is one step from there, and many from the top.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        above = path.rpartition("/")[0]
+        below = self._open.get(path)
+        if above and above not in self._open and below is not None:
+            fd = os.open("..", OPEN_DIRECTORY, dir_fd=below.fd)
+            self._add(self._known(Directory(above, fd)))
+
     def make(self, parent: Directory, name: str, mode: int) -> Directory:
         """Make and open a directory; its times are as they come, its mode is at most the one given.
 

@@ -9,8 +9,9 @@ from onlap.layers import paths
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 
-# Parts of directories that are remembered, of some 200 bytes each.
+# What is remembered of directories, in parts of some 200 bytes each; a path may be of many.
 _MAX_PARTS = 1 << 16
+_PART = 200
 
 
 class Lowers:
@@ -54,21 +55,21 @@ class Lowers:
         """The merged directory at ``path``; None where there is none."""
         if self._stack is None or (self._hidden and self._hidden.covers(path)):
             return None
-        if path in self._known:
-            self._known.move_to_end(path)
-            return self._known[path]
-        here = ""
-        directory: MergedDirectory | None = self._stack.top()
-        for name in path.split("/") if path else ():
-            if directory is None:
-                break
+        # From the nearest directory that is known: one step mostly, however deep the path is.
+        here, names = path, []
+        while here and here not in self._known:
+            here, _, name = here.rpartition("/")
+            names.append(name)
+        if here:
+            self._known.move_to_end(here)
+        directory = self._known[here] if here else self._stack.top()
+        while names and directory is not None:
+            name = names.pop()
             here = paths.join(here, name)
-            if here in self._known:
-                self._known.move_to_end(here)
-                directory = self._known[here]
-            else:
-                directory = directory.open(name)
-                self._keep(here, directory)
+            directory = directory.open(name)
+            self._keep(here, directory)
+        if names:
+            self._keep(path, None)
         return directory
 
     def lookup(self, directory: str, name: str) -> Found | None:
@@ -80,7 +81,11 @@ class Lowers:
 
     def _keep(self, path: str, directory: MergedDirectory | None) -> None:
         self._known[path] = directory
-        self._parts += 1 + (len(directory.parts) if directory is not None else 0)
+        self._parts += _cost(path, directory)
         while self._parts > _MAX_PARTS and len(self._known) > 1:
-            _, oldest = self._known.popitem(last=False)
-            self._parts -= 1 + (len(oldest.parts) if oldest is not None else 0)
+            oldest, of = self._known.popitem(last=False)
+            self._parts -= _cost(oldest, of)
+
+
+def _cost(path: str, directory: MergedDirectory | None) -> int:
+    return 1 + len(path) // _PART + (len(directory.parts) if directory is not None else 0)

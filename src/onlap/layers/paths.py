@@ -77,74 +77,80 @@ def whited_out(base: str) -> str:
 
 
 class PathSet:
-    """Paths, so that those above and below another are found without a look at all the rest."""
+    """Paths, so that those above and below another are found without a look at all the rest.
 
-    __slots__ = ("_last", "_top")
+    From one path to the next below, above or beside it is a step, however deep they are.
+    """
+
+    __slots__ = ("_covered", "_nodes", "_path")
 
     def __init__(self) -> None:
-        # By name what is below; no name is empty, and that one says that the path itself is in the set.
-        self._top: dict[str, Any] = {}
-        # The path that was put in last, and its node: most come after their directory.
-        self._last = ("", self._top)
+        # The path asked for last, as far as there are nodes: those from the top down to it, and whether one of them, or
+        # one above it, is in the set. A node has by name what is below; no name is empty, and that one says that the
+        # path itself is in the set.
+        self._path = ""
+        self._nodes: list[dict[str, Any]] = [{}]
+        self._covered = [False]
 
     def __bool__(self) -> bool:
-        return bool(self._top)
+        return bool(self._nodes[0])
 
     def __contains__(self, path: str) -> bool:
-        node = self._node(path)
-        return node is not None and "" in node
+        return self._go(path) and "" in self._nodes[-1]
 
     def add(self, path: str) -> None:
         """Put a path in."""
-        above, node = self._last
-        if above and path.startswith(above + "/"):
-            left = path[len(above) + 1 :]
-        else:
-            node, left = self._top, path
-        for name in _names(left):
-            node = node.setdefault(name, {})
-        node[""] = True
-        self._last = path, node
+        left = "" if self._go(path) else path[len(self._path) :].removeprefix("/")
+        for name in left.split("/") if left else ():
+            node = self._nodes[-1][name] = {}
+            self._nodes.append(node)
+            self._covered.append(self._covered[-1])
+        self._path = path
+        self._nodes[-1][""] = self._covered[-1] = True
 
     def discard(self, path: str) -> None:
         """Take out a path, but not what is below it."""
-        node = self._node(path)
-        if node is not None:
-            node.pop("", None)
+        if self._go(path):
+            self._nodes[-1].pop("", None)
+            self._covered[-1] = any(self._covered[-2:-1])
 
     def discard_below(self, path: str) -> None:
         """Take out a path and all below it."""
         directory, _, name = path.rpartition("/")
-        node = self._node(directory) if path else None
-        if node is not None:
-            node.pop(name, None)
-        self._last = "", self._top
+        if path and self._go(directory):
+            self._nodes[-1].pop(name, None)
 
     def covers(self, path: str) -> bool:
         """Whether the path, or one above it, is in the set."""
-        node: dict[str, Any] | None = self._top
-        for name in _names(path):
-            if node is None or "" in node:
-                break
-            node = node.get(name)
-        return node is not None and "" in node
+        self._go(path)
+        return self._covered[-1]
 
     def first_below(self, path: str) -> str | None:
         """One of those in the set that are the path or below it; None where nothing was ever put in there."""
-        node = self._node(path)
+        node: dict[str, Any] | None = self._nodes[-1] if self._go(path) else None
         while node is not None and "" not in node:
             name, node = next(iter(node.items()), ("", None))
             path = join(path, name)
         return None if node is None else path
 
-    def _node(self, path: str) -> dict[str, Any] | None:
-        node: dict[str, Any] | None = self._top
-        for name in _names(path):
+    def _go(self, path: str) -> bool:
+        """Go to a path's node, or as near as there are nodes; whether it is there."""
+        here = self._path
+        if not is_below(path, here):
+            above = path if is_below(here, path) else path.rpartition("/")[0]
+            here = above if is_below(here, above) else ""
+            depth = 1 + here.count("/") if here else 0
+            del self._nodes[depth + 1 :], self._covered[depth + 1 :]
+        at = len(here)
+        while at < len(path):
+            start = at + 1 if at else 0
+            end = path.find("/", start)
+            name = path[start:end] if end >= 0 else path[start:]
+            node = self._nodes[-1].get(name)
             if node is None:
-                return None
-            node = node.get(name)
-        return node
-
-
-def _names(path: str) -> list[str]:
-    return path.split("/") if path else []
+                break
+            self._nodes.append(node)
+            self._covered.append(self._covered[-1] or "" in node)
+            at = start + len(name)
+        self._path = path[:at]
+        return at == len(path)

@@ -203,6 +203,7 @@ class Whiteouts:
             frames.pop()
             if path == top:
                 break
+            self._directories.keep_above(path)
             if path in left or self._upper.is_own(path):
                 left.add(frames[-1][0])
                 directory = self._directories.find(path)
