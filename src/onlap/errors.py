@@ -22,8 +22,9 @@ The kinds are those of containerd's ``errdefs``, so that each maps to one gRPC c
 
 from __future__ import annotations
 
+import contextlib as _contextlib
 import errno as _errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "AlreadyExists",
@@ -41,6 +42,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "from_oserror",
+    "translated",
 ]
 
 
@@ -217,6 +219,15 @@ def from_oserror(error: OSError, *, doing: str, key: str | None = None) -> Onlap
     translated = cls(f"cannot {doing}: {error.strerror or error}{path}", key=key, hint=hint)
     translated.__cause__ = error
     return translated
+
+
+@_contextlib.contextmanager
+def translated(doing: str, *, key: str | None = None) -> Iterator[None]:
+    """A block whose OSErrors become ours; the arguments are those of :func:`from_oserror`."""
+    try:
+        yield
+    except OSError as error:
+        raise from_oserror(error, doing=doing, key=key) from error
 
 
 def shown(text: object) -> str:

@@ -68,7 +68,7 @@ class Catalog:
         self._unmeasured: list[int] | None = None
         self._loss_to_note = False
         with contextlib.ExitStack() as on_error:
-            try:
+            with errors.translated("open the root", key=self.layout.root):
                 self._lease = self._take_lease()
                 on_error.callback(self._lease.release)
                 self._syncer = Syncer(self.layout.snapshots, self._write_failed)
@@ -84,8 +84,6 @@ class Catalog:
                 on_error.callback(self.database.close)
                 self.with_room(lambda: self.database.set_up(self._may_bring_up))
                 waits = bool(self.trash.names())
-            except OSError as error:
-                raise errors.from_oserror(error, doing="open the root", key=self.layout.root) from error
             on_error.pop_all()
         _opened.add(self)
         if waits:
@@ -145,10 +143,8 @@ class Catalog:
             remake: makes what is missing of a snapshot's directory and says whether it is whole then. Those that are
                 not are in :attr:`lost`.
         """
-        try:
+        with errors.translated("open the root", key=self.layout.root):
             now = epoch(self.layout.snapshots)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="open the root", key=self.layout.root) from error
         if self.database.read(lambda c: records.setting(c, "epoch")) == now:
             return
         self.lost = [record for record in self.walk(None) if not self._recovered(record, remake)]
@@ -417,10 +413,8 @@ class Catalog:
         Raises:
             OnlapError: the write-back failed.
         """
-        try:
+        with errors.translated("write the layer to the disk"):
             self._syncer.sync(since)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="write the layer to the disk") from error
         if self._loss_to_note:
             self._note_loss()
 
@@ -458,10 +452,8 @@ class Catalog:
         return action()
 
     def _empty_trash(self) -> bool:
-        try:
+        with errors.translated("delete a removed tree", key=self.layout.root):
             return self.trash.sweep().removed > 0
-        except OSError as error:
-            raise errors.from_oserror(error, doing="delete a removed tree", key=self.layout.root) from error
 
     def cleanup(self) -> int:
         """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
@@ -477,12 +469,10 @@ class Catalog:
         Raises:
             OnlapError: the filesystem refuses.
         """
-        try:
+        with errors.translated("clean up", key=self.layout.root):
             self.staging.collect(self.trash.put)
             self._collect_orphans()
             self.layout.remove_trials()
-        except OSError as error:
-            raise errors.from_oserror(error, doing="clean up", key=self.layout.root) from error
         if wake:
             self._janitor.wake()
 
@@ -505,11 +495,9 @@ class Catalog:
 
     def sweep(self) -> int:
         """Delete what waits in the trash and nobody uses; returns how many trees."""
-        try:
+        with errors.translated("delete a removed tree", key=self.layout.root):
             removed = self.trash.sweep().removed
             self.layout.make_reserve()
-        except OSError as error:
-            raise errors.from_oserror(error, doing="delete a removed tree", key=self.layout.root) from error
         return removed
 
     def _upkeep(self) -> None:

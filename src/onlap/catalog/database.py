@@ -199,10 +199,8 @@ class Database:
         self._under_lock(self._writer.checkpoint_if_due, "empty the catalog's log")
 
     def _under_lock(self, action: Callable[[], T], doing: str) -> T:
-        try:
+        with errors.translated(doing, key=self._path):
             return self._writer.do(Job(action))
-        except OSError as error:
-            raise errors.from_oserror(error, doing=doing, key=self._path) from error
 
     def _grow_log(self) -> None:
         self._grown = True

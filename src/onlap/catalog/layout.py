@@ -82,15 +82,13 @@ class Layout:
             FailedPrecondition: it is a symlink, somebody else's, open to others, or a directory of something else.
             OnlapError: of another kind, for what the filesystem says.
         """
-        try:
+        with errors.translated("prepare the root", key=self.root):
             self._make_root(create)
             self._check_root()
             for directory in (self.staging, self.snapshots, self.trash):
                 _make_directory(directory, 0o700)
             _make_directory(self.empty, 0o755)
             self.make_reserve()
-        except OSError as error:
-            raise errors.from_oserror(error, doing="prepare the root", key=self.root) from error
 
     def _make_root(self, create: bool) -> None:
         if os.path.lexists(self.root):

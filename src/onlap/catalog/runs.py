@@ -66,10 +66,8 @@ class Run:
     """
 
     def __init__(self, root: str) -> None:
-        try:
+        with errors.translated("make a directory for the work", key=root):
             self.id, self.directory, self._held = _claim(_place(root))
-        except OSError as error:
-            raise errors.from_oserror(error, doing="make a directory for the work", key=root) from error
         self._end = only_here(_end)
 
     def __enter__(self) -> Run:
@@ -113,10 +111,8 @@ class Run:
 
     def _new(self, name: str, make: Callable[..., object], *args: object) -> str:
         path = f"{self.directory}/{name}"
-        try:
+        with errors.translated("make a place to mount at", key=self.directory):
             make(path, *args)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="make a place to mount at", key=self.directory) from error
         return path
 
     def keep(self, catalog: Catalog) -> bool:
@@ -270,10 +266,8 @@ def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None]
         for target in _mounted(path):
             unmount(target, timeout=0, lazy=lazy)
         forget(catalog, identifier)
-        try:
+        with errors.translated("remove it"):
             _remove(path)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="remove it") from error
     return True
 
 

@@ -87,12 +87,10 @@ def measured_usage(store: Store, record: Record) -> Usage:
     if record.kind == VIEW:
         return Usage()
     catalog = store.snapshotter.catalog
-    try:
+    with errors.translated(f"measure snapshot {shown(record.name)}", key=record.name):
         if record.kind == COMMITTED:
             return Usage(*catalog.usage(record))
         return usage(catalog.layout.tree(record.id))
-    except OSError as error:
-        raise errors.from_oserror(error, doing=f"measure snapshot {shown(record.name)}", key=record.name) from error
 
 
 def as_json(info: Info | Record, taken: Usage | None) -> dict[str, object]:

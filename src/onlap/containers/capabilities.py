@@ -67,8 +67,8 @@ def _names(given: Sequence[str]) -> set[str]:
 
 
 def _supported() -> Sequence[str]:
-    try:
-        with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
-            return _KNOWN[: int(file.read()) + 1]
-    except OSError as error:
-        raise errors.from_oserror(error, doing="see what capabilities the kernel has") from error
+    with (
+        errors.translated("see what capabilities the kernel has"),
+        open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file,
+    ):
+        return _KNOWN[: int(file.read()) + 1]

@@ -196,11 +196,8 @@ def read_variables(path: str, ours: Mapping[str, str]) -> dict[str, str]:
         NotFound: there is no such file.
         InvalidArgument: it is no text, or a line is of another form.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_TEXT)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="read the variables", key=path) from error
+    with errors.translated("read the variables", key=path), open(path, "rb") as file:
+        data = file.read(_MAX_TEXT)
     found: dict[str, str] = {}
     try:
         lines = data.decode().removeprefix("\ufeff").split("\n")

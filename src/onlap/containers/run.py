@@ -232,18 +232,14 @@ def _mounted(snapshotter: RecordedSnapshotter, record: Record, where: str) -> It
 
 
 def _open(directory: str) -> int:
-    try:
+    with errors.translated("open the tree of a run", key=directory):
         return os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="open the tree of a run", key=directory) from error
 
 
 @contextlib.contextmanager
 def _translated(directory: str) -> Iterator[None]:
-    try:
+    with errors.translated("run a container", key=os.path.basename(directory)):
         yield
-    except OSError as error:
-        raise errors.from_oserror(error, doing="run a container", key=os.path.basename(directory)) from error
 
 
 def _host_files(directory: str, options: Options, hostname: str) -> list[Volume]:

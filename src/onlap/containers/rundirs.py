@@ -50,10 +50,8 @@ def claimed(snapshotter: RecordedSnapshotter) -> Iterator[Run]:
     catalog = snapshotter.catalog
     runs.sweep(catalog, end)
     with Run(catalog.layout.root) as run:
-        try:
+        with errors.translated("make the directory of a run", key=run.directory):
             os.mkdir(rootfs(run.directory), 0o700)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="make the directory of a run", key=run.directory) from error
         with contextlib.ExitStack() as stack:
             stack.callback(only_here(_over), catalog, run)
             yield run

@@ -141,12 +141,10 @@ def delete(runtime: str, directory: str, identifier: str) -> None:
     if identifier not in known:
         return
     line = Runtime("", runtime).line(directory, "delete", "--force", identifier)
-    try:
+    with errors.translated("end what is left of a container", key=identifier):
         done = subprocess.run(
             line, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env={}, check=False
         )
-    except OSError as error:
-        raise errors.from_oserror(error, doing="end what is left of a container", key=identifier) from error
     if done.returncode != 0:
         raise errors.Unavailable(
             f"cannot end what is left of container {identifier}: {shown(done.stderr.strip())}",

@@ -50,11 +50,8 @@ def load(path: str, capabilities: Collection[str]) -> dict[str, object]:
         InvalidArgument: it is no profile.
         OnlapError: it cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_PROFILE)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="read the seccomp profile", key=path) from error
+    with errors.translated("read the seccomp profile", key=path), open(path, "rb") as file:
+        data = file.read(_MAX_PROFILE)
     try:
         return _specification(json.loads(data), os.uname().machine, capabilities)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

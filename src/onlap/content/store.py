@@ -154,12 +154,10 @@ class ContentStore:
         Raises:
             OnlapError: the filesystem refuses.
         """
-        try:
+        with errors.translated("write a blob"):
             self._make_places()
             directory = self._catalog.staging.new()
             return Writer(directory, self._catalog.staging.discard, self._publish)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="write a blob") from error
 
     def partial(self, digest: str, size: int) -> Partial:
         """A blob of a known digest, to be fetched, from where an earlier attempt stopped.
@@ -168,12 +166,10 @@ class ContentStore:
             OnlapError: the filesystem refuses.
         """
         hexadecimal = check_digest(digest)
-        try:
+        with errors.translated(f"write the blob {digest}", key=digest):
             self._make_places()
             path = f"{self._ingest}/{hexadecimal}"
             return Partial(path, digest, size, lambda: self.is_whole(digest), self._publish)
-        except OSError as error:
-            raise errors.from_oserror(error, doing=f"write the blob {digest}", key=digest) from error
 
     def put(
         self,
@@ -198,16 +194,13 @@ class ContentStore:
             OnlapError: of another kind, for what the filesystem says.
         """
         chunks = iter(lambda: source.read(_CHUNK), b"") if hasattr(source, "read") else iter(source)
-        try:
-            with self.writer() as writer:
-                for chunk in chunks:
-                    if size is not None and writer.size + len(chunk) > size:
-                        raise errors.DigestMismatch(f"{digest} has more than {size} bytes", key=digest)
-                    writer.write(chunk)
-                    progress(len(chunk))
-                return writer.commit(digest, size, lease=lease)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="write a blob", key=digest) from error
+        with errors.translated("write a blob", key=digest), self.writer() as writer:
+            for chunk in chunks:
+                if size is not None and writer.size + len(chunk) > size:
+                    raise errors.DigestMismatch(f"{digest} has more than {size} bytes", key=digest)
+                writer.write(chunk)
+                progress(len(chunk))
+            return writer.commit(digest, size, lease=lease)
 
     def put_documents(self, *documents: bytes) -> None:
         """Write small blobs that are pinned already; together they wait for the disk less than one by one.
@@ -217,7 +210,7 @@ class ContentStore:
         Raises:
             OnlapError: the filesystem refuses.
         """
-        try:
+        with errors.translated("write a blob"):
             self._make_places()
             for data in documents:
                 digest = digest_of(data)
@@ -227,8 +220,6 @@ class ContentStore:
                         writer.commit(digest, len(data))
             # Also of those that were there: whoever moved them may have been killed before this.
             self._sync_names()
-        except OSError as error:
-            raise errors.from_oserror(error, doing="write a blob") from error
 
     def _make_places(self) -> None:
         if not os.path.isdir(self._ingest):
@@ -283,14 +274,12 @@ class ContentStore:
         wanted = None if only is None else {check_digest(digest) for digest in only}
         names = [name for name in _names(self._blobs) if wanted is None or name in wanted]
         gone = 0
-        try:
+        with errors.translated("delete blobs", key=self._blobs):
             for start in range(0, len(names), _AT_ONCE):
                 gone += self._take([PREFIX + name for name in names[start : start + _AT_ONCE]])
             for name in _names(self._ingest):
                 if wanted is None or name in wanted:
                     self._drop_partial(name)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="delete blobs", key=self._blobs) from error
         return gone
 
     def _take(self, digests: list[str]) -> int:

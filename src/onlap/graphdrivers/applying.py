@@ -48,10 +48,8 @@ def apply_archive(
         InvalidArgument, DataLoss, ResourceExhausted, OnlapError: see :meth:`DiffDriver.apply_diff`.
     """
     check_file(archive, "archive", "read")
-    try:
+    with errors.translated("open the layer", key=directory):
         fd = os.open(directory, OPEN_DIRECTORY)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="open the layer", key=directory) from error
     try:
         was_empty = not files.list_directory(fd)
         before = os.fstat(fd)
@@ -67,19 +65,15 @@ def apply_archive(
 
 def _apply(archive: BinaryIO, fd: int, lowers: Sequence[str], markers: Markers | None, ids: IdMap) -> int:
     def chunk() -> bytes:
-        try:
+        with errors.translated("read the archive"):
             data = archive.read(_CHUNK)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="read the archive") from error
         if not isinstance(data, bytes):
             raise errors.InvalidArgument("the archive is read as no bytes", hint="open it in binary mode")
         return data
 
     reader = TarReader(chunk)
-    try:
+    with errors.translated("open the layers"):
         applier = Applier(reader, fd, lowers, markers, recorded=markers is not None and markers.recorded)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="open the layers") from error
     size = 0
     try:
         while (entry := reader.next()) is not None:

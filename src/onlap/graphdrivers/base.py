@@ -87,15 +87,13 @@ class StackDriver(ABC):
             raise errors.InvalidArgument("the id map is none", hint="it must be an IdMap")
         self.ids = ids or IdMap()
         root_gid = self.ids.root[1]
-        try:
+        with errors.translated("open the driver's home", key=home):
             os.makedirs(home, 0o710, exist_ok=True)
             self.home = os.path.realpath(home)
             # Docker's: the remapped root may pass through, nobody else may.
             os.chown(self.home, -1, root_gid)
             os.chmod(self.home, 0o710)
             self._home_fd = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="open the driver's home", key=home) from error
         try:
             self.facts = checks.examine(self.home)
             self._syncer = Syncer(self.home) if sync == "layer" else None
@@ -188,17 +186,14 @@ class StackDriver(ABC):
             if parent and not self.exists(parent):
                 raise errors.NotFound(f"there is no layer {shown(parent)} to put {shown(id)} on", key=parent)
             staged = STAGING + id
-            try:
-                with self._stage(staged):
-                    try:
-                        self._build(os.path.join(self.home, staged), id, parent)
-                        self._own(os.path.join(self.home, staged), 0o710, ours=True)
-                        os.rename(staged, id, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
-                    except BaseException:
-                        self._try_to_discard(staged)
-                        raise
-            except OSError as error:
-                raise errors.from_oserror(error, doing="create the layer", key=id) from error
+            with errors.translated("create the layer", key=id), self._stage(staged):
+                try:
+                    self._build(os.path.join(self.home, staged), id, parent)
+                    self._own(os.path.join(self.home, staged), 0o710, ours=True)
+                    os.rename(staged, id, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
+                except BaseException:
+                    self._try_to_discard(staged)
+                    raise
 
     def _stage(self, staged: str) -> Held:
         """An empty directory to build a layer in."""
@@ -265,7 +260,7 @@ class StackDriver(ABC):
             return target
 
     def _mount(self, plan: Mount, target: str) -> None:
-        try:
+        with errors.translated("mount the layer", key=target):
             os.makedirs(target, 0o700, exist_ok=True)
             self._own(target, 0o700)
             try:
@@ -276,8 +271,6 @@ class StackDriver(ABC):
             if plan.work is not None and self.ids:
                 # In a user namespace the kernel moves directories through it as the remapped root.
                 os.chown(os.path.join(plan.work, "work"), *self.ids.root)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="mount the layer", key=target) from error
 
     def put(self, id: str) -> None:
         """See :meth:`ProtoDriver.put`."""
@@ -303,10 +296,8 @@ class StackDriver(ABC):
 
     def cleanup(self) -> None:
         """See :meth:`ProtoDriver.cleanup`."""
-        try:
+        with errors.translated("unmount all layers", key=self.home):
             detach_below(self.home)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="unmount all layers", key=self.home) from error
         self._counter.clear()
 
     @property
@@ -364,10 +355,8 @@ class StackDriver(ABC):
         yield
         if self._syncer is None:
             return
-        try:
+        with errors.translated("write the layer to the disk", key=id):
             self._syncer.sync(since)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="write the layer to the disk", key=id) from error
 
     # Small things
 

@@ -70,14 +70,15 @@ def examine(home: str) -> Facts:
     index = ("index=off",) if os.path.exists(_INDEX_PARAMETER) else ()
     flags = (*index, *markers.mount_flags)
     base = f"{CHECKING}{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        with opened(home, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as fd, claim(os.path.join(home, base)):
-            try:
-                return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
-            finally:
-                remove_tree(fd, home, base)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="try OverlayFS", key=home) from error
+    with (
+        errors.translated("try OverlayFS", key=home),
+        opened(home, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as fd,
+        claim(os.path.join(home, base)),
+    ):
+        try:
+            return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
+        finally:
+            remove_tree(fd, home, base)
 
 
 def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -> Facts:

@@ -210,10 +210,8 @@ def open_root(directory: str, driver: str | None = None) -> Root:
         )
     if len(found) > 1:
         raise errors.InvalidArgument(f"{shown(directory)} has several drivers: {', '.join(found)}", hint="name one")
-    try:
+    with errors.translated("read the data root", key=directory):
         return Root(directory, found[0])
-    except OSError as error:
-        raise errors.from_oserror(error, doing="read the data root", key=directory) from error
 
 
 def layer_ids(home: str) -> list[str]:

@@ -118,10 +118,8 @@ def remove_tree(home_fd: int, home: str, name: str) -> None:
 
 
 def _detach_all(path: str) -> None:
-    try:
+    with errors.translated("unmount what is in the layer", key=path):
         detach_below(path)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="unmount what is in the layer", key=path) from error
 
 
 def _holders(path: str) -> list[str]:

@@ -137,21 +137,18 @@ class OverlayDriver(StackDriver):
     def _apply_on(self, id: str, parent: str, archive: BinaryIO) -> int:
         directory = self._dir(id)
         new = os.path.join(directory, _NEW_ROOT)
-        try:
-            with opened(directory) as fd:
-                remove_tree(fd, directory, _NEW_ROOT)
-                with claim(new):
-                    try:
-                        link_tree(self._path(parent, ROOT), new)
-                        size = apply_archive(archive, new, markers=None, ids=self.ids)
-                        os.rename(_NEW_ROOT, ROOT, src_dir_fd=fd, dst_dir_fd=fd)
-                    except BaseException:
-                        remove_tree(fd, directory, _NEW_ROOT)
-                        raise
-                for name in (UPPER, WORK, MERGED, LOWER_ID):
-                    remove_tree(fd, directory, name)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="apply a layer", key=id) from error
+        with errors.translated("apply a layer", key=id), opened(directory) as fd:
+            remove_tree(fd, directory, _NEW_ROOT)
+            with claim(new):
+                try:
+                    link_tree(self._path(parent, ROOT), new)
+                    size = apply_archive(archive, new, markers=None, ids=self.ids)
+                    os.rename(_NEW_ROOT, ROOT, src_dir_fd=fd, dst_dir_fd=fd)
+                except BaseException:
+                    remove_tree(fd, directory, _NEW_ROOT)
+                    raise
+            for name in (UPPER, WORK, MERGED, LOWER_ID):
+                remove_tree(fd, directory, name)
         return size
 
     def _sweep(self) -> None:

@@ -80,13 +80,11 @@ def write_diff(before: Sequence[str], after: Sequence[str], markers: Markers, id
     Raises:
         OnlapError: something cannot be read, or has a name that no layer can hold.
     """
-    try:
+    with errors.translated("write the difference of layers", key=after[0]):
         if ids:
             _write_mapped(before, after, markers, ids, out)
         else:
             write_layer(before, after, markers, out, content=True)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="write the difference of layers", key=after[0]) from error
 
 
 def _write_mapped(before: Sequence[str], after: Sequence[str], markers: Markers, ids: IdMap, out: BinaryIO) -> None:
@@ -141,18 +139,15 @@ def layer_size(directory: str) -> int:
     """
     size = 0
     seen: set[tuple[int, int]] = set()
-    try:
-        with opened(directory) as fd:
-            for entry in walk(fd, ordered=False):
-                status = entry.status
-                if not status.st_size or status.st_mode & 0o170000 == 0o040000:
+    with errors.translated("measure a layer", key=directory), opened(directory) as fd:
+        for entry in walk(fd, ordered=False):
+            status = entry.status
+            if not status.st_size or status.st_mode & 0o170000 == 0o040000:
+                continue
+            if status.st_nlink > 1:
+                identity = status.st_dev, status.st_ino
+                if identity in seen:
                     continue
-                if status.st_nlink > 1:
-                    identity = status.st_dev, status.st_ino
-                    if identity in seen:
-                        continue
-                    seen.add(identity)
-                size += status.st_size
-    except OSError as error:
-        raise errors.from_oserror(error, doing="measure a layer", key=directory) from error
+                seen.add(identity)
+            size += status.st_size
     return size

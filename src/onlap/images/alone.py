@@ -121,10 +121,8 @@ def apply_alone(path: str, layer: int, markers: Markers, progress: Callable[[int
     with Pipeline(path) as pipeline:
 
         def chunk() -> bytes:
-            try:
+            with errors.translated("read the archive"):
                 data = pipeline.chunk()
-            except OSError as error:
-                raise errors.from_oserror(error, doing="read the archive") from error
             progress(pipeline.consumed)
             return data
 

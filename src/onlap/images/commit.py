@@ -117,10 +117,8 @@ def commit(
         image, documents = _documents(full, config, layers, docker)
         lease.pin(*image.blobs)
         if not empty:
-            try:
+            with errors.translated("write the layer of", key=key):
                 writer.commit(written.digest, written.size)
-            except OSError as error:
-                raise errors.from_oserror(error, doing="write the layer of", key=key) from error
         images.content.put_documents(*documents)
         _finish(images, lease, record, image, written.diff_id, epoch, empty)
     return image

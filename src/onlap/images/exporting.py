@@ -88,7 +88,7 @@ class _Whole:
 def _write_tar(
     content: ContentStore, out: BinaryIO, small: dict[str, bytes], blobs: list[str], report: Reporter
 ) -> None:
-    try:
+    with errors.translated("write the archive"):
         sink: Any = _Whole(out)  # typeshed wants of a stream that is written all that one for reading has
         with tarfile.open(fileobj=sink, mode="w|", format=tarfile.GNU_FORMAT, bufsize=_CHUNK) as tar:
             for name, data in small.items():
@@ -99,20 +99,15 @@ def _write_tar(
                 with content.open(blob) as file:
                     tar.addfile(_entry(blob_path(blob), size), _Told(file, done, report))  # type: ignore[arg-type]
                 done += size
-    except OSError as error:
-        raise errors.from_oserror(error, doing="write the archive") from error
 
 
 def _write_file(content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter) -> None:
     if os.path.lexists(path):
         raise errors.AlreadyExists(f"there already is a file {shown(path)}", key=path, hint="remove it first")
-    try:
-        with whole.new_file(path) as file:
-            _write_tar(content, file, small, blobs, report)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise errors.from_oserror(error, doing="write the archive", key=path) from error
+    with errors.translated("write the archive", key=path), whole.new_file(path) as file:
+        _write_tar(content, file, small, blobs, report)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _entry(name: str, size: int) -> tarfile.TarInfo:
@@ -140,19 +135,16 @@ class _Told:
 def _write_directory(
     content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter
 ) -> None:
-    try:
-        with whole.new_directory(path) as directory:
-            os.makedirs(os.path.join(directory, "blobs/sha256"))
-            done = 0
-            for blob in blobs:
-                with content.open(blob) as file, open(os.path.join(directory, blob_path(blob)), "xb") as target:
-                    told = _Told(file, done, report)
-                    while data := told.read(_CHUNK):
-                        target.write(data)
-                    done += target.tell()
-            # The index last: whoever looks before finds no image rather than a part of one.
-            for name, data in reversed(small.items()):
-                with open(os.path.join(directory, name), "xb") as target:
+    with errors.translated("write the layout", key=path), whole.new_directory(path) as directory:
+        os.makedirs(os.path.join(directory, "blobs/sha256"))
+        done = 0
+        for blob in blobs:
+            with content.open(blob) as file, open(os.path.join(directory, blob_path(blob)), "xb") as target:
+                told = _Told(file, done, report)
+                while data := told.read(_CHUNK):
                     target.write(data)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="write the layout", key=path) from error
+                done += target.tell()
+        # The index last: whoever looks before finds no image rather than a part of one.
+        for name, data in reversed(small.items()):
+            with open(os.path.join(directory, name), "xb") as target:
+                target.write(data)

@@ -111,11 +111,9 @@ class DirectoryFiles:
 
     def open(self, name: str) -> BinaryIO:
         where = self._where(name)
-        try:
+        with errors.translated("read the image", key=name):
             # O_NONBLOCK: somebody may have put a FIFO there, which would wait for a writer for ever.
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="read the image", key=name) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise errors.InvalidArgument(f"{shown(where)} is no file", key=name)
@@ -155,10 +153,8 @@ class TarFiles:
     def __init__(self, path: str, room: Callable[[], str], discard: Callable[[str], None]) -> None:
         self._path = path
         self.left = _DOCUMENTS
-        try:
+        with errors.translated("read the archive", key=path):
             self._fd = _plain(path, room, discard)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="read the archive", key=path) from error
         self._members: dict[str, _Member] = {}
         try:
             self.may_be_image = self._scan()

@@ -130,20 +130,17 @@ def _import_tar(
         done += count
         reporter(done)
 
-    try:
-        with open(source, "rb") as file:
-            reporter = Reporter(progress, "fetch", "bytes", os.fstat(file.fileno()).st_size)
-            kind = compression.detect(file.read(compression.PEEK))
-            file.seek(0)
-            if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
-                blob = images.content.put(file, lease=lease, progress=told)
-            else:
-                # No media type says bzip2 or xz: such an archive is kept without its compression.
-                with Pipeline(source) as pipeline:
-                    blob = images.content.put(iter(pipeline.chunk, b""), lease=lease)
-                kind = compression.NONE
-    except OSError as error:
-        raise errors.from_oserror(error, doing="read the archive", key=source) from error
+    with errors.translated("read the archive", key=source), open(source, "rb") as file:
+        reporter = Reporter(progress, "fetch", "bytes", os.fstat(file.fileno()).st_size)
+        kind = compression.detect(file.read(compression.PEEK))
+        file.seek(0)
+        if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
+            blob = images.content.put(file, lease=lease, progress=told)
+        else:
+            # No media type says bzip2 or xz: such an archive is kept without its compression.
+            with Pipeline(source) as pipeline:
+                blob = images.content.put(iter(pipeline.chunk, b""), lease=lease)
+            kind = compression.NONE
     reporter.finish(done)
     diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
     descriptor = model.Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)

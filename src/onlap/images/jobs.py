@@ -66,10 +66,8 @@ def perform(job: Job, progress: Callable[[int], None]) -> Outcome:
         OnlapError: see :func:`onlap.layers.apply.apply`.
     """
     markers = Markers(job.flavour)
-    try:
+    with errors.translated("unpack a layer", key=job.digest):
         fd = os.open(job.tree, OPEN_DIRECTORY)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="unpack a layer", key=job.digest) from error
     try:
         if job.lowers is not None:
             applied = apply(
@@ -116,11 +114,8 @@ def settle(job: Job, outcome: Outcome, lowers: Sequence[str]) -> None:
     Raises:
         OnlapError: see :func:`onlap.images.alone.settle`.
     """
-    try:
-        with opened(job.tree) as fd:
-            alone.settle(fd, lowers, Markers(job.flavour), outcome.removals, top_named=outcome.top_named)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="unpack a layer", key=job.digest) from error
+    with errors.translated("unpack a layer", key=job.digest), opened(job.tree) as fd:
+        alone.settle(fd, lowers, Markers(job.flavour), outcome.removals, top_named=outcome.top_named)
 
 
 def as_json(value: Job | Outcome) -> dict[str, Any]:

@@ -37,10 +37,8 @@ _LEVEL = re.compile("v([0-9]{1,4})")
 
 def host() -> Platform:
     """This machine's; OnlapError where a sandbox forbids to ask."""
-    try:
+    with errors.translated("ask for the kind of this machine"):
         machine = os.uname().machine
-    except OSError as error:
-        raise errors.from_oserror(error, doing="ask for the kind of this machine") from error
     architecture, variant = _MACHINES.get(machine, (machine, ""))
     return Platform(architecture, "linux", "", variant)
 

@@ -89,10 +89,8 @@ class Applier:
         Raises:
             OnlapError: for what the kernel says.
         """
-        try:
+        with errors.translated("finish the layer"):
             self.upper.finish()
-        except OSError as error:
-            raise errors.from_oserror(error, doing="finish the layer") from error
 
     def close(self) -> None:
         """Close what is open; the layer stays as it is."""

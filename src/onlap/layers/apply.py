@@ -110,12 +110,10 @@ def apply(
         _check_form(expected)
     if markers is None and lowers:
         raise errors.InvalidArgument("a whole tree has no layers below it")
-    try:
+    with errors.translated("open the archive and the layer"):
         was_empty = not files.list_directory(layer)
         before = _Top(layer)
         pipeline = Pipeline(source)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="open the archive and the layer") from error
     with pipeline:
         try:
             if recorded is None:
@@ -141,10 +139,8 @@ def _apply(
     reporter = Reporter(progress, "apply", "bytes", pipeline.total)
     meter = _Meter(pipeline, limits, reporter)
     reader = TarReader(meter.chunk)
-    try:
+    with errors.translated("open the layers"):
         applier = Applier(reader, layer, lowers, markers, recorded=recorded)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="open the layers") from error
     try:
         entries = 0
         last = ""
@@ -189,10 +185,8 @@ class _Meter:
         self.item: str | None = None
 
     def chunk(self) -> bytes:
-        try:
+        with errors.translated("read the archive"):
             data = self._pipeline.chunk()
-        except OSError as error:
-            raise errors.from_oserror(error, doing="read the archive") from error
         self._reporter(self._pipeline.consumed, self.item)
         produced = self._pipeline.produced
         limits = self._limits

@@ -100,10 +100,8 @@ def claim(path: str) -> None:
         raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
     if not stat.S_ISSOCK(status.st_mode):
         raise errors.FailedPrecondition(f"{shown(path)} is no socket", key=path, hint="give another path")
-    try:
+    with errors.translated("see whether somebody listens on it", key=path):
         answers = _answers(path)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="see whether somebody listens on it", key=path) from error
     if answers:
         raise errors.Unavailable(
             f"a server listens on {shown(path)} already", key=path, hint="stop it first, or give another socket"

@@ -73,7 +73,7 @@ def mounting_plan(root: str, plan: list[Mount]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for tree in [mount.upper or mount.source for mount in plan if not mount.readonly]:
-            try:
+            with errors.translated("mount a snapshot", key=tree):
                 held = stack.enter_context(Held(tree))
                 if not held.lock(shared=True):
                     raise errors.Busy(
@@ -82,8 +82,6 @@ def mounting_plan(root: str, plan: list[Mount]) -> Iterator[None]:
                         hint="ask for its mounts again",
                         holders=_lockers(held.fd, b"WRITE"),
                     )
-            except OSError as error:
-                raise errors.from_oserror(error, doing="mount a snapshot", key=tree) from error
             _check_active(root, tree)
         yield
 

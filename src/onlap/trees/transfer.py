@@ -26,12 +26,10 @@ def import_directory(
     Raises:
         NotFound, InvalidArgument, FailedPrecondition, OnlapError: see :meth:`Store.import_`.
     """
-    try:
+    with errors.translated(f"import {shown(source)}", key=source):
         real = os.path.realpath(source)
         place = os.path.realpath(root)
         own = os.stat(root)
-    except OSError as error:
-        raise errors.from_oserror(error, doing=f"import {shown(source)}", key=source) from error
     if real == place or real.startswith(place + "/"):
         raise errors.InvalidArgument(
             f"{shown(source)} lies inside the root {shown(root)}", key=source, hint="import something else"
@@ -49,21 +47,16 @@ def export_directory(source: str, target: str, progress: Callable[[int, int], No
         FailedPrecondition, OnlapError: see :meth:`Store.export`.
     """
     doing = f"export to {shown(target)}"
-    try:
-        with whole.new_directory(target) as directory:
-            # It may lie in the tree, which would be copied into itself without end.
-            status = os.stat(directory)
-            # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
-            copier = Copier(allow_changes=True, avoid=[(status.st_dev, status.st_ino)], progress=progress)
-            return _copy(copier, source, directory, doing)
-    except OSError as error:
-        raise errors.from_oserror(error, doing=doing, key=target) from error
+    with errors.translated(doing, key=target), whole.new_directory(target) as directory:
+        # It may lie in the tree, which would be copied into itself without end.
+        status = os.stat(directory)
+        # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
+        copier = Copier(allow_changes=True, avoid=[(status.st_dev, status.st_ino)], progress=progress)
+        return _copy(copier, source, directory, doing)
 
 
 def _copy(copier: Copier, source: str, target: str, doing: str) -> Copied:
-    try:
-        # Followed, if it is a symlink: the person who names it means what it points to.
-        with opened(source, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as one, opened(target) as other:
-            return copier.tree(one, other)
-    except OSError as error:
-        raise errors.from_oserror(error, doing=doing, key=source) from error
+    # Followed, if it is a symlink: the person who names it means what it points to.
+    follow = OPEN_DIRECTORY & ~os.O_NOFOLLOW
+    with errors.translated(doing, key=source), opened(source, follow) as one, opened(target) as other:
+        return copier.tree(one, other)

@@ -113,10 +113,8 @@ def run(program: Program) -> None:
         FailedPrecondition: it failed, with its last words.
     """
     # PYTHONPYCACHEPREFIX would send the compiler's files elsewhere; -I ignores it, for Python 3.11 and later.
-    try:
+    with errors.translated(f"run {program.told}"):
         done = subprocess.run(program.command, stdin=subprocess.DEVNULL, capture_output=True)
-    except OSError as error:
-        raise errors.from_oserror(error, doing=f"run {program.told}") from error
     if done.returncode:
         words = (done.stderr or done.stdout).decode("utf-8", "surrogateescape").strip().rsplit("\n", 1)[-1]
         raise errors.FailedPrecondition(f"{program.told} ended with {done.returncode}: {shown(words)}")

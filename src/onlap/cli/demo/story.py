@@ -223,11 +223,9 @@ def _left_in(root: str) -> list[str]:
 
 
 def _remove_scratch(scratch: str) -> None:
-    try:
+    with errors.translated("remove what the demo made", key=scratch):
         # By descriptors, never through a mount: after a failed unmount a plain recursive delete would empty the tree.
         remove_at(scratch)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="remove what the demo made", key=scratch) from error
 
 
 def _check(scratch: str, records: list[str], directories: list[str]) -> None:

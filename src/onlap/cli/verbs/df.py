@@ -60,10 +60,8 @@ def run(call: Call) -> None:
 
 def _filesystem(root: str) -> tuple[int, int]:
     """Bytes that are free for us, and all, of the filesystem that the root is on."""
-    try:
+    with errors.translated("measure the filesystem", key=root):
         found = os.statvfs(root)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="measure the filesystem", key=root) from error
     return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
 

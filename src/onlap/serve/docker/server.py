@@ -95,11 +95,8 @@ class Server:
             server = HttpServer(self.socket, self._service, self._listener)
         else:
             sockets.claim(self.socket)
-            with sockets.made(self.socket, *self._access) as new:
-                try:
-                    server = HttpServer(new, self._service)
-                except OSError as error:
-                    raise errors.from_oserror(error, doing="listen", key=self.socket) from error
+            with sockets.made(self.socket, *self._access) as new, errors.translated("listen", key=self.socket):
+                server = HttpServer(new, self._service)
             self._cleanup.callback(sockets.remove, self.socket, sockets.identity(self.socket))
         thread = threading.Thread(target=server.serve_forever, name="onlap-docker", daemon=True)
         thread.start()

@@ -68,10 +68,8 @@ class StateFile:
             **state.ids.as_json(),
             "counts": dict(state.counts),
         }
-        try:
+        with errors.translated("keep the plugin's state", key=state.home):
             _replace(os.path.join(state.home, FILE), json.dumps(value).encode())
-        except OSError as error:
-            raise errors.from_oserror(error, doing="keep the plugin's state", key=state.home) from error
 
     def point(self, home: str) -> None:
         """Say where the home is.
@@ -79,10 +77,8 @@ class StateFile:
         Raises:
             OnlapError: for what the kernel says.
         """
-        try:
+        with errors.translated("keep the plugin's home", key=home):
             _replace(self._pointer, os.fsencode(home))
-        except OSError as error:
-            raise errors.from_oserror(error, doing="keep the plugin's home", key=home) from error
 
     def load(self) -> State | None:
         """What is known; None when dockerd has never said anything.

@@ -25,7 +25,7 @@ def run(call: Call) -> int:
 
     root = open_root(call)
     damaged = False
-    try:
+    with errors.translated("check the data root", key=root.directory):
         for problem in check(root):
             damaged = damaged or problem.kind == "damaged"
             if call.out.json:
@@ -33,6 +33,4 @@ def run(call: Call) -> int:
             else:
                 where = shown(problem.where)
                 call.out.line(f"{problem.kind}: {where}: {shown(problem.what)}; {shown(problem.hint)}")
-    except OSError as error:
-        raise errors.from_oserror(error, doing="check the data root", key=root.directory) from error
     return exits.NO if damaged else exits.DONE
