@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from onlap import errors
@@ -352,14 +352,6 @@ def totals(connection: sqlite3.Connection) -> list[tuple[str, str, int, float, f
 def ids(connection: sqlite3.Connection) -> set[int]:
     """Every id."""
     return {row[0] for row in connection.execute("SELECT id FROM snapshots")}
-
-
-def everything(connection: sqlite3.Connection) -> Iterator[Record]:
-    """Every record, of every owner."""
-    after = 0
-    while rows := page(connection, None, after, None):
-        yield from rows
-        after = rows[-1].id
 
 
 def setting(connection: sqlite3.Connection, key: str) -> str | None:

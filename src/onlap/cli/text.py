@@ -6,6 +6,9 @@ import re
 
 from onlap.errors import shown
 
+# What stands in a table where there is nothing to say.
+NOTHING = "-"
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 # Seconds in one, from the largest.
 _AGES = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60))

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from onlap.snapshots.filters import Selector
     from onlap.store import Store
 
-NOTHING = "-"
-
 
 def records(store: Store, filters: Sequence[str] = ()) -> Iterator[Record]:
     """The records of every owner that one of the filters matches, in the order of their making.
@@ -114,9 +112,9 @@ def usage_as_json(taken: Usage | None) -> dict[str, int] | None:
 
 def size_text(taken: Usage | None) -> str:
     """A usage's bytes for people."""
-    return text.size(taken.size) if taken is not None else NOTHING
+    return text.size(taken.size) if taken is not None else text.NOTHING
 
 
 def name_text(name: str | None) -> str:
     """A key, name or owner for people."""
-    return shown(name) if name else NOTHING
+    return shown(name) if name else text.NOTHING

@@ -81,10 +81,6 @@ class Lease:
             self._write(operation)
             self.digests.update(fresh)
 
-    def pin_snapshot(self, identifier: int) -> None:
-        """Keep a snapshot, by its id."""
-        self.pin(snapshot=identifier)
-
     def unpin_snapshot(self, identifier: int) -> None:
         """Let a snapshot go."""
         self._write(lambda c: pins.unpin(c, self.owner, snapshot=identifier))

@@ -109,7 +109,7 @@ def present(snapshotter: RecordedSnapshotter, lease: Lease, layers: Sequence[Lay
             record = snapshotter.record(layers[number - 1].chain_id)
         except errors.NotFound:
             continue
-        lease.pin_snapshot(record.id)
+        lease.pin(snapshot=record.id)
         try:
             if snapshotter.record(record.name).id == record.id:  # not removed before it was pinned
                 return number, record

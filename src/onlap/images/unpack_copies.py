@@ -102,14 +102,14 @@ class CopiesUnpacking:
         self._thread.join()
         one = self._layers[layer]
         active = self._active
-        self._lease.pin_snapshot(active.id)
+        self._lease.pin(snapshot=active.id)
         try:
             # A copy is made of what is recorded: each layer is recorded, and synced, before the next one starts.
             self._snapshotter.commit(one.chain_id, active.name, {LABEL_LAYER: one.diff_id})
         except errors.AlreadyExists:  # another process was faster, with the same content
             self._lease.unpin_snapshot(active.id)
             drop_active(self._snapshotter, active)
-            self._lease.pin_snapshot(self._snapshotter.record(one.chain_id).id)
+            self._lease.pin(snapshot=self._snapshotter.record(one.chain_id).id)
         self._active = None
         self._next += 1
         self._go_on()

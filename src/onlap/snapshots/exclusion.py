@@ -108,7 +108,10 @@ def alone(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
     """
     with _locked(snapshotter, record, shared=False):
         _again(snapshotter, record)
-        _refuse_mounts(snapshotter, record)
+        found = _mounts_of(snapshotter, record, writable=True)
+        if found:
+            hint = "unmount it first; what is open there would go on writing into the layer"
+            raise _busy(record, "is mounted read-write", found, hint)
         yield
 
 
@@ -198,13 +201,6 @@ def _only_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[
                 "use that one, or unmount it; two overlays must not share an upper layer",
             )
         yield
-
-
-def _refuse_mounts(snapshotter: RecordedSnapshotter, record: Record) -> None:
-    found = _mounts_of(snapshotter, record, writable=True)
-    if found:
-        hint = "unmount it first; what is open there would go on writing into the layer"
-        raise _busy(record, "is mounted read-write", found, hint)
 
 
 def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bool) -> list[str]:

@@ -66,12 +66,11 @@ def mounted(
     plan = temporary.check_plan(mounts)
     root = root_of(_layer(plan))
     with contextlib.ExitStack() as stack:
+        run = None
         if root is not None:
             stack.enter_context(exclusion.mounting_plan(root, plan))
             run = stack.enter_context(Run(root))
-            yield stack.enter_context(_placed(run, plan, at, detached, timeout))
-        else:
-            yield stack.enter_context(temporary.mounted(plan, at, detached=detached, timeout=timeout))
+        yield stack.enter_context(_placed(run, plan, at, detached, timeout))
 
 
 def _layer(plan: list[Mount]) -> str:
@@ -84,12 +83,11 @@ def _placed(
     run: Run | None, plan: list[Mount], at: StrPath | None, detached: bool, timeout: float = 5.0
 ) -> Iterator[Path]:
     """Mount where whoever sweeps behind a dead run will find it."""
-    if run is None:
-        pass
-    elif at is not None and not detached:
-        run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
-    elif not detached and may_mount():
-        at = run.tree()
+    if run is not None and not detached:
+        if at is not None:
+            run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
+        elif may_mount():
+            at = run.tree()
     with temporary.mounted(plan, at, detached=detached, timeout=timeout) as tree:
         yield tree
 
@@ -174,10 +172,9 @@ def build(
     """See :meth:`onlap.store.Store.build`."""
     snapshotter.check_free(name)
     finished = False
-    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
+    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as dropped:
         key = f"build-{run.id}"
         snapshotter.prepare(key, parent, run.labels)
-        dropped = stack.enter_context(contextlib.ExitStack())
         dropped.callback(only_here(_drop), snapshotter, key)
         leave, commit = only_here(temporary.await_leaving), only_here(snapshotter.commit)
         try:

@@ -31,7 +31,6 @@ RENAME_WHITEOUT = 4
 _MAX_PATH = 4095
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _STATX_MNT_ID_UNIQUE = 0x4000  # Linux 6.8
 _STATX_MASK_OFFSET = 0  # struct statx: stx_mask, the first 32 bits

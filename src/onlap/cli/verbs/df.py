@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.text import count, size
+from onlap.cli.text import NOTHING, count, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:
     from onlap.images.disk import Thing
-
-_NOTHING = "-"
 
 
 def arguments(parser: Parser) -> None:
@@ -45,7 +43,7 @@ def run(call: Call) -> None:
     named = {disk.SNAPSHOT: "snapshots", disk.LAYER: "layers", disk.BLOB: "blobs", disk.PARTIAL: "parts of blobs"}
     rows = [_row(words, [thing for thing in things if thing.type == kind]) for kind, words in named.items()]
     waiting = sum(thing.type == disk.TRASH for thing in things)
-    rows.append(("removed trees", f"{waiting:,}", _NOTHING, _NOTHING))
+    rows.append(("removed trees", f"{waiting:,}", NOTHING, NOTHING))
     out.table(("WHAT", "COUNT", "SIZE", "RECLAIMABLE"), rows, right=(1, 2, 3))
     held = _held(things)
     if held:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
@@ -16,8 +15,6 @@ from onlap.serve.docker.http import HttpServer
 from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import StateFile
 from onlap.serve.life import allow_many_files, until_stopped
-
-_log = logging.getLogger("onlap.serve")
 
 # Where dockerd looks for plugins by name (pkg/plugins/discovery.go).
 SOCKET_DIRECTORY = "/run/docker/plugins"

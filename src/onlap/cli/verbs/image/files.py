@@ -6,11 +6,9 @@ from onlap.cli.bars import bars
 from onlap.cli.call import Call
 from onlap.cli.images import images_of, short
 from onlap.cli.parser import Parser
-from onlap.cli.text import size
+from onlap.cli.text import NOTHING, size
 from onlap.errors import shown
 from onlap.images.look import File
-
-_NOTHING = "-"
 
 
 def arguments(parser: Parser) -> None:
@@ -69,9 +67,9 @@ def run(call: Call) -> None:
 
 def _row(each: File) -> tuple[str, ...]:
     return (
-        str(each.layer) if each.layer is not None else _NOTHING,
-        size(each.size) if each.layer is not None else _NOTHING,
-        ",".join(str(hidden.layer) for hidden in each.hid) or _NOTHING,
-        size(each.wasted) if each.hid else _NOTHING,
+        str(each.layer) if each.layer is not None else NOTHING,
+        size(each.size) if each.layer is not None else NOTHING,
+        ",".join(str(hidden.layer) for hidden in each.hid) or NOTHING,
+        size(each.wasted) if each.hid else NOTHING,
         shown(f"/{each.path}"),
     )

@@ -11,13 +11,12 @@ from onlap.cli.call import Call
 from onlap.cli.images import images_of
 from onlap.cli.output import is_terminal
 from onlap.cli.parser import Parser
-from onlap.cli.text import size
+from onlap.cli.text import NOTHING, size
 from onlap.errors import shown
 from onlap.images.look import Step
 
 # What Docker's classic builder writes before the steps that run nothing, and before those that do.
 _NOISE = ("/bin/sh -c #(nop) ", "/bin/sh -c ")
-_NOTHING = "-"
 
 
 def arguments(parser: Parser) -> None:
@@ -48,7 +47,7 @@ def run(call: Call) -> None:
         rows = [
             (
                 _number(step.layer),
-                size(step.size) if step.size is not None else _NOTHING,
+                size(step.size) if step.size is not None else NOTHING,
                 _number(step.added),
                 _number(step.changed),
                 _number(step.deleted),
@@ -60,14 +59,14 @@ def run(call: Call) -> None:
 
 
 def _number(value: int | None) -> str:
-    return f"{value:,}" if value is not None else _NOTHING
+    return f"{value:,}" if value is not None else NOTHING
 
 
 def _command(step: Step) -> str:
     command = step.command
     for noise in _NOISE:
         command = command.removeprefix(noise)
-    return shown(" ".join(command.split()) or step.comment or _NOTHING)
+    return shown(" ".join(command.split()) or step.comment or NOTHING)
 
 
 def _fitted(rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
