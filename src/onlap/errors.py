@@ -163,7 +163,7 @@ class DigestMismatch(DataLoss):
 
 _NO_ROOM = "free some space or inodes there"
 
-# One row an errno: the class that it becomes, and what its reader can do. What is not here is Internal: an errno that
+# One row per errno: the class that it becomes, and what its reader can do. What is not here is Internal: an errno that
 # nobody thought of is our bug until somebody shows that it is the caller's.
 _BY_ERRNO: dict[int, tuple[type[OnlapError], str | None]] = {
     _errno.ENOENT: (NotFound, None),

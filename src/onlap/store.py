@@ -304,7 +304,7 @@ class Store:
 
         Args:
             key: a snapshot of any kind.
-            at: an existing directory; a temporary one by default.
+            at: an existing directory; by default one below the root.
             detached: see :func:`onlap.mounted`.
 
         Raises:

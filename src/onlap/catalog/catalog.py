@@ -206,7 +206,7 @@ class Catalog:
         return found
 
     def walk(self, owner: str | None, condition: Condition | None = None) -> Iterator[Record]:
-        """Records in the order of their making, a page a transaction and none open while the caller has one."""
+        """Records in the order of their making, one transaction per page, and none open between two of them."""
         after = 0
         while True:
             start = after

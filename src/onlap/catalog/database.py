@@ -86,7 +86,7 @@ class Database:
         # moment, and in which Python drops what a signal's handler raises.
         self._forgotten = weakref.finalize(self, self._writer.close, self._readers, _nobody_reads)
         self._forgotten.atexit = False  # see _close_all
-        # The last step: a child in which an interrupt ended this is told from its parent.
+        # The last step: a child in which an interrupt ended this half-way still has its parent's pid here.
         self._pid = os.getpid()
 
     def set_up(self, may_migrate: Callable[[int], None]) -> None:
@@ -121,7 +121,7 @@ class Database:
     # The ways in
 
     def read(self, query: Callable[[Connection], T]) -> T:
-        """Run ``query`` on a connection of its own; several statements see several states unless it begins.
+        """Run ``query`` on a connection of its own; several statements may see several states, unless it begins.
 
         Raises:
             OnlapError: what SQLite says.
@@ -138,8 +138,8 @@ class Database:
                 return self._read_dormant(query, error)
 
     def _query(self, query: Callable[[Connection], T]) -> T:
-        # Who closes the connections sees by the threads' stacks whether somebody is in here (_somebody_reads): there is
-        # no count that an interrupt could leave wrong. Who comes after that look finds these set.
+        # Whoever closes the connections sees by the threads' stacks whether somebody is in here (_somebody_reads): an
+        # interrupt could leave a count wrong. A thread that enters after that look finds one of these set.
         if self._closed or forks.lock.locked():
             raise _Later
         connection = self._readers.pop() if self._readers else self._writer.connect()
@@ -291,7 +291,7 @@ def _before_fork() -> None:
 
 
 def _freeze_all() -> None:
-    # Also a second attempt is one of its own: the threads wait for the end of the one that they know.
+    # A second attempt counts as another fork: the threads wait for the end of the one whose number they have.
     forks.number += 1
     _frozen.clear()
     ours = [database for database in list(_databases) if database._pid == os.getpid() and not database._closed]
@@ -322,5 +322,5 @@ def _close_all() -> None:
 
 atexit.register(_close_all)
 os.register_at_fork(before=_before_fork, after_in_parent=_frozen.clear, after_in_child=_after_fork_in_child)
-# The last to be registered is the first before a fork. One fork at a time.
+# Before a fork the hooks run in the reverse order of their registration, so this one first. One fork at a time.
 os.register_at_fork(before=forks.lock.acquire, after_in_parent=forks.lock.release, after_in_child=forks.lock.release)

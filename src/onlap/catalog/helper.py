@@ -89,7 +89,7 @@ class Helper:
 
     Args:
         serve: does jobs. It gets the first, takes more with :meth:`waiting`, and finishes all that it took. Its second
-            argument says that no thread was to be had, so that it runs in a caller's and must not wait long.
+            argument says that no thread could be started, so that it runs in a caller's and must not wait long.
 
     Attributes:
         jobs: those that wait.
@@ -143,8 +143,8 @@ class Helper:
 
     def _run(self, linger: float, alone: bool) -> None:
         if not alone:
-            # The kernel gives a signal to any thread that takes it while the main one has another pending. Python's
-            # handlers run in the main thread, which would sleep on in its system call.
+            # While the main thread has a signal pending, the kernel gives the next one to any thread that takes it.
+            # Python's handlers run in the main thread, which would sleep on in its system call.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self.jobs.empty() and self._running.acquire(blocking=False):
             try:

@@ -13,7 +13,7 @@ import weakref
 
 from onlap.trees.meta import drop_acls
 
-# For what is locked: never through a symlink, never into a program that is run.
+# Never through a symlink, and never inherited by a program that is started.
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
@@ -51,7 +51,7 @@ class Held:
         self.release()
 
     def lock(self, *, shared: bool = False, wait: bool = False) -> bool:
-        """Take the lock, or change it to the other kind; False when somebody holds it against us.
+        """Take the lock, or change it to the other kind; False when somebody holds one that excludes it.
 
         Args:
             shared: with others that share it.
@@ -81,8 +81,8 @@ class Held:
             return
         _held.pop(fd, None)
         try:
-            # Said aloud: a child between fork and exec has the same open file, and would keep the lock as long. But
-            # one that was forked behind Python's back must not take its parent's.
+            # Not by the close alone: a child between fork and exec has the same open file, and would keep the lock. But
+            # a child that was forked behind Python's back must not give its parent's away.
             if self._pid == os.getpid():
                 fcntl.flock(fd, fcntl.LOCK_UN)
         except OSError:
@@ -129,7 +129,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def lock_directory(path: str, *, shared: bool = False) -> Held | None:
-    """Open a directory and take its lock; None when somebody holds it against us.
+    """Open a directory and take its lock; None when somebody holds one that excludes it.
 
     Raises:
         OSError: it cannot be opened, or the filesystem refuses.
@@ -183,7 +183,7 @@ def _open(path: str) -> Held:
 class FileLock:
     """An exclusive lock on a file, for one thread at a time; the kernel keeps a queue of those that wait.
 
-    The file's first bytes hold a number for whoever has the lock; it is kept by nobody through a crash.
+    The file's first bytes hold a number for whoever has the lock; a crash may lose it.
 
     Args:
         path: the file; made when it does not exist.

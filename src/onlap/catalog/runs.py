@@ -132,7 +132,7 @@ _swept: weakref.WeakSet[Catalog] = weakref.WeakSet()
 
 
 def begin(catalog: Catalog) -> Run:
-    """A new run; the first one of an opened root looks for dead ones before.
+    """A new run; before the first one after a root was opened, a sweep.
 
     Raises:
         OnlapError: the filesystem refuses.

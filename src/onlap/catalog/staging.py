@@ -1,4 +1,4 @@
-"""Where trees are built before they have a record: a directory a process, held by the process's flock."""
+"""Where trees are built before they have a record: one directory per process, held by its flock."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""All that happens under catalog.lock, in one thread: transactions of all who wait, checkpoints, closes.
+"""All that happens under catalog.lock, in one thread: transactions for all who wait, checkpoints, closes.
 
 That thread is a :class:`~onlap.catalog.helper.Helper`: no interrupt comes between the taking of the lock and its
-release, or between a COMMIT and the word of it to those who wait. It waits for other processes as long as that takes;
-those who asked go when they have waited long enough, and what they asked for is not done then.
+release, or between a COMMIT and the news of it to those who wait. It waits for other processes as long as that takes;
+a caller gives up after its timeout, and its job is not done then.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class _Forks:
     """The forks of this process, one at a time.
 
     Attributes:
-        lock: held during one, by hooks that are calls in C alone: whatever interrupts a fork, what waits for its end
-            goes on afterwards.
-        number: which one it is.
+        lock: held during a fork, by hooks that are calls in C alone: whatever interrupts the fork, those that wait for
+            its end go on afterwards.
+        number: of the latest one, counted.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class _Forks:
 
 
 forks = _Forks()
-# Seconds between two looks at what tells nobody that it has ended: a fork, somebody else's reading.
+# Seconds between two looks at what announces its end to nobody: a fork, another thread's reading.
 POLL = 0.0005
 
 
@@ -65,7 +65,7 @@ class Writer:
         timeout: how many seconds to wait for other processes.
 
     Attributes:
-        timeout: likewise, within what a lock can wait.
+        timeout: the same, within the range that a lock takes.
         open: every connection that is open, readers' too.
         commits: transactions so far.
         upkeep_due: whether enough has been committed for a look at the log's size.
@@ -77,7 +77,7 @@ class Writer:
         self._lock_path = lock_path
         self.timeout = min(max(timeout, POLL), TIMEOUT_MAX)
         self._lock = FileLock(lock_path)
-        self._helper = Helper(self._serve)  # which never refers to the Database, so that this can be forgotten
+        self._helper = Helper(self._serve)  # never refers to the Database, which could not be collected else
         self._connection: Connection | None = None
         self._queues = False
         self._frozen_for = 0
@@ -99,7 +99,7 @@ class Writer:
         try:
             self._helper.put(job)
             while not job.wait(self.timeout):
-                # What takes long in this process (a slow disk) is waited for.
+                # Only other processes are given up on: what is slow in this one (the disk) is waited for.
                 if self._queues and job.give_up():
                     given_up = True
                     break
@@ -121,7 +121,7 @@ class Writer:
         self._helper.put(Job(lambda: self.close_now(connection)))
 
     def freeze(self, readers: list[Connection], is_reading: Callable[[], bool]) -> Job[bool]:
-        """Put a job that closes all connections, after which nothing is done before the fork is over."""
+        """Put a job that closes all connections, and after which no other is done until the fork is over."""
         number = forks.number
         job = _Freeze(lambda: self._freeze(number, readers, is_reading))
         self._helper.put(job)
@@ -353,7 +353,7 @@ class Writer:
 
 
 class _Freeze(Job[bool]):
-    """Nothing after it is done before the fork is over."""
+    """The job of :meth:`Writer.freeze`."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""The command ``onlap``: one module a verb, each loaded only when it is asked for.
+"""The command ``onlap``: one module per verb, each loaded only when it is asked for.
 
 :mod:`onlap.cli.registry` lists the verbs; :mod:`onlap.cli.program` runs one and turns errors into exit statuses.
 """

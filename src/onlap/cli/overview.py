@@ -26,7 +26,7 @@ def overview() -> str:
         "options, before or after the verb:",
         "  --root DIR  where the snapshots are; else $ONLAP_ROOT, else /var/lib/onlap for root and",
         "              $XDG_DATA_HOME/onlap (~/.local/share/onlap) for others",
-        '  --json      JSON Lines: an object a thing; a name that is not UTF-8 is {"bytes": base64}',
+        '  --json      JSON Lines: an object per thing; a name that is not UTF-8 is {"bytes": base64}',
         "  -q          no warnings, no progress; ls: names only",
         "  -v          say more; -vv: with tracebacks",
         "  --version   print the version",

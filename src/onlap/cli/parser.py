@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         self._globals = self.add_argument_group("options of every verb")
         self._globals.add_argument("-h", "--help", action="help", help="this text")
         self._globals.add_argument("--root", metavar="DIR", help="where the snapshots are (see: onlap --help)")
-        self._globals.add_argument("--json", action="store_true", help="JSON Lines: an object a thing")
+        self._globals.add_argument("--json", action="store_true", help="JSON Lines: an object per thing")
         self._globals.add_argument("-q", "--quiet", action="store_true", help="no warnings, no progress")
         flags = ("--verbose",) if verb.name in _OTHER_V else ("-v", "--verbose")
         self._globals.add_argument(*flags, action="count", default=0, help="say more; twice: with tracebacks")

@@ -20,7 +20,7 @@ from onlap.syscalls.files import write_all
 
 T = TypeVar("T")
 
-# An archive of an image has a few files a layer. What has more names than this before any that is an image's is
+# An archive of an image has a few files per layer. What has more names than this before any that is an image's is
 # somebody's root filesystem.
 _ENOUGH = 2048
 # Nor has it so many at all, a thousand images of it included.

@@ -190,7 +190,7 @@ class Whiteouts:
 
         Directories that stay and that the archive did not name lose what they had from the layers below.
         """
-        # One frame a directory: its path, those in it that are still to be visited, whether anything is left.
+        # One frame per directory: its path, those in it that are still to be visited, whether anything is left.
         frames: list[tuple[str, list[str]]] = []
         left: set[str] = set()
         frames.append((top, self._prune_files(top, left)))

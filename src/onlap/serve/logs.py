@@ -1,4 +1,4 @@
-"""Structured logs of the servers: a line an event, as logfmt, on stderr."""
+"""Structured logs of the servers: one line per event, as logfmt, on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suites that show whether an implementation keeps a contract: public, without pytest, for others' as well as for ours.
+"""The suite that shows whether a snapshotter keeps the contract: public, without pytest, for others' as well as ours.
 
 >>> from onlap.testing import MemoryFactory, run_suite
 >>> ran = run_suite(MemoryFactory(), capabilities=())

@@ -21,7 +21,7 @@ def arguments(parser: Parser) -> None:
     parser.explain(
         "What the root holds: snapshots, layers of images, blobs, what was removed and waits, leases; who keeps what;\n"
         "and what onlap cleanup would free. Nothing is walked: what has not been measured yet counts as nothing, and\n"
-        "the last lines say so. With --json an object a thing, with its holders, and one of the filesystem.",
+        "the last lines say so. With --json an object per thing, with its holders, and one of the filesystem.",
         "onlap df",
         "onlap df --json | jq -r 'select(.type == \"blob\" and .reclaimable) | .name'",
     )

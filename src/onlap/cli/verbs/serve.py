@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, dict[str, object]] = {
 def arguments(parser: Parser) -> None:
     parser.explain(
         "Serve the snapshots of this root to containerd, as a proxy snapshotter, or be a graph driver plugin of\n"
-        "Docker, until SIGTERM. For containerd the root is made where there is none. Logs go to stderr, a line an\n"
+        "Docker, until SIGTERM. For containerd the root is made where there is none. Logs go to stderr, a line per\n"
         "event; with -v each call is one.",
         "onlap serve containerd --socket /run/onlap/containerd.sock",
         "onlap serve docker --name onlap --driver overlay2",

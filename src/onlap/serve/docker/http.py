@@ -1,4 +1,4 @@
-"""The plugin protocol over HTTP/1.1 with the standard library's server: a thread a connection, which is kept alive.
+"""The plugin protocol over HTTP/1.1 with the standard library's server: a thread per connection, which is kept alive.
 
 Source: moby v26.1.5, pkg/plugins/client.go and docs/extend/plugin_api.md.
 """

@@ -14,9 +14,9 @@ _LETTERS = ("C", "A", "D")
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "What a layer of a Docker data root changed, a line a path, as docker diff: A added, C changed (or something\n"
-        "in it did), D deleted. WHAT is a layer's id or its beginning, a container (what it wrote), or an image (its\n"
-        "top layer).",
+        "What a layer of a Docker data root changed, a line per path, as docker diff: A added, C changed (or\n"
+        "something in it did), D deleted. WHAT is a layer's id or its beginning, a container (what it wrote), or an\n"
+        "image (its top layer).",
         "onlap docker diff /var/lib/docker web-1",
         "onlap docker diff /var/lib/docker debian:13",
     )

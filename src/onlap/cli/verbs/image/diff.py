@@ -14,7 +14,7 @@ from onlap.errors import shown
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "How image OTHER differs from IMAGE, a line a path: A added, C changed (or something in it did), D deleted,\n"
+        "How image OTHER differs from IMAGE, a line per path: A added, C changed (or something in it did), D deleted,\n"
         "and how many bytes of content came or went. The last line sums up. Layers that both have are not looked at.",
         "onlap image diff debian:12 debian:13",
         "onlap image diff app:1 app:2 --exit-code > /dev/null && echo the same",
