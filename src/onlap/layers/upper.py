@@ -26,9 +26,6 @@ from onlap.trees.copy import Copier, copy_range, data_ranges
 from onlap.trees.remove import remove as remove_tree
 from onlap.trees.walk import path_of, walk
 
-# path_resolution(7): the kernel follows as many.
-MAX_SYMLINKS = 40
-
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -167,46 +164,19 @@ class Upper:
     def _resolve(self, path: str, *, create: bool) -> str | None:
         """Where the directory called ``path`` is in the merged tree, as a path without symlinks.
 
-        Absolute symlinks start at the tree's top, and ``..`` ends there, as for a process whose root the tree is.
-
         Args:
+            path: its name.
             create: make what is missing; else None is the answer to it.
         """
-        pending = path.split("/")[::-1]
-        here = self._passed("", pending)
-        links = 0
-        while pending:
-            name = pending.pop()
-            if not name or name == ".":
-                continue
-            if name == "..":
-                here = here.rpartition("/")[0]
-                continue
-            child = paths.join(here, name)
-            if isinstance(self.directories.find(child), Directory):
-                here = child
-                continue
-            target = self._step(here, name, child, create)
-            if target is None:
-                return None
-            if not target:
-                here = child
-                continue
-            links += 1
-            if links > MAX_SYMLINKS:
-                raise ValueError("too many symlinks on the way to it")
-            if target.startswith("/"):
-                here = ""
-            pending += target.split("/")[::-1]
-            here = self._passed(here, pending)
-            if ".." not in pending:
-                paths.check_length(paths.join(here, "/".join(pending)))
-        return here
+        return paths.resolve(path, lambda here, name, child: self._step(here, name, child, create), self._passed)
 
     def _passed(self, here: str, pending: list[str]) -> str:
         """Take from the end of ``pending`` the names that lead through directories of the layer; where they lead.
 
         By halves, so that a name of very many directories costs as much as its length, not as the square of it.
+
+        Raises:
+            ValueError: what is left is longer than a path may be.
         """
         names = list(itertools.takewhile(lambda name: name not in ("", ".", ".."), reversed(pending)))
         low, high = 0, len(names)
@@ -219,15 +189,19 @@ class Upper:
         if low:
             del pending[-low:]
             here = paths.join(here, "/".join(names[:low]))
+        if ".." not in pending:
+            paths.check_length(paths.join(here, "/".join(pending)))
         return here
 
     def _step(self, here: str, name: str, child: str, create: bool) -> str | None:
-        """One name that is no directory of the layer.
+        """One name on the way.
 
         Returns:
-            The target of a symlink; nothing when it is a directory of the layers below, or was made; None when there
-            is none and none is to be made.
+            The target of a symlink; nothing for a directory, also one that was made; None when there is none and none
+            is to be made.
         """
+        if isinstance(self.directories.find(child), Directory):
+            return ""
         upper = self.directories.find(here)
         status = upper.status(name) if isinstance(upper, Directory) else None
         if status is None:

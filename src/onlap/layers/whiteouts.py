@@ -12,7 +12,7 @@ import stat
 from onlap.errors import shown
 from onlap.layers import paths
 from onlap.layers.directories import Blocked, Directory
-from onlap.layers.upper import MAX_SYMLINKS, Upper
+from onlap.layers.upper import Upper
 from onlap.overlayfs.markers import is_whiteout, make_whiteout
 from onlap.syscalls import files
 
@@ -86,30 +86,7 @@ class Whiteouts:
         """Where the directory called ``path`` was before the archive; None when there was none, or it is hidden."""
         if self._lowers.directory(path) is not None and not isinstance(self._directories.find(path), Blocked):
             return path  # as mostly: nothing on the way is, or was, anything but a directory
-        pending = path.split("/")[::-1]
-        here = ""
-        links = 0
-        while pending:
-            name = pending.pop()
-            if not name or name == ".":
-                continue
-            if name == "..":
-                here = here.rpartition("/")[0]
-                continue
-            child = paths.join(here, name)
-            target = self._step_before(here, name, child)
-            if target is None:
-                return None
-            if not target:
-                here = child
-                continue
-            links += 1
-            if links > MAX_SYMLINKS:
-                raise ValueError("too many symlinks on the way to it")
-            if target.startswith("/"):
-                here = ""
-            pending += target.split("/")[::-1]
-        return here
+        return paths.resolve(path, self._step_before)
 
     def _step_before(self, here: str, name: str, child: str) -> str | None:
         """One name on the way.

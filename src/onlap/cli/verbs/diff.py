@@ -24,8 +24,8 @@ def arguments(parser: Parser) -> None:
     parser.explain(
         "What KEY changed against its parent; with OTHER: how OTHER differs from KEY. A line per path, as\n"
         "docker diff: A added, C changed (or something in it did), D deleted. With --json also what changed, and the\n"
-        "attributes before and after (sizes in bytes, times in nanoseconds). With --tar the difference is written as a\n"
-        "layer instead, and its digests are printed.",
+        "attributes before and after (sizes in bytes, times in nanoseconds). With --tar the difference is written as\n"
+        "a layer instead, and its digests are printed.",
         "onlap diff work",
         "onlap diff work --tar layer.tar.gz --compress gzip",
         "onlap diff step-1 step-2 --exit-code && echo the same",
