@@ -337,7 +337,7 @@ def work() -> None:
 
 def apply_one(dir: str, tar: str) -> lib.Result:
     """Apply an archive to a directory."""
-    from onlap.layers.apply import apply
+    from onlap.layers.apply.archive import apply
     from onlap.overlayfs.markers import Markers
 
     fd = os.open(dir, os.O_RDONLY)
@@ -350,7 +350,7 @@ def apply_one(dir: str, tar: str) -> lib.Result:
 
 def diff_one(lower: str, upper: str, tar: str) -> lib.Result:
     """Write what an upper layer changed."""
-    from onlap.layers.write import write_layer
+    from onlap.layers.diff.write import write_layer
     from onlap.overlayfs.markers import Markers
 
     with open(tar, "wb", buffering=0) as out:
@@ -393,7 +393,7 @@ Made = Iterator[tuple[Any, bytes]]
 
 
 def _write(path: Path, entries: Made) -> int:
-    from onlap.layers.tarwriter import TarWriter
+    from onlap.layers.format.writer import TarWriter
 
     count = 0
     with open(path, "wb", buffering=1 << 20) as out:
@@ -409,8 +409,8 @@ def _write(path: Path, entries: Made) -> int:
 
 def _many(content: bytes, directories: int) -> Made:
     """A layer as those of distributions are: files of 14 kB in the mean, most of them root's; always the same."""
-    from onlap.layers import tarformat as tar
-    from onlap.layers.tarformat import Entry
+    from onlap.layers.format import tar
+    from onlap.layers.format.tar import Entry
 
     draw = random.Random(1)
 
@@ -437,8 +437,8 @@ def _many(content: bytes, directories: int) -> Made:
 
 
 def _big(content: bytes, count: int, size: int) -> Made:
-    from onlap.layers import tarformat as tar
-    from onlap.layers.tarformat import Entry
+    from onlap.layers.format import tar
+    from onlap.layers.format.tar import Entry
 
     for number in range(count):
         # Another beginning each, so that no compressor finds one file in the next.
@@ -450,7 +450,7 @@ def _big(content: bytes, count: int, size: int) -> Made:
 
 
 def _compress(source: Path, target: Path, compression: str, engine: str | None) -> None:
-    from onlap.layers.compression import compressor
+    from onlap.layers.stream.compression import compressor
 
     made = compressor(compression, engine=engine if compression == "gzip" else None)
     with open(source, "rb") as plain, open(target, "wb") as packed:

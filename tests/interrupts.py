@@ -22,7 +22,7 @@ from typing import Any
 
 import onlap
 from onlap import errors
-from onlap.catalog import sync
+from onlap.catalog.disk import sync
 from onlap.store import Store
 
 # Seconds after which something hangs; what is waited for takes milliseconds.

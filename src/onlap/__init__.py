@@ -37,8 +37,8 @@ if TYPE_CHECKING:
         Unavailable,
         Unimplemented,
     )
-    from onlap.layers.apply import Applied, Limits
-    from onlap.layers.write import Written
+    from onlap.layers.apply.archive import Applied, Limits
+    from onlap.layers.diff.write import Written
     from onlap.mounts.plan import Mount
     from onlap.probing.probe import Probe, probe
     from onlap.probing.trial import Feature
@@ -58,14 +58,14 @@ _ERRORS = (
 )
 _WHERE = {
     **dict.fromkeys(_ERRORS.split(), "onlap.errors"),
-    "Applied": "onlap.layers.apply",
+    "Applied": "onlap.layers.apply.archive",
     "Change": "onlap.trees.compare",
     "Cleaner": "onlap.snapshots.contract",
     "Differ": "onlap.snapshots.contract",
     "Feature": "onlap.probing.trial",
     "Imported": "onlap.store",
     "Info": "onlap.snapshots.contract",
-    "Limits": "onlap.layers.apply",
+    "Limits": "onlap.layers.apply.archive",
     "Meta": "onlap.trees.meta",
     "Mount": "onlap.mounts.plan",
     "NativeSnapshotter": "onlap.snapshots.native",
@@ -75,7 +75,7 @@ _WHERE = {
     "Snapshotter": "onlap.snapshots.contract",
     "Store": "onlap.store",
     "Usage": "onlap.trees.usage",
-    "Written": "onlap.layers.write",
+    "Written": "onlap.layers.diff.write",
     "mounted": "onlap.snapshots.working",
     "open": "onlap.store",
     "probe": "onlap.probing.probe",

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from onlap.content.store import ContentStore
-    from onlap.images.facade import Images
-    from onlap.layers.apply import Applied, Limits
-    from onlap.layers.write import Written
+    from onlap.images.api import Images
+    from onlap.layers.apply.archive import Applied, Limits
+    from onlap.layers.diff.write import Written
 
 __all__ = ["Imported", "Progress", "Store", "open", "open_snapshotter"]
 
@@ -190,7 +190,7 @@ class Store:
     def images(self) -> Images:
         """The images."""
         if self._images is None:
-            from onlap.images.facade import Images
+            from onlap.images.api import Images
 
             self._images = Images(self.snapshotter, self.content)
         return self._images

@@ -26,7 +26,7 @@ PATIENCE = 30.0
 _CYCLES = r"""
 import os, random, signal, sqlite3, sys
 import onlap
-from onlap.catalog import database
+from onlap.catalog.db import database
 
 root, seed, fatal = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rng = random.Random(seed)

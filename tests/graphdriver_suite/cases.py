@@ -28,7 +28,7 @@ from graphdriver_suite.plugin import PluginDriver
 from onlap import errors
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.contract import Change, Driver, ProtoDriver
-from onlap.graphdrivers.naive import NaiveDiffer
+from onlap.graphdrivers.diff.naive import NaiveDiffer
 from onlap.mounts import mountinfo
 from onlap.testing.trees import Tree
 

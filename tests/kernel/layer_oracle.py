@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onlap.layers import tarformat as tar
-from onlap.layers.apply import Applied, Limits, apply
-from onlap.layers.tarformat import Entry
-from onlap.layers.tarwriter import TarWriter
+from onlap.layers.apply.archive import Applied, Limits, apply
+from onlap.layers.format import tar
+from onlap.layers.format.tar import Entry
+from onlap.layers.format.writer import TarWriter
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import Markers, is_marker
 from onlap.snapshots.working import mounted

@@ -35,8 +35,8 @@ from kernel.layer_oracle import (
     symlink,
 )
 from onlap import errors
-from onlap.layers import tarformat as tar
-from onlap.layers.apply import Limits, apply
+from onlap.layers.apply.archive import Limits, apply
+from onlap.layers.format import tar
 from onlap.overlayfs.markers import Markers, is_whiteout
 from onlap.progress import Progress
 from onlap.store import open as open_store
@@ -263,7 +263,7 @@ def test_holes_stay_holes(layer: Path) -> None:
 
 
 def _block(type: str, size: int) -> bytes:
-    from onlap.layers.tarwriter import encode
+    from onlap.layers.format.writer import encode
 
     block = bytearray(encode(tar.Entry("file", tar.FILE, size=size)))
     block[156:157] = type.encode()
@@ -507,7 +507,7 @@ def test_whiteouts_in_a_whole_tree(layer: Path) -> None:
 
 _AS_USER = """
 import json, os, sys
-from onlap.layers.apply import apply
+from onlap.layers.apply.archive import apply
 from onlap.overlayfs.markers import Markers
 lowers = [f"/proc/self/fd/{fd}/." for fd in sys.argv[2:]]
 applied = apply(sys.stdin.buffer, int(sys.argv[1]), lowers=lowers, markers=Markers("user"))
@@ -643,10 +643,10 @@ def test_before_openat2(layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 _FLAT = """
 import os, resource, sys
-from onlap.layers import compression
-from onlap.layers.apply import apply
-from onlap.layers.tarformat import Entry
-from onlap.layers.tarwriter import encode
+from onlap.layers.stream import compression
+from onlap.layers.apply.archive import apply
+from onlap.layers.format.tar import Entry
+from onlap.layers.format.writer import encode
 
 SIZE = 400_000_000
 
@@ -707,7 +707,7 @@ def _digest(data: bytes) -> str:
 
 
 def _zstd(data: bytes) -> bytes:
-    from onlap.layers import compression
+    from onlap.layers.stream import compression
 
     made = compression.compressor(compression.ZSTD)
     return made.compress(data) + made.flush()

@@ -33,7 +33,7 @@ from kernel.layer_oracle import (
     symlink,
 )
 from onlap import errors
-from onlap.layers import tarformat as tar
+from onlap.layers.format import tar
 from onlap.trees.copy import Copier
 
 pytestmark = [pytest.mark.needs("overlay", "mount")]

@@ -14,8 +14,8 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.database import Connection
-from onlap.catalog.layout import RESERVE_SIZE
+from onlap.catalog.db.database import Connection
+from onlap.catalog.disk.layout import RESERVE_SIZE
 from onlap.store import Store
 
 Filesystems = Callable[[str], Path]

@@ -12,7 +12,7 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.catalog.staging import Staging
+from onlap.catalog.disk.staging import Staging
 from onlap.mounts import kernel
 from onlap.mounts.unmount import unmount
 from onlap.store import Store

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import onlap
-from onlap.layers.write import Written
+from onlap.layers.diff.write import Written
 from onlap.trees.copy import data_ranges
 
 pytestmark = pytest.mark.needs("mount", "overlay")

@@ -14,26 +14,26 @@ from hypothesis import strategies as st
 from kernel.layer_oracle import TRUSTED, Item, apply_to, archive, directory, entry, hardlink, look, merged, symlink
 from kernel.test_apply_property import _build, _items
 from onlap import errors
-from onlap.images import alone
-from onlap.images.alone import NeedsParent
+from onlap.images.unpack import parentless
+from onlap.images.unpack.parentless import NeedsParent
 
 pytestmark = [pytest.mark.needs("overlay", "mount")]
 
 
-def apply_alone(base: Path, data: bytes, layer: Path) -> alone.Alone:
+def apply_alone(base: Path, data: bytes, layer: Path) -> parentless.Alone:
     blob = base / "blob"
     blob.write_bytes(data)
     fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return alone.apply_alone(str(blob), fd, TRUSTED, lambda _read: None)
+        return parentless.apply_alone(str(blob), fd, TRUSTED, lambda _read: None)
     finally:
         os.close(fd)
 
 
-def settle(layer: Path, lowers: list[Path], done: alone.Alone) -> None:
+def settle(layer: Path, lowers: list[Path], done: parentless.Alone) -> None:
     fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        alone.settle(fd, [str(lower) for lower in lowers], TRUSTED, done.removals, top_named=done.top_named)
+        parentless.settle(fd, [str(lower) for lower in lowers], TRUSTED, done.removals, top_named=done.top_named)
     finally:
         os.close(fd)
 

@@ -16,7 +16,8 @@ import pytest
 import onlap
 from kernel.layer_oracle import Item, archive, directory, entry, hardlink, symlink
 from onlap import errors
-from onlap.images import Image, workers
+from onlap.images import Image
+from onlap.images.unpack import pool
 from onlap.store import Store
 from onlap.testing import read_tree
 from pure.image_makers import Made
@@ -42,7 +43,7 @@ EXPECTED = {"d", "d/kept", "d/implicit", "d/through", "d/top", "hard", "o", "o/n
 @pytest.fixture(params=["processes", "threads"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Unpacking in worker processes, whatever the size; or in this process."""
-    monkeypatch.setattr(workers, "WORTHWHILE", 0 if request.param == "processes" else 1 << 60)
+    monkeypatch.setattr(pool, "WORTHWHILE", 0 if request.param == "processes" else 1 << 60)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     return str(request.param)
 
@@ -152,16 +153,16 @@ def test_an_interrupted_unpack_goes_on(way: str, store: Store, root: Path) -> No
 
 
 def test_a_dead_worker_is_told(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "WORTHWHILE", 0)
+    monkeypatch.setattr(pool, "WORTHWHILE", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
-    monkeypatch.setattr(workers, "_PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(pool, "_PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(errors.Unavailable, match="-9"):
         store.images.import_(layout(root, BASE, CHANGE), name="x:1", platform=PLATFORM)
     assert list(store.walk()) == []
 
 
 def test_a_worker_knows_a_path_that_is_not_utf8(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "WORTHWHILE", 0)
+    monkeypatch.setattr(pool, "WORTHWHILE", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     with onlap.open(os.path.join(root, os.fsdecode(b"st\xffore:,\\ x")), snapshotter="overlay") as store:
         (image,) = store.images.import_(layout(root, BASE, TOP), name="x:1", platform=PLATFORM)
@@ -226,7 +227,7 @@ def test_what_a_killed_unpack_left_goes(store: Store, root: Path) -> None:
     code = (
         "import json, os, signal, sys\n"
         "import onlap\n"
-        "from onlap.images import jobs\n"
+        "from onlap.images.unpack import jobs\n"
         "jobs.perform = lambda job, progress: os.kill(os.getpid(), signal.SIGKILL)\n"
         "with onlap.open(sys.argv[1], snapshotter='overlay') as store:\n"
         "    store.images.import_(sys.argv[2], name='x:1', platform='linux/amd64')\n"
@@ -241,15 +242,15 @@ def test_what_a_killed_unpack_left_goes(store: Store, root: Path) -> None:
 
 
 def test_jobs_go_through_the_pipe() -> None:
-    from onlap.images import jobs
-    from onlap.images.alone import Removal
+    from onlap.images.unpack import jobs
+    from onlap.images.unpack.parentless import Removal
 
     outcome = jobs.Outcome(removals=[Removal("a\udcff", None), Removal("", "b")], top_named=False, skipped={"owner": 1})
     assert jobs.outcome_of(json.loads(json.dumps(jobs.as_json(outcome)))) == outcome
 
 
 def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    count: Callable[[int, int], int] = workers.count
+    count: Callable[[int, int], int] = pool.count
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     assert (count(5, 1 << 30), count(1, 1 << 30), count(5, 1000)) == (2, 0, 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from kernel.helpers import SOURCE
 from kernel.layer_oracle import TIME, TRUSTED, apply_to
 from onlap import errors
-from onlap.layers.changes import stack_changes
-from onlap.layers.compression import Inflater
-from onlap.layers.write import Written, write_layer
+from onlap.layers.diff.changes import stack_changes
+from onlap.layers.diff.write import Written, write_layer
+from onlap.layers.stream.compression import Inflater
 from onlap.mounts.plan import overlay
 from onlap.progress import Progress
 from onlap.snapshots.working import mounted
@@ -835,7 +835,7 @@ def test_many_layers_with_few_descriptors(layers: Layers) -> None:
         (layers.stack[0] / "a/b" / f"file{number}").touch()
     script = (
         "import resource, sys, io\n"
-        "from onlap.layers.write import write_layer\n"
+        "from onlap.layers.diff.write import write_layer\n"
         "from onlap.overlayfs.markers import Markers\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
         "layers = sys.argv[1:]\n"
@@ -983,7 +983,7 @@ def test_memory_is_flat(root: Path, compression: str) -> None:
     """300 MB and 1 MB, each in a process of its own: what is in memory does not depend on the size."""
     script = (
         "import os, sys\n"
-        "from onlap.layers.write import write_layer\n"
+        "from onlap.layers.diff.write import write_layer\n"
         "from onlap.overlayfs.markers import Markers\n"
         "with open(os.devnull, 'wb', buffering=0) as out:\n"
         "    write_layer([], [sys.argv[1]], Markers('trusted'), out, compression=sys.argv[2])\n"

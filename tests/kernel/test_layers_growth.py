@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kernel.layer_oracle import TRUSTED, Item, apply_to, archive, entry
-from onlap.layers.write import write_layer
+from onlap.layers.diff.write import write_layer
 from onlap.trees.compare import compare
 from onlap.trees.remove import remove
 

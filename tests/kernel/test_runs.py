@@ -14,7 +14,7 @@ import pytest
 import onlap
 from kernel.helpers import SOURCE, mountinfo, output
 from onlap import errors
-from onlap.catalog.database import Database
+from onlap.catalog.db.database import Database
 from onlap.mounts import temporary
 from onlap.mounts.unmount import unmount
 from onlap.store import Store

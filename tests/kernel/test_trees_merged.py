@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import capabilities
 import onlap
-from onlap.layers.changes import stack_changes
+from onlap.layers.diff.changes import stack_changes
 from onlap.mounts import plan
 from onlap.overlayfs.markers import TRUSTED, USER, Markers, make_whiteout
 from onlap.overlayfs.merged import MergedDirectory, Stack

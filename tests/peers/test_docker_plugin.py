@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from onlap.graphdrivers import open_driver
-from onlap.graphdrivers.checkup import check
-from onlap.graphdrivers.inspect import open_root
+from onlap.graphdrivers.inspection.checkup import check
+from onlap.graphdrivers.inspection.data_root import open_root
 from onlap.mounts import mountinfo
 from onlap.testing.same import assert_same_tree
 from peers.daemons import eventually

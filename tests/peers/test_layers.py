@@ -19,7 +19,7 @@ import pytest
 import gobuild
 from kernel.layer_oracle import TRUSTED, apply_to
 from onlap import errors
-from onlap.layers.write import write_layer
+from onlap.layers.diff.write import write_layer
 from onlap.testing import Tree, assert_same_tree, differences
 from pure.tar_makers import END, header, pax
 

@@ -21,7 +21,7 @@ import pytest
 
 import gobuild
 from onlap import errors
-from onlap.layers import tarformat as tar
+from onlap.layers.format import tar
 from pure.tar_makers import END, gnu_long, header, padded, pax, read
 
 pytestmark = pytest.mark.needs("peer:go", "gopkg:github.com/containerd/containerd")

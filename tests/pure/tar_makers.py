@@ -6,10 +6,10 @@ import io
 import os
 from collections.abc import Iterable
 
-from onlap.layers import tarformat as tar
-from onlap.layers.tarformat import Entry
-from onlap.layers.tarreader import TarReader
-from onlap.layers.tarwriter import TarWriter
+from onlap.layers.format import tar
+from onlap.layers.format.reader import TarReader
+from onlap.layers.format.tar import Entry
+from onlap.layers.format.writer import TarWriter
 
 END = bytes(1024)
 

@@ -208,7 +208,7 @@ def hold(connection):
 holder = threading.Thread(target=database.write, args=(hold,))
 holder.start()
 inside.wait()
-from onlap.catalog.writer import forks
+from onlap.catalog.db.writer import forks
 def interrupt():
     while not forks.lock.locked():
         time.sleep(0.001)

@@ -16,7 +16,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import pins, records
-from onlap.catalog.database import Connection, Database
+from onlap.catalog.db.database import Connection, Database
 from onlap.store import Store
 
 PATIENCE = 30.0

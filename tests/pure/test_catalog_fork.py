@@ -25,7 +25,7 @@ import faulthandler, multiprocessing, os, subprocess, sys, threading, time, warn
 faulthandler.dump_traceback_later(float(os.environ.get("PATIENCE", 30)), exit=True)
 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads is what is tested
 import onlap
-from onlap.catalog.writer import forks
+from onlap.catalog.db.writer import forks
 root = sys.argv[1]
 
 def acknowledge(key):

@@ -14,9 +14,9 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import pins, records
-from onlap.catalog.database import Connection
+from onlap.catalog.db.database import Connection
+from onlap.catalog.disk.staging import Staging
 from onlap.catalog.locks import Held
-from onlap.catalog.staging import Staging
 from onlap.store import Store, open_snapshotter
 
 PATIENCE = 30.0

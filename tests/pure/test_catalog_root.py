@@ -11,9 +11,9 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.catalog import schema
-from onlap.catalog.layout import RESERVE_SIZE
-from onlap.catalog.writer import other_version
+from onlap.catalog.db import schema
+from onlap.catalog.db.writer import other_version
+from onlap.catalog.disk.layout import RESERVE_SIZE
 from onlap.probing.probe import SCRATCH
 
 # The places

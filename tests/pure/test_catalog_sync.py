@@ -11,8 +11,9 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.catalog import records, sync
-from onlap.catalog.sync import Syncer
+from onlap.catalog import records
+from onlap.catalog.disk import sync
+from onlap.catalog.disk.sync import Syncer
 from onlap.store import Store
 
 PATIENCE = 30.0

@@ -16,8 +16,8 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import janitor, records
-from onlap.catalog import writer as module
-from onlap.catalog.database import Database
+from onlap.catalog.db import writer as module
+from onlap.catalog.db.database import Database
 from onlap.catalog.helper import Job
 from onlap.catalog.janitor import Janitor
 from onlap.store import Store

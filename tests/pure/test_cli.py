@@ -361,7 +361,7 @@ def test_open_files_are_raised_and_given_back() -> None:
     code = (
         "import resource, sys\n_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))\n"
-        "from onlap.cli import limits\nlimits.raise_open_files()\n"
+        "from onlap.cli.shared import limits\nlimits.raise_open_files()\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard), limits.before() == (128, hard))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from onlap.cli import text
-from onlap.cli.output import dumped
+from onlap.cli.terminal import text
+from onlap.cli.terminal.output import dumped
 
 
 @pytest.mark.parametrize(

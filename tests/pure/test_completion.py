@@ -17,8 +17,8 @@ import pytest
 import onlap
 from capabilities import find_program
 from onlap.cli.complete import complete
-from onlap.cli.output import Output
 from onlap.cli.registry import GROUPS, VERBS
+from onlap.cli.terminal.output import Output
 from pure.image_makers import Made, layer
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from onlap import errors
-from onlap.layers import compression
+from onlap.layers.stream import compression
 from pure.tar_makers import END, header
 
 DATA = b"some text " * 50_000 + bytes(300_000) + bytes(range(256)) * 100

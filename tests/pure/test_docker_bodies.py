@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onlap import errors
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED
 from onlap.graphdrivers.counter import Counter
+from onlap.graphdrivers.diff.stacks import as_docker
 from onlap.graphdrivers.ids import IdMap, Range
-from onlap.graphdrivers.stacks import as_docker
 from onlap.serve.docker.bodies import Chunked, ChunkWriter, Sized, drain
 from onlap.trees.compare import Change
 from onlap.trees.meta import Meta

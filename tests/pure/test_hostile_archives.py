@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.layers import tarformat as tar
-from onlap.layers.applier import Applier
-from onlap.layers.apply import Applied, Limits, apply
-from onlap.layers.tarformat import Entry
+from onlap.layers.apply.applier import Applier
+from onlap.layers.apply.archive import Applied, Limits, apply
+from onlap.layers.format import tar
+from onlap.layers.format.tar import Entry
 from onlap.overlayfs.markers import Markers
 from onlap.trees.remove import remove
 from pure.tar_makers import END, gnu_long, header, padded, pax, read

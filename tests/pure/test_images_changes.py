@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from onlap import errors
-from onlap.images.changes import apply_changes
+from onlap.images.commit.instructions import apply_changes
 
 
 @pytest.mark.parametrize(

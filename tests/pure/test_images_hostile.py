@@ -11,8 +11,9 @@ import pytest
 
 from onlap import errors
 from onlap.content.store import ContentStore
-from onlap.images import files, model, resolve
-from onlap.images.model import Descriptor, Platform
+from onlap.images.formats import files
+from onlap.images.spec import model, resolve
+from onlap.images.spec.model import Descriptor, Platform
 from onlap.store import Store
 from pure.image_makers import CONFIG, INDEX, MANIFEST, Made, digest_of, layer, write_tar
 from pure.tar_makers import END, header, padded, pax

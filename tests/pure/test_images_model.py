@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlap import errors
-from onlap.images import media, model, platforms, resolve
-from onlap.images.model import Descriptor, Index, Manifest, Platform
+from onlap.images.spec import media, model, platforms, resolve
+from onlap.images.spec.model import Descriptor, Index, Manifest, Platform
 from pure.image_makers import CONFIG, INDEX, LAYER, MANIFEST, Made, digest_of, layer
 
 DOCKER = "application/vnd.docker."

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlap import errors
-from onlap.images import names
+from onlap.images.spec import names
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 

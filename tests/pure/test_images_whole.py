@@ -13,7 +13,8 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.containers.run import find_source
-from onlap.images import Image, Images, commit
+from onlap.images import Image, Images
+from onlap.images.commit import commit
 from onlap.snapshots.archives import write_diff
 from onlap.store import Store
 from pure.image_makers import Made, digest_of, layer

@@ -12,11 +12,11 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.errors import OnlapError
-from onlap.images import look
 from onlap.images.index import Image, image_of
-from onlap.images.look import File, LayerTotal, Step
-from onlap.images.model import Config, Descriptor, History, Manifest, RootFS
-from onlap.images.origins import Hidden
+from onlap.images.inspection import inspect
+from onlap.images.inspection.inspect import File, LayerTotal, Step
+from onlap.images.inspection.origins import Hidden
+from onlap.images.spec.model import Config, Descriptor, History, Manifest, RootFS
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.store import Store
 from peers.images import Layer
@@ -88,7 +88,7 @@ def unpacked(store: Store) -> Store:
 
 
 def files_of(store: Store, path: str | None = None) -> dict[str, File]:
-    return {each.path: each for each in look.files(store.snapshotter, CHAIN, path).files}
+    return {each.path: each for each in inspect.files(store.snapshotter, CHAIN, path).files}
 
 
 # Files
@@ -131,7 +131,7 @@ def test_another_name_of_a_file_counts_nothing(unpacked: Store) -> None:
 
 
 def test_the_layers_sum_up(unpacked: Store) -> None:
-    found = look.files(unpacked.snapshotter, CHAIN)
+    found = inspect.files(unpacked.snapshotter, CHAIN)
     assert [total.layer for total in found.layers] == [1, 2, 3]
     assert sum(total.wasted for total in found.layers) == sum(each.wasted for each in found.files)
     assert found.layers[1] == LayerTotal(2, 2, 15, 13)
@@ -152,12 +152,12 @@ def test_one_path(unpacked: Store) -> None:
 
 def test_an_empty_directory_is_there(store: Store) -> None:
     unpack(store, [Layer().directory("d").directory("d/e").done()], ["only"])
-    assert look.files(store.snapshotter, ["only"], "d/e").files == []
+    assert inspect.files(store.snapshotter, ["only"], "d/e").files == []
 
 
 def test_a_layer_that_is_not_there(unpacked: Store) -> None:
     with pytest.raises(errors.NotFound, match="there is no snapshot layer-4"):
-        look.files(unpacked.snapshotter, [*CHAIN, "layer-4"])
+        inspect.files(unpacked.snapshotter, [*CHAIN, "layer-4"])
 
 
 def test_a_copy_without_a_change_is_waste(root: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_copy_without_a_change_is_waste(root: Path) -> None:
     with onlap.open(root, snapshotter="overlay") as store:
         again = Layer().file("f", b"same" * 10).done()
         unpack(store, [again, again], ["one", "two"])
-        found = look.files(store.snapshotter, ["one", "two"])
+        found = inspect.files(store.snapshotter, ["one", "two"])
     assert found.files == [File("f", 2, 40, (Hidden(1, 40, 2),))]
     assert [total.wasted for total in found.layers] == [40, 0]
 
@@ -176,7 +176,7 @@ def test_a_copy_without_a_change_is_waste(root: Path) -> None:
 def test_two_images_differ_by_path_and_bytes(unpacked: Store) -> None:
     found = {
         each.change.path: (each.change.kind, each.before, each.after)
-        for each in look.diff(unpacked.snapshotter, "layer-1", "layer-3")
+        for each in inspect.diff(unpacked.snapshotter, "layer-1", "layer-3")
     }
     assert found == {
         "big": ("C", 0, 0),
@@ -194,10 +194,10 @@ def test_two_images_differ_by_path_and_bytes(unpacked: Store) -> None:
 
 
 def test_a_removed_directory_counts_with_all_in_it(unpacked: Store) -> None:
-    found = {each.change.path: each for each in look.diff(unpacked.snapshotter, "layer-1", "layer-2")}
+    found = {each.change.path: each for each in inspect.diff(unpacked.snapshotter, "layer-1", "layer-2")}
     assert (found["big"].change.kind, found["big"].before, found["big"].after) == ("D", 300, 0)
     assert "big/one" not in found
-    found = {each.change.path: each for each in look.diff(unpacked.snapshotter, "layer-3", "layer-1")}
+    found = {each.change.path: each for each in inspect.diff(unpacked.snapshotter, "layer-3", "layer-1")}
     # A directory that a file takes the place of.
     assert (found["turns"].change.kind, found["turns"].before, found["turns"].after) == ("C", 1, 6)
 
@@ -217,7 +217,7 @@ def test_a_file_with_several_names_counts_once(store: Store) -> None:
     unpack(store, [layer.done() for layer in (base, middle, top)], CHAIN)
 
     def bytes_of(one: str, other: str) -> dict[str, tuple[int, int]]:
-        found = look.diff(store.snapshotter, one, other)
+        found = inspect.diff(store.snapshotter, one, other)
         return {each.change.path: (each.before, each.after) for each in found if each.before or each.after}
 
     assert bytes_of("layer-1", "layer-2") == {"a/one": (0, 100)}
@@ -228,7 +228,7 @@ def test_a_file_with_several_names_counts_once(store: Store) -> None:
 
 
 def test_an_image_does_not_differ_from_itself(unpacked: Store) -> None:
-    assert list(look.diff(unpacked.snapshotter, "layer-3", "layer-3")) == []
+    assert list(inspect.diff(unpacked.snapshotter, "layer-3", "layer-3")) == []
 
 
 # History
@@ -251,7 +251,7 @@ def test_history_tells_what_each_step_did(unpacked: Store) -> None:
         History(created_by="CMD x", empty_layer=True),
     ]
     made, config = image(said)
-    steps = list(look.history(unpacked.snapshotter, made, config))
+    steps = list(inspect.history(unpacked.snapshotter, made, config))
     assert [(step.command, step.layer) for step in steps] == [
         ("ADD base /", 1),
         ("ENV A=1", None),
@@ -275,7 +275,7 @@ def test_history_tells_what_each_step_did(unpacked: Store) -> None:
 @pytest.mark.parametrize("said", [None, [], [History(created_by="one")]])
 def test_a_history_that_is_not_whole(unpacked: Store, said: list[History] | None) -> None:
     made, config = image(said)
-    steps = list(look.history(unpacked.snapshotter, made, config))
+    steps = list(inspect.history(unpacked.snapshotter, made, config))
     assert [step.layer for step in steps] == [1, 2, 3]
     assert steps[0].command == ("one" if said else "")
     assert (steps[2].command, steps[2].added) == ("", 4)
@@ -283,4 +283,4 @@ def test_a_history_that_is_not_whole(unpacked: Store, said: list[History] | None
 
 def test_a_history_with_more_steps_than_layers(unpacked: Store) -> None:
     made, config = image([History(created_by=str(number)) for number in range(5)])
-    assert [step.layer for step in look.history(unpacked.snapshotter, made, config)] == [1, 2, 3, None, None]
+    assert [step.layer for step in inspect.history(unpacked.snapshotter, made, config)] == [1, 2, 3, None, None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onlap import errors
-from onlap.layers import tarformat as tar
+from onlap.layers.format import tar
 from pure.tar_makers import END, gnu_long, header, padded, pax, read, record
 
 LONG = "directory/" * 30 + "name"
@@ -226,7 +226,7 @@ def test_a_volume_label_is_passed_over() -> None:
 
 def test_data_that_nobody_takes_is_passed_over() -> None:
     data = header(b"a", size=1000) + padded(b"x" * 1000) + header(b"b") + END
-    from onlap.layers.tarreader import TarReader
+    from onlap.layers.format.reader import TarReader
 
     for chunk in (1, 300, 4096):
         stream = io.BytesIO(data)

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlap import errors
-from onlap.layers import tarformat as tar
-from onlap.layers import tarsparse
-from onlap.layers.tarformat import Entry
-from onlap.layers.tarwriter import TarWriter
+from onlap.layers.format import sparse_files, tar
+from onlap.layers.format.tar import Entry
+from onlap.layers.format.writer import TarWriter
 from pure.tar_makers import facts, read, record, write
 
 _BYTES = st.binary(min_size=1, max_size=300).filter(lambda name: b"\0" not in name and not name.endswith(b"/"))
@@ -180,9 +179,9 @@ def test_programs_extract_it(tmp_path: Path, program: str, request: pytest.Fixtu
 
 
 def test_pieces_are_of_whole_blocks() -> None:
-    assert tarsparse.pieces_of([], 10) == []
-    assert tarsparse.pieces_of([(0, 10)], 10) == [(0, 10)]
-    assert tarsparse.pieces_of([(700, 800), (1000, 1100), (5000, 5001)], 5001) == [(512, 1024), (4608, 393)]
+    assert sparse_files.pieces_of([], 10) == []
+    assert sparse_files.pieces_of([(0, 10)], 10) == [(0, 10)]
+    assert sparse_files.pieces_of([(700, 800), (1000, 1100), (5000, 5001)], 5001) == [(512, 1024), (4608, 393)]
 
 
 def _sparse(name: str, pieces: list[tuple[int, int]], size: int) -> tuple[Entry, bytes, bytes]:

@@ -22,16 +22,16 @@ from onlap import errors
 from onlap.arguments import check_number
 from onlap.catalog import pins, records
 from onlap.catalog.checks import check_commit, check_rebase, lost, no_parent
-from onlap.catalog.database import Connection, Database
-from onlap.catalog.epoch import epoch
+from onlap.catalog.db.database import Connection, Database
+from onlap.catalog.disk.epoch import epoch
+from onlap.catalog.disk.layout import Layout
+from onlap.catalog.disk.staging import Staging
+from onlap.catalog.disk.sync import Syncer
+from onlap.catalog.disk.trash import Swept, Trash
 from onlap.catalog.janitor import Janitor
-from onlap.catalog.layout import Layout
 from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import Condition, Record
-from onlap.catalog.staging import Staging
-from onlap.catalog.sync import Syncer
-from onlap.catalog.trash import Swept, Trash
 from onlap.errors import shown
 from onlap.trees.usage import usage
 

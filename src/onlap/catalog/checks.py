@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from onlap import errors
 from onlap.catalog import records
+from onlap.catalog.db.writer import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, Record
-from onlap.catalog.writer import Connection
 from onlap.errors import shown
 
 

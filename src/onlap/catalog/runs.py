@@ -28,7 +28,7 @@ from types import TracebackType
 from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.database import Connection
+from onlap.catalog.db.database import Connection
 from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import COMMITTED, Condition, Record

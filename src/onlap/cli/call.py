@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.cli.output import Output
 from onlap.cli.parser import read_labels
+from onlap.cli.terminal.output import Output
 from onlap.errors import shown
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 
 from onlap import errors
 from onlap.cli.call import Call
-from onlap.cli.output import Output
 from onlap.cli.parser import Parser, make_parser
 from onlap.cli.registry import GROUPS, VERBS, of_group
+from onlap.cli.terminal.output import Output
 
 NAME = "__complete"
 SHELLS = ("bash", "zsh", "fish")
@@ -192,8 +192,8 @@ def _values(
     snapshots = action.dest in parser.keys
     if not images and not snapshots:
         return
-    from onlap.cli.images import images_of
-    from onlap.cli.things import records
+    from onlap.cli.shared.images import images_of
+    from onlap.cli.shared.things import records
 
     with Call("", argparse.Namespace(root=options.get("root")), out).store() as store:
         if snapshots:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from onlap import errors
 from onlap.cli import exits
 from onlap.cli.call import Call
-from onlap.cli.output import Output, complain
 from onlap.cli.parser import UsageError, make_parser
 from onlap.cli.registry import GROUPS, VERBS
-from onlap.cli.text import safe
+from onlap.cli.terminal.output import Output, complain
+from onlap.cli.terminal.text import safe
 
 # Options that stand before the verb and take a value.
 _WITH_VALUE = frozenset({"--root"})
@@ -75,7 +75,7 @@ def _first_output(argv: Sequence[str]) -> Output:
 
 
 def _prepare_process() -> None:
-    from onlap.cli import limits
+    from onlap.cli.shared import limits
 
     _open_standard_streams()
     limits.raise_open_files()
@@ -159,7 +159,7 @@ def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
 
 
 def _without_verb(arguments: list[str], out: Output) -> int:
-    from onlap.cli.overview import overview
+    from onlap.cli.terminal.overview import overview
 
     if "--version" in arguments:
         from onlap._version import __version__
@@ -177,7 +177,7 @@ def _without_verb(arguments: list[str], out: Output) -> int:
 
 
 def _without_second_word(group: str, arguments: list[str], out: Output) -> int:
-    from onlap.cli.overview import group_overview
+    from onlap.cli.terminal.overview import group_overview
 
     if "-h" not in arguments and "--help" not in arguments:
         raise UsageError(f"which verb of {group}?")

@@ -9,7 +9,7 @@ from types import TracebackType
 from onlap import errors
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.database import Connection
+from onlap.catalog.db.database import Connection
 from onlap.catalog.log import warn
 from onlap.catalog.runs import Run, forget
 from onlap.forks import only_here

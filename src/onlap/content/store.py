@@ -19,7 +19,7 @@ from typing import BinaryIO
 from onlap import errors
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.database import Connection
+from onlap.catalog.db.database import Connection
 from onlap.catalog.locks import Held
 from onlap.content.digests import PREFIX, check_digest, digest_of
 from onlap.content.lease import Lease

@@ -17,12 +17,14 @@ from typing import BinaryIO
 from onlap import errors
 from onlap.arguments import as_name, check_text, check_texts
 from onlap.border import public_class
+from onlap.catalog.disk.sync import Syncer
 from onlap.catalog.locks import Held
-from onlap.catalog.sync import Syncer
 from onlap.errors import shown
 from onlap.graphdrivers import checks
 from onlap.graphdrivers.contract import Change
 from onlap.graphdrivers.counter import Counter, Locks
+from onlap.graphdrivers.diff.naive import NaiveDiffer
+from onlap.graphdrivers.diff.stacks import layer_changes, write_diff
 from onlap.graphdrivers.ids import IdMap
 from onlap.graphdrivers.leftovers import (
     STAGING,
@@ -34,8 +36,6 @@ from onlap.graphdrivers.leftovers import (
     mounts_below,
     remove_tree,
 )
-from onlap.graphdrivers.naive import NaiveDiffer
-from onlap.graphdrivers.stacks import layer_changes, write_diff
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
 

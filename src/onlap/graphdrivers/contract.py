@@ -10,7 +10,7 @@ a layer is what it changed on top of the tree of its parent. Whoever drives it (
 * a container becomes an image: :meth:`DiffDriver.diff` of ``<id>`` against ``<id>-init`` is applied to a new layer;
 * a layer goes: :meth:`ProtoDriver.remove`, always before its parent.
 
-A driver that brings only a :class:`ProtoDriver` gets the rest from :class:`onlap.graphdrivers.naive.NaiveDiffer`.
+A driver that brings only a :class:`ProtoDriver` gets the rest from :class:`onlap.graphdrivers.diff.naive.NaiveDiffer`.
 
 Every call may raise :class:`onlap.errors.OnlapError`. Calls come from many threads at once; those for one id may
 overlap.

@@ -1,9 +1,9 @@
 """A tree once more, its files hard links of the first: what ``overlay`` makes each image's layer from.
 
 Whoever writes into the copy must never change a file in place, since it is the original's too: not its content, nor
-its mode, owner, times or xattrs. :class:`onlap.layers.applier.Applier` does not: what an archive has is always a new
-file, and a hard-link entry of an archive only makes a name. (Docker sets mode and owner also after a hard link, and so
-changes the parent's file.)
+its mode, owner, times or xattrs. :class:`onlap.layers.apply.applier.Applier` does not: what an archive has is always a
+new file, and a hard-link entry of an archive only makes a name. (Docker sets mode and owner also after a hard link,
+and so changes the parent's file.)
 """
 
 from __future__ import annotations

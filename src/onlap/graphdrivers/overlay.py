@@ -20,11 +20,11 @@ from typing import BinaryIO
 from onlap import errors
 from onlap.border import public_class
 from onlap.errors import shown
-from onlap.graphdrivers.applying import apply_archive
 from onlap.graphdrivers.base import MERGED, WORK, StackDriver
+from onlap.graphdrivers.diff.applying import apply_archive
+from onlap.graphdrivers.diff.stacks import layer_changes, layer_size
 from onlap.graphdrivers.hardlinks import link_tree
 from onlap.graphdrivers.leftovers import STAGING, abandoned, claim, remove_tree
-from onlap.graphdrivers.stacks import layer_changes, layer_size
 from onlap.mounts.plan import Mount, overlay
 from onlap.trees.copy import Copier, copy_attributes
 from onlap.trees.walk import opened

@@ -20,11 +20,11 @@ from onlap.arguments import check_mapping
 from onlap.border import public_class
 from onlap.errors import shown
 from onlap.graphdrivers import layout
-from onlap.graphdrivers.applying import apply_archive
 from onlap.graphdrivers.base import StackDriver
+from onlap.graphdrivers.diff.applying import apply_archive
+from onlap.graphdrivers.diff.stacks import layer_size
 from onlap.graphdrivers.ids import IdMap
 from onlap.graphdrivers.layout import Layer
-from onlap.graphdrivers.stacks import layer_size
 from onlap.mounts.plan import Mount, overlay
 from onlap.trees.copy import copy_attributes
 

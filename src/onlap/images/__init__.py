@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onlap.images.facade import Images as Images
+    from onlap.images.api import Images as Images
     from onlap.images.index import Image as Image
     from onlap.images.registry.access import Access as Access
     from onlap.images.registry.access import Proxies as Proxies

@@ -10,16 +10,17 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.border import public_class
 from onlap.catalog import records as snapshots
-from onlap.catalog.database import Connection
+from onlap.catalog.db.database import Connection
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.errors import shown
-from onlap.images import media, model, names, records
-from onlap.images.bring import Bringing, Fetch
+from onlap.images import records
 from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST, LABEL_LAYER
-from onlap.images.model import Config, Descriptor, Manifest
-from onlap.images.resolve import Resolved
-from onlap.images.unpack import Layer
+from onlap.images.spec import media, model, names
+from onlap.images.spec.model import Config, Descriptor, Manifest
+from onlap.images.spec.resolve import Resolved
+from onlap.images.unpack.contract import Layer
+from onlap.images.unpack.intake import Bringing, Fetch
 from onlap.progress import Callback
 from onlap.snapshots.recorded import RecordedSnapshotter
 

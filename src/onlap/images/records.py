@@ -13,7 +13,7 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.catalog import pins
 from onlap.errors import shown
-from onlap.images import names
+from onlap.images.spec import names
 
 # Of a manifest; four characters at least, as git has it.
 _DIGEST = re.compile("(?:sha256:)?([0-9a-f]{4,64})")
@@ -23,7 +23,7 @@ class ImageRecord(NamedTuple):
     """A row.
 
     Attributes:
-        name: in its full form, as :func:`onlap.images.names.normalized` gives it.
+        name: in its full form, as :func:`onlap.images.spec.names.normalized` gives it.
         digest: of the manifest.
         media_type: of the manifest.
         size: of the manifest, in bytes.

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from onlap.layers import tarformat as tar
+from onlap.layers.format import tar
 
 WHITEOUT_PREFIX = ".wh."
 AUFS_PREFIX = ".wh..wh."

@@ -12,9 +12,9 @@ from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.records import ACTIVE, Record
 from onlap.errors import shown
-from onlap.layers.apply import Applied, Limits, apply
-from onlap.layers.changes import stack_items
-from onlap.layers.write import Written, write_layer
+from onlap.layers.apply.archive import Applied, Limits, apply
+from onlap.layers.diff.changes import stack_items
+from onlap.layers.diff.write import Written, write_layer
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
@@ -41,7 +41,7 @@ def apply_layer(
     Raises:
         NotFound: there is no such snapshot.
         FailedPrecondition: it is not active, or is mounted read-write.
-        OnlapError: see :func:`onlap.layers.apply.apply`.
+        OnlapError: see :func:`onlap.layers.apply.archive.apply`.
     """
     record = snapshotter.record(key)
     if record.kind != ACTIVE:
@@ -118,7 +118,7 @@ def write_diff(
 
     Raises:
         NotFound: there is no such snapshot.
-        OnlapError: see :func:`onlap.layers.write.write_layer`.
+        OnlapError: see :func:`onlap.layers.diff.write.write_layer`.
     """
     record = snapshotter.record(key)
     if other is None:
@@ -184,7 +184,7 @@ def write_tree(
 
     Raises:
         NotFound: there is no such snapshot.
-        OnlapError: see :func:`onlap.layers.write.write_layer`.
+        OnlapError: see :func:`onlap.layers.diff.write.write_layer`.
     """
     record = snapshotter.record(key)
     ids = [record.id, *snapshotter.ancestors(record)]

@@ -19,7 +19,7 @@ from onlap.catalog.catalog import look_up
 from onlap.catalog.locks import Held
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
 from onlap.errors import shown
-from onlap.layers.changes import is_empty_layer
+from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts.plan import Mount
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
 from onlap.errors import shown
-from onlap.layers.changes import is_empty_layer
+from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers

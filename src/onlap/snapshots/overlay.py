@@ -15,8 +15,8 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Info, Record
 from onlap.errors import shown
-from onlap.layers.changes import is_empty_layer, stack_changes
-from onlap.layers.invented import inherit
+from onlap.layers.apply.invented import inherit
+from onlap.layers.diff.changes import is_empty_layer, stack_changes
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers

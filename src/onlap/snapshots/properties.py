@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.database import Connection, Database
+from onlap.catalog.db.database import Connection, Database
 from onlap.errors import shown
 from onlap.syscalls.namespaces import in_user_namespace
 

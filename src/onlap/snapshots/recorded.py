@@ -14,7 +14,7 @@ from onlap.arguments import check_text
 from onlap.catalog import records
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
-from onlap.catalog.database import Connection
+from onlap.catalog.db.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
 from onlap.errors import shown
 from onlap.mounts.plan import Mount

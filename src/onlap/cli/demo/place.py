@@ -7,7 +7,7 @@ import tempfile
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.cli.text import size
+from onlap.cli.terminal.text import size
 from onlap.errors import shown
 from onlap.mounts.temporary import may_mount
 from onlap.probing.probe import NATIVE, OVERLAY, overlay_mode

@@ -16,11 +16,11 @@ from onlap._version import __version__
 from onlap.cli.call import Call
 from onlap.cli.demo.material import Material, Program, programs, run, shell
 from onlap.cli.demo.place import Place
-from onlap.cli.progress import skipped_text
-from onlap.cli.text import count, size
-from onlap.cli.things import measured_usage
-from onlap.cli.verbs.diff import STYLES, path_of
-from onlap.cli.verbs.tree import print_tree
+from onlap.cli.shared.changes import STYLES, path_of
+from onlap.cli.shared.things import measured_usage
+from onlap.cli.shared.tree import print_tree
+from onlap.cli.terminal.progress import skipped_text
+from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
 from onlap.mounts import mountinfo
 from onlap.overlayfs.markers import TRUSTED, USER

@@ -6,8 +6,8 @@ import sys
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.progress import progress, skipped_text
-from onlap.cli.text import count, size
+from onlap.cli.terminal.progress import progress, skipped_text
+from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
 
 
@@ -28,7 +28,7 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> None:
-    from onlap.layers.apply import Limits
+    from onlap.layers.apply.archive import Limits
 
     args, out = call.args, call.out
     with call.store() as store, progress(out) as report:

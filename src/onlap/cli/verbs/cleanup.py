@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.text import count
+from onlap.cli.terminal.text import count
 
 
 def arguments(parser: Parser) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.things import as_json
+from onlap.cli.shared.things import as_json
 
 if TYPE_CHECKING:
     from onlap.store import Store

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.text import NOTHING, count, size
+from onlap.cli.terminal.text import NOTHING, count, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, BinaryIO
 
 from onlap.cli import exits
-from onlap.cli.archives import Options, archive_arguments, check_no_archive, write
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
+from onlap.cli.shared.archives import Options, archive_arguments, check_no_archive, write
+from onlap.cli.shared.changes import STYLES, change_as_json, path_of
 from onlap.errors import shown
-from onlap.trees.compare import Change
-from onlap.trees.meta import Meta
 
 if TYPE_CHECKING:
-    from onlap.layers.write import Written
+    from onlap.layers.diff.write import Written
     from onlap.store import Store
-
-# How a terminal shows each kind.
-STYLES = {"A": "green", "C": "yellow", "D": "red"}
 
 
 def arguments(parser: Parser) -> None:
@@ -59,27 +55,3 @@ def run(call: Call) -> int:
 def _write_diff(call: Call, store: Store, out: BinaryIO, options: Options) -> Written:
     args = call.args
     return store.write_diff(args.key, args.other, out, content=args.content, **options)
-
-
-def path_of(change: Change) -> str:
-    """Where it is, from the top of the tree: ``/etc/passwd``."""
-    return "/" if change.path == "." else "/" + change.path
-
-
-def change_as_json(change: Change) -> dict[str, object]:
-    """A change as a JSON object."""
-    return {
-        "kind": change.kind,
-        "path": path_of(change),
-        "what": change.what,
-        "before": _meta_as_json(change.before),
-        "after": _meta_as_json(change.after),
-    }
-
-
-def _meta_as_json(meta: Meta | None) -> dict[str, object] | None:
-    if meta is None:
-        return None
-    # A list, since the name of an xattr need not be UTF-8 either, and only a value can be {"bytes": ...}.
-    xattrs = [{"name": name, "value": value} for name, value in sorted(meta.xattrs.items())]
-    return {**meta._asdict(), "xattrs": xattrs}

@@ -10,10 +10,11 @@ import subprocess
 from collections.abc import Iterator, Mapping
 
 from onlap import errors, forks
-from onlap.cli import exits, limits
+from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.plans import held_for_use
+from onlap.cli.shared import limits
+from onlap.cli.shared.plans import held_for_use
 
 
 def arguments(parser: Parser) -> None:

@@ -6,15 +6,15 @@ import os
 import re
 from typing import TYPE_CHECKING, cast
 
-from onlap.cli.archives import STANDARD_OUTPUT, archive_arguments, check_no_archive, write
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.progress import progress, skipped_text
-from onlap.cli.text import count, size
+from onlap.cli.shared.archives import STANDARD_OUTPUT, archive_arguments, check_no_archive, write
+from onlap.cli.terminal.progress import progress, skipped_text
+from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:
-    from onlap.layers.write import Written
+    from onlap.layers.diff.write import Written
     from onlap.store import Imported
 
 _ARCHIVE = re.compile(r"\.(tar|tgz|tar\.(gz|zst|zstd))$")

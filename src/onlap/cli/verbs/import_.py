@@ -6,9 +6,9 @@ import sys
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.progress import progress, skipped_text
-from onlap.cli.text import count, size
-from onlap.cli.things import as_json
+from onlap.cli.shared.things import as_json
+from onlap.cli.terminal.progress import progress, skipped_text
+from onlap.cli.terminal.text import count, size
 from onlap.cli.verbs.commit import note_usage
 from onlap.errors import shown
 

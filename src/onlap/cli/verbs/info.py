@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.text import NOTHING, count, moment, size
-from onlap.cli.things import as_json, find, measured_usage, name_text
+from onlap.cli.shared.things import as_json, find, measured_usage, name_text
+from onlap.cli.terminal.text import NOTHING, count, moment, size
 from onlap.errors import shown
 
 

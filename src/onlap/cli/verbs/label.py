@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, read_labels
-from onlap.cli.things import as_json
+from onlap.cli.shared.things import as_json
 from onlap.errors import shown
 
 

@@ -6,8 +6,8 @@ import time
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.text import age
-from onlap.cli.things import as_json, known_usage, name_text, records, size_text
+from onlap.cli.shared.things import as_json, known_usage, name_text, records, size_text
+from onlap.cli.terminal.text import age
 from onlap.errors import shown
 
 

@@ -8,7 +8,7 @@ import os
 from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.plans import held, plan_as_json
+from onlap.cli.shared.plans import held, plan_as_json
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
 

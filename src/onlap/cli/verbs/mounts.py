@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.plans import plan_as_command, plan_as_json
+from onlap.cli.shared.plans import plan_as_command, plan_as_json
 
 
 def arguments(parser: Parser) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.plans import plan_as_json
-from onlap.cli.things import as_json
+from onlap.cli.shared.plans import plan_as_json
+from onlap.cli.shared.things import as_json
 from onlap.errors import shown
 
 

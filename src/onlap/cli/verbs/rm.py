@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from onlap.cli.call import Call
-from onlap.cli.each import each
 from onlap.cli.parser import Parser
+from onlap.cli.shared.each import each
 
 
 def arguments(parser: Parser) -> None:

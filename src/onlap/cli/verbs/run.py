@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli import exits
-from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import access, images_of, registry_arguments
 from onlap.cli.parser import Parser, UsageError, check_text
+from onlap.cli.shared.images import access, images_of, registry_arguments
+from onlap.cli.terminal.bars import bars
 from onlap.errors import shown
 
 if TYPE_CHECKING:

@@ -2,33 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from typing import NamedTuple
-
-from onlap.catalog.records import Record
 from onlap.cli.call import Call
-from onlap.cli.output import can_draw
 from onlap.cli.parser import Parser
-from onlap.cli.text import age
-from onlap.cli.things import as_json, find, measured_usage, name_text, records, size_text
-from onlap.errors import shown
-from onlap.store import Store
-
-_DRAWN = ("├─ ", "└─ ", "│  ", "   ")
-_ASCII = ("|- ", "`- ", "|  ", "   ")
-
-
-class Node(NamedTuple):
-    """A snapshot at its place.
-
-    Attributes:
-        record: the snapshot.
-        lasts: for it and each of its ancestors but the root: whether it is the last child of its parent.
-    """
-
-    record: Record
-    lasts: tuple[bool, ...]
+from onlap.cli.shared.tree import print_tree
 
 
 def arguments(parser: Parser) -> None:
@@ -44,65 +20,3 @@ def arguments(parser: Parser) -> None:
 def run(call: Call) -> None:
     with call.store() as store:
         print_tree(call, store, call.args.key)
-
-
-def print_tree(call: Call, store: Store, key: str | None = None) -> None:
-    """Print the tree of a store, or one snapshot's part of it."""
-    every = {record.id: record for record in records(store)}
-    if key is not None:
-        every = _related(every, find(store, key))
-    nodes = list(_in_order(every))
-    if call.out.json:
-        for node in nodes:
-            thing = as_json(node.record, measured_usage(store, node.record))
-            call.out.item({**thing, "depth": len(node.lasts)})
-        return
-    now = time.time_ns()
-    marks = _DRAWN if can_draw() else _ASCII
-    rows = [
-        (
-            _lines(node, marks) + shown(node.record.name),
-            node.record.kind,
-            name_text(node.record.owner),
-            age(node.record.created_ns, now),
-            size_text(measured_usage(store, node.record)),
-        )
-        for node in nodes
-    ]
-    call.out.table(("NAME", "KIND", "OWNER", "AGE", "SIZE"), rows, right=(3, 4))
-
-
-def _related(every: dict[int, Record], record: Record) -> dict[int, Record]:
-    """The ancestors and descendants of a snapshot, and itself."""
-    kept = {record.id}
-    parent = record.parent_id
-    while parent is not None and parent in every:
-        kept.add(parent)
-        parent = every[parent].parent_id
-    below = {record.id}
-    # A parent was made before its children, but not committed before them: several passes find them all.
-    while new := {r.id for r in every.values() if r.parent_id in below} - below:
-        below |= new
-    return {identifier: r for identifier, r in every.items() if identifier in kept | below}
-
-
-def _in_order(every: dict[int, Record]) -> Iterator[Node]:
-    """Parents before children, siblings by age; without recursion, since a stack may be 500 deep."""
-    children: dict[int | None, list[Record]] = {}
-    for record in every.values():
-        # A parent that vanished between two pages of the walk leaves its children as roots.
-        children.setdefault(record.parent_id if record.parent_id in every else None, []).append(record)
-    stack = [Node(record, ()) for record in reversed(children.get(None, []))]
-    while stack:
-        node = stack.pop()
-        yield node
-        below = children.get(node.record.id, [])
-        stack += [Node(r, (*node.lasts, r is below[-1])) for r in reversed(below)]
-
-
-def _lines(node: Node, marks: tuple[str, str, str, str]) -> str:
-    if not node.lasts:
-        return ""
-    branch, last_branch, line, space = marks
-    above = "".join(space if last else line for last in node.lasts[:-1])
-    return above + (last_branch if node.lasts[-1] else branch)

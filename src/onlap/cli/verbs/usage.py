@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from onlap.catalog.records import Record
 from onlap.cli.call import Call
-from onlap.cli.each import each
 from onlap.cli.parser import Parser
-from onlap.cli.text import size
-from onlap.cli.things import find, measured_usage, name_text, records, usage_as_json
+from onlap.cli.shared.each import each
+from onlap.cli.shared.things import find, measured_usage, name_text, records, usage_as_json
+from onlap.cli.terminal.text import size
 from onlap.errors import shown
 
 

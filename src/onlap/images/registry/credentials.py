@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.images.names import DOCKER_HUB
+from onlap.images.spec.names import DOCKER_HUB
 
 # Docker's own key for its registry.
 _HUB_KEYS = ("index.docker.io", "docker.io", "registry-1.docker.io")

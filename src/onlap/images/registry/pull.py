@@ -7,15 +7,15 @@ from collections.abc import Callable
 from contextlib import closing
 
 from onlap.content.digests import digest_of
-from onlap.images import media, names, resolve
-from onlap.images.events import stoppable
 from onlap.images.garbage import unless_refused
 from onlap.images.index import Image, Index
-from onlap.images.model import Descriptor, Platform
 from onlap.images.registry.access import Access
 from onlap.images.registry.repository import Repository
 from onlap.images.registry.session import session_for
-from onlap.images.unpack import Layer
+from onlap.images.spec import media, names, resolve
+from onlap.images.spec.model import Descriptor, Platform
+from onlap.images.unpack.contract import Layer
+from onlap.images.unpack.events import stoppable
 from onlap.progress import Callback
 
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from contextlib import closing
 
 from onlap import errors
-from onlap.images import model, names
-from onlap.images.bring import Threads
-from onlap.images.events import PATIENCE, Event, Events, stoppable
 from onlap.images.index import DOWNLOADS, Image, Index
-from onlap.images.names import Reference
 from onlap.images.registry.access import Access
 from onlap.images.registry.repository import Repository
 from onlap.images.registry.session import session_for
-from onlap.images.unpack import Layer
+from onlap.images.spec import model, names
+from onlap.images.spec.names import Reference
+from onlap.images.unpack.contract import Layer
+from onlap.images.unpack.events import PATIENCE, Event, Events, stoppable
+from onlap.images.unpack.intake import Threads
 from onlap.progress import Callback, Reporter
 
 

@@ -15,9 +15,9 @@ from onlap.content.digests import digest_of
 from onlap.content.store import ContentStore
 from onlap.content.writer import Partial, check_same
 from onlap.errors import shown
-from onlap.images import media, model
 from onlap.images.registry.connections import Body, TransientError
 from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession
+from onlap.images.spec import media, model
 
 _PIECE = 256 * 1024
 # Bytes of a chunk, for a registry that takes no larger requests: proxies before registries let 100 MB through at most

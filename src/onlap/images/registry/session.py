@@ -21,11 +21,11 @@ from urllib3.exceptions import HTTPError
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.images.names import DOCKER_HUB, Reference
 from onlap.images.registry.access import Access, split
 from onlap.images.registry.challenges import Challenge, challenges
 from onlap.images.registry.connections import Body, Connections, TransientError, drop, reason, whole
 from onlap.images.registry.credentials import Login
+from onlap.images.spec.names import DOCKER_HUB, Reference
 
 _HUB_HOST = "registry-1.docker.io"
 # Attempts at one request, and at one blob without a byte of progress.

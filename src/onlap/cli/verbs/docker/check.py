@@ -21,7 +21,7 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> int:
-    from onlap.graphdrivers.checkup import check
+    from onlap.graphdrivers.inspection.checkup import check
 
     root = open_root(call)
     damaged = False

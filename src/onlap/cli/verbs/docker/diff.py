@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.verbs.diff import STYLES
+from onlap.cli.shared.changes import STYLES
 from onlap.cli.verbs.docker.ls import open_root, root_arguments
 from onlap.errors import shown
 

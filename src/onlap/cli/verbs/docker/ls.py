@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.text import count, size
+from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:
-    from onlap.graphdrivers.inspect import Known, Root
+    from onlap.graphdrivers.inspection.data_root import Known, Root
     from onlap.trees.usage import Usage
 
 # What a layer's id is cut to, as docker does with ids.
@@ -36,9 +36,9 @@ def root_arguments(parser: Parser) -> None:
 
 def open_root(call: Call) -> Root:
     """The data root that is meant."""
-    from onlap.graphdrivers import inspect
+    from onlap.graphdrivers.inspection import data_root
 
-    return inspect.open_root(call.args.directory, call.args.driver)
+    return data_root.open_root(call.args.directory, call.args.driver)
 
 
 def run(call: Call) -> None:

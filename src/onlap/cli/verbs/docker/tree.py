@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.text import size
+from onlap.cli.terminal.text import size
 from onlap.cli.verbs.docker.ls import as_json, open_root, owners, root_arguments, short
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from onlap.cli.archives import source_date_epoch
-from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import image_as_json, images_of
 from onlap.cli.parser import Parser, check_text
+from onlap.cli.shared.archives import source_date_epoch
+from onlap.cli.shared.images import image_as_json, images_of
+from onlap.cli.terminal.bars import bars
 from onlap.errors import shown
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from onlap.cli import exits
-from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import images_of
 from onlap.cli.parser import Parser
-from onlap.cli.text import size
-from onlap.cli.verbs.diff import STYLES, change_as_json, path_of
+from onlap.cli.shared.changes import STYLES, change_as_json, path_of
+from onlap.cli.shared.images import images_of
+from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.text import size
 from onlap.errors import shown
 
 
@@ -25,7 +25,7 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> int:
-    from onlap.images import look
+    from onlap.images.inspection import inspect
 
     out = call.out
     counts = dict.fromkeys(STYLES, 0)
@@ -34,7 +34,7 @@ def run(call: Call) -> int:
         images = images_of(store)
         with bars(out) as report:
             tops = [images.unpack(images.get(name), progress=report) for name in (call.args.name, call.args.other)]
-        for found in look.diff(store.snapshotter, *tops):
+        for found in inspect.diff(store.snapshotter, *tops):
             change = found.change
             counts[change.kind] += 1
             grown += found.after - found.before

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from onlap.cli.archives import STANDARD_OUTPUT
-from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import images_of
 from onlap.cli.parser import Parser
+from onlap.cli.shared.archives import STANDARD_OUTPUT
+from onlap.cli.shared.images import images_of
+from onlap.cli.terminal.bars import bars
 from onlap.errors import shown
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import images_of, short
 from onlap.cli.parser import Parser
-from onlap.cli.text import NOTHING, size
+from onlap.cli.shared.images import images_of, short
+from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.text import NOTHING, size
 from onlap.errors import shown
-from onlap.images.look import File
+from onlap.images.inspection.inspect import File
 
 
 def arguments(parser: Parser) -> None:
@@ -26,7 +26,7 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> None:
-    from onlap.images import look
+    from onlap.images.inspection import inspect
 
     out = call.out
     with call.store(sweep=True) as store:
@@ -34,7 +34,7 @@ def run(call: Call) -> None:
         image = images.get(call.args.name)
         with bars(out) as report:
             images.unpack(image, progress=report)
-        found = look.files(store.snapshotter, image.chain_ids, call.args.path)
+        found = inspect.files(store.snapshotter, image.chain_ids, call.args.path)
     files = [each for each in found.files if each.hid or not call.args.wasted]
     if out.json:
         for each in files:

@@ -6,14 +6,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import images_of
-from onlap.cli.output import is_terminal
 from onlap.cli.parser import Parser
-from onlap.cli.text import NOTHING, size
+from onlap.cli.shared.images import images_of
+from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.output import is_terminal
+from onlap.cli.terminal.text import NOTHING, size
 from onlap.errors import shown
-from onlap.images.look import Step
+from onlap.images.inspection.inspect import Step
 
 # What Docker's classic builder writes before the steps that run nothing, and before those that do.
 _NOISE = ("/bin/sh -c #(nop) ", "/bin/sh -c ")
@@ -30,7 +30,7 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> None:
-    from onlap.images import look
+    from onlap.images.inspection import inspect
 
     out = call.out
     with call.store(sweep=True) as store:
@@ -39,7 +39,7 @@ def run(call: Call) -> None:
         if image.layers:
             with bars(out) as report:
                 images.unpack(image, progress=report)
-        steps = look.history(store.snapshotter, image, images.config(image))
+        steps = inspect.history(store.snapshotter, image, images.config(image))
         if out.json:
             for step in steps:
                 out.item(step._asdict())

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from onlap.cli.call import Call
-from onlap.cli.each import each
-from onlap.cli.images import image_as_json, images_of, platform_of
 from onlap.cli.parser import Parser
-from onlap.cli.text import count, for_shell, size
+from onlap.cli.shared.each import each
+from onlap.cli.shared.images import image_as_json, images_of, platform_of
+from onlap.cli.terminal.text import count, for_shell, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:
     from onlap.images import Image
-    from onlap.images.model import Execution
+    from onlap.images.spec.model import Execution
 
 
 def arguments(parser: Parser) -> None:
@@ -28,7 +28,7 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> int:
-    from onlap.images import model
+    from onlap.images.spec import model
 
     out = call.out
     with call.store() as store:

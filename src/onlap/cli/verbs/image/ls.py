@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from onlap.cli.call import Call
-from onlap.cli.images import image_as_json, images_of, platform_of, short
 from onlap.cli.parser import Parser
-from onlap.cli.text import size
+from onlap.cli.shared.images import image_as_json, images_of, platform_of, short
+from onlap.cli.terminal.text import size
 from onlap.errors import shown
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from onlap.cli.bars import bars
 from onlap.cli.call import Call
-from onlap.cli.images import access, image_as_json, images_of, platform_argument, registry_arguments
 from onlap.cli.parser import Parser
+from onlap.cli.shared.images import access, image_as_json, images_of, platform_argument, registry_arguments
+from onlap.cli.terminal.bars import bars
 from onlap.errors import shown
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from onlap.cli.call import Call
-from onlap.cli.each import each
-from onlap.cli.images import images_of
 from onlap.cli.parser import Parser
+from onlap.cli.shared.each import each
+from onlap.cli.shared.images import images_of
 
 
 def arguments(parser: Parser) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from onlap.cli.call import Call
-from onlap.cli.images import image_as_json, images_of
 from onlap.cli.parser import Parser
+from onlap.cli.shared.images import image_as_json, images_of
 
 
 def arguments(parser: Parser) -> None:

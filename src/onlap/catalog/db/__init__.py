@@ -1,0 +1,1 @@
+"""The catalog's database: SQLite under many threads, processes and forks."""

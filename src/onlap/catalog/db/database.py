@@ -1,0 +1,326 @@
+"""SQLite under many threads, many processes and forks: group commit behind one lock.
+
+Facts that force this (sqlite.org/wal.html, sqlite.org/howtocorrupt.html):
+
+- SQLite 3.7.0 to 3.51.2 can corrupt a write-ahead log when one process writes while another checkpoints
+  ("WAL-reset bug"). So all writes and all checkpoints, also the one of the last close, run under ``catalog.lock``.
+- No connection may cross a fork: a child that opens a new one while the parent holds one loses acknowledged commits.
+  So all are closed before a fork and opened again after it, on both sides.
+- Closing *any* descriptor of the file drops the process's POSIX locks on it. So nothing but SQLite opens it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sqlite3
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from onlap import errors
+from onlap.catalog.db import dormant, schema
+from onlap.catalog.db.writer import (
+    COMMITS_TO_GROW,
+    POLL,
+    Connection,
+    Operation,
+    Writer,
+    closed,
+    forks,
+    is_of_files,
+    other_version,
+    translated,
+)
+from onlap.catalog.helper import Job
+from onlap.catalog.log import warn
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+__all__ = ["Connection", "Database"]
+
+T = TypeVar("T")
+
+# A commit appends about six pages of 4 KiB to the write-ahead log. In a file that grows, its fdatasync has to write the
+# file's new size too, and takes twice as long (467 us against 220 us). So the log is made large once, and emptied by a
+# checkpoint before it would outgrow that size; SQLite then begins it anew.
+LOG_SIZE = 8 << 20
+
+
+class Database:
+    """The catalog's connections: any number of readers, and one writer that commits for all who wait.
+
+    Args:
+        path: catalog.db.
+        lock_path: catalog.lock.
+        timeout: how many seconds to wait for other processes.
+        upkeep_due: called, by a thread that has just written, when :meth:`upkeep` has something to do; never fails.
+        after_fork: called in a forked child, before anything can be done there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        lock_path: str,
+        timeout: float,
+        upkeep_due: Callable[[], None],
+        after_fork: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._path = path
+        self._lock_path = lock_path
+        self._timeout = timeout
+        self._upkeep_due = upkeep_due
+        self._after_fork = after_fork
+        self._fresh()
+        _databases.add(self)
+
+    def _fresh(self) -> None:
+        self._closed = False
+        self._grown = False
+        self._readers: list[Connection] = []
+        self._writer = Writer(self._path, self._lock_path, self._timeout)
+        # For one that is forgotten rather than closed. Not __del__, which runs also for those that were closed, at any
+        # moment, and in which Python drops what a signal's handler raises.
+        self._forgotten = weakref.finalize(self, self._writer.close, self._readers, _nobody_reads)
+        self._forgotten.atexit = False  # see _close_all
+        # The last step: a child in which an interrupt ended this half-way still has its parent's pid here.
+        self._pid = os.getpid()
+
+    def set_up(self, may_migrate: Callable[[int], None]) -> None:
+        """Make the tables, or bring them to our format.
+
+        Args:
+            may_migrate: raises when a catalog of the format that it is given must not be changed now; 0 is a new one.
+
+        Raises:
+            FailedPrecondition: a newer Onlap wrote it.
+            OnlapError: what ``may_migrate`` raises, or what SQLite says.
+        """
+        if os.path.lexists(self._path) and self.read(schema.version) == schema.VERSION:
+            return  # as it mostly is: without the lock, so that opening waits for nobody
+        self._check()
+        self._writer.do(Job(lambda: self._bring_up(may_migrate)))
+
+    def _bring_up(self, may_migrate: Callable[[int], None]) -> None:
+        connection = self._writer.connect()
+        try:
+            found = schema.version(connection)
+            if found > schema.VERSION:
+                raise other_version(found, self._path)
+            if found < schema.VERSION:
+                may_migrate(found)
+                connection.execute("BEGIN IMMEDIATE")
+                schema.migrate(connection, found)
+                connection.execute("COMMIT")
+        finally:
+            self._writer.close_now(connection)
+
+    # The ways in
+
+    def read(self, query: Callable[[Connection], T]) -> T:
+        """Run ``query`` on a connection of its own; several statements may see several states, unless it begins.
+
+        Raises:
+            OnlapError: what SQLite says.
+        """
+        while True:
+            self._check()
+            try:
+                return self._query(query)
+            except _Later:
+                time.sleep(POLL)
+            except sqlite3.Error as error:
+                if not is_of_files(error):
+                    raise translated(error, self._path) from error
+                return self._read_dormant(query, error)
+
+    def _query(self, query: Callable[[Connection], T]) -> T:
+        # Whoever closes the connections sees by the threads' stacks whether somebody is in here (_somebody_reads): an
+        # interrupt could leave a count wrong. A thread that enters after that look finds one of these set.
+        if self._closed or forks.lock.locked():
+            raise _Later
+        connection = self._readers.pop() if self._readers else self._writer.connect()
+        try:
+            result = query(connection)
+        except errors.OnlapError:
+            self._readers.append(connection)
+            raise
+        except BaseException:
+            self._writer.discard(connection)
+            raise
+        self._readers.append(connection)
+        return result
+
+    def _read_dormant(self, query: Callable[[Connection], T], error: sqlite3.Error) -> T:
+        """Read without the files that SQLite could not make; raises what ``error`` means where that is no help."""
+
+        def read() -> T:
+            try:
+                return dormant.read(self._path, query)
+            except (sqlite3.Error, OSError) as failure:
+                raise _Unreadable from failure
+
+        try:
+            return self._writer.do(Job(read))
+        except _Unreadable:
+            raise translated(error, self._path) from error
+
+    def write(self, operation: Callable[[Connection], T]) -> T:
+        """Run ``operation`` in a transaction and return when it is durable.
+
+        It runs in another thread, perhaps together with others, and must not take long: every process waits for it.
+
+        Raises:
+            Unavailable: another process held the lock too long.
+            OnlapError: what the operation raises, or what SQLite says; nothing of it is kept then.
+        """
+        self._check()
+        result = self._writer.do(Operation(operation))
+        if self._writer.upkeep_due:
+            self._writer.upkeep_due = False
+            self._upkeep_due()
+        return result
+
+    def upkeep(self) -> None:
+        """Make the write-ahead log large once, and empty it after a number of commits.
+
+        An fdatasync that fails here is no failure of what was committed: what the log holds was synced by its own
+        commit, and a checkpoint empties the log only after the database is on the disk.
+
+        Raises:
+            OnlapError: what SQLite or the filesystem says.
+        """
+        self._check()
+        if self._writer.commits >= COMMITS_TO_GROW and not self._grown:
+            self._grow_log()
+        self._under_lock(self._writer.checkpoint_if_due, "empty the catalog's log")
+
+    def _under_lock(self, action: Callable[[], T], doing: str) -> T:
+        with errors.translated(doing, key=self._path):
+            return self._writer.do(Job(action))
+
+    def _grow_log(self) -> None:
+        self._grown = True
+        doing = "make room in the catalog's log"
+        try:
+            # Not the database itself, whose POSIX locks a close would drop; the log has none. What lies behind its
+            # last frame means nothing to SQLite (sqlite.org/fileformat2.html, "The Write-Ahead Log").
+            fd = os.open(self._path + "-wal", os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise errors.from_oserror(error, doing=doing, key=self._path) from error
+
+        def grow() -> None:
+            size = os.fstat(fd).st_size
+            # Written, not only allocated: to write into an unwritten extent changes metadata as well.
+            os.pwrite(fd, bytes(max(0, LOG_SIZE - size)), size)
+
+        try:
+            self._under_lock(grow, doing)
+            os.fdatasync(fd)
+        except OSError as error:
+            raise errors.from_oserror(error, doing=doing, key=self._path) from error
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close every connection; later calls fail."""
+        if self._writer.shut or self._pid != os.getpid():
+            return
+        self._closed = True
+        self._forgotten.detach()
+        job = self._writer.close(self._readers, _somebody_reads)
+        if not job.wait(self._writer.timeout):
+            self._writer.leak()  # another process holds the lock
+        elif job.error is not None:
+            self._writer.leak()
+            warn(f"cannot close {self._path}: {job.error}")
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise errors.FailedPrecondition(
+                "this process was forked with SQLite connections open, behind Python's back or by an interrupted fork",
+                key=self._path,
+                hint="fork with os.fork or multiprocessing, or open the store in the new process",
+            )
+        if self._closed:
+            raise closed(self._path)
+
+
+class _Unreadable(Exception):
+    """The catalog cannot be read even without SQLite's other files."""
+
+
+class _Later(Exception):
+    """A fork is going on."""
+
+
+def _somebody_reads() -> bool:
+    """Whether a thread is inside :meth:`Database._query`, of whichever database."""
+    for innermost in sys._current_frames().values():
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if frame.f_code is Database._query.__code__:
+                return True
+            frame = frame.f_back
+    return False
+
+
+def _nobody_reads() -> bool:
+    return False
+
+
+# Forks
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+# Those whose connections are all closed, so that a child may go on with them.
+_frozen: list[Database] = []
+
+
+def _before_fork() -> None:
+    try:
+        _freeze_all()
+    except BaseException:
+        # A signal, whose exception Python prints and then forks all the same.
+        _freeze_all()
+        raise
+
+
+def _freeze_all() -> None:
+    # A second attempt counts as another fork: the threads wait for the end of the one whose number they have.
+    forks.number += 1
+    _frozen.clear()
+    ours = [database for database in list(_databases) if database._pid == os.getpid() and not database._closed]
+    jobs = [(database, database._writer.freeze(database._readers, _somebody_reads)) for database in ours]
+    for database, job in jobs:
+        if not job.wait(database._writer.timeout) and not job.give_up():
+            job.wait()
+        if job.finished and job.error is None and job.result:
+            _frozen.append(database)
+
+
+def _after_fork_in_child() -> None:
+    for database in list(_databases):
+        database._forgotten.detach()
+        if database in _frozen:
+            database._after_fork()
+            database._fresh()
+        else:
+            database._writer.leak()
+    _frozen.clear()
+
+
+def _close_all() -> None:
+    # A connection that the interpreter closes as it ends would checkpoint without the lock.
+    for database in list(_databases):
+        database.close()
+
+
+atexit.register(_close_all)
+os.register_at_fork(before=_before_fork, after_in_parent=_frozen.clear, after_in_child=_after_fork_in_child)
+# Before a fork the hooks run in the reverse order of their registration, so this one first. One fork at a time.
+os.register_at_fork(before=forks.lock.acquire, after_in_parent=forks.lock.release, after_in_child=forks.lock.release)

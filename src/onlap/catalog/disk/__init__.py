@@ -1,0 +1,1 @@
+"""What else is in ROOT: its layout, staging, trash, and what has reached the disk."""

@@ -1,0 +1,1 @@
+"""Differences between layers of graph drivers, and layers applied."""

@@ -1,0 +1,335 @@
+"""Reading a Docker data root without a daemon, and without changing it: whose are the layers of ``overlay2``?
+
+::
+
+    DIR/overlay2/<id>                          the layers of the driver (or of a plugin with its layout: DIR/<name>)
+    DIR/image/overlay2/layerdb/sha256/<chain>  the image layers that Docker knows: cache-id, parent, size
+    DIR/image/overlay2/layerdb/mounts/<key>    the writable ones: mount-id, init-id, parent; key is a container's id
+    DIR/image/overlay2/imagedb/content/sha256  the images: configurations, with the digests of their layers
+    DIR/image/overlay2/repositories.json       what they are called
+    DIR/containers/<id>/config.v2.json         the containers
+
+A running daemon may change it meanwhile; what is read then may not fit together, and a second look tells.
+
+Source: moby v26.1.5, layer/filestore.go, image/fs.go, reference/store.go, container/container.go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.graphdrivers import layout
+from onlap.graphdrivers.contract import Change
+from onlap.graphdrivers.diff.stacks import layer_changes
+from onlap.graphdrivers.layout import Layer
+from onlap.overlayfs.markers import TRUSTED, USER, Markers
+from onlap.trees.usage import Usage, usage
+
+IMAGE = "image"
+CONTAINER = "container"
+INIT = "init"
+CACHE = "cache"
+UNUSED = "unused"
+ORPHAN = "orphan"
+
+
+class Known(NamedTuple):
+    """A layer.
+
+    Attributes:
+        id: its directory in the driver's home.
+        kind: ``"image"``; ``"container"``; ``"init"``: the one between a container's and its image's;
+            ``"cache"``: the builder's; ``"unused"``: Docker's layer store knows it, but no image, container or builder
+            uses it, as it failed to remove it; ``"orphan"``: nobody knows it.
+        parent: the id of the layer right below; None for none, and where that cannot be told.
+        owners: the images (by name, else by id) and containers that show it.
+        mounted: whether it is mounted now, as this process sees it.
+    """
+
+    id: str
+    kind: str
+    parent: str | None
+    owners: tuple[str, ...]
+    mounted: bool
+
+
+class Root:
+    """What was found in a data root.
+
+    Attributes:
+        directory: the data root.
+        driver: the driver's name.
+        home: the driver's directory.
+        layers: every layer in the home, by id, those below before those on them.
+        chains: the id in the driver of each image layer that Docker knows, by chain ID.
+        images: the chain IDs of each image's layers, lowest first, by the image's name.
+        containers: the ids of each writable layer and the one below it, by the container's name.
+    """
+
+    def __init__(self, directory: str, driver: str) -> None:
+        self.directory = directory
+        self.driver = driver
+        self.home = os.path.join(directory, driver)
+        store = os.path.join(directory, "image", driver)
+        self.chains, self._parents = _read_chains(os.path.join(store, "layerdb", "sha256"))
+        self.images = _read_images(store)
+        self.containers, self._known_mounts = _read_containers(directory, os.path.join(store, "layerdb", "mounts"))
+        self.layers = {layer.id: layer for layer in _in_order(self._find())}
+
+    def find(self, name: str) -> Known:
+        """The layer that somebody means: by id or its beginning, or the top one of an image or container.
+
+        Raises:
+            NotFound: there is none.
+            InvalidArgument: several begin so.
+        """
+        for reference in (name, f"{name}:latest"):
+            if self.images.get(reference):
+                return self._layer_of_chain(self.images[reference][-1], reference)
+        if name in self.containers:
+            return self._layer(self.containers[name][0], name)
+        found = [layer for id, layer in self.layers.items() if id.startswith(name)]
+        exact = [layer for layer in found if layer.id == name]
+        if exact or len(found) == 1:
+            return (exact or found)[0]
+        if found:
+            raise errors.InvalidArgument(
+                f"{len(found)} layers begin with {shown(name)}", key=name, hint="give more of it"
+            )
+        raise errors.NotFound(
+            f"{shown(self.directory)} has no layer, image or container {shown(name)}", key=name, hint="see: docker ls"
+        )
+
+    def _layer_of_chain(self, chain: str, name: str) -> Known:
+        id = self.chains.get(chain)
+        if id is None:
+            raise errors.DataLoss(f"the image {shown(name)} has lost its layer {chain}", key=name)
+        return self._layer(id, name)
+
+    def _layer(self, id: str, name: str) -> Known:
+        if id not in self.layers:
+            raise errors.DataLoss(f"{shown(name)} has lost its layer {shown(id)}", key=name)
+        return self.layers[id]
+
+    def usage(self, id: str) -> Usage:
+        """What a layer takes, without those below: it is walked.
+
+        Raises:
+            OnlapError: it cannot be read.
+        """
+        try:
+            return usage(Layer(self.home, id).diff)
+        except FileNotFoundError:
+            return Usage()
+        except OSError as error:
+            raise errors.from_oserror(error, doing="measure a layer", key=id) from error
+
+    def changes(self, id: str) -> list[Change]:
+        """What a layer changed against those below it; a container's against its init layer.
+
+        Raises:
+            DataLoss: a layer below is lost.
+            OnlapError: of another kind, when it cannot be read.
+        """
+        layer = Layer(self.home, id)
+        below = layer.lower_directories()
+        # In a user namespace (rootless Docker) the markers have the other flavour; a home is of one.
+        markers = Markers(TRUSTED if os.geteuid() == 0 else USER)
+        return layer_changes(below, [layer.diff, *below], markers)
+
+    def _find(self) -> Iterator[Known]:
+        kinds: dict[str, str] = dict.fromkeys(self.chains.values(), UNUSED)
+        owners: dict[str, list[str]] = {}
+        for name, chains in self.images.items():
+            for chain in chains:
+                if chain in self.chains:
+                    kinds[self.chains[chain]] = IMAGE
+                    owners.setdefault(self.chains[chain], []).append(name)
+        for id in self._known_mounts:
+            kinds.setdefault(id, UNUSED)
+        for name, (id, init, chain) in self.containers.items():
+            kinds[id] = CONTAINER
+            owners.setdefault(id, []).append(name)
+            if init:
+                kinds[init] = INIT
+                owners.setdefault(init, []).append(name)
+            while chain:
+                below = self.chains.get(chain)
+                if below is not None:
+                    kinds[below] = IMAGE
+                    owners.setdefault(below, []).append(name)
+                chain = self._parents.get(chain, "")
+        cached = _cached(self.directory, [id for id in layer_ids(self.home) if kinds.get(id, UNUSED) == UNUSED])
+        kinds.update(dict.fromkeys(cached, CACHE))
+        shorts = {f"{layout.LINKS}/{Layer(self.home, id).short()}": id for id in layer_ids(self.home)}
+        for id in layer_ids(self.home):
+            lower = Layer(self.home, id).written_lower()
+            parent = shorts.get(lower[0]) if lower else None
+            mounted = os.path.ismount(os.path.join(self.home, id, layout.MERGED))
+            yield Known(id, kinds.get(id, ORPHAN), parent, tuple(sorted(set(owners.get(id, ())))), mounted)
+
+
+def open_root(directory: str, driver: str | None = None) -> Root:
+    """Look into a data root, as ``/var/lib/docker``.
+
+    Args:
+        directory: the data root.
+        driver: ``overlay2``, or the name of a plugin with its layout; by default the one that is there.
+
+    Raises:
+        NotFound: it is none, or has no such driver.
+        InvalidArgument: it has several.
+        PermissionDenied: it may not be read.
+    """
+    directory = os.path.abspath(directory)
+    try:
+        known = sorted(os.listdir(os.path.join(directory, "image")))
+    except FileNotFoundError as error:
+        raise errors.NotFound(
+            f"{shown(directory)} is no data root of Docker: there is no image/ in it",
+            key=directory,
+            hint="docker info shows where it is, as Docker Root Dir",
+        ) from error
+    except OSError as error:
+        raise errors.from_oserror(error, doing="read the data root", key=directory) from error
+    found = [name for name in known if os.path.isdir(os.path.join(directory, name, layout.LINKS))]
+    if driver is not None:
+        found = [name for name in found if name == driver]
+    if not found:
+        raise errors.NotFound(
+            f"{shown(directory)} has no layers of {shown(driver or 'overlay2')}",
+            key=directory,
+            hint="with the containerd image store its layers are containerd's; see: onlap ls" if not driver else None,
+        )
+    if len(found) > 1:
+        raise errors.InvalidArgument(f"{shown(directory)} has several drivers: {', '.join(found)}", hint="name one")
+    with errors.translated("read the data root", key=directory):
+        return Root(directory, found[0])
+
+
+def layer_ids(home: str) -> list[str]:
+    """The layers in a driver's home, half-made ones too, sorted."""
+    return sorted(
+        name
+        for name in os.listdir(home)
+        if name != layout.LINKS and not name.startswith(".onlap-") and os.path.isdir(os.path.join(home, name))
+    )
+
+
+def _read_chains(directory: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The ids in the driver, and the parents, by chain ID."""
+    ids, parents = {}, {}
+    for name in _names(directory):
+        # "<chain>-<random>-removing": Docker was about to remove it.
+        if len(name) != 64:
+            continue
+        id = _text(os.path.join(directory, name, "cache-id"))
+        if id:
+            ids[f"sha256:{name}"] = id
+            parents[f"sha256:{name}"] = _text(os.path.join(directory, name, "parent"))
+    return ids, parents
+
+
+def _read_images(store: str) -> dict[str, list[str]]:
+    repositories = _json(os.path.join(store, "repositories.json")).get("Repositories")
+    names: dict[str, list[str]] = {}
+    for references in (repositories if isinstance(repositories, Mapping) else {}).values():
+        for reference, id in references.items():
+            if "@" not in reference:
+                names.setdefault(str(id), []).append(str(reference))
+    directory = os.path.join(store, "imagedb", "content", "sha256")
+    found = {}
+    for name in _names(directory):
+        rootfs = _json(os.path.join(directory, name)).get("rootfs")
+        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, Mapping) else None
+        chains = list(chain_ids(str(id) for id in diff_ids or ()))
+        for reference in names.get(f"sha256:{name}", [f"sha256:{name[:12]}"]):
+            found[reference] = chains
+    return found
+
+
+def chain_ids(diff_ids: Iterable[str]) -> Iterator[str]:
+    """The chain ID of each layer of a stack, lowest first (OCI image specification, config.md, "Layer ChainID")."""
+    chain = ""
+    for diff_id in diff_ids:
+        chain = f"sha256:{hashlib.sha256(f'{chain} {diff_id}'.encode()).hexdigest()}" if chain else diff_id
+        yield chain
+
+
+def _read_containers(directory: str, mounts: str) -> tuple[dict[str, tuple[str, str, str]], set[str]]:
+    """Writable layer, init layer and parent chain by container; and all writable layers that Docker knows."""
+    containers: dict[str, tuple[str, str, str]] = {}
+    known: set[str] = set()
+    for key in _names(mounts):
+        where = os.path.join(mounts, key)
+        id, init = _text(os.path.join(where, "mount-id")), _text(os.path.join(where, "init-id"))
+        known.update(each for each in (id, init) if each)
+        config = os.path.join(directory, "containers", key, "config.v2.json")
+        if id and os.path.exists(config):
+            name = str(_json(config).get("Name") or key[:12]).lstrip("/")
+            containers[name] = (id, init, _text(os.path.join(where, "parent")))
+    return containers, known
+
+
+def _cached(directory: str, ids: list[str]) -> list[str]:
+    """Those of the layers that BuildKit knows.
+
+    Its databases (buildkit/snapshots.db, metadata_v2.db) are bbolt's, which keeps names as they are: a layer whose id
+    is nowhere in them is not its. One that is there may be a record that was deleted; then too much is called cache,
+    which is the harmless error.
+    """
+    found: set[str] = set()
+    where = os.path.join(directory, "buildkit")
+    for name in _names(where):
+        path = os.path.join(where, name)
+        if not name.endswith(".db") or not os.path.getsize(path):
+            continue
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found.update(id for id in ids if content.find(os.fsencode(id)) >= 0)
+    return sorted(found)
+
+
+def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
+    """Each layer after the one that it stands on; apart from that, in the order given."""
+    waiting: dict[str | None, list[Known]] = {}
+    every = {layer.id: layer for layer in layers}
+    for layer in every.values():
+        waiting.setdefault(layer.parent if layer.parent in every else None, []).append(layer)
+    pending = waiting.pop(None, [])[::-1]
+    while pending:
+        layer = pending.pop()
+        yield layer
+        pending += waiting.pop(layer.id, [])[::-1]
+    for rest in waiting.values():  # they stand on themselves, which only damage does
+        yield from rest
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def _json(path: str) -> dict[str, object]:
+    """An object; an empty one where there is none, or where it is damaged: that is what Docker sees, too."""
+    try:
+        value = json.loads(_text(path) or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

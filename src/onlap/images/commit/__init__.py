@@ -1,0 +1,1 @@
+"""An image made of a snapshot."""

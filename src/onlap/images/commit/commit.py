@@ -1,0 +1,271 @@
+"""An active snapshot becomes an image: its layer is written once, and the snapshot itself is that layer's.
+
+Docker writes the layer, and unpacks it again into a directory of its own (v26.1.5, layer/layer_store.go, ``Register``);
+here the directory that was written to is committed under the chain ID that the archive gives it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from onlap import errors
+from onlap.catalog import records as snapshots
+from onlap.catalog.checks import check_commit
+from onlap.catalog.db.database import Connection
+from onlap.catalog.log import warn
+from onlap.catalog.records import ACTIVE, Record
+from onlap.content.digests import digest_of
+from onlap.content.lease import Lease
+from onlap.errors import shown
+from onlap.images.commit.instructions import apply_changes
+from onlap.images.index import Image, Index, image_of
+from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
+from onlap.images.spec import media, model, names, platforms
+from onlap.images.spec.model import Descriptor, Manifest, Platform
+from onlap.progress import Callback
+from onlap.snapshots import exclusion
+from onlap.snapshots.archives import clamp_times, write_diff
+
+_COMPRESSIONS = ("gzip", "zstd", "none")
+# RFC 3339 has years of four digits.
+_LAST_SECOND = 253402300799
+
+
+def commit(
+    images: Index,
+    key: str,
+    name: str,
+    *,
+    author: str = "",
+    message: str = "",
+    changes: Sequence[str] = (),
+    base: Image | None = None,
+    compression: str = "gzip",
+    epoch: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    platform: Platform | None = None,
+    progress: Callback | None = None,
+) -> Image:
+    """See :meth:`Images.commit`.
+
+    Args:
+        images: of the root.
+        key: see there, as for the rest.
+        name: likewise.
+        author: likewise.
+        message: likewise.
+        changes: likewise.
+        base: likewise.
+        compression: likewise.
+        epoch: likewise.
+        labels: likewise.
+        platform: of an image without a base; this machine's by default.
+        progress: likewise.
+    """
+    full = names.normalized(name)
+    created = timestamp(epoch)
+    if compression not in _COMPRESSIONS:
+        raise errors.InvalidArgument(
+            f"there is no compression {shown(compression)}", hint=f"use {', '.join(_COMPRESSIONS)}"
+        )
+    snapshotter = images.snapshotter
+    record = snapshotter.record(key)
+    if record.kind != ACTIVE:
+        raise errors.FailedPrecondition(
+            f"snapshot {shown(key)} is {record.kind}, and an image is made of an active one",
+            key=key,
+            hint=f"prepare one on it: onlap prepare KEY {shown(key)}",
+        )
+    base = _base(images, record, base)
+    with (
+        exclusion.alone(snapshotter, record),
+        images.content.lease(f"commit of {full}") as lease,
+        images.content.writer() as writer,
+    ):
+        if base is not None:
+            lease.pin(*base.blobs)
+            images.content.check_present(base.blobs)
+        before = _settings(images, base, platform or platforms.host())
+        settings = apply_changes(before.get("config") or {}, changes)
+        if labels:
+            settings["Labels"] = {**(settings.get("Labels") or {}), **labels}
+        docker = base is not None and images.manifest(base).is_docker
+        if docker and compression == "zstd":
+            docker = False  # Docker's media types know no zstd; the whole image becomes one of OCI's
+        written = write_diff(
+            snapshotter,
+            key,
+            None,
+            writer,  # type: ignore[arg-type]
+            compression=compression,
+            epoch=epoch,
+            progress=progress,
+        )
+        empty = written.entries == 0
+        diff_ids = [*base.diff_ids] if base is not None else []
+        layers = [*base.layers] if base is not None else []
+        if not empty:
+            kind = media.layer_type(docker=docker, compression=compression)
+            diff_ids.append(written.diff_id)
+            layers.append(Descriptor(kind, written.digest, written.size))
+        if not docker:
+            layers = [_in_oci(layer) for layer in layers]
+        config = _configuration(before, settings, diff_ids, created, author, message, changes, empty)
+        image, documents = _documents(full, config, layers, docker)
+        lease.pin(*image.blobs)
+        if not empty:
+            with errors.translated("write the layer of", key=key):
+                writer.commit(written.digest, written.size)
+        images.content.put_documents(*documents)
+        _finish(images, lease, record, image, written.diff_id, epoch, empty)
+    return image
+
+
+def timestamp(epoch: int | None) -> str:
+    """When an image is made, in RFC 3339 as images have it: now, or at the time that the caller gives.
+
+    Raises:
+        InvalidArgument: that is before 1970, or has no place in RFC 3339.
+    """
+    if epoch is not None and not 0 <= epoch <= _LAST_SECOND:
+        raise errors.InvalidArgument(f"the time {epoch} is no number of seconds since 1970", hint="see date +%s")
+    seconds, rest = divmod(time.time_ns(), 1_000_000_000) if epoch is None else (epoch, 0)
+    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{text}.{rest:09d}Z" if rest else f"{text}Z"
+
+
+def _base(images: Index, record: Record, base: Image | None) -> Image | None:
+    """The image that a snapshot was prepared from."""
+    parent = record.parent
+    if base is not None:
+        if (base.chain_ids[-1] if base.chain_ids else None) != parent:
+            raise errors.InvalidArgument(
+                f"snapshot {shown(record.name)} does not stand on the image {shown(base.name)}",
+                key=record.name,
+                hint=f"it stands on {shown(parent)}" if parent else "it stands on nothing",
+            )
+        return base
+    if parent is None:
+        return None
+    began = images.labelled(record.labels)
+    if began is not None and began.chain_ids[-1:] == (parent,):
+        return began
+    candidates = [image for image in images.list() if image.chain_ids[-1:] == (parent,)]
+    if not candidates:
+        raise errors.FailedPrecondition(
+            f"snapshot {shown(record.name)} stands on {shown(parent)}, which is no image's",
+            key=record.name,
+            hint="prepare it on an image; a directory or an archive becomes one with: onlap image import",
+        )
+    gone = record.labels.get(LABEL_IMAGE)
+    if gone is None and len({image.config_digest for image in candidates}) == 1:
+        return candidates[0]
+    there = shown(", ".join(image.name for image in candidates))
+    raise errors.FailedPrecondition(
+        f"snapshot {shown(record.name)} stands on the layers of {there}"
+        + (f", and {shown(gone)}, which it began as, is gone" if gone else ", whose configurations differ"),
+        key=record.name,
+        hint="say with --base IMAGE which one it goes on from",
+    )
+
+
+def _settings(images: Index, base: Image | None, platform: Platform) -> dict[str, Any]:
+    """The base's configuration with all that it has, known to us or not."""
+    if base is not None:
+        return model.decode_any(images.config_data(base), dict[str, Any], base.config_digest)
+    found: dict[str, Any] = {"architecture": platform.architecture, "os": platform.os}
+    if platform.variant:
+        found["variant"] = platform.variant
+    return found
+
+
+def _in_oci(layer: Descriptor) -> Descriptor:
+    """A layer's descriptor with the media type that OCI has for it: no manifest mixes the two families."""
+    if not layer.media_type.startswith(media.DOCKER_LAYER):
+        return layer
+    suffix = layer.media_type.removeprefix(media.DOCKER_LAYER).replace(".", "+")
+    return Descriptor(media.OCI_LAYER + suffix, layer.digest, layer.size)
+
+
+def _configuration(
+    before: dict[str, Any],
+    settings: dict[str, Any],
+    diff_ids: list[str],
+    created: str,
+    author: str,
+    message: str,
+    changes: Sequence[str],
+    empty: bool,
+) -> bytes:
+    entry: dict[str, Any] = {"created": created, "created_by": "; ".join(changes) or "onlap image commit"}
+    if author:
+        entry["author"] = author
+    if message:
+        entry["comment"] = message
+    if empty:
+        entry["empty_layer"] = True
+    after = dict(before)
+    # What Docker notes of the container that the base was made in says nothing of this one.
+    for stale in ("container", "container_config", "id", "parent", "parent_id", "docker_version"):
+        after.pop(stale, None)
+    after["created"] = created
+    if author:
+        after["author"] = author
+    after["config"] = settings
+    after["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
+    after["history"] = [*(before.get("history") or []), entry]
+    return model.encode(after)
+
+
+def _documents(
+    name: str, config_data: bytes, layers: list[Descriptor], docker: bool
+) -> tuple[Image, tuple[bytes, bytes]]:
+    """The image of a configuration and layers, and what is to be written for it."""
+    config_type, manifest_type = (
+        (media.DOCKER_CONFIG, media.DOCKER_MANIFEST) if docker else (media.OCI_CONFIG, media.OCI_MANIFEST)
+    )
+    manifest = Manifest(2, model.describe(config_data, config_type), layers, media_type=manifest_type)
+    config = model.decode_config(config_data, manifest)
+    manifest_data = model.encode(manifest)
+    return image_of(name, digest_of(manifest_data), manifest, config), (config_data, manifest_data)
+
+
+def _finish(
+    images: Index, lease: Lease, record: Record, image: Image, diff_id: str, epoch: int | None, empty: bool
+) -> None:
+    """Commit the snapshot and record the image in one transaction: a crash leaves both, or the active snapshot.
+
+    The caller keeps others from the snapshot's tree.
+    """
+    snapshotter = images.snapshotter
+    catalog = snapshotter.catalog
+    owner = snapshotter.owner
+    top = image.chain_ids[-1] if image.chain_ids else ""
+    put = images.recording(image)  # with pins of its own, which take the place of the lease's
+    if not empty and epoch is not None:
+        clamp_times(snapshotter, record, epoch)
+    if not empty and snapshotter.syncs:
+        catalog.sync()
+
+    def operation(connection: Connection) -> bool:
+        # The same layer on the same base may have been made before: one of the two snapshots is enough.
+        fresh = not empty and not snapshots.exists(connection, owner, top)
+        if fresh:
+            now = check_commit(connection, owner, top, record.name, None)
+            if now.id != record.id:
+                raise snapshots.not_found(record.name)
+            snapshots.make_committed(connection, now, top, now.parent_id, {LABEL_LAYER: diff_id}, False)
+        put(connection)
+        lease.end_within(connection)
+        return fresh
+
+    fresh = catalog.database.write(operation)
+    lease.over = True
+    if not fresh:
+        try:
+            snapshotter.remove(record.name, force=True)  # which would look for mounts again
+        except errors.OnlapError as error:
+            warn(f"the snapshot {shown(record.name)}, whose layer was there already, stays: {error}")

@@ -1,0 +1,1 @@
+"""Images on a disk: OCI layouts, archives of ``docker save``, plain trees."""

@@ -1,0 +1,160 @@
+"""Archives of ``docker save`` in its older form: a ``manifest.json`` that names a configuration and layers by path.
+
+Since version 25 Docker writes an OCI layout with a ``manifest.json`` beside it, which is read as a layout; what we
+write for Docker is that, too. The form without any ``manifest.json`` (Docker before 1.10) is refused.
+
+Source: Docker v26.1.5, image/tarexport; its image specification v1.2, "Combined Image JSON + Filesystem Changeset
+Format".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from onlap import errors
+from onlap.content.lease import Lease
+from onlap.content.store import ContentStore
+from onlap.content.writer import check_same
+from onlap.errors import shown
+from onlap.images.formats import files
+from onlap.images.formats.files import Files
+from onlap.images.formats.oci_layout import Exported, Found, blob_path
+from onlap.images.spec import media, model, names, platforms
+from onlap.images.spec.model import Config, Descriptor, Manifest, Platform
+from onlap.images.spec.resolve import Resolved
+from onlap.layers.stream import compression
+
+MANIFEST_FILE = "manifest.json"
+_MAX_IMAGES = 1000
+
+
+class Entry(Struct, rename="pascal"):
+    """One image of a ``manifest.json``."""
+
+    config: str
+    layers: list[str] | None = None
+    repo_tags: list[str] | None = None
+
+
+def is_saved(source: Files) -> bool:
+    """Whether the files are those of ``docker save``, and not a root filesystem's that happen to be called so."""
+    said = files.peek(source, MANIFEST_FILE, list[dict[str, Any]])
+    return any("Config" in entry and "Layers" in entry for entry in said) or _is_oldest(source)
+
+
+def _is_oldest(source: Files) -> bool:
+    if source.has(MANIFEST_FILE):
+        return False
+    said = files.peek(source, "repositories", dict[str, dict[str, str]])
+    return any(source.has(f"{identifier}/layer.tar") for tags in said.values() for identifier in tags.values())
+
+
+def images(
+    source: Files, content: ContentStore, lease: Lease, wanted: Platform | None, name: str | None, fallback: str | None
+) -> list[Found]:
+    """The images of an archive.
+
+    Such an archive does not say the digests of its layers as it has them. That of a plain one is its diff ID; one that
+    is compressed is taken into the content store here, to learn it.
+
+    Args:
+        source: its files.
+        content: where to take compressed layers in.
+        lease: pins them.
+        wanted: the platform that they must be for; None: any.
+        name: what to call the one image, whatever the archive calls it.
+        fallback: what to call one without a name.
+
+    Raises:
+        InvalidArgument: it is damaged or hostile; the message says what.
+        NotFound: a file is missing, or it has no image for the platform.
+        Unimplemented: it is of the oldest form.
+    """
+    if not source.has(MANIFEST_FILE):
+        raise errors.Unimplemented(
+            f"the archive has no {MANIFEST_FILE}: Docker before 1.10 wrote it",
+            hint="load it into Docker, and save it again",
+        )
+    data = files.read(source, MANIFEST_FILE, model.MAX_MANIFEST)
+    entries = model.decode_any(data, list[Entry], MANIFEST_FILE)
+    if len(entries) > _MAX_IMAGES:
+        raise errors.InvalidArgument(f"the archive has {len(entries)} images")
+    found: list[Found] = []
+    others: list[str] = []
+    known: dict[str, Descriptor] = {}
+    for entry in entries:
+        resolved, where = _image(source, content, lease, entry, known)
+        if wanted is not None and not platforms.matches(wanted, resolved.config.platform):
+            others.append(str(resolved.config.platform))
+            continue
+        tags = [names.normalized(tag) for tag in entry.repo_tags or ()]
+        if name is not None:
+            if len(entries) > 1:
+                raise errors.InvalidArgument(f"there are {len(entries)} images", key=name, hint="give no name")
+            tags = [names.normalized(name)]
+        elif not tags and fallback is not None:
+            tags = [names.normalized(fallback)]
+        found += [Found(tag, resolved, where) for tag in tags] or [Found(None, resolved, where)]
+    if not found:
+        there = f" for {wanted}; there is: {shown(', '.join(others))}" if others else ""
+        raise errors.NotFound(f"the archive has no image{there}")
+    return found
+
+
+def _image(
+    source: Files, content: ContentStore, lease: Lease, entry: Entry, known: dict[str, Descriptor]
+) -> tuple[Resolved, dict[str, str]]:
+    """One image; ``known`` are the compressed layers that were taken in, by their paths."""
+    config_data = files.read(source, entry.config, model.MAX_CONFIG)
+    config = model.decode_any(config_data, Config, entry.config)
+    paths = entry.layers or []
+    diff_ids = config.rootfs.diff_ids
+    if len(paths) != len(diff_ids):
+        raise errors.InvalidArgument(
+            f"{shown(entry.config)} has {len(diff_ids)} diff IDs for {len(paths)} layers", key=entry.config
+        )
+    model.check_layer_count(len(paths), entry.config)  # before any of them is taken in
+    layers, where = [], {}
+    for path, diff_id in zip(paths, diff_ids, strict=True):
+        layer = _layer(source, content, lease, path, diff_id, known)
+        layers.append(layer)
+        where[layer.digest] = path
+    manifest = Manifest(2, model.describe(config_data, media.DOCKER_CONFIG), layers, media_type=media.DOCKER_MANIFEST)
+    manifest_data = model.encode(manifest)
+    descriptor = model.describe(manifest_data, media.DOCKER_MANIFEST)
+    model.check_manifest(manifest, descriptor.digest)
+    checked = model.decode_config(config_data, manifest)
+    return Resolved(descriptor, manifest, manifest_data, checked, config_data), where
+
+
+def _layer(
+    source: Files, content: ContentStore, lease: Lease, path: str, diff_id: str, known: dict[str, Descriptor]
+) -> Descriptor:
+    if path in known:
+        return known[path]
+    with source.open(path) as file:
+        kind = compression.detect(file.read(compression.PEEK))
+    if kind == compression.NONE:
+        return Descriptor(media.layer_type(docker=True, compression="none"), diff_id, source.size(path))
+    if kind not in (compression.GZIP, compression.ZSTD):
+        raise errors.Unimplemented(f"the layer {shown(path)} is compressed with {kind}", key=path)
+    with source.open(path) as file:
+        blob = content.put(file, lease=lease)
+    check_same(blob.digest, blob.size, None, source.size(path))
+    known[path] = Descriptor(media.layer_type(docker=True, compression=kind), blob.digest, blob.size)
+    return known[path]
+
+
+def manifest_of(exported: list[Exported]) -> bytes:
+    """The ``manifest.json`` that lies beside a layout, for Docker, Podman and skopeo."""
+    entries: dict[str, Entry] = {}
+    for each in exported:
+        entry = entries.setdefault(
+            each.descriptor.digest,
+            Entry(blob_path(each.config), [blob_path(layer) for layer in each.layers], []),
+        )
+        if names.parse(each.name).tag is not None and entry.repo_tags is not None:
+            entry.repo_tags.append(names.familiar(each.name))
+    return model.encode(list(entries.values()))

@@ -1,0 +1,288 @@
+"""The files of an image that lies on a disk: in a directory, or in an archive, which is read where it is."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Callable
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.images.spec import model
+from onlap.layers.format import tar
+from onlap.layers.format.reader import TarReader
+from onlap.layers.stream.compression import NONE
+from onlap.layers.stream.pipeline import Pipeline
+from onlap.syscalls.files import write_all
+
+T = TypeVar("T")
+
+# An archive of an image has a few files per layer. What has more names than this before any that is an image's is
+# somebody's root filesystem.
+_ENOUGH = 2048
+# Nor has it so many at all, a thousand images of it included.
+_MOST = 1 << 17
+# Bytes read at once where an entry begins; its data is passed over.
+_HEADERS = 1 << 13
+MARKERS = frozenset({"oci-layout", "manifest.json"})
+_LINKS = 8
+# Bytes of all documents of an image, or of the many that one archive may hold: they are in memory together.
+_DOCUMENTS = 64 << 20
+
+
+class Files(Protocol):
+    """Read-only files by their path; a context manager.
+
+    Attributes:
+        left: bytes that :func:`read` may still take.
+    """
+
+    left: int
+
+    def __enter__(self) -> Files: ...
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None: ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Its bytes; NotFound where there is none."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """The file, to read; NotFound where there is none."""
+        ...
+
+
+def read(files: Files, name: str, limit: int) -> bytes:
+    """All of a small file.
+
+    Raises:
+        NotFound: there is none.
+        ResourceExhausted: it is larger, or too much was read before.
+    """
+    limit = min(limit, files.left)
+    with files.open(name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise errors.ResourceExhausted(f"{shown(name)} has more than the {limit} bytes that are read", key=name)
+    files.left -= len(data)
+    return data
+
+
+def peek(files: Files, name: str, kind: type[T]) -> T:
+    """What a JSON file holds; an empty one of its kind where there is no such file, or it is something else.
+
+    Raises:
+        OnlapError: it cannot be read.
+    """
+    try:
+        return model.decode_any(read(files, name, model.MAX_MANIFEST), kind, name)
+    except (errors.NotFound, errors.InvalidArgument, errors.ResourceExhausted):
+        return kind()
+
+
+class DirectoryFiles:
+    """The files below a directory."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.left = _DOCUMENTS
+
+    def __enter__(self) -> DirectoryFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def has(self, name: str) -> bool:
+        return os.path.isfile(self._where(name))
+
+    def size(self, name: str) -> int:
+        with self.open(name) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def open(self, name: str) -> BinaryIO:
+        where = self._where(name)
+        with errors.translated("read the image", key=name):
+            # O_NONBLOCK: somebody may have put a FIFO there, which would wait for a writer for ever.
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise errors.InvalidArgument(f"{shown(where)} is no file", key=name)
+        return os.fdopen(fd, "rb")
+
+    def _where(self, name: str) -> str:
+        return os.path.join(self._path, check_inside(name))
+
+
+class _Member(NamedTuple):
+    """Where an archive has a file, and what it is; ``plain`` for what can be read there as it is."""
+
+    type: str
+    plain: bool
+    offset: int
+    size: int
+    linkname: str
+
+
+class TarFiles:
+    """The files in an archive.
+
+    Args:
+        path: the archive, plain or compressed.
+        room: gives an empty directory to unpack a compressed one into.
+        discard: removes that directory.
+
+    Attributes:
+        may_be_image: whether it has a file that images have; else the names are not complete.
+
+    Raises:
+        NotFound: there is no such archive.
+        InvalidArgument: it is no archive.
+        DataLoss: it is damaged.
+    """
+
+    def __init__(self, path: str, room: Callable[[], str], discard: Callable[[str], None]) -> None:
+        self._path = path
+        self.left = _DOCUMENTS
+        with errors.translated("read the archive", key=path):
+            self._fd = _plain(path, room, discard)
+        self._members: dict[str, _Member] = {}
+        try:
+            self.may_be_image = self._scan()
+        except OSError as error:
+            os.close(self._fd)
+            raise errors.from_oserror(error, doing="read the archive", key=path) from error
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> TarFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def _scan(self) -> bool:
+        """Learn the names; False as soon as they are a root filesystem's."""
+        end = os.fstat(self._fd).st_size
+        at = 0
+        marked = False
+        while True:
+            # One for each entry: what is between two headers need not be read.
+            reader = TarReader(_chunks(self._fd, at), at)
+            entry = reader.next()
+            if entry is None:
+                if not end:
+                    raise errors.InvalidArgument(f"{shown(self._path)} is empty", key=self._path)
+                return marked or "repositories" in self._members
+            after = reader.position + entry.stored
+            if after > end:
+                raise errors.DataLoss(
+                    f"the archive {shown(self._path)} ends in entry {shown(entry.name)}", key=self._path
+                )
+            name = entry.name.removeprefix("./").strip("/")
+            plain = entry.type == tar.FILE and entry.sparse is None
+            self._members[name] = _Member(entry.type, plain, reader.position, entry.stored, entry.linkname)
+            marked = marked or name in MARKERS
+            if len(self._members) > (_MOST if marked else _ENOUGH):
+                return False
+            at = after + -entry.stored % tar.BLOCK
+
+    def has(self, name: str) -> bool:
+        return name in self._members
+
+    def size(self, name: str) -> int:
+        return self._member(name).size
+
+    def open(self, name: str) -> BinaryIO:
+        member = self._member(name)
+        return io.BufferedReader(_Slice(self._fd, member.offset, member.size), 1 << 20)
+
+    def _member(self, name: str) -> _Member:
+        wanted = check_inside(name)
+        for _ in range(_LINKS):
+            member = self._members.get(wanted)
+            if member is None:
+                raise errors.NotFound(f"{shown(self._path)} has no file {shown(name)}", key=name)
+            if member.type == tar.SYMLINK:
+                # Docker before 25 saved a layer that two images share once, and pointed to it.
+                wanted = os.path.normpath(os.path.join(os.path.dirname(wanted), member.linkname))
+            elif member.type == tar.HARDLINK:
+                wanted = member.linkname.removeprefix("./")
+            elif member.plain:
+                return member
+            else:
+                break
+        raise errors.InvalidArgument(f"{shown(name)} in {shown(self._path)} is no file", key=name)
+
+
+def _chunks(fd: int, offset: int) -> Callable[[], bytes]:
+    """Gives a file's bytes from ``offset`` on, piece by piece."""
+
+    def chunk() -> bytes:
+        nonlocal offset
+        data = os.pread(fd, _HEADERS, offset)
+        offset += len(data)
+        return data
+
+    return chunk
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, read without moving its offset, so that threads do not disturb one another."""
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self._fd = fd
+        self._offset = offset
+        self._left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer).cast("B")[: self._left]  # type: ignore[arg-type]
+        count = os.preadv(self._fd, [view], self._offset) if view else 0
+        self._offset += count
+        self._left -= count
+        return count
+
+
+def check_inside(name: str) -> str:
+    """A path below the top.
+
+    Raises:
+        InvalidArgument: it leads elsewhere.
+    """
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        raise errors.InvalidArgument(f"the path {shown(name)} leads out of the image", key=name)
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _plain(path: str, room: Callable[[], str], discard: Callable[[str], None]) -> int:
+    """A descriptor of the archive without its compression."""
+    with Pipeline(path) as pipeline:
+        if pipeline.compression == NONE:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        directory = room()
+        try:
+            fd = os.open(f"{directory}/archive", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                while data := pipeline.chunk():
+                    write_all(fd, data)
+                os.lseek(fd, 0, os.SEEK_SET)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+        finally:
+            discard(directory)  # the descriptor keeps it

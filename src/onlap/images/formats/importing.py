@@ -1,0 +1,212 @@
+"""Images from a disk: what it is that lies there is found out, and taken in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from onlap import errors
+from onlap.content.lease import Lease
+from onlap.errors import shown
+from onlap.images.commit import commit
+from onlap.images.formats import docker_archive, oci_layout
+from onlap.images.formats.files import DirectoryFiles, Files, TarFiles
+from onlap.images.formats.oci_layout import Found
+from onlap.images.garbage import unless_refused
+from onlap.images.index import Image, Index
+from onlap.images.spec import media, model, names, platforms
+from onlap.images.spec.model import Config, History, Manifest, RootFS
+from onlap.images.spec.resolve import Resolved
+from onlap.images.unpack.contract import Layer
+from onlap.images.unpack.intake import Fetch
+from onlap.layers.stream import compression
+from onlap.layers.stream.pipeline import Pipeline
+from onlap.progress import Callback, Reporter
+from onlap.snapshots import working
+from onlap.snapshots.archives import copy_in
+
+
+def import_(
+    images: Index,
+    source: str,
+    *,
+    name: str | None,
+    platform: str | None,
+    unpack: bool,
+    epoch: int | None,
+    progress: Callback | None,
+) -> list[Image]:
+    """See :meth:`Images.import_`."""
+    wanted = platforms.parse(platform)
+    if name is not None:
+        name = names.normalized(name)
+    with (
+        images.content.lease(f"import of {shown(source)}") as lease,
+        unless_refused(images.snapshotter, images.content, lease),
+    ):
+        if os.path.isdir(source):
+            if not _is_image(DirectoryFiles(source)):
+                return [_import_tree(images, source, name, wanted, epoch, progress)]
+            return _import_files(images, lease, DirectoryFiles(source), source, name, platform, unpack, progress)
+        staging = images.snapshotter.catalog.staging
+        with TarFiles(source, staging.new, staging.discard) as tar:
+            if tar.may_be_image and _is_image(tar):
+                return _import_files(images, lease, tar, source, name, platform, unpack, progress)
+        return [_import_tar(images, lease, source, name, wanted, unpack, epoch, progress)]
+
+
+def _is_image(source: Files) -> bool:
+    return oci_layout.is_layout(source) or docker_archive.is_saved(source)
+
+
+def _import_files(
+    images: Index,
+    lease: Lease,
+    source: Files,
+    path: str,
+    name: str | None,
+    platform: str | None,
+    unpack: bool,
+    progress: Callback | None,
+) -> list[Image]:
+    wanted = platforms.parse(platform)
+    fallback = oci_layout.fallback(path)
+    if oci_layout.is_layout(source):
+        found = oci_layout.images(source, wanted, name, fallback)
+    else:
+        found = docker_archive.images(source, images.content, lease, wanted if platform else None, name, fallback)
+    done = []
+    for each in found:
+        if each.name is None:
+            raise errors.InvalidArgument(f"{shown(path)} does not say what its image is called", hint="give a --name")
+        image = images.keep(lease, each.name, each.resolved)
+        # All of it lies here: what is damaged in the store is healed, at no more than a copy would have cost.
+        fetch = _fetch(images, source, each)
+        images.bring(lease, image, fetch, unpack=unpack, progress=progress, verify=True)
+        images.record(image)
+        done.append(image)
+    return done
+
+
+def _fetch(images: Index, source: Files, found: Found) -> Fetch:
+    def fetch(layer: Layer, told: Callable[[int], None]) -> None:
+        digest, size = layer.digest, layer.size
+        path = found.where.get(digest) or oci_layout.blob_path(digest)
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            told(done)
+
+        if source.size(path) != size:
+            raise errors.DigestMismatch(
+                f"{digest} has {source.size(path)} bytes, not {size}", key=digest, hint="fetch it again"
+            )
+        with source.open(path) as file:
+            images.content.put(file, digest=digest, size=size, progress=progress)
+
+    return fetch
+
+
+# Root filesystems
+
+
+def _import_tar(
+    images: Index,
+    lease: Lease,
+    source: str,
+    name: str | None,
+    wanted: model.Platform,
+    unpack: bool,
+    epoch: int | None,
+    progress: Callback | None,
+) -> Image:
+    """A root filesystem's archive, as it is, becomes the one layer of an image."""
+    full = name or _named_as(source)
+    created = commit.timestamp(epoch)
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        reporter(done)
+
+    with errors.translated("read the archive", key=source), open(source, "rb") as file:
+        reporter = Reporter(progress, "fetch", "bytes", os.fstat(file.fileno()).st_size)
+        kind = compression.detect(file.read(compression.PEEK))
+        file.seek(0)
+        if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
+            blob = images.content.put(file, lease=lease, progress=told)
+        else:
+            # No media type says bzip2 or xz: such an archive is kept without its compression.
+            with Pipeline(source) as pipeline:
+                blob = images.content.put(iter(pipeline.chunk, b""), lease=lease)
+            kind = compression.NONE
+    reporter.finish(done)
+    diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
+    descriptor = model.Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
+    resolved = made(wanted, [descriptor], [diff_id], created, f"imported from {shown(os.path.basename(source))}")
+    image = images.keep(lease, full, resolved)
+    images.bring(lease, image, None, unpack=unpack, progress=progress)
+    images.record(image)
+    return image
+
+
+def _diff_id(images: Index, digest: str) -> str:
+    with Pipeline(images.content.path(digest)) as pipeline:
+        while pipeline.chunk():
+            pass
+        return pipeline.digests().diff_id
+
+
+def _import_tree(
+    images: Index,
+    source: str,
+    name: str | None,
+    wanted: model.Platform,
+    epoch: int | None,
+    progress: Callback | None,
+) -> Image:
+    """A directory becomes a snapshot, and that an image."""
+    full = name or _named_as(source)
+    snapshotter = images.snapshotter
+    with working.prepared(snapshotter, None, "import") as key:
+        copy_in(snapshotter, key, source, progress=progress)
+        return commit.commit(
+            images,
+            key,
+            full,
+            message=f"imported from {shown(os.path.basename(os.path.abspath(source)))}",
+            platform=wanted,
+            epoch=epoch,
+            progress=progress,
+        )
+
+
+def _named_as(source: str) -> str:
+    repository = oci_layout.fallback(source)
+    if repository is None:
+        raise errors.InvalidArgument(
+            f"{shown(source)} cannot be the name of an image", key=source, hint="give a --name"
+        )
+    return names.normalized(repository)
+
+
+def made(
+    platform: model.Platform, layers: list[model.Descriptor], diff_ids: list[str], created: str, created_by: str
+) -> Resolved:
+    """The documents of a new image of these layers, in OCI's form."""
+    config = Config(
+        architecture=platform.architecture,
+        os=platform.os,
+        variant=platform.variant,
+        rootfs=RootFS("layers", diff_ids),
+        created=created,
+        history=[History(created=created, created_by=created_by)],
+    )
+    config_data = model.encode(config)
+    manifest = Manifest(2, model.describe(config_data, media.OCI_CONFIG), layers, media_type=media.OCI_MANIFEST)
+    manifest_data = model.encode(manifest)
+    descriptor = model.describe(manifest_data, media.OCI_MANIFEST)
+    return Resolved(descriptor, manifest, manifest_data, config, config_data)

@@ -1,0 +1,185 @@
+"""OCI image layouts: an index, and blobs by digest, in a directory or an archive.
+
+Sources: the OCI image specification, image-layout.md; containerd v1.7.24, images/archive (the annotation that holds a
+full name).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from onlap import errors
+from onlap.content.digests import check_digest, digest_of
+from onlap.content.writer import check_same
+from onlap.errors import shown
+from onlap.images.formats import files
+from onlap.images.formats.files import Files
+from onlap.images.spec import media, model, names, resolve
+from onlap.images.spec.model import Descriptor, Index, Platform
+from onlap.images.spec.resolve import Resolved
+
+LAYOUT_FILE = "oci-layout"
+INDEX_FILE = "index.json"
+LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
+ANNOTATION_NAME = "io.containerd.image.name"
+ANNOTATION_REF = "org.opencontainers.image.ref.name"
+_MAX_IMAGES = 1000
+
+
+class Found(NamedTuple):
+    """An image in a layout or an archive.
+
+    Attributes:
+        name: in its full form; None where it has none.
+        resolved: its documents.
+        where: the path of each layer's blob, where that is not the layout's.
+    """
+
+    name: str | None
+    resolved: Resolved
+    where: dict[str, str]
+
+
+def blob_path(digest: str) -> str:
+    """Where a layout has a blob."""
+    return f"blobs/sha256/{check_digest(digest)}"
+
+
+def is_layout(source: Files) -> bool:
+    """Whether the files are those of a layout, and not a root filesystem's that happen to be called so."""
+    return source.has(INDEX_FILE) and "imageLayoutVersion" in files.peek(source, LAYOUT_FILE, dict[str, Any])
+
+
+def images(source: Files, wanted: Platform, name: str | None, fallback: str | None) -> list[Found]:
+    """The images of a layout.
+
+    Args:
+        source: its files.
+        wanted: the platform to choose where there is a choice.
+        name: what to call the one image, whatever the layout calls it.
+        fallback: the repository, in its full form, for those that have only a tag, or nothing.
+
+    Raises:
+        InvalidArgument: it is damaged or hostile, or has several images for one name; the message says what.
+        NotFound: it has no image, or none for the platform.
+        DataLoss: a blob is not what its digest says.
+    """
+    version = model.decode_any(files.read(source, LAYOUT_FILE, 4096), dict[str, Any], LAYOUT_FILE)
+    if version.get("imageLayoutVersion") != "1.0.0":
+        raise errors.Unimplemented(f"the layout is of the version {shown(version.get('imageLayoutVersion'))}")
+    data = files.read(source, INDEX_FILE, model.MAX_MANIFEST)
+    index = model.decode_document(data, "", INDEX_FILE)
+    if not isinstance(index, Index):
+        raise errors.InvalidArgument(f"the {INDEX_FILE} is no index")
+    # Entries of one name are one image for several platforms, laid out flat.
+    groups: dict[str | None, list[Descriptor]] = {}
+    for descriptor in index.manifests:
+        groups.setdefault(name_of(descriptor, fallback), []).append(descriptor)
+    if len(groups) > _MAX_IMAGES:
+        raise errors.InvalidArgument(f"the {INDEX_FILE} has {len(groups)} images")
+    if name is not None and len(groups) > 1:
+        raise errors.InvalidArgument(
+            f"there are {len(groups)} images: {shown(', '.join(map(str, groups)))}", key=name, hint="give no name"
+        )
+    get = reader(source)
+    found = []
+    for own, descriptors in groups.items():
+        try:
+            if len(descriptors) == 1:
+                resolved = resolve.resolve(get, descriptors[0], wanted)
+            else:
+                resolved = resolve.choose(get, Index(2, descriptors), wanted, own or INDEX_FILE)
+        except errors.NotFound:
+            # A layout may hold images for other platforms besides; alone, that is an error.
+            if len(groups) == 1:
+                raise
+        else:
+            found.append(Found(names.normalized(name) if name is not None else own, resolved, {}))
+    if not found:
+        raise errors.NotFound(f"the layout has no image for {wanted}", hint="choose with --platform")
+    return found
+
+
+def reader(source: Files) -> Callable[[Descriptor, int], bytes]:
+    """Reads small blobs of a layout, verified."""
+
+    def get(descriptor: Descriptor, limit: int) -> bytes:
+        data = files.read(source, blob_path(descriptor.digest), limit)
+        check_same(digest_of(data), len(data), descriptor.digest, descriptor.size)
+        return data
+
+    return get
+
+
+def name_of(descriptor: Descriptor, fallback: str | None) -> str | None:
+    """What an entry of a layout's index is called.
+
+    Raises:
+        InvalidArgument: it has a name that is none.
+    """
+    annotations = descriptor.annotations or {}
+    full = annotations.get(ANNOTATION_NAME)
+    reference = annotations.get(ANNOTATION_REF)
+    bare = reference and "/" not in reference and ":" not in reference
+    if full:
+        named = names.parse(full)
+        # umoci gives a new image a tag of its own, and all other annotations of the one that it was made from.
+        return str(named._replace(tag=names.parse(f"x:{reference}").tag) if bare and named.tag else named)
+    if reference and not bare:
+        return names.normalized(reference)
+    if fallback is None:
+        return None
+    return names.normalized(f"{fallback}:{reference}" if reference else fallback)
+
+
+class Exported(NamedTuple):
+    """An image to write.
+
+    Attributes:
+        name: in its full form.
+        descriptor: of its manifest.
+        platform: of its configuration.
+        config: the digest of its configuration.
+        layers: those of its layers, lowest first.
+        blobs: every digest that it needs.
+    """
+
+    name: str
+    descriptor: Descriptor
+    platform: Platform
+    config: str
+    layers: tuple[str, ...]
+    blobs: tuple[str, ...]
+
+
+def index_of(exported: list[Exported]) -> bytes:
+    """The index of a layout with these images."""
+    tags = [names.parse(each.name).tag for each in exported]
+    entries = []
+    for each, tag in zip(exported, tags, strict=True):
+        # umoci and skopeo choose by the tag alone, which must then mean one image.
+        short = tag if tag and tags.count(tag) == 1 else names.familiar(each.name)
+        entries.append(
+            Descriptor(
+                each.descriptor.media_type,
+                each.descriptor.digest,
+                each.descriptor.size,
+                annotations={ANNOTATION_NAME: each.name, ANNOTATION_REF: short},
+                platform=each.platform,
+            )
+        )
+    return model.encode(Index(2, entries, media.OCI_INDEX))
+
+
+def fallback(path: str) -> str | None:
+    """The repository that a path's last part can be, in its full form; None where it can be none."""
+    stem = os.path.basename(os.path.abspath(path)).lower()
+    for suffix in (".gz", ".zst", ".tar", ".tgz", ".oci"):
+        stem = stem.removesuffix(suffix)
+    try:
+        reference = names.parse(stem)
+    except errors.InvalidArgument:
+        return None
+    return f"{reference.registry}/{reference.repository}"

@@ -1,0 +1,1 @@
+"""What is in an image: its history, its files by layer, how two differ."""

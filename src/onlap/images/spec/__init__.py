@@ -1,0 +1,1 @@
+"""What the specifications of images say: documents, media types, names, platforms."""

@@ -1,0 +1,90 @@
+"""Layers become snapshots that are named by their chain IDs, as containerd names them: what each way to do it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from onlap import errors
+from onlap.catalog.records import Record
+from onlap.content.lease import Lease
+from onlap.images.unpack.jobs import Outcome
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+
+class Layer(NamedTuple):
+    """One layer of an image.
+
+    Attributes:
+        digest: of the blob.
+        size: of the blob, in bytes.
+        diff_id: of the archive in it.
+        chain_id: the snapshot's name.
+    """
+
+    digest: str
+    size: int
+    diff_id: str
+    chain_id: str
+
+
+class Unpacking(Protocol):
+    """Layers being unpacked: a context manager, used by one thread.
+
+    Attributes:
+        start: how many of the lowest layers are there already.
+        finished: whether all layers are unpacked, and only :meth:`commit` is left.
+    """
+
+    start: int
+
+    @property
+    def finished(self) -> bool: ...
+
+    def __enter__(self) -> Unpacking: ...
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None: ...
+
+    def offer(self, layer: int) -> None:
+        """The blob of a layer is in the content store."""
+        ...
+
+    def take(self, layer: int, outcome: Outcome) -> None:
+        """A layer was unpacked, as an event said."""
+        ...
+
+    def commit(self) -> str | None:
+        """Make all of them durable snapshots; the name of the topmost, None when there are no layers."""
+        ...
+
+
+def present(snapshotter: RecordedSnapshotter, lease: Lease, layers: Sequence[Layer]) -> tuple[int, Record | None]:
+    """How many of the lowest layers are snapshots already, and the topmost of those; it is pinned."""
+    for number in range(len(layers), 0, -1):
+        try:
+            record = snapshotter.record(layers[number - 1].chain_id)
+        except errors.NotFound:
+            continue
+        lease.pin(snapshot=record.id)
+        try:
+            if snapshotter.record(record.name).id == record.id:  # not removed before it was pinned
+                return number, record
+        except errors.NotFound:
+            continue
+    return 0, None
+
+
+def new_key(chain_id: str) -> str:
+    """A key for an active snapshot that will be called so; as containerd's unpacker forms it."""
+    return f"extract-{secrets.token_hex(4)} {chain_id}"
+
+
+def drop_active(snapshotter: RecordedSnapshotter, record: Record) -> None:
+    """Remove a snapshot that a layer was to be unpacked into; cleanup takes it later where that fails."""
+    with contextlib.suppress(errors.OnlapError):
+        snapshotter.remove(record.name, force=True)

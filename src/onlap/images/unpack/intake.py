@@ -1,0 +1,248 @@
+"""Bringing the layers of an image in: fetched and unpacked beside one another, while one thread waits and reports."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from types import TracebackType
+
+from onlap.content.lease import Lease
+from onlap.content.store import ContentStore
+from onlap.images.unpack.contract import Layer, Unpacking
+from onlap.images.unpack.copies import CopiesUnpacking
+from onlap.images.unpack.events import PATIENCE, Event, Events, Stopped, Tell
+from onlap.images.unpack.overlay import OverlayUnpacking
+from onlap.progress import Callback, Reporter
+from onlap.snapshots.overlay import OverlaySnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+# fetch(layer, told): puts a layer's blob into the content store; told(bytes) of what has come, and raises when all is
+# given up.
+Fetch = Callable[[Layer, Callable[[int], None]], None]
+
+# Seconds that threads have to end after an error.
+_LAST_WORDS = 5.0
+
+
+class Bringing:
+    """What one image needs to come in.
+
+    Args:
+        snapshotter: of the root.
+        content: likewise.
+        lease: pins what comes.
+        layers: lowest first.
+        progress: told of two stages, ``fetch`` and ``unpack``, in bytes.
+        verify: read the blobs that are there, and fetch those again that are damaged.
+        halt: set when it ends, so that nobody who fetches waits any longer.
+    """
+
+    def __init__(
+        self,
+        snapshotter: RecordedSnapshotter,
+        content: ContentStore,
+        lease: Lease,
+        layers: Sequence[Layer],
+        progress: Callback | None,
+        *,
+        verify: bool = False,
+        halt: threading.Event | None = None,
+    ) -> None:
+        self._verify = verify
+        self._halt = halt or threading.Event()
+        self._snapshotter = snapshotter
+        self._content = content
+        self._lease = lease
+        self._layers = layers
+        self._events: Events = queue.SimpleQueue()
+        self._progress = progress
+        self._fetched: dict[int, int] = {}
+        self._read: dict[int, int] = {}
+
+    def run(self, fetch: Fetch | None, threads: int, *, unpack: bool) -> str | None:
+        """Bring all layers in.
+
+        Args:
+            fetch: gets a blob that is not there; None when all are.
+            threads: how many blobs to fetch at once.
+            unpack: make snapshots of them.
+
+        Returns:
+            The name of the topmost snapshot; None without layers, or when they are not unpacked.
+
+        Raises:
+            OnlapError: what fetching or unpacking raised; what the callback raised goes up as well.
+        """
+        if fetch is None:
+            self._content.check_present({layer.digest: layer.size for layer in self._layers})
+        with contextlib.ExitStack() as stack:
+            target = None
+            due = range(0)
+            if unpack:
+                target = _unpacking(self._snapshotter, self._content, self._lease, self._layers, self._events.put)
+                stack.enter_context(target)
+                due = range(target.start, len(self._layers))
+            missing = [] if fetch is None else [n for n in range(len(self._layers)) if not self._has(n, due)]
+            fetching = Threads(fetch, self._layers, missing, threads, self._events.put, self._halt)
+            stack.enter_context(fetching)
+            total = sum(self._layers[number].size for number in missing)
+            fetched = Reporter(self._progress if missing else None, "fetch", "bytes", total)
+            if target is None:
+                while not fetching.finished:
+                    self._fetch_event(fetching, fetched)
+                fetched.finish(total)
+                return None
+            size = sum(self._layers[number].size for number in due)
+            unpacked = Reporter(self._progress if due else None, "unpack", "bytes", size)
+            # The largest first: what is left for the last of several workers is then small.
+            there = sorted(set(due).difference(missing), key=lambda number: -self._layers[number].size)
+            for number in there:
+                target.offer(number)
+            while not (fetching.finished and target.finished):
+                event = self._fetch_event(fetching, fetched)
+                if event is None:
+                    continue
+                if event.present:
+                    target.offer(event.layer)
+                elif event.read is not None:
+                    self._read[event.layer] = event.read
+                    unpacked(sum(self._read.values()), self._layers[event.layer].digest)
+                elif event.outcome is not None:
+                    self._read[event.layer] = self._layers[event.layer].size
+                    target.take(event.layer, event.outcome)
+                    unpacked(sum(self._read.values()), self._layers[event.layer].digest)
+            if missing:
+                fetched.finish(total)
+            top = target.commit()
+            unpacked.finish(size)
+        return top
+
+    def _has(self, number: int, due: Collection[int]) -> bool:
+        """Whether a layer's blob need not be fetched; one that is to be unpacked is read, since it would fail then."""
+        layer = self._layers[number]
+        return self._content.has(layer.digest, layer.size) and (
+            not (self._verify or number in due) or self._content.is_whole(layer.digest)
+        )
+
+    def _fetch_event(self, fetching: Threads, fetched: Reporter) -> Event | None:
+        """Wait for an event; those of fetching are dealt with here."""
+        try:
+            event = self._events.get(timeout=PATIENCE)
+        except queue.Empty:
+            return None
+        if event.failure is not None:
+            raise event.failure
+        if event.fetched is not None:
+            self._fetched[event.layer] = event.fetched
+            fetched(sum(self._fetched.values()), self._layers[event.layer].digest)
+        elif event.present:
+            fetching.finished_one(event.layer)
+            self._fetched[event.layer] = self._layers[event.layer].size
+        return event
+
+
+class Threads:
+    """Threads that fetch or send blobs, in order; a context manager that ends them.
+
+    Args:
+        fetch: deals with one blob.
+        layers: the blobs.
+        missing: those to deal with, by number.
+        threads: how many at once.
+        tell: hears of it: ``fetched``, ``present``, ``failure``.
+        halt: set when the work is given up, so that nobody waits any longer.
+    """
+
+    def __init__(
+        self,
+        fetch: Fetch | None,
+        layers: Sequence[Layer],
+        missing: Sequence[int],
+        threads: int,
+        tell: Callable[[Event], None],
+        halt: threading.Event,
+    ) -> None:
+        self._halt = halt
+        self._fetch = fetch
+        self._layers = layers
+        self._tell = tell
+        # A blob that several layers have is fetched once.
+        self._same: dict[str, list[int]] = {}
+        for number in missing:
+            self._same.setdefault(layers[number].digest, []).append(number)
+        self._todo = [numbers[0] for numbers in self._same.values()]
+        self._left = set(missing)
+        self._mutex = threading.Lock()
+        self._count = min(threads, len(self._todo))
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether all blobs are there."""
+        return not self._left
+
+    def finished_one(self, layer: int) -> None:
+        """A blob is there."""
+        self._left.discard(layer)
+
+    def __enter__(self) -> Threads:
+        for _ in range(self._count):
+            thread = threading.Thread(target=self._run, name="onlap-fetch", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._halt.set()
+        # One that waits for a network that is silent hears of the end only when it gives up.
+        patience = None if error is None else time.monotonic() + _LAST_WORDS
+        for thread in self._threads:
+            thread.join(None if patience is None else max(0.0, patience - time.monotonic()))
+
+    def _run(self) -> None:
+        while True:
+            with self._mutex:
+                if not self._todo or self._halt.is_set():
+                    return
+                number = self._todo.pop(0)
+            try:
+                self._one(number)
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+                self._tell(Event(number, failure=error))
+                return
+
+    def _one(self, number: int) -> None:
+        layer = self._layers[number]
+        assert self._fetch is not None
+
+        def told(done: int) -> None:
+            if self._halt.is_set():
+                raise Stopped
+            self._tell(Event(number, fetched=done))
+
+        self._fetch(layer, told)
+        for each in self._same[layer.digest]:
+            self._tell(Event(each, present=True))
+
+
+def _unpacking(
+    snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease, layers: Sequence[Layer], tell: Tell
+) -> Unpacking:
+    """Unpack layers into snapshots.
+
+    Args:
+        snapshotter: of the root.
+        content: where the blobs are, or will be.
+        lease: pins what is made until the image has it.
+        layers: lowest first.
+        tell: hears of what becomes of them; called from other threads.
+    """
+    if isinstance(snapshotter, OverlaySnapshotter):
+        return OverlayUnpacking(snapshotter, content, lease, layers, tell)
+    return CopiesUnpacking(snapshotter, content, lease, layers, tell)

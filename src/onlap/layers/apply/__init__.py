@@ -1,0 +1,1 @@
+"""An archive becomes a layer's directory."""

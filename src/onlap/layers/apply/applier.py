@@ -1,0 +1,300 @@
+"""Writing the entries of an archive into a layer's directory, one after the other.
+
+The layer, with those below it, is what the next entry sees: names lead through directories and symlinks of the merged
+tree, never out of it, and never through anything by the kernel's own following of symlinks.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.layers import paths
+from onlap.layers.apply.attributes import Attributes
+from onlap.layers.apply.directories import Directory
+from onlap.layers.apply.upper import Upper
+from onlap.layers.apply.whiteouts import Whiteouts
+from onlap.layers.format import tar
+from onlap.layers.format.reader import TarReader
+from onlap.layers.format.tar import Entry
+from onlap.overlayfs.markers import Markers
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_EXACT = 0o777
+
+# include/linux/kdev_t.h: a device number in the kernel has 12 bits for the driver and 20 for its device.
+_MAX_MAJOR = (1 << 12) - 1
+_MAX_MINOR = (1 << 20) - 1
+
+
+class Applier:
+    """An archive being written into a layer.
+
+    Args:
+        reader: gives the entries.
+        layer: a descriptor of the layer's top directory, open for reading.
+        lowers: the layers below, topmost first.
+        markers: how whiteouts are written; None: the layer is a whole tree, and whiteouts remove from it.
+        recorded: whether owners that cannot be set are recorded in an xattr.
+
+    Attributes:
+        attributes: counts what could not be kept.
+        upper: the layer.
+    """
+
+    def __init__(
+        self, reader: TarReader, layer: int, lowers: Sequence[str], markers: Markers | None, *, recorded: bool
+    ) -> None:
+        self._reader = reader
+        self.attributes = Attributes(recorded=recorded)
+        self.upper = Upper(layer, lowers, markers, self.attributes)
+        self._whiteouts = Whiteouts(self.upper)
+        self._parent_path: str | None = None
+        self._parent = self.upper.top
+        # Modes with none of these bits are those that open(2) and mkdir(2) make.
+        self._inexact = self.attributes.umask | 0o7000
+        self._handlers: dict[str, Callable[[Directory, str, str, Entry], None]] = {
+            tar.FILE: self._file,
+            tar.DIRECTORY: self._directory,
+            tar.SYMLINK: self._symlink,
+            tar.HARDLINK: self._hardlink,
+            tar.CHAR: self._device,
+            tar.BLOCK_DEVICE: self._device,
+            tar.FIFO: self._fifo,
+        }
+
+    def entry(self, entry: Entry) -> None:
+        """Write one entry.
+
+        Raises:
+            InvalidArgument: the entry cannot be what an honest archive holds.
+            DataLoss: the archive ends in its data.
+            OnlapError: of another kind, for what the kernel says.
+        """
+        try:
+            self._entry(entry)
+        except OSError as error:
+            raise errors.from_oserror(error, doing=f"apply {shown(entry.name)}", key=entry.name) from error
+        except ValueError as error:
+            if isinstance(error, errors.OnlapError):
+                raise
+            raise tar.bad(str(error), entry.name, entry.offset) from error
+
+    def finish(self) -> None:
+        """Give all directories their times.
+
+        Raises:
+            OnlapError: for what the kernel says.
+        """
+        with errors.translated("finish the layer"):
+            self.upper.finish()
+
+    def close(self) -> None:
+        """Close what is open; the layer stays as it is."""
+        self.upper.close()
+
+    def _entry(self, entry: Entry) -> None:
+        for kind in entry.skipped:
+            self.attributes.skipped[kind] += 1
+        name = entry.name
+        if not name:
+            raise ValueError("it has no name")
+        path = paths.clean(name)
+        parent_path, _, base = path.rpartition("/")
+        if ".wh." in path and self._whiteout(path, parent_path, base):
+            return
+        if not path:
+            if entry.type != tar.DIRECTORY:
+                raise ValueError("only a directory can be the top")
+            self.upper.name_top(entry)
+            return
+        if entry.type == tar.CHAR and not entry.devmajor and not entry.devminor:
+            # A whiteout as OverlayFS has it.
+            self._parent_path = None
+            self._whiteouts.whiteout(parent_path, base)
+            return
+        if parent_path != self._parent_path:
+            self._parent = self.upper.parent(parent_path)
+            self._parent_path = parent_path
+        parent = self._parent
+        if parent.path != parent_path:
+            path = paths.join(parent.path, base)
+            paths.check_length(path)
+        parent.dirty = True
+        self._handlers[entry.type](parent, base, path, entry)
+        if self.upper.tracking:
+            self.upper.own(path)
+
+    def _whiteout(self, path: str, parent: str, base: str) -> bool:
+        """Handle a name with ``.wh.`` in it; False when it is an ordinary one after all."""
+        names = path.split("/")
+        if base == paths.OPAQUE and not any(name.startswith(paths.WHITEOUT_PREFIX) for name in names[:-1]):
+            self._parent_path = None
+            self._whiteouts.opaque(parent)
+            return True
+        if any(name.startswith(paths.AUFS_PREFIX) for name in names):
+            return True  # AUFS's own files
+        if any(name.startswith(paths.WHITEOUT_PREFIX) for name in names[:-1]):
+            raise ValueError("a whiteout is no directory")
+        if not base.startswith(paths.WHITEOUT_PREFIX):
+            return False
+        self._parent_path = None
+        self._whiteouts.whiteout(parent, paths.whited_out(base))
+        return True
+
+    def _make_room(self, parent: Directory, base: str, path: str) -> None:
+        # The directory that entries go to may be in what is removed, or its name may lead elsewhere now.
+        self._parent_path = None
+        self.upper.remove(parent, base, path)
+
+    # Types
+
+    def _file(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+        mode = entry.mode
+        attributes = self.attributes
+        own = entry.uid == attributes.uid and entry.gid == attributes.gid
+        # Writing an xattr takes a file that its owner may write.
+        plain = not entry.xattrs and (own or attributes.may_chown)
+        create = mode & _EXACT if plain else 0o600
+        try:
+            fd = os.open(base, _CREATE, create, dir_fd=parent.fd)
+        except FileExistsError:
+            self._make_room(parent, base, path)
+            fd = os.open(base, _CREATE, create, dir_fd=parent.fd)
+        try:
+            if entry.sparse is not None:
+                self._write_sparse(fd, entry)
+            elif entry.size:
+                piece = self._reader.piece
+                while data := piece():
+                    written = os.write(fd, data)
+                    while written < len(data):
+                        written += os.write(fd, data[written:])
+            if not own:
+                attributes.chown(fd, entry)
+            elif not parent.plain_group:
+                os.chown(fd, entry.uid, entry.gid)
+            if entry.xattrs:
+                attributes.set_xattrs(fd, entry)
+            if not plain or mode & self._inexact:
+                os.chmod(fd, mode)
+            mtime = entry.mtime_ns
+            os.utime(fd, ns=(mtime if entry.atime_ns is None else entry.atime_ns, mtime))
+        finally:
+            os.close(fd)
+
+    def _write_sparse(self, fd: int, entry: Entry) -> None:
+        assert entry.sparse is not None
+        os.ftruncate(fd, entry.size)
+        data = self._reader.piece()
+        for offset, length in entry.sparse:
+            while length:
+                if not data:
+                    data = self._reader.piece()
+                written = os.pwrite(fd, data[:length], offset)
+                data = data[written:]
+                offset += written
+                length -= written
+
+    def _directory(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+        try:
+            directory = self.upper.directories.make(parent, base, entry.mode & _EXACT)
+            fresh = True
+        except FileExistsError:
+            self._parent_path = None
+            directory, fresh = self.upper.replace_by_directory(parent, base, path)
+        self.attributes.set_directory(directory, entry, fresh=fresh, own=fresh and parent.plain_group)
+        if directory.acl is not None:
+            self.upper.directories.check_acl = True
+        self.upper.named(path)
+
+    def _symlink(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+        if not entry.linkname:
+            raise ValueError("a symlink to nothing")
+        try:
+            os.symlink(entry.linkname, base, dir_fd=parent.fd)
+        except FileExistsError:
+            self._make_room(parent, base, path)
+            os.symlink(entry.linkname, base, dir_fd=parent.fd)
+        self._finish_node(parent, base, entry)
+
+    def _hardlink(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+        try:
+            target = paths.clean(entry.linkname)
+        except ValueError as error:
+            raise ValueError(f"its target {shown(entry.linkname)}: {error}") from None
+        if not target or any(name.startswith(paths.WHITEOUT_PREFIX) for name in target.split("/")):
+            raise ValueError(f"a hard link to {shown(entry.linkname)}")
+        parent.pins += 1
+        try:
+            source = self.upper.link_source(target)
+            if source is None:
+                raise ValueError(f"its target {shown(entry.linkname)} does not exist")
+            source_parent, source_base = source
+            if source_parent is parent and source_base == base:
+                return  # a link to itself
+            source_parent.pins += 1
+            try:
+                self._link(source_parent, source_base, parent, base, path)
+            finally:
+                source_parent.pins -= 1
+        finally:
+            parent.pins -= 1
+
+    def _link(self, source: Directory, source_base: str, parent: Directory, base: str, path: str) -> None:
+        status = source.status(source_base)
+        if status is None or stat.S_ISDIR(status.st_mode):
+            raise ValueError("a hard link to a directory")
+        if paths.is_below(source.path, path):
+            raise ValueError("a hard link that would replace the directory of its target")
+        try:
+            os.link(source_base, base, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
+        except FileExistsError:
+            self._make_room(parent, base, path)
+            os.link(source_base, base, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
+
+    def _device(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+        major, minor = entry.devmajor, entry.devminor
+        if not 0 <= major <= _MAX_MAJOR or not 0 <= minor <= _MAX_MINOR:
+            raise ValueError(f"the device number {major},{minor} is out of range")
+        kind = stat.S_IFCHR if entry.type == tar.CHAR else stat.S_IFBLK
+        try:
+            self._make_node(parent, base, path, kind | entry.mode & _EXACT, os.makedev(major, minor))
+        except PermissionError:
+            self.attributes.skipped["device"] += 1
+        else:
+            self._finish_node(parent, base, entry)
+
+    def _fifo(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+        self._make_node(parent, base, path, stat.S_IFIFO | entry.mode & _EXACT, 0)
+        self._finish_node(parent, base, entry)
+
+    def _make_node(self, parent: Directory, base: str, path: str, mode: int, device: int) -> None:
+        try:
+            os.mknod(base, mode, device, dir_fd=parent.fd)
+        except FileExistsError:
+            self._make_room(parent, base, path)
+            os.mknod(base, mode, device, dir_fd=parent.fd)
+
+    def _finish_node(self, parent: Directory, base: str, entry: Entry) -> None:
+        """The attributes of what is not opened: owner, xattrs, mode, times, in an order that keeps each."""
+        attributes = self.attributes
+        if not attributes.is_own(entry):
+            attributes.chown_at(parent, base, entry)
+        elif not parent.plain_group:
+            os.chown(base, entry.uid, entry.gid, dir_fd=parent.fd, follow_symlinks=False)
+        if entry.xattrs:
+            attributes.set_xattrs(f"/proc/self/fd/{parent.fd}/{base}", entry)
+        if entry.type != tar.SYMLINK and entry.mode & self._inexact:
+            # fchmodat(2) follows symlinks before Linux 6.6; a descriptor of the file itself cannot lead elsewhere.
+            fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd)
+            try:
+                os.chmod(f"/proc/self/fd/{fd}", entry.mode)
+            finally:
+                os.close(fd)
+        mtime = entry.mtime_ns
+        atime = mtime if entry.atime_ns is None else entry.atime_ns
+        os.utime(base, ns=(atime, mtime), dir_fd=parent.fd, follow_symlinks=False)

@@ -1,0 +1,1 @@
+"""What a layer changed, and the archive that says it."""

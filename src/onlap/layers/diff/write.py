@@ -1,0 +1,230 @@
+"""From what a snapshot changed to an archive: a layer as containerd and Docker write it, with what they lose.
+
+Parents before what is in them, sorted by the names' bytes; deletions as ``.wh.NAME``; owners as numbers; hard links
+kept, also those to a file that itself did not change; every xattr; times in nanoseconds. Redirected directories and
+files with only metadata in the upper layer are written out in full, and a directory that hides the one below it gets a
+whiteout for each name that is gone, as the specification asks, rather than an opaque mark.
+
+One thing is not kept, since only a walk of all would find it: the hard link between a file of a renamed directory
+(redirect_dir) in an upper layer and a name outside of it, which is not looked at because only the layers below have it.
+
+Sources: OCI image specification, layer.md; containerd v1.7.24, archive/tar.go.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO, NamedTuple
+
+from onlap import errors
+from onlap.arguments import check_number
+from onlap.errors import shown
+from onlap.layers.diff.changes import Item, stack_items
+from onlap.layers.format import sparse_files, tar
+from onlap.layers.format.tar import Entry
+from onlap.layers.format.writer import TarWriter
+from onlap.layers.paths import WHITEOUT_PREFIX, check_length
+from onlap.layers.stream.outlet import Outlet
+from onlap.overlayfs.markers import Markers
+from onlap.progress import Callback, Reporter
+from onlap.trees.compare import DELETED, NEVER, Since
+from onlap.trees.copy import data_ranges, has_holes
+from onlap.trees.meta import Meta
+
+_CHUNK = 256 * 1024
+_TYPES = {
+    stat.S_IFREG: tar.FILE,
+    stat.S_IFDIR: tar.DIRECTORY,
+    stat.S_IFLNK: tar.SYMLINK,
+    stat.S_IFCHR: tar.CHAR,
+    stat.S_IFBLK: tar.BLOCK_DEVICE,
+    stat.S_IFIFO: tar.FIFO,
+}
+
+
+class Written(NamedTuple):
+    """An archive that was written.
+
+    Attributes:
+        digest: of what was written, ``"sha256:..."``.
+        diff_id: of the uncompressed archive.
+        size: bytes written.
+        uncompressed: bytes of the uncompressed archive.
+        entries: how many it has, whiteouts included.
+        skipped: how many of each kind no archive can hold, as ``{"socket": 1}``.
+    """
+
+    digest: str
+    diff_id: str
+    size: int
+    uncompressed: int
+    entries: int
+    skipped: Mapping[str, int]
+
+
+def write_layer(
+    before: Sequence[str],
+    after: Sequence[str],
+    markers: Markers,
+    out: BinaryIO,
+    *,
+    compression: str = "none",
+    level: int | None = None,
+    epoch: int | None = None,
+    content: bool = False,
+    since: Since = (NEVER, NEVER),
+    sparse: bool = False,
+    progress: Callback | None = None,
+) -> Written:
+    """Write how one stack of layers differs from another as the archive of a layer.
+
+    Args:
+        before: layers, topmost first; none for a whole tree.
+        after: layers, likewise.
+        markers: the flavour of the markers in all of them.
+        out: where to write; left open.
+        compression: ``"none"``, ``"gzip"`` or ``"zstd"``.
+        level: of the compression, its own default when None.
+        epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
+        content: see :func:`onlap.layers.diff.changes.stack_changes`.
+        since: likewise.
+        sparse: leave holes out. Not every reader of layers knows such entries, and the archive depends on where the
+            filesystem has holes; without it, on the content alone (docs/adr/0007-holes.md).
+        progress: called with the bytes of the uncompressed archive, at most ten times a second.
+
+    Raises:
+        InvalidArgument: a file has a value or a name that no layer can hold.
+        FailedPrecondition: a file became shorter while it was read.
+        Unimplemented: the library for the compression is not installed.
+        OSError: something cannot be read or written.
+    """
+    if epoch is not None:
+        check_number(epoch, "epoch", whole=True)
+    report = Reporter(progress, "diff", "bytes")
+    with Outlet(out, compression, level) as outlet:
+        layer = _Layer(outlet.write, None if epoch is None else epoch * 1_000_000_000, sparse, report)
+        for item in stack_items(before, after, markers, content=content, since=since):
+            layer.add(item)
+        layer.close()
+        found = outlet.finish()
+    report.finish(found.uncompressed)
+    return Written(found.digest, found.diff_id, found.size, found.uncompressed, layer.entries, dict(layer.skipped))
+
+
+class _Layer:
+    """One archive on its way."""
+
+    def __init__(
+        self, write: Callable[[bytes | memoryview], object], epoch_ns: int | None, sparse: bool, report: Reporter
+    ) -> None:
+        self._tar = TarWriter(write)
+        self._epoch_ns = epoch_ns
+        self._sparse = sparse
+        self._report = report
+        self._first_names: dict[tuple[int, int], str] = {}
+        self._buffer = memoryview(bytearray(_CHUNK))
+        self.entries = 0
+        self.skipped: Counter[str] = Counter()
+
+    def add(self, item: Item) -> None:
+        """One change."""
+        change = item.change
+        name = os.path.basename(change.path)
+        if name.startswith(WHITEOUT_PREFIX):
+            raise errors.InvalidArgument(
+                f"{shown(change.path)} cannot be in a layer: its name begins as that of a whiteout",
+                key=change.path,
+                hint="rename it",
+            )
+        if change.kind == DELETED:
+            self._whiteout(change.path)
+        elif change.after is not None:
+            self._add_file(change.path, change.after, item)
+
+    def _whiteout(self, path: str) -> None:
+        directory, name = os.path.split(path)
+        self._emit(Entry(os.path.join(directory, WHITEOUT_PREFIX + name), tar.FILE, mode=0))
+
+    def _add_file(self, path: str, meta: Meta, item: Item) -> None:
+        kind = _TYPES.get(stat.S_IFMT(meta.mode))
+        if kind is None:
+            self.skipped["socket"] += 1
+            if item.change.before is not None:
+                # Else what it replaced would be there again.
+                self._whiteout(path)
+            return
+        entry = Entry(
+            path,
+            kind,
+            mode=stat.S_IMODE(meta.mode),
+            uid=meta.uid,
+            gid=meta.gid,
+            mtime_ns=meta.mtime_ns if self._epoch_ns is None else min(meta.mtime_ns, self._epoch_ns),
+            linkname=meta.target or "",
+            xattrs=meta.xattrs or None,
+        )
+        if kind == tar.DIRECTORY:
+            entry.name = "./" if path == "." else path + "/"
+        elif kind in (tar.CHAR, tar.BLOCK_DEVICE):
+            entry.devmajor, entry.devminor = os.major(meta.rdev), os.minor(meta.rdev)
+        if item.found is None or item.directory is None or kind == tar.DIRECTORY:
+            self._emit(entry)
+            return
+        status = item.found.status
+        if status.st_nlink > 1:
+            first = self._first_names.setdefault((status.st_dev, status.st_ino), path)
+            if first != path:
+                entry.type, entry.linkname, entry.xattrs = tar.HARDLINK, first, None
+                self._emit(entry)
+                return
+        if kind != tar.FILE or not meta.size:
+            self._emit(entry)
+            return
+        fd = item.directory.data(item.found, path)
+        try:
+            self._content(fd, meta.size, entry, path)
+        finally:
+            os.close(fd)
+
+    def _emit(self, entry: Entry) -> None:
+        try:
+            check_length(entry.name.removesuffix("/"))
+        except ValueError as error:
+            raise errors.InvalidArgument(
+                f"{shown(entry.name)} cannot be in a layer: {error}", key=entry.name
+            ) from error
+        self._tar.begin(entry)
+        self.entries += 1
+        self._report(self._tar.position, entry.name)
+
+    def _content(self, fd: int, size: int, entry: Entry, path: str) -> None:
+        entry.size = entry.stored = size
+        pieces = [(0, size)]
+        if self._sparse and has_holes(os.fstat(fd)):
+            found = sparse_files.pieces_of(data_ranges(fd, size), size)
+            if found != pieces and len(found) < sparse_files.MAX_PIECES:
+                entry.sparse = pieces = found
+                entry.stored = sum(length for _, length in found)
+        self._emit(entry)
+        for start, length in pieces:
+            self._piece(fd, start, length, path)
+
+    def _piece(self, fd: int, position: int, left: int, path: str) -> None:
+        while left:
+            count = os.preadv(fd, [self._buffer[: min(left, _CHUNK)]], position)
+            if not count:
+                raise errors.FailedPrecondition(
+                    f"{shown(path)} became shorter while it was read", key=path, hint="diff it when it is quiet"
+                )
+            # What follows is done with the bytes when it returns, or has copied them.
+            self._tar.write(self._buffer[:count])
+            position += count
+            left -= count
+            self._report(self._tar.position, path)
+
+    def close(self) -> None:
+        """End the archive."""
+        self._tar.end()
