@@ -61,7 +61,7 @@ class Catalog:
         self.layout = Layout(root)
         self.timeout = timeout
         self.layout.prepare(create=create)
-        self._janitor = Janitor(self._upkeep, self._background)
+        self._janitor = Janitor(lambda: self.database.upkeep(), self._background)
         self.staging = Staging(self.layout.staging)
         self.trash = Trash(self.layout.root, self.layout.trash)
         self.lost: list[Record] = []
@@ -443,17 +443,17 @@ class Catalog:
             ResourceExhausted: there is no room even so.
             OnlapError: what ``action`` raises.
         """
+        make_room: Callable[[], object]
         for make_room in (self.layout.drop_reserve, self._empty_trash):
             try:
                 return action()
             except errors.ResourceExhausted:
-                if not make_room():
-                    continue
+                make_room()
         return action()
 
-    def _empty_trash(self) -> bool:
+    def _empty_trash(self) -> None:
         with errors.translated("delete a removed tree", key=self.layout.root):
-            return self.trash.sweep().removed > 0
+            self.trash.sweep()
 
     def cleanup(self) -> int:
         """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
@@ -499,9 +499,6 @@ class Catalog:
             removed = self.trash.sweep().removed
             self.layout.make_reserve()
         return removed
-
-    def _upkeep(self) -> None:
-        self.database.upkeep()
 
     def _background(self, stop: Callable[[], bool]) -> bool:
         swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE) if self.trash.names() else Swept(0, 0)

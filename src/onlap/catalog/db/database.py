@@ -196,36 +196,29 @@ class Database:
         self._check()
         if self._writer.commits >= COMMITS_TO_GROW and not self._grown:
             self._grow_log()
-        self._under_lock(self._writer.checkpoint_if_due, "empty the catalog's log")
-
-    def _under_lock(self, action: Callable[[], T], doing: str) -> T:
-        with errors.translated(doing, key=self._path):
-            return self._writer.do(Job(action))
+        with errors.translated("empty the catalog's log", key=self._path):
+            self._writer.do(Job(self._writer.checkpoint_if_due))
 
     def _grow_log(self) -> None:
         self._grown = True
-        doing = "make room in the catalog's log"
-        try:
-            # Not the database itself, whose POSIX locks a close would drop; the log has none. What lies behind its
-            # last frame means nothing to SQLite (sqlite.org/fileformat2.html, "The Write-Ahead Log").
-            fd = os.open(self._path + "-wal", os.O_WRONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise errors.from_oserror(error, doing=doing, key=self._path) from error
 
         def grow() -> None:
             size = os.fstat(fd).st_size
             # Written, not only allocated: to write into an unwritten extent changes metadata as well.
             os.pwrite(fd, bytes(max(0, LOG_SIZE - size)), size)
 
-        try:
-            self._under_lock(grow, doing)
-            os.fdatasync(fd)
-        except OSError as error:
-            raise errors.from_oserror(error, doing=doing, key=self._path) from error
-        finally:
-            os.close(fd)
+        with errors.translated("make room in the catalog's log", key=self._path):
+            try:
+                # Not the database itself, whose POSIX locks a close would drop; the log has none. What lies behind its
+                # last frame means nothing to SQLite (sqlite.org/fileformat2.html, "The Write-Ahead Log").
+                fd = os.open(self._path + "-wal", os.O_WRONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return
+            try:
+                self._writer.do(Job(grow))
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Close every connection; later calls fail."""

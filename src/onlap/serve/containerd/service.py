@@ -81,17 +81,14 @@ class Service:
         }
 
     def prepare(self, request: pb.PrepareSnapshotRequest) -> Message:
-        """Prepare."""
         plan = self._snapshotter.prepare(request.key, request.parent, dict(request.labels))
         return pb.PrepareSnapshotResponse(mounts=_mounts(plan))
 
     def view(self, request: pb.ViewSnapshotRequest) -> Message:
-        """View."""
         plan = self._snapshotter.view(request.key, request.parent, dict(request.labels))
         return pb.ViewSnapshotResponse(mounts=_mounts(plan))
 
     def mounts(self, request: pb.MountsRequest) -> Message:
-        """Mounts."""
         return pb.MountsResponse(mounts=_mounts(self._snapshotter.mounts(request.key)))
 
     def commit(self, request: pb.CommitSnapshotRequest) -> Message:
@@ -111,7 +108,6 @@ class Service:
         return Empty()
 
     def stat(self, request: pb.StatSnapshotRequest) -> Message:
-        """Stat."""
         return pb.StatSnapshotResponse(info=_info(self._snapshotter.stat(request.key)))
 
     def update(self, request: pb.UpdateSnapshotRequest) -> Message:
@@ -133,7 +129,6 @@ class Service:
             yield pb.ListSnapshotsResponse(info=block)
 
     def usage(self, request: pb.UsageRequest) -> Message:
-        """Usage."""
         found = self._snapshotter.usage(request.key)
         return pb.UsageResponse(size=found.size, inodes=found.inodes)
 

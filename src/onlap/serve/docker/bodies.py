@@ -27,7 +27,6 @@ class Sized(io.RawIOBase):
         self._left = length
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -55,7 +54,6 @@ class Chunked(io.RawIOBase):
         self._ended = False
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -111,7 +109,6 @@ class Joined(io.RawIOBase):
         self._rest = rest
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -148,7 +145,6 @@ class ChunkWriter(io.RawIOBase):
         self.started = False
 
     def writable(self) -> bool:
-        """It is."""
         return True
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]

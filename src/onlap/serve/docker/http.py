@@ -13,6 +13,8 @@ import socket
 import socketserver
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qs, urlsplit
@@ -213,9 +215,17 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             time.sleep(PAUSE)
             raise
 
-    def call(self) -> _Call:
-        """A context manager around each call, so that the end can wait for those that run."""
-        return _Call(self)
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Goes around each call, so that the end can wait for those that run."""
+        with self._changed:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """One connection, from its first request to its end."""
@@ -243,20 +253,3 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                     connection.shutdown(socket.SHUT_RD)
                 except OSError as error:
                     _log.debug("a connection was gone", extra={"fields": {"error": os.strerror(error.errno or 0)}})
-
-    def enter_call(self, number: int) -> None:
-        """One call more or less."""
-        with self._changed:
-            self._calls += number
-            self._changed.notify_all()
-
-
-class _Call:
-    def __init__(self, server: HttpServer) -> None:
-        self._server = server
-
-    def __enter__(self) -> None:
-        self._server.enter_call(1)
-
-    def __exit__(self, *_: object) -> None:
-        self._server.enter_call(-1)
