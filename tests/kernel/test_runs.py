@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -391,6 +392,22 @@ def test_what_others_do_at_the_place_inside_the_block(store: Store) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tree], check=True)
     assert os.path.ismount(tree)
     unmount(str(tree))
+    store.cleanup()
+    assert mountinfo() == before
+
+
+def test_a_mount_elsewhere_that_could_not_be_ended_is_left_to_the_next_cleanup(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = store.root.with_name("at")
+    at.mkdir()
+    before = mountinfo()
+    monkeypatch.setattr(temporary, "unmount", lambda target, timeout: unmount(target, timeout=0))
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(errors.Busy), store.mounted("base", at):
+            stack.enter_context(open(at / "file"))
+        store.cleanup()
+        assert mountinfo() != before
     store.cleanup()
     assert mountinfo() == before
 

@@ -79,8 +79,8 @@ class Held:
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
-        _held.pop(fd, None)
         try:
+            _held.pop(fd, None)
             # Not by the close alone: a child between fork and exec has the same open file, and would keep the lock. But
             # a child that was forked behind Python's back must not give its parent's away.
             if self._pid == os.getpid():

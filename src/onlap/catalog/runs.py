@@ -231,7 +231,8 @@ def _end(directory: str, held: Held) -> None:
         return
     # What is still mounted, or cannot be removed now, the next sweep finds; nothing is wrong with the work itself.
     with contextlib.suppress(OSError):
-        _remove(directory)
+        if not (os.path.lexists(f"{directory}/at") and _mounted(directory)):
+            _remove(directory)
     held.release()
 
 

@@ -59,7 +59,7 @@ def mounted(
         InvalidArgument: it is no plan.
         NotFound, FailedPrecondition: the snapshot was removed, or committed, since its plan was given.
         Busy: it is being committed, removed or applied to; or, at the end, somebody still used it: ``.holders`` says
-            who, and the mount is left as it is, as is one that another is mounted above.
+            who, and the mount is left to the next cleanup, as is one that another is mounted above.
         PermissionDenied: mounting is not allowed here, not even in a user namespace.
         OnlapError: of another kind, for what the kernel says.
     """
