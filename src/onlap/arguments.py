@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Collection, Mapping
 
@@ -17,7 +18,10 @@ def check_text(value: object, what: str) -> None:
 def check_path(value: object, what: str) -> str:
     """A path of the host as ``str``; InvalidArgument for what is none."""
     if isinstance(value, (str, os.PathLike)):
-        path = os.fspath(value)
+        try:
+            path = os.fspath(value)
+        except TypeError:
+            path = None  # it is one by name only
         if isinstance(path, str):
             if not path:
                 raise errors.InvalidArgument(f"the {what} is empty", hint="give a path")
@@ -61,9 +65,15 @@ def check_number(value: object, what: str, *, whole: bool = False) -> None:
 
 
 def check_file(value: object, what: str, method: str) -> None:
-    """Raise InvalidArgument for what has no such method as a binary file has."""
-    if not callable(getattr(value, method, None)):
+    """Raise InvalidArgument for what has no such method as a binary file has, or is a text file."""
+    if not callable(getattr(value, method, None)) or isinstance(value, io.TextIOBase):
         raise _wrong(value, what, f"a path, or a binary file to {method}")
+
+
+def check_kind(value: object, kind: type, what: str) -> None:
+    """Raise InvalidArgument for what is not of a class of ours."""
+    if not isinstance(value, kind):
+        raise _wrong(value, what, f"a {kind.__qualname__}")
 
 
 def _wrong(value: object, what: str, wanted: str) -> errors.InvalidArgument:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from onlap import errors
 from onlap.border import theirs
 
 # A callback more often than this is no use to a reader, and would cost more than the work on small files.
@@ -37,9 +38,16 @@ class Reporter:
     """Calls a callback at most ten times a second, in the caller's thread, and once more at the end.
 
     What the callback raises goes up through the operation, which cleans up and ends: that is how it is cancelled.
+
+    Raises:
+        InvalidArgument: the callback cannot be called.
     """
 
     def __init__(self, callback: Callback | None, stage: str, unit: str, total: int | None = None) -> None:
+        if callback is not None and not callable(callback):
+            raise errors.InvalidArgument(
+                f"the callback for progress is {errors.shown(repr(callback)[:100])}", hint="it must be callable"
+            )
         self._callback = callback
         self._stage = stage
         self._unit = unit

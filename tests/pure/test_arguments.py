@@ -15,7 +15,26 @@ from onlap import errors
 from onlap.graphdrivers import open_driver
 from onlap.store import Store
 
+
+class NoPath:
+    """What calls itself a path."""
+
+    def __fspath__(self) -> int:
+        return 5
+
+
+class Forgetful:
+    """A file that does not say how much it took, or gives what are no bytes."""
+
+    def write(self, _data: object) -> None:
+        return None
+
+    def read(self, _size: int = -1) -> str:
+        return "text"
+
+
 ODD: list[Any] = [None, 3, 1.5, True, b"x", Path("x"), ["x"], {}, object(), "", "a\0b", "\udcff", "\ud800"]
+ODD += [NoPath(), Forgetful(), io.StringIO("text")]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +95,8 @@ CALLS: dict[str, Callable[[Store, Any], object]] = {
     "export epoch": lambda store, odd: store.export("base", io.BytesIO(), epoch=odd),
     "apply": lambda store, odd: store.apply(odd, io.BytesIO()),
     "apply layer": lambda store, odd: store.apply("work", odd),
+    "apply limits": lambda store, odd: store.apply("work", io.BytesIO(bytes(1024)), limits=odd),
+    "apply progress": lambda store, odd: store.apply("work", io.BytesIO(bytes(1024)), progress=odd),
     "apply digest": lambda store, odd: store.apply("work", io.BytesIO(), digest=odd),
     "squash": lambda store, odd: store.squash(odd, "new"),
     "squash base": lambda store, odd: store.squash("base", "new", base=odd),
@@ -86,6 +107,9 @@ CALLS: dict[str, Callable[[Store, Any], object]] = {
     "image import platform": lambda store, odd: store.images.import_(source(store), name="new:1", platform=odd),
     "image export": lambda store, odd: store.images.export(odd, io.BytesIO()),
     "image export out": lambda store, odd: store.images.export("image:1", odd),
+    "image pull access": lambda store, odd: store.images.pull("localhost:1/x", access=odd),
+    "image push access": lambda store, odd: store.images.push("image:1", "localhost:1/x", access=odd),
+    "image export progress": lambda store, odd: store.images.export("image:1", io.BytesIO(), progress=odd),
     "image remove": lambda store, odd: store.images.remove(odd),
     "image tag": lambda store, odd: store.images.tag("image:1", odd),
     "image unpack": lambda store, odd: store.images.unpack(odd),

@@ -16,6 +16,7 @@ from onlap.images.formats import docker_archive, oci_layout
 from onlap.images.formats.oci_layout import Exported, blob_path
 from onlap.images.index import Image, Index
 from onlap.images.spec import model
+from onlap.layers.stream.outlet import write_whole
 from onlap.progress import Callback, Reporter
 from onlap.trees import whole
 
@@ -81,9 +82,7 @@ class _Whole:
         self._out = out
 
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._out.write(view) :]
+        write_whole(self._out, data)
 
 
 def _write_tar(

@@ -20,6 +20,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from onlap import errors
+from onlap.arguments import check_kind
 from onlap.errors import shown
 from onlap.images.registry.access import Access, split
 from onlap.images.registry.challenges import Challenge, challenges
@@ -399,7 +400,10 @@ class RegistrySession:
 
 def session_for(reference: Reference, access: Access | None, pause: Callable[[float], None]) -> RegistrySession:
     """The session for the repository of a name; see :class:`RegistrySession`."""
-    return RegistrySession(reference.registry, reference.repository, access or Access(), pause=pause)
+    if access is None:
+        access = Access()
+    check_kind(access, Access, "access to the registry")
+    return RegistrySession(reference.registry, reference.repository, access, pause=pause)
 
 
 def _can_follow(method: str, status: int, body: Body) -> bool:

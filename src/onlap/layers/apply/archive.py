@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
-from onlap.arguments import check_text
+from onlap.arguments import check_kind, check_text
 from onlap.errors import shown
 from onlap.layers.apply.applier import Applier
 from onlap.layers.format.reader import TarReader
@@ -108,6 +108,8 @@ def apply(
     """
     for expected in (digest, diff_id):
         _check_form(expected)
+    if limits is not None:
+        check_kind(limits, Limits, "limits")
     if markers is None and lowers:
         raise errors.InvalidArgument("a whole tree has no layers below it")
     with errors.translated("open the archive and the layer"):

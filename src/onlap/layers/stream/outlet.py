@@ -7,7 +7,9 @@ import queue
 import threading
 from typing import BinaryIO
 
+from onlap import errors
 from onlap.arguments import check_file
+from onlap.errors import shown
 from onlap.layers.stream.compression import Compressor, compressor
 from onlap.layers.stream.pipeline import Digests
 
@@ -123,7 +125,22 @@ class Outlet:
         self._put(packed)
 
     def _put(self, data: bytes) -> None:
-        # A raw stream (a pipe, a socket) may take less than all.
-        view = memoryview(data)
-        while view:
-            view = view[self._out.write(view) :]
+        write_whole(self._out, data)
+
+
+def write_whole(out: BinaryIO, data: bytes) -> None:
+    """Write all of ``data``: a raw stream (a pipe, a socket) may take less at a time.
+
+    Raises:
+        InvalidArgument: it does not say how much it took, as one that does not block does when it takes nothing.
+        OSError: it cannot be written.
+    """
+    view = memoryview(data)
+    while view:
+        count: object = out.write(view)
+        if not isinstance(count, int) or not 0 < count <= len(view):
+            raise errors.InvalidArgument(
+                f"of {len(view)} bytes to write, the file took {shown(repr(count)[:100])}",
+                hint="its write() must return how many bytes it took, and wait until it can take some",
+            )
+        view = view[count:]
