@@ -858,6 +858,24 @@ def test_nothing_of_a_refused_archive_stays(loop_fs: Callable[[str, int], Path],
     assert os.listdir(layer) == ["good"]
 
 
+@privileged
+@pytest.mark.parametrize("written", [False, True])
+def test_the_attributes_of_what_was_there_outlive_a_refused_archive(layer: Path, written: bool) -> None:
+    everyone = 2**32 - 1
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, 7, everyone) for tag in (1, 4, 32))
+    top = [layer / "d", layer][not written]
+    top.mkdir(exist_ok=True)
+    top.chmod(0o750)
+    for name, value in (("user.note", b"1"), ("security.note", b"2"), ("system.posix_acl_default", acl)):
+        os.setxattr(top, name, value)
+    before = look(layer)
+    items = [entry("d/f") if written else directory("./", mode=0o700, uid=7, xattrs={"security.other": b"3"})]
+    with pytest.raises(errors.InvalidArgument, match="does not exist"):
+        apply_to(layer, archive([*items, entry("f"), hardlink("x", "nothing")]))
+    after = look(layer)
+    assert after["d" if written else "."] == before["d" if written else "."]
+
+
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_what_an_archive_made_and_replaces_goes_whole(loop_fs: Callable[[str, int], Path], kind: str) -> None:
     layer = loop_fs(kind, capabilities.FILESYSTEMS[kind]) / "layer"

@@ -17,10 +17,10 @@ from onlap.layers.apply.applier import Applier
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.tar import Entry
 from onlap.layers.stream.pipeline import Digests, Pipeline
-from onlap.overlayfs.markers import Markers, is_marker
+from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
 from onlap.syscalls import files
-from onlap.trees.meta import list_xattrs
+from onlap.trees.meta import list_xattrs, read_xattrs
 from onlap.trees.remove import empty
 
 _HEX = frozenset("0123456789abcdef")
@@ -239,19 +239,22 @@ class _Top:
 
     def __init__(self, layer: int) -> None:
         self.status = os.fstat(layer)
-        self.xattrs = set(list_xattrs(layer))
+        self.names = frozenset(list_xattrs(layer))
+        self.xattrs = read_xattrs(layer)
 
 
 def _undo(layer: int, before: _Top) -> None:
     """Empty the layer's directory; an error of this is none beside the one that led here."""
     try:
         empty(layer)
-        status, now = before.status, os.fstat(layer)
-        for xattr in list_xattrs(layer):
-            if xattr not in before.xattrs and (is_marker(xattr) or not xattr.startswith("security.")):
-                os.removexattr(layer, xattr)
-        if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):
+        status, now = before.status, _Top(layer)
+        if (now.status.st_uid, now.status.st_gid) != (status.st_uid, status.st_gid):
             os.chown(layer, status.st_uid, status.st_gid)
+        for name in now.names - before.names - {"security.selinux"}:
+            os.removexattr(layer, name)
+        for name, value in before.xattrs.items():
+            if now.xattrs.get(name) != value:
+                os.setxattr(layer, name, value)
         os.chmod(layer, stat.S_IMODE(status.st_mode))
         os.utime(layer, ns=(status.st_atime_ns, status.st_mtime_ns))
     except OSError:

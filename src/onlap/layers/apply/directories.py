@@ -6,6 +6,7 @@ remembers what it must have when it is closed; nothing is remembered of the othe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -124,9 +125,13 @@ class Directories:
         """
         above = path.rpartition("/")[0]
         below = self._open.get(path)
-        if above and above not in self._open and below is not None:
+        if not above or above in self._open or below is None:
+            return
+        try:
             fd = os.open("..", OPEN_DIRECTORY, dir_fd=below.fd)
-            self._add(self._known(Directory(above, fd)))
+        except PermissionError:
+            return  # find() knows what to do
+        self._add(self._known(Directory(above, fd)))
 
     def make(self, parent: Directory, name: str, mode: int) -> Directory:
         """Make and open a directory; its times are as they come, its mode is at most the one given.
@@ -147,12 +152,14 @@ class Directories:
             self._close(self._open.pop(key), forget=forget)
 
     def close(self, *, forget: bool = False) -> None:
-        """Close all but the top, and give them their times."""
+        """Close all but the top, and give them their attributes; with ``forget`` as far as can be."""
+        suppressed = (OSError,) if forget else ()
         try:
             while self._open:
                 _, directory = self._open.popitem()
-                self._close(directory, forget=forget)
-            if not forget:
+                with contextlib.suppress(*suppressed):
+                    self._close(directory)
+            with contextlib.suppress(*suppressed):
                 settle(self.top)
         finally:
             for directory in self._open.values():

@@ -83,7 +83,7 @@ class Upper:
                 self.lowers.hide(found.path)
 
     def close(self) -> None:
-        """Close what is open; directories keep whatever attributes they have."""
+        """Close what is open; after an error directories get back, as far as can be, what was taken from them."""
         self.directories.close(forget=True)
         self.lowers.close()
 
