@@ -136,3 +136,25 @@ def test_no_name_leads_out_of_the_layer(snapshotter: OverlaySnapshotter, tmp_pat
     commit(snapshotter, "base", None, base)
     commit(snapshotter, "on", "base", lambda tree: (tree / "d").symlink_to(outside))
     assert attributes(outside) == before
+
+
+def test_the_top_of_an_empty_layer_is_the_parents(
+    snapshotter: OverlaySnapshotter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the filesystem's clock moves on between the directories of a new snapshot."""
+    real = os.mkdir
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        real(path, mode)
+        if path.endswith("/fs"):
+            while True:
+                (tmp_path / "now").touch()
+                if (tmp_path / "now").stat().st_mtime_ns > os.stat(path).st_mtime_ns:
+                    return
+
+    commit(snapshotter, "base", None, base)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", mkdir)
+        snapshotter.prepare("work")
+    snapshotter.commit("on", "work", parent="base")
+    assert merged(snapshotter, "on", ".") == merged(snapshotter, "base", ".")

@@ -139,6 +139,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
         os.mkdir(tree, 0o755)
         if kind == ACTIVE:
             os.mkdir(f"{staged}/work", 0o711)
+            os.utime(tree)  # not before the time of the snapshot's own directory, by which _rebase judges
         self._inherit(tree, parent, labels)
 
     def _inherit(self, tree: str, parent: Record | None, labels: Mapping[str, str]) -> None:
