@@ -120,6 +120,23 @@ def test_a_tree_that_cannot_be_thrown_away_is_removed_all_the_same(
     assert store.snapshotter.catalog.cleanup() == 1
 
 
+def test_a_warning_that_cannot_be_given_fails_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without descriptors even the module that logs cannot be loaded."""
+    store.prepare("key")
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(store.snapshotter.catalog.trash, "put", fails)
+    monkeypatch.setitem(sys.modules, "logging", None)
+    store.remove("key")
+    assert "key" not in store
+    monkeypatch.setattr(locks.os, "pwrite", fails)  # type: ignore[attr-defined]
+    store.prepare("key")
+    store.prepare("other")
+    assert "key" in store
+
+
 def test_a_commit_that_cannot_be_counted_is_done(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import interrupts
+from onlap.catalog import locks
 
 # Every how manieth bytecode: about twenty looks at each call. All of them are for the long run.
 _EVERY = {"stat": 11, "prepare": 41, "commit": 67, "remove": 53, "open and close": 389, "fork": 9}
@@ -40,3 +43,48 @@ def test_an_interrupt_at_any_moment_is_survived(root: Path, scenario: str) -> No
 @pytest.mark.parametrize("scenario", interrupts.SCENARIOS)
 def test_an_interrupt_at_every_bytecode_is_survived(root: Path, scenario: str) -> None:
     assert points(root, scenario, 1, 1800) > 100
+
+
+@pytest.mark.parametrize("step", ["forgotten", "unlocked"])
+def test_an_interrupt_as_a_lock_is_given_back(root: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """A signal's exception comes as a call ends: each of them that gives a lock back."""
+
+    class Interrupted(dict[int, object]):
+        def pop(self, *arguments: object) -> object:
+            super().pop(*arguments)  # type: ignore[call-overload]
+            raise KeyboardInterrupt
+
+    def unlock(fd: int, operation: int) -> None:
+        fcntl.flock(fd, operation)
+        raise KeyboardInterrupt
+
+    held = locks.lock_directory(str(root))
+    assert held is not None
+    with monkeypatch.context() as patch:
+        if step == "forgotten":
+            patch.setattr(locks, "_held", Interrupted())
+        else:
+            patch.setattr(locks, "fcntl", SimpleNamespace(flock=unlock, LOCK_UN=fcntl.LOCK_UN))
+        with pytest.raises(KeyboardInterrupt):
+            held.release()
+    with locks.lock_directory(str(root)) as other:  # type: ignore[union-attr]
+        assert other is not None
+
+
+def test_a_lock_that_nobody_let_go_of_is_given_back(root: Path) -> None:
+    held = locks.lock_directory(str(root))
+    assert locks.lock_directory(str(root)) is None
+    del held
+    with locks.lock_directory(str(root)) as other:  # type: ignore[union-attr]
+        assert other is not None
+
+
+def test_nothing_runs_that_could_swallow_an_interrupt_as_a_lock_is_forgotten(root: Path) -> None:
+    held = locks.lock_directory(str(root))
+    assert held is not None
+    held.release()
+    ran: list[str] = []
+    sys.setprofile(lambda frame, event, _: ran.append(frame.f_code.co_name) if event == "call" else None)
+    del held
+    sys.setprofile(None)
+    assert ran == []

@@ -37,17 +37,15 @@ class Held:
 
     def __init__(self, path: str | os.PathLike[str], flags: int = _DIRECTORY, *, dir_fd: int | None = None) -> None:
         self._pid = os.getpid()
-        self.fd = os.open(path, flags | _FLAGS, 0o600, dir_fd=dir_fd)
-        _held[self.fd] = weakref.ref(self)
+        self.fd = fd = os.open(path, flags | _FLAGS, 0o600, dir_fd=dir_fd)
+        # An exception (KeyboardInterrupt) may come before anybody could let go of it. Not __del__, which runs also for
+        # those that were let go of, and in which Python drops what a signal's handler raises.
+        _held[fd] = weakref.ref(self, lambda _: _lost(fd))
 
     def __enter__(self) -> Held:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        # An exception (KeyboardInterrupt) may have come before anybody could let go of it.
         self.release()
 
     def lock(self, *, shared: bool = False, wait: bool = False) -> bool:
@@ -75,10 +73,11 @@ class Held:
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def release(self) -> None:
-        """Give the lock back and close; idempotent."""
-        fd, self.fd = self.fd, -1
+        """Give the lock back and close; idempotent, and never fails."""
+        fd = self.fd
         if fd < 0:
             return
+        # An interrupt comes as a call begins or ends: none of them lies outside of this.
         try:
             _held.pop(fd, None)
             # Not by the close alone: a child between fork and exec has the same open file, and would keep the lock. But
@@ -88,7 +87,11 @@ class Held:
         except OSError:
             pass  # ENOLCK: the close gives it back as well
         finally:
-            os.close(fd)
+            self.fd = -1
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # EIO, EINTR: it is closed all the same (close(2))
 
     def is_at(self, path: str) -> bool:
         """Whether the path still leads to it: whoever had the lock before may have moved it away."""
@@ -104,8 +107,13 @@ class Held:
             os.close(fd)
 
 
-# By descriptor. Weak: one that nobody holds any more is released.
+# By descriptor. Weak: one that nobody holds any more is closed, which gives its lock back.
 _held: dict[int, weakref.ref[Held]] = {}
+
+
+def _lost(fd: int) -> None:
+    _held.pop(fd, None)
+    os.close(fd)
 
 
 def _after_fork_in_child() -> None:
