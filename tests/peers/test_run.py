@@ -255,7 +255,7 @@ def test_system_calls_are_filtered(onlap: Command, tmp_path: Path) -> None:
 
 def test_without_a_seccomp_profile_it_says_so(onlap: Command) -> None:
     code = (
-        "import sys; from onlap.containers import seccomp; seccomp.PLACES = ('/nonexistent',);"
+        "import sys; from onlap.containers import seccomp; seccomp.PLACES = ('/dev/null/profile',);"
         "from onlap.cli import main; sys.exit(main(['run', *sys.argv[1:], 'base', 'cat', '/proc/self/status']))"
     )
     for words, said in (([], True), (["--security-opt", "seccomp=unconfined"], False), (["-q"], False)):
@@ -558,6 +558,46 @@ def test_cleanup_clears_a_run_that_was_killed(onlap: Command) -> None:
     onlap("cleanup")
     assert onlap.runs() == []
     assert onlap.names() == before
+
+
+def test_mount_points_of_a_run_that_was_killed_before_its_runtime(onlap: Command, tmp_path: Path) -> None:
+    onlap("prepare", "work", "base")
+    code = (
+        "import os, sys; from onlap.containers import run; run._run_any = lambda *_: os.kill(os.getpid(), 9);"
+        f"from onlap.cli import main; main(['run', '-v', '{tmp_path}:/made/here', '--tmpfs', '/in/tmp', 'work', 'ls'])"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=onlap.environment)
+    assert done.returncode == -signal.SIGKILL
+    assert onlap("diff", "work") != ""
+    # Who knows nothing of containers leaves it to who does.
+    onlap("enter", "base", "--", "true")
+    onlap("cleanup")
+    assert onlap("diff", "work") == ""
+
+
+def test_a_runtime_that_lives_on(onlap: Command, tmp_path: Path) -> None:
+    """It has put a process into a control group, and written nothing of it yet; runs that were killed end it."""
+    os.mkfifo(tmp_path / "ready")
+    os.mkfifo(tmp_path / "never")
+    (tmp_path / "runc").write_text(
+        "#!/bin/sh\nfor id; do :; done\n"
+        "for top in /sys/fs/cgroup/pids /sys/fs/cgroup; do mkdir $top/$id && break; done 2> /dev/null\n"
+        f"sleep 1000 & echo $! > $top/$id/cgroup.procs; echo $$ $! > {tmp_path}/ready\nread x < {tmp_path}/never\n"
+    )
+    (tmp_path / "runc").chmod(0o755)
+    before = cgroups()
+    line = onlap.line("run", "base", "ls")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(line, env={**onlap.environment, "PATH": path}, stdout=subprocess.DEVNULL)
+    descriptors = [os.pidfd_open(int(pid)) for pid in (tmp_path / "ready").read_text().split()]
+    process.kill()
+    process.wait()
+    assert cgroups() != before
+    onlap("cleanup")
+    for fd in descriptors:
+        assert select.select([fd], [], [], 20)[0], "it lives on"
+        os.close(fd)
+    assert cgroups() == before
 
 
 def test_a_runtime_that_was_killed(onlap: Command) -> None:

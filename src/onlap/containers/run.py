@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
 from onlap.catalog.runs import LABEL, Run
-from onlap.containers import bundle, capabilities, mount_points, rundirs, runtime, seccomp, tree_files
+from onlap.containers import bundle, capabilities, mount_points, orphans, rundirs, runtime, seccomp, tree_files
 from onlap.containers.bundle import Defaults
 from onlap.containers.mount_points import MountPoint
 from onlap.containers.options import NETWORKS, Options, Volume
@@ -370,6 +370,8 @@ def _run_with(each: Runtime, directory: str) -> tuple[Ended, Failure | None]:
         finally:
             # It does so itself, unless it was killed.
             runtime.delete(each.path, directory, identifier)
+    if status < 0:
+        orphans.end(identifier)
     failure = runtime.read_failure(directory) if status != 0 else None
     if forwarder.ended_by is not None:
         status = 128 + forwarder.ended_by

@@ -3,7 +3,7 @@
 ::
 
     ROOT/runs/<id>/        see onlap.catalog.runs
-      runtime              the path of the runtime's program
+      runtime              the path of the runtime's program; empty as long as there is none
       mount-points         see onlap.containers.mount_points
       config.json          the container, as the runtime takes it
       rootfs/              where the snapshot is mounted
@@ -24,7 +24,7 @@ from onlap import errors
 from onlap.catalog import runs
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.runs import Run
-from onlap.containers import mount_points, runtime
+from onlap.containers import mount_points, orphans, runtime
 from onlap.forks import only_here
 from onlap.mounts import mountinfo
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -50,7 +50,11 @@ def claimed(snapshotter: RecordedSnapshotter) -> Iterator[Run]:
     catalog = snapshotter.catalog
     runs.sweep(catalog, end)
     with Run(catalog.layout.root) as run:
-        with errors.translated("make the directory of a run", key=run.directory):
+        # The file before mount points are made in a tree: who sweeps and knows nothing of containers leaves them alone.
+        with (
+            errors.translated("make the directory of a run", key=run.directory),
+            open(f"{run.directory}/{runs.CONTAINER}", "x"),
+        ):
             os.mkdir(rootfs(run.directory), 0o700)
         with contextlib.ExitStack() as stack:
             stack.callback(only_here(_over), catalog, run)
@@ -59,7 +63,7 @@ def claimed(snapshotter: RecordedSnapshotter) -> Iterator[Run]:
 
 def _over(catalog: Catalog, run: Run) -> None:
     try:
-        end(run.directory)
+        _end(run.directory)
         runs.forget(catalog, run.id)
     except BaseException:
         run.leave()
@@ -67,15 +71,22 @@ def _over(catalog: Catalog, run: Run) -> None:
 
 
 def end(directory: str) -> None:
-    """End what there is of a run's container, and take its mount points away; the caller holds the directory.
+    """End what there is of a dead run's container, and take its mount points away; the caller holds the directory.
 
     Raises:
         OnlapError: the container does not end, or the filesystem refuses.
     """
+    # First of all, and before anything of it is looked at: a runtime that lives on would go on making it.
+    with errors.translated("end what is left of a container", key=directory):
+        orphans.end(container_id(directory))
+    _end(directory)
+
+
+def _end(directory: str) -> None:
     try:
         with open(f"{directory}/{runs.CONTAINER}", encoding="utf-8", errors="surrogateescape") as file:
             program = file.read()
-        if program:  # a power cut may have left the file empty, and no container
+        if program:  # else there was no container yet
             runtime.delete(program, directory, container_id(directory))
         if os.fsencode(rootfs(directory)) in mountinfo.below(os.fsencode(directory)):
             mount_points.remove(directory, rootfs(directory))
