@@ -440,25 +440,16 @@ class Store:
             return self._export_directory(key, check_path(out, "path to export to"), progress)
         from onlap.snapshots import archives
 
-        if layer:
-            return self.write_diff(
-                key,
-                None,
-                out,
-                compression=compression,
-                level=level,
-                epoch=epoch,
-                sparse=sparse,
-                progress=progress,
-            )
-        return archives.write_tree(
+        return archives.write_diff(
             self.snapshotter,
             key,
+            None,
             out,
             compression=compression,
             level=level,
             epoch=epoch,
             sparse=sparse,
+            whole=not layer,
             progress=progress,
         )
 

@@ -112,9 +112,12 @@ def write_diff(
     epoch: int | None = None,
     content: bool = False,
     sparse: bool = False,
+    whole: bool = False,
     progress: Callback | None = None,
 ) -> Written:
     """Write what ``key`` changed against its parent as a layer; with ``other``: what makes ``other`` of ``key``.
+
+    With ``whole`` it is the tree of ``key``, without whiteouts. Nothing is mounted.
 
     Raises:
         NotFound: there is no such snapshot.
@@ -122,12 +125,13 @@ def write_diff(
     """
     record = snapshotter.record(key)
     if other is None:
-        one, two = _parent(snapshotter, record), record
+        one, two = None if whole else _parent(snapshotter, record), record
     else:
         one, two = record, snapshotter.record(other)
     sides = [each for each in (one, two) if each is not None]
     ids = {identifier for each in sides for identifier in (each.id, *snapshotter.ancestors(each))}
-    with snapshotter.catalog.hold(sorted(ids)), snapshotter.translated("write the layer of", key):
+    doing = "export" if whole else "write the layer of"
+    with snapshotter.catalog.hold(sorted(ids)), snapshotter.translated(doing, key):
         return write_layer(
             snapshotter.layers(one) if one is not None else [],
             snapshotter.layers(two),
@@ -167,39 +171,6 @@ def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) ->
                 os.utime(found.name, ns=times, dir_fd=found.dir_fd, follow_symlinks=False)
             elif change.path == ".":
                 os.utime(after[0], ns=(os.stat(after[0]).st_atime_ns, latest))
-
-
-def write_tree(
-    snapshotter: RecordedSnapshotter,
-    key: str,
-    out: BinaryIO,
-    *,
-    compression: str = "none",
-    level: int | None = None,
-    epoch: int | None = None,
-    sparse: bool = False,
-    progress: Callback | None = None,
-) -> Written:
-    """Write the whole tree of a snapshot as one archive, without whiteouts; nothing is mounted.
-
-    Raises:
-        NotFound: there is no such snapshot.
-        OnlapError: see :func:`onlap.layers.diff.write.write_layer`.
-    """
-    record = snapshotter.record(key)
-    ids = [record.id, *snapshotter.ancestors(record)]
-    with snapshotter.catalog.hold(ids), snapshotter.translated("export", key):
-        return write_layer(
-            [],
-            snapshotter.layers(record),
-            snapshotter.markers,
-            out,
-            compression=compression,
-            level=level,
-            epoch=epoch,
-            sparse=sparse,
-            progress=progress,
-        )
 
 
 def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | None) -> None:
