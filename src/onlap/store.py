@@ -254,9 +254,9 @@ class Store:
         self.snapshotter.cleanup()
 
     def collect(self) -> int:
-        """Let go of what nobody needs: what killed programs left, blobs without an image, and layers' snapshots.
+        """Let go of what nobody needs: what killed programs left, blobs that no image has, and their layers' snapshots.
 
-        Behind which program it cannot be cleaned up, the log says.
+        The log says what a killed program left that cannot be taken away now.
 
         Returns:
             How many blobs were deleted.

@@ -189,22 +189,6 @@ class Catalog:
         """The record of a key or name; NotFound if there is none."""
         return self.database.read(lambda c: records.get(c, owner, name))
 
-    def chain(self, record: Record) -> list[int]:
-        """The ids of a snapshot's ancestors, parent first.
-
-        A committed snapshot never gets another parent, and ids are never used again. So what is found from the parent
-        up is true of the record whenever that was read, and will be; unless both are gone.
-
-        Raises:
-            NotFound: it was removed meanwhile, and its parent too.
-        """
-        if record.parent_id is None:
-            return []
-        found = self.database.read(lambda c: records.chain(c, record.parent_id or 0))
-        if not found:
-            raise records.not_found(record.name)
-        return found
-
     def walk(self, owner: str | None, condition: Condition | None = None) -> Iterator[Record]:
         """Records in the order of their making, one transaction per page, and none open between two of them."""
         after = 0

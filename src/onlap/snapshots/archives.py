@@ -237,10 +237,11 @@ def _as_error(error: BaseException, key: str) -> BaseException:
 
 def _parent(snapshotter: RecordedSnapshotter, record: Record) -> Record | None:
     """The snapshot that another began as."""
-    if record.parent_id is None:
+    parent_id = record.parent_id
+    if parent_id is None:
         return None
     # By its id: its name may belong to another one by now, if both have been removed meanwhile.
-    parent = snapshotter.catalog.database.read(lambda c: records.by_id(c, record.parent_id or 0))
+    parent = snapshotter.catalog.database.read(lambda c: records.by_id(c, parent_id))
     if parent is None:
         raise records.not_found(record.name)
     return parent

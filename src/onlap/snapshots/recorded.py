@@ -111,9 +111,9 @@ class RecordedSnapshotter(ABC):
             return True
         if record.kind == COMMITTED and not record.empty:
             return False
-        parent = None
-        if record.parent_id is not None:
-            parent = self.catalog.database.read(lambda c: records.by_id(c, record.parent_id or 0))
+        parent, parent_id = None, record.parent_id
+        if parent_id is not None:
+            parent = self.catalog.database.read(lambda c: records.by_id(c, parent_id))
             # A parent comes first in the walk by id, so that it has been made again already, or is lost itself.
             if parent is not None and not os.path.isdir(layout.tree(parent.id)):
                 parent = None
@@ -249,14 +249,22 @@ class RecordedSnapshotter(ABC):
         return self._plan(view, (record.id, *self.ancestors(record)))
 
     def ancestors(self, record: Record) -> tuple[int, ...]:
-        """The ids below a snapshot, parent first."""
+        """The ids below a snapshot, parent first.
+
+        A committed snapshot never gets another parent, and ids are never used again. So what was found from the parent
+        up is true of the record whenever that was read, and stays so.
+
+        Raises:
+            NotFound: it was removed meanwhile, and its parent too.
+        """
         parent = record.parent_id
         if parent is None:
             return ()
         known = self._ancestors.get(parent)
         if known is None:
-            known = tuple(self.catalog.chain(record))
-            # A committed snapshot never gets another parent, and ids are never used again: it stays true for ever.
+            known = tuple(self.catalog.database.read(lambda c: records.chain(c, parent)))
+            if not known:
+                raise records.not_found(record.name)
             if len(self._ancestors) > 4096:
                 self._ancestors.clear()
             self._ancestors[parent] = known

@@ -267,7 +267,7 @@ class Upper:
     def inherit_top(self) -> None:
         """Give the top directory the attributes of the one below, as a snapshot's has them from the start."""
         below = self.lowers.directory("")
-        if below is not None and below.parts:
+        if below is not None:
             self._copy_attributes(below.parts[0].fd, self.top)
 
     def _copy_attributes(self, source: int, directory: Directory) -> None:
