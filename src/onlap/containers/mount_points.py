@@ -66,7 +66,7 @@ def made(directory: str, top: str, wanted: Sequence[MountPoint]) -> Iterator[Non
 
 
 def _make(directory: str, top: str, wanted: Sequence[MountPoint]) -> None:
-    with _opened(top) as root:
+    with tree_files.opened_top(top) as root:
         missing: dict[str, bool] = {}
         for point in wanted:
             parts = tree_files.missing_parts(root, tree_files.real_path(root, point.path))
@@ -94,7 +94,7 @@ def remove(directory: str, top: str) -> None:
             found = _Made(*json.load(file))
     except (FileNotFoundError, ValueError):  # ValueError: a crash while it was written, before anything was made
         return
-    with _opened(top) as root:
+    with tree_files.opened_top(top) as root:
         now = {
             parent: _changed_ns(root, parent) for parent in found.before if tree_files.status(root, parent) is not None
         }
@@ -103,15 +103,6 @@ def remove(directory: str, top: str) -> None:
         for parent, changed in now.items():
             untouched = changed == found.after.get(parent, changed)
             tree_files.set_changed(root, parent, found.before[parent] if untouched else changed)
-
-
-@contextlib.contextmanager
-def _opened(top: str) -> Iterator[int]:
-    root = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield root
-    finally:
-        os.close(root)
 
 
 def _changed_ns(root: int, path: str) -> int:

@@ -14,7 +14,7 @@ import posixpath
 import resource
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from onlap import errors
@@ -184,10 +184,10 @@ def run(
         claimed = stack.enter_context(rundirs.claimed(snapshotter))
         directory = claimed.directory
         record, options = _prepare(snapshotter, source, options, keep, claimed)
-        stack.enter_context(_mounted(snapshotter, record, rundirs.rootfs(directory)))
-        root = _open(rundirs.rootfs(directory))
-        stack.callback(os.close, root)
-        with _translated(directory):
+        plan = stack.enter_context(exclusion.mounting(snapshotter, record))
+        stack.enter_context(mounted(plan, rundirs.rootfs(directory)))
+        with errors.translated("run a container", key=os.path.basename(directory)):
+            root = stack.enter_context(tree_files.opened_top(rundirs.rootfs(directory)))
             hostname = os.uname().nodename if options.network == "host" else os.path.basename(directory)
             binds = _host_files(directory, options, hostname)
             problem = _configure(directory, root, source.defaults, options, binds, hostname)
@@ -223,23 +223,6 @@ def _prepare(
     key = keep if keep is not None else f"run-{run.id}"
     snapshotter.prepare(key, parent, labels)
     return snapshotter.record(key), options
-
-
-@contextlib.contextmanager
-def _mounted(snapshotter: RecordedSnapshotter, record: Record, where: str) -> Iterator[None]:
-    with exclusion.mounting(snapshotter, record) as plan, mounted(plan, where):
-        yield
-
-
-def _open(directory: str) -> int:
-    with errors.translated("open the tree of a run", key=directory):
-        return os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-@contextlib.contextmanager
-def _translated(directory: str) -> Iterator[None]:
-    with errors.translated("run a container", key=os.path.basename(directory)):
-        yield
 
 
 def _host_files(directory: str, options: Options, hostname: str) -> list[Volume]:

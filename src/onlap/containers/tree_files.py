@@ -13,12 +13,18 @@ import stat
 from collections.abc import Iterator
 
 from onlap.syscalls import files
+from onlap.trees.walk import opened
 
 _RESOLVE = files.RESOLVE_IN_ROOT | files.RESOLVE_NO_MAGICLINKS
 # Account files have some kilobytes; an image's could be endless (a sparse file of a terabyte).
 _MAX_TEXT = 8 << 20
 # As many as the kernel follows (path_resolution(7)).
 _MAX_LINKS = 40
+
+
+def opened_top(path: str) -> contextlib.AbstractContextManager[int]:
+    """A descriptor of a tree's top directory, for the time of a block; raises OSError."""
+    return opened(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def open_inside(root: int, path: str, flags: int) -> int:
