@@ -64,7 +64,7 @@ def test_what_nobody_expected_is_translated(
 def test_a_module_that_cannot_be_loaded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onlap.images.api", None)
     monkeypatch.setattr(store, "_images", None)
-    with pytest.raises(errors.Unavailable, match=r"onlap\.images\.facade"):
+    with pytest.raises(errors.Unavailable, match=r"onlap\.images\.api"):
         _ = store.images
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from onlap import errors
 from onlap.content.store import ContentStore
 from onlap.images.formats import files
+from onlap.images.index import Index
 from onlap.images.spec import model, resolve
 from onlap.images.spec.model import Descriptor, Platform
 from onlap.store import Store
@@ -144,3 +146,41 @@ def test_indexes_that_branch_are_not_followed_for_ever() -> None:
     with pytest.raises(errors.InvalidArgument, match="more than"):
         resolve.resolve(get, Descriptor(INDEX, entry["digest"], entry["size"]), Platform("amd64", "linux"))
     assert asked <= 2100
+
+
+def test_a_digest_in_a_name_is_that_of_the_manifest(store: Store, tmp_path: Path) -> None:
+    """Else an archive could bring what is taken for the content that a digest stands for."""
+    made = Made(layer(a="a"))
+    other = "sha256:" + "0" * 64
+    entry = {**made.add(MANIFEST, made.data), "annotations": {"io.containerd.image.name": f"docker.io/x/y@{other}"}}
+    path = made.write_layout(tmp_path / "layout", made.index(entry))
+    (image,) = store.images.import_(path, platform="linux/amd64")
+    assert image.name == f"docker.io/x/y@{image.digest}"
+    assert f"x/y@{other}" not in store.images
+    store.prepare("work", image.chain_ids[-1])
+    calls: list[Callable[[str], object]] = [
+        lambda name: store.images.tag(image.name, name),
+        lambda name: store.images.import_(path, name=name),
+        lambda name: store.images.commit("work", name),
+    ]
+    for call in calls:
+        with pytest.raises(errors.InvalidArgument, match="a digest is not given"):
+            call(f"x/y@{other}")
+
+
+def test_an_image_with_many_names_is_read_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[object] = []
+    bring = Index.bring
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        fetched.append(arguments)
+        return bring(*arguments, **named)
+
+    monkeypatch.setattr(Index, "bring", counted)
+    made = Made(layer(a="a"))
+    tags = [f"x:{number}" for number in range(20)]
+    assert len(store.images.import_(made.write_saved(tmp_path / "saved.tar", tags))) == 20
+    assert len(fetched) == 1
+    path = made.write_saved(tmp_path / "many.tar", [f"x:{number}" for number in range(1001)])
+    with pytest.raises(errors.InvalidArgument, match="1001"):
+        store.images.import_(path)

@@ -20,7 +20,7 @@ _HOMES = {
     "Access": "registry.access",
     "Credentials": "registry.credentials",
     "Image": "index",
-    "Images": "facade",
+    "Images": "api",
     "Login": "registry.credentials",
     "Proxies": "registry.access",
 }

@@ -222,7 +222,7 @@ class Index:
             NotFound: there is no such image.
             InvalidArgument: it is no name.
         """
-        image = self.get(name)._replace(name=names.normalized(new))
+        image = self.get(name)._replace(name=names.given(new))
         self.record(image)
         return image
 

@@ -65,7 +65,7 @@ def commit(
         platform: of an image without a base; this machine's by default.
         progress: likewise.
     """
-    full = names.normalized(name)
+    full = names.given(name)
     created = timestamp(epoch)
     if compression not in _COMPRESSIONS:
         raise errors.InvalidArgument(

@@ -79,8 +79,9 @@ def images(
         )
     data = files.read(source, MANIFEST_FILE, model.MAX_MANIFEST)
     entries = model.decode_any(data, list[Entry], MANIFEST_FILE)
-    if len(entries) > _MAX_IMAGES:
-        raise errors.InvalidArgument(f"the archive has {len(entries)} images")
+    count = sum(len(entry.repo_tags or ("",)) for entry in entries)
+    if count > _MAX_IMAGES:
+        raise errors.InvalidArgument(f"the archive has {count} images")
     found: list[Found] = []
     others: list[str] = []
     known: dict[str, Descriptor] = {}

@@ -39,7 +39,7 @@ def import_(
     """See :meth:`Images.import_`."""
     wanted = platforms.parse(platform)
     if name is not None:
-        name = names.normalized(name)
+        name = names.given(name)
     with (
         images.content.lease(f"import of {shown(source)}") as lease,
         unless_refused(images.snapshotter, images.content, lease),
@@ -76,13 +76,20 @@ def _import_files(
     else:
         found = docker_archive.images(source, images.content, lease, wanted if platform else None, name, fallback)
     done = []
+    brought = set()
     for each in found:
         if each.name is None:
             raise errors.InvalidArgument(f"{shown(path)} does not say what its image is called", hint="give a --name")
-        image = images.keep(lease, each.name, each.resolved)
-        # All of it lies here: what is damaged in the store is healed, at no more than a copy would have cost.
-        fetch = _fetch(images, source, each)
-        images.bring(lease, image, fetch, unpack=unpack, progress=progress, verify=True)
+        reference = names.parse(each.name)
+        if reference.digest is not None:
+            # Whatever it says there: who asks for a digest gets that.
+            reference = reference._replace(digest=each.resolved.descriptor.digest)
+        image = images.keep(lease, str(reference), each.resolved)
+        if image.digest not in brought:  # it may have many names
+            # All of it lies here: what is damaged in the store is healed, at no more than a copy would have cost.
+            fetch = _fetch(images, source, each)
+            images.bring(lease, image, fetch, unpack=unpack, progress=progress, verify=True)
+            brought.add(image.digest)
         images.record(image)
         done.append(image)
     return done

@@ -89,6 +89,22 @@ def normalized(name: str) -> str:
     return str(parse(name))
 
 
+def given(name: str) -> str:
+    """The full form of a name that somebody gives to an image.
+
+    Raises:
+        InvalidArgument: it is none, or holds a digest: who asks for one trusts that it is that of the manifest.
+    """
+    reference = parse(name)
+    if reference.digest is not None:
+        raise errors.InvalidArgument(
+            f"cannot call an image {shown(name)}: a digest is not given, the manifest has it",
+            key=name,
+            hint="leave out the @ and what follows",
+        )
+    return str(reference)
+
+
 def familiar(name: str) -> str:
     """The short form that people write: without ``docker.io/`` and ``library/``."""
     registry, _, rest = name.partition("/")
