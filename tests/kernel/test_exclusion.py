@@ -241,10 +241,14 @@ def test_a_forked_child_that_leaves_the_block_gives_nothing_back(store: Store) -
     record = store.snapshotter.record("key")
     from onlap.snapshots import exclusion
 
-    with exclusion.mounting(store.snapshotter, record):
+    block = exclusion.mounting(store.snapshotter, record)
+    with block:
         child = os.fork()
         if not child:
-            os._exit(0)
+            try:
+                block.__exit__(None, None, None)
+            finally:
+                os._exit(0)
         os.waitpid(child, 0)
         with pytest.raises(errors.Busy):
             store.commit("name", "key")

@@ -5,7 +5,8 @@ After each step both must have answered the same: the same kind of error, the sa
 What the kernel does otherwise on an overlay than on a plain filesystem, and is left out here:
 
 - rename(2) of a directory of a lower layer is EXDEV (overlayfs.rst, "redirect_dir"): then nothing is done to the model;
-- of two files of one size and time, the model does not read the content: so no two files here have one time;
+- of two files of one size and time the model always reads the content, and an overlay where that time is a whole second
+  (or where one stack lies on the other): so it is such a time that files here may have in common;
 - a file with several names in a lower layer becomes two files when one of them is written to (overlayfs.rst, "index"):
   such files are not written to in place, and hard links are not compared.
 """
@@ -288,12 +289,15 @@ class Machine(RuleBasedStateMachine):
                     pool = [".", *pool]
                 path, other = pool[one % len(pool)], [*PATHS, *there][two % (len(PATHS) + len(there))]
                 step = STEPS[verb]
-                self.step(step, step.make(path, other, content, mode), path, other, ours, model)
+                # Every other file has the time that all of them may have.
+                self.step(
+                    step, step.make(path, other, content, mode), path, other, START if two % 2 else 0, ours, model
+                )
             assert_same_tree(model, ours, ignore=("links",))
         with self.overlay.tree(key) as ours, self.model.tree(key) as model:
             assert_same_tree(model, ours, ignore=("links",))
 
-    def step(self, step: Step, tree: Tree, path: str, other: str, ours: Path, model: Path) -> None:
+    def step(self, step: Step, tree: Tree, path: str, other: str, when: int, ours: Path, model: Path) -> None:
         several = several_names(model / path)
         if step.in_place and several:
             return
@@ -305,12 +309,13 @@ class Machine(RuleBasedStateMachine):
         )
         # Both happened at times of their own, also what failed half-way: give both the same.
         self.time += 1_000_000_007
+        when = when or self.time
         # A directory on the way may be a symlink to it: its own time is that of what it points to.
         parents = {"P": os.path.dirname(path) or ".", "Q": os.path.dirname(other) or "."}
         for letter in step.touches:
             for top in (ours, model):
                 if letter == "p" and not done:
-                    Tree().times(path, self.time).apply(top)
+                    Tree().times(path, when).apply(top)
                 elif letter != "p" and (top / parents[letter]).is_dir():
                     os.utime(top / parents[letter], ns=(self.time, self.time))
 

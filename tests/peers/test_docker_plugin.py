@@ -78,7 +78,6 @@ def forget_everything(dockerd: GraphDockerd) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.timeout(120)
 def test_docker_shows_the_same_as_on_its_own_driver(
     driver: str, place: Path, sockets: Path, peer: Peer, tool: Path
 ) -> None:
@@ -129,7 +128,6 @@ def test_docker_shows_the_same_as_on_its_own_driver(
     assert not mounts_below(where)
 
 
-@pytest.mark.timeout(120)
 def test_a_directory_of_dockers_own_driver(peer: Peer, place: Path, sockets: Path) -> None:
     """Every layer is found, shown, and gives a difference from which the same layer can be made; dockerd goes on."""
     data = place / "copy" / "data"
@@ -177,7 +175,6 @@ def cache_ids(data: Path, driver: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.timeout(120)
 def test_dockers_own_driver_runs_what_was_built_on_ours(place: Path, sockets: Path, peer: Peer, tool: Path) -> None:
     where = place / "handed-over"
     where.mkdir()

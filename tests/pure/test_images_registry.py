@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -193,14 +192,14 @@ def test_another_part_than_asked_for_is_not_taken(store: Store, registry: Faulty
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_busy_registry_is_asked_again(store: Store, registry: Faulty, status: int) -> None:
-    for word in ("manifests", "blobs"):
-        replies = iter([Reply(status, Retry_After="0"), Reply(status)])
+    waiting = {word: [Reply(status), Reply(status, Retry_After="0")] for word in ("manifests", "blobs")}
 
-        def busy(request: Request, word: str = word, replies: Iterator[Reply] = replies) -> Reply | None:
-            return next(replies, None) if word in request.path else None
+    def busy(request: Request) -> Reply | None:
+        return next((replies.pop() for word, replies in waiting.items() if word in request.path and replies), None)
 
-        registry.answers.append(busy)
+    registry.answers.append(busy)
     pull(store, registry)
+    assert not any(waiting.values())
 
 
 def test_a_registry_that_stays_busy_is_given_up(store: Store, registry: Faulty) -> None:
