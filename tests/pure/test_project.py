@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -76,12 +77,13 @@ def test_nothing_is_left_unfinished() -> None:
     assert found == []
 
 
-def test_exports_are_sorted_and_exist() -> None:
-    import onlap
-
-    names = list(onlap.__all__)
+@pytest.mark.parametrize("module", ["onlap", "onlap.images"])
+def test_exports_are_sorted_and_exist(module: str) -> None:
+    exporting = importlib.import_module(module)
+    names = list(exporting.__all__)
     assert names == sorted(set(names))
-    assert [name for name in names if not hasattr(onlap, name)] == []
+    for name in names:
+        getattr(exporting, name)
 
 
 def test_version_is_said_once() -> None:
