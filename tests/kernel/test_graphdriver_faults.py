@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,11 +15,14 @@ import pytest
 
 from graphdriver_suite.cases import archive
 from kernel.helpers import python
+from kernel.layer_oracle import archive as layer
+from kernel.layer_oracle import directory, entry, hardlink, look
 from onlap import errors
 from onlap.graphdrivers import Driver, IdMap, layout, open_driver
 from onlap.graphdrivers.ids import Range
 from onlap.mounts import kernel
 from onlap.syscalls import mount as sys
+from onlap.trees.walk import MAX_OPEN
 
 pytestmark = pytest.mark.needs("overlay")
 
@@ -54,6 +58,40 @@ def is_usable(driver: Driver) -> None:
     driver.put("layer")
     driver.remove("layer")
     driver.remove("base")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_archive_leaves_the_top_as_it_was(kind: str, root: Path) -> None:
+    with closing(open_driver(kind, str(root / kind), sync="none")) as driver:
+        top = directory("./", mode=0o1711, uid=5, xattrs={"user.top": b"1", "security.top": b"2"})
+        driver.create("base")
+        driver.apply_diff("base", "", io.BytesIO(layer([top])))
+        driver.create("layer", "base")
+        before = look(Path(driver.get("layer")))
+        driver.put("layer")
+        with pytest.raises(errors.InvalidArgument, match="does not exist"):
+            driver.apply_diff("layer", "base", io.BytesIO(layer([directory("./"), hardlink("f", "nothing")])))
+        assert look(Path(driver.get("layer"))) == before
+        driver.put("layer")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_on_a_deep_one_takes_few_descriptors(kind: str, root: Path) -> None:
+    depth = 2 * MAX_OPEN
+    with closing(open_driver(kind, str(root / kind), sync="none")) as driver:
+        driver.create("base")
+        driver.apply_diff("base", "", io.BytesIO(layer([entry("d/" * depth + "f")])))
+        driver.create("layer", "base")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3 * MAX_OPEN, hard))
+        try:
+            driver.apply_diff("layer", "base", io.BytesIO(layer([entry("g")])))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        tree = Path(driver.get("layer"))
+        assert (tree / ("d/" * depth + "f")).exists()
+        assert (tree / "g").exists()
+        driver.put("layer")
 
 
 @pytest.mark.parametrize("kind", KINDS)

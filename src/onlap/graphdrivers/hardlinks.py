@@ -14,7 +14,7 @@ import stat
 
 from onlap.syscalls import files
 from onlap.trees.copy import Copier
-from onlap.trees.walk import OPEN_DIRECTORY, opened
+from onlap.trees.walk import OPEN_DIRECTORY, Descent, opened
 
 
 def link_tree(source: str, target: str) -> None:
@@ -32,27 +32,27 @@ class _Linker:
         self._copier = Copier()
 
     def tree(self, source: int, target: int) -> None:
-        """Without recursion: images may be deep."""
-        stack = [(source, target, _names(source))]
+        """Without recursion, and with few directories open at a time: images may be deep."""
+        sources, targets = Descent(source), Descent(target)
+        stack = [_names(source)]
         try:
             while stack:
-                one, other, names = stack[-1]
-                if names:
-                    below = self._entry(one, other, names.pop())
+                if stack[-1]:
+                    below = self._entry(sources.fd, targets.fd, stack[-1].pop())
                     if below is not None:
-                        stack.append((*below, _names(below[0])))
+                        sources.enter(below[0])
+                        targets.enter(below[1])
+                        stack.append(_names(below[0]))
                     continue
                 # Last, since what was made in it moved its time.
-                self._copier.directory_attributes(one, other)
+                self._copier.directory_attributes(sources.fd, targets.fd)
                 stack.pop()
-                if one != source:
-                    os.close(one)
-                    os.close(other)
+                if stack:
+                    sources.leave()
+                    targets.leave()
         finally:
-            for one, other, _ in stack:
-                if one != source:
-                    os.close(one)
-                    os.close(other)
+            sources.close()
+            targets.close()
 
     def _entry(self, source: int, target: int, name: str) -> tuple[int, int] | None:
         if not stat.S_ISDIR(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode):

@@ -17,12 +17,11 @@ from onlap import errors
 from onlap.arguments import check_file
 from onlap.graphdrivers.ids import IdMap
 from onlap.layers.apply.applier import Applier
+from onlap.layers.apply.top import Top
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.tar import FILE
 from onlap.overlayfs.markers import Markers
 from onlap.syscalls import files
-from onlap.trees.meta import list_xattrs
-from onlap.trees.remove import empty
 from onlap.trees.walk import OPEN_DIRECTORY, walk
 
 _log = logging.getLogger("onlap.graphdrivers")
@@ -53,12 +52,12 @@ def apply_archive(
         fd = os.open(directory, OPEN_DIRECTORY)
     try:
         was_empty = not files.list_directory(fd)
-        before = os.fstat(fd)
+        before = Top(fd)
         try:
             return _apply(archive, fd, lowers, markers, ids)
         except BaseException:
             if was_empty:
-                _undo(fd, before)
+                _undo(before)
             raise
     finally:
         os.close(fd)
@@ -101,15 +100,9 @@ def _give_away(fd: int, ids: IdMap) -> None:
             os.chown(entry.name, uid, gid, dir_fd=entry.dir_fd, follow_symlinks=False)
 
 
-def _undo(fd: int, before: os.stat_result) -> None:
+def _undo(before: Top) -> None:
     """Remove what was applied. The first error, which led here, says what is wrong; one of this would hide it."""
     try:
-        empty(fd)
-        for xattr in list_xattrs(fd):
-            if xattr.startswith(("user.", "system.posix_acl_")):
-                os.removexattr(fd, xattr)
-        os.chown(fd, before.st_uid, before.st_gid)
-        os.chmod(fd, stat.S_IMODE(before.st_mode))
-        os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+        before.restore()
     except OSError as error:
         _log.warning("what was half applied stays", extra={"fields": {"error": error}})

@@ -5,8 +5,8 @@ Sources: OCI image specification, layer.md; containerd v1.7.24, archive/tar.go a
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
@@ -14,14 +14,13 @@ from onlap import errors
 from onlap.arguments import check_kind, check_text
 from onlap.errors import shown
 from onlap.layers.apply.applier import Applier
+from onlap.layers.apply.top import Top
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.tar import Entry
 from onlap.layers.stream.pipeline import Digests, Pipeline
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
 from onlap.syscalls import files
-from onlap.trees.meta import list_xattrs, read_xattrs
-from onlap.trees.remove import empty
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -114,7 +113,7 @@ def apply(
         raise errors.InvalidArgument("a whole tree has no layers below it")
     with errors.translated("open the archive and the layer"):
         was_empty = not files.list_directory(layer)
-        before = _Top(layer)
+        before = Top(layer)
         pipeline = Pipeline(source)
     with pipeline:
         try:
@@ -123,7 +122,9 @@ def apply(
             return _apply(pipeline, layer, lowers, markers, recorded, digest, diff_id, limits or Limits(), progress)
         except BaseException:
             if was_empty:
-                _undo(layer, before)
+                # The snapshot can be removed in any case; the first error says what is wrong.
+                with contextlib.suppress(OSError):
+                    before.restore()
             raise
 
 
@@ -232,31 +233,3 @@ def _verify(found: Digests, digest: str | None, diff_id: str | None) -> None:
     ):
         if expected is not None and expected != is_:
             raise errors.DigestMismatch(f"{what} is {is_}, not {expected}", key=expected, hint="fetch it again")
-
-
-class _Top:
-    """The attributes of a layer's top directory, to be given back after an error."""
-
-    def __init__(self, layer: int) -> None:
-        self.status = os.fstat(layer)
-        self.names = frozenset(list_xattrs(layer))
-        self.xattrs = read_xattrs(layer)
-
-
-def _undo(layer: int, before: _Top) -> None:
-    """Empty the layer's directory; an error of this is none beside the one that led here."""
-    try:
-        empty(layer)
-        status, now = before.status, _Top(layer)
-        if (now.status.st_uid, now.status.st_gid) != (status.st_uid, status.st_gid):
-            os.chown(layer, status.st_uid, status.st_gid)
-        for name in now.names - before.names - {"security.selinux"}:
-            os.removexattr(layer, name)
-        for name, value in before.xattrs.items():
-            if now.xattrs.get(name) != value:
-                os.setxattr(layer, name, value)
-        os.chmod(layer, stat.S_IMODE(status.st_mode))
-        os.utime(layer, ns=(status.st_atime_ns, status.st_mtime_ns))
-    except OSError:
-        # The snapshot can be removed in any case; the first error says what is wrong.
-        return
