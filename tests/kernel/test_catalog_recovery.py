@@ -240,15 +240,14 @@ def test_an_edit_that_puts_size_and_time_back_is_found(root: Path, ns: int) -> N
 
 def test_only_what_may_have_been_edited_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    from onlap.trees import compare
-
-    same = compare.same_content
+    from onlap.layers.diff import changes
+    from onlap.trees.compare import same_content as same
 
     def counted(one: int, other: int) -> bool:
         read.append(one)
         return same(one, other)
 
-    monkeypatch.setattr(compare, "same_content", counted)
+    monkeypatch.setattr(changes, "same_content", counted)
     with onlap.open(root, snapshotter="native") as store:
         with store.build("base") as tree:
             for number in range(50):

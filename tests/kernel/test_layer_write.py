@@ -32,11 +32,11 @@ from onlap.layers.diff.write import Written, write_layer
 from onlap.layers.stream.compression import Inflater
 from onlap.mounts.plan import overlay
 from onlap.progress import Progress
+from onlap.snapshots.memory import compare
 from onlap.snapshots.working import mounted
 from onlap.store import Store
 from onlap.store import open as open_store
 from onlap.testing import Tree, assert_same_tree, read_tree
-from onlap.trees.compare import compare
 
 pytestmark = [pytest.mark.needs("overlay", "mount")]
 

@@ -14,7 +14,6 @@ import pytest
 
 from kernel.layer_oracle import TRUSTED, Item, apply_to, archive, entry
 from onlap.layers.diff.write import write_layer
-from onlap.trees.compare import compare
 from onlap.trees.remove import remove
 
 pytestmark = [pytest.mark.needs("mount")]
@@ -145,11 +144,6 @@ def _deep_and_written(top: Path, n: int) -> Work:
     return _written([one], [other])
 
 
-def _deep_and_compared(top: Path, n: int) -> Work:
-    one, other = _deep(top / "one", 4 * n), _deep(top / "other", 4 * n)
-    return lambda: list(compare(str(one), str(other)))
-
-
 def _deep_and_removed(top: Path, n: int) -> Work:
     _deep(top / "deep", 4 * n)
 
@@ -186,7 +180,7 @@ def _deep_and_emptied(top: Path, n: int) -> Work:
 CASES = [
     _implicit, _implicit_in_a_written_layer, _opaque_again, _opaque_top, _opaque_and_replaced,
     _whiteouts_after_followed_symlinks, _whiteouts_of_one_directory, _whiteouts_over_layers, _one_file_with_many_names,
-    _layers_above_others, _one_of_many_layers, _deep_and_written, _deep_and_compared, _deep_and_removed,
+    _layers_above_others, _one_of_many_layers, _deep_and_written, _deep_and_removed,
     _deep_and_implicit, _deep_behind_a_symlink, _deep_and_whited_out, _deep_and_emptied,
 ]  # fmt: skip
 

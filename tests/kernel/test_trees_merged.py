@@ -24,7 +24,7 @@ from onlap.layers.diff.changes import stack_changes
 from onlap.mounts import plan
 from onlap.overlayfs.markers import TRUSTED, USER, Markers, make_whiteout
 from onlap.overlayfs.merged import MergedDirectory, Stack
-from onlap.trees.compare import compare
+from onlap.snapshots.memory import compare
 
 pytestmark = pytest.mark.needs("overlay")
 
@@ -181,12 +181,12 @@ def check(layers: Layers, markers: Markers) -> None:
             lowest = list(reversed(layers.made[: number + 1]))
             assert seen_in_userspace(lowest, markers) == seen_by_kernel(tree)
             if number:
-                mounted = simple(compare(str(trees[number - 1]), str(tree), content=True))
+                mounted = simple(compare(str(trees[number - 1]), str(tree)))
                 assert simple(stack_changes(lowest[1:], lowest, markers)) == mounted
         # From any to any, also backwards.
         for one, other in ((0, count - 1), (count - 1, 0)):
             before, after = (list(reversed(layers.made[: n + 1])) for n in (one, other))
-            mounted = simple(compare(str(trees[one]), str(trees[other]), content=True))
+            mounted = simple(compare(str(trees[one]), str(trees[other])))
             assert simple(stack_changes(before, after, markers)) == mounted
 
 

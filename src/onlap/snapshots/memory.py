@@ -7,6 +7,7 @@ process.
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 import threading
 import time
@@ -19,9 +20,11 @@ from onlap.snapshots import filters as language
 from onlap.snapshots.contract import ACTIVE, COMMITTED, VIEW, Info, Usage, check_name
 from onlap.snapshots.native import copy_tree
 from onlap.snapshots.properties import records_owners
-from onlap.trees.compare import Change, added_tree, compare
+from onlap.trees.compare import ADDED, DELETED, MODIFIED, Change, differences
+from onlap.trees.meta import Meta, read_directory_meta, read_meta
 from onlap.trees.remove import remove_at
 from onlap.trees.usage import usage
+from onlap.trees.walk import OPEN_FILE, opened, walk
 
 
 class MemorySnapshotter:
@@ -166,8 +169,60 @@ class MemorySnapshotter:
         parent = self.stat(key).parent
         if other is not None:
             self.stat(other)
-            yield from compare(self._trees[key], self._trees[other], content=True, recorded=records_owners())
-        elif parent is None:
-            yield from added_tree(self._trees[key], recorded=records_owners())
+            return compare(self._trees[key], self._trees[other], recorded=records_owners())
+        return compare(self._trees[parent] if parent else None, self._trees[key], recorded=records_owners())
+
+
+def compare(one: str | None, other: str, *, recorded: bool = False) -> Iterator[Change]:
+    """How a tree differs from another, or from an empty one: both are read whole, so plainly that it can be believed.
+
+    Args:
+        one: a directory, or None.
+        other: a directory.
+        recorded: see :func:`~onlap.trees.meta.read_meta`.
+
+    Raises:
+        OSError: something cannot be read.
+    """
+    before, after = (_read(one, recorded) if one else {}), _read(other, recorded)
+    found: dict[str, Change] = {}
+    for path in before.keys() | after.keys():
+        (old, old_content), (new, new_content) = before.get(path, _NOTHING), after.get(path, _NOTHING)
+        above = after.get(os.path.dirname(path) or ".", _NOTHING)[0]
+        if old is None:
+            found[path] = Change(ADDED, path, None, new)
+        elif new is None:
+            if above is not None and above.is_dir:  # else it went with the directory that held it
+                found[path] = Change(DELETED, path, old, None)
         else:
-            yield from compare(self._trees[parent], self._trees[key], content=True, recorded=records_owners())
+            what = differences(old, new) or ({"content"} if old_content != new_content else set())
+            # The top's time moves with every file that is made or removed right below.
+            if what - ({"mtime"} if path == "." else set()):
+                found[path] = Change(MODIFIED, path, old, new, frozenset(what))
+    if one is None:
+        found.pop(".", None)
+    for path in list(found):
+        while path := os.path.dirname(path):
+            if path not in found:
+                found[path] = Change(MODIFIED, path, before[path][0], after[path][0])
+    return iter(sorted(found.values(), key=lambda change: [os.fsencode(name) for name in change.path.split("/")]))
+
+
+_NOTHING: tuple[Meta | None, bytes] = (None, b"")
+
+
+def _read(top: str, recorded: bool) -> dict[str, tuple[Meta | None, bytes]]:
+    """Every file of a tree by its path, with its content."""
+    with opened(top) as fd:
+        found: dict[str, tuple[Meta | None, bytes]] = {".": (read_directory_meta(fd, recorded=recorded), b"")}
+        for entry in walk(fd):
+            meta = read_meta(entry.dir_fd, entry.name, entry.status, recorded=recorded)
+            content = b""
+            if stat.S_ISREG(entry.status.st_mode):
+                with (
+                    opened(entry.name, OPEN_FILE, dir_fd=entry.dir_fd) as file,
+                    open(file, "rb", closefd=False) as data,
+                ):
+                    content = data.read()
+            found[entry.path] = meta, content
+    return found

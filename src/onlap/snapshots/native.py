@@ -6,7 +6,7 @@ Where the filesystem shares blocks between files (xfs, btrfs) a copy takes inode
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Record
@@ -17,7 +17,7 @@ from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots.properties import records_owners, settle
 from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
-from onlap.trees.compare import ALWAYS, NEVER, Change, Since, added_tree, compare
+from onlap.trees.compare import ALWAYS, NEVER, Since
 from onlap.trees.copy import Copier
 from onlap.trees.walk import opened
 
@@ -74,19 +74,6 @@ class NativeSnapshotter(RecordedSnapshotter):
 
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         return [plan.bind(self.layers(record)[0], readonly=record.kind == VIEW)]
-
-    def _changes(self, record: Record) -> Iterator[Change]:
-        tree = self.layers(record)[0]
-        if record.parent_id is None:
-            yield from added_tree(tree, recorded=self.markers.recorded)
-        else:
-            since = self._copied_since([record.id, record.parent_id], record.parent_id)
-            above = self.catalog.layout.tree(record.parent_id)
-            yield from compare(above, tree, since=(NEVER, since), recorded=self.markers.recorded)
-
-    def _differences(self, one: Record, other: Record) -> Iterator[Change]:
-        trees = self.layers(one)[0], self.layers(other)[0]
-        yield from compare(*trees, since=self.since(one, other), recorded=self.markers.recorded)
 
     def since(self, one: Record | None, other: Record) -> Since:
         """See :meth:`RecordedSnapshotter.since`; a copy is as old as its directory's way from staging to its place."""

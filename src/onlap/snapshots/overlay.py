@@ -9,21 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Info, Record
 from onlap.errors import shown
 from onlap.layers.apply.invented import inherit
-from onlap.layers.diff.changes import is_empty_layer, stack_changes
+from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.snapshots.properties import settle
 from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
 from onlap.syscalls.namespaces import in_user_namespace
-from onlap.trees.compare import Change
 from onlap.trees.copy import copy_attributes
 from onlap.trees.meta import list_xattrs, read_xattrs
 
@@ -228,14 +227,6 @@ class OverlaySnapshotter(RecordedSnapshotter):
         return info._replace(labels={**info.labels, LABEL_UPPERDIR: self.catalog.layout.tree(record.id)})
 
     # Changes
-
-    def _changes(self, record: Record) -> Iterator[Change]:
-        layers = self.layers(record)
-        below = layers if record.kind == VIEW else layers[1:]
-        yield from stack_changes(below, layers, self.markers)
-
-    def _differences(self, one: Record, other: Record) -> Iterator[Change]:
-        yield from stack_changes(self.layers(one), self.layers(other), self.markers)
 
 
 def default_flavour() -> str:

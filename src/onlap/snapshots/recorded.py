@@ -17,6 +17,7 @@ from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
 from onlap.catalog.db.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
 from onlap.errors import shown
+from onlap.layers.diff.changes import stack_changes
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import exclusion
@@ -129,14 +130,6 @@ class RecordedSnapshotter(ABC):
     @abstractmethod
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         """The mounts of an active snapshot or view."""
-
-    @abstractmethod
-    def _changes(self, record: Record) -> Iterator[Change]:
-        """What a snapshot changed against its parent; raises OSError."""
-
-    @abstractmethod
-    def _differences(self, one: Record, other: Record) -> Iterator[Change]:
-        """How the tree of one snapshot differs from another's; raises OSError."""
 
     @abstractmethod
     def _rebase(self, record: Record, parent: Record) -> None:
@@ -271,22 +264,15 @@ class RecordedSnapshotter(ABC):
         return known
 
     def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
-        """See :meth:`Differ.changes`; two snapshots are compared by their trees, through the layers' directories."""
-        if other is not None:
-            yield from self._compare(key, other)
-            return
-        record = self.record(key)
-        with (
-            self.catalog.hold([record.id, *self.ancestors(record)]),
-            self.translated("compare snapshot", key),
-        ):
-            yield from self._changes(record)
-
-    def _compare(self, key: str, other: str) -> Iterator[Change]:
-        one, two = self.record(key), self.record(other)
-        held = {one.id, two.id, *self.ancestors(one), *self.ancestors(two)}
+        """See :meth:`Differ.changes`; trees are compared through the layers' directories, and nothing is mounted."""
+        new = self.record(key if other is None else other)
+        before = new.parent if other is None else key
+        old = self.record(before) if before else None
+        held = {record.id for record in (old, new) if record is not None}
+        held.update(*(self.ancestors(record) for record in (old, new) if record is not None))
         with self.catalog.hold(sorted(held)), self.translated("compare snapshot", key):
-            yield from self._differences(one, two)
+            layers = self.layers(old) if old is not None else []
+            yield from stack_changes(layers, self.layers(new), self.markers, since=self.since(old, new))
 
     # Changing
 

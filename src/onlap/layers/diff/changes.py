@@ -59,6 +59,7 @@ def stack_changes(
     markers: Markers,
     *,
     content: bool = False,
+    since: Since = (NEVER, NEVER),
 ) -> Iterator[Change]:
     """How the merged tree of one stack of layers differs from that of another, sorted by path.
 
@@ -72,13 +73,14 @@ def stack_changes(
         content: read all files whose attributes are the same on both sides. Where one stack lies on top of the other,
             those that the kernel copied up are read anyhow; else those of which
             :func:`onlap.trees.compare.may_differ` says so.
+        since: of that.
 
     Raises:
         OSError: something cannot be read.
     """
     # Directories that are only on the way to a change, which may be none but for an archive.
     passed: list[Change] = []
-    for change, _, _ in stack_items(before, after, markers, content=content):
+    for change, _, _ in stack_items(before, after, markers, content=content, since=since):
         while passed and not change.path.startswith(passed[-1].path + "/"):
             passed.pop()
         if change.kind == MODIFIED and not change.what:
@@ -100,8 +102,7 @@ def stack_items(
     """The same with where the files are, and with what an archive needs besides: :data:`LINKED` files, the top's time.
 
     Args:
-        before, after, markers, content: as :func:`stack_changes`.
-        since: of :func:`onlap.trees.compare.may_differ`.
+        before, after, markers, content, since: as :func:`stack_changes`.
 
     Raises:
         OSError: something cannot be read.
