@@ -187,9 +187,11 @@ class Oracle:
 
     def _whiteout(self, name: str) -> None:
         parent, _, base = name.rpartition("/")
-        where = self._resolve(parent, make=False)
-        if where is None:
-            return
+        where = self._tree
+        for part in parent.split("/") if parent else ():
+            where /= part
+            if part and (where.is_symlink() or not where.is_dir()):
+                return
         if base == ".wh..wh..opq":
             for child in os.listdir(where):
                 self._remove(where / child)

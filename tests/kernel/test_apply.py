@@ -437,11 +437,23 @@ def test_entries_go_through_symlinks_of_lower_layers(stack: Stack) -> None:
 
 
 @overlay
-def test_whiteouts_go_through_symlinks_of_lower_layers(stack: Stack) -> None:
-    stack.add(directory("run/"), entry("run/a"), symlink("var", "run"))
-    # Its own symlink does not lead its whiteouts.
-    top = stack.add(symlink("own", "run"), entry("own/.wh.b"), entry("var/.wh.a"))
-    assert _markers(top) == {"run/a": WHITEOUT}
+@pytest.mark.parametrize("target", ["run", "var"])
+def test_no_symlink_leads_a_whiteout(stack: Stack, target: str) -> None:
+    """As with Docker and containerd: a directory in the place of a symlink takes nothing out of what that led to."""
+    before = [directory("run/"), entry("run/a"), entry("run/b"), symlink("var", target)]
+    made = [directory("var/"), entry("var/new")]
+    marks = [entry("var/.wh..wh..opq"), entry("var/.wh.a")]
+    stack.add(*before)
+    for items in ([*made, *marks], [*marks, *made], [made[0], *marks, made[1]]):
+        on, same = _fresh(stack.root), _fresh(stack.root)
+        apply_to(on, archive(items), stack.layers)
+        apply_to(same, archive(before), [])
+        apply_to(same, archive(items), [])
+        for layer, below in ((on, stack.layers), (same, [])):
+            with merged(layer, below, empty=stack.empty) as tree:
+                assert set(look(tree)) == {".", "run", "run/a", "run/b", "var", "var/new"}
+    # Its own symlink does not lead them either.
+    assert _markers(stack.add(symlink("own", "run"), entry("own/.wh.b"), *marks)) == {}
 
 
 @overlay

@@ -46,7 +46,6 @@ class Upper:
         tracking: whether the layer was not empty at the start, so that :meth:`own` must be told of every entry.
         top_named: whether the archive describes the top directory.
         followed: symlinks that were there before the archive and that entries were put through.
-        replaced: the targets of symlinks that were in the layer before the archive, which replaced them.
     """
 
     def __init__(self, layer: int, lowers: Sequence[str], markers: Markers | None, attributes: Attributes) -> None:
@@ -64,7 +63,6 @@ class Upper:
         self._own = paths.PathSet()
         self._borrowed = paths.PathSet()
         self.followed = paths.PathSet()
-        self.replaced: dict[str, str] = {}
 
     def _note_markers(self, layer: int) -> None:
         """Learn what a layer that was written already hides of those below."""
@@ -324,8 +322,6 @@ class Upper:
         if status is None:
             return
         parent.dirty = True
-        if stat.S_ISLNK(status.st_mode) and self.tracking and not self.is_own(path):
-            self.replaced[path] = os.readlink(base, dir_fd=parent.fd)
         if not stat.S_ISDIR(status.st_mode):
             os.unlink(base, dir_fd=parent.fd)
             self.forget(path)

@@ -2,6 +2,10 @@
 
 They act on what was there before the archive, in whatever order they come among its entries (OCI image specification,
 layer.md): on the layers below, and on what the layer itself held. What the archive itself puts there stays.
+
+No symlink leads them, other than entries: who compares two trees goes through none. Where ``lib`` was a symlink to
+``usr/lib`` and is a directory now, Docker's overlay2 writes ``lib/`` and ``lib/.wh..wh..opq``, and neither Docker nor
+containerd takes anything out of ``usr/lib`` for that.
 """
 
 from __future__ import annotations
@@ -86,32 +90,25 @@ class Whiteouts:
         """Where the directory called ``path`` was before the archive; None when there was none, or it is hidden."""
         if self._lowers.directory(path) is not None and not isinstance(self._directories.find(path), Blocked):
             return path  # as mostly: nothing on the way is, or was, anything but a directory
-        return paths.resolve(path, self._step_before)
+        here = ""
+        for name in path.split("/") if path else ():
+            if not self._was_directory(here, name):
+                return None
+            here = paths.join(here, name)
+        return here
 
-    def _step_before(self, here: str, name: str, child: str) -> str | None:
-        """One name on the way.
-
-        Returns:
-            The target of a symlink, nothing for a directory, None where the way ends.
-        """
+    def _was_directory(self, here: str, name: str) -> bool:
         upper = self._directories.find(here)
         status = upper.status(name) if isinstance(upper, Directory) else None
-        if status is not None and is_whiteout(status):
-            return None  # an earlier whiteout removed it
-        if self._upper.tracking:
-            if child in self._upper.replaced:
-                return self._upper.replaced[child]
-            if status is not None and isinstance(upper, Directory):
-                if stat.S_ISDIR(status.st_mode):
-                    return ""
-                if not self._upper.is_own(child):
-                    return os.readlink(name, dir_fd=upper.fd) if stat.S_ISLNK(status.st_mode) else None
+        if status is not None:
+            if is_whiteout(status):
+                return False  # an earlier whiteout removed it
+            if self._upper.tracking and stat.S_ISDIR(status.st_mode):
+                return True
+            if self._upper.tracking and not self._upper.is_own(paths.join(here, name)):
+                return False
         found = self._lowers.lookup(here, name)
-        if found is None:
-            return None
-        if stat.S_ISLNK(found.status.st_mode):
-            return os.readlink(found.name, dir_fd=found.dir_fd)
-        return "" if stat.S_ISDIR(found.status.st_mode) else None
+        return found is not None and stat.S_ISDIR(found.status.st_mode)
 
     def _remove_before(self, where: str, base: str) -> None:
         """Remove what was at a path without symlinks, and hide what is below; the archive's own entries stay."""
