@@ -183,7 +183,7 @@ def _drop() -> None:
     os.setresuid(ORDINARY, ORDINARY, ORDINARY)
     # A process that changed its user is not dumpable, and /proc/self/uid_map stays root's (proc(5)). One that
     # was started by that user, as the product is, does not have this.
-    namespaces.set_dumpable(True)
+    namespaces.set_dumpable()
 
 
 def _mount_in_namespace(case: Case) -> tuple[bool, str, list[int]]:

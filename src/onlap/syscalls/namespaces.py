@@ -53,9 +53,9 @@ def owner_of(fd: int) -> int:
         os.close(owner)
 
 
-def set_dumpable(dumpable: bool) -> None:
-    """prctl(PR_SET_DUMPABLE): whether /proc/self is this process's user's; a change of user makes it root's.
+def set_dumpable() -> None:
+    """prctl(PR_SET_DUMPABLE): make /proc/self this process's user's; a change of user made it root's.
 
     Source: prctl(2), proc(5); include/uapi/linux/prctl.h.
     """
-    _libc.call("prctl", ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(dumpable), *[ctypes.c_ulong(0)] * 3)
+    _libc.call("prctl", ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3)

@@ -11,6 +11,7 @@ from onlap.errors import shown
 
 if TYPE_CHECKING:
     from onlap.cli.call import Call
+    from onlap.cli.terminal.output import Output
     from onlap.images import Access, Image, Images
     from onlap.store import Store
 
@@ -59,6 +60,14 @@ def image_as_json(image: Image) -> dict[str, object]:
         "created": image.created,
         "size": image.size,
     }
+
+
+def show_image(out: Output, image: Image) -> None:
+    """Say which image there is now."""
+    if out.json:
+        out.item(image_as_json(image))
+    else:
+        out.line(f"{shown(image.name)} {image.digest}")
 
 
 def access(call: Call) -> Access:

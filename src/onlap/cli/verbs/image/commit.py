@@ -5,9 +5,8 @@ from __future__ import annotations
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, check_text
 from onlap.cli.shared.archives import source_date_epoch
-from onlap.cli.shared.images import image_as_json, images_of
+from onlap.cli.shared.images import images_of, show_image
 from onlap.cli.terminal.bars import bars
-from onlap.errors import shown
 
 
 def arguments(parser: Parser) -> None:
@@ -55,7 +54,4 @@ def run(call: Call) -> None:
                 epoch=source_date_epoch(),
                 progress=report,
             )
-    if out.json:
-        out.item(image_as_json(image))
-    else:
-        out.line(f"{shown(image.name)} {image.digest}")
+    show_image(out, image)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.archives import source_date_epoch
-from onlap.cli.shared.images import image_as_json, images_of, platform_argument
+from onlap.cli.shared.images import images_of, platform_argument, show_image
 from onlap.cli.terminal.bars import bars
-from onlap.errors import shown
 
 
 def arguments(parser: Parser) -> None:
@@ -32,7 +31,4 @@ def run(call: Call) -> None:
                 args.source, name=args.name, platform=args.platform, epoch=source_date_epoch(), progress=report
             )
     for image in found:
-        if out.json:
-            out.item(image_as_json(image))
-        else:
-            out.line(f"{shown(image.name)} {image.digest}")
+        show_image(out, image)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.images import access, image_as_json, images_of, platform_argument, registry_arguments
+from onlap.cli.shared.images import access, images_of, platform_argument, registry_arguments, show_image
 from onlap.cli.terminal.bars import bars
-from onlap.errors import shown
 
 
 def arguments(parser: Parser) -> None:
@@ -33,7 +32,4 @@ def run(call: Call) -> None:
                 access=access(call),
                 progress=report,
             )
-    if out.json:
-        out.item(image_as_json(image))
-    else:
-        out.line(f"{shown(image.name)} {image.digest}")
+    show_image(out, image)
