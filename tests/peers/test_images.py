@@ -6,17 +6,21 @@ import base64
 import json
 import os
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import onlap
 from onlap import errors
-from onlap.images import Access, Credentials, Image, Login
+from onlap.images import Access, Credentials, Image, Login, Proxies
 from onlap.images.registry.repository import CHUNK
 from onlap.store import Store
 from onlap.testing import assert_same_tree, read_tree
@@ -141,6 +145,36 @@ def test_tls(place: Path, store: Store, other: Store, ours: Image, tmp_path: Pat
         with pytest.raises(errors.PermissionDenied, match="certificate"):
             other.images.pull(target, access=insecure)
         assert other.images.pull(target, access=insecure._replace(insecure=True)).digest == ours.digest
+
+
+@pytest.mark.needs("peer:openssl")
+def test_a_proxy_with_tls(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same authorities count for it; how it refuses shows that we came so far."""
+    monkeypatch.setattr("onlap.images.registry.session._FIRST_PAUSE", 0.001)
+    made = make_certificates(tmp_path / "certificates")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made / "server.cert", made / "server.key")
+
+    def serve() -> None:
+        with suppress(OSError):  # of the one that is shut down, and of who does not trust us
+            while True:
+                near, _ = server.accept()
+                with near, suppress(OSError), context.wrap_socket(near, server_side=True) as proxy:
+                    proxy.recv(65536)
+                    proxy.sendall(b"HTTP/1.1 403 No\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        access = Access(proxies=Proxies(https=f"https://127.0.0.1:{server.getsockname()[1]}"))
+        try:
+            with pytest.raises(errors.PermissionDenied, match=r"certificate of 127\.0\.0\.1"):
+                store.images.pull("r.example/a:1", access=access)
+            with pytest.raises(errors.Unavailable, match="403"):
+                store.images.pull("r.example/a:1", access=access._replace(ca_file=str(made / "ca.crt")))
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 _PULL = """

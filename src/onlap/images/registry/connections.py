@@ -11,7 +11,7 @@ from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError, SSLError
+from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError, ProxyError, SSLError
 
 from onlap import errors
 from onlap._version import __version__
@@ -79,7 +79,7 @@ class Connections:
 
         Raises:
             TransientError: it may succeed another time.
-            PermissionDenied: the host's certificate is not to be trusted.
+            PermissionDenied: the host's certificate, or the proxy's, is not to be trusted.
             Unavailable: the host does not talk TLS.
             FailedPrecondition: the URL cannot be used.
         """
@@ -97,6 +97,8 @@ class Connections:
             )
         except SSLError as error:
             raise self._untrusted(error, url) from error
+        except ProxyError as error:
+            raise self._untrusted(error, self._access.proxies.of(url) or url) from error
         except ValueError as error:  # of a host name that is none, from wherever it is looked at first
             raise errors.FailedPrecondition(
                 f"{self._name} leads to {shown(url)}, which cannot be used: {shown(error)}", key=self._name
@@ -112,20 +114,20 @@ class Connections:
                 self._contexts = self._access.contexts(self._name)
             pool = self._pools.get((proxy, itself))
             if pool is None:
-                pool = _made(proxy, self._contexts[0 if itself else 1])
+                pool = _made(proxy, self._contexts[0 if itself else 1], self._contexts[1])
                 self._pools[proxy, itself] = pool
             return pool
 
-    def _untrusted(self, error: SSLError, url: str) -> Exception:
+    def _untrusted(self, error: SSLError | ProxyError, url: str) -> Exception:
         said = str(error)
-        host = shown(urlsplit(url).netloc)
+        host = shown(urlsplit(url).netloc.rpartition("@")[2])
         if "CERTIFICATE_VERIFY_FAILED" in said:
             return errors.PermissionDenied(
                 f"the certificate of {host} is not to be trusted: {shown(said)}",
                 key=self._name,
                 hint="name its authority with --ca-file, or put that into /etc/containers/certs.d",
             )
-        if "WRONG_VERSION_NUMBER" in said:
+        if "WRONG_VERSION_NUMBER" in said and isinstance(error, SSLError):
             return errors.Unavailable(
                 f"{host} talks without TLS", key=self._name, hint="if you trust the network: --plain-http"
             )
@@ -157,7 +159,7 @@ def reason(error: Exception) -> str:
     return str(inner) or type(inner).__name__
 
 
-def _made(proxy: str | None, context: ssl.SSLContext) -> urllib3.PoolManager:
+def _made(proxy: str | None, context: ssl.SSLContext, to_proxy: ssl.SSLContext) -> urllib3.PoolManager:
     if proxy is None:
         return urllib3.PoolManager(maxsize=_SIMULTANEOUS, timeout=_TIMEOUT, ssl_context=context)
     parts = urlsplit(proxy)
@@ -171,6 +173,7 @@ def _made(proxy: str | None, context: ssl.SSLContext) -> urllib3.PoolManager:
         maxsize=_SIMULTANEOUS,
         timeout=_TIMEOUT,
         ssl_context=context,
+        proxy_ssl_context=to_proxy,
     )
 
 
