@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -136,3 +137,28 @@ def test_commit_in_either_order(onlap: Command) -> None:
         == "docker.io/library/made:latest"
     )
     assert "made" in onlap("-q", "ls")
+
+
+@pytest.mark.parametrize(
+    "words", [["image", "export", "app:1", "-"], ["export", "base", "-"], ["diff", "base", "--tar", "-"]]
+)
+def test_standard_output_that_is_closed_or_ends(onlap: Command, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_bytes(bytes(1 << 20))
+    onlap("import", tmp_path / "tree", "base")
+    line = [*onlap.python, "-m", "onlap", "--root", str(onlap.root), *words]
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", *line]
+    done = subprocess.run(shell, env=env, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "standard output is closed" in done.stderr) == (5, True), done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(line, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_an_empty_root_is_no_root(onlap: Command) -> None:
+    assert "--root DIR" in onlap.fails(6, "ls", "--root", "")

@@ -37,7 +37,14 @@ class Call:
 
     @property
     def root(self) -> str:
-        """The root that is meant: ``--root``, else ``ONLAP_ROOT``, else the user's."""
+        """The root that is meant: ``--root``, else ``ONLAP_ROOT``, else the user's.
+
+        Raises:
+            InvalidArgument: it is given and empty.
+        """
+        if self.args.root == "":
+            # As of a variable that was never set; the default would be somebody else's root.
+            raise errors.InvalidArgument("the root is empty", hint="give a directory: --root DIR")
         return self.args.root or os.environ.get("ONLAP_ROOT") or default_root()
 
     @property

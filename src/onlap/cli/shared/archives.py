@@ -105,10 +105,33 @@ def source_date_epoch() -> int | None:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
-    if path == STANDARD_OUTPUT:
+def standard_output() -> Iterator[BinaryIO]:
+    """Standard output, for an archive.
+
+    Raises:
+        BrokenPipeError: whoever reads it has seen enough, which is no failure to report.
+        OnlapError: it is closed, or takes no more.
+    """
+    if sys.stdout is None:
+        raise errors.FailedPrecondition("standard output is closed", hint="give the path of a file")
+    try:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise errors.from_oserror(error, doing="write the archive") from error
+    except errors.OnlapError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            raise error.__cause__ from None
+        raise
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    if path == STANDARD_OUTPUT:
+        with standard_output() as out:
+            yield out
         return
     try:
         if os.path.exists(path) and not os.path.isfile(path):

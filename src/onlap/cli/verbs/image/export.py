@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
+from contextlib import nullcontext
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.archives import STANDARD_OUTPUT
+from onlap.cli.shared.archives import STANDARD_OUTPUT, standard_output
 from onlap.cli.shared.images import images_of
 from onlap.cli.terminal.bars import bars
 from onlap.errors import shown
@@ -31,10 +31,10 @@ def run(call: Call) -> None:
     args, out = call.args, call.out
     with call.store() as store:
         images = images_of(store)
-        with bars(out) as report:
-            target = sys.stdout.buffer if args.target == STANDARD_OUTPUT else args.target
+        to_output = args.target == STANDARD_OUTPUT
+        with bars(out) as report, standard_output() if to_output else nullcontext(args.target) as target:
             images.export(args.names, target, format=args.format, progress=report)
-    if args.target == STANDARD_OUTPUT:
+    if to_output:
         return
     if out.json:
         out.item({"names": args.names, "target": os.path.abspath(args.target), "format": args.format})
