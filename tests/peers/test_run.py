@@ -590,14 +590,25 @@ def test_a_runtime_that_lives_on(onlap: Command, tmp_path: Path) -> None:
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(line, env={**onlap.environment, "PATH": path}, stdout=subprocess.DEVNULL)
     descriptors = [os.pidfd_open(int(pid)) for pid in (tmp_path / "ready").read_text().split()]
+    # Another user's things of that name are no business of ours, and could keep us for ever.
+    (group,) = set(cgroups()) - set(before)
+    theirs = group.parent / f"x{group.name}"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    command = ["sh", "-c", "echo; read x", "run", group.name]
+    stranger = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=65534)
+    assert stranger.stdout is not None
+    stranger.stdout.readline()
     process.kill()
     process.wait()
-    assert cgroups() != before
     onlap("cleanup")
     for fd in descriptors:
         assert select.select([fd], [], [], 20)[0], "it lives on"
         os.close(fd)
     assert cgroups() == before
+    assert stranger.poll() is None
+    stranger.communicate()
+    theirs.rmdir()
 
 
 def test_a_runtime_that_was_killed(onlap: Command) -> None:

@@ -1,8 +1,9 @@
 """What a runtime leaves when it was killed before it knew its own container: processes, and control groups.
 
 It writes its state last. Before that, ``delete`` knows nothing; and a runtime that outlives the Onlap that started it
-goes on, and makes mount points in a tree that is being cleaned up. The container's name, which is nobody else's, is the
-last word of the runtime's command line, and the name of the container's control groups.
+goes on, and makes mount points in a tree that is being cleaned up. The container's name, which no other has, is last
+on the runtime's command line, and the name of the container's control groups. Everybody can see that name, and use
+it for things of his own; only what is ours counts, so that nobody else can keep us here.
 
 Sources: runc v1.2, libcontainer/process_linux.go (``start``: into the control groups before all else); cgroups(7).
 """
@@ -46,13 +47,22 @@ def _is_runtime(pid: int, identifier: str) -> bool:
             words = file.read().split(b"\0")
     except OSError:
         return False
-    return words[-2:-1] == [identifier.encode()] and b"run" in words
+    if words[-2:-1] != [identifier.encode()] or b"run" not in words:
+        return False
+    return namespaces.status(pid).get("Uid", "").split("\t")[:2] == [str(os.geteuid())] * 2  # real and effective
 
 
 def _groups(identifier: str) -> list[str]:
     """The control groups of a container in all hierarchies, with those inside of them, the deepest first."""
     found = [os.path.join(above, name) for above, names, _ in os.walk(_CGROUPS) for name in names if identifier in name]
-    return [inside for path in found for inside, _, _ in os.walk(path, topdown=False)]
+    return [inside for path in found if _is_ours(path) for inside, _, _ in os.walk(path, topdown=False)]
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        return os.stat(path).st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
 
 
 def _empty(path: str) -> None:
