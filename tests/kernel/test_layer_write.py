@@ -507,6 +507,26 @@ def test_moby_31805_between_stacks_by_content_when_asked(layers: Layers) -> None
     assert set(entries(written([one], [other], content=True)[0])) - {"."} == {"f", "whole"}
 
 
+def test_moby_31805_between_stacks_of_which_one_edited_what_it_copied_up(layers: Layers) -> None:
+    names = ("one", "other", "both", "none")
+    base = layers.add(*[Tree().file(name, b"old", mtime_ns=TIME + 1) for name in names])
+
+    def edited(edits: dict[str, bytes]) -> list[Path]:
+        layers.stack = [base]
+        for name, data in edits.items():
+            layers.add(Tree().write(name, data).times(name, TIME + 1))
+        return layers.stack
+
+    one = edited({"one": b"1st", "both": b"1st"})
+    other = edited({"other": b"2nd", "both": b"2nd", "none": b"old"})
+    assert set(entries(written(one, other)[0])) - {"."} == {"one", "other", "both"}
+    again = layers.base / "again"
+    again.mkdir()
+    apply_to(again, written(one, other)[0], one)
+    with layers.mounted(again, one) as found, layers.mounted(other[0], other[1:]) as expected:
+        assert_same_tree(found, expected)
+
+
 def test_moby_35699_and_43882_xattrs_other_than_capabilities(layers: Layers) -> None:
     layers.add(Tree().file("f").file("g").directory("d").symlink("s", "f"))
     layers.add(

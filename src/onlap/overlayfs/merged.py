@@ -145,6 +145,14 @@ class MergedDirectory:
             return Found(part, name, status)
         return None
 
+    def beneath(self, found: Found) -> Found | None:
+        """What the name would be here without the layer that shows it, and those above."""
+        for part in self._having(found.name):
+            status = _status(part.fd, found.name) if part.layer > found.layer else None
+            if status is not None:
+                return None if self._hides(part, found.name, status) else Found(part, found.name, status)
+        return None
+
     def open(self, name: str) -> MergedDirectory | None:
         """The directory ``name``, None where there is no such directory."""
         found: list[Part] = []

@@ -70,9 +70,8 @@ def stack_changes(
         before: layers, topmost first.
         after: layers, likewise.
         markers: the flavour of the markers in all of them.
-        content: read all files whose attributes are the same on both sides. Where one stack lies on top of the other,
-            those that the kernel copied up are read anyhow; else those of which
-            :func:`onlap.trees.compare.may_differ` says so.
+        content: read all files whose attributes are the same on both sides. Those that the kernel copied up are read
+            anyhow, and those of which :func:`onlap.trees.compare.may_differ` says so.
         since: of that.
 
     Raises:
@@ -239,7 +238,14 @@ class _Walk:
         layer that is cheap: only files that the kernel copied up come here, and nothing else tells why it did.
         """
         regular = stat.S_ISREG(new.status.st_mode)
-        doubtful = regular and not _same_file(old, new) and may_differ(old.status, new.status, self._since)
+        doubtful = (
+            regular
+            and not _same_file(old, new)
+            and (
+                may_differ(old.status, new.status, self._since)
+                or (self._above is None and (_is_copy(before, old) or _is_copy(after, new)))
+            )
+        )
         if doubtful and not _same_data(before, after, old, new, path):
             return frozenset({"content"})
         if old.status.st_nlink == 1 and new.status.st_nlink == 1:
@@ -330,6 +336,15 @@ def _same_data(before: MergedDirectory, after: MergedDirectory, old: Found, new:
             os.close(other)
     finally:
         os.close(one)
+
+
+def _is_copy(directory: MergedDirectory, found: Found) -> bool:
+    """Whether a file may be a copy of one in a layer below, edited, with size and time put back."""
+    below = directory.beneath(found)
+    if below is None:
+        return False
+    one, other = below.status, found.status
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
 
 def _same_file(old: Found, new: Found) -> bool:
