@@ -19,8 +19,7 @@ from onlap.cli.demo.place import Place
 from onlap.cli.shared.changes import STYLES, path_of
 from onlap.cli.shared.things import measured_usage
 from onlap.cli.shared.tree import print_tree
-from onlap.cli.terminal.progress import skipped_text
-from onlap.cli.terminal.text import count, size
+from onlap.cli.terminal.text import count, size, skipped_text
 from onlap.errors import shown
 from onlap.mounts import mountinfo
 from onlap.overlayfs.markers import TRUSTED, USER

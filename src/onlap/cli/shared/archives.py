@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO, TypedDict, cast
 from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
-from onlap.cli.terminal.progress import progress, skipped_text
-from onlap.cli.terminal.text import count, size
+from onlap.cli.terminal.progress import progress
+from onlap.cli.terminal.text import count, size, skipped_text
 from onlap.errors import shown
 from onlap.trees import whole
 

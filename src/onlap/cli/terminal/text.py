@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from onlap.errors import shown
 
@@ -70,3 +71,18 @@ def _in_dollar_quotes(c: str) -> str:
         return shown(c)
     # By its bytes: \\x85 is a byte there, and not the character of that number.
     return "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape"))
+
+
+# What Copied.skipped counts, for people.
+_SKIPPED = {
+    "socket": ("socket", "sockets"),
+    "device": ("device", "devices"),
+    "owner": ("owner (recorded in an xattr)", "owners (recorded in xattrs)"),
+    "xattr": ("xattr", "xattrs"),
+    "mountpoint": ("mount point (an empty directory now)", "mount points (empty directories now)"),
+}
+
+
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """What could not be kept, as ``2 sockets, 1 device``."""
+    return ", ".join(f"{number:,} {_SKIPPED.get(kind, (kind, kind))[number != 1]}" for kind, number in skipped.items())

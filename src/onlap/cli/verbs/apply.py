@@ -6,8 +6,8 @@ import sys
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.terminal.progress import progress, skipped_text
-from onlap.cli.terminal.text import count, size
+from onlap.cli.terminal.progress import progress
+from onlap.cli.terminal.text import count, size, skipped_text
 from onlap.errors import shown
 
 

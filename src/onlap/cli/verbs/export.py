@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.archives import STANDARD_OUTPUT, archive_arguments, check_no_archive, write
-from onlap.cli.terminal.progress import progress, skipped_text
-from onlap.cli.terminal.text import count, size
+from onlap.cli.terminal.progress import progress
+from onlap.cli.terminal.text import count, size, skipped_text
 from onlap.errors import shown
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError, check_text
 from onlap.cli.shared.images import access, images_of, registry_arguments
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 from onlap.errors import shown
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def run(call: Call) -> int:
         raise errors.FailedPrecondition("--tty needs a terminal, and there is none", hint="leave it out")
     options = _options(call)
     with call.store(sweep=True) as store:
-        with bars(out) as report:
+        with progress(out) as report:
 
             def pull(name: str) -> Image:
                 return images_of(store).pull(name, access=access(call), progress=report)

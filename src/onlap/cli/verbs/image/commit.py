@@ -6,7 +6,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser, check_text
 from onlap.cli.shared.archives import source_date_epoch
 from onlap.cli.shared.images import images_of, show_image
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 
 
 def arguments(parser: Parser) -> None:
@@ -42,7 +42,7 @@ def run(call: Call) -> None:
         key, name = args.key, args.name
         if key not in store and name in store:
             key, name = name, key
-        with bars(out) as report:
+        with progress(out) as report:
             image = images.commit(
                 key,
                 name,

@@ -7,7 +7,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.changes import STYLES, change_as_json, path_of
 from onlap.cli.shared.images import images_of
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 from onlap.cli.terminal.text import size
 from onlap.errors import shown
 
@@ -32,7 +32,7 @@ def run(call: Call) -> int:
     grown = 0
     with call.store(sweep=True) as store:
         images = images_of(store)
-        with bars(out) as report:
+        with progress(out) as report:
             tops = [images.unpack(images.get(name), progress=report) for name in (call.args.name, call.args.other)]
         for found in inspect.diff(store.snapshotter, *tops):
             change = found.change

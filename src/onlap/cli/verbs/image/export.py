@@ -9,7 +9,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.archives import STANDARD_OUTPUT, standard_output
 from onlap.cli.shared.images import images_of
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 from onlap.errors import shown
 
 
@@ -32,7 +32,7 @@ def run(call: Call) -> None:
     with call.store() as store:
         images = images_of(store)
         to_output = args.target == STANDARD_OUTPUT
-        with bars(out) as report, standard_output() if to_output else nullcontext(args.target) as target:
+        with progress(out) as report, standard_output() if to_output else nullcontext(args.target) as target:
             images.export(args.names, target, format=args.format, progress=report)
     if to_output:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.images import images_of, short
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 from onlap.cli.terminal.text import NOTHING, size
 from onlap.errors import shown
 from onlap.images.inspection.inspect import File
@@ -32,7 +32,7 @@ def run(call: Call) -> None:
     with call.store(sweep=True) as store:
         images = images_of(store)
         image = images.get(call.args.name)
-        with bars(out) as report:
+        with progress(out) as report:
             images.unpack(image, progress=report)
         found = inspect.files(store.snapshotter, image.chain_ids, call.args.path)
     files = [each for each in found.files if each.hid or not call.args.wasted]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.images import images_of
-from onlap.cli.terminal.bars import bars
 from onlap.cli.terminal.output import is_terminal
+from onlap.cli.terminal.progress import progress
 from onlap.cli.terminal.text import NOTHING, size
 from onlap.errors import shown
 from onlap.images.inspection.inspect import Step
@@ -37,7 +37,7 @@ def run(call: Call) -> None:
         images = images_of(store)
         image = images.get(call.args.name)
         if image.layers:
-            with bars(out) as report:
+            with progress(out) as report:
                 images.unpack(image, progress=report)
         steps = inspect.history(store.snapshotter, image, images.config(image))
         if out.json:

@@ -6,7 +6,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.archives import source_date_epoch
 from onlap.cli.shared.images import images_of, platform_argument, show_image
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 
 
 def arguments(parser: Parser) -> None:
@@ -26,7 +26,7 @@ def run(call: Call) -> None:
     args, out = call.args, call.out
     with call.store(create=True, sweep=True) as store:
         images = images_of(store)
-        with bars(out) as report:
+        with progress(out) as report:
             found = images.import_(
                 args.source, name=args.name, platform=args.platform, epoch=source_date_epoch(), progress=report
             )

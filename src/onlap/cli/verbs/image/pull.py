@@ -5,7 +5,7 @@ from __future__ import annotations
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.images import access, images_of, platform_argument, registry_arguments, show_image
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 
 
 def arguments(parser: Parser) -> None:
@@ -25,7 +25,7 @@ def run(call: Call) -> None:
     args, out = call.args, call.out
     with call.store(create=True, sweep=True) as store:
         images = images_of(store)
-        with bars(out) as report:
+        with progress(out) as report:
             image = images.pull(
                 args.reference,
                 platform=args.platform,

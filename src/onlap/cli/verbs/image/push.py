@@ -5,7 +5,7 @@ from __future__ import annotations
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.images import access, images_of, registry_arguments
-from onlap.cli.terminal.bars import bars
+from onlap.cli.terminal.progress import progress
 from onlap.errors import shown
 
 
@@ -25,7 +25,7 @@ def run(call: Call) -> None:
     with call.store() as store:
         images = images_of(store)
         name = images.get(args.name).name
-        with bars(out) as report:
+        with progress(out) as report:
             digest = images.push(name, args.target, access=access(call), progress=report)
     target = args.target or name
     if out.json:
