@@ -6,7 +6,6 @@ Sources: OCI image specification, layer.md, "Whiteouts"; Go's path.Clean, which 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from onlap.layers.format import tar
@@ -14,9 +13,6 @@ from onlap.layers.format import tar
 WHITEOUT_PREFIX = ".wh."
 AUFS_PREFIX = ".wh..wh."
 OPAQUE = ".wh..wh..opq"
-
-# path_resolution(7): the kernel follows as many.
-_MAX_SYMLINKS = 40
 
 # A string of this length may have more bytes than a path: four a character.
 _MAYBE_LONG = tar.MAX_PATH // 4
@@ -66,50 +62,6 @@ def join(directory: str, name: str) -> str:
 def is_below(path: str, directory: str) -> bool:
     """Whether ``path`` is ``directory`` or in it."""
     return not directory or path == directory or path.startswith(directory + "/")
-
-
-def resolve(
-    path: str,
-    step: Callable[[str, str, str], str | None],
-    skip: Callable[[str, list[str]], str] = lambda here, _pending: here,
-) -> str | None:
-    """Where ``path`` leads in a tree, as a path without symlinks; None where there is no such way.
-
-    Absolute symlinks start at the tree's top, and ``..`` ends there, as for a process whose root the tree is.
-
-    Args:
-        path: from the top.
-        step: given a directory, a name in it, and the path of both: the target of a symlink, nothing for a directory,
-            None where the way ends.
-        skip: given a directory and the names that follow, the next one last: takes away those that it knows to lead
-            through directories, and says where they lead.
-
-    Raises:
-        ValueError: there are too many symlinks on the way.
-    """
-    pending = path.split("/")[::-1]
-    here = skip("", pending)
-    links = 0
-    while pending:
-        name = pending.pop()
-        if not name or name == ".":
-            continue
-        if name == "..":
-            here = here.rpartition("/")[0]
-            continue
-        child = join(here, name)
-        target = step(here, name, child)
-        if target is None:
-            return None
-        if not target:
-            here = child
-            continue
-        links += 1
-        if links > _MAX_SYMLINKS:
-            raise ValueError("too many symlinks on the way to it")
-        pending += target.split("/")[::-1]
-        here = skip("" if target.startswith("/") else here, pending)
-    return here
 
 
 def whited_out(base: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +32,6 @@ def until_stopped(start: Callable[[], None], socket: str) -> int:
     systemd.notify("STOPPING=1")
     _log.info("stopping")
     return 0
-
-
-def allow_many_files() -> None:
-    """Be allowed as many descriptors as can be had: a comparison of layers has 128 and more of them, a client three."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: 
             raise _busy(record, what, found or mounted, hint)
         if time.monotonic() >= deadline:
             found = _lockers(held.fd, b"READ") + _lockers(held.fd, b"WRITE")
-            raise _busy(record, "is in use", found or ["somebody who does not show"], "try again")
+            raise _busy(record, "is in use", found or ["a process that /proc does not show"], "try again")
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -26,6 +26,9 @@ from onlap.trees.copy import Copier, copy_range, data_ranges
 from onlap.trees.remove import remove as remove_tree
 from onlap.trees.walk import path_of, walk
 
+# path_resolution(7): the kernel follows as many.
+_MAX_SYMLINKS = 40
+
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -162,11 +165,35 @@ class Upper:
     def _resolve(self, path: str, *, create: bool) -> str | None:
         """Where the directory called ``path`` is in the merged tree, as a path without symlinks.
 
+        Absolute symlinks start at the tree's top, and ``..`` ends there, as for a process whose root the tree is.
+
         Args:
             path: its name.
             create: make what is missing; else None is the answer to it.
         """
-        return paths.resolve(path, lambda here, name, child: self._step(here, name, child, create), self._passed)
+        pending = path.split("/")[::-1]
+        here = self._passed("", pending)
+        links = 0
+        while pending:
+            name = pending.pop()
+            if not name or name == ".":
+                continue
+            if name == "..":
+                here = here.rpartition("/")[0]
+                continue
+            child = paths.join(here, name)
+            target = self._step(here, name, child, create)
+            if target is None:
+                return None
+            if not target:
+                here = child
+                continue
+            links += 1
+            if links > _MAX_SYMLINKS:
+                raise ValueError("too many symlinks on the way to it")
+            pending += target.split("/")[::-1]
+            here = self._passed("" if target.startswith("/") else here, pending)
+        return here
 
     def _passed(self, here: str, pending: list[str]) -> str:
         """Take from the end of ``pending`` the names that lead through directories of the layer; where they lead.

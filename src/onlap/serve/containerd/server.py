@@ -13,7 +13,7 @@ from onlap.serve.containerd.calls import Calls, Observer
 from onlap.serve.containerd.relay import Relay
 from onlap.serve.containerd.service import Service, check_root
 from onlap.serve.containerd.transport import Transport
-from onlap.serve.life import allow_many_files, until_stopped
+from onlap.serve.life import until_stopped
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 _log = logging.getLogger("onlap.serve")
@@ -103,6 +103,5 @@ class Server:
         Raises:
             OnlapError: as :meth:`start`.
         """
-        allow_many_files()
         sys.setswitchinterval(_SWITCH_INTERVAL)  # the process is ours as long as this runs
         return until_stopped(self.start, self._socket)

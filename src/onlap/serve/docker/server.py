@@ -14,7 +14,7 @@ from onlap.serve import sockets
 from onlap.serve.docker.http import HttpServer
 from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import StateFile
-from onlap.serve.life import allow_many_files, until_stopped
+from onlap.serve.life import until_stopped
 
 # Where dockerd looks for plugins by name (pkg/plugins/discovery.go).
 SOCKET_DIRECTORY = "/run/docker/plugins"
@@ -78,7 +78,6 @@ class Server:
             self._service = Service(driver, sync, StateFile(directory, name))
             self._cleanup.callback(self._service.close)
             self._service.restore()
-            allow_many_files()
             on_error.pop_all()
 
     def start(self) -> None:
