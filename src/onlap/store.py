@@ -454,11 +454,12 @@ class Store:
         )
 
     def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Imported:
+        from onlap.catalog.runs import writing
         from onlap.trees.transfer import export_directory
 
         report = Reporter(progress, "export", "files")
-        with self.mounted(key) as tree:
-            copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries))
+        with self.mounted(key) as tree, writing(self.snapshotter.catalog) as note:
+            copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries), note)
         report.finish(copied.entries)
         return Imported(self.stat(key), *copied)
 

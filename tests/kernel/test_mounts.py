@@ -477,6 +477,13 @@ except onlap.NotFound as error:
 
 @pytest.mark.needs("userns")
 @pytest.mark.needs("ordinary_user")
+def test_whether_we_may_mount_is_asked_without_a_file(ordinary: Path) -> None:
+    """A directory to ask with stayed behind when the program was killed."""
+    code = "import tempfile\nfrom onlap.mounts.temporary import may_mount\ntempfile.tempdir = '/x'\nprint(may_mount())"
+    assert output(code, ordinary, ordinary=True) == "False\n"
+
+
+@pytest.mark.needs("ordinary_user")
 def test_sigkill_leaves_nothing(ordinary: Path) -> None:
     """The kernel takes a detached mount down with its last user; the upper can be mounted again at once."""
     hold = UNPRIVILEGED + (

@@ -47,6 +47,7 @@ _BLOCKS = {
     "detached": "with store.mounted('base', detached=True) as tree: wait(tree)",
     "import": "store.import_(source, 'made', progress=wait)",
     "export": "store.export('base', out, progress=wait)",
+    "image export": "store.images.export('x:1', out, progress=wait)",
     "image import": "store.images.import_(source, name='x:1', progress=wait)",
 }
 _CHILD = """
@@ -70,7 +71,8 @@ def test_nothing_is_left_of_a_killed_program(store: Store, root: Path, block: st
     store.prepare("work", "base")
     temporary = root / "temporary"
     temporary.mkdir()
-    before, names = mountinfo(), {info.name for info in store.walk()}
+    store.images.import_(root / "source", name="x:1")
+    before, names, there = mountinfo(), {info.name for info in store.walk()}, sorted(os.listdir(root))
     code = _CHILD.format(block=_BLOCKS[block])
     arguments = [str(store.root), *(str(root / name) for name in ("at", "source", "out"))]
     with subprocess.Popen(
@@ -89,8 +91,10 @@ def test_nothing_is_left_of_a_killed_program(store: Store, root: Path, block: st
     assert {info.name for info in store.walk()} == names
     assert os.listdir(store.root / "runs") == []
     assert os.listdir(temporary) == []
+    assert sorted(os.listdir(root)) == there
     store.remove("work")
     store.remove("base")
+    store.images.remove("x:1")
     store.cleanup()
     assert os.listdir(store.root / "snapshots") == []
 

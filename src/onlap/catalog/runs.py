@@ -5,6 +5,7 @@
     ROOT/runs/<id>/   0700; its flock is held by the program, for as long as the work takes
       tree/           where a snapshot is mounted
       at, layer       symlinks, for a mount elsewhere: its mount point, and one of the layers mounted there
+      partial         a symlink to what is being written elsewhere, under a name of nobody's
       ...             what else the work needs: a container's files
     ROOT/runs/<id>.kept   the work is over, and what it made stays, but the catalog could not be told
 
@@ -18,6 +19,7 @@ directory and leave the row.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sqlite3
@@ -38,6 +40,7 @@ from onlap.mounts import mountinfo
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
 from onlap.trees.remove import remove_at
+from onlap.trees.whole import PARTIAL
 
 LABEL = "onlap.io/run"
 
@@ -48,6 +51,8 @@ _KEPT = ".kept"
 _OWNER = re.compile(r"run ([0-9a-f]{12})\)$")
 # Seconds. What an interrupted pull has fetched stays for so long, to go on with.
 RESUMED = 3600.0
+# Where no directory can be made.
+_NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _LABELLED = "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ? AND l.value = ?)"
 
 
@@ -109,6 +114,11 @@ class Run:
         self._new("layer", lambda path: os.symlink(layer, path))
         self._new("at", lambda path: os.symlink(target, path))
 
+    def writes(self, path: str) -> None:
+        """Say, before it is made, that a file or a directory is being written elsewhere, to be renamed in the end."""
+        with contextlib.suppress(OSError):  # a full disk is to be exported from
+            os.symlink(path, f"{self.directory}/partial")
+
     def _new(self, name: str, make: Callable[..., object], *args: object) -> str:
         path = f"{self.directory}/{name}"
         with errors.translated("make a place to mount at", key=self.directory):
@@ -147,6 +157,31 @@ def begin(catalog: Catalog) -> Run:
         if not catalog.layout.drop_reserve():
             raise
         return Run(catalog.layout.root)
+
+
+@contextlib.contextmanager
+def begun(catalog: Catalog) -> Iterator[Run | None]:
+    """A new run for the time of a block; None on a disk that takes no directory, being read-only or full.
+
+    Raises:
+        OnlapError: the filesystem refuses otherwise.
+    """
+    try:
+        run = begin(catalog)
+    except errors.OnlapError as error:
+        if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_PLACE):
+            raise
+        yield None
+        return
+    with run:
+        yield run
+
+
+@contextlib.contextmanager
+def writing(catalog: Catalog) -> Iterator[Callable[[str], None]]:
+    """Gives :meth:`Run.writes` of a run for the time of a block, where there can be one."""
+    with begun(catalog) as run:
+        yield run.writes if run is not None else lambda _path: None
 
 
 def sweep(catalog: Catalog, end_container: Callable[[str], None] | None = None) -> int:
@@ -268,8 +303,20 @@ def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None]
             unmount(target, timeout=0, lazy=lazy)
         forget(catalog, identifier)
         with errors.translated("remove it"):
+            _remove_partial(path)
             _remove(path)
     return True
+
+
+def _remove_partial(path: str) -> None:
+    """Remove what a run was writing elsewhere; raises OSError."""
+    try:
+        partial = os.readlink(f"{path}/partial")
+    except OSError:
+        return  # it wrote nothing
+    if partial.endswith(PARTIAL):
+        with contextlib.suppress(FileNotFoundError):  # it was done, or the directory above is gone
+            remove_at(partial)
 
 
 def _mounted(path: str) -> list[str]:

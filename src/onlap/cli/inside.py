@@ -6,6 +6,7 @@ empty when the command was started, whose exec closes the descriptor.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -95,7 +96,8 @@ def _own_namespaces() -> None:
 
 def _answer(fd: int, message: str, hint: str | None, *, kind: str | None = None, status: int | None = None) -> None:
     answer = {"kind": kind, "message": message, "hint": hint, "status": status}
-    os.write(fd, json.dumps(answer).encode())
+    with contextlib.suppress(BrokenPipeError):  # who asked has been killed
+        os.write(fd, json.dumps(answer).encode())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ mounts and its snapshots away. A child that is forked in a block and leaves it c
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.border import public
-from onlap.catalog.runs import Run, begin, root_of
+from onlap.catalog.runs import Run, begin, begun, root_of
 from onlap.errors import shown
 from onlap.forks import only_here
 from onlap.mounts import temporary
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 StrPath = str | os.PathLike[str]
-
-# Where no directory can be made.
-_NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 @public
@@ -98,16 +94,11 @@ def mounted_snapshot(
 ) -> Iterator[Path]:
     """See :meth:`onlap.store.Store.mounted`."""
     snapshotter.record(key)  # NotFound comes first
-    with contextlib.ExitStack() as stack:
-        run = None
-        try:
-            run = stack.enter_context(begin(snapshotter.catalog))
-        except errors.OnlapError as error:
-            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_PLACE):
-                raise
-            # On a read-only or full disk what is there can still be read. A detached mount ends with the process.
-            detached = detached or at is None
-        yield stack.enter_context(_mounted(snapshotter, run, key, at, detached))
+    with begun(snapshotter.catalog) as run:
+        # On a read-only or full disk what is there can still be read. A detached mount ends with the process.
+        detached = detached or (run is None and at is None)
+        with _mounted(snapshotter, run, key, at, detached) as tree:
+            yield tree
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ MS_STRICTATIME = 1 << 24
 
 # umount2(2)
 MNT_DETACH = 2
+MNT_EXPIRE = 4
 UMOUNT_NOFOLLOW = 8
 
 # fsopen(2), fsconfig(2), fsmount(2)

@@ -40,14 +40,14 @@ def import_directory(
     return _copy(copier, source, target, f"import {shown(source)}")
 
 
-def export_directory(source: str, target: str, progress: Callable[[int, int], None]) -> Copied:
+def export_directory(source: str, target: str, progress: Callable[[int, int], None], note: whole.Note) -> Copied:
     """Copy the tree ``source`` into the directory ``target``, whole or not at all; it is made where there is none.
 
     Raises:
         FailedPrecondition, OnlapError: see :meth:`Store.export`.
     """
     doing = f"export to {shown(target)}"
-    with errors.translated(doing, key=target), whole.new_directory(target) as directory:
+    with errors.translated(doing, key=target), whole.new_directory(target, note) as directory:
         # It may lie in the tree, which would be copied into itself without end.
         status = os.stat(directory)
         # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from onlap import errors
@@ -13,23 +13,38 @@ from onlap.errors import shown
 from onlap.trees.remove import empty, remove_at
 from onlap.trees.walk import opened
 
+# The end of the names under which things are made.
+PARTIAL = ".partial"
+
+# Told of a path before anything is made there, which is gone from there in the end: for who cleans up behind us.
+Note = Callable[[str], None]
+
+
+def _partial(path: str) -> str:
+    # Not by the process's number, which others have in containers of theirs.
+    return f"{os.path.dirname(path)}/.onlap-{secrets.token_hex(6)}{PARTIAL}"
+
 
 @contextlib.contextmanager
-def new_file(path: str) -> Iterator[BinaryIO]:
+def new_file(path: str, note: Note) -> Iterator[BinaryIO]:
     """A file to write that takes the place of what is at ``path``; raises OSError."""
-    partial = f"{path}.{os.getpid()}.partial"
+    path = os.path.abspath(path)
+    partial = _partial(path)
+    note(partial)
     try:
         with open(partial, "xb") as file:
             yield file
         os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(partial)
+        if isinstance(error, OSError) and error.filename == partial:
+            raise OSError(error.errno, error.strerror, path) from error  # by the name that was given
         raise
 
 
 @contextlib.contextmanager
-def new_directory(path: str) -> Iterator[str]:
+def new_directory(path: str, note: Note) -> Iterator[str]:
     """A directory to fill, with those above it where they are missing.
 
     An empty one that is there is filled itself, since it may be a mount, or where somebody stands; when the block
@@ -53,8 +68,9 @@ def new_directory(path: str) -> Iterator[str]:
             raise
         return
     above = os.path.dirname(path)
-    partial = f"{above}/.onlap-{secrets.token_hex(6)}.partial"
+    partial = _partial(path)
     missing = _missing(above)
+    note(partial)
     try:
         os.makedirs(above, exist_ok=True)
         os.mkdir(partial)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, TypedDict, cast
 
 from onlap import errors
+from onlap.catalog.runs import writing
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.terminal.progress import progress
@@ -63,7 +64,7 @@ def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Wr
     compression = args.compress or "none"
     if args.level is not None and compression == "none":
         raise UsageError("--level is that of a compression: give --compress")
-    with call.store() as store, progress(out) as report, _opened(path) as file:
+    with call.store() as store, progress(out) as report, _opened(store, path) as file:
         options = Options(
             compression=compression,
             level=args.level,
@@ -128,7 +129,7 @@ def standard_output() -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def _opened(store: Store, path: str) -> Iterator[BinaryIO]:
     if path == STANDARD_OUTPUT:
         with standard_output() as out:
             yield out
@@ -139,7 +140,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
                 yield cast("BinaryIO", device)
         else:
             # Through a symlink, as a shell's ">" goes.
-            with whole.new_file(os.path.realpath(path)) as file:
+            with writing(store.snapshotter.catalog) as note, whole.new_file(os.path.realpath(path), note) as file:
                 yield file
     except BrokenPipeError:
         raise

@@ -39,11 +39,17 @@ def export(
         for image in chosen:
             lease.pin(*image.blobs)
             images.content.check_present(image.blobs)
-        _export(images, [_exported(images, image) for image in chosen], out, form, progress)
+        exported = [_exported(images, image) for image in chosen]
+        _export(images, exported, out, form, progress, lease.run.writes)
 
 
 def _export(
-    images: Index, exported: list[Exported], out: StrPath | BinaryIO, form: str, progress: Callback | None
+    images: Index,
+    exported: list[Exported],
+    out: StrPath | BinaryIO,
+    form: str,
+    progress: Callback | None,
+    note: whole.Note,
 ) -> None:
     small = {oci_layout.LAYOUT_FILE: oci_layout.LAYOUT, oci_layout.INDEX_FILE: oci_layout.index_of(exported)}
     if form == DOCKER:
@@ -57,9 +63,9 @@ def _export(
     elif os.path.isdir(out := check_path(out, "path to export to")) or out.endswith("/"):
         if form == DOCKER:
             raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
-        _write_directory(images.content, out, small, blobs, report)
+        _write_directory(images.content, out, small, blobs, report, note)
     else:
-        _write_file(images.content, out, small, blobs, report)
+        _write_file(images.content, out, small, blobs, report, note)
     report.finish(total)
 
 
@@ -101,10 +107,12 @@ def _write_tar(
                 done += size
 
 
-def _write_file(content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter) -> None:
+def _write_file(
+    content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter, note: whole.Note
+) -> None:
     if os.path.lexists(path):
         raise errors.AlreadyExists(f"there already is a file {shown(path)}", key=path, hint="remove it first")
-    with errors.translated("write the archive", key=path), whole.new_file(path) as file:
+    with errors.translated("write the archive", key=path), whole.new_file(path, note) as file:
         _write_tar(content, file, small, blobs, report)
         file.flush()
         os.fsync(file.fileno())
@@ -133,9 +141,9 @@ class _Told:
 
 
 def _write_directory(
-    content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter
+    content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter, note: whole.Note
 ) -> None:
-    with errors.translated("write the layout", key=path), whole.new_directory(path) as directory:
+    with errors.translated("write the layout", key=path), whole.new_directory(path, note) as directory:
         os.makedirs(os.path.join(directory, "blobs/sha256"))
         done = 0
         for blob in blobs:
