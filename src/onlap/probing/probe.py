@@ -244,17 +244,14 @@ def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature
 def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
     """A new directory inside ``directory`` for the time of a block; yields both, absolute."""
     where = os.path.abspath(check_path(directory, "directory to try out"))
-    try:
+    with errors.translated("try out that directory", key=where):
         base, fd = _made(where)
-    except OSError as error:
-        raise errors.from_oserror(error, doing="try out that directory", key=where) from error
     try:
         yield where, base
     finally:
         try:
-            _remove(base)
-        except OSError as error:
-            raise errors.from_oserror(error, doing="remove what was tried out", key=base) from error
+            with errors.translated("remove what was tried out", key=base):
+                _remove(base)
         finally:
             os.close(fd)
 
