@@ -343,3 +343,56 @@ def test_a_readonly_filesystem(root: Path, tmp_path: Path, left: str, snapshotte
         subprocess.run(["umount", root], check=True)
     with onlap.open(root / "store") as store:
         store.remove("view")
+
+
+@pytest.mark.long
+@pytest.mark.needs("btrfs")
+def test_btrfs_without_room_for_what_it_knows_of_files(loop_fs: Callable[..., Path]) -> None:
+    """Its metadata have a place of their own, without which nothing can be made or renamed; data have room enough."""
+    disk = loop_fs("btrfs", 128)
+    root = disk / "root"
+    with onlap.open(root, snapshotter="overlay", sync="none") as store:
+        for key in ("one", "two", "three"):
+            Path(store.prepare(key)[0].source, "file").write_bytes(b"x" * 5000)
+    for size in (15_000, 1):
+        for number in range(1000):
+            try:
+                (disk / f"many-{size}-{number}").touch()
+                for name in range(1000):
+                    os.setxattr(disk / f"many-{size}-{number}", f"user.{name}", bytes(size))
+            except OSError:  # ENOSPC
+                break
+        os.sync()
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "other").mkdir()
+    for key in ("one", "two", "three"):
+        with onlap.open(root, timeout=5) as store:
+            store.remove(key)
+            assert key not in store
+    with onlap.open(root, timeout=5) as store:
+        store.cleanup()
+        assert os.listdir(root / "snapshots") == os.listdir(root / "trash") == []
+
+
+def test_what_cannot_be_renamed_is_deleted_where_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with onlap.open(root, snapshotter="overlay", sync="none") as store, quiet(store):
+        layout = store.snapshotter.catalog.layout
+        for key in ("one", "two"):
+            store.prepare(key)
+        left = Path(layout.staging, "left")
+        (left / "tree").mkdir(parents=True)
+        rename = os.rename
+
+        def full(source: str, target: str) -> None:
+            if target.startswith(layout.trash):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", full)
+        store.remove("one")
+        with store.snapshotter.catalog.hold([2]):
+            store.remove("two", force=True)
+            assert os.listdir(layout.snapshots) == ["2"]  # as somebody reads it
+        store.cleanup()
+        assert os.listdir(layout.snapshots) == []
+        assert not left.exists()

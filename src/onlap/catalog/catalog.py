@@ -454,7 +454,7 @@ class Catalog:
             OnlapError: the filesystem refuses.
         """
         with errors.translated("clean up", key=self.layout.root):
-            self.staging.collect(self.trash.put)
+            self.staging.collect(lambda path: self.trash.put(path, locked=True))
             self._collect_orphans()
             self.layout.remove_trials()
         if wake:

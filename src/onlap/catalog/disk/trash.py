@@ -19,6 +19,8 @@ from onlap.trees.walk import opened
 # rename(2) onto a directory that is not empty, or of a directory onto a file and the other way round.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
 
 class Swept(NamedTuple):
     """What a pass over the trash did.
@@ -44,11 +46,17 @@ class Trash:
         self._root = root
         self._directory = directory
 
-    def put(self, directory: str) -> None:
+    def put(self, directory: str, *, locked: bool = False) -> None:
         """Move a snapshot's directory away; nothing happens when it is not there.
 
+        Where there is no room to rename it, as on btrfs without room for metadata, it is deleted at once.
+
+        Args:
+            directory: which.
+            locked: whether the caller holds its lock.
+
         Raises:
-            OSError: it cannot be moved.
+            OSError: it cannot be moved, nor deleted.
         """
         name = os.path.basename(directory)
         for attempt in range(1000):
@@ -58,12 +66,22 @@ class Trash:
             except FileNotFoundError:
                 return
             except OSError as error:
+                if error.errno in _NO_ROOM and self._delete_there(directory, locked):
+                    return
                 # An unfinished tree of the same number waits there already.
                 if error.errno not in _TAKEN:
                     raise
             else:
                 return
         raise OSError(errno.EEXIST, "a thousand trees of one number wait in the trash", directory)
+
+    def _delete_there(self, directory: str, locked: bool) -> bool:
+        above, name = os.path.split(directory)
+        with opened(above) as top:
+            if not locked:
+                return name not in self._in_use() and self._delete(top, name, _Pace(lambda: False, None))
+            remove(top, name)
+        return True
 
     def names(self) -> list[str]:
         """What waits."""
