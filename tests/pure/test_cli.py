@@ -112,6 +112,7 @@ def test_no_verb_is_a_usage_error_that_explains() -> None:
             '{"error":{"kind":"Usage","key":null,"message":"a verb is missing","hint":"see: onlap --help"}}\n',
         ),
         (("ls", "--frob"), "onlap: unrecognized arguments: --frob; see: onlap ls --help\n"),
+        (("df", "x"), "onlap: unrecognized arguments: x; see: onlap df --help\n"),
         (("commit", "a"), "onlap: the following arguments are required: KEY; see: onlap commit --help\n"),
         (("label", "a", "x"), "onlap: a label is KEY=VALUE, not x; see: onlap label --help\n"),
         (("\x1b[31m",), "onlap: there is no verb \\e[31m; see: onlap --help\n"),

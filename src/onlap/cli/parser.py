@@ -75,7 +75,8 @@ class Parser(argparse.ArgumentParser):
         self.repeatable("--label", metavar="K=V", help="note a label on it")
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        # The "--" is ours (see read), and not what nobody recognizes.
+        raise UsageError(message.replace("unrecognized arguments: -- ", "unrecognized arguments: "))
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The arguments of a command line, in whatever order they come.
