@@ -186,6 +186,21 @@ def test_fish(root: Path, tmp_path: Path) -> None:
     assert os.listdir(directory) == []
 
 
+def test_bash_may_have_another_encoding(root: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    """As GBK, where the backslash of an escape may be the second half of a character."""
+    store = root.parent / "encoding"
+    with onlap.open(store, snapshotter="native", sync="none") as opened:
+        for name in ("\u4e2d;touch pwned", "\u4e2d'!\\", "\u4e2d.plain"):
+            opened.prepare(name)
+    complete(["bash", "--root", str(store), "rm", ""], Output(json=False, quiet=False, verbose=0))
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert sorted(lines) == [
+        "$'\\xe4\\xb8\\xad\\x27\\x21\\x5c'",
+        "$'\\xe4\\xb8\\xad\\x3btouch\\x20pwned'",
+        "\u4e2d.plain",
+    ]
+
+
 Ask = Callable[..., list[str]]
 
 

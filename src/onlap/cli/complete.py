@@ -54,7 +54,7 @@ def complete(arguments: Sequence[str], out: Output) -> None:
         if not text.startswith(words[-1]) or not text.isprintable():
             continue
         if shell == "bash":
-            inserted = "".join(char if _PLAIN.match(char) or char > "\x7f" else "\\" + char for char in text[kept:])
+            inserted = _inserted(text[kept:])
             # Between quotes a backslash is no escape, or not for everything.
             if quoted and inserted != text[kept:]:
                 continue
@@ -63,6 +63,20 @@ def complete(arguments: Sequence[str], out: Output) -> None:
             lines.append(f"{text}\t{about}" if about else text)
     # Whatever the locale: what a shell inserts are bytes.
     sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _inserted(text: str) -> str:
+    """What bash has to be given for a word."""
+    special = [char for char in text if char < "\x80" and not _PLAIN.match(char)]
+    if text.isascii() or not special:
+        return "".join("\\" + char if char in special else char for char in text)
+    # Where bash takes its bytes for another encoding than UTF-8, as GBK, a backslash may be the second half of a
+    # character, and what is behind it would be bash's to run.
+    return "$'" + "".join(char if _PLAIN.match(char) else _hexadecimal(char) for char in text) + "'"
+
+
+def _hexadecimal(char: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in char.encode())
 
 
 def _joined(raw: Sequence[str]) -> tuple[list[str], int]:
