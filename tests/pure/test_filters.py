@@ -112,7 +112,7 @@ def test_selects_everything(filters: list[str]) -> None:
         ("labels.x==牛", {"x": "牛"}, True),
         ("labels.x==\x01a", {"x": "\x01a"}, True),
         # Bytes that are not UTF-8 are U+FFFD to a regular expression.
-        (r"labels.x~=^\x{fffd}$", {"x": "\udcff"}, True),
+        (r"labels.x~=^\ufffd$", {"x": "\udcff"}, True),
     ],
 )
 def test_labels_and_values(text: str, labels: dict[str, str], matches: bool) -> None:
@@ -292,87 +292,53 @@ def test_no_alternative_matches_nothing() -> None:
     assert not Filter(()).matches(INFOS[0])
 
 
-# --------------------------------------------------------------------------- Go's regular expressions
+# --------------------------------------------------------------------------- regular expressions
 
 
-# What Go 1.24's regexp.MatchString answers.
 @pytest.mark.parametrize(
     "pattern,text,matches",
     [
-        ("a$", "a\n", False),  # $ is the very end
-        ("(?m)a$", "a\nb", True),
-        (r"a\z", "a", True),
         ("^b", "a\nb", False),
         ("(?m)^b", "a\nb", True),
         ("a.b", "a\nb", False),
         ("(?s)a.b", "a\nb", True),
-        (r"\d", "٣", False),  # ASCII
+        (r"\d", "٣", False),  # ASCII, as in Go
         (r"\w", "é", False),
-        (r"\s", "\v", False),
-        (r"\bé", "é", False),
-        (r"\B", "", True),
-        ("a(?i)b|C", "c", True),  # a flag holds until its group ends, beyond |
-        ("(a(?i)b)C", "aBc", False),
-        ("(?i-s:a.)b", "A\nb", False),
-        ("(?i)k", "\u212a", True),
-        (r"(?i)\W", "s", False),
-        (r"(?i)[\W]", "s", False),
-        ("(?P<n>a)(?<m>b)(?:c)", "abc", True),
-        ("x{,2}", "x{,2}", True),  # no repetition in Go
-        ("x{,2}", "xx", False),
-        ("x{01}", "x{01}", True),
+        ("(?i)K", "k", True),
+        ("(?P<n>a)(?:c)", "ac", True),
         ("^x{2,3}$", "xx", True),
-        ("^*a", "a", True),
-        ("()*a", "a", True),
-        (r"\Qa.b\E+", "a.bb", True),
-        (r"\Q(", "(", True),
-        (r"^[[:alpha:]_-]+$", "a_-", True),
-        (r"^[[:^digit:]]$", "1", False),
         (r"^[^\D]$", "1", True),
-        (r"^[\d-z]$", "-", True),
         (r"^[]a]$", "]", True),
-        (r"^[^]a]$", "\n", True),
-        (r"^[[&&~~||]$", "&", True),
-        (r"\x41\x{e9}\101\0", "AéA\0", True),
-        (r"^\pL\p{Lu}\PN\p{^N}$", "éÉab", True),
-        (r"^\pL$", "1", False),
-        (r"\p{Any}", "\n", True),
-        (r"\P{Any}", "a", False),
-        (r"\p{C}", "\u0378", False),  # not assigned: Go's C leaves those out
-        ("(?U)a+?", "a", True),
+        (r"\x41\101", "AA", True),
         ("", "", True),
         ("a||b", "", True),
         ("#a b", "#a b", True),
     ],
 )
-def test_regexps_mean_what_go_means(pattern: str, text: str, matches: bool) -> None:
+def test_regexps(pattern: str, text: str, matches: bool) -> None:
     assert parse(f"name~={quote(pattern)}").matches(Info(name=text)) is matches
 
 
 @pytest.mark.parametrize(
     "pattern",
     [
-        *(
-            "a**",
-            "a*+",
-            "a{2}{3}",
-            "a{2}+",
-            "*",
-            "(*)",
-            "a{1001}",
-            "a{3,2}",
-            "(",
-            ")",
-            "[",
-            "[a",
-            "[b-a]",
-            "\\",
-        ),
-        *(r"[a-\d]", r"\1", r"\8", r"\Z", r"\C", r"\E", r"\é", r"[\b]", r"\x{110000}", r"\x4", "[[:none:]]"),
-        *("(?=a)", "(?!a)", "(?<=a)", "(?>a)", "(?#a)", "(?x)a", "(?P=n)", "(?P<é>a)", "(?-)"),
-        *(r"\p{Greek}", r"\p{}", r"\pX", r"\p{Cn}"),
+        "a**",
+        "*",
+        "(*)",
+        "a{3,2}",
+        "(",
+        ")",
+        "[",
+        "[a",
+        "[b-a]",
+        "\\",
+        r"\pL",
+        r"\Qa\E",
+        "[[:alpha:]]",
+        "[a&&b]",
+        "(?U)a",
     ],
 )
-def test_regexps_that_go_refuses_or_python_cannot_follow(pattern: str) -> None:
+def test_regexps_that_are_refused(pattern: str) -> None:
     with pytest.raises(InvalidArgument, match="expected a regular expression"):
         parse(f"name~={quote(pattern)}")

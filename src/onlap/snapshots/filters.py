@@ -4,7 +4,7 @@
 
     name==a                             equal
     parent!="",labels."a/b"             AND: it has a parent, and a label a/b (no operator: is it present?)
-    kind==view,labels.a.b~=/^v[0-9]+/   ~= searches a Go regular expression; a.b is one label, "a.b"
+    kind==view,labels.a.b~=/^v[0-9]+/   ~= searches a regular expression; a.b is one label, "a.b"
 
 Fields are `name`, `parent`, `kind` (active, view, committed) and `labels.KEY`; any other is never present.
 Several filters are alternatives (OR); none at all, or an empty one, matches everything.
@@ -13,10 +13,10 @@ An operator takes an absent field for the empty string, but `==` never holds for
 So without a label a, `labels.a!=b` and `labels.a~=b?` hold, and `labels.a!=""` does not. `parent` is never
 absent, even when there is none.
 
-Two differences are meant. A regular expression that cannot be compiled is InvalidArgument; the peer logs it
-and matches nothing. And `\\U80000000` and above is refused; the peer overflows there and takes the low byte.
-Python's `re` runs the expressions, translated: unlike Go's it can take exponential time, and (?i) takes the
-Turkish dotted and dotless i for i.
+Three differences are meant. Regular expressions are those of Python's `re` with ASCII classes, not Go's: they may take
+exponential time, ``$`` matches before a last newline too, and Go's ``\\pL``, ``\\Q..\\E`` and ``[[:alpha:]]`` are
+refused. One that cannot be compiled is InvalidArgument; the peer logs it and matches nothing. And ``\\U80000000`` and
+above is refused; the peer overflows there and takes the low byte.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from onlap.arguments import check_text
 from onlap.errors import InvalidArgument
-from onlap.snapshots.goregexp import CONTROLS, HEX, SURROGATES, translate
 
+_SURROGATES = "[\ud800-\udfff]"  # in a str of surrogateescape: bytes that are not UTF-8
+_HEX = "[0-9a-fA-F]"
+_CONTROLS = dict(zip("abfnrtv", "\a\b\f\n\r\t\v", strict=True))
 _SPACES = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"  # Go's unicode.IsSpace
 _ILLEGAL = "[\0\ufffd\ud800-\udfff]"  # what the peer's scanner refuses anywhere, quoted or not
 _FIELD = "[A-Za-z0-9_]+"
-_ESCAPE = rf"\\(?:([abfnrtv])|x({HEX}{{2}})|([0-7]{{3}})|u({HEX}{{4}})|U({HEX}{{8}})|(.))"
+_ESCAPE = rf"\\(?:([abfnrtv])|x({_HEX}{{2}})|([0-7]{{3}})|u({_HEX}{{4}})|U({_HEX}{{8}})|(.))"
 _KINDS = ("active", "view", "committed")
 _MOST_TERMS = 200  # SQLite limits the depth of an expression to 1000; a longer filter is evaluated here alone
 
@@ -83,7 +85,7 @@ class Selector(NamedTuple):
     @property
     def indexable(self) -> bool:
         """Whether an index can answer it: an equality, or the presence of a label."""
-        if re.search(SURROGATES, self.label + self.value):
+        if re.search(_SURROGATES, self.label + self.value):
             return False  # SQLite's text is UTF-8: such a parameter cannot be bound
         if self.field == "labels":
             return self.operator in ("==", "")
@@ -150,7 +152,16 @@ def _as_bytes(text: str) -> str:
 
 def _as_go_reads(text: str) -> str:
     """Go's regexp takes each byte that is not UTF-8 for U+FFFD."""
-    return re.sub(SURROGATES, "\ufffd", text)
+    return re.sub(_SURROGATES, "\ufffd", text)
+
+
+def _compiled(text: str) -> re.Pattern[str]:
+    if re.search(_SURROGATES, text):
+        raise re.error("not UTF-8")
+    # What Python warns of, since it may mean a set of sets one day; Go's [[:alpha:]] is among it.
+    if re.search(r"\[\^?\[|\[[^]]*(?:\[|--|&&|~~|\|\|)", text):
+        raise re.error(r"write \[, \-, \&, \~ or \| inside [...]")
+    return re.compile(text, re.ASCII)
 
 
 class _Parser:
@@ -188,7 +199,7 @@ class _Parser:
             start, value = self.value(operator)
             if operator == "~=":
                 try:
-                    regexp = re.compile(translate(value))
+                    regexp = _compiled(value)
                 except (re.error, RecursionError, OverflowError) as e:
                     self.at = start
                     self.fail(f"a regular expression ({value!r}: {e})")
@@ -227,7 +238,7 @@ class _Parser:
     def quoted(self) -> str:
         """A Go string between its first character and the next like it. \\xNN and \\NNN are bytes."""
         mark = re.escape(self.text[self.at])
-        legal = rf"[abfnrtv\\{mark}]|x{HEX}{{2}}|[0-3][0-7]{{2}}|u{HEX}{{4}}|U00(?:0{HEX}|10){HEX}{{4}}"
+        legal = rf"[abfnrtv\\{mark}]|x{_HEX}{{2}}|[0-3][0-7]{{2}}|u{_HEX}{{4}}|U00(?:0{_HEX}|10){_HEX}{{4}}"
         body = self.take(rf"{mark}(?:[^\\{mark}\n]|\\(?:{legal}))*{mark}")
         if not body:
             self.fail(f"a string closed by {self.text[self.at]} on the same line, with Go's escapes")
@@ -248,7 +259,7 @@ class _Parser:
 def _unescape(escape: re.Match[bytes]) -> bytes:
     control, hexadecimal, octal, short, long, itself = escape.groups()
     if control:
-        return CONTROLS[control.decode()].encode()
+        return _CONTROLS[control.decode()].encode()
     if hexadecimal or octal:
         return bytes([int(hexadecimal, 16) if hexadecimal else int(octal, 8)])
     if short or long:
