@@ -154,3 +154,12 @@ def test_the_top_becomes_like_the_one_below(root: Path) -> None:
     layer.mkdir()
     settle(layer, [lower], apply_alone(root, archive([symlink("a", "b")]), layer))
     assert layer.stat().st_mode & 0o7777 == 0o711
+
+
+def test_without_removals_only_the_next_layer_is_looked_at(root: Path) -> None:
+    lower, layer = root / "lower", root / "layer"
+    lower.mkdir(mode=0o711)
+    layer.mkdir()
+    done = apply_alone(root, archive([entry("f", data=b"x")]), layer)
+    settle(layer, [lower, root / "not-looked-at"], done)
+    assert layer.stat().st_mode & 0o777 == 0o711

@@ -158,7 +158,8 @@ def settle(
         InvalidArgument: a removal that no honest archive has.
         OSError: a file cannot be made.
     """
-    upper = _SettledUpper(layer, lowers, markers)
+    # Without removals only the top of the next one is looked at; to open all, for each of n layers, is n times n.
+    upper = _SettledUpper(layer, lowers if removals else lowers[:1], markers)
     try:
         whiteouts = Whiteouts(upper)
         for parent, name in removals:
