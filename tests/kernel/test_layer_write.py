@@ -212,7 +212,7 @@ class Operation(NamedTuple):
         os.symlink(self.other, path)
 
     def _link(self, path: bytes, top: bytes) -> None:
-        """In one directory: see test_a_link_out_of_a_renamed_directory_is_two_files."""
+        """In one directory."""
         where = os.path.join(os.path.dirname(path), os.path.basename(self.other))
         os.link(path, where, follow_symlinks=False)
 
@@ -774,14 +774,21 @@ def test_links_of_copies_that_change_their_group(stores: tuple[Store, Store]) ->
         assert_same_tree(expected, found)
 
 
-def test_a_link_out_of_a_renamed_directory_is_two_files(root: Path) -> None:
-    """The one thing that is not kept, and only with redirect_dir: finding the other name would take a walk of all."""
+def test_a_link_out_of_a_renamed_directory(root: Path) -> None:
     layers = Layers(root, REDIRECTS)
-    layers.add(Tree().directory("d").file("d/f", b"x").link("g", "d/f"))
-    layers.add(Tree().rename("d", "e"))
-    assert set(layers.entries()) == {".wh.d", "e", "e/f"}
-    with pytest.raises(AssertionError, match="links"):
-        layers.check()
+    base = Tree().directory("d").directory("a").directory("z").directory("z/below")
+    for name in ("kept", "gone", "inside", "edited"):
+        base = base.file(f"d/{name}", b"x")
+    base = base.link("a/kept", "d/kept").link("z/below/kept", "d/kept").link("d/other", "d/inside")
+    layers.add(base.link("gone", "d/gone").link("edited", "d/edited"))
+    layers.add(Tree().rename("d", "m").remove("gone").write("edited", b"y"))
+    assert set(layers.entries()) == {
+        ".wh.d", ".wh.gone", "edited", "m", "m/edited", "m/gone", "m/inside", "m/kept", "m/other",
+        "a/kept", "z/below/kept",
+    }  # fmt: skip
+    layers.check()
+    found = stack_changes([*map(str, layers.stack[1:])], [*map(str, layers.stack)], TRUSTED)
+    assert {change.path for change in found}.isdisjoint({"a", "a/kept", "z", "z/below", "z/below/kept"})
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "nothing"])

@@ -2,8 +2,9 @@
 
 Walks only the layers that the two stacks do not share at the bottom, and looks their names up in the others; a lower
 directory is listed only under an opaque or a redirected one, or for the sake of very many names. So the cost is that of
-the change, not that of the tree. All of both trees is walked in one case: two stacks, neither on top of the other, of
-which one shows a file with several names that the other had changed, so that its other names have to be found.
+the change, not that of the tree. All of the trees is walked in two cases, where the other names of a file have to be
+found: two stacks, neither on top of the other, of which one shows a file with several names that the other had changed;
+and a renamed directory (redirect_dir) with a file that has more names than it shows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from onlap.layers.diff.links import Links, signature
+from onlap.layers.diff.links import Links, identity, signature
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 from onlap.trees.compare import (
@@ -178,6 +179,8 @@ class _Walk:
         self._since = since
         self._above = above
         self._links: Links | None = None
+        # Files of the layers below that a renamed directory shows: by which names, and how many they have.
+        self._moved: dict[tuple[int, int], tuple[set[str], int]] = {}
         # Whether names are looked at that both sides have from layers which they share.
         self._whole = False
         if above is None and (shared := _shared(before, after)):
@@ -186,7 +189,7 @@ class _Walk:
             self._whole = any(_may_be_linked(old, new, *first) for _, old, new in names)
 
     def items(self) -> Iterator[Item]:
-        """The changes below the top, sorted by path."""
+        """The changes below the top, sorted by path; the other names of what was moved come last."""
         levels = [_Level(self._before, self._after, "", self._whole, None)]
         said = 0  # of so many levels nothing is left to say
         while levels:
@@ -208,6 +211,38 @@ class _Walk:
                         passed.unsaid = None
                 said = len(levels)
                 yield item
+                self._note_moved(item)
+        yield from self._other_names()
+
+    def _note_moved(self, item: Item) -> None:
+        found = item.found
+        if self._above is None or found is None or found.layer < self._above or found.status.st_nlink == 1:
+            return
+        mode = found.status.st_mode
+        if not stat.S_ISDIR(mode) and not stat.S_ISSOCK(mode):  # no archive has sockets
+            names, _ = self._moved.setdefault(identity(found.status), (set(), found.status.st_nlink))
+            names.add(item.change.path)
+
+    def _other_names(self) -> Iterator[Item]:
+        """The names that files in renamed directories have elsewhere, which only a walk of all finds."""
+        moved = {file: names for file, (names, count) in self._moved.items() if len(names) < count}
+        left = [("", self._after)] if moved else []
+        while left:
+            prefix, directory = left.pop()
+            below = []
+            for name in directory.names():
+                found = directory.lookup(name)
+                path = prefix + name
+                if found is None:
+                    continue
+                if stat.S_ISDIR(found.status.st_mode):
+                    inside = directory.open(name)
+                    below += [(path + "/", inside)] if inside is not None else []
+                elif path not in moved.get(identity(found.status), (path,)):
+                    meta = self._meta(found)
+                    yield Item(Change(MODIFIED, path, meta, meta, LINKED), directory, found)
+            left += reversed(below)
+            directory.close()
 
     def _compare(self, level: _Level, name: str) -> Item | None:
         path = level.prefix + name

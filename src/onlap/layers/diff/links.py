@@ -34,10 +34,10 @@ class Links:
                 continue
             if new.status.st_nlink == 1 and (old is None or old.status.st_nlink == 1):
                 continue
-            now = _identity(new.status)
+            now = identity(new.status)
             self._names[now] += 1
             if old is not None and not stat.S_ISDIR(old.status.st_mode):
-                before = _identity(old.status)
+                before = identity(old.status)
                 self._files[path] = now, before
                 self._kept[now, before] += 1
                 self._alike.setdefault((before, signature(new.status)), set()).add(now)
@@ -60,7 +60,7 @@ class Links:
         return len(self._alike[before, signature(status)]) > 1
 
 
-def _identity(status: os.stat_result) -> _Identity:
+def identity(status: os.stat_result) -> _Identity:
     """What tells one file from another."""
     return status.st_dev, status.st_ino
 

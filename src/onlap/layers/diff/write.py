@@ -5,9 +5,6 @@ kept, also those to a file that itself did not change; every xattr; times in nan
 files with only metadata in the upper layer are written out in full, and a directory that hides the one below it gets a
 whiteout for each name that is gone, as the specification asks, rather than an opaque mark.
 
-One thing is not kept, since only a walk of all would find it: the hard link between a file of a renamed directory
-(redirect_dir) in an upper layer and a name outside of it, which is not looked at because only the layers below have it.
-
 Sources: OCI image specification, layer.md; containerd v1.7.24, archive/tar.go.
 """
 
