@@ -76,7 +76,9 @@ def end(directory: str) -> None:
     Raises:
         OnlapError: the container does not end, or the filesystem refuses.
     """
-    # First of all, and before anything of it is looked at: a runtime that lives on would go on making it.
+    if not os.path.lexists(f"{directory}/{runs.CONTAINER}"):
+        return  # it was to have none, or had not come so far
+    # Before anything of it is looked at: a runtime that lives on would go on making it.
     with errors.translated("end what is left of a container", key=directory):
         orphans.end(container_id(directory))
     _end(directory)
