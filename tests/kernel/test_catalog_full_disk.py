@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -396,3 +397,44 @@ def test_what_cannot_be_renamed_is_deleted_where_it_is(root: Path, monkeypatch: 
         store.cleanup()
         assert os.listdir(layout.snapshots) == []
         assert not left.exists()
+
+
+@pytest.mark.needs("btrfs")
+def test_a_program_with_the_root_open_outlives_a_full_btrfs(loop_fs: Callable[..., Path]) -> None:
+    """A page of SQLite's shared memory that finds no room would be SIGBUS."""
+    disk = loop_fs("btrfs", 128)
+    program = """
+import os, sys
+from pathlib import Path
+import onlap
+from onlap import errors
+disk = Path(sys.argv[1])
+store = onlap.open(disk / "root", snapshotter="overlay", sync="none", timeout=5)
+for key in ("one", "two"):
+    store.prepare(key)
+store.snapshotter.catalog._janitor.stop()
+os.sync()
+for name in ("first", "second"):
+    with (disk / name).open("wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            try:
+                while True:
+                    file.write(os.urandom(size))
+            except OSError:
+                pass
+    os.sync()
+try:
+    store.label("one", {"a": "b" * 3000})
+except errors.ResourceExhausted as error:
+    print(error.hint)
+store.remove("one")
+assert "one" not in store
+store.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, disk],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "free some space or inodes there\n"), done

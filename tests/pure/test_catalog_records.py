@@ -270,3 +270,29 @@ def test_a_failed_prepare_leaves_nothing_in_staging(store: Store, monkeypatch: p
     own = store.snapshotter.catalog.staging._own
     assert own is not None
     assert os.listdir(own) == []
+
+
+@pytest.mark.parametrize("kind", ["overlay", "native"])
+def test_a_key_removed_between_two_transactions_poisons_no_chain(root: Path, kind: str) -> None:
+    """The chain is kept by the parent: what was found for a key that had gone must not be taken for its parent's."""
+    with onlap.open(root, snapshotter=kind, sync="none") as store:
+        for number, parent in enumerate((None, "name-0", "name-1")):
+            store.prepare(f"key-{number}", parent)
+            store.commit(f"name-{number}", f"key-{number}")
+        store.prepare("key", "name-2")
+    with onlap.open(root, sync="none") as store, onlap.open(root, sync="none") as other:
+        snapshotter = store.snapshotter
+        record = snapshotter.record("key")
+        other.remove("key")
+        assert snapshotter.ancestors(record) == (3, 2, 1)
+        assert snapshotter.ancestors(snapshotter.record("name-2")) == (2, 1)
+        store.prepare("next", "name-2")
+        assert snapshotter.ancestors(snapshotter.record("next")) == (3, 2, 1)
+        gone = snapshotter.record("next")
+        for key in ("next", "name-2"):
+            other.remove(key)
+    with onlap.open(root, sync="none") as store:
+        for _ in range(2):
+            with pytest.raises(errors.NotFound):  # both have gone: no chain, rather than an empty one
+                store.snapshotter.ancestors(gone)
+        assert len(store.snapshotter.ancestors(store.snapshotter.record("name-1"))) == 1

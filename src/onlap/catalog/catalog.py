@@ -462,7 +462,7 @@ class Catalog:
 
     def _collect_orphans(self) -> None:
         numbers = [int(name) for name in os.listdir(self.layout.snapshots) if re.fullmatch("[0-9]+", name)]
-        known = self.database.read(records.ids)
+        known = self.with_room(lambda: self.database.read(records.ids))
         suspects = [number for number in numbers if number not in known]
         if not suspects:
             return

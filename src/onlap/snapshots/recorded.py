@@ -400,6 +400,9 @@ class RecordedSnapshotter(ABC):
         if force:
             self.catalog.remove(self._owner, key, wait=wait)
             return
+        self.catalog.with_room(lambda: self._remove_unused(key, wait))
+
+    def _remove_unused(self, key: str, wait: bool) -> None:
         record = self.record(key)
         with exclusion.unused(self, record):
             self.catalog.remove(self._owner, key, wait=wait, only=record.id)

@@ -24,6 +24,8 @@ RESOLVE_IN_ROOT = 0x10
 # _IOW(0x94, 9, int), include/uapi/linux/fs.h
 FICLONE = 0x40049409
 
+BTRFS = 0x9123683E  # BTRFS_SUPER_MAGIC, linux/magic.h
+
 RENAME_NOREPLACE = 1
 RENAME_WHITEOUT = 4
 

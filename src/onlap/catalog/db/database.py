@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from onlap import errors
 from onlap.catalog.db import dormant, schema
+from onlap.catalog.db.room import check_room
 from onlap.catalog.db.writer import (
     COMMITS_TO_GROW,
     POLL,
@@ -142,6 +143,7 @@ class Database:
         # interrupt could leave a count wrong. A thread that enters after that look finds one of these set.
         if self._closed or forks.lock.locked():
             raise _Later
+        check_room(self._path)
         connection = self._readers.pop() if self._readers else self._writer.connect()
         try:
             result = query(connection)
@@ -158,6 +160,9 @@ class Database:
         """Read without the files that SQLite could not make; raises what ``error`` means where that is no help."""
 
         def read() -> T:
+            if any(d._writer.open for d in list(_databases) if (d._path, d._pid) == (self._path, self._pid)):
+                # As it closes the file it would drop the POSIX locks that the others have on it.
+                raise _Unreadable
             try:
                 return dormant.read(self._path, query)
             except (sqlite3.Error, OSError) as failure:

@@ -7,9 +7,7 @@ a caller gives up after its timeout, and its job is not done then.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import sqlite3
 import time
 from _thread import TIMEOUT_MAX, allocate_lock
@@ -18,6 +16,7 @@ from typing import TypeVar
 
 from onlap import errors
 from onlap.catalog.db import schema
+from onlap.catalog.db.room import check_room, try_files
 from onlap.catalog.helper import Helper, Job
 from onlap.catalog.locks import FileLock
 from onlap.catalog.log import warn
@@ -147,6 +146,7 @@ class Writer:
         Raises:
             sqlite3.Error: what SQLite says.
         """
+        check_room(self._path, fresh=not self.open)
         connection = sqlite3.connect(
             self._path,
             timeout=self.timeout,
@@ -253,6 +253,7 @@ class Writer:
             self._count()
 
     def _commit(self, batch: list[Operation[object]]) -> bool:
+        check_room(self._path)
         if self._connection is None:
             self._connection = self.connect()
         writer = self._connection
@@ -311,7 +312,9 @@ class Writer:
             self.close_now(connection)
 
     def close_now(self, connection: Connection) -> None:
-        """Close a connection, under the lock."""
+        """Close a connection, under the lock; without room it stays open until all are closed."""
+        if self._is_cramped():
+            return
         if connection is self._connection:
             self._connection = None
         try:
@@ -332,10 +335,19 @@ class Writer:
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL)
+        if self._is_cramped():
+            return False
         readers.clear()
         for connection in list(self.open):
             self.close_now(connection)
         return True
+
+    def _is_cramped(self) -> bool:
+        try:
+            check_room(self._path)
+        except sqlite3.Error:
+            return True
+        return False
 
     def _shut(self, readers: list[Connection], is_reading: Callable[[], bool]) -> None:
         if self.shut:
@@ -403,19 +415,6 @@ _OF_THE_DATABASE = frozenset(_BY_CODE)
 
 # SQLite keeps the errno to itself when it cannot make or open its log and its shared memory, or make them larger.
 _OF_ITS_FILES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-# What its shared memory takes at first (sqlite.org/walformat.html).
-_SHARED_MEMORY = 32768
-
-
-def _try_files(path: str) -> None:
-    """Make a file as SQLite makes its own, and remove it; the OSError of that says what ails the disk."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, _SHARED_MEMORY)
-    finally:
-        os.close(fd)
-        with contextlib.suppress(FileNotFoundError):  # others try as well
-            os.unlink(path)
 
 
 def _primary_code(error: sqlite3.Error) -> int:
@@ -433,7 +432,9 @@ def translated(error: sqlite3.Error, path: str) -> errors.OnlapError:
     cls, hint = _BY_CODE.get(code, (errors.Internal, ""))
     if is_of_files(error):
         try:
-            _try_files(path + "-try")
+            try_files(path)
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__
         except OSError as reason:
             return errors.from_oserror(reason, doing="use the catalog", key=path)
     return cls(f"the catalog {path}: {error}", key=path, hint=hint or None)

@@ -25,7 +25,7 @@ import stat
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.errors import shown
-from onlap.syscalls.files import filesystem_magic
+from onlap.syscalls.files import BTRFS, filesystem_magic
 from onlap.trees.meta import drop_acls
 
 # SQLite's DELETE fails on a full disk, where rename still works; a few pages of the write-ahead log are enough for it,
@@ -38,7 +38,6 @@ RESERVE_INODES = 4
 # btrfs_calc_insert_metadata_size). So the reserve has extended attributes there, which lie in it.
 RESERVE_METADATA = 4 << 20
 _ATTRIBUTE_SIZE = 3500  # what fits a node of any size
-_BTRFS = 0x9123683E  # BTRFS_SUPER_MAGIC (linux/magic.h)
 
 
 class Layout:
@@ -170,7 +169,7 @@ class Layout:
     def _allocate_reserve(self) -> None:
         fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            if filesystem_magic(fd) == _BTRFS:
+            if filesystem_magic(fd) == BTRFS:
                 for number in range(RESERVE_METADATA // _ATTRIBUTE_SIZE):
                     os.setxattr(fd, f"user.{number}", bytes(_ATTRIBUTE_SIZE))
             os.posix_fallocate(fd, 0, RESERVE_SIZE)
