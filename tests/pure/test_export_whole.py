@@ -34,6 +34,18 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
+@pytest.mark.parametrize("size", [1 << 19, (1 << 19) + 1])
+def test_a_squash_is_whole_or_fails(store: Store, size: int) -> None:
+    """An archive that is cut short behind a file's content may pass for a whole one."""
+    with store.build("top") as tree:
+        (tree / "a").write_bytes(bytes(size))
+        (tree / "b").mkdir()
+        (tree / "b/.wh.c").touch()
+    with pytest.raises(errors.InvalidArgument, match=r"b/\.wh\.c cannot be in a layer"):
+        store.squash("top", "flat")
+    assert "flat" not in store
+
+
 @contextmanager
 def interrupted() -> Iterator[dict[str, Any]]:
     """Ctrl-C, or a signal that the command makes an exception of, as soon as something was done."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import BinaryIO
@@ -14,7 +13,7 @@ from onlap.catalog.records import ACTIVE, Record
 from onlap.errors import shown
 from onlap.layers.apply.archive import Applied, Limits, apply
 from onlap.layers.diff.changes import stack_items
-from onlap.layers.diff.write import Written, write_layer
+from onlap.layers.diff.write import Written, piped, write_layer
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
@@ -194,45 +193,11 @@ def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | Non
             )
         before = snapshotter.layers(below)
     after = snapshotter.layers(record)
-    failure: list[BaseException] = []
-
-    def write(out: BinaryIO) -> None:
-        try:
-            with out:
-                # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
-                write_layer(before, after, snapshotter.markers, out, content=True, sparse=True)
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            failure.append(error)
-
-    with ExitStack() as stack:
-        stack.enter_context(snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]))
-        with snapshotter.translated("squash", top):
-            read_end, write_end = os.pipe()
-        source = stack.enter_context(os.fdopen(read_end, "rb"))
-        out = stack.enter_context(os.fdopen(write_end, "wb", buffering=0))
-        writer = threading.Thread(target=write, args=(out,), name="onlap-squash")
-        try:
-            writer.start()
-        except RuntimeError as error:
-            raise errors.ResourceExhausted(
-                f"cannot squash {shown(top)}: {error}", key=top, hint="raise the limit of threads (ulimit -u)"
-            ) from error
-        try:
-            with source:
-                apply_layer(snapshotter, key, source)
-        except errors.OnlapError as error:
-            writer.join()
-            # A writer that failed leaves a truncated archive; its own error tells more. One that met a closed pipe
-            # failed because the reader did.
-            if failure and not isinstance(failure[0], BrokenPipeError):
-                raise _as_error(failure[0], top) from error
-            raise
-        finally:
-            writer.join()
-
-
-def _as_error(error: BaseException, key: str) -> BaseException:
-    return errors.from_oserror(error, doing="read the layers of", key=key) if isinstance(error, OSError) else error
+    held = snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)])
+    # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
+    archive = piped(before, after, snapshotter.markers, content=True, sparse=True)
+    with held, snapshotter.translated("squash", top), archive as source:
+        apply_layer(snapshotter, key, source)
 
 
 def _parent(snapshotter: RecordedSnapshotter, record: Record) -> Record | None:

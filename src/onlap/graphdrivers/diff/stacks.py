@@ -6,9 +6,7 @@ of one another) as the kernel does, and so needs no other way for them.
 
 from __future__ import annotations
 
-import io
 import os
-import threading
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO
 
@@ -16,7 +14,7 @@ from onlap import errors
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED, Change
 from onlap.graphdrivers.ids import IdMap
 from onlap.layers.diff.changes import stack_changes
-from onlap.layers.diff.write import write_layer
+from onlap.layers.diff.write import piped, write_layer
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.writer import TarWriter
 from onlap.overlayfs.markers import Markers
@@ -82,41 +80,14 @@ def write_diff(before: Sequence[str], after: Sequence[str], markers: Markers, id
     """
     with errors.translated("write the difference of layers", key=after[0]):
         if ids:
-            _write_mapped(before, after, markers, ids, out)
+            with piped(before, after, markers, content=True) as source:
+                _map_owners(source, out, ids)
         else:
             write_layer(before, after, markers, out, content=True)
 
 
-def _write_mapped(before: Sequence[str], after: Sequence[str], markers: Markers, ids: IdMap, out: BinaryIO) -> None:
-    """The same through a pipe, on which the owners are replaced."""
-    failure: list[BaseException] = []
-    read_end, write_end = os.pipe()
-
-    def produce() -> None:
-        try:
-            with io.FileIO(write_end, "w") as pipe:
-                write_layer(before, after, markers, pipe, content=True)
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=produce, name="onlap-diff", daemon=True)
-    thread.start()
-    try:
-        _map_owners(read_end, out, ids)
-    except errors.DataLoss:
-        # The archive ends where its writer failed: that error tells more.
-        if not failure:
-            raise
-    finally:
-        # The writer, if it still runs, gets EPIPE.
-        os.close(read_end)
-        thread.join()
-    if failure:
-        raise failure[0]
-
-
-def _map_owners(source: int, out: BinaryIO, ids: IdMap) -> None:
-    reader = TarReader(lambda: os.read(source, _CHUNK))
+def _map_owners(source: BinaryIO, out: BinaryIO, ids: IdMap) -> None:
+    reader = TarReader(lambda: source.read(_CHUNK))
     writer = TarWriter(out.write)
     while (entry := reader.next()) is not None:
         base = os.path.basename(entry.name)

@@ -10,10 +10,12 @@ Sources: OCI image specification, layer.md; containerd v1.7.24, archive/tar.go.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
@@ -109,6 +111,54 @@ def write_layer(
         found = outlet.finish()
     report.finish(found.uncompressed)
     return Written(found.digest, found.diff_id, found.size, found.uncompressed, layer.entries, dict(layer.skipped))
+
+
+@contextlib.contextmanager
+def piped(
+    before: Sequence[str], after: Sequence[str], markers: Markers, *, content: bool = False, sparse: bool = False
+) -> Iterator[BinaryIO]:
+    """What :func:`write_layer` writes, to be read in a ``with`` block while another thread writes it.
+
+    What the writer raised is raised at the end, however the reader fared: an archive that was cut short may look whole.
+
+    Raises:
+        ResourceExhausted: no thread can be started.
+        OnlapError, OSError: see :func:`write_layer`.
+    """
+    failure: list[BaseException] = []
+    read_end, write_end = os.pipe()
+    source, out = os.fdopen(read_end, "rb"), os.fdopen(write_end, "wb", buffering=0)
+
+    def write() -> None:
+        try:
+            with out:
+                write_layer(before, after, markers, out, content=content, sparse=sparse)
+        except BrokenPipeError:
+            return  # nobody reads any more
+        except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=write, name="onlap-layer", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        source.close()
+        out.close()
+        raise errors.ResourceExhausted(
+            f"cannot write a layer: {error}", hint="raise the limit of threads (ulimit -u)"
+        ) from error
+    try:
+        with source:
+            yield source
+    except errors.OnlapError as error:
+        thread.join()
+        if failure:
+            raise failure[0] from error
+        raise
+    finally:
+        thread.join()
+    if failure:
+        raise failure[0]
 
 
 class _Layer:
