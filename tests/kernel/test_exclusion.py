@@ -17,7 +17,9 @@ import pytest
 
 import onlap
 from onlap import errors
+from onlap.catalog.locks import Held
 from onlap.mounts import temporary
+from onlap.snapshots import exclusion
 from onlap.store import Store
 
 pytestmark = pytest.mark.needs("overlay")
@@ -162,8 +164,6 @@ def test_a_commit_beside_an_apply_that_does_not_end_is_busy(root: Path, store: S
         applying = Outcome(lambda: store.apply("key", source, progress=lambda _: begun.set()))
         out.write(layer("one")[:1024])
         out.flush()
-        from onlap.snapshots import exclusion
-
         tree = store.snapshotter.catalog.layout.tree(store.snapshotter.record("key").id)
         fd = os.open(tree, os.O_RDONLY)
         try:
@@ -239,8 +239,6 @@ def test_a_forked_child_keeps_no_lock(store: Store) -> None:
 def test_a_forked_child_that_leaves_the_block_gives_nothing_back(store: Store) -> None:
     store.prepare("key")
     record = store.snapshotter.record("key")
-    from onlap.snapshots import exclusion
-
     block = exclusion.mounting(store.snapshotter, record)
     with block:
         child = os.fork()
@@ -368,3 +366,14 @@ def test_the_command_refuses_too(store: Store) -> None:
         assert "--force" in done.stderr
         assert rm("--force").returncode == 0
     assert "key" not in store
+
+
+def test_who_holds_a_tree_is_told_though_its_name_is_gone(store: Store) -> None:
+    """Of many that remove one snapshot, the fastest moves its tree away while the others ask who is in the way."""
+    store.prepare("key")
+    layout = store.snapshotter.catalog.layout
+    identifier = store.snapshotter.record("key").id
+    with Held(layout.tree(identifier)) as held:
+        assert held.lock(shared=True)
+        os.rename(layout.snapshot(identifier), f"{layout.trash}/{identifier}")
+        assert any(f"pid {os.getpid()} " in line for line in exclusion._lockers(held.fd, b"READ"))
