@@ -16,7 +16,7 @@ import pytest
 
 from kernel.helpers import OLD_KERNEL, mountinfo, output, python
 from onlap import errors
-from onlap.mounts import kernel, plan
+from onlap.mounts import kernel, plan, userns
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import MAX_DATA, MAX_LOWERS
@@ -481,6 +481,15 @@ def test_whether_we_may_mount_is_asked_without_a_file(ordinary: Path) -> None:
     """A directory to ask with stayed behind when the program was killed."""
     code = "import tempfile\nfrom onlap.mounts.temporary import may_mount\ntempfile.tempdir = '/x'\nprint(may_mount())"
     assert output(code, ordinary, ordinary=True) == "False\n"
+
+
+def test_an_interrupt_before_the_helper_has_its_plan(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_plan: Mount) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(userns, "_encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        userns.detached(plan.bind(str(root)))
 
 
 @pytest.mark.needs("ordinary_user")

@@ -54,6 +54,7 @@ def detached(plan: Mount) -> int:
             helper.kill()
             raise errors.from_oserror(error, doing="talk to the helper that mounts") from error
         finally:
+            ours.close()  # whatever it still waits for: an interrupt may have come before it got the plan
             _, stderr = helper.communicate()
     if fds:
         os.set_inheritable(fds[0], False)
