@@ -392,6 +392,18 @@ def test_the_runtime_s_own_words(onlap: Command, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith('onlap: exec: "/tools/missing":')
 
 
+def test_what_cannot_be_leaves_no_snapshot(onlap: Command, tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("{}")
+    for words in (
+        ("--cap-add", "FLY", "base", "ls"),
+        ("--security-opt", f"seccomp={tmp_path}/profile", "base", "ls"),
+        ("--security-opt", "seccomp=unconfined", "--cap-drop", "FLY", "base", "ls"),
+        ("base",),
+    ):
+        assert onlap.do("run", "--keep", "kept", *words).returncode == 125
+        assert onlap.names() == ["base"]
+
+
 def test_what_is_wrong_before_is_125(onlap: Command) -> None:
     for words in (
         ("run", "nothing", "ls"),

@@ -180,6 +180,9 @@ def run(
             hint="run it with sudo, or work in the tree without a container: onlap enter",
         )
     runtimes = runtime.candidates(search)
+    # What cannot be is said before a snapshot is made that stays.
+    args = bundle.arguments(source.defaults, options)
+    profile = _seccomp(options)
     with contextlib.ExitStack() as stack:
         claimed = stack.enter_context(rundirs.claimed(snapshotter))
         directory = claimed.directory
@@ -190,7 +193,7 @@ def run(
             root = stack.enter_context(tree_files.opened_top(rundirs.rootfs(directory)))
             hostname = os.uname().nodename if options.network == "host" else os.path.basename(directory)
             binds = _host_files(directory, options, hostname)
-            problem = _configure(directory, root, source.defaults, options, binds, hostname)
+            problem = _configure(directory, root, source.defaults, options, binds, hostname, args, profile)
             if problem is not None:
                 return Ended(problem.status or runtime.CANNOT_RUN, problem.message)
             stays = LABEL not in record.labels
@@ -247,11 +250,17 @@ def _host_files(directory: str, options: Options, hostname: str) -> list[Volume]
 
 
 def _configure(
-    directory: str, root: int, image: Defaults, options: Options, binds: Sequence[Volume], hostname: str
+    directory: str,
+    root: int,
+    image: Defaults,
+    options: Options,
+    binds: Sequence[Volume],
+    hostname: str,
+    args: Sequence[str],
+    profile: Mapping[str, object] | None,
 ) -> Failure | None:
     """Write the container's configuration, or say why its command cannot be run."""
     user = find_user(root, image.user if options.user is None else options.user)
-    args = bundle.arguments(image, options)
     env = bundle.environment(image, options, user, hostname)
     cwd = bundle.working_directory(image, options)
     problem = find_problem(root, args[0], env, cwd, options.volumes)
@@ -266,7 +275,7 @@ def _configure(
         hostname=hostname,
         options=options,
         binds=binds,
-        seccomp=_seccomp(options),
+        seccomp=profile,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
     )
     with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
@@ -281,10 +290,9 @@ def _mount_points(options: Options, binds: Sequence[Volume]) -> list[MountPoint]
 
 
 def _seccomp(options: Options) -> dict[str, object] | None:
+    held = capabilities.chosen(options.cap_add, options.cap_drop)
     path = options.seccomp if options.seccomp is not None else seccomp.default_profile()
-    if path is None or path == seccomp.UNCONFINED:
-        return None
-    return seccomp.load(path, capabilities.chosen(options.cap_add, options.cap_drop))
+    return None if path is None or path == seccomp.UNCONFINED else seccomp.load(path, held)
 
 
 def find_problem(
