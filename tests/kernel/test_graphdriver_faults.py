@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -398,3 +399,19 @@ def test_a_damaged_record_of_what_lies_below(root: Path, content: str) -> None:
         (root / "image/layer/link").write_text("\0" * 26)
         driver.remove("layer")
         assert not driver.exists("layer")
+
+
+@pytest.mark.parametrize("call", ["chmod", "listdir"])
+def test_an_error_in_create_leaves_no_lock(root: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Also as long as somebody keeps the error, and with it all that its frames refer to."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with closing(open_driver("overlay2", str(root / "home"), sync="none")) as driver:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fails)
+            with pytest.raises(errors.OnlapError) as kept:
+                driver.create("x")
+        driver.create("x")
+        assert kept.value.__cause__ is not None

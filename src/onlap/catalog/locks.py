@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import weakref
+from contextlib import ExitStack
 
 from onlap.trees.meta import drop_acls
 
@@ -166,16 +167,17 @@ def claim_directory(path: str) -> Held | None:
             held = Held(path)
         except FileNotFoundError:
             continue
-        if not held.lock():
-            held.release()
-            return None
-        # Between mkdir and flock somebody may have taken it for a dead one's: then the name is gone, or another's.
-        if held.is_at(path):
-            # The trees that are built in it are to inherit none.
-            drop_acls(held.fd)
-            os.chmod(held.fd, 0o700)
-            return held
-        held.release()
+        with ExitStack() as on_error:
+            on_error.callback(held.release)
+            if not held.lock():
+                return None
+            # Between mkdir and flock somebody may have taken it for a dead one's: then the name is gone, or another's.
+            if held.is_at(path):
+                # The trees that are built in it are to inherit none.
+                drop_acls(held.fd)
+                os.chmod(held.fd, 0o700)
+                on_error.pop_all()
+                return held
 
 
 def _open(path: str) -> Held:

@@ -199,10 +199,11 @@ class StackDriver(ABC):
         """An empty directory to build a layer in."""
         path = os.path.join(self.home, staged)
         while True:
-            held = claim(path)
-            if not os.listdir(path):
-                return held
-            with held:
+            with contextlib.ExitStack() as on_error:
+                held = on_error.enter_context(claim(path))
+                if not os.listdir(path):
+                    on_error.pop_all()
+                    return held
                 self._discard(staged)  # what a killed process left
 
     def _discard(self, staged: str) -> None:
