@@ -19,6 +19,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.snapshots.memory import compare
+from onlap.syscalls import files
 from onlap.trees.copy import Copied, Copier
 from onlap.trees.remove import remove
 from onlap.trees.usage import usage
@@ -469,6 +470,26 @@ def test_a_deep_tree_is_copied(tmp_path: Path) -> None:
     try:
         with few_descriptors():
             assert copied(tmp_path / "top", tmp_path / "copy").entries == DEEP
+    finally:
+        removed(tmp_path / "top")
+        removed(tmp_path / "copy")
+
+
+def test_hard_links_deeper_than_any_path_are_copied(tmp_path: Path) -> None:
+    place = "/".join(["d" * 250] * 20)
+    deep(tmp_path / "top", 20, "d" * 250)
+    try:
+        with opened(tmp_path / "top") as fd:
+            directory = files.open_beneath(place, os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd, resolve=0)
+            os.close(os.open("one", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+            os.link("one", "two", src_dir_fd=directory, dst_dir_fd=directory)
+            os.close(directory)
+        copied(tmp_path / "top", tmp_path / "copy")
+        with opened(tmp_path / "copy") as fd:
+            directory = files.open_beneath(place, os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd, resolve=0)
+            one, two = (os.stat(name, dir_fd=directory) for name in ("one", "two"))
+            os.close(directory)
+        assert os.path.samestat(one, two)
     finally:
         removed(tmp_path / "top")
         removed(tmp_path / "copy")

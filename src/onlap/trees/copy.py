@@ -226,15 +226,29 @@ class Copier:
         if first == path:
             return False
         try:
-            os.link(first, target_name, src_dir_fd=self._top, dst_dir_fd=target_dir, follow_symlinks=False)
+            self._link_to(first, target_dir, target_name)
         except OSError as error:
-            # EMLINK: the filesystem's limit of names; ENAMETOOLONG: the first name lies too deep; ENOENT: it was
-            # skipped. This name becomes the first of a new file.
-            if error.errno not in (errno.EMLINK, errno.ENAMETOOLONG, errno.ENOENT):
+            # EMLINK: the filesystem's limit of names; ENOENT: it was skipped. This name is the first of a new file.
+            if error.errno not in (errno.EMLINK, errno.ENOENT):
                 raise
             self._linked[identity] = path
             return False
         return True
+
+    def _link_to(self, first: str, target_dir: int, target_name: str) -> None:
+        try:
+            os.link(first, target_name, src_dir_fd=self._top, dst_dir_fd=target_dir, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+        else:
+            return
+        above, _, name = first.rpartition("/")  # it lies deeper than the kernel takes at once
+        directory = files.open_beneath(above, OPEN_DIRECTORY, dir_fd=self._top, resolve=0)
+        try:
+            os.link(name, target_name, src_dir_fd=directory, dst_dir_fd=target_dir, follow_symlinks=False)
+        finally:
+            os.close(directory)
 
     def _node(self, target_dir: int, name: str, status: os.stat_result) -> bool:
         try:
