@@ -162,3 +162,28 @@ def test_standard_output_that_is_closed_or_ends(onlap: Command, words: list[str]
 
 def test_an_empty_root_is_no_root(onlap: Command) -> None:
     assert "--root DIR" in onlap.fails(6, "ls", "--root", "")
+
+
+def test_import_from_a_pipe(onlap: Command, tmp_path: Path) -> None:
+    onlap("-q", "image", "export", "app:1", tmp_path / "x.tar", "--format", "docker")
+    onlap("image", "rm", "app:1")
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    line = [
+        *onlap.python,
+        "-m",
+        "onlap",
+        "--root",
+        str(onlap.root),
+        "-q",
+        "image",
+        "import",
+        "--platform",
+        "linux/amd64",
+    ]
+    for source in ("-", "/dev/stdin"):
+        with open(tmp_path / "x.tar", "rb") as file:
+            sent = subprocess.run([*line, source], env=env, input=file.read(), capture_output=True, check=True)
+        assert sent.stdout.startswith(b"docker.io/library/app:1 sha256:")
+    unnamed = subprocess.run([*line, "-"], env=env, input=bytes(1024), capture_output=True, check=False)
+    assert (unnamed.returncode, b"--name" in unnamed.stderr) == (6, True)
+    assert not [name for path in (onlap.root / "staging").iterdir() for name in path.iterdir()]
