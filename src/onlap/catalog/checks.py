@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.db.writer import Connection
+from onlap.catalog.db.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, Record
 from onlap.errors import shown
 

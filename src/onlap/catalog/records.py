@@ -147,6 +147,10 @@ class Condition(NamedTuple):
     parameters: tuple[str | None, ...]
 
 
+# A condition on a label's key and value.
+HAS_LABEL = "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ? AND l.value = ?)"
+
+
 def page(connection: sqlite3.Connection, owner: str | None, after: int, condition: Condition | None) -> list[Record]:
     """The next records after an id, in the order of their ids; of every owner when ``owner`` is None."""
     sql, parameters = "WHERE s.id > ?", [after]  # type: tuple[str, list[object]]

@@ -33,7 +33,7 @@ from onlap.catalog.catalog import Catalog
 from onlap.catalog.db.database import Connection
 from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
-from onlap.catalog.records import COMMITTED, Condition, Record
+from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
 from onlap.errors import shown
 from onlap.forks import only_here
 from onlap.mounts import mountinfo
@@ -53,7 +53,6 @@ _OWNER = re.compile(r"run ([0-9a-f]{12})\)$")
 RESUMED = 3600.0
 # Where no directory can be made.
 _NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-_LABELLED = "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ? AND l.value = ?)"
 
 
 class Run:
@@ -369,7 +368,7 @@ def _sweep_nameless(catalog: Catalog, place: str) -> int:
 
 def _labelled(catalog: Catalog, identifier: str) -> Iterator[Record]:
     # Of library and command alone: a server's snapshots go when its client says so, whatever labels that has set.
-    for record in catalog.walk("", Condition(_LABELLED, (LABEL, identifier))):
+    for record in catalog.walk("", Condition(HAS_LABEL, (LABEL, identifier))):
         if record.kind != COMMITTED:
             yield record
 

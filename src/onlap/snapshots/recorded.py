@@ -15,7 +15,7 @@ from onlap.catalog import records
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
 from onlap.catalog.db.database import Connection
-from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Condition, Info, Record
+from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition, Info, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import stack_changes
 from onlap.mounts.plan import Mount
@@ -40,7 +40,7 @@ _TERMS = {
     "name": "s.name = ?",
     "kind": "s.kind = ?",
     "parent": "p.name IS ?",
-    "label": "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ? AND l.value = ?)",
+    "label": HAS_LABEL,
     "labelled": "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ?)",
 }
 
