@@ -9,12 +9,13 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # "make peers lint test" in that order, also under -j.
 .NOTPARALLEL:
-.PHONY: help demo peers peers-soft lint test test-long bench protocol clean
+.PHONY: help demo peers peers-soft lint docs test test-long bench protocol clean
 
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
+DOCS_STAMP := $(VENV)/.docs-up-to-date
 
 # The Pythons to try. Each is run before it is taken: a name on PATH may be a shim without a Python behind it.
 PYTHONS := $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
@@ -82,6 +83,9 @@ lint: $(STAMP) ## ruff, mypy, the layers of the house
 	[ $$status -eq 0 ] && echo 'lint: clean'; \
 	exit $$status
 
+docs: $(DOCS_STAMP) ## the documentation as a site, in build/docs; warnings are errors
+	@$(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs && echo 'docs: build/docs/index.html'
+
 # 720 s on 2 cores is the budget of the whole run.
 test: $(STAMP) peers-soft ## the tests, in a virtual environment that this makes
 	$(run_tests); \
@@ -117,6 +121,11 @@ $(STAMP): pyproject.toml
 	fi; \
 	echo 'Installing Onlap and its tools into $(VENV)'; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,containerd]'
+	@touch $@
+
+# The site's tools are not needed for anything else.
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 # A comma inside the arguments of a call.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).resolve().parents[2]
+PAGES = sorted(page.relative_to(TOP) for page in (TOP / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -54,9 +58,55 @@ def test_the_shell_of_the_readme(tmp_path: Path, shell: dict[str, str]) -> None:
     assert left.stdout == ""
 
 
+@pytest.mark.needs("overlay")
+def test_the_tutorial_in_python() -> None:
+    """The examples that follow one another, as one doctest."""
+    example = doctest.DocTestParser().get_doctest(
+        "".join(blocks("docs/tutorial/library.md", "python")), {}, "library.md", "docs/tutorial/library.md", 0
+    )
+    said: list[str] = []
+    result = doctest.DocTestRunner().run(example, out=said.append)
+    assert (result.failed, "".join(said)) == (0, "")
+    assert result.attempted > 20
+
+
+@pytest.mark.needs("overlay")
+def test_the_tutorial_in_the_shell(tmp_path: Path, shell: dict[str, str]) -> None:
+    """What follows a command, up to the next one, is what both streams show."""
+    shown = "".join(blocks("docs/tutorial/shell.md", "console"))
+    script = re.sub(r"^(?!\$ ).*\n", "", shown, flags=re.MULTILINE)
+    script = re.sub(
+        r"^\$ (.*)$", lambda line: f"cat <<'__END'\n{line[0]}\n__END\n{line[1]}", script, flags=re.MULTILINE
+    )
+    (tmp_path / "work").mkdir()
+    done = subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "-c", f"exec 2>&1\n{script}"],
+        cwd=tmp_path / "work",
+        env={**shell, "LC_ALL": "C.UTF-8"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == shown.splitlines()
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("document", PAGES, ids=str)
+def test_what_a_document_imports_is_there(document: Path) -> None:
+    for code in blocks(str(document), "python"):
+        # Of a session only its input is Python.
+        prompted = re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", code, re.MULTILINE)
+        for node in ast.walk(ast.parse("\n".join(prompted) or code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("onlap"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    if not hasattr(module, alias.name):
+                        importlib.import_module(f"{node.module}.{alias.name}")
+
+
 def test_every_document_that_is_linked_exists() -> None:
     missing = []
-    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *map(str, (TOP / "docs").rglob("*.md"))]:
+    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *map(str, PAGES)]:
         text = (TOP / document).read_text()
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             if not ((TOP / document).parent / target).exists():

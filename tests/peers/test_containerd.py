@@ -43,7 +43,7 @@ CHANGES = (
 
 BOTH = ("onlap", "overlayfs")
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "containerd.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "containerd.md"
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_a_container_goes_on_running_while_its_daemons_restart(
 
 
 def test_the_remedy_for_a_lost_layer(containerd: Containerd, onlap: Onlap, image: Image, tmp_path: Path) -> None:
-    """As docs/containerd.md has it: removed leaf first, then pulled again; containerd by itself would not heal it."""
+    """As its how-to guide has it: removed leaf first, then pulled again; containerd by itself would not heal it."""
     containerd.ctr("images", "import", "--snapshotter", "onlap", image.archive)
     top = top_layer(containerd)
     middle = listed(containerd)[top][0]
@@ -296,7 +296,7 @@ def test_the_remedy_for_a_lost_layer(containerd: Containerd, onlap: Onlap, image
 
 
 def test_the_configuration_in_the_document(place: Path) -> None:
-    """containerd 1.7 takes what docs/containerd.md shows for it; the others are at least what they say they are."""
+    """containerd 1.7 takes what its how-to guide shows for it; the others are at least what they say they are."""
     text = DOCUMENT.read_text()
     ours, newer = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     (place / "document.toml").write_text(ours)

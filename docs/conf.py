@@ -1,0 +1,60 @@
+"""Sphinx: ``make docs`` builds the site from the pages here, the docstrings and the command's parsers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+TOP = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TOP / "src"), str(TOP / "tools")]
+
+import manual  # noqa: E402 - found by the line above
+
+import onlap  # noqa: E402
+
+project = "Onlap"
+author = "the authors of Onlap"
+copyright = author
+version = release = onlap.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+suppress_warnings = ["ref.python"]  # short names in annotations: several rooms have a Change
+
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+
+autoclass_content = "class"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True  # "Attributes:" next to the attributes themselves would describe them twice
+
+html_theme = "furo"
+html_title = f"Onlap {release}"
+html_copy_source = False
+html_show_sphinx = False
+
+# A comment in a page, and what the build puts into its place.
+GENERATED = {"<!-- generated: verbs -->": manual.markdown, "<!-- generated: statuses -->": manual.statuses}
+
+
+def fill_in(_app: Sphinx, _page: str, source: list[str]) -> None:
+    for mark, text in GENERATED.items():
+        if mark in source[0]:
+            source[0] = source[0].replace(mark, text())
+
+
+def skip(_app: Sphinx, _what: str, _name: str, member: object, _skip: bool, _options: object) -> bool | None:
+    """Leave out fields of a NamedTuple: its docstring has them under "Attributes:"."""
+    return True if str(getattr(member, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", skip)
+    app.connect("source-read", fill_in)
