@@ -789,7 +789,7 @@ def test_progress_is_a_line_where_there_is_no_terminal(onlap: Command, place: Pa
     try:
         done = onlap.do("image", "import", place / "tree", "--name", "localhost/base:2")
         assert done.returncode == 0
-        assert done.stderr.startswith("onlap: import: ")
+        # None at all where it is quick.
         assert all(line.startswith("onlap: ") and "\x1b" not in line for line in done.stderr.splitlines())
         assert onlap.do("--json", "image", "import", place / "tree", "--name", "localhost/base:2").stderr == ""
         onlap("image", "rm", "localhost/base:2")
