@@ -43,13 +43,13 @@ def as_name(text: str, what: str) -> bytes:
 
 
 def check_mapping(value: object, what: str) -> None:
-    """Raise InvalidArgument for what is no mapping."""
+    """Raise InvalidArgument for what is not a mapping."""
     if not isinstance(value, Mapping):
         raise _wrong(value, what, "a mapping")
 
 
 def check_texts(value: object, what: str) -> None:
-    """Raise InvalidArgument for what is no collection of ``str``; one ``str`` alone is none."""
+    """Raise InvalidArgument for what is not a collection of ``str``; one ``str`` alone is none."""
     if (
         not isinstance(value, Collection)
         or isinstance(value, (str, bytes))
@@ -59,7 +59,7 @@ def check_texts(value: object, what: str) -> None:
 
 
 def check_number(value: object, what: str, *, whole: bool = False) -> None:
-    """Raise InvalidArgument for what is no number, or no whole one."""
+    """Raise InvalidArgument for what is not a whole number."""
     if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
         raise _wrong(value, what, "an int" if whole else "a number")
 

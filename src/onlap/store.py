@@ -486,7 +486,7 @@ class Store:
         Raises:
             NotFound: there is no such snapshot.
             FailedPrecondition: it is not active, or mounted read-write.
-            InvalidArgument: it is no archive, or an attack; the error names the entry.
+            InvalidArgument: it is not an archive, or an attack; the error names the entry.
             DataLoss: it is truncated or damaged. DigestMismatch: it is another one.
             OnlapError: of another kind, for what the filesystem says.
         """

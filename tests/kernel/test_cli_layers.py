@@ -355,7 +355,7 @@ def test_apply_refuses_and_leaves_the_snapshot_as_it_was(onlap: Command, layer: 
     assert f"is {_sha256(data)}, not {wrong}" in onlap.fails(11, "apply", "again", "layer.tar", "--digest", wrong)
     assert "not a sha256 digest: what" in onlap.fails(6, "apply", "again", "layer.tar", "--diff-id", "what")
     assert "ends" in onlap.fails(11, "apply", "again", "-", input=data[:100_000])
-    assert "no tar archive" in onlap.fails(6, "apply", "again", "-", input=b"x" * 1024)
+    assert "not a tar archive" in onlap.fails(6, "apply", "again", "-", input=b"x" * 1024)
     assert "no/file" in onlap.fails(3, "apply", "again", "no/file")
     assert "more than 3 entries" in onlap.fails(8, "apply", "again", "layer.tar", "--max-entries", "3")
     assert "more than 1000 bytes" in onlap.fails(8, "apply", "again", "layer.tar", "--max-bytes", "1000")
@@ -427,7 +427,7 @@ def test_import_refuses(onlap: Command, layer: Path) -> None:
     cut = _content_of(layer)  # an archive that ends after an entry is taken, as Go's reader takes it
     assert "ends" in onlap.fails(11, "import", "-", "new", input=layer.read_bytes()[: cut - 1])
     assert "nothing can be excluded from an archive" in onlap.fails(6, "import", "layer.tar", "new", "--exclude", "x")
-    assert "no tar archive" in onlap.fails(6, "import", "-", "new", input=b"no archive" * 100)
+    assert "not a tar archive" in onlap.fails(6, "import", "-", "new", input=b"no archive" * 100)
     names = {json.loads(line)["name"] for line in onlap("--json", "ls").splitlines()}
     assert names == {"base", "work"}
 

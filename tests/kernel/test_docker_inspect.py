@@ -143,7 +143,7 @@ def test_damage(data: Path) -> None:
 
 
 def test_what_is_no_data_root(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(errors.NotFound, match="no data root"):
+    with pytest.raises(errors.NotFound, match="not a data root"):
         open_root(str(tmp_path))
     with pytest.raises(errors.NotFound, match="no layers of zfs"):
         open_root(str(data), "zfs")

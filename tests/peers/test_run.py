@@ -249,7 +249,7 @@ def test_system_calls_are_filtered(onlap: Command, tmp_path: Path) -> None:
     profile.write_text("{}")
     done = onlap.do("run", "--security-opt", f"seccomp={profile}", "base", "ls")
     assert (done.returncode, done.stdout) == (125, "")
-    assert "profile.json is no seccomp profile" in done.stderr
+    assert "profile.json is not a seccomp profile" in done.stderr
     assert onlap.do("run", "--security-opt", "label=x", "base", "ls").returncode == 125
 
 

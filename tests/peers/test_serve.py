@@ -94,7 +94,7 @@ def test_a_stale_socket_is_replaced(server: Onlap, client: RemoteSnapshotter) ->
 def test_what_is_no_socket_is_left_alone(root: Path) -> None:
     path = root / "file"
     path.write_text("precious")
-    assert "no socket" in refused("--socket", str(path), "--snapshotter", "native", store=root / "store")
+    assert "not a socket" in refused("--socket", str(path), "--snapshotter", "native", store=root / "store")
     assert path.read_text() == "precious"
     below = str(root / "file/s.sock")
     assert str(path) in refused("--socket", below, "--snapshotter", "native", store=root / "store")

@@ -93,8 +93,8 @@ def test_a_user_of_the_tree(root: int, text: str, user: User) -> None:
         ("broken", "there is no user broken"),
         ("huge", "there is no user huge"),
         ("-1", "there is no user -1"),
-        ("4294967295", "4294967295 is no number of a user"),
-        ("0:99999999999999999999999", "is no number of a group"),
+        ("4294967295", "4294967295 is not the number of a user"),
+        ("0:99999999999999999999999", "is not the number of a group"),
         ("²", "there is no user"),
     ],
 )
@@ -443,7 +443,7 @@ def test_a_profile_comes_to_what_this_container_may(tmp_path: Path, monkeypatch:
     ],
 )
 def test_a_profile_that_is_none_is_told(tmp_path: Path, profile: object) -> None:
-    with pytest.raises(errors.InvalidArgument, match=r"profile\.json is no seccomp profile"):
+    with pytest.raises(errors.InvalidArgument, match=r"profile\.json is not a seccomp profile"):
         load_profile(tmp_path, profile)
 
 

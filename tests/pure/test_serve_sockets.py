@@ -123,7 +123,7 @@ def test_the_plugin_waits_for_a_descriptor(tmp_path: Path, refused: Refused) -> 
 
 
 def test_what_a_killed_server_left_beside_its_socket_goes(tmp_path: Path) -> None:
-    """Whoever had made it has gone; what is in use, or is no socket, stays."""
+    """Whoever had made it has gone; what is in use, or is not a socket, stays."""
     for name in (f"s.{os.getpid()}", "s.1234567", "s.x", "other.5"):
         listening(tmp_path / name).close()
     (tmp_path / "s.77").touch()
@@ -174,7 +174,7 @@ def test_a_socket_without_a_path_is_not_taken(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
         monkeypatch.setenv("LISTEN_FDS", "1")
         monkeypatch.setattr(sockets, "_FIRST", os.dup(listener.fileno()))
-        with pytest.raises(errors.InvalidArgument, match="no absolute path"):
+        with pytest.raises(errors.InvalidArgument, match="not an absolute path"):
             sockets.inherited(None)
 
 

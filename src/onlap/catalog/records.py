@@ -96,7 +96,7 @@ def get(connection: sqlite3.Connection, owner: str, name: str) -> Record:
 
 
 def is_text(name: str) -> bool:
-    """Whether SQLite can store it, whose text is UTF-8; InvalidArgument for what is no text at all."""
+    """Whether SQLite can store it, whose text is UTF-8; InvalidArgument for what is not text at all."""
     check_text(name, "key or name of a snapshot")
     try:
         name.encode()

@@ -144,10 +144,12 @@ def parse_memory(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise errors.InvalidArgument(f"{shown(text)} is no size", key=text, hint="give it as 512m or 2g")
+        raise errors.InvalidArgument(f"{shown(text)} is not a size", key=text, hint="give it as 512m or 2g")
     size = int(match[1]) * _UNITS[(match[2] or "b").lower()]
     if not _MIN_MEMORY <= size < 1 << 63:
-        raise errors.InvalidArgument(f"{shown(text)} is no size of memory that works", key=text, hint="6m is the least")
+        raise errors.InvalidArgument(
+            f"{shown(text)} is not a size of memory that works", key=text, hint="6m is the least"
+        )
     return size
 
 
@@ -158,7 +160,9 @@ def parse_cpus(text: str) -> float:
         InvalidArgument: it is none.
     """
     if not re.fullmatch(r"[0-9]{0,5}(\.[0-9]{1,9})?", text) or not text or float(text) < 0.01:
-        raise errors.InvalidArgument(f"{shown(text)} is no number of processors", key=text, hint="give it as 0.5 or 2")
+        raise errors.InvalidArgument(
+            f"{shown(text)} is not a number of processors", key=text, hint="give it as 0.5 or 2"
+        )
     return float(text)
 
 
@@ -171,7 +175,7 @@ def parse_pids(text: str) -> int | None:
     if text == "-1":
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        raise errors.InvalidArgument(f"{shown(text)} is no number of processes", key=text, hint="-1 for any")
+        raise errors.InvalidArgument(f"{shown(text)} is not a number of processes", key=text, hint="-1 for any")
     return int(text)
 
 
@@ -194,7 +198,7 @@ def read_variables(path: str, ours: Mapping[str, str]) -> dict[str, str]:
 
     Raises:
         NotFound: there is no such file.
-        InvalidArgument: it is no text, or a line is of another form.
+        InvalidArgument: it is not text, or a line is of another form.
     """
     with errors.translated("read the variables", key=path), open(path, "rb") as file:
         data = file.read(_MAX_TEXT)

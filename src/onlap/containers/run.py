@@ -111,7 +111,7 @@ def _image_source(images: Images, name: str, progress: Callback | None, pull: Pu
     try:
         image = images.get(name)
     except (errors.NotFound, errors.InvalidArgument) as error:
-        # What is no name of an image may be one of a snapshot.
+        # What is not a name of an image may be one of a snapshot.
         if pull is None or not isinstance(error, errors.NotFound):
             raise errors.NotFound(
                 f"there is no snapshot and no image {shown(name)}",

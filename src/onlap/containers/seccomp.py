@@ -47,7 +47,7 @@ def load(path: str, capabilities: Collection[str]) -> dict[str, object]:
 
     Raises:
         NotFound: there is no such file.
-        InvalidArgument: it is no profile.
+        InvalidArgument: it is not a profile.
         OnlapError: it cannot be read.
     """
     with errors.translated("read the seccomp profile", key=path), open(path, "rb") as file:
@@ -56,7 +56,7 @@ def load(path: str, capabilities: Collection[str]) -> dict[str, object]:
         return _specification(json.loads(data), os.uname().machine, capabilities)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise errors.InvalidArgument(
-            f"{shown(path)} is no seccomp profile: {type(error).__name__}: {shown(error)}",
+            f"{shown(path)} is not a seccomp profile: {type(error).__name__}: {shown(error)}",
             key=path,
             hint="it is JSON as in /usr/share/containers/seccomp.json",
         ) from error

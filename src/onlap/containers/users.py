@@ -100,7 +100,7 @@ def _number(text: str, what: str) -> int | None:
         return None
     number = int(text[:20])
     if number > _LAST_ID:
-        raise errors.InvalidArgument(f"{text} is no number of a {what}", key=text, hint=f"they end at {_LAST_ID}")
+        raise errors.InvalidArgument(f"{text} is not the number of a {what}", key=text, hint=f"they end at {_LAST_ID}")
     return number
 
 

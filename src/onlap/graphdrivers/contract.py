@@ -55,7 +55,7 @@ class ProtoDriver(Protocol):
     ) -> None:
         """Make an empty layer that will be read-only once something stands on it.
 
-        A repetition of a call that got through is no error as long as the layer is empty: dockerd repeats a call
+        A repetition of a call that got through is not an error as long as the layer is empty: dockerd repeats a call
         when the connection breaks.
 
         Args:
@@ -131,7 +131,7 @@ class DiffDriver(Protocol):
         Args:
             id: the layer.
             parent: what it is compared with; everything is new when it is empty.
-            out: where to write. What was written before an error is no archive.
+            out: where to write. What was written before an error is not an archive.
         """
         ...
 
@@ -151,7 +151,7 @@ class DiffDriver(Protocol):
             How many bytes the layer's files have.
 
         Raises:
-            InvalidArgument: it is no archive, or has an entry that no honest archive has.
+            InvalidArgument: it is not an archive, or has an entry that no honest archive has.
             DataLoss: it is truncated.
             ResourceExhausted: the disk is full. As after any other error, what was applied is gone.
         """

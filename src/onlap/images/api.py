@@ -56,7 +56,7 @@ class Images(Index):
             NotFound: the registry has no such image, or none for the platform.
             PermissionDenied: the registry does not let us.
             Unavailable: it cannot be reached, or kept failing.
-            InvalidArgument, Unimplemented: it is no image, or none that can be unpacked; the message says why.
+            InvalidArgument, Unimplemented: it is not an image, or none that can be unpacked; the message says why.
             DataLoss: it sent something else than it said.
         """
         from onlap.images.registry import pull
@@ -116,7 +116,7 @@ class Images(Index):
 
         Raises:
             NotFound: there is no such file, or no image for the platform in it.
-            InvalidArgument, Unimplemented: it is no image, or none that can be unpacked; the message says why.
+            InvalidArgument, Unimplemented: it is not an image, or none that can be unpacked; the message says why.
             DataLoss: it is damaged.
         """
         from onlap.images.formats import importing

@@ -93,7 +93,7 @@ class Index:
 
         Raises:
             NotFound: there is none.
-            InvalidArgument: it is no name.
+            InvalidArgument: it is not a name.
             FailedPrecondition: it is the beginning of several digests.
             DataLoss: what the image consists of is damaged or gone.
         """
@@ -220,7 +220,7 @@ class Index:
 
         Raises:
             NotFound: there is no such image.
-            InvalidArgument: it is no name.
+            InvalidArgument: it is not a name.
         """
         image = self.get(name)._replace(name=names.given(new))
         self.record(image)

@@ -58,7 +58,7 @@ def meant(connection: sqlite3.Connection, reference: str) -> list[ImageRecord]:
 
     Raises:
         NotFound: there is none.
-        InvalidArgument: it is no name.
+        InvalidArgument: it is not a name.
         FailedPrecondition: it is the beginning of several digests.
     """
     parsed = names.parse(reference)

@@ -56,14 +56,14 @@ def check_plan(mounts: object) -> list[Mount]:
         return [mounts]
     if isinstance(mounts, (str, bytes, os.PathLike)):
         raise errors.InvalidArgument(
-            f"{shown(repr(mounts))} is no plan to mount",
+            f"{shown(repr(mounts))} is not a plan to mount",
             hint="give what mounts(key) or prepare(key) answers; or use a store: store.mounted(key)",
         )
     plan: list[Mount] = []
     for mount in mounts if isinstance(mounts, Iterable) else [mounts]:
         if not isinstance(mount, Mount):
             raise errors.InvalidArgument(
-                f"{shown(repr(mount))} is no onlap.Mount", hint="give what mounts(key) or prepare(key) answers"
+                f"{shown(repr(mount))} is not an onlap.Mount", hint="give what mounts(key) or prepare(key) answers"
             )
         plan.append(mount)
     if not plan:

@@ -44,7 +44,7 @@ def inherited(path: str | None) -> socket.socket | None:
         found = socket.socket(fileno=_FIRST)
         listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
-        raise errors.InvalidArgument(f"what was handed over is no socket: {error.strerror}") from error
+        raise errors.InvalidArgument(f"what was handed over is not a socket: {error.strerror}") from error
     if (found.family, found.type, listens) != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
         raise errors.InvalidArgument("what was handed over is not a unix socket that listens")
     os.set_inheritable(_FIRST, False)
@@ -58,7 +58,9 @@ def inherited(path: str | None) -> socket.socket | None:
 
 def _check_place(where: str | bytes, wanted: str | None) -> None:
     if not isinstance(where, str) or not where.startswith("/"):  # bytes: an abstract one (unix(7))
-        raise errors.InvalidArgument(f"the socket that was handed over is at {shown(where)}, which is no absolute path")
+        raise errors.InvalidArgument(
+            f"the socket that was handed over is at {shown(where)}, which is not an absolute path"
+        )
     if wanted is not None and where != wanted:
         raise errors.InvalidArgument(
             f"the socket that was handed over is at {shown(where)}, not at {shown(wanted)}",
@@ -99,7 +101,7 @@ def claim(path: str) -> None:
     except OSError as error:
         raise errors.from_oserror(error, doing="make the directory of the socket", key=directory) from error
     if not stat.S_ISSOCK(status.st_mode):
-        raise errors.FailedPrecondition(f"{shown(path)} is no socket", key=path, hint="give another path")
+        raise errors.FailedPrecondition(f"{shown(path)} is not a socket", key=path, hint="give another path")
     with errors.translated("see whether somebody listens on it", key=path):
         answers = _answers(path)
     if answers:

@@ -279,7 +279,9 @@ class RecordedSnapshotter(ABC):
     def update(self, info: Info, *fieldpaths: str) -> Info:
         """See :meth:`Snapshotter.update`."""
         if not isinstance(info, Info):
-            raise errors.InvalidArgument(f"{shown(repr(info))} is no onlap.Info", hint="give what stat(key) answers")
+            raise errors.InvalidArgument(
+                f"{shown(repr(info))} is not an onlap.Info", hint="give what stat(key) answers"
+            )
         changes: dict[str, str | None] = {}
         whole = not fieldpaths
         for path in fieldpaths:

@@ -52,7 +52,7 @@ def mounted(
         Where the tree is.
 
     Raises:
-        InvalidArgument: it is no plan.
+        InvalidArgument: it is not a plan.
         NotFound, FailedPrecondition: the snapshot was removed, or committed, since its plan was given.
         Busy: it is being committed, removed or applied to; or, at the end, somebody still used it: ``.holders`` says
             who, and the mount is left to the next cleanup, as is one that another is mounted above.

@@ -126,7 +126,7 @@ class Copier:
         return Copied(self._entries, self._size, dict(self._skipped))
 
     def entry(self, source_dir: int, name: str, target_dir: int, target_name: str) -> None:
-        """Copy one file that is no directory, as a copy-up does.
+        """Copy one file that is not a directory, as a copy-up does.
 
         Raises:
             OSError: it cannot be read or written.

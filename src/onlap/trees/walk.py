@@ -157,7 +157,7 @@ def open_on_mount(dir_fd: int, name: str, flags: int = OPEN_DIRECTORY) -> int:
     """Open a directory that is neither a symlink nor a mount point; st_dev does not tell a bind of the same filesystem.
 
     Raises:
-        OSError: EXDEV where something is mounted; ELOOP or ENOTDIR where it is no directory.
+        OSError: EXDEV where something is mounted; ELOOP or ENOTDIR where it is not a directory.
     """
     try:
         return files.openat2(name, flags, dir_fd=dir_fd, resolve=files.RESOLVE_NO_XDEV | files.RESOLVE_NO_SYMLINKS)

@@ -155,7 +155,7 @@ class Layout:
         return errors.FailedPrecondition(f"the root {shown(self.root)} {why}", key=self.root, hint=hint)
 
     def make_reserve(self) -> None:
-        """Allocate the reserve when it is not all there; a disk too full for it, or read-only, is no error."""
+        """Allocate the reserve when it is not all there; a disk too full for it, or read-only, is not an error."""
         try:
             for name in self._reserved_inodes:
                 if not os.path.lexists(name):

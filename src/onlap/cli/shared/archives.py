@@ -58,7 +58,8 @@ def check_no_archive(call: Call, needs: str, *options: str) -> None:
 def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Written]) -> None:
     """Write an archive to a file, or to standard output, and say what it is.
 
-    A file appears under its name only when it is whole. What is there and is no file (a device, a pipe) is written to.
+    A file appears under its name only when it is whole. What is there and is no file (a device,
+    a pipe) is written to.
     """
     args, out = call.args, call.out
     compression = args.compress or "none"
@@ -94,7 +95,7 @@ def source_date_epoch() -> int | None:
     """SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch): seconds; no time of what is made is later.
 
     Raises:
-        InvalidArgument: it is no number.
+        InvalidArgument: it is not a number.
     """
     text = os.environ.get("SOURCE_DATE_EPOCH", "")
     if not text:

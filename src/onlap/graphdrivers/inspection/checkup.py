@@ -98,7 +98,7 @@ def _links(root: Root) -> Iterator[Problem]:
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
         if not os.path.islink(path):
-            yield Problem("damaged", f"{layout.LINKS}/{name}", "it is no symlink", "see where it came from")
+            yield Problem("damaged", f"{layout.LINKS}/{name}", "it is not a symlink", "see where it came from")
             continue
         target = os.readlink(path)
         targets[target] += 1

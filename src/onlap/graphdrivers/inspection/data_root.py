@@ -193,7 +193,7 @@ def open_root(directory: str, driver: str | None = None) -> Root:
         known = sorted(os.listdir(os.path.join(directory, "image")))
     except FileNotFoundError as error:
         raise errors.NotFound(
-            f"{shown(directory)} is no data root of Docker: there is no image/ in it",
+            f"{shown(directory)} is not a data root of Docker: there is no image/ in it",
             key=directory,
             hint="docker info shows where it is, as Docker Root Dir",
         ) from error

@@ -131,7 +131,7 @@ def timestamp(epoch: int | None) -> str:
         InvalidArgument: that is before 1970, or has no place in RFC 3339.
     """
     if epoch is not None and not 0 <= epoch <= _LAST_SECOND:
-        raise errors.InvalidArgument(f"the time {epoch} is no number of seconds since 1970", hint="see date +%s")
+        raise errors.InvalidArgument(f"the time {epoch} is not a number of seconds since 1970", hint="see date +%s")
     seconds, rest = divmod(time.time_ns(), 1_000_000_000) if epoch is None else (epoch, 0)
     text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{text}.{rest:09d}Z" if rest else f"{text}Z"

@@ -201,10 +201,10 @@ def _expose(state: _State, value: str) -> None:
     for word in state.expand(value).split():
         match = _PORT.fullmatch(word)
         if match is None:
-            raise ValueError(f"{shown(word)} is no port")
+            raise ValueError(f"{shown(word)} is not a port")
         first, last = int(match[1]), int(match[2] or match[1])
         if not 0 < first <= last <= 65535:
-            raise ValueError(f"{shown(word)} is no port")
+            raise ValueError(f"{shown(word)} is not a port")
         for port in range(first, last + 1):
             ports[f"{port}/{(match[3] or 'tcp').lower()}"] = {}
 

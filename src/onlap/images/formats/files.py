@@ -116,7 +116,7 @@ class DirectoryFiles:
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise errors.InvalidArgument(f"{shown(where)} is no file", key=name)
+            raise errors.InvalidArgument(f"{shown(where)} is not a file", key=name)
         return os.fdopen(fd, "rb")
 
     def _where(self, name: str) -> str:
@@ -146,7 +146,7 @@ class TarFiles:
 
     Raises:
         NotFound: there is no such archive.
-        InvalidArgument: it is no archive.
+        InvalidArgument: it is not an archive.
         DataLoss: it is damaged.
     """
 
@@ -222,7 +222,7 @@ class TarFiles:
                 return member
             else:
                 break
-        raise errors.InvalidArgument(f"{shown(name)} in {shown(self._path)} is no file", key=name)
+        raise errors.InvalidArgument(f"{shown(name)} in {shown(self._path)} is not a file", key=name)
 
 
 def _chunks(fd: int, offset: int) -> Callable[[], bytes]:

@@ -72,7 +72,7 @@ def images(source: Files, wanted: Platform, name: str | None, fallback: str | No
     data = files.read(source, INDEX_FILE, model.MAX_MANIFEST)
     index = model.decode_document(data, "", INDEX_FILE)
     if not isinstance(index, Index):
-        raise errors.InvalidArgument(f"the {INDEX_FILE} is no index")
+        raise errors.InvalidArgument(f"the {INDEX_FILE} is not an index")
     # Entries of one name are one image for several platforms, laid out flat.
     groups: dict[str | None, list[Descriptor]] = {}
     for descriptor in index.manifests:

@@ -95,7 +95,7 @@ class LayerTotal(NamedTuple):
 
     Attributes:
         layer: its number.
-        files: how many it holds that are no directories.
+        files: how many it holds that are not directories.
         size: their bytes of content; another name of the same file counts nothing.
         wasted: how many of them layers above hide.
     """

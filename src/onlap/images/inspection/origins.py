@@ -66,7 +66,7 @@ class Tree:
         self._top: _Directory = {}
 
     def put(self, path: str, layer: int, size: int, own: int) -> None:
-        """A layer has a file here that is no directory."""
+        """A layer has a file here that is not a directory."""
         directory, name = self._parent(path, layer)
         self._hide(directory, name, path, layer)
         directory[name] = Origin(layer, size, own)
@@ -86,7 +86,7 @@ class Tree:
         self._hide(directory, name, path, layer)
 
     def files(self) -> dict[str, Origin]:
-        """Every file that shows and is no directory, by its path."""
+        """Every file that shows and is not a directory, by its path."""
         found: dict[str, Origin] = {}
         todo: list[tuple[str, _Directory]] = [("", self._top)]
         while todo:

@@ -188,9 +188,9 @@ def _read(path: str) -> dict[str, Any] | None:
     try:
         document = json.loads(data or b"{}")
     except (ValueError, RecursionError) as error:
-        raise errors.InvalidArgument(f"{shown(path)} is no JSON: {error}", key=path) from error
+        raise errors.InvalidArgument(f"{shown(path)} is not valid JSON: {error}", key=path) from error
     if not isinstance(document, dict):
-        raise errors.InvalidArgument(f"{shown(path)} is no configuration of Docker or Podman", key=path)
+        raise errors.InvalidArgument(f"{shown(path)} is not a configuration of Docker or Podman", key=path)
     return document
 
 
@@ -210,7 +210,7 @@ def _table(document: dict[str, Any], name: str, path: str) -> dict[str, Any]:
     if table is None:
         return {}
     if not isinstance(table, dict):
-        raise errors.InvalidArgument(f"{shown(path)}: {name} is no table", key=path)
+        raise errors.InvalidArgument(f"{shown(path)}: {name} is not a table", key=path)
     return table
 
 

@@ -105,7 +105,7 @@ class RegistrySession:
             self._base = f"{'http' if self._connections.plain else 'https'}://{host}/v2/{repository}/"
             self._origin = split(self._base)
         except ValueError as error:
-            raise errors.InvalidArgument(f"{shown(registry)} is no host: {error}", key=registry) from error
+            raise errors.InvalidArgument(f"{shown(registry)} is not a host: {error}", key=registry) from error
         self._credentials = access.credentials
         self._pause = pause
         self._mutex = threading.Lock()
@@ -253,7 +253,7 @@ class RegistrySession:
             scheme, host, found = "", "", location
         if not host:
             raise errors.FailedPrecondition(
-                f"{self.registry} leads to {shown(found[:200])!r}, which is no URL", key=self.registry
+                f"{self.registry} leads to {shown(found[:200])!r}, which is not a URL", key=self.registry
             )
         if not self._connections.may_reach(scheme, host):
             raise errors.PermissionDenied(

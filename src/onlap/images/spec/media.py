@@ -48,7 +48,7 @@ def check_config(media_type: str, digest: str) -> None:
     """Raise Unimplemented when the configuration is not that of a container image."""
     if media_type not in CONFIGS:
         raise errors.Unimplemented(
-            f"{digest} is no container image: its configuration is of the type {shown(media_type)}",
+            f"{digest} is not a container image: its configuration is of the type {shown(media_type)}",
             key=digest,
             hint="it may be a chart, a signature or another artifact",
         )

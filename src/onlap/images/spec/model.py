@@ -151,7 +151,7 @@ def decode_document(data: bytes, media_type: str, digest: str) -> Manifest | Ind
     document = _decode(data, dict[str, Any], digest)
     said = document.get("mediaType")
     if said is not None and not isinstance(said, str):
-        raise _bad(digest, "its media type is no string")
+        raise _bad(digest, "its media type is not a string")
     # Two readers must not see two different images in the same bytes (CVE-2021-41190).
     if "manifests" in document and ("layers" in document or "config" in document):
         raise _bad(digest, "it is a manifest and an index at once")

@@ -118,9 +118,9 @@ def _split_registry(rest: str, name: str) -> tuple[str, str]:
         return DOCKER_HUB, rest
     match = _REGISTRY.fullmatch(first)
     if match is None or len(match[1]) > _MAX_HOST or not (match[2] is None or _is_ipv6(match[2])):
-        raise _bad(name, f"{shown(first)!r} is no host")
+        raise _bad(name, f"{shown(first)!r} is not a host")
     if match[3] is not None and not 0 < int(match[3]) <= _MAX_PORT:
-        raise _bad(name, f"{match[3]} is no port: those are from 1 to {_MAX_PORT}")
+        raise _bad(name, f"{match[3]} is not a port: those are from 1 to {_MAX_PORT}")
     return (DOCKER_HUB if first in ("index.docker.io", "registry-1.docker.io") else first), others
 
 

@@ -138,7 +138,7 @@ class Applier:
         if any(name.startswith(paths.AUFS_PREFIX) for name in names):
             return True  # AUFS's own files
         if any(name.startswith(paths.WHITEOUT_PREFIX) for name in names[:-1]):
-            raise ValueError("a whiteout is no directory")
+            raise ValueError("a whiteout is not a directory")
         if not base.startswith(paths.WHITEOUT_PREFIX):
             return False
         self._parent_path = None

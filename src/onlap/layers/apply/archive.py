@@ -99,7 +99,7 @@ def apply(
             goes up.
 
     Raises:
-        InvalidArgument: it is no archive, or has an entry that no honest archive has; the message names it.
+        InvalidArgument: it is not an archive, or has an entry that no honest archive has; the message names it.
         DataLoss: it is truncated or damaged.
         DigestMismatch: it is not what ``digest`` or ``diff_id`` says.
         ResourceExhausted: a limit, or the disk's end, was reached.

@@ -88,7 +88,7 @@ class Attributes:
         """Set an entry's xattrs, but for those that must not come from an archive.
 
         Args:
-            target: a descriptor, or a path through ``/proc/self/fd`` to what is no symlink to follow.
+            target: a descriptor, or a path through ``/proc/self/fd`` to what is not a symlink to follow.
 
         Raises:
             ValueError: an xattr has an impossible name or value.

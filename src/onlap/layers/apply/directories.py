@@ -67,7 +67,7 @@ class Directory:
 
 
 class Blocked:
-    """The answer that something in the layer, which is no directory, is in the way."""
+    """The answer that something in the layer, which is not a directory, is in the way."""
 
     __slots__ = ()
 
@@ -94,7 +94,7 @@ class Directories:
         """The directory at ``path``, none of whose names may be a symlink.
 
         Returns:
-            None where it does not exist, :data:`BLOCKED` where a name on the way, or the last one, is no directory.
+            None where it does not exist, :data:`BLOCKED` where a name on the way, or the last one, is not a directory.
 
         Raises:
             OSError: it cannot be opened.

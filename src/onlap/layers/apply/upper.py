@@ -105,7 +105,7 @@ class Upper:
         self._borrowed.discard(path)
 
     def is_own(self, path: str) -> bool:
-        """Whether the archive made what the layer has at ``path``, which is no whiteout."""
+        """Whether the archive made what the layer has at ``path``, which is not a whiteout."""
         return path in self._own if self.tracking else path not in self._borrowed
 
     def forget(self, path: str) -> None:
@@ -247,7 +247,7 @@ class Upper:
         if not create:
             return None
         if not is_whiteout(status) and self.is_own(child):
-            raise ValueError(f"{shown(child)} on the way to it is no directory")
+            raise ValueError(f"{shown(child)} on the way to it is not a directory")
         directory, _ = self.replace_by_directory(upper, name, child)
         self._make_implicit(directory, None)
         return ""

@@ -198,7 +198,7 @@ class Whiteouts:
         return True
 
     def _prune_files(self, path: str, left: set[str]) -> list[str]:
-        """Remove what is no directory; the directories in it, as paths."""
+        """Remove what is not a directory; the directories in it, as paths."""
         directory = self._directories.find(path)
         if not isinstance(directory, Directory):
             return []

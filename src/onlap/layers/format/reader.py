@@ -100,7 +100,7 @@ class TarReader:
         """The next entry; None at the end. Data of the current one that was not taken is passed over.
 
         Raises:
-            InvalidArgument: what comes next is no tar entry, or a malformed one.
+            InvalidArgument: what comes next is not a tar entry, or a malformed one.
             DataLoss: the archive ends in the middle of an entry.
         """
         records: Mapping[str, bytes] | None = None
@@ -247,7 +247,7 @@ class TarReader:
             offset = self.position - BLOCK
             if offset == 0:
                 raise errors.InvalidArgument(
-                    "this is no tar archive, nor one that is compressed with gzip, zstd, bzip2 or xz"
+                    "this is not a tar archive, nor one that is compressed with gzip, zstd, bzip2 or xz"
                 )
             raise bad("its checksum is wrong", None, offset)
         return header
@@ -387,7 +387,7 @@ class TarReader:
             if not sparse_files.is_pax(records):
                 return
             if entry.type in _HEADER_ONLY:
-                raise ValueError("it is no file")
+                raise ValueError("it is not a file")
             sparse_files.read_pax(entry, records, self._data_block)
         except ValueError as error:
             raise bad(f"its sparse map: {error}", entry.name, entry.offset) from None

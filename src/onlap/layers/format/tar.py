@@ -193,7 +193,7 @@ def parse_size(field: bytes, name: str | None, offset: int) -> int:
         offset: of the entry in the archive, likewise.
 
     Raises:
-        InvalidArgument: it is no size.
+        InvalidArgument: it is not a size.
     """
     try:
         size = parse_number(field)

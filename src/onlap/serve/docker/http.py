@@ -164,9 +164,9 @@ def _request(name: str, body: io.RawIOBase) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise errors.InvalidArgument("the request is no JSON") from error
+        raise errors.InvalidArgument("the request is not valid JSON") from error
     if not isinstance(value, dict):
-        raise errors.InvalidArgument("the request is no JSON object")
+        raise errors.InvalidArgument("the request is not a JSON object")
     return value
 
 

@@ -134,7 +134,7 @@ class Service:
             {},
         )
         if not state.home.startswith("/"):
-            raise errors.InvalidArgument(f"Home is no absolute path: {state.home!r}")
+            raise errors.InvalidArgument(f"Home is not an absolute path: {state.home!r}")
         with self._mutex:
             while self._running:
                 self._mutex.wait()
