@@ -59,8 +59,8 @@ def check_texts(value: object, what: str) -> None:
 
 
 def check_number(value: object, what: str, *, whole: bool = False) -> None:
-    """Raise InvalidArgument for what is not a whole number."""
-    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+    """Raise InvalidArgument for what is no number (as NaN), or no whole one."""
+    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool) or value != value:
         raise _wrong(value, what, "an int" if whole else "a number")
 
 

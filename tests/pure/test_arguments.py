@@ -13,6 +13,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.graphdrivers import open_driver
+from onlap.mounts import plan
 from onlap.store import Store
 
 
@@ -149,3 +150,12 @@ def test_wrong_arguments(store: Store, call: str, tmp_path: Path, monkeypatch: p
 def test_the_hint_says_what_belongs_there(store: Store, call: Callable[[Store], object], said: str) -> None:
     with pytest.raises(errors.InvalidArgument, match=said):
         call(store)
+
+
+@pytest.mark.parametrize("timeout", [None, "5", float("nan"), True])
+def test_a_timeout_is_a_number(root: Path, timeout: object) -> None:
+    with pytest.raises(errors.InvalidArgument, match="timeout"):
+        onlap.open(root, snapshotter="native", timeout=timeout)  # type: ignore[arg-type]
+    mount = plan.bind(str(root), readonly=True)
+    with pytest.raises(errors.InvalidArgument, match="timeout"), onlap.mounted(mount, timeout=timeout):  # type: ignore[arg-type]
+        pass

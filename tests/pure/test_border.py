@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import onlap
 from onlap import errors
+from onlap.content.store import ContentStore
+from onlap.snapshots import recorded
 from onlap.store import Store
 
 
@@ -125,3 +127,31 @@ def test_a_system_call_that_fails_anywhere(
                     pass
             store.prepare(f"after-{n}")
             assert {f"after-{m}" for m in range(1, n + 1)} <= {info.name for info in store.walk()}
+
+
+def test_a_snapshotter_and_a_content_store_alone_are_guarded_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> object:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with onlap.OverlaySnapshotter(root, sync="none") as snapshotter:
+        content = ContentStore(snapshotter.catalog)
+        monkeypatch.setattr(snapshotter.catalog, "get", fails)
+        monkeypatch.setattr(content, "path", fails)
+        calls: list[Callable[[], object]] = [
+            lambda: snapshotter.stat("key"),
+            lambda: snapshotter.mounts("key"),
+            lambda: list(snapshotter.changes("key")),
+            lambda: snapshotter.remove("key"),
+            lambda: content.has("sha256:" + "0" * 64),
+        ]
+        for call in calls:
+            with pytest.raises(errors.ResourceExhausted):
+                call()
+        with pytest.raises(errors.InvalidArgument, match="digest"):
+            ContentStore(snapshotter.catalog).open(5)  # type: ignore[arg-type]
+    monkeypatch.setattr(recorded, "Catalog", fails)
+    with pytest.raises(errors.ResourceExhausted):
+        onlap.OverlaySnapshotter(root)
+    monkeypatch.undo()
+    with pytest.raises(errors.InvalidArgument, match="Properties"):
+        onlap.OverlaySnapshotter(root, properties="trusted")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from onlap import errors
+from onlap.arguments import check_text
 from onlap.errors import shown
 
 PREFIX = "sha256:"
@@ -18,6 +19,7 @@ def check_digest(digest: str) -> str:
         InvalidArgument: it is none; so that no part of it ever leads a path elsewhere.
         Unimplemented: it is of another algorithm than SHA-256.
     """
+    check_text(digest, "digest")
     algorithm, colon, value = digest.partition(":")
     if algorithm != "sha256" and colon and algorithm in ("sha384", "sha512", "blake3"):
         raise errors.Unimplemented(f"digests of {algorithm} are not supported: {shown(digest)}", key=digest)

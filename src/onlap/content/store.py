@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import BinaryIO
 
 from onlap import errors
+from onlap.border import public_class
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.db.database import Connection
@@ -32,6 +33,7 @@ _AT_ONCE = 64
 _CHUNK = 1 << 20
 
 
+@public_class
 class ContentStore:
     """The blobs of a root.
 

@@ -104,6 +104,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     def _settle(self) -> None:
         wanted = self._wanted
+        if wanted is not None and not isinstance(wanted, Properties):
+            raise errors.InvalidArgument(f"properties is {shown(repr(wanted))}", hint="it must be Properties")
         if wanted is not None and wanted.redirect_dir and wanted.flavour == USER:
             raise errors.InvalidArgument(
                 "redirect_dir needs trusted xattrs: the kernel takes it not together with userxattr"

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from onlap import errors
 from onlap.arguments import check_text
+from onlap.border import public
 from onlap.catalog import records
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
@@ -62,6 +63,7 @@ class RecordedSnapshotter(ABC):
         NotFound, FailedPrecondition, Unavailable, DataLoss: the root cannot be opened; the error says why.
     """
 
+    @public
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -171,6 +173,7 @@ class RecordedSnapshotter(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @public
     def close(self) -> None:
         """Let go of everything; idempotent."""
         self.catalog.close()
@@ -182,6 +185,7 @@ class RecordedSnapshotter(ABC):
 
     # Looking
 
+    @public
     def stat(self, key: str) -> Info:
         """See :meth:`Snapshotter.stat`."""
         return self._info(self.record(key))
@@ -190,6 +194,7 @@ class RecordedSnapshotter(ABC):
         """The catalog's record of a snapshot; NotFound if there is none."""
         return self.catalog.get(self._owner, key)
 
+    @public
     def check_free(self, name: str) -> None:
         """Raise AlreadyExists when a name is taken."""
         check_name(name, "name")
@@ -199,6 +204,7 @@ class RecordedSnapshotter(ABC):
     def _info(self, record: Record) -> Info:
         return record.info
 
+    @public
     def walk(self, *filters: str) -> Iterator[Info]:
         """See :meth:`Snapshotter.walk`."""
         # Parsed now, so that a wrong filter raises where it is given rather than at the first step of the walk.
@@ -207,6 +213,7 @@ class RecordedSnapshotter(ABC):
         found = map(self._info, self.catalog.walk(self._owner, Condition(sql, parameters)))
         return (info for info in found if parsed.matches(info))
 
+    @public
     def usage(self, key: str) -> Usage:
         """See :meth:`Snapshotter.usage`."""
         record = self.record(key)
@@ -217,6 +224,7 @@ class RecordedSnapshotter(ABC):
                 return Usage(*self.catalog.usage(record))
             return usage(self.catalog.layout.tree(record.id))
 
+    @public
     def mounts(self, key: str) -> list[Mount]:
         """See :meth:`Snapshotter.mounts`."""
         record = self.record(key)
@@ -263,6 +271,7 @@ class RecordedSnapshotter(ABC):
             self._ancestors[parent] = known
         return known
 
+    @public
     def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
         """See :meth:`Differ.changes`; trees are compared through the layers' directories, and nothing is mounted."""
         new = self.record(key if other is None else other)
@@ -276,6 +285,7 @@ class RecordedSnapshotter(ABC):
 
     # Changing
 
+    @public
     def update(self, info: Info, *fieldpaths: str) -> Info:
         """See :meth:`Snapshotter.update`."""
         if not isinstance(info, Info):
@@ -308,6 +318,7 @@ class RecordedSnapshotter(ABC):
 
         return self._info(self.catalog.update(self._owner, info.name, change))
 
+    @public
     def label(self, key: str, changes: Mapping[str, str | None]) -> Info:
         """Set some labels and leave the others; None takes one away."""
         check_labels(changes)
@@ -315,10 +326,12 @@ class RecordedSnapshotter(ABC):
             self.catalog.update(self._owner, key, lambda c, record: records.set_labels(c, record.id, changes))
         )
 
+    @public
     def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.prepare`."""
         return self._new(ACTIVE, key, parent, labels or {})
 
+    @public
     def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See :meth:`Snapshotter.view`."""
         return self._new(VIEW, key, parent, labels or {})
@@ -350,6 +363,7 @@ class RecordedSnapshotter(ABC):
             raise
         return self._plan(record, below)
 
+    @public
     def commit(
         self,
         name: str,
@@ -387,6 +401,7 @@ class RecordedSnapshotter(ABC):
                     self.catalog.sync()
             self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
 
+    @public
     def remove(self, key: str, *, force: bool = False) -> None:
         """See :meth:`Snapshotter.remove`.
 
@@ -409,6 +424,7 @@ class RecordedSnapshotter(ABC):
         with exclusion.unused(self, record):
             self.catalog.remove(self._owner, key, wait=wait, only=record.id)
 
+    @public
     def cleanup(self) -> None:
         """See :meth:`Cleaner.cleanup`."""
         self.catalog.cleanup()

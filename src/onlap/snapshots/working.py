@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.arguments import check_path
+from onlap.arguments import check_number, check_path
 from onlap.border import public
 from onlap.catalog.runs import Run, begin, begun, root_of
 from onlap.errors import shown
@@ -60,6 +60,7 @@ def mounted(
         OnlapError: of another kind, for what the kernel says.
     """
     plan = temporary.check_plan(mounts)
+    check_number(timeout, "timeout")
     root = root_of(_layer(plan))
     with contextlib.ExitStack() as stack:
         run = None
