@@ -67,16 +67,6 @@ def test_a_mapping_that_maps_no_root_is_refused(place: Path, text: str) -> None:
         snapshotter.prepare("container", None, labels)
 
 
-def test_capabilities(place: Path) -> None:
-    def capabilities(name: str, *, remap_ids: bool, slow_chown: bool) -> tuple[str, ...]:
-        with OverlaySnapshotter(place / name, remap_ids=remap_ids, slow_chown=slow_chown) as snapshotter:
-            return snapshotter.capabilities
-
-    assert capabilities("plain", remap_ids=False, slow_chown=False) == ("rebase",)
-    assert capabilities("remap", remap_ids=True, slow_chown=False) == ("rebase", "remap-ids", "only-remap-ids")
-    assert capabilities("slow", remap_ids=True, slow_chown=True) == ("rebase", "remap-ids")
-
-
 def test_the_upperdir_as_a_label(place: Path) -> None:
     with OverlaySnapshotter(place, upperdir_label=True) as snapshotter:
         source = snapshotter.prepare("work")[0].source

@@ -60,7 +60,6 @@ class OverlaySnapshotter(RecordedSnapshotter):
         mount_options: more options for every overlay, as ``"volatile"``.
         remap_ids: let the labels ``containerd.io/snapshot/uidmapping`` and ``.../gidmapping`` ask for an ID-mapped
             mount (Linux 5.19).
-        slow_chown: do not insist on it: let the client copy and chown where it has to.
         unpacked: says of a key whether a layer is unpacked into it that may get a parent only at its commit. Then it is
             an overlay over an empty directory rather than a bind, so that whiteouts are written as OverlayFS has them.
         options: those of :class:`RecordedSnapshotter`.
@@ -78,7 +77,6 @@ class OverlaySnapshotter(RecordedSnapshotter):
         upperdir_label: bool = False,
         mount_options: tuple[str, ...] = (),
         remap_ids: bool = False,
-        slow_chown: bool = False,
         unpacked: Callable[[str], bool] = lambda _key: False,
         **options: object,
     ) -> None:
@@ -86,19 +84,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
         self._upperdir_label = upperdir_label
         self._mount_options = tuple(mount_options)
         self._remap_ids = remap_ids
-        self._slow_chown = slow_chown
         self._unpacked = unpacked
         super().__init__(root, **options)  # type: ignore[arg-type]
-
-    @property
-    def capabilities(self) -> tuple[str, ...]:
-        """What containerd calls this snapshotter's capabilities (snapshots/overlay/plugin/plugin.go)."""
-        found = ["rebase"] if self.markers.flavour == TRUSTED else []
-        if self._remap_ids:
-            found.append("remap-ids")
-            if not self._slow_chown:
-                found.append("only-remap-ids")
-        return tuple(found)
 
     # Properties of the root
 

@@ -24,7 +24,6 @@ _DEFAULTS: dict[str, dict[str, object]] = {
         "mount_option": [],
         "upperdir_label": False,
         "remap_ids": False,
-        "slow_chown": False,
     },
     "docker": {"sync": "layer", "name": None, "driver": "overlay2", "socket_dir": "/run/docker/plugins"},
 }
@@ -53,9 +52,6 @@ def arguments(parser: Parser) -> None:
     one.add_argument("--mount-option", metavar="O", action="append", help="for every overlay; repeatable")
     one.add_argument("--upperdir-label", action="store_true", default=None, help="show the upperdir as a label")
     one.add_argument("--remap-ids", action="store_true", default=None, help="ID-mapped mounts for user namespaces")
-    one.add_argument(
-        "--slow-chown", action="store_true", default=None, help="let containerd copy and chown where it has to"
-    )
     other = parser.add_argument_group("docker")
     other.add_argument("--name", metavar="N", help="of the plugin")
     other.add_argument("--driver", choices=("overlay", "overlay2"), help="which (overlay2)")
@@ -126,7 +122,6 @@ def _containerd(call: Call) -> int:
         "mount_options": tuple(args.mount_option),
         "upperdir_label": args.upperdir_label,
         "remap_ids": args.remap_ids,
-        "slow_chown": args.slow_chown,
         "unpacked": is_unpacked,
     }
     with ExitStack() as stack:
