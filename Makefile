@@ -9,13 +9,13 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # "make peers lint test" in that order, also under -j.
 .NOTPARALLEL:
-.PHONY: help demo peers peers-soft lint docs test test-long bench protocol clean
+.PHONY: help demo peers peers-soft lint docs dist test test-long bench protocol clean
 
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
-DOCS_STAMP := $(VENV)/.docs-up-to-date
+TOOLS_STAMP := $(VENV)/.tools-up-to-date
 
 # The Pythons to try. Each is run before it is taken: a name on PATH may be a shim without a Python behind it.
 PYTHONS := $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
@@ -83,8 +83,24 @@ lint: $(STAMP) ## ruff, mypy, the layers of the house
 	[ $$status -eq 0 ] && echo 'lint: clean'; \
 	exit $$status
 
-docs: $(DOCS_STAMP) ## the documentation as a site, in build/docs; warnings are errors
+docs: $(TOOLS_STAMP) ## the documentation as a site, in build/docs; warnings are errors
 	@$(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs && echo 'docs: build/docs/index.html'
+
+# Tests that find their way to whatever Onlap is installed: "src" is not on the path here.
+WHEEL_TESTS ?= $(addprefix tests/pure/test_,arguments.py catalog_records.py cli.py completion.py doctests.py images_model.py \
+	serve_sockets.py tar_reader.py)
+
+dist: $(TOOLS_STAMP) ## sdist and wheel, in dist; checked, and the wheel installed elsewhere and tried
+	@rm -rf dist build/wheel; set -e; \
+	$(BIN)/python -m build --outdir dist . >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }; \
+	$(BIN)/python -m twine --no-color check --strict dist/*; \
+	$(BIN)/python -m venv build/wheel; \
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check \
+		"$$(echo dist/*.whl)[containerd]" hypothesis pytest pytest-timeout; \
+	build/wheel/bin/onlap --version; \
+	test -s build/wheel/share/man/man1/onlap-diff.1; \
+	build/wheel/bin/python -c 'import onlap; assert "build/wheel" in onlap.__file__, onlap.__file__'; \
+	build/wheel/bin/python -m pytest -q -p no:cacheprovider -o pythonpath=tests $(WHEEL_TESTS)
 
 # 720 s on 2 cores is the budget of the whole run.
 test: $(STAMP) peers-soft ## the tests, in a virtual environment that this makes
@@ -123,9 +139,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,containerd]'
 	@touch $@
 
-# The site's tools are not needed for anything else.
-$(DOCS_STAMP): $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+# What only "docs" and "dist" need.
+$(TOOLS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs,dist]'
 	@touch $@
 
 # A comma inside the arguments of a call.
