@@ -264,7 +264,7 @@ class Store:
         Raises:
             OnlapError: the filesystem refuses.
         """
-        return self.snapshotter.catalog.with_room(self._collect)
+        return self.snapshotter.catalog.garbage.with_room(self._collect)
 
     def _collect(self) -> int:
         from onlap.catalog import runs

@@ -117,7 +117,7 @@ def test_a_tree_that_cannot_be_thrown_away_is_removed_all_the_same(
     store.remove("key")
     monkeypatch.undo()
     assert "key" not in store
-    assert store.snapshotter.catalog.cleanup() == 1
+    assert store.snapshotter.catalog.garbage.cleanup() == 1
 
 
 def test_a_warning_that_cannot_be_given_fails_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

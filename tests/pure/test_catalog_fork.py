@@ -365,7 +365,7 @@ os.write(1, b"done\\n")
             assert len(os.listdir(root / "staging")) == 2
             store.commit("name", "key")  # nobody writes to it
             store.remove("name")
-            assert store.snapshotter.catalog.cleanup() == 3  # the tree, and two directories of the dead
+            assert store.snapshotter.catalog.garbage.cleanup() == 3  # the tree, and two directories of the dead
             assert os.listdir(root / "staging") == []
         parent.stdin.write(b"go\n")
         parent.stdin.flush()

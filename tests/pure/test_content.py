@@ -343,5 +343,5 @@ def test_a_killed_writer_leaves_only_what_cleanup_takes(catalog: Catalog, conten
     subprocess.run([sys.executable, "-c", code, catalog.layout.root], check=False)
     assert len(files(catalog)) == 1
     assert list(content.walk()) == []
-    catalog.cleanup()
+    catalog.garbage.cleanup()
     assert files(catalog) == []

@@ -11,37 +11,27 @@ Order (so that a crash at any point loses nothing that was acknowledged, and lea
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
 
 from onlap import errors
 from onlap.arguments import check_number
 from onlap.catalog import pins, records
 from onlap.catalog.checks import check_commit, check_rebase, lost, no_parent
 from onlap.catalog.db.database import Connection, Database
-from onlap.catalog.disk.epoch import epoch
 from onlap.catalog.disk.layout import Layout
 from onlap.catalog.disk.staging import Staging
 from onlap.catalog.disk.sync import Syncer
-from onlap.catalog.disk.trash import Swept, Trash
+from onlap.catalog.disk.trash import Trash
+from onlap.catalog.garbage import Garbage
 from onlap.catalog.janitor import Janitor
 from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import Condition, Record
+from onlap.catalog.usages import Usages
 from onlap.errors import shown
-from onlap.trees.usage import usage
-
-T = TypeVar("T")
-
-# Files a second that the background deletes at most: about a tenth of what a disk of this decade manages, so that it
-# is not felt; a layer of 30,000 files is gone in ten seconds.
-_BACKGROUND_RATE = 3000.0
-# Measured in one go between two transactions of the background.
-_MEASURED_AT_ONCE = 64
 
 
 class Catalog:
@@ -51,6 +41,15 @@ class Catalog:
         root: its path.
         create: make it when it does not exist.
         timeout: how many seconds to wait for other processes.
+
+    Attributes:
+        layout: where what is.
+        database: the records.
+        staging: where trees are built.
+        trash: where they go.
+        garbage: finds what belongs to nobody, and makes room.
+        usages: how much committed snapshots take.
+        lost: snapshots whose trees a power cut took (:mod:`onlap.catalog.recovery`).
 
     Raises:
         NotFound, FailedPrecondition, Unavailable, DataLoss: see :meth:`Layout.prepare` and :meth:`Database.set_up`.
@@ -65,7 +64,6 @@ class Catalog:
         self.staging = Staging(self.layout.staging)
         self.trash = Trash(self.layout.root, self.layout.trash)
         self.lost: list[Record] = []
-        self._unmeasured: list[int] | None = None
         self._loss_to_note = False
         with contextlib.ExitStack() as on_error:
             with errors.translated("open the root", key=self.layout.root):
@@ -82,7 +80,9 @@ class Catalog:
                     after_fork=self._after_fork_in_child,
                 )
                 on_error.callback(self.database.close)
-                self.with_room(lambda: self.database.set_up(self._may_bring_up))
+                self.garbage = Garbage(self.layout, self.database, self.staging, self.trash, self._janitor.wake)
+                self.usages = Usages(self.layout, self.database)
+                self.garbage.with_room(lambda: self.database.set_up(self._may_bring_up))
                 waits = bool(self.trash.names())
             on_error.pop_all()
         _opened.add(self)
@@ -97,6 +97,11 @@ class Catalog:
         self.database.close()
         self._syncer.close()
         self._lease.release()
+
+    def _background(self, stop: Callable[[], bool]) -> bool:
+        again = self.garbage.work(stop)
+        self.usages.measure(stop)
+        return again
 
     def _take_lease(self) -> Held:
         # Whoever has the root open holds its staging directory shared; a migration needs it alone.
@@ -133,56 +138,6 @@ class Catalog:
         self._syncer.after_fork()
         self._janitor.after_fork()
 
-    def recover(self, remake: Callable[[Record], bool]) -> None:
-        """Look for trees that a power cut took, when there may have been one since the root was opened last.
-
-        A durable row does not make its fresh directory durable: the rename into ``snapshots/`` may be lost while the
-        row is kept, and an fsync of ``snapshots/`` on every prepare would double its time.
-
-        Args:
-            remake: makes what is missing of a snapshot's directory and says whether it is whole then. Those that are
-                not are in :attr:`lost`.
-        """
-        with errors.translated("open the root", key=self.layout.root):
-            now = epoch(self.layout.snapshots)
-        if self.database.read(lambda c: records.setting(c, "epoch")) == now:
-            return
-        self.lost = [record for record in self.walk(None) if not self._recovered(record, remake)]
-        if not self.lost:
-            # Else whoever opens the root next shall know as well; and as long as it cannot be written, too.
-            with contextlib.suppress(errors.OnlapError):
-                self.database.write(lambda c: records.put_setting(c, "epoch", now))
-        for record in self.lost:
-            warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, leaf first")
-
-    def _recovered(self, record: Record, remake: Callable[[Record], bool]) -> bool:
-        try:
-            if remake(record):
-                return True
-        except (OSError, errors.OnlapError) as error:
-            # One that cannot be made again must not keep the others: it is tried again when the root is opened next.
-            failure: Exception | None = error
-        else:
-            failure = None
-        # Looked at again, since whoever removes one deletes its record first.
-        if self.database.read(lambda c: records.by_id(c, record.id)) is None:
-            return True
-        if failure is not None:
-            warn(f"cannot make the tree of snapshot {shown(record.name)} again: {failure}")
-        return False
-
-    def restore(self, record: Record, staged: str) -> None:
-        """Put a tree that was made again in its place, unless another process was faster or the snapshot is gone."""
-
-        def operation(connection: Connection) -> None:
-            now = records.by_id(connection, record.id)
-            if now is None or now.kind != record.kind or os.path.isdir(self.layout.tree(record.id)):
-                return
-            self.trash.put(self.layout.snapshot(record.id))  # what a power cut left of it
-            os.rename(staged, self.layout.snapshot(record.id))
-
-        self.database.write(operation)
-
     # Reading
 
     def get(self, owner: str, name: str) -> Record:
@@ -199,16 +154,6 @@ class Catalog:
             if len(rows) < records.PAGE:
                 return
             after = rows[-1].id
-
-    def usage(self, record: Record) -> tuple[int, int]:
-        """Inodes and bytes of a committed snapshot; measured now if nobody has done it yet."""
-        if record.inodes is not None and record.size is not None:
-            return record.inodes, record.size
-        measured = usage(self.layout.tree(record.id))
-        # To know it does not need a place to note it: on a full or read-only disk it is measured again the next time.
-        with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
-            self.database.write(lambda c: records.set_usage(c, record.id, *measured))
-        return measured
 
     @contextlib.contextmanager
     def hold(self, identifiers: list[int]) -> Iterator[None]:
@@ -324,8 +269,7 @@ class Catalog:
                 raise records.not_found(record.name)
 
         self.database.write(operation)
-        if self._unmeasured is not None:
-            self._unmeasured.append(record.id)
+        self.usages.committed(record.id)
         self._janitor.wake()
 
     def remove(self, owner: str, name: str, *, wait: bool, only: int | None = None) -> None:
@@ -358,12 +302,12 @@ class Catalog:
             records.delete(connection, found.id)
             return found.id
 
-        identifier = self.with_room(lambda: self.database.write(operation))
+        identifier = self.garbage.with_room(lambda: self.database.write(operation))
         # It is removed: what goes wrong from here on is only that its space is freed later.
         try:
             self.trash.put(self.layout.snapshot(identifier))
             if wait:
-                self.sweep()
+                self.garbage.sweep()
         except (OSError, errors.OnlapError) as error:
             warn(f"cannot delete the tree of the removed snapshot {shown(name)} now: {error}")
         if not wait:
@@ -414,105 +358,6 @@ class Catalog:
         # Until it is noted no sync of this process succeeds.
         self.database.write(records.note_loss)
         self._loss_to_note = False
-
-    # Garbage
-
-    def with_room(self, action: Callable[[], T]) -> T:
-        """Do what makes room or is needed for that, also on a full disk.
-
-        The write-ahead log needs a page or two, which a full disk does not have: then the reserve is given up, and if
-        that is not enough, the trash is emptied.
-
-        Raises:
-            ResourceExhausted: there is no room even so.
-            OnlapError: what ``action`` raises.
-        """
-        make_room: Callable[[], object]
-        for make_room in (self.layout.drop_reserve, self._empty_trash):
-            try:
-                return action()
-            except errors.ResourceExhausted:
-                make_room()
-        return action()
-
-    def _empty_trash(self) -> None:
-        with errors.translated("delete a removed tree", key=self.layout.root):
-            self.trash.sweep()
-
-    def cleanup(self) -> int:
-        """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
-        self.collect()
-        return self.sweep()
-
-    def collect(self, *, wake: bool = False) -> None:
-        """Move what belongs to nobody to the trash: orphans in ``snapshots/``, staging of dead processes.
-
-        Args:
-            wake: let the background delete it, and all that waits in the trash.
-
-        Raises:
-            OnlapError: the filesystem refuses.
-        """
-        with errors.translated("clean up", key=self.layout.root):
-            self.staging.collect(lambda path: self.trash.put(path, locked=True))
-            self._collect_orphans()
-            self.layout.remove_trials()
-        if wake:
-            self._janitor.wake()
-
-    def _collect_orphans(self) -> None:
-        numbers = [int(name) for name in os.listdir(self.layout.snapshots) if re.fullmatch("[0-9]+", name)]
-        known = self.with_room(lambda: self.database.read(records.ids))
-        suspects = [number for number in numbers if number not in known]
-        if not suspects:
-            return
-
-        def operation(connection: Connection) -> None:
-            # Under the lock: a tree without a record now has none because its transaction failed, not because that
-            # is still going on.
-            now = records.ids(connection)
-            for identifier in suspects:
-                if identifier not in now:
-                    self.trash.put(self.layout.snapshot(identifier))
-
-        self.with_room(lambda: self.database.write(operation))
-
-    def sweep(self) -> int:
-        """Delete what waits in the trash and nobody uses; returns how many trees."""
-        with errors.translated("delete a removed tree", key=self.layout.root):
-            removed = self.trash.sweep().removed
-            self.layout.make_reserve()
-        return removed
-
-    def _background(self, stop: Callable[[], bool]) -> bool:
-        swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE) if self.trash.names() else Swept(0, 0)
-        if swept.removed:
-            self.layout.make_reserve()
-        self._measure(stop)
-        return swept.waiting > 0
-
-    def _measure(self, stop: Callable[[], bool]) -> None:
-        if self._unmeasured is None:
-            # Once: what others left. What they commit from now on they measure, or whoever asks first.
-            self._unmeasured = self.database.read(records.unmeasured)
-        while self._unmeasured:
-            due = self._unmeasured[:_MEASURED_AT_ONCE]
-            measured = []
-            for identifier in due:
-                if stop():
-                    return
-                try:
-                    measured.append((identifier, *usage(self.layout.tree(identifier))))
-                except OSError as error:
-                    if error.errno != errno.ENOENT:  # else it was removed meanwhile, or is lost: others tell
-                        warn(f"cannot measure a layer: {error}")
-            self.database.write(lambda c: _note_usages(c, measured))  # noqa: B023 - run at once
-            del self._unmeasured[: len(due)]
-
-
-def _note_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:
-    for identifier, inodes, size in measured:
-        records.set_usage(connection, identifier, inodes, size)
 
 
 _opened: weakref.WeakSet[Catalog] = weakref.WeakSet()

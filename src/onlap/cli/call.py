@@ -78,7 +78,7 @@ class Call:
             store.close()
             if sweep:
                 # After the close, which ends the background: it would hold trees that we want to delete.
-                store.snapshotter.catalog.sweep()
+                store.snapshotter.catalog.garbage.sweep()
 
 
 def default_root() -> str:

@@ -198,7 +198,7 @@ class Index:
             records.delete(connection, found[0].name)
             return found[0]
 
-        record = self.snapshotter.catalog.with_room(lambda: self._database.write(operation))
+        record = self.snapshotter.catalog.garbage.with_room(lambda: self._database.write(operation))
         try:
             self._remove_layers(self._image(record))
         except errors.OnlapError as error:

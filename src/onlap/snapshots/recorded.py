@@ -12,7 +12,7 @@ from typing import TypeVar
 from onlap import errors
 from onlap.arguments import check_text
 from onlap.border import public
-from onlap.catalog import records
+from onlap.catalog import records, recovery
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
 from onlap.catalog.db.database import Connection
@@ -84,7 +84,7 @@ class RecordedSnapshotter(ABC):
         self.catalog = Catalog(root, create=create, timeout=timeout)
         try:
             self._settle()
-            self.catalog.recover(self._remake)
+            recovery.recover(self.catalog, self._remake)
         except BaseException:
             self.catalog.close()
             raise
@@ -124,7 +124,7 @@ class RecordedSnapshotter(ABC):
         try:
             self._build(staged, record.kind, parent, record.labels)
             self.catalog.sync()
-            self.catalog.restore(record, staged)
+            recovery.restore(self.catalog, record, staged)
         finally:
             self.catalog.staging.discard(staged)
         return True
@@ -221,7 +221,7 @@ class RecordedSnapshotter(ABC):
             return Usage()
         with self.translated("measure snapshot", key):
             if record.kind == COMMITTED:
-                return Usage(*self.catalog.usage(record))
+                return Usage(*self.catalog.usages.of(record))
             return usage(self.catalog.layout.tree(record.id))
 
     @public
@@ -417,7 +417,7 @@ class RecordedSnapshotter(ABC):
         if force:
             self.catalog.remove(self._owner, key, wait=wait)
             return
-        self.catalog.with_room(lambda: self._remove_unused(key, wait))
+        self.catalog.garbage.with_room(lambda: self._remove_unused(key, wait))
 
     def _remove_unused(self, key: str, wait: bool) -> None:
         record = self.record(key)
@@ -427,7 +427,7 @@ class RecordedSnapshotter(ABC):
     @public
     def cleanup(self) -> None:
         """See :meth:`Cleaner.cleanup`."""
-        self.catalog.cleanup()
+        self.catalog.garbage.cleanup()
 
     @contextlib.contextmanager
     def translated(self, doing: str, key: str) -> Iterator[None]:

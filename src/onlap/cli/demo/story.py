@@ -129,7 +129,7 @@ def tell(call: Call, place: Place, line: str, material: Material) -> None:
                 records = [shown(info.name) for info in store.walk()]
                 # Ends the background, which would delete slowly.
                 store.close()
-                store.snapshotter.catalog.sweep()
+                store.snapshotter.catalog.garbage.sweep()
                 told.append(" ".join(keys))
         directories = _left_in(root)
     finally:

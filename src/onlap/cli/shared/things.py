@@ -87,7 +87,7 @@ def measured_usage(store: Store, record: Record) -> Usage:
     catalog = store.snapshotter.catalog
     with errors.translated(f"measure snapshot {shown(record.name)}", key=record.name):
         if record.kind == COMMITTED:
-            return Usage(*catalog.usage(record))
+            return Usage(*catalog.usages.of(record))
         return usage(catalog.layout.tree(record.id))
 
 

@@ -20,7 +20,7 @@ def run(call: Call) -> None:
     with call.store() as store:
         catalog = store.snapshotter.catalog
         blobs = store.collect()
-        deleted = catalog.cleanup()
+        deleted = catalog.garbage.cleanup()
         waiting = len(catalog.trash.names())
     if call.out.json:
         call.out.item({"deleted": deleted, "blobs": blobs, "waiting": waiting})

@@ -134,7 +134,7 @@ class Service:
 
     def cleanup(self, request: pb.CleanupRequest) -> Message:
         """Cleanup: finds the garbage and answers; the deleting goes on behind, with a limited rate."""
-        self._snapshotter.catalog.collect(wake=True)
+        self._snapshotter.catalog.garbage.collect(wake=True)
         return Empty()
 
 

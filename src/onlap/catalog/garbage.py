@@ -1,0 +1,118 @@
+"""What belongs to nobody: found, moved to the trash, deleted; and the room that it gives back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+from onlap import errors
+from onlap.catalog import records
+from onlap.catalog.db.database import Connection, Database
+from onlap.catalog.disk.layout import Layout
+from onlap.catalog.disk.staging import Staging
+from onlap.catalog.disk.trash import Trash
+
+T = TypeVar("T")
+
+# Files a second that the background deletes at most: about a tenth of what a disk of this decade manages, so that it
+# is not felt; a layer of 30,000 files is gone in ten seconds.
+_BACKGROUND_RATE = 3000.0
+
+
+class Garbage:
+    """What has to go from a root.
+
+    Args:
+        layout: of the root.
+        database: its records, which say what belongs to somebody.
+        staging: where dead processes leave what they were building.
+        trash: where it waits.
+        wake: has :meth:`work` done in the background.
+    """
+
+    def __init__(
+        self, layout: Layout, database: Database, staging: Staging, trash: Trash, wake: Callable[[], None]
+    ) -> None:
+        self.layout = layout
+        self.database = database
+        self.staging = staging
+        self.trash = trash
+        self._wake = wake
+
+    def with_room(self, action: Callable[[], T]) -> T:
+        """Do what makes room or is needed for that, also on a full disk.
+
+        The write-ahead log needs a page or two, which a full disk does not have: then the reserve is given up, and if
+        that is not enough, the trash is emptied.
+
+        Raises:
+            ResourceExhausted: there is no room even so.
+            OnlapError: what ``action`` raises.
+        """
+        make_room: Callable[[], object]
+        for make_room in (self.layout.drop_reserve, self._empty_trash):
+            try:
+                return action()
+            except errors.ResourceExhausted:
+                make_room()
+        return action()
+
+    def _empty_trash(self) -> None:
+        with errors.translated("delete a removed tree", key=self.layout.root):
+            self.trash.sweep()
+
+    def cleanup(self) -> int:
+        """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
+        self.collect()
+        return self.sweep()
+
+    def collect(self, *, wake: bool = False) -> None:
+        """Move what belongs to nobody to the trash: orphans in ``snapshots/``, staging of dead processes.
+
+        Args:
+            wake: let the background delete it, and all that waits in the trash.
+
+        Raises:
+            OnlapError: the filesystem refuses.
+        """
+        with errors.translated("clean up", key=self.layout.root):
+            self.staging.collect(lambda path: self.trash.put(path, locked=True))
+            self._collect_orphans()
+            self.layout.remove_trials()
+        if wake:
+            self._wake()
+
+    def _collect_orphans(self) -> None:
+        numbers = [int(name) for name in os.listdir(self.layout.snapshots) if re.fullmatch("[0-9]+", name)]
+        known = self.with_room(lambda: self.database.read(records.ids))
+        suspects = [number for number in numbers if number not in known]
+        if not suspects:
+            return
+
+        def operation(connection: Connection) -> None:
+            # Under the lock: a tree without a record now has none because its transaction failed, not because that
+            # is still going on.
+            now = records.ids(connection)
+            for identifier in suspects:
+                if identifier not in now:
+                    self.trash.put(self.layout.snapshot(identifier))
+
+        self.with_room(lambda: self.database.write(operation))
+
+    def sweep(self) -> int:
+        """Delete what waits in the trash and nobody uses; returns how many trees."""
+        with errors.translated("delete a removed tree", key=self.layout.root):
+            removed = self.trash.sweep().removed
+            self.layout.make_reserve()
+        return removed
+
+    def work(self, stop: Callable[[], bool]) -> bool:
+        """Delete what waits, slowly, until there is nothing or ``stop`` says so; whether something is in use still."""
+        if not self.trash.names():
+            return False
+        swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE)
+        if swept.removed:
+            self.layout.make_reserve()
+        return swept.waiting > 0
