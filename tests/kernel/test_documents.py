@@ -91,6 +91,27 @@ def test_the_tutorial_in_the_shell(tmp_path: Path, shell: dict[str, str]) -> Non
     assert done.returncode == 0
 
 
+@pytest.mark.needs("overlay")
+@pytest.mark.parametrize("page", ["archives", "fork-trees", "snapshotter", "space", "unprivileged"])
+def test_a_how_to_guide(tmp_path: Path, shell: dict[str, str], page: str) -> None:
+    """All of its Python as one program, then its shell, beside a directory "project", which is "base" in the root."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "hello.py").write_text("print('hello')\n")
+    environment = {**shell, "ONLAP_ROOT": str(tmp_path / "root")}
+    document = f"docs/how-to/{page}.md"
+
+    def run(*words: str) -> None:
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    if python := blocks(document, "python"):
+        run(sys.executable, "-c", "".join(python))
+    run("onlap", "import", "-q", "project", "base")
+    run("sh", "-euc", "onlap prepare work base; onlap enter work sh -c 'echo more > NEWS'; onlap commit next work")
+    for code in blocks(document, "sh"):
+        run("sh", "-euc", code)
+
+
 @pytest.mark.parametrize("document", PAGES, ids=str)
 def test_what_a_document_imports_is_there(document: Path) -> None:
     for code in blocks(str(document), "python"):
@@ -102,6 +123,31 @@ def test_what_a_document_imports_is_there(document: Path) -> None:
                 for alias in node.names:
                     if not hasattr(module, alias.name):
                         importlib.import_module(f"{node.module}.{alias.name}")
+
+
+# What others say, in docs/troubleshooting.md.
+OTHERS = {
+    "Invalid argument",
+    "ctr image rm",
+    "no unpack platforms defined",
+    "parent snapshot sha256:",
+    "mount options is too long",
+}
+
+
+def test_the_messages_of_troubleshooting_are_said() -> None:
+    """Each quoted message, between the gaps for names, is in the source."""
+    said = set()
+    for path in (TOP / "src" / "onlap").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    text = "\0".join(said)
+    quoted = re.findall(r"\*\*[^*]*\*\*", (TOP / "docs" / "troubleshooting.md").read_text())
+    messages = [message for heading in quoted for message in re.findall(r"`([^`]+ [^`]+)`", heading)]
+    assert len(messages) > 40
+    parts = [part for message in messages for part in re.split(r" ?\.\.\. ?|; ", message)]
+    assert [part for part in parts if part not in text and part not in OTHERS] == []
 
 
 def test_every_document_that_is_linked_exists() -> None:

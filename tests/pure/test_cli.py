@@ -18,7 +18,8 @@ from onlap import errors
 from onlap.cli import exits
 from onlap.cli.registry import VERBS
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
+# Of the checkout, or of a wheel that is installed (make dist).
+SOURCE = Path(errors.__file__).resolve().parents[1]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
+from onlap import errors
+
+# Of the checkout, or of a wheel that is installed (make dist).
+SOURCE = Path(errors.__file__).resolve().parents[1]
 ODD = b"a\xffb\nc\x1b[31m"
 ODD_SHOWN = "a\\xffb\\nc\\e[31m"
 
