@@ -16,7 +16,7 @@ from onlap.content.store import ContentStore
 from onlap.content.writer import Partial, check_same
 from onlap.errors import shown
 from onlap.images.registry.connections import Body, TransientError
-from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession
+from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession, Request
 from onlap.images.spec import media, model
 
 _PIECE = 256 * 1024
@@ -29,6 +29,9 @@ _MAX_CHUNK = 64 << 20
 _RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,19})")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/(?:[0-9]{1,19}|\*)")
 _SIZE = re.compile(r"[0-9]{1,19}")
+
+_AS_IT_IS = {"Accept-Encoding": "identity"}
+_NO_BODY = {"Content-Length": "0"}
 
 Told = Callable[[int], None]
 
@@ -58,15 +61,10 @@ class Repository:
             DigestMismatch: it is another one.
             OnlapError: see :meth:`RegistrySession.request`.
         """
-        answer = self._session.request(
-            "GET",
-            f"manifests/{version}",
-            scope=self._pull,
-            good=(200,),
-            headers={"Accept": ", ".join(media.ACCEPT)},
-            limit=model.MAX_MANIFEST,
-            doing=f"read the manifest {version}",
-        )
+        accept = {"Accept": ", ".join(media.ACCEPT)}
+        doing = f"read the manifest {version}"
+        request = Request("GET", f"manifests/{version}", self._pull, (200,), doing, accept, limit=model.MAX_MANIFEST)
+        answer = self._session.request(request)
         digest = digest_of(answer.data)
         for expected in (version if ":" in version else None, answer.headers.get("Docker-Content-Digest")):
             if expected is not None and expected.startswith("sha256:"):
@@ -75,15 +73,8 @@ class Repository:
 
     def small_blob(self, digest: str, limit: int) -> bytes:
         """All of a small blob; errors as of :meth:`manifest`."""
-        answer = self._session.request(
-            "GET",
-            f"blobs/{digest}",
-            scope=self._pull,
-            good=(200,),
-            headers={"Accept-Encoding": "identity"},
-            limit=limit,
-            doing=f"read {digest}",
-        )
+        request = Request("GET", f"blobs/{digest}", self._pull, (200,), f"read {digest}", _AS_IT_IS, limit=limit)
+        answer = self._session.request(request)
         check_same(digest_of(answer.data), len(answer.data), digest, None)
         return answer.data
 
@@ -137,12 +128,9 @@ class Repository:
     def _receive(self, partial: Partial, digest: str, size: int, told: Told, doing: str) -> None:
         if partial.offset == size:
             return
-        headers = {"Accept-Encoding": "identity"}
-        if partial.offset:
-            headers["Range"] = f"bytes={partial.offset}-"
-        with self._session.opened(
-            "GET", f"blobs/{digest}", scope=self._pull, good=(200, 206, 416), headers=headers, doing=doing
-        ) as (response, _):
+        rest = {"Range": f"bytes={partial.offset}-"} if partial.offset else {}
+        request = Request("GET", f"blobs/{digest}", self._pull, (200, 206, 416), doing, {**_AS_IT_IS, **rest})
+        with self._session.opened(request) as (response, _):
             if response.status == 416:
                 partial.restart()
                 raise TransientError("it has not the rest of what came before")
@@ -174,10 +162,8 @@ class Repository:
 
     def has_blob(self, digest: str) -> bool:
         """Whether a blob is there."""
-        answer = self._session.request(
-            "HEAD", f"blobs/{digest}", scope=self._push, good=(200, 404), doing=f"look for {digest}"
-        )
-        return answer.status == 200
+        request = Request("HEAD", f"blobs/{digest}", self._push, (200, 404), f"look for {digest}")
+        return self._session.request(request).status == 200
 
     def send(self, file: BinaryIO, digest: str, size: int, sources: list[str], told: Told) -> None:
         """Send a blob, unless it is there, or can be taken from another repository.
@@ -223,35 +209,27 @@ class Repository:
             again = self._start(digest, [], doing)
             assert again is not None  # without a source there is nothing to take it from
             location = self._send_chunks(self._location(again), _chunk_size(again), file, size, told, doing)
-            self._put(location, digest, {"Content-Length": "0"}, b"", doing)
+            self._put(location, digest, _NO_BODY, b"", doing)
 
     def _put(self, location: str, digest: str, headers: Mapping[str, str], body: Body, doing: str) -> None:
         separator = "&" if "?" in location else "?"
         where = f"{location}{separator}digest={quote(digest)}"
         try:
-            self._session.once("PUT", where, scope=self._push, good=(201, 204), headers=headers, body=body, doing=doing)
+            self._session.once(Request("PUT", where, self._push, (201, 204), doing, headers, body))
         except errors.NotFound as error:
             raise TransientError(str(error)) from error  # it forgot the upload, as it may: that is begun again
 
     def _start(self, digest: str, sources: list[str], doing: str) -> Answer | None:
         """Begin an upload; None when the registry took the blob from another repository."""
         for source in sources:
+            where = f"blobs/uploads/?mount={quote(digest)}&from={quote(source)}"
             scope = f"{self._push} repository:{source}:pull"
             try:
-                answer = self._session.request(
-                    "POST",
-                    f"blobs/uploads/?mount={quote(digest)}&from={quote(source)}",
-                    scope=scope,
-                    good=(201, 202),
-                    headers={"Content-Length": "0"},
-                    doing=doing,
-                )
+                answer = self._session.request(Request("POST", where, scope, (201, 202), doing, _NO_BODY))
             except (errors.PermissionDenied, errors.NotFound):
                 continue  # not ours to read, or gone: then it is sent
             return None if answer.status == 201 else answer
-        return self._session.request(
-            "POST", "blobs/uploads/", scope=self._push, good=(202,), headers={"Content-Length": "0"}, doing=doing
-        )
+        return self._session.request(Request("POST", "blobs/uploads/", self._push, (202,), doing, _NO_BODY))
 
     def _send_chunks(self, location: str, chunk: int, file: BinaryIO, size: int, told: Told, doing: str) -> str:
         """Send a blob chunk by chunk; where the upload ends."""
@@ -266,7 +244,7 @@ class Repository:
             }
             try:
                 answer = self._session.once(
-                    "PATCH", location, scope=self._push, good=(202, 204, 416), headers=headers, body=data, doing=doing
+                    Request("PATCH", location, self._push, (202, 204, 416), doing, headers, data)
                 )
                 if answer.status == 416:
                     raise TransientError("it has another part than we think")
@@ -287,7 +265,7 @@ class Repository:
 
     def _where(self, location: str, doing: str) -> tuple[str, int]:
         """How far an interrupted upload is."""
-        answer = self._session.request("GET", location, scope=self._push, good=(204,), doing=doing)
+        answer = self._session.request(Request("GET", location, self._push, (204,), doing))
         match = _RANGE.fullmatch(answer.headers.get("Range", ""))
         # "0-0" is what an upload without a byte says, and what one with a single byte would.
         end = int(match[1]) if match is not None else 0
@@ -308,15 +286,9 @@ class Repository:
             DigestMismatch: the registry understood something else.
             OnlapError: see :meth:`RegistrySession.request`.
         """
-        answer = self._session.request(
-            "PUT",
-            f"manifests/{version}",
-            scope=self._push,
-            good=(201,),
-            headers={"Content-Type": media_type},
-            body=data,
-            doing=f"write the manifest {version}",
-        )
+        headers = {"Content-Type": media_type}
+        doing = f"write the manifest {version}"
+        answer = self._session.request(Request("PUT", f"manifests/{version}", self._push, (201,), doing, headers, data))
         digest = digest_of(data)
         said = answer.headers.get("Docker-Content-Digest")
         if said is not None and said.startswith("sha256:"):

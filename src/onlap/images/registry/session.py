@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import urlencode, urljoin, urlsplit
 
@@ -41,6 +42,30 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SECONDS = re.compile(r"[0-9]{1,9}")
 # RFC 6750, section 2.1. What else a server sends as a token could end the header that it is put into.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")
+
+
+class Request(NamedTuple):
+    """What is asked of a registry.
+
+    Attributes:
+        method: of HTTP.
+        where: below the repository, or a whole URL.
+        scope: what it needs to be allowed, as ``"repository:a:pull"``.
+        good: statuses that are no error.
+        doing: for messages, as ``"read the manifest"``.
+        headers: more of them.
+        body: to send.
+        limit: bytes of an answer that are read.
+    """
+
+    method: str
+    where: str
+    scope: str
+    good: tuple[int, ...]
+    doing: str
+    headers: Mapping[str, str] = MappingProxyType({})
+    body: Body = None
+    limit: int = _MAX_ANSWER
 
 
 class Answer(NamedTuple):
@@ -120,70 +145,35 @@ class RegistrySession:
 
     # Requests
 
-    def request(
-        self,
-        method: str,
-        where: str,
-        *,
-        scope: str,
-        good: tuple[int, ...],
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-        limit: int = _MAX_ANSWER,
-        doing: str,
-    ) -> Answer:
-        """A request whose answer is small, tried again while that may help.
-
-        Args:
-            method: of HTTP.
-            where: below the repository, or a whole URL.
-            scope: what it needs to be allowed, as ``"repository:a:pull"``.
-            good: statuses that are no error.
-            headers: more of them.
-            body: to send.
-            limit: bytes of an answer that are read.
-            doing: for messages, as ``"read the manifest"``.
+    def request(self, request: Request) -> Answer:
+        """The answer to a request, which is small; tried again while that may help.
 
         Raises:
             NotFound, PermissionDenied, FailedPrecondition, Unavailable: what the registry says.
-            ResourceExhausted: the answer is larger.
+            ResourceExhausted: the answer is larger than the request's limit.
         """
         for number in range(1, ATTEMPTS + 1):
             try:
-                return self.once(
-                    method, where, scope=scope, good=good, headers=headers, body=body, limit=limit, doing=doing
-                )
+                return self.once(request)
             except TransientError as error:
                 if number == ATTEMPTS:
-                    raise self.unavailable(doing, error) from error
+                    raise self.unavailable(request.doing, error) from error
                 self.wait(number, error)
         raise AssertionError("unreachable")
 
-    def once(
-        self,
-        method: str,
-        where: str,
-        *,
-        scope: str,
-        good: tuple[int, ...],
-        headers: Mapping[str, str] | None = None,
-        body: Body = None,
-        limit: int = _MAX_ANSWER,
-        doing: str,
-    ) -> Answer:
+    def once(self, request: Request) -> Answer:
         """One attempt at a request whose answer is small; see :meth:`request`.
 
         Raises:
             TransientError: it may succeed another time.
             OnlapError: see :meth:`request`.
         """
-        with self.opened(method, where, scope=scope, good=good, headers=headers, body=body, doing=doing) as (
-            response,
-            url,
-        ):
-            data = b"" if method == "HEAD" else whole(response, limit)
-            if len(data) > limit:
-                raise errors.ResourceExhausted(f"cannot {doing}: the answer has more than {limit} bytes")
+        with self.opened(request) as (response, url):
+            data = b"" if request.method == "HEAD" else whole(response, request.limit)
+            if len(data) > request.limit:
+                raise errors.ResourceExhausted(
+                    f"cannot {request.doing}: the answer has more than {request.limit} bytes"
+                )
             return Answer(response.status, response.headers, data, url)
 
     def wait(self, number: int, error: TransientError) -> None:
@@ -200,37 +190,27 @@ class RegistrySession:
         )
 
     @contextmanager
-    def opened(
-        self,
-        method: str,
-        where: str,
-        *,
-        scope: str,
-        good: tuple[int, ...],
-        headers: Mapping[str, str] | None = None,
-        body: Body = None,
-        doing: str,
-    ) -> Iterator[tuple[urllib3.BaseHTTPResponse, str]]:
+    def opened(self, request: Request) -> Iterator[tuple[urllib3.BaseHTTPResponse, str]]:
         """One attempt at a request, whose body is read inside the block; see :meth:`request`.
 
         Raises:
             TransientError: it may succeed another time.
             OnlapError: see :meth:`request`.
         """
-        url = self.absolute(self._base, where)
-        known = self._authorization.get(scope)
-        reply = self._send(method, url, scope, headers or {}, body)
+        url = self.absolute(self._base, request.where)
+        known = self._authorization.get(request.scope)
+        reply = self._send(request, url)
         try:
             if reply.response.status == 401 and reply.itself:
                 drop(reply.response)
-                self._authenticate(reply.response, scope, known, doing)
-                if body is not None and not isinstance(body, bytes):
-                    raise TransientError("its token has expired")  # what was read of the body is gone
-                reply = self._send(method, url, scope, headers or {}, body)
+                self._authenticate(reply.response, request.scope, known, request.doing)
+                if not _repeatable(request):
+                    raise TransientError("its token has expired")
+                reply = self._send(request, url)
                 if reply.response.status == 401 and reply.itself:
-                    raise self._stranger(doing)
-            if reply.response.status not in good:
-                self._refuse(reply, doing)
+                    raise self._stranger(request.doing)
+            if reply.response.status not in request.good:
+                self._refuse(reply, request.doing)
             yield reply.response, reply.url
         except (HTTPError, OSError) as error:
             raise TransientError(reason(error)) from error
@@ -263,16 +243,14 @@ class RegistrySession:
             )
         return found
 
-    def _send(self, method: str, url: str, scope: str, headers: Mapping[str, str], body: Body) -> _Reply:
+    def _send(self, request: Request, url: str) -> _Reply:
         """Send a request, and where it is redirected send it there."""
         secret = {}
-        if split(url) == self._origin and scope in self._authorization:
-            secret = {"Authorization": self._authorization[scope]}
-        return self._follow(method, url, headers, secret, body)
+        if split(url) == self._origin and request.scope in self._authorization:
+            secret = {"Authorization": self._authorization[request.scope]}
+        return self._follow(request, url, secret)
 
-    def _follow(
-        self, method: str, url: str, headers: Mapping[str, str], secret: Mapping[str, str], body: Body
-    ) -> _Reply:
+    def _follow(self, request: Request, url: str, secret: Mapping[str, str]) -> _Reply:
         """Send a request and follow redirects; from the first that leaves the host of ``url`` without ``secret``.
 
         What leads back gets no secret either: then another host would have chosen what we ask for with it.
@@ -280,14 +258,14 @@ class RegistrySession:
         first = split(url)
         itself = first == self._origin
         for _ in range(_MAX_REDIRECTS + 1):
-            response = self._connections.request(method, url, {**headers, **secret}, body)
-            if response.status not in _REDIRECTS or not _can_follow(method, response.status, body):
+            response = self._connections.request(request.method, url, {**request.headers, **secret}, request.body)
+            if response.status not in _REDIRECTS or not _can_follow(request, response.status):
                 return _Reply(response, url, itself)
             location = response.headers.get("Location", "")
             drop(response)
             url = self.absolute(url, location)
             if split(url) != first:
-                if body is not None:
+                if request.body is not None:
                     raise errors.PermissionDenied(
                         f"{self.registry} leads to {shown(url)}, which is not told what is sent", key=self.registry
                     )
@@ -358,22 +336,20 @@ class RegistrySession:
     def _token(self, challenge: Challenge, scope: str, login: Login | None, doing: str) -> str:
         realm = self.absolute(self._base, challenge.parameters.get("realm", ""))
         service = challenge.parameters.get("service")
-        headers: dict[str, str] = {}
         secret: dict[str, str] = {}
-        body = None
         if login is not None and login.identity_token:
-            method, url = "POST", realm
             fields = {"grant_type": "refresh_token", "refresh_token": login.identity_token, "client_id": "onlap"}
             fields |= {"scope": scope} | ({"service": service} if service is not None else {})
-            body = urlencode(fields).encode()
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            form = {"Content-Type": "application/x-www-form-urlencoded"}
+            request = Request("POST", realm, scope, (200,), doing, form, urlencode(fields).encode())
         else:
             pairs = [("scope", each) for each in scope.split(" ")]
             pairs += [("service", service)] if service is not None else []
-            method, url = "GET", realm + ("&" if "?" in realm else "?") + urlencode(pairs)
+            where = realm + ("&" if "?" in realm else "?") + urlencode(pairs)
+            request = Request("GET", where, scope, (200,), doing)
             if login is not None:
                 secret["Authorization"] = login.basic
-        response = self._follow(method, url, headers, secret, body).response
+        response = self._follow(request, request.where, secret).response
         try:
             data = whole(response, _MAX_ANSWER)
         except (HTTPError, OSError) as error:
@@ -406,10 +382,14 @@ def session_for(reference: Reference, access: Access | None, pause: Callable[[fl
     return RegistrySession(reference.registry, reference.repository, access, pause=pause)
 
 
-def _can_follow(method: str, status: int, body: Body) -> bool:
+def _repeatable(request: Request) -> bool:
+    """Whether its body can be sent once more: one of pieces has been read."""
+    return request.body is None or isinstance(request.body, bytes)
+
+
+def _can_follow(request: Request, status: int) -> bool:
     """Whether a request may be sent to where a redirect leads (RFC 9110, section 15.4)."""
-    again = body is None or isinstance(body, bytes)  # else it has been read
-    return method in ("GET", "HEAD") or (status in (307, 308) and again)
+    return request.method in ("GET", "HEAD") or (status in (307, 308) and _repeatable(request))
 
 
 def _message(data: bytes) -> str:
