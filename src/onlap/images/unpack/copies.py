@@ -11,39 +11,24 @@ from onlap.catalog.records import Record
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.images.labels import LABEL_LAYER
-from onlap.images.unpack.contract import Layer, drop_active, new_key, present
-from onlap.images.unpack.events import Event, Stopped, Tell
+from onlap.images.unpack.contract import Layer, Unpacking, drop_active, new_key
+from onlap.images.unpack.events import Event, Tell
 from onlap.images.unpack.jobs import Outcome
 from onlap.progress import Progress
 from onlap.snapshots.archives import apply_layer
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 
-class CopiesUnpacking:
-    """See :class:`onlap.images.unpack.contract.Unpacking`."""
+class CopiesUnpacking(Unpacking):
+    """Layers into a root of copies."""
 
     def __init__(
-        self,
-        snapshotter: RecordedSnapshotter,
-        content: ContentStore,
-        lease: Lease,
-        layers: Sequence[Layer],
-        tell: Tell,
+        self, snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease, layers: Sequence[Layer], tell: Tell
     ) -> None:
-        self._snapshotter = snapshotter
-        self._content = content
-        self._lease = lease
-        self._layers = layers
-        self._tell = tell
-        self.start, _ = present(snapshotter, lease, layers)
-        self._next = self.start
+        super().__init__(snapshotter, content, lease, layers, tell)
         self._offered: set[int] = set()
         self._active: Record | None = None
         self._thread: threading.Thread | None = None
-        self._stopped = False
-
-    def __enter__(self) -> CopiesUnpacking:
-        return self
 
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
@@ -53,10 +38,6 @@ class CopiesUnpacking:
             self._thread.join()
         if self._active is not None:
             drop_active(self._snapshotter, self._active)
-
-    @property
-    def finished(self) -> bool:
-        return self._next == len(self._layers)
 
     def offer(self, layer: int) -> None:
         self._offered.add(layer)
@@ -78,9 +59,7 @@ class CopiesUnpacking:
         layer = self._layers[number]
 
         def progress(report: Progress) -> None:
-            if self._stopped:
-                raise Stopped
-            self._tell(Event(number, read=report.done))
+            self._read(number, report.done)
 
         try:
             applied = apply_layer(
@@ -113,6 +92,3 @@ class CopiesUnpacking:
         self._active = None
         self._next += 1
         self._go_on()
-
-    def commit(self) -> str | None:
-        return self._layers[-1].chain_id if self._layers else None

@@ -11,9 +11,9 @@ from types import TracebackType
 
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
-from onlap.images.unpack.contract import Layer, Unpacking
+from onlap.images.unpack.contract import Layer
 from onlap.images.unpack.copies import CopiesUnpacking
-from onlap.images.unpack.events import PATIENCE, Event, Events, Stopped, Tell
+from onlap.images.unpack.events import PATIENCE, Event, Events, Stopped
 from onlap.images.unpack.overlay import OverlayUnpacking
 from onlap.progress import Callback, Reporter
 from onlap.snapshots.overlay import OverlaySnapshotter
@@ -82,7 +82,8 @@ class Bringing:
             target = None
             due = range(0)
             if unpack:
-                target = _unpacking(self._snapshotter, self._content, self._lease, self._layers, self._events.put)
+                kind = OverlayUnpacking if isinstance(self._snapshotter, OverlaySnapshotter) else CopiesUnpacking
+                target = kind(self._snapshotter, self._content, self._lease, self._layers, self._events.put)
                 stack.enter_context(target)
                 due = range(target.start, len(self._layers))
             missing = [] if fetch is None else [n for n in range(len(self._layers)) if not self._has(n, due)]
@@ -229,20 +230,3 @@ class Threads:
         self._fetch(layer, told)
         for each in self._same[layer.digest]:
             self._tell(Event(each, present=True))
-
-
-def _unpacking(
-    snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease, layers: Sequence[Layer], tell: Tell
-) -> Unpacking:
-    """Unpack layers into snapshots.
-
-    Args:
-        snapshotter: of the root.
-        content: where the blobs are, or will be.
-        lease: pins what is made until the image has it.
-        layers: lowest first.
-        tell: hears of what becomes of them; called from other threads.
-    """
-    if isinstance(snapshotter, OverlaySnapshotter):
-        return OverlayUnpacking(snapshotter, content, lease, layers, tell)
-    return CopiesUnpacking(snapshotter, content, lease, layers, tell)

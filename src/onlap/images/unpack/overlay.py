@@ -23,45 +23,33 @@ from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.images.labels import LABEL_LAYER
 from onlap.images.unpack import jobs
-from onlap.images.unpack.contract import Layer, drop_active, new_key, present
-from onlap.images.unpack.events import Event, Stopped, Tell
+from onlap.images.unpack.contract import Layer, Unpacking, drop_active, new_key
+from onlap.images.unpack.events import Event, Tell
 from onlap.images.unpack.jobs import Job, Outcome
 from onlap.images.unpack.pool import Worker, count
 from onlap.layers.diff.changes import is_empty_layer
-from onlap.snapshots.overlay import OverlaySnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter
 
 _KEPT = (errors.Unavailable, errors.Canceled, errors.ResourceExhausted)
 
 
-class OverlayUnpacking:
+class OverlayUnpacking(Unpacking):
     """Layers into an overlay root."""
 
     def __init__(
-        self,
-        snapshotter: OverlaySnapshotter,
-        content: ContentStore,
-        lease: Lease,
-        layers: Sequence[Layer],
-        tell: Tell,
+        self, snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease, layers: Sequence[Layer], tell: Tell
     ) -> None:
-        self._snapshotter = snapshotter
+        super().__init__(snapshotter, content, lease, layers, tell)
         self._catalog = snapshotter.catalog
-        self._content = content
-        self._lease = lease
-        self._layers = layers
-        self._tell = tell
-        self.start, self._base = present(snapshotter, lease, layers)
-        self._next = self.start
         self._committed = self.start
         self._lowers = [] if self._base is None else snapshotter.layers(self._base)
         self._actives: dict[int, Record] = {}
         self._jobs: dict[int, Job] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._held = contextlib.ExitStack()
-        self._stopped = False
         self._pool = _Pool(layers[self.start :])
 
-    def __enter__(self) -> OverlayUnpacking:
+    def __enter__(self) -> Unpacking:
         if self._base is not None:
             self._held.enter_context(self._catalog.hold([self._base.id, *self._snapshotter.ancestors(self._base)]))
         return self
@@ -78,10 +66,6 @@ class OverlayUnpacking:
             self._held.close()
             for record in self._actives.values():
                 drop_active(self._snapshotter, record)
-
-    @property
-    def finished(self) -> bool:
-        return self._next == len(self._layers)
 
     def offer(self, layer: int) -> None:
         if layer < self.start or layer in self._jobs:
@@ -117,9 +101,7 @@ class OverlayUnpacking:
 
     def _perform(self, worker: Worker | None, layer: int, job: Job) -> Outcome:
         def progress(done: int) -> None:
-            if self._stopped:
-                raise Stopped
-            self._tell(Event(layer, read=done))
+            self._read(layer, done)
 
         return jobs.perform(job, progress) if worker is None else worker.perform(job, progress)
 
@@ -138,7 +120,7 @@ class OverlayUnpacking:
 
     def commit(self) -> str | None:
         self._commit(len(self._layers))
-        return self._layers[-1].chain_id if self._layers else None
+        return super().commit()
 
     def _commit(self, end: int) -> None:
         """Record the layers up to ``end``, after one sync for all of them."""
