@@ -5,33 +5,82 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Self
 
 from onlap.errors import shown
-from onlap.serve import systemd
+from onlap.serve import sockets, systemd
 
 _log = logging.getLogger("onlap.serve")
 
 # Seconds from one try to the next to take a connection for which no descriptor was left; there is no event for one.
 PAUSE = 0.5
 
+# What runs when SIGTERM comes may finish: a commit, or an ApplyDiff, that waits for a slow disk is the longest. systemd
+# kills after 90 s.
+GRACE = 60.0
 
-def until_stopped(start: Callable[[], None], socket: str) -> int:
-    """Start, say so, and return the exit status when SIGTERM or SIGINT comes; in the main thread only.
+
+class Life(ABC):
+    """A server's, on one socket: a context manager that stops it.
 
     Args:
-        start: makes the socket and answers in the background; what it raises goes up.
-        socket: where that is, for the log.
+        socket: where it listens.
+        mode: permissions of the socket.
+        group: who gets the group's permissions of it.
+
+    Attributes:
+        socket: where it listens.
     """
-    with _signals(signal.SIGTERM, signal.SIGINT) as told:  # before anybody can see the socket
-        start()
-        systemd.notify("READY=1")
-        _log.info("serving", extra={"fields": {"socket": shown(socket), "pid": os.getpid()}})
-        os.read(told, 1)
-    systemd.notify("STOPPING=1")
-    _log.info("stopping")
-    return 0
+
+    def __init__(self, socket: str, mode: int = 0o600, group: str | None = None) -> None:
+        self.socket = socket
+        self._access = (mode, group)
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no more calls, finish those that run, and let go of the socket and of what else is held."""
+        self._cleanup.close()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Listen, and answer in the background.
+
+        Raises:
+            Unavailable: somebody listens there.
+            OnlapError: of another kind, when the socket cannot be made.
+        """
+
+    @contextmanager
+    def _listening(self) -> Iterator[str]:
+        """Gives the name at which to listen by the end of the block; from then on the socket is there."""
+        sockets.claim(self.socket)
+        with sockets.made(self.socket, *self._access) as new:
+            yield new
+        self._cleanup.callback(sockets.remove, self.socket, sockets.identity(self.socket))
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread.
+
+        Raises:
+            OnlapError: as :meth:`start`.
+        """
+        with _signals(signal.SIGTERM, signal.SIGINT) as told:  # before anybody can see the socket
+            self.start()
+            systemd.notify("READY=1")
+            _log.info("serving", extra={"fields": {"socket": shown(self.socket), "pid": os.getpid()}})
+            os.read(told, 1)
+        systemd.notify("STOPPING=1")
+        _log.info("stopping")
+        return 0
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import ExitStack
 from socket import socket as Socket
 
 from onlap.serve import sockets
@@ -13,21 +12,17 @@ from onlap.serve.containerd.calls import Calls, Observer
 from onlap.serve.containerd.relay import Relay
 from onlap.serve.containerd.service import Service, check_root
 from onlap.serve.containerd.transport import Transport
-from onlap.serve.life import until_stopped
+from onlap.serve.life import GRACE, Life
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 _log = logging.getLogger("onlap.serve")
-
-# What runs when SIGTERM comes may finish: a commit that waits for a slow disk is the longest. systemd kills after 90 s.
-_GRACE = 60.0
-
 
 # Seconds after which a thread has to let another one run; Python's own are 5 ms, in which a call that only looks at the
 # catalog could have been answered ten times. With 16 clients it is worth 15 % more cycles a second.
 _SWITCH_INTERVAL = 0.0002
 
 
-class Server:
+class Server(Life):
     """The snapshotter of one owner, on one socket; a context manager.
 
     Args:
@@ -53,55 +48,30 @@ class Server:
         observer: Observer | None = None,
     ) -> None:
         check_root(snapshotter)
-        self._socket = os.path.abspath(socket)
+        super().__init__(os.path.abspath(socket), mode, group)
         self._listener = listener
-        self._access = (mode, group)
-        self._cleanup = ExitStack()
         self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
         self._transport = Transport(Calls(Service(snapshotter), observer))
-        self._cleanup.callback(self._transport.stop, _GRACE)
+        self._cleanup.callback(self._transport.stop, GRACE)
         for record in snapshotter.catalog.lost:
             _log.error(
                 "a snapshot has lost its tree; remove it, leaf first, and pull its image again",
                 extra={"fields": {"name": record.name, "owner": record.owner, "id": record.id}},
             )
 
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take no more calls, finish those that run, and let go of the socket and the lock."""
-        self._cleanup.close()
-
     def start(self) -> None:
-        """Listen, and answer in the background.
-
-        Raises:
-            Unavailable: somebody listens there.
-            OnlapError: of another kind, when the socket cannot be made.
-        """
         if self._listener is not None:
-            sockets.check_length(self._socket)
+            sockets.check_length(self.socket)
             # Always the same name, so that what a killed server leaves is replaced.
-            inner = f"{self._socket}.inner"
+            inner = f"{self.socket}.inner"
             with sockets.private():
                 self._transport.start(inner)
             self._cleanup.callback(sockets.remove, inner)
             self._cleanup.callback(Relay(self._listener, inner).stop)
             return
-        sockets.claim(self._socket)
-        with sockets.made(self._socket, *self._access) as new:
+        with self._listening() as new:
             self._transport.start(new)
-        self._cleanup.callback(sockets.remove, self._socket, sockets.identity(self._socket))
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread.
-
-        Raises:
-            OnlapError: as :meth:`start`.
-        """
         sys.setswitchinterval(_SWITCH_INTERVAL)  # the process is ours as long as this runs
-        return until_stopped(self.start, self._socket)
+        return super().run()

@@ -14,28 +14,25 @@ from onlap.serve import sockets
 from onlap.serve.docker.http import HttpServer
 from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import StateFile
-from onlap.serve.life import until_stopped
+from onlap.serve.life import GRACE, Life
 
 # Where dockerd looks for plugins by name (pkg/plugins/discovery.go).
 SOCKET_DIRECTORY = "/run/docker/plugins"
 
-# An ApplyDiff that waits for a slow disk is the longest call. systemd kills after 90 s.
-_GRACE = 60.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-class Server:
+class Server(Life):
     """A graph driver on one socket; a context manager.
 
-    It must run in the mount namespace of dockerd, which uses the mounts that the driver makes.
+    It must run in the mount namespace of dockerd, which uses the mounts that the driver makes; when it is closed, they
+    stay as they are.
 
     Args:
         name: what dockerd calls the driver: ``dockerd --experimental --storage-driver=NAME``.
         driver: ``"overlay"`` or ``"overlay2"``.
         socket_dir: where dockerd looks for plugins; made if need be.
         sync: ``"layer"``: a layer is on the disk when ApplyDiff answers; ``"none"``: as Docker's own.
-        mode: permissions of the socket.
-        group: who gets the group's permissions of it.
         handed_over: take the socket that whoever started this process hands over, if there is one.
 
     Attributes:
@@ -55,8 +52,6 @@ class Server:
         *,
         socket_dir: str = SOCKET_DIRECTORY,
         sync: str = "layer",
-        mode: int = 0o600,
-        group: str | None = None,
         handed_over: bool = False,
     ) -> None:
         check_name(name)
@@ -67,9 +62,7 @@ class Server:
         if sync not in ("layer", "none"):
             raise errors.InvalidArgument(f"sync is layer or none, not {shown(sync)}")
         directory = os.path.abspath(socket_dir)
-        self.socket = os.path.join(directory, f"{name}.sock")
-        self._access = (mode, group)
-        self._cleanup = ExitStack()
+        super().__init__(os.path.join(directory, f"{name}.sock"))
         with ExitStack() as on_error:
             on_error.callback(self._cleanup.close)
             self._listener = sockets.inherited(self.socket) if handed_over else None
@@ -81,36 +74,14 @@ class Server:
             on_error.pop_all()
 
     def start(self) -> None:
-        """Listen, and answer in the background.
-
-        Raises:
-            Unavailable: somebody listens there.
-            OnlapError: of another kind, when the socket cannot be made.
-        """
         if self._listener is not None:
             server = HttpServer(self.socket, self._service, self._listener)
         else:
-            sockets.claim(self.socket)
-            with sockets.made(self.socket, *self._access) as new, errors.translated("listen", key=self.socket):
+            with self._listening() as new, errors.translated("listen", key=self.socket):
                 server = HttpServer(new, self._service)
-            self._cleanup.callback(sockets.remove, self.socket, sockets.identity(self.socket))
         thread = threading.Thread(target=server.serve_forever, name="onlap-docker", daemon=True)
         thread.start()
-        self._cleanup.callback(server.stop, _GRACE)
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take no more calls, finish those that run, and let go of the socket; mounts stay as they are."""
-        self._cleanup.close()
-
-    def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; returns the exit status. Only in the main thread."""
-        return until_stopped(self.start, self.socket)
+        self._cleanup.callback(server.stop, GRACE)
 
 
 def check_name(name: str) -> None:
