@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from pathlib import Path
 
@@ -40,8 +42,30 @@ html_title = f"Onlap {release}"
 html_copy_source = False
 html_show_sphinx = False
 
+
+def modules() -> str:
+    """All modules by room, with the first line of each docstring; nothing is imported."""
+    rooms: dict[str, list[str]] = {}
+    for path in sorted((TOP / "src" / "onlap").rglob("*.py")):
+        name = ".".join(path.relative_to(TOP / "src").with_suffix("").parts).removesuffix(".__init__")
+        text = ast.get_docstring(ast.parse(path.read_bytes()))
+        if text and "._" not in name:
+            first = text.partition("\n\n")[0].replace("\n", " ").replace("``", "`").replace("|", "\\|")
+            room = name.split(".")[1] if name.count(".") > 1 or (path.name == "__init__.py" and name != "onlap") else ""
+            rooms.setdefault(room, []).append(f"| `{name}` | {re.sub(r':[a-z]+:`[~!]?', '`', first)} |")
+    return "\n".join(
+        line
+        for room, rows in sorted(rooms.items())
+        for line in (f"## {room or 'onlap'}", "", "| module | |", "|---|---|", *rows, "")
+    )
+
+
 # A comment in a page, and what the build puts into its place.
-GENERATED = {"<!-- generated: verbs -->": manual.markdown, "<!-- generated: statuses -->": manual.statuses}
+GENERATED = {
+    "<!-- generated: verbs -->": manual.markdown,
+    "<!-- generated: statuses -->": manual.statuses,
+    "<!-- generated: modules -->": modules,
+}
 
 
 def fill_in(_app: Sphinx, _page: str, source: list[str]) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from onlap.serve.containerd.status import CODES
+
 TOP = Path(__file__).resolve().parents[2]
 PAGES = sorted(page.relative_to(TOP) for page in (TOP / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -148,6 +150,13 @@ def test_the_messages_of_troubleshooting_are_said() -> None:
     assert len(messages) > 40
     parts = [part for message in messages for part in re.split(r" ?\.\.\. ?|; ", message)]
     assert [part for part in parts if part not in text and part not in OTHERS] == []
+
+
+def test_the_codes_of_the_error_kinds_are_those_that_are_sent() -> None:
+    table = (TOP / "docs" / "reference" / "errors.md").read_text()
+    codes = {kind: int(code) for kind, code in re.findall(r"^\| `(\w+)` \| (\d+) \|", table, re.MULTILINE)}
+    # A Busy is sent as a FailedPrecondition, a DigestMismatch as a DataLoss.
+    assert codes == {**CODES, "Busy": CODES["FailedPrecondition"], "DigestMismatch": CODES["DataLoss"]}
 
 
 def test_every_document_that_is_linked_exists() -> None:
