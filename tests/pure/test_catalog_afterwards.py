@@ -17,8 +17,8 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import helper, locks
-from onlap.content.digests import digest_of
 from onlap.errors import from_oserror
+from onlap.layers.stream.digests import digest_of
 from onlap.store import Store
 
 PATIENCE = 30.0

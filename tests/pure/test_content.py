@@ -303,7 +303,7 @@ def test_a_blob_that_is_pinned_before_it_comes_stays(content: ContentStore) -> N
 _PROCESS = """
 import sys
 from onlap.catalog.catalog import Catalog
-from onlap.content.digests import digest_of
+from onlap.layers.stream.digests import digest_of
 from onlap.content.store import ContentStore
 catalog = Catalog(sys.argv[1], create=False, timeout=30)
 content = ContentStore(catalog)

@@ -22,10 +22,10 @@ from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.db.database import Connection
 from onlap.catalog.locks import Held
-from onlap.content.digests import PREFIX, check_digest, digest_of
 from onlap.content.lease import Lease
 from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
+from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
 from onlap.trees.walk import opened
 
 # Files renamed in one transaction of the collector.

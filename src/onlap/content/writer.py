@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.catalog.locks import Held
-from onlap.content.digests import PREFIX
 from onlap.content.lease import Lease
 from onlap.forks import only_here
+from onlap.layers.stream.digests import PREFIX
 from onlap.syscalls.files import write_all
 
 _CHUNK = 1 << 20

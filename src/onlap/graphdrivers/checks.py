@@ -14,13 +14,13 @@ from onlap.graphdrivers.leftovers import CHECKING, claim, detach, remove_tree
 from onlap.mounts import kernel
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xattr, set_opaque
+from onlap.overlayfs.options import without_index
 from onlap.probing.files import d_type
 from onlap.probing.trial import No
 from onlap.syscalls.files import filesystem_magic
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.walk import OPEN_DIRECTORY, opened
 
-_INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
 _SELINUX = "/sys/fs/selinux/enforce"
 
 # moby: daemon/graphdriver/driver_linux.go, FsNames; they are what "docker info" shows.
@@ -66,9 +66,7 @@ def examine(home: str) -> Facts:
         OnlapError: of another kind, for what else the kernel says.
     """
     markers = Markers(USER if in_user_namespace() else TRUSTED)
-    # With the index on, a layer that was mounted with other lowers before fails with ESTALE.
-    index = ("index=off",) if os.path.exists(_INDEX_PARAMETER) else ()
-    flags = (*index, *markers.mount_flags)
+    flags = (*without_index(), *markers.mount_flags)
     base = f"{CHECKING}{os.getpid()}-{os.urandom(4).hex()}"
     with (
         errors.translated("try OverlayFS", key=home),

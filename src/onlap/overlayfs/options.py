@@ -5,6 +5,7 @@ Sources: the kernel's Documentation/filesystems/overlayfs.rst, fs/overlayfs/para
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
@@ -17,6 +18,17 @@ MAX_DATA = 4096 - 1
 
 # params.c: a value of fsconfig(2) is at most 255 bytes, else EINVAL.
 MAX_FSCONFIG_STRING = 255
+
+_INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
+
+
+def without_index() -> tuple[str, ...]:
+    """The option that keeps the index off, which containerd and Docker give, too.
+
+    With the index on, an upper that was mounted with other lowers before fails with ESTALE. A kernel whose module does
+    not know the option would refuse the mount for it, and has no index.
+    """
+    return ("index=off",) if os.path.exists(_INDEX_PARAMETER) else ()
 
 
 def escape(path: bytes) -> bytes:

@@ -20,6 +20,7 @@ from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
+from onlap.overlayfs.options import without_index
 from onlap.snapshots.properties import settle
 from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
 from onlap.syscalls.namespaces import in_user_namespace
@@ -32,8 +33,6 @@ KIND = "overlay"
 LABEL_UIDS = "containerd.io/snapshot/uidmapping"
 LABEL_GIDS = "containerd.io/snapshot/gidmapping"
 LABEL_UPPERDIR = "containerd.io/snapshot/overlay.upperdir"
-
-_INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
 
 
 class Properties(NamedTuple):
@@ -111,10 +110,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     def _overlay_flags(self) -> tuple[str, ...]:
         flags = list(self._mount_options)
-        # As the peer: with the index on, an upper that was mounted with other lowers before fails with ESTALE. An
-        # option that the module does not know would fail the mount, and a user's own choice stays.
-        if os.path.exists(_INDEX_PARAMETER) and not any(flag.startswith("index=") for flag in flags):
-            flags.append("index=off")
+        if not any(flag.startswith("index=") for flag in flags):  # a user's own choice stays
+            flags += without_index()
         flags += self.markers.mount_flags
         if self.properties.redirect_dir:
             flags.append("redirect_dir=on")

@@ -152,8 +152,9 @@ class Trash:
         """
         root = os.fsencode(self._root)
         by_path = _numbers_below(root)
-        place = mountinfo.place_of(self._root)
-        by_place = _numbers_below(place.path) if place is not None else None
+        # Where no table shows our root, no other mount can be told to be of it: no device is called "".
+        place = mountinfo.place_of(self._root) or mountinfo.Place(b"", root)
+        by_place = _numbers_below(place.path)
         used: set[str] = set()
 
         def note(found: re.Match[bytes] | None) -> bool:
@@ -165,18 +166,17 @@ class Trash:
             table = mountinfo.Table(text)
             for entry in mountinfo.parse(text, *_NEEDLES):
                 if entry.fstype != b"overlay":
-                    if place is not None and by_place is not None and entry.device == place.device:
+                    if entry.device == place.device:
                         note(by_place.match(entry.root))
                     continue
                 for path in layer_paths(entry.super_options):
                     if note(by_path.match(path)) or note(_RELATIVE.fullmatch(path)):
                         continue
                     # Our root may be bound to another place there.
-                    if by_place is None or b"/snapshots/" not in path or not path.startswith(b"/"):
-                        continue
-                    lies = table.place(path)
-                    if lies is not None and place is not None and lies.device == place.device:
-                        note(by_place.match(lies.path))
+                    if b"/snapshots/" in path and path.startswith(b"/"):
+                        lies = table.place(path)
+                        if lies is not None and lies.device == place.device:
+                            note(by_place.match(lies.path))
         return used
 
 

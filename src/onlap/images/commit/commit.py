@@ -17,7 +17,6 @@ from onlap.catalog.checks import check_commit
 from onlap.catalog.db.database import Connection
 from onlap.catalog.log import warn
 from onlap.catalog.records import ACTIVE, Record
-from onlap.content.digests import digest_of
 from onlap.content.lease import Lease
 from onlap.errors import shown
 from onlap.images.commit.instructions import apply_changes
@@ -25,6 +24,7 @@ from onlap.images.index import Image, Index, image_of
 from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.spec import media, model, names, platforms
 from onlap.images.spec.model import Descriptor, Manifest, Platform
+from onlap.layers.stream.digests import digest_of
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
 from onlap.snapshots.archives import clamp_times, write_diff

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from onlap import errors
-from onlap.content.digests import check_digest, digest_of
 from onlap.content.writer import check_same
 from onlap.errors import shown
 from onlap.images.formats import files
@@ -19,6 +18,7 @@ from onlap.images.formats.files import Files
 from onlap.images.spec import media, model, names, resolve
 from onlap.images.spec.model import Descriptor, Index, Platform
 from onlap.images.spec.resolve import Resolved
+from onlap.layers.stream.digests import check_digest, digest_of
 
 LAYOUT_FILE = "oci-layout"
 INDEX_FILE = "index.json"

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
-from onlap.content.digests import digest_of
 from onlap.images.garbage import unless_refused
 from onlap.images.index import Image, Index
 from onlap.images.registry.access import Access
@@ -16,6 +15,7 @@ from onlap.images.spec import media, names, resolve
 from onlap.images.spec.model import Descriptor, Platform
 from onlap.images.unpack.contract import Layer
 from onlap.images.unpack.events import stoppable
+from onlap.layers.stream.digests import digest_of
 from onlap.progress import Callback
 
 

@@ -11,13 +11,13 @@ from typing import BinaryIO
 from urllib.parse import quote
 
 from onlap import errors
-from onlap.content.digests import digest_of
 from onlap.content.store import ContentStore
 from onlap.content.writer import Partial, check_same
 from onlap.errors import shown
 from onlap.images.registry.connections import Body, TransientError
 from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession, Request
 from onlap.images.spec import media, model
+from onlap.layers.stream.digests import digest_of
 
 _PIECE = 256 * 1024
 # Bytes of a chunk, for a registry that takes no larger requests: proxies before registries let 100 MB through at most

@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Struct, field
 
 from onlap import errors
-from onlap.content.digests import check_digest, digest_of
 from onlap.errors import shown
 from onlap.images.spec import media
+from onlap.layers.stream.digests import check_digest, digest_of
 
 # Bytes. The distribution specification wants registries to take manifests of 4 MiB; configurations have no limit there,
 # and containerd reads up to 8 MiB.

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_text
-from onlap.content.digests import check_digest
 from onlap.errors import shown
+from onlap.layers.stream.digests import check_digest
 
 DOCKER_HUB = "docker.io"
 DEFAULT_TAG = "latest"

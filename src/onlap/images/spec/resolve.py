@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.content.digests import digest_of
 from onlap.content.writer import check_same
 from onlap.images.spec import media, model, platforms
 from onlap.images.spec.model import Config, Descriptor, Index, Manifest, Platform
+from onlap.layers.stream.digests import digest_of
 
 # get(descriptor, limit): the bytes of a small blob; whoever gives them has no need to verify them.
 Get = Callable[[Descriptor, int], bytes]

@@ -11,18 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
-from onlap.arguments import check_kind, check_text
+from onlap.arguments import check_kind
 from onlap.errors import shown
 from onlap.layers.apply.applier import Applier
 from onlap.layers.apply.top import Top
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.tar import Entry
+from onlap.layers.stream.digests import check_sha256
 from onlap.layers.stream.pipeline import Digests, Pipeline
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
 from onlap.syscalls import files
-
-_HEX = frozenset("0123456789abcdef")
 
 # A ratio means nothing for the first bytes of an archive.
 _RATIO_FROM = 1 << 20
@@ -106,7 +105,8 @@ def apply(
         OnlapError: of another kind, for what the kernel says.
     """
     for expected in (digest, diff_id):
-        _check_form(expected)
+        if expected is not None:
+            check_sha256(expected)
     if limits is not None:
         check_kind(limits, Limits, "limits")
     if markers is None and lowers:
@@ -215,15 +215,6 @@ class _Meter:
 def _exceeded(what: str, item: str | None) -> errors.ResourceExhausted:
     at = f", at entry {shown(item)}" if item is not None else ""
     return errors.ResourceExhausted(f"{what}{at}", key=item, hint="raise the limit if you trust it")
-
-
-def _check_form(digest: str | None) -> None:
-    if digest is None:
-        return
-    check_text(digest, "digest")
-    algorithm, _, value = digest.partition(":")
-    if algorithm != "sha256" or len(value) != 64 or not _HEX.issuperset(value):
-        raise errors.InvalidArgument(f"not a sha256 digest: {shown(digest)}", key=digest)
 
 
 def _verify(found: Digests, digest: str | None, diff_id: str | None) -> None:

@@ -20,12 +20,23 @@ def check_digest(digest: str) -> str:
         Unimplemented: it is of another algorithm than SHA-256.
     """
     check_text(digest, "digest")
-    algorithm, colon, value = digest.partition(":")
-    if algorithm != "sha256" and colon and algorithm in ("sha384", "sha512", "blake3"):
+    algorithm, colon, _ = digest.partition(":")
+    if colon and algorithm in ("sha384", "sha512", "blake3"):
         raise errors.Unimplemented(f"digests of {algorithm} are not supported: {shown(digest)}", key=digest)
+    return check_sha256(digest)
+
+
+def check_sha256(digest: str) -> str:
+    """The same where no other algorithm is thought of.
+
+    Raises:
+        InvalidArgument: it is none of SHA-256.
+    """
+    check_text(digest, "digest")
+    algorithm, _, value = digest.partition(":")
     if algorithm != "sha256" or len(value) != 64 or not _HEX.issuperset(value):
         raise errors.InvalidArgument(
-            f"not a digest: {shown(digest)}", key=digest, hint="a digest is sha256: and 64 characters of 0-9a-f"
+            f"not a sha256 digest: {shown(digest)}", key=digest, hint="a digest is sha256: and 64 characters of 0-9a-f"
         )
     return value
 
