@@ -138,12 +138,9 @@ def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | Non
 
 def best_snapshotter(root: StrPath) -> tuple[str, str | None]:
     """What a new root can be: ``("overlay", flavour)`` or ``("native", None)``, found by trial where it will lie."""
-    from onlap.probing.probe import overlay_mode
+    from onlap.probing.probe import existing_above, overlay_mode
 
-    above = os.path.abspath(os.fspath(root))
-    while not os.path.isdir(above):
-        above = os.path.dirname(above)
-    mode, _ = overlay_mode(above)
+    mode, _ = overlay_mode(existing_above(os.fspath(root)))
     return {"overlay": ("overlay", "trusted"), "overlay-userxattr": ("overlay", "user")}.get(mode, ("native", None))
 
 

@@ -94,14 +94,6 @@ def default_root() -> str:
     return os.path.join(data, "onlap")
 
 
-def existing_above(path: str) -> str:
-    """The directory itself, or the nearest one above it that exists."""
-    path = os.path.abspath(path)
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    return path
-
-
 def check_access(root: str, *, create: bool = False) -> None:
     """Raise PermissionDenied for a root of another user, which would look as if there were none.
 
@@ -110,6 +102,8 @@ def check_access(root: str, *, create: bool = False) -> None:
         create: whether it is to be made when there is none.
     """
     if create and not os.path.lexists(root):
+        from onlap.probing.probe import existing_above
+
         above = existing_above(root)
         if not os.access(above, os.W_OK | os.X_OK):
             raise errors.PermissionDenied(

@@ -162,6 +162,14 @@ def probe(directory: StrPath) -> Probe:
     return Probe(where, features, on, free.f_bavail * free.f_frsize, mode, why)
 
 
+def existing_above(path: str) -> str:
+    """The directory itself, or the nearest one above it that exists."""
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def overlay_mode(directory: StrPath) -> tuple[str, str]:
     """How a root in ``directory`` is to keep its snapshots, by trying only what decides it.
 

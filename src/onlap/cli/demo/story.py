@@ -16,10 +16,10 @@ from onlap._version import __version__
 from onlap.cli.call import Call
 from onlap.cli.demo.material import Material, Program, programs, run, shell
 from onlap.cli.demo.place import Place
-from onlap.cli.shared.changes import STYLES, path_of
+from onlap.cli.shared.changes import STYLES, path_of, summary
 from onlap.cli.shared.things import measured_usage
 from onlap.cli.shared.tree import print_tree
-from onlap.cli.terminal.text import count, size, skipped_text
+from onlap.cli.terminal.text import amount, count, size, skipped_text
 from onlap.errors import shown
 from onlap.mounts import mountinfo
 from onlap.overlayfs.markers import TRUSTED, USER
@@ -149,7 +149,7 @@ def open_store(root: str, mode: str) -> Store:
 def _work(story: Story, store: Store, material: Material) -> None:
     with story.step("import") as told:
         done = store.import_(material.directory, "base", exclude=material.exclude)
-        told.append(f"{shown(material.directory)} as base: {_amount(done.entries)}, {size(done.size)}")
+        told.append(f"{shown(material.directory)} as base: {amount(done.entries, done.size)}")
         if done.skipped:
             told.append(f"(not kept: {skipped_text(done.skipped)})")
     with story.step("prepare") as told:
@@ -207,13 +207,8 @@ def _usage(store: Store) -> str:
     return f"{said} for {len(taken)} trees; full copies would take {size(len(taken) * taken[0].size)}"
 
 
-def _amount(entries: int) -> str:
-    return count(entries, "entry", "entries")
-
-
 def _summary(changes: Iterable[Change]) -> str:
-    kinds = Counter(change.kind for change in changes)
-    return ", ".join(f"{kinds[kind]:,} {word}" for kind, word in (("A", "added"), ("C", "changed"), ("D", "deleted")))
+    return summary(Counter(change.kind for change in changes))
 
 
 def _left_in(root: str) -> list[str]:

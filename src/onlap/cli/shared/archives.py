@@ -13,11 +13,12 @@ from onlap.catalog.runs import writing
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.terminal.progress import progress
-from onlap.cli.terminal.text import count, size, skipped_text
+from onlap.cli.terminal.text import amount
 from onlap.errors import shown
 from onlap.trees import whole
 
 if TYPE_CHECKING:
+    from onlap.layers.apply.archive import Applied
     from onlap.layers.diff.write import Written
     from onlap.progress import Callback
     from onlap.store import Store
@@ -79,16 +80,16 @@ def write(call: Call, path: str, action: Callable[[Store, BinaryIO, Options], Wr
             if isinstance(error.__cause__, BrokenPipeError):
                 raise error.__cause__ from None  # whoever reads it has seen enough: no failure to report
             raise
-    if done.skipped:
-        out.warn(f"not kept: {skipped_text(done.skipped)}")
+    out.not_kept(done.skipped)
     if path == STANDARD_OUTPUT:
         return
-    if out.json:
-        out.item({"file": os.path.abspath(path), **done._asdict()})
-    else:
-        out.line(f"{shown(path)}: {count(done.entries, 'entry', 'entries')}, {size(done.size)}")
-        out.line(f"digest   {done.digest}")
-        out.line(f"diff ID  {done.diff_id}")
+    said = f"{shown(path)}: {amount(done.entries, done.size)}"
+    out.say({"file": os.path.abspath(path), **done._asdict()}, said, *digests_of(done))
+
+
+def digests_of(done: Applied | Written) -> tuple[str, str]:
+    """An archive's digests, in two lines."""
+    return f"digest   {done.digest}", f"diff ID  {done.diff_id}"
 
 
 def source_date_epoch() -> int | None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from onlap.trees.compare import Change
 from onlap.trees.meta import Meta
 
 # How a terminal shows each kind.
 STYLES = {"A": "green", "C": "yellow", "D": "red"}
+
+
+_WORDS = {"A": "added", "C": "changed", "D": "deleted"}
+
+
+def summary(kinds: Mapping[str, int]) -> str:
+    """How many changes of each kind there are."""
+    return ", ".join(f"{kinds[kind]:,} {word}" for kind, word in _WORDS.items())
 
 
 def path_of(change: Change) -> str:

@@ -64,10 +64,7 @@ def image_as_json(image: Image) -> dict[str, object]:
 
 def show_image(out: Output, image: Image) -> None:
     """Say which image there is now."""
-    if out.json:
-        out.item(image_as_json(image))
-    else:
-        out.line(f"{shown(image.name)} {image.digest}")
+    out.say(image_as_json(image), f"{shown(image.name)} {image.digest}")
 
 
 def access(call: Call) -> Access:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO
 
 from onlap import errors
-from onlap.cli.terminal.text import safe
+from onlap.cli.terminal.text import safe, skipped_text
 
 # SGR numbers of ECMA-48; no others are used.
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
@@ -41,6 +41,14 @@ class Output:
     def item(self, thing: Mapping[str, object]) -> None:
         """One thing, as a line of JSON."""
         self._write(dumped(thing) + "\n")
+
+    def say(self, thing: Mapping[str, object], *lines: str) -> None:
+        """One thing: as a line of JSON, or for people in lines, of which there may be none."""
+        if self.json:
+            self.item(thing)
+        else:
+            for line in lines:
+                self.line(line)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
         """Aligned columns; those numbered in ``right`` are flush right."""
@@ -91,6 +99,11 @@ class Output:
         """What the user should know, though it went well."""
         if not self.quiet:
             self._tell(f"warning: {text}", {"warning": {"message": text}})
+
+    def not_kept(self, skipped: Mapping[str, int]) -> None:
+        """Warn of files that could not be taken along, if there are any."""
+        if skipped:
+            self.warn(f"not kept: {skipped_text(skipped)}")
 
     def error(self, kind: str, message: str, key: str | None = None, hint: str | None = None) -> None:
         """What went wrong, in one line."""

@@ -83,6 +83,11 @@ _SKIPPED = {
 }
 
 
+def amount(entries: int, taken: int) -> str:
+    """How many entries, and how many bytes they take."""
+    return f"{count(entries, 'entry', 'entries')}, {size(taken)}"
+
+
 def skipped_text(skipped: Mapping[str, int]) -> str:
     """What could not be kept, as ``2 sockets, 1 device``."""
     return ", ".join(f"{number:,} {_SKIPPED.get(kind, (kind, kind))[number != 1]}" for kind, number in skipped.items())

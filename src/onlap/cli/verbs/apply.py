@@ -6,8 +6,9 @@ import sys
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
+from onlap.cli.shared.archives import digests_of
 from onlap.cli.terminal.progress import progress
-from onlap.cli.terminal.text import count, size, skipped_text
+from onlap.cli.terminal.text import amount
 from onlap.errors import shown
 
 
@@ -40,11 +41,6 @@ def run(call: Call) -> None:
             limits=Limits(bytes=args.max_bytes, entries=args.max_entries, ratio=args.max_ratio),
             progress=report,
         )
-    if done.skipped:
-        out.warn(f"not kept: {skipped_text(done.skipped)}")
-    if out.json:
-        out.item({"key": args.key, **done._asdict()})
-    else:
-        out.line(f"{shown(args.key)}: {count(done.entries, 'entry', 'entries')}, {size(done.uncompressed)}")
-        out.line(f"digest   {done.digest}")
-        out.line(f"diff ID  {done.diff_id}")
+    out.not_kept(done.skipped)
+    said = f"{shown(args.key)}: {amount(done.entries, done.uncompressed)}"
+    out.say({"key": args.key, **done._asdict()}, said, *digests_of(done))

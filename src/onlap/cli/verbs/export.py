@@ -10,7 +10,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.archives import STANDARD_OUTPUT, archive_arguments, check_no_archive, write
 from onlap.cli.terminal.progress import progress
-from onlap.cli.terminal.text import count, size, skipped_text
+from onlap.cli.terminal.text import amount
 from onlap.errors import shown
 
 if TYPE_CHECKING:
@@ -51,11 +51,7 @@ def _directory(call: Call) -> None:
     args, out = call.args, call.out
     with call.store(sweep=True) as store, progress(out) as report:
         done = cast("Imported", store.export(args.key, args.target, progress=report))
-    if done.skipped:
-        out.warn(f"not kept: {skipped_text(done.skipped)}")
-    if out.json:
-        thing = {"name": args.key, "directory": os.path.abspath(args.target)}
-        out.item({**thing, "entries": done.entries, "bytes": done.size, "skipped": done.skipped})
-    else:
-        said = f"{count(done.entries, 'entry', 'entries')}, {size(done.size)}"
-        out.line(f"{shown(args.target)}: {said}")
+    out.not_kept(done.skipped)
+    thing = {"name": args.key, "directory": os.path.abspath(args.target)}
+    thing |= {"entries": done.entries, "bytes": done.size, "skipped": done.skipped}
+    out.say(thing, f"{shown(args.target)}: {amount(done.entries, done.size)}")

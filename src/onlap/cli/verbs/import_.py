@@ -8,7 +8,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.things import as_json
 from onlap.cli.terminal.progress import progress
-from onlap.cli.terminal.text import count, size, skipped_text
+from onlap.cli.terminal.text import amount
 from onlap.cli.verbs.commit import note_usage
 from onlap.errors import shown
 
@@ -51,10 +51,6 @@ def run(call: Call) -> None:
                 progress=report,
             )
         taken = note_usage(call, store, args.name)
-    if done.skipped:
-        out.warn(f"not kept: {skipped_text(done.skipped)}")
-    if out.json:
-        thing = {"entries": done.entries, "bytes": done.size, "skipped": done.skipped}
-        out.item({**as_json(done.info, taken), **thing})
-    else:
-        out.line(f"{shown(args.name)}: {count(done.entries, 'entry', 'entries')}, {size(done.size)}")
+    out.not_kept(done.skipped)
+    thing = {"entries": done.entries, "bytes": done.size, "skipped": done.skipped}
+    out.say({**as_json(done.info, taken), **thing}, f"{shown(args.name)}: {amount(done.entries, done.size)}")

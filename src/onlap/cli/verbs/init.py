@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from onlap.cli.call import Call, check_access, existing_above
+from onlap.cli.call import Call, check_access
 from onlap.cli.parser import Parser, UsageError
 from onlap.errors import shown
-from onlap.probing.probe import overlay_mode
+from onlap.probing.probe import existing_above, overlay_mode
 
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter

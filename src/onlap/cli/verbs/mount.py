@@ -58,8 +58,7 @@ def _mount(call: Call) -> None:
             )
         with held(store, key) as mounts:
             _attach_all(mounts, target)
-    if call.out.json:
-        call.out.item({"key": key, "target": target, "mounts": [plan_as_json(mount) for mount in mounts]})
+    call.out.say({"key": key, "target": target, "mounts": [plan_as_json(mount) for mount in mounts]})
 
 
 def _attach_all(mounts: list[Mount], target: str) -> None:
@@ -79,5 +78,4 @@ def _unmount(call: Call) -> None:
 
     target = os.path.realpath(call.args.target)
     unmount(target, timeout=call.args.timeout, lazy=call.args.lazy)
-    if call.out.json:
-        call.out.item({"target": target})
+    call.out.say({"target": target})

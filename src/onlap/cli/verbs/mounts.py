@@ -20,7 +20,4 @@ def arguments(parser: Parser) -> None:
 def run(call: Call) -> None:
     with call.store() as store:
         for mount in store.mounts(call.args.key):
-            if call.out.json:
-                call.out.item(plan_as_json(mount))
-            else:
-                call.out.line(plan_as_command(mount))
+            call.out.say(plan_as_json(mount), plan_as_command(mount))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from onlap.cli import exits
-from onlap.cli.call import Call, existing_above
+from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.terminal.text import size
 from onlap.errors import shown
-from onlap.probing.probe import FEATURES, Probe, probe
+from onlap.probing.probe import FEATURES, Probe, existing_above, probe
 
 _MODES = {
     "overlay": "overlay",

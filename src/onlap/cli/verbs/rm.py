@@ -26,7 +26,6 @@ def run(call: Call) -> int:
 
         def remove(key: str) -> None:
             store.remove(key, force=call.args.force)
-            if call.out.json:
-                call.out.item({"removed": key})
+            call.out.say({"removed": key})
 
         return each(call, call.args.keys, remove)

@@ -28,9 +28,6 @@ def run(call: Call) -> int:
     with errors.translated("check the data root", key=root.directory):
         for problem in check(root):
             damaged = damaged or problem.kind == "damaged"
-            if call.out.json:
-                call.out.item(problem._asdict())
-            else:
-                where = shown(problem.where)
-                call.out.line(f"{problem.kind}: {where}: {shown(problem.what)}; {shown(problem.hint)}")
+            said = f"{problem.kind}: {shown(problem.where)}: {shown(problem.what)}; {shown(problem.hint)}"
+            call.out.say(problem._asdict(), said)
     return exits.NO if damaged else exits.DONE

@@ -28,7 +28,5 @@ def run(call: Call) -> None:
     root = open_root(call)
     for change in root.changes(root.find(call.args.what).id):
         letter = _LETTERS[change.kind]
-        if call.out.json:
-            call.out.item({"kind": letter, "path": change.path})
-        else:
-            call.out.line(f"{call.out.paint(letter, STYLES[letter])} {shown(change.path)}")
+        line = f"{call.out.paint(letter, STYLES[letter])} {shown(change.path)}"
+        call.out.say({"kind": letter, "path": change.path}, line)

@@ -22,9 +22,6 @@ def run(call: Call) -> None:
     for layer in root.layers.values():
         depth = depths[layer.id] = depths[layer.parent] + 1 if layer.parent in depths else 0
         usage = root.usage(layer.id)
-        if call.out.json:
-            call.out.item({**as_json(layer, usage), "depth": depth})
-        else:
-            mounted = ", mounted" if layer.mounted else ""
-            line = f"{'  ' * depth}{short(layer.id)}  {size(usage.size)}  {layer.kind}{mounted}  {owners(layer)}"
-            call.out.line(line)
+        mounted = ", mounted" if layer.mounted else ""
+        line = f"{'  ' * depth}{short(layer.id)}  {size(usage.size)}  {layer.kind}{mounted}  {owners(layer)}"
+        call.out.say({**as_json(layer, usage), "depth": depth}, line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.changes import STYLES, change_as_json, path_of
+from onlap.cli.shared.changes import STYLES, change_as_json, path_of, summary
 from onlap.cli.shared.images import images_of
 from onlap.cli.terminal.progress import progress
 from onlap.cli.terminal.text import size
@@ -44,12 +44,8 @@ def run(call: Call) -> int:
                 kind = out.paint(change.kind, STYLES[change.kind])
                 out.line(f"{kind} {_signed(found.after - found.before):>12}  {shown(path_of(change))}")
     if not out.json:
-        paths = ", ".join(f"{counts[kind]:,} {word}" for kind, word in _WORDS.items())
-        out.line(f"{paths}; {_signed(grown)}")
+        out.line(f"{summary(counts)}; {_signed(grown)}")
     return exits.NO if any(counts.values()) and call.args.exit_code else exits.DONE
-
-
-_WORDS = {"A": "added", "C": "changed", "D": "deleted"}
 
 
 def _signed(number: int) -> str:

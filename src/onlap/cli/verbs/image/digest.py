@@ -18,15 +18,11 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> int:
-    out = call.out
     with call.store() as store:
         images = images_of(store)
 
         def show(name: str) -> None:
             image = images.get(name)
-            if out.json:
-                out.item({"name": image.name, "digest": image.digest})
-            else:
-                out.line(image.digest)
+            call.out.say({"name": image.name, "digest": image.digest}, image.digest)
 
         return each(call, call.args.names, show)

@@ -28,7 +28,4 @@ def run(call: Call) -> None:
         with progress(out) as report:
             digest = images.push(name, args.target, access=access(call), progress=report)
     target = args.target or name
-    if out.json:
-        out.item({"name": name, "target": target, "digest": digest})
-    else:
-        out.line(f"{shown(target)} {digest}")
+    out.say({"name": name, "target": target, "digest": digest}, f"{shown(target)} {digest}")

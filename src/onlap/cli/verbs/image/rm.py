@@ -23,7 +23,6 @@ def run(call: Call) -> int:
 
         def remove(name: str) -> None:
             images.remove(name)
-            if call.out.json:
-                call.out.item({"removed": name})
+            call.out.say({"removed": name})
 
         return each(call, call.args.names, remove)

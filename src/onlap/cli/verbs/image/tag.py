@@ -19,5 +19,4 @@ def arguments(parser: Parser) -> None:
 def run(call: Call) -> None:
     with call.store() as store:
         image = images_of(store).tag(call.args.name, call.args.new)
-    if call.out.json:
-        call.out.item(image_as_json(image))
+    call.out.say(image_as_json(image))
