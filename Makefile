@@ -91,7 +91,7 @@ WHEEL_TESTS ?= $(addprefix tests/pure/test_,arguments.py catalog_records.py cli.
 	serve_sockets.py tar_reader.py)
 
 dist: $(TOOLS_STAMP) ## sdist and wheel, in dist; checked, and the wheel installed elsewhere and tried
-	@rm -rf dist build/wheel; set -e; \
+	@rm -rf dist build/wheel; mkdir -p build; set -e; \
 	$(BIN)/python -m build --outdir dist . >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }; \
 	$(BIN)/python -m twine --no-color check --strict dist/*; \
 	$(BIN)/python -m venv build/wheel; \

@@ -17,9 +17,7 @@ import pytest
 from onlap import errors
 from onlap.cli import exits
 from onlap.cli.registry import VERBS
-
-# Of the checkout, or of a wheel that is installed (make dist).
-SOURCE = Path(errors.__file__).resolve().parents[1]
+from pure.installed import SOURCE
 
 
 def environment(**more: str) -> dict[str, str]:

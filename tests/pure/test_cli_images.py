@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pure.image_makers import Made, layer
-from pure.test_cli_snapshots import SOURCE, Command
+from pure.installed import SOURCE
+from pure.test_cli_snapshots import Command
 
 SETTINGS = {
     "User": "web",

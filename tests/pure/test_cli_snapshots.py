@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from onlap import errors
+from pure.installed import SOURCE
 
-# Of the checkout, or of a wheel that is installed (make dist).
-SOURCE = Path(errors.__file__).resolve().parents[1]
 ODD = b"a\xffb\nc\x1b[31m"
 ODD_SHOWN = "a\\xffb\\nc\\e[31m"
 

@@ -20,9 +20,7 @@ from onlap.cli.complete import complete
 from onlap.cli.registry import GROUPS, VERBS
 from onlap.cli.terminal.output import Output
 from pure.image_makers import Made, layer
-
-# Of the checkout, or of a wheel that is installed (make dist).
-SOURCE = Path(onlap.__file__).resolve().parents[1]
+from pure.installed import SOURCE
 
 # Each would leave a file in the working directory if a shell ran it, or be taken for something else.
 HOSTILE = [
