@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import socket
 import threading
@@ -165,6 +166,13 @@ def test_what_is_no_host(metrics: Metrics, host: str) -> None:
 def metrics(root: Path) -> Iterator[Metrics]:
     with NativeSnapshotter(root / "store", sync="none") as snapshotter, closing(Metrics(snapshotter)) as found:
         yield found
+
+
+def test_the_reference_has_every_figure(metrics: Metrics) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "metrics.md").read_text()
+    documented = {name.removesuffix("_total") for name in re.findall(r"`(onlap_\w+)(?:\{[^`]*)?`", page)}
+    served = {family.name for family in metrics.registry.collect() if family.name.startswith("onlap_")}
+    assert documented == served
 
 
 def test_a_socket_without_a_path_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
