@@ -27,6 +27,8 @@ suppress_warnings = ["ref.python"]  # short names in annotations: several rooms 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
+smartquotes = False  # "--json" is two hyphens
+
 autoclass_content = "class"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
