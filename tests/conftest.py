@@ -37,10 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # A shell without job control starts what it puts in the background so (POSIX, "Shell Command Language", 2.11),
-        # and every child would ignore the interrupts that tests send.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        # A shell without job control starts what it puts in the background so that it ignores SIGINT (POSIX, "Shell
+        # Command Language", 2.11), and nohup so that it ignores SIGHUP. Every child would ignore what tests send.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     capabilities.enter_private_mount_namespace()
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from onlap.probing.trial import Feature
     from onlap.snapshots.contract import Cleaner, Differ, Info, Snapshotter
     from onlap.snapshots.native import NativeSnapshotter
-    from onlap.snapshots.overlay import OverlaySnapshotter
+    from onlap.snapshots.overlay import OverlaySnapshotter, Properties
     from onlap.snapshots.working import mounted
     from onlap.store import Imported, Progress, Store, open
     from onlap.trees.compare import Change
@@ -72,6 +72,7 @@ _WHERE = {
     "OverlaySnapshotter": "onlap.snapshots.overlay",
     "Probe": "onlap.probing.probe",
     "Progress": "onlap.store",
+    "Properties": "onlap.snapshots.overlay",
     "Snapshotter": "onlap.snapshots.contract",
     "Store": "onlap.store",
     "Usage": "onlap.trees.usage",
@@ -107,6 +108,7 @@ __all__ = [
     "PermissionDenied",
     "Probe",
     "Progress",
+    "Properties",
     "ResourceExhausted",
     "Snapshotter",
     "Store",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_path
@@ -15,7 +15,7 @@ from onlap.mounts.plan import Mount
 from onlap.progress import Callback, Progress, Reporter
 from onlap.snapshots import working
 from onlap.snapshots.contract import Info
-from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter, Sync
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
 
@@ -31,7 +31,8 @@ __all__ = ["Imported", "Progress", "Store", "open", "open_snapshotter"]
 
 StrPath = str | os.PathLike[str]
 
-AUTO = "auto"
+Kind = Literal["auto", "overlay", "native"]
+AUTO: Kind = "auto"
 
 
 class Imported(NamedTuple):
@@ -54,9 +55,9 @@ class Imported(NamedTuple):
 def open(
     root: StrPath,
     *,
-    snapshotter: str = AUTO,
+    snapshotter: Kind = AUTO,
     create: bool = True,
-    sync: str | None = None,
+    sync: Sync | None = None,
     timeout: float = 30.0,
 ) -> Store:
     """Open a root, or make it.
@@ -82,9 +83,9 @@ def open(
 def open_snapshotter(
     root: StrPath,
     *,
-    snapshotter: str = AUTO,
+    snapshotter: Kind = AUTO,
     create: bool = True,
-    sync: str | None = None,
+    sync: Sync | None = None,
     timeout: float = 30.0,
     owner: str = "",
     overlay_options: Mapping[str, object] | None = None,

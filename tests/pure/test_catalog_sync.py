@@ -14,6 +14,7 @@ from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.disk import sync
 from onlap.catalog.disk.sync import Syncer
+from onlap.snapshots.recorded import Sync
 from onlap.store import Store
 
 PATIENCE = 30.0
@@ -210,7 +211,7 @@ def test_what_was_written_before_a_failure_is_not_synced_by_a_later_run(
 
 
 @pytest.mark.parametrize("choice, runs", [("layer", 1), ("none", 0), (None, 1)])
-def test_what_is_synced(root: Path, monkeypatch: pytest.MonkeyPatch, choice: str | None, runs: int) -> None:
+def test_what_is_synced(root: Path, monkeypatch: pytest.MonkeyPatch, choice: Sync | None, runs: int) -> None:
     calls: list[int] = []
     monkeypatch.setattr(sync, "syncfs", calls.append)
     with onlap.open(root, snapshotter="overlay", sync=choice) as store:
@@ -222,7 +223,7 @@ def test_what_is_synced(root: Path, monkeypatch: pytest.MonkeyPatch, choice: str
 
 def test_another_word_for_sync_is_refused(root: Path) -> None:
     with pytest.raises(errors.InvalidArgument, match='"layer" or "none"'):
-        onlap.open(root, snapshotter="overlay", sync="always")
+        onlap.open(root, snapshotter="overlay", sync="always")  # type: ignore[arg-type]
 
 
 # Walks

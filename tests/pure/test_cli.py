@@ -45,7 +45,6 @@ def with_ls(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run ``onlap ls`` with another body; it sees ``call`` and the modules os and signal."""
     code = (
         "import os, signal, sys\nfrom onlap.cli import main\nfrom onlap.cli.verbs import ls\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored where the tests were started by nohup
         f"def run(call):\n    {body}\nls.run = run\nsys.exit(main(sys.argv[1:]))"
     )
     return subprocess.run(

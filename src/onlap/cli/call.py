@@ -14,6 +14,7 @@ from onlap.cli.terminal.output import Output
 from onlap.errors import shown
 
 if TYPE_CHECKING:
+    from onlap.snapshots.recorded import Sync
     from onlap.store import Store
 
 SYSTEM_ROOT = "/var/lib/onlap"
@@ -53,7 +54,7 @@ class Call:
         return {key: value for key, value in read_labels(self.args.label).items() if value is not None}
 
     @contextlib.contextmanager
-    def store(self, *, create: bool = False, sync: str | None = None, sweep: bool = False) -> Iterator[Store]:
+    def store(self, *, create: bool = False, sync: Sync | None = None, sweep: bool = False) -> Iterator[Store]:
         """Open the root for the time of a block.
 
         Args:

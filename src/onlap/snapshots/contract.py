@@ -72,7 +72,7 @@ onlap.errors.FailedPrecondition: cannot remove snapshot layer-1: layer-2 stands 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from onlap import errors
 from onlap.arguments import check_mapping, check_text
@@ -204,6 +204,10 @@ class Snapshotter(Protocol):
     def close(self) -> None:
         """Let go of everything; idempotent. Nothing that was answered is lost."""
         ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 @runtime_checkable

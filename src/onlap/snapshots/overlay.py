@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Info, Record
@@ -22,7 +22,7 @@ from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.overlayfs.options import without_index
 from onlap.snapshots.properties import settle
-from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
+from onlap.snapshots.recorded import Options, RecordedSnapshotter, is_fresh
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.copy import copy_attributes
 from onlap.trees.meta import list_xattrs, read_xattrs
@@ -77,14 +77,14 @@ class OverlaySnapshotter(RecordedSnapshotter):
         mount_options: tuple[str, ...] = (),
         remap_ids: bool = False,
         unpacked: Callable[[str], bool] = lambda _key: False,
-        **options: object,
+        **options: Unpack[Options],
     ) -> None:
         self._wanted = properties
         self._upperdir_label = upperdir_label
         self._mount_options = tuple(mount_options)
         self._remap_ids = remap_ids
         self._unpacked = unpacked
-        super().__init__(root, **options)  # type: ignore[arg-type]
+        super().__init__(root, **options)
 
     # Properties of the root
 

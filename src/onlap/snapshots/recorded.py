@@ -7,7 +7,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 from onlap import errors
 from onlap.arguments import check_text
@@ -30,8 +30,6 @@ from onlap.trees.usage import Usage, usage
 
 Self = TypeVar("Self", bound="RecordedSnapshotter")
 
-SYNC_LAYER = "layer"
-SYNC_NONE = "none"
 
 # From the mkdir of a layer to its record: a transaction that others hold up at most.
 _BUILT_WITHIN_NS = 60 * 10**9
@@ -44,6 +42,19 @@ _TERMS = {
     "label": HAS_LABEL,
     "labelled": "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ?)",
 }
+
+
+Sync = Literal["layer", "none"]
+
+
+class Options(TypedDict, total=False):
+    """How a root is opened: see :class:`RecordedSnapshotter`."""
+
+    owner: str
+    sync: Sync | None
+    asynchronous_remove: bool
+    create: bool
+    timeout: float
 
 
 class RecordedSnapshotter(ABC):
@@ -69,15 +80,15 @@ class RecordedSnapshotter(ABC):
         root: str | os.PathLike[str],
         *,
         owner: str = "",
-        sync: str | None = None,
+        sync: Sync | None = None,
         asynchronous_remove: bool = True,
         create: bool = True,
         timeout: float = 30.0,
     ) -> None:
-        if sync not in (None, SYNC_LAYER, SYNC_NONE):
+        if sync not in (None, "layer", "none"):
             raise errors.InvalidArgument(f"sync is {sync!r}", hint='it can be "layer" or "none"')
         check_text(owner, "owner")
-        self._sync = sync or SYNC_LAYER
+        self._sync: Sync = sync or "layer"
         self._owner = owner
         self._asynchronous_remove = asynchronous_remove
         self._ancestors: dict[int, tuple[int, ...]] = {}
@@ -89,7 +100,7 @@ class RecordedSnapshotter(ABC):
             self.catalog.close()
             raise
 
-    # Theirs
+    # For subclasses
 
     @abstractmethod
     def _settle(self) -> None:
@@ -155,7 +166,7 @@ class RecordedSnapshotter(ABC):
     @property
     def syncs(self) -> bool:
         """Whether content is on the disk before a record speaks of it."""
-        return self._sync == SYNC_LAYER
+        return self._sync == "layer"
 
     # The flavour of OverlayFS's markers in this root's layers; a layer that has none does not care.
     markers = Markers(TRUSTED)

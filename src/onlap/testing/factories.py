@@ -10,6 +10,7 @@ from onlap.overlayfs.markers import TRUSTED
 from onlap.snapshots.memory import MemorySnapshotter
 from onlap.snapshots.native import NativeSnapshotter
 from onlap.snapshots.overlay import OverlaySnapshotter, Properties
+from onlap.snapshots.recorded import Sync
 
 
 class OverlayFactory(NamedTuple):
@@ -22,7 +23,7 @@ class OverlayFactory(NamedTuple):
     """
 
     flavour: str = TRUSTED
-    sync: str = "none"
+    sync: Sync = "none"
     asynchronous_remove: bool = True
 
     def __call__(self, directory: str) -> AbstractContextManager[OverlaySnapshotter]:
@@ -43,7 +44,7 @@ class OverlayFactory(NamedTuple):
 class NativeFactory(NamedTuple):
     """Native snapshotters; the attributes are those of :class:`OverlayFactory`."""
 
-    sync: str = "none"
+    sync: Sync = "none"
     asynchronous_remove: bool = True
 
     def __call__(self, directory: str) -> AbstractContextManager[NativeSnapshotter]:
