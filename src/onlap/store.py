@@ -453,10 +453,13 @@ class Store:
 
     def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Imported:
         from onlap.catalog.runs import writing
+        from onlap.mounts.temporary import may_detach
         from onlap.trees.transfer import export_directory
 
         report = Reporter(progress, "export", "files")
-        with self.mounted(key) as tree, writing(self.snapshotter.catalog) as note:
+        # An interrupt may leave a descriptor open, which would keep a mount at a path busy.
+        mounted = working.mounted_snapshot(self.snapshotter, key, detached=may_detach(), reading=True)
+        with mounted as tree, writing(self.snapshotter.catalog) as note:
             copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries), note)
         report.finish(copied.entries)
         return Imported(self.stat(key), *copied)

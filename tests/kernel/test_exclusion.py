@@ -40,6 +40,16 @@ def layer(name: str = "new") -> bytes:
     return out.getvalue()
 
 
+def test_a_tree_that_another_program_has_locked_is_not_lost(store: Store) -> None:
+    """Whoever removes one deletes its record first, so that a lock is no sign of that."""
+    place = store.snapshotter.catalog.layout.snapshot(store.snapshotter.record("base").id)
+    with Held(place) as held:
+        assert held.lock()
+        with pytest.raises(errors.Unavailable, match="locked by another program"):
+            list(store.diff("base"))
+    list(store.diff("base"))
+
+
 class Outcome(threading.Thread):
     """What became of a call in another thread."""
 

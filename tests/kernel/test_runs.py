@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from onlap.catalog.db.database import Database
 from onlap.mounts import temporary
 from onlap.mounts.unmount import unmount
 from onlap.store import Store
+from onlap.trees import whole
+from onlap.trees.copy import Copier
 
 pytestmark = [pytest.mark.needs("overlay", "mount")]
 
@@ -131,6 +134,50 @@ def test_nothing_is_left_of_a_killed_enter(store: Store) -> None:
     assert mountinfo() == before
     assert [info.name for info in store.walk()] == ["base"]
     assert os.listdir(store.root / "runs") == []
+
+
+@pytest.mark.parametrize("key", ["base", "work"])
+def test_an_interrupt_that_leaves_descriptors_open_leaves_no_mount(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    store.prepare("work", "base")
+    with store.mounted("work") as tree:
+        (tree / "new").mkdir()
+    with store.build("over", "base") as tree:
+        (tree / "new").mkdir()
+    left: list[int] = []
+    directory = Copier._directory
+
+    def interrupted(self: Copier, *args: Any) -> None:
+        left.extend(directory(self, *args) or ())
+        raise KeyboardInterrupt
+
+    before = mountinfo()
+    monkeypatch.setattr(Copier, "_directory", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            store.export("over" if key == "base" else key, root / "out")
+        assert left
+        assert mountinfo() == before
+        assert os.listdir(root) == ["onlap"]
+        with store.mounted("work") as tree:
+            (tree / "new" / "more").touch()
+        store.commit("made", "work")
+    finally:
+        for fd in left:
+            os.close(fd)
+
+
+def test_an_export_whose_own_end_is_interrupted_leaves_nothing(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole, "remove_at", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.export("base", root / "out", progress=interrupted)
+    assert os.listdir(root) == ["onlap"]
 
 
 def test_the_next_run_cleans_up_as_well(store: Store) -> None:
@@ -291,6 +338,26 @@ with onlap.open(sys.argv[1]) as store:
     for thread in threads: thread.join()
     assert not failures, failures
     assert len(list(store.walk())) == 48
+"""
+    output(code, ordinary / "onlap", ordinary=True)
+
+
+def test_an_ordinary_user_with_as_many_processes_as_he_may_have(ordinary: Path) -> None:
+    code = """
+import resource, sys, onlap
+with onlap.open(sys.argv[1]) as store:
+    with store.build("base") as tree:
+        (tree / "file").touch()
+    store.prepare("work", "base")
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+    try:
+        with store.mounted("work"):
+            pass
+    except onlap.ResourceExhausted as error:
+        assert "cannot start the helper" in str(error) and "ulimit -u" in str(error), error
+    else:
+        raise AssertionError("it was mounted without a helper")
+    store.commit("made", "work")
 """
     output(code, ordinary / "onlap", ordinary=True)
 

@@ -162,6 +162,7 @@ class Catalog:
         Raises:
             NotFound: one of them was removed meanwhile.
             DataLoss: one of them is lost.
+            Unavailable: another program has locked one of them.
             ResourceExhausted: there are no descriptors for so many.
         """
         with contextlib.ExitStack() as stack:
@@ -174,12 +175,18 @@ class Catalog:
                 except OSError as error:
                     raise errors.from_oserror(error, doing="hold a snapshot's tree", key=path) from error
                 if held is None:
-                    raise self._gone(identifier)
+                    raise self._gone(identifier, locked=True)
                 stack.enter_context(held)
             yield
 
-    def _gone(self, identifier: int) -> errors.OnlapError:
+    def _gone(self, identifier: int, *, locked: bool = False) -> errors.OnlapError:
         record = self.database.read(lambda c: records.by_id(c, identifier))
+        if record is not None and locked:  # not for its deletion, which comes after that of the record
+            return errors.Unavailable(
+                f"the tree of snapshot {shown(record.name)} is locked by another program",
+                key=record.name,
+                hint=f"it holds flock(2) on {shown(self.layout.snapshot(identifier))}; end it, or try again",
+            )
         if record is not None:
             return lost(record)
         return errors.NotFound("the snapshot was removed meanwhile", hint="see what there is with: onlap ls")

@@ -266,6 +266,7 @@ def _end(directory: str, held: Held) -> None:
     # What is still mounted, or cannot be removed now, the next sweep finds; nothing is wrong with the work itself.
     with contextlib.suppress(OSError):
         if not (os.path.lexists(f"{directory}/at") and _mounted(directory)):
+            _remove_partial(directory)  # that of an export whose own end was interrupted
             _remove(directory)
     held.release()
 

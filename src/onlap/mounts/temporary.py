@@ -84,6 +84,11 @@ def may_mount() -> bool:
     return True
 
 
+def may_detach() -> bool:
+    """Whether the mounts of a plan can be detached, by this process or by a helper."""
+    return not may_mount() or kernel.layers_by() != kernel.LAYERS_BY_STRING
+
+
 def _may_unmount() -> bool:
     # Before Linux 5.2 (ENOSYS above), or where /proc cannot be cloned: umount2(2) answers EPERM without the
     # capability, and with it EINVAL, since the two flags exclude each other: nothing is ever unmounted.

@@ -38,13 +38,21 @@ def detached(plan: Mount) -> int:
     with ours, theirs:
         ours.settimeout(_TIMEOUT)
         # A new program rather than a fork: the caller may have threads, and SQLite connections that a fork breaks.
-        helper = subprocess.Popen(
-            forks.python("-m", __name__, str(theirs.fileno())),
-            pass_fds=[theirs.fileno()],
-            env=forks.environment(),
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        try:
+            helper = subprocess.Popen(
+                forks.python("-m", __name__, str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                env=forks.environment(),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        except OSError as error:
+            doing = "start the helper that mounts in a user namespace"
+            if error.errno != errno.EAGAIN:
+                raise errors.from_oserror(error, doing=doing) from error
+            raise errors.ResourceExhausted(
+                f"cannot {doing}: there are as many processes as may be", hint="raise their limit (ulimit -u)"
+            ) from error
         theirs.close()
         try:
             ours.sendall(_encode(plan))

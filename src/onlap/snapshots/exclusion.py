@@ -34,7 +34,9 @@ _REMOVE = "unmount it first, or remove it all the same with --force"
 
 
 @contextlib.contextmanager
-def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True) -> Iterator[list[Mount]]:
+def mounting(
+    snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True, reading: bool = False
+) -> Iterator[list[Mount]]:
     """The plan of a snapshot of any kind, for whoever mounts it and uses that mount inside the block.
 
     Of a committed one it is that of a view; of an active one on a read-only filesystem likewise.
@@ -43,6 +45,7 @@ def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool =
         snapshotter: whose record it is.
         record: what to mount.
         hidden: no mountinfo shows the mount, so that its layers are to be held, too; else they are kept by that.
+        reading: an overlay is to be read-only.
 
     Raises:
         NotFound: it was removed or committed meanwhile.
@@ -59,6 +62,8 @@ def mounting(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool =
         mounts = snapshotter.readonly_plan(record) if readonly else snapshotter.plan(record)
         if any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
             stack.enter_context(_only_overlay(snapshotter, record))
+            if reading:
+                mounts = snapshotter.readonly_plan(record)
         yield mounts
 
 

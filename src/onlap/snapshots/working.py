@@ -91,25 +91,36 @@ def _placed(
 
 @contextlib.contextmanager
 def mounted_snapshot(
-    snapshotter: RecordedSnapshotter, key: str, at: StrPath | None = None, *, detached: bool = False
+    snapshotter: RecordedSnapshotter,
+    key: str,
+    at: StrPath | None = None,
+    *,
+    detached: bool = False,
+    reading: bool = False,
 ) -> Iterator[Path]:
-    """See :meth:`onlap.store.Store.mounted`."""
+    """See :meth:`onlap.store.Store.mounted`; with ``reading`` it is not to be written to."""
     snapshotter.record(key)  # NotFound comes first
     with begun(snapshotter.catalog) as run:
         # On a read-only or full disk what is there can still be read. A detached mount ends with the process.
         detached = detached or (run is None and at is None)
-        with _mounted(snapshotter, run, key, at, detached) as tree:
+        with _mounted(snapshotter, run, key, at, detached, reading) as tree:
             yield tree
 
 
 @contextlib.contextmanager
 def _mounted(
-    snapshotter: RecordedSnapshotter, run: Run | None, key: str, at: StrPath | None = None, detached: bool = False
+    snapshotter: RecordedSnapshotter,
+    run: Run | None,
+    key: str,
+    at: StrPath | None = None,
+    detached: bool = False,
+    reading: bool = False,
 ) -> Iterator[Path]:
     # A detached mount shows in no mountinfo, so that only a lock keeps its layers from being deleted.
     hidden = detached or not may_mount()
     with contextlib.ExitStack() as stack:
-        mounts = stack.enter_context(exclusion.mounting(snapshotter, snapshotter.record(key), hidden=hidden))
+        mounting = exclusion.mounting(snapshotter, snapshotter.record(key), hidden=hidden, reading=reading)
+        mounts = stack.enter_context(mounting)
         try:
             tree = stack.enter_context(_placed(run, mounts, at, detached))
         except errors.NotFound as error:
