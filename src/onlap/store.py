@@ -436,20 +436,11 @@ class Store:
         """
         if isinstance(out, (str, os.PathLike)):
             return self._export_directory(key, check_path(out, "path to export to"), progress)
+        from onlap.layers.diff.write import Encoding
         from onlap.snapshots import archives
 
-        return archives.write_diff(
-            self.snapshotter,
-            key,
-            None,
-            out,
-            compression=compression,
-            level=level,
-            epoch=epoch,
-            sparse=sparse,
-            whole=not layer,
-            progress=progress,
-        )
+        encoding = Encoding(compression, level, epoch, sparse=sparse)
+        return archives.write_diff(self.snapshotter, key, None, out, encoding, whole=not layer, progress=progress)
 
     def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Imported:
         from onlap.catalog.runs import writing
@@ -529,20 +520,11 @@ class Store:
             NotFound: there is no such snapshot.
             OnlapError: of another kind, for what the filesystem says.
         """
+        from onlap.layers.diff.write import Encoding
         from onlap.snapshots import archives
 
-        return archives.write_diff(
-            self.snapshotter,
-            key,
-            other,
-            out,
-            compression=compression,
-            level=level,
-            epoch=epoch,
-            content=content,
-            sparse=sparse,
-            progress=progress,
-        )
+        encoding = Encoding(compression, level, epoch, content, sparse)
+        return archives.write_diff(self.snapshotter, key, other, out, encoding, progress=progress)
 
     def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
         """Make one layer of those above ``base`` up to ``top``, as a new committed snapshot on ``base``.

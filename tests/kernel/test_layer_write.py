@@ -28,10 +28,10 @@ from kernel.helpers import SOURCE
 from kernel.layer_oracle import TIME, TRUSTED, apply_to
 from onlap import errors
 from onlap.layers.diff.changes import stack_changes
-from onlap.layers.diff.write import Written, write_layer
+from onlap.layers.diff.write import Encoding, Written, write_layer
 from onlap.layers.stream.compression import Inflater
 from onlap.mounts.plan import overlay
-from onlap.progress import Progress
+from onlap.progress import Callback, Progress
 from onlap.snapshots.memory import compare
 from onlap.snapshots.working import mounted
 from onlap.store import Store
@@ -75,9 +75,9 @@ class Layers:
         self.stack.insert(0, upper)
         return upper
 
-    def write(self, below: int = 1, **options: object) -> tuple[bytes, Written]:
+    def write(self, below: int = 1, progress: Callback | None = None, **options: object) -> tuple[bytes, Written]:
         """The archive of the topmost layers, down to ``below`` from the top."""
-        return written(self.stack[below:], self.stack, **options)
+        return written(self.stack[below:], self.stack, progress, **options)
 
     def entries(self, below: int = 1) -> dict[str, tarfile.TarInfo]:
         """What that archive holds but for the top, whose time moves with all that is made in it."""
@@ -116,9 +116,12 @@ class Layers:
         return path
 
 
-def written(before: Sequence[Path], after: Sequence[Path], **options: object) -> tuple[bytes, Written]:
+def written(
+    before: Sequence[Path], after: Sequence[Path], progress: Callback | None = None, **options: object
+) -> tuple[bytes, Written]:
     out = io.BytesIO()
-    done = write_layer([*map(str, before)], [*map(str, after)], TRUSTED, out, **options)  # type: ignore[arg-type]
+    encoding = Encoding(**options)  # type: ignore[arg-type]
+    done = write_layer([*map(str, before)], [*map(str, after)], TRUSTED, out, encoding, progress=progress)
     return out.getvalue(), done
 
 
@@ -958,7 +961,7 @@ class _Full:
 def test_a_disk_that_is_full_ends_it(layers: Layers, room: int, compression: str) -> None:
     layers.add(Tree().file("f", os.urandom(6_000_000)))
     with pytest.raises(OSError, match="No space"):
-        write_layer([], [str(layers.stack[0])], TRUSTED, _Full(room), compression=compression)  # type: ignore[arg-type]
+        write_layer([], [str(layers.stack[0])], TRUSTED, _Full(room), Encoding(compression))  # type: ignore[arg-type]
 
 
 def test_a_writer_that_takes_little_at_once_gets_all(layers: Layers) -> None:
@@ -1010,10 +1013,10 @@ def test_memory_is_flat(root: Path, compression: str) -> None:
     """300 MB and 1 MB, each in a process of its own: what is in memory does not depend on the size."""
     script = (
         "import os, sys\n"
-        "from onlap.layers.diff.write import write_layer\n"
+        "from onlap.layers.diff.write import Encoding, write_layer\n"
         "from onlap.overlayfs.markers import Markers\n"
         "with open(os.devnull, 'wb', buffering=0) as out:\n"
-        "    write_layer([], [sys.argv[1]], Markers('trusted'), out, compression=sys.argv[2])\n"
+        "    write_layer([], [sys.argv[1]], Markers('trusted'), out, Encoding(sys.argv[2]))\n"
         # Not ru_maxrss, which a child inherits from the process that started it.
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
     )

@@ -19,7 +19,7 @@ import pytest
 import gobuild
 from kernel.layer_oracle import TRUSTED, apply_to
 from onlap import errors
-from onlap.layers.diff.write import write_layer
+from onlap.layers.diff.write import Encoding, write_layer
 from onlap.testing import Tree, assert_same_tree, differences
 from pure.tar_makers import END, header, pax
 
@@ -113,7 +113,7 @@ class Place:
         """Our archive of a difference."""
         path = self.directory / name
         with path.open("wb", buffering=0) as out:
-            write_layer([*map(str, before)], [*map(str, after)], TRUSTED, out, compression=compression)
+            write_layer([*map(str, before)], [*map(str, after)], TRUSTED, out, Encoding(compression))
         return path
 
     def applied(self, name: str, archives: Sequence[Path], onto: Path | None = None) -> Path:
@@ -297,7 +297,7 @@ def test_containerd_loses_what_we_keep(here: Place, peer: Path) -> None:
     os.utime(here.changed / "d/same-size", ns=(before.st_atime_ns, before.st_mtime_ns))
     theirs = _archive(_run(peer, "diff", here.base, here.changed))
     out = io.BytesIO()
-    write_layer([str(here.base)], [str(here.changed)], TRUSTED, out, content=True)
+    write_layer([str(here.base)], [str(here.changed)], TRUSTED, out, Encoding(content=True))
     ours = _archive(out.getvalue())
     assert "d/same-size" in ours
     assert "d/same-size" not in theirs
@@ -351,7 +351,7 @@ def _with_holes(here: Place) -> tuple[Path, Path]:
         file.write(b"end")
     archive = here.directory / "sparse.tar"
     with archive.open("wb", buffering=0) as out:
-        write_layer([], [str(tree)], TRUSTED, out, sparse=True)
+        write_layer([], [str(tree)], TRUSTED, out, Encoding(sparse=True))
     assert archive.stat().st_size < 1 << 20
     return tree, archive
 

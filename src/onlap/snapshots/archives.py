@@ -13,7 +13,7 @@ from onlap.catalog.records import ACTIVE, Record
 from onlap.errors import shown
 from onlap.layers.apply.archive import Applied, Limits, apply
 from onlap.layers.diff.changes import stack_items
-from onlap.layers.diff.write import Written, piped, write_layer
+from onlap.layers.diff.write import Encoding, Written, piped, write_layer
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
@@ -105,12 +105,8 @@ def write_diff(
     key: str,
     other: str | None,
     out: BinaryIO,
+    encoding: Encoding,
     *,
-    compression: str = "none",
-    level: int | None = None,
-    epoch: int | None = None,
-    content: bool = False,
-    sparse: bool = False,
     whole: bool = False,
     progress: Callback | None = None,
 ) -> Written:
@@ -136,12 +132,8 @@ def write_diff(
             snapshotter.layers(two),
             snapshotter.markers,
             out,
-            compression=compression,
-            level=level,
-            epoch=epoch,
-            content=content,
+            encoding,
             since=snapshotter.since(one, two),
-            sparse=sparse,
             progress=progress,
         )
 
@@ -195,7 +187,7 @@ def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | Non
     after = snapshotter.layers(record)
     held = snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)])
     # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
-    archive = piped(before, after, snapshotter.markers, content=True, sparse=True)
+    archive = piped(before, after, snapshotter.markers, Encoding(content=True, sparse=True))
     with held, snapshotter.translated("squash", top), archive as source:
         apply_layer(snapshotter, key, source)
 

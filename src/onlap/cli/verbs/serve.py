@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli.call import Call, check_access
 from onlap.cli.parser import Parser, UsageError, check_text
+
+if TYPE_CHECKING:
+    from onlap.snapshots.recorded import RecordedSnapshotter
 
 _KINDS = ("containerd", "docker")
 
@@ -106,7 +110,6 @@ def _containerd(call: Call) -> int:
         raise UsageError("the owner of what a server makes cannot be empty: that is the command's own")
     try:
         from onlap.serve.containerd.server import Server
-        from onlap.serve.containerd.service import is_unpacked
 
         if args.metrics:  # a fifth of the start, during which clients wait
             from onlap.serve.metrics import Metrics
@@ -115,25 +118,9 @@ def _containerd(call: Call) -> int:
             f"serving containerd needs grpcio, protobuf and prometheus-client; there is no module {error.name}",
             hint="install them: pip install 'onlap[containerd]'",
         ) from error
-    from onlap.store import open_snapshotter
-
     check_access(call.root, create=True)
-    overlay_options = {
-        "mount_options": tuple(args.mount_option),
-        "upperdir_label": args.upperdir_label,
-        "remap_ids": args.remap_ids,
-        "unpacked": is_unpacked,
-    }
     with ExitStack() as stack:
-        snapshotter = stack.enter_context(
-            open_snapshotter(
-                call.root,
-                snapshotter=args.snapshotter,
-                sync=args.sync,
-                owner=args.owner,
-                overlay_options=overlay_options,
-            )
-        )
+        snapshotter = stack.enter_context(_snapshotter(call))
         metrics = None
         if args.metrics:
             metrics = stack.enter_context(closing(Metrics(snapshotter)))
@@ -147,6 +134,26 @@ def _containerd(call: Call) -> int:
             observer=metrics,
         )
         return stack.enter_context(server).run()
+
+
+def _snapshotter(call: Call) -> RecordedSnapshotter:
+    from onlap.serve.containerd.service import is_unpacked
+    from onlap.store import open_snapshotter
+
+    args = call.args
+    overlay_options = {
+        "mount_options": tuple(args.mount_option),
+        "upperdir_label": args.upperdir_label,
+        "remap_ids": args.remap_ids,
+        "unpacked": is_unpacked,
+    }
+    return open_snapshotter(
+        call.root,
+        snapshotter=args.snapshotter,
+        sync=args.sync,
+        owner=args.owner,
+        overlay_options=overlay_options,
+    )
 
 
 def _docker(call: Call) -> int:

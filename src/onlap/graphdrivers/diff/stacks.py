@@ -14,7 +14,7 @@ from onlap import errors
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED, Change
 from onlap.graphdrivers.ids import IdMap
 from onlap.layers.diff.changes import stack_changes
-from onlap.layers.diff.write import piped, write_layer
+from onlap.layers.diff.write import Encoding, piped, write_layer
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.writer import TarWriter
 from onlap.overlayfs.markers import Markers
@@ -22,6 +22,7 @@ from onlap.trees import compare
 from onlap.trees.walk import opened, walk
 
 _CHUNK = 256 * 1024
+_BY_CONTENT = Encoding(content=True)
 _KINDS = {compare.ADDED: ADDED, compare.MODIFIED: MODIFIED, compare.DELETED: DELETED}
 
 # A container may run in the layer, and take away what is just looked at.
@@ -80,10 +81,10 @@ def write_diff(before: Sequence[str], after: Sequence[str], markers: Markers, id
     """
     with errors.translated("write the difference of layers", key=after[0]):
         if ids:
-            with piped(before, after, markers, content=True) as source:
+            with piped(before, after, markers, _BY_CONTENT) as source:
                 _map_owners(source, out, ids)
         else:
-            write_layer(before, after, markers, out, content=True)
+            write_layer(before, after, markers, out, _BY_CONTENT)
 
 
 def _map_owners(source: BinaryIO, out: BinaryIO, ids: IdMap) -> None:

@@ -24,6 +24,7 @@ from onlap.images.index import Image, Index, image_of
 from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.spec import media, model, names, platforms
 from onlap.images.spec.model import Descriptor, Manifest, Platform
+from onlap.layers.diff.write import Encoding
 from onlap.layers.stream.digests import digest_of
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
@@ -92,18 +93,10 @@ def commit(
         settings = apply_changes(before.get("config") or {}, changes)
         if labels:
             settings["Labels"] = {**(settings.get("Labels") or {}), **labels}
-        docker = base is not None and images.manifest(base).is_docker
-        if docker and compression == "zstd":
-            docker = False  # Docker's media types know no zstd; the whole image becomes one of OCI's
-        written = write_diff(
-            snapshotter,
-            key,
-            None,
-            writer,  # type: ignore[arg-type]
-            compression=compression,
-            epoch=epoch,
-            progress=progress,
-        )
+        # Docker's media types know no zstd: then the whole image becomes one of OCI's.
+        docker = base is not None and images.manifest(base).is_docker and compression != "zstd"
+        encoding = Encoding(compression, epoch=epoch)
+        written = write_diff(snapshotter, key, None, writer, encoding, progress=progress)  # type: ignore[arg-type]
         empty = written.entries == 0
         diff_ids = [*base.diff_ids] if base is not None else []
         layers = [*base.layers] if base is not None else []

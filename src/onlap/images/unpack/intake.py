@@ -11,7 +11,7 @@ from types import TracebackType
 
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
-from onlap.images.unpack.contract import Layer
+from onlap.images.unpack.contract import Layer, Unpacking
 from onlap.images.unpack.copies import CopiesUnpacking
 from onlap.images.unpack.events import PATIENCE, Event, Events, Stopped
 from onlap.images.unpack.overlay import OverlayUnpacking
@@ -79,47 +79,31 @@ class Bringing:
         if fetch is None:
             self._content.check_present({layer.digest: layer.size for layer in self._layers})
         with contextlib.ExitStack() as stack:
-            target = None
-            due = range(0)
-            if unpack:
-                kind = OverlayUnpacking if isinstance(self._snapshotter, OverlaySnapshotter) else CopiesUnpacking
-                target = kind(self._snapshotter, self._content, self._lease, self._layers, self._events.put)
-                stack.enter_context(target)
-                due = range(target.start, len(self._layers))
+            target = stack.enter_context(self._unpacking()) if unpack else None
+            due = range(target.start, len(self._layers)) if target is not None else range(0)
             missing = [] if fetch is None else [n for n in range(len(self._layers)) if not self._has(n, due)]
             fetching = Threads(fetch, self._layers, missing, threads, self._events.put, self._halt)
             stack.enter_context(fetching)
-            total = sum(self._layers[number].size for number in missing)
-            fetched = Reporter(self._progress if missing else None, "fetch", "bytes", total)
-            if target is None:
-                while not fetching.finished:
-                    self._fetch_event(fetching, fetched)
-                fetched.finish(total)
-                return None
-            size = sum(self._layers[number].size for number in due)
-            unpacked = Reporter(self._progress if due else None, "unpack", "bytes", size)
+            to_fetch, to_unpack = (sum(self._layers[number].size for number in some) for some in (missing, due))
+            fetched = Reporter(self._progress if missing else None, "fetch", "bytes", to_fetch)
+            unpacked = Reporter(self._progress if due else None, "unpack", "bytes", to_unpack)
             # The largest first: what is left for the last of several workers is then small.
             there = sorted(set(due).difference(missing), key=lambda number: -self._layers[number].size)
-            for number in there:
-                target.offer(number)
-            while not (fetching.finished and target.finished):
+            if target is not None:
+                for number in there:
+                    target.offer(number)
+            while not (fetching.finished and (target is None or target.finished)):
                 event = self._fetch_event(fetching, fetched)
-                if event is None:
-                    continue
-                if event.present:
-                    target.offer(event.layer)
-                elif event.read is not None:
-                    self._read[event.layer] = event.read
-                    unpacked(sum(self._read.values()), self._layers[event.layer].digest)
-                elif event.outcome is not None:
-                    self._read[event.layer] = self._layers[event.layer].size
-                    target.take(event.layer, event.outcome)
-                    unpacked(sum(self._read.values()), self._layers[event.layer].digest)
-            if missing:
-                fetched.finish(total)
-            top = target.commit()
-            unpacked.finish(size)
+                if event is not None and target is not None:
+                    self._unpack_event(event, target, unpacked)
+            fetched.finish(to_fetch)
+            top = target.commit() if target is not None else None
+            unpacked.finish(to_unpack)
         return top
+
+    def _unpacking(self) -> Unpacking:
+        kind = OverlayUnpacking if isinstance(self._snapshotter, OverlaySnapshotter) else CopiesUnpacking
+        return kind(self._snapshotter, self._content, self._lease, self._layers, self._events.put)
 
     def _has(self, number: int, due: Collection[int]) -> bool:
         """Whether a layer's blob need not be fetched; one that is to be unpacked is read, since it would fail then."""
@@ -143,6 +127,19 @@ class Bringing:
             fetching.finished_one(event.layer)
             self._fetched[event.layer] = self._layers[event.layer].size
         return event
+
+    def _unpack_event(self, event: Event, target: Unpacking, unpacked: Reporter) -> None:
+        """Deal with an event of unpacking, or with a blob that has come to be unpacked."""
+        layer = self._layers[event.layer]
+        if event.present:
+            target.offer(event.layer)
+        elif event.read is not None:
+            self._read[event.layer] = event.read
+            unpacked(sum(self._read.values()), layer.digest)
+        elif event.outcome is not None:
+            self._read[event.layer] = layer.size
+            target.take(event.layer, event.outcome)
+            unpacked(sum(self._read.values()), layer.digest)
 
 
 class Threads:

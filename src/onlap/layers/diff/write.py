@@ -44,6 +44,28 @@ _TYPES = {
 }
 
 
+class Encoding(NamedTuple):
+    """How an archive says what changed.
+
+    Attributes:
+        compression: ``"none"``, ``"gzip"`` or ``"zstd"``.
+        level: of the compression, its own default when None.
+        epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
+        content: see :func:`onlap.layers.diff.changes.stack_changes`.
+        sparse: leave holes out. Not every reader of layers knows such entries, and the archive depends on where the
+            filesystem has holes; without it, on the content alone (docs/adr/0007-holes.md).
+    """
+
+    compression: str = "none"
+    level: int | None = None
+    epoch: int | None = None
+    content: bool = False
+    sparse: bool = False
+
+
+_PLAIN = Encoding()
+
+
 class Written(NamedTuple):
     """An archive that was written.
 
@@ -69,13 +91,9 @@ def write_layer(
     after: Sequence[str],
     markers: Markers,
     out: BinaryIO,
+    encoding: Encoding = _PLAIN,
     *,
-    compression: str = "none",
-    level: int | None = None,
-    epoch: int | None = None,
-    content: bool = False,
     since: Since = (NEVER, NEVER),
-    sparse: bool = False,
     progress: Callback | None = None,
 ) -> Written:
     """Write how one stack of layers differs from another as the archive of a layer.
@@ -85,13 +103,8 @@ def write_layer(
         after: layers, likewise.
         markers: the flavour of the markers in all of them.
         out: where to write; left open.
-        compression: ``"none"``, ``"gzip"`` or ``"zstd"``.
-        level: of the compression, its own default when None.
-        epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
-        content: see :func:`onlap.layers.diff.changes.stack_changes`.
-        since: likewise.
-        sparse: leave holes out. Not every reader of layers knows such entries, and the archive depends on where the
-            filesystem has holes; without it, on the content alone (docs/adr/0007-holes.md).
+        encoding: how.
+        since: see :func:`onlap.layers.diff.changes.stack_changes`.
         progress: called with the bytes of the uncompressed archive, at most ten times a second.
 
     Raises:
@@ -100,12 +113,12 @@ def write_layer(
         Unimplemented: the library for the compression is not installed.
         OSError: something cannot be read or written.
     """
-    if epoch is not None:
-        check_number(epoch, "epoch", whole=True)
+    if encoding.epoch is not None:
+        check_number(encoding.epoch, "epoch", whole=True)
     report = Reporter(progress, "diff", "bytes")
-    with Outlet(out, compression, level) as outlet:
-        layer = _Layer(outlet.write, None if epoch is None else epoch * 1_000_000_000, sparse, report)
-        for item in stack_items(before, after, markers, content=content, since=since):
+    with Outlet(out, encoding.compression, encoding.level) as outlet:
+        layer = _Layer(outlet.write, encoding, report)
+        for item in stack_items(before, after, markers, content=encoding.content, since=since):
             layer.add(item)
         layer.close()
         found = outlet.finish()
@@ -114,9 +127,7 @@ def write_layer(
 
 
 @contextlib.contextmanager
-def piped(
-    before: Sequence[str], after: Sequence[str], markers: Markers, *, content: bool = False, sparse: bool = False
-) -> Iterator[BinaryIO]:
+def piped(before: Sequence[str], after: Sequence[str], markers: Markers, encoding: Encoding) -> Iterator[BinaryIO]:
     """What :func:`write_layer` writes, to be read in a ``with`` block while another thread writes it.
 
     What the writer raised is raised at the end, however the reader fared: an archive that was cut short may look whole.
@@ -132,7 +143,7 @@ def piped(
     def write() -> None:
         try:
             with out:
-                write_layer(before, after, markers, out, content=content, sparse=sparse)
+                write_layer(before, after, markers, out, encoding)
         except BrokenPipeError:
             return  # nobody reads any more
         except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
@@ -164,12 +175,10 @@ def piped(
 class _Layer:
     """One archive on its way."""
 
-    def __init__(
-        self, write: Callable[[bytes | memoryview], object], epoch_ns: int | None, sparse: bool, report: Reporter
-    ) -> None:
+    def __init__(self, write: Callable[[bytes | memoryview], object], encoding: Encoding, report: Reporter) -> None:
         self._tar = TarWriter(write)
-        self._epoch_ns = epoch_ns
-        self._sparse = sparse
+        self._epoch_ns = None if encoding.epoch is None else encoding.epoch * 1_000_000_000
+        self._sparse = encoding.sparse
         self._report = report
         self._first_names: dict[tuple[int, int], str] = {}
         self._buffer = memoryview(bytearray(_CHUNK))
