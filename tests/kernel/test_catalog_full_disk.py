@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from sqlite3 import Connection
 
 import pytest
 
 import onlap
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.db.database import Connection
 from onlap.catalog.disk.layout import RESERVE_SIZE
 from onlap.store import Kind, Store
 

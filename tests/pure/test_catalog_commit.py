@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from sqlite3 import Connection
 
 import pytest
 
 import onlap
 from onlap import errors
 from onlap.catalog import pins, records
-from onlap.catalog.db.database import Connection, Database
+from onlap.catalog.db.database import Database
 from onlap.store import Store
 
 PATIENCE = 30.0

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from sqlite3 import Connection
 
 import pytest
 
 import onlap
 from onlap import errors
 from onlap.catalog import pins, records
-from onlap.catalog.db.database import Connection
 from onlap.catalog.disk.staging import Staging
 from onlap.catalog.locks import Held
 from onlap.store import Kind, Store, open_snapshotter

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from sqlite3 import Connection
+
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.db.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, Record
 from onlap.errors import shown
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from sqlite3 import Connection
 from typing import TypeVar
 
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.db.database import Connection, Database
+from onlap.catalog.db.database import Database
 from onlap.catalog.disk.layout import Layout
 from onlap.catalog.disk.staging import Staging
 from onlap.catalog.disk.trash import Trash

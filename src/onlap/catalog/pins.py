@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
+from sqlite3 import Connection
 from typing import NamedTuple
 
 from onlap import errors
@@ -12,7 +12,7 @@ from onlap.errors import shown
 
 
 def pin(
-    connection: sqlite3.Connection,
+    connection: Connection,
     owner: str,
     *,
     snapshot: int | None = None,
@@ -30,9 +30,7 @@ def pin(
     connection.execute("INSERT INTO pins VALUES (?, ?, ?, NULL)", (owner, snapshot, digest))
 
 
-def unpin(
-    connection: sqlite3.Connection, owner: str, *, snapshot: int | None = None, digest: str | None = None
-) -> None:
+def unpin(connection: Connection, owner: str, *, snapshot: int | None = None, digest: str | None = None) -> None:
     """Take the owner's pin on a snapshot or a blob away."""
     if snapshot is not None:
         connection.execute("DELETE FROM pins WHERE owner = ? AND snapshot = ?", (owner, snapshot))
@@ -40,20 +38,20 @@ def unpin(
         connection.execute("DELETE FROM pins WHERE owner = ? AND digest = ?", (owner, digest))
 
 
-def lasting(connection: sqlite3.Connection, pattern: str) -> list[str]:
+def lasting(connection: Connection, pattern: str) -> list[str]:
     """The owners of pins that do not expire, which a pattern of LIKE matches."""
     sql = "SELECT DISTINCT owner FROM pins WHERE expires_ns IS NULL AND owner LIKE ?"
     return [row[0] for row in connection.execute(sql, (pattern,))]
 
 
-def postpone(connection: sqlite3.Connection, owner: str, seconds: float) -> None:
+def postpone(connection: Connection, owner: str, seconds: float) -> None:
     """Let an owner's blobs go so many seconds from now, and its snapshots at once."""
     expires = time.time_ns() + int(seconds * 1e9)
     connection.execute("DELETE FROM pins WHERE owner = ? AND snapshot IS NOT NULL", (owner,))
     connection.execute("UPDATE pins SET expires_ns = ? WHERE owner = ?", (expires, owner))
 
 
-def unpin_all(connection: sqlite3.Connection, owner: str) -> None:
+def unpin_all(connection: Connection, owner: str) -> None:
     """Take every pin of an owner away."""
     connection.execute("DELETE FROM pins WHERE owner = ?", (owner,))
 
@@ -66,13 +64,13 @@ class Pin(NamedTuple):
     digest: str | None
 
 
-def valid(connection: sqlite3.Connection) -> list[Pin]:
+def valid(connection: Connection) -> list[Pin]:
     """All that have not expired, by owner."""
     sql = "SELECT owner, snapshot, digest FROM pins WHERE expires_ns IS NULL OR expires_ns > ? ORDER BY owner"
     return [Pin(*row) for row in connection.execute(sql, (time.time_ns(),))]
 
 
-def holders(connection: sqlite3.Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
+def holders(connection: Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
     """Who keeps a snapshot or a blob now; what has expired keeps nothing."""
     column, value = ("snapshot", snapshot) if snapshot is not None else ("digest", digest)
     rows = connection.execute(
@@ -82,7 +80,7 @@ def holders(connection: sqlite3.Connection, *, snapshot: int | None = None, dige
     return [row[0] for row in rows]
 
 
-def check_unpinned(connection: sqlite3.Connection, record: Record) -> None:
+def check_unpinned(connection: Connection, record: Record) -> None:
     """Raise FailedPrecondition when somebody keeps the snapshot."""
     owners = holders(connection, snapshot=record.id)
     if owners:

@@ -9,6 +9,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Mapping
+from sqlite3 import Connection
 from typing import NamedTuple
 
 from onlap import errors
@@ -79,7 +80,7 @@ def _record(row: tuple[object, ...]) -> Record:
     return Record(*columns, bool(empty), json.loads(labels) if labels != "{}" else {})  # type: ignore[arg-type, call-arg]
 
 
-def find(connection: sqlite3.Connection, owner: str, name: str) -> Record | None:
+def find(connection: Connection, owner: str, name: str) -> Record | None:
     """The record of a key or name."""
     if not is_text(name):
         return None
@@ -87,7 +88,7 @@ def find(connection: sqlite3.Connection, owner: str, name: str) -> Record | None
     return _record(row) if row is not None else None
 
 
-def get(connection: sqlite3.Connection, owner: str, name: str) -> Record:
+def get(connection: Connection, owner: str, name: str) -> Record:
     """The same, or NotFound."""
     record = find(connection, owner, name)
     if record is None:
@@ -105,7 +106,7 @@ def is_text(name: str) -> bool:
     return True
 
 
-def exists(connection: sqlite3.Connection, owner: str, name: str) -> bool:
+def exists(connection: Connection, owner: str, name: str) -> bool:
     """Whether a key or name is taken."""
     if not is_text(name):
         return False
@@ -113,7 +114,7 @@ def exists(connection: sqlite3.Connection, owner: str, name: str) -> bool:
     return row is not None
 
 
-def by_id(connection: sqlite3.Connection, identifier: int) -> Record | None:
+def by_id(connection: Connection, identifier: int) -> Record | None:
     """The record of an id."""
     row = connection.execute(_SELECT + "WHERE s.id = ?", (identifier,)).fetchone()
     return _record(row) if row is not None else None
@@ -124,7 +125,7 @@ def not_found(name: str) -> errors.NotFound:
     return errors.NotFound(f"there is no snapshot {shown(name)}", key=name, hint="see the names with: onlap ls")
 
 
-def chain(connection: sqlite3.Connection, identifier: int) -> list[int]:
+def chain(connection: Connection, identifier: int) -> list[int]:
     """The ids of a committed snapshot and its ancestors, itself first; none if it is gone."""
     rows = connection.execute(
         """
@@ -151,7 +152,7 @@ class Condition(NamedTuple):
 HAS_LABEL = "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ? AND l.value = ?)"
 
 
-def page(connection: sqlite3.Connection, owner: str | None, after: int, condition: Condition | None) -> list[Record]:
+def page(connection: Connection, owner: str | None, after: int, condition: Condition | None) -> list[Record]:
     """The next records after an id, in the order of their ids; of every owner when ``owner`` is None."""
     sql, parameters = "WHERE s.id > ?", [after]  # type: tuple[str, list[object]]
     if owner is not None:
@@ -167,20 +168,20 @@ def page(connection: sqlite3.Connection, owner: str | None, after: int, conditio
     return [_record(row) for row in rows]
 
 
-def next_id(connection: sqlite3.Connection, floor: int) -> int:
+def next_id(connection: Connection, floor: int) -> int:
     """An id that no snapshot had; ``floor`` is the highest that directories on disk have."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
     return max(int(row[0]) if row else 0, floor) + 1
 
 
-def is_committed(connection: sqlite3.Connection, record: Record) -> bool:
+def is_committed(connection: Connection, record: Record) -> bool:
     """Whether a record that was committed when it was read still is there under its name; by its id, and so quick."""
     row = connection.execute("SELECT owner, name, kind FROM snapshots WHERE id = ?", (record.id,)).fetchone()
     return bool(row == (record.owner, record.name, COMMITTED))
 
 
 def insert(
-    connection: sqlite3.Connection,
+    connection: Connection,
     identifier: int,
     owner: str,
     name: str,
@@ -215,7 +216,7 @@ def already_exists(name: str) -> errors.AlreadyExists:
 
 
 def make_committed(
-    connection: sqlite3.Connection,
+    connection: Connection,
     record: Record,
     name: str,
     parent: int | None,
@@ -249,12 +250,12 @@ def make_committed(
 _LOST_UP_TO = "lost_up_to"
 
 
-def note_loss(connection: sqlite3.Connection) -> None:
+def note_loss(connection: Connection) -> None:
     """Note that what was written to any active snapshot may not be on the disk, and never will be."""
     put_setting(connection, _LOST_UP_TO, str(next_id(connection, 0) - 1))
 
 
-def _check_kept(connection: sqlite3.Connection, record: Record) -> None:
+def _check_kept(connection: Connection, record: Record) -> None:
     if record.id <= int(setting(connection, _LOST_UP_TO) or 0):
         raise errors.DataLoss(
             f"snapshot {shown(record.name)} may lack content: it was active when the disk failed to take writes",
@@ -263,26 +264,26 @@ def _check_kept(connection: sqlite3.Connection, record: Record) -> None:
         )
 
 
-def replace_labels(connection: sqlite3.Connection, identifier: int, labels: Mapping[str, str]) -> None:
+def replace_labels(connection: Connection, identifier: int, labels: Mapping[str, str]) -> None:
     """Give a snapshot these labels and no others."""
     connection.execute("DELETE FROM labels WHERE snapshot = ?", (identifier,))
     _put_labels(connection, identifier, labels)
 
 
-def set_labels(connection: sqlite3.Connection, identifier: int, changes: Mapping[str, str | None]) -> None:
+def set_labels(connection: Connection, identifier: int, changes: Mapping[str, str | None]) -> None:
     """Set some labels; None or an empty value takes one away, as containerd does (boltutil.writeMap)."""
     gone = [(identifier, key) for key, value in changes.items() if not value]
     connection.executemany("DELETE FROM labels WHERE snapshot = ? AND key = ?", gone)
     _put_labels(connection, identifier, {key: value for key, value in changes.items() if value})
 
 
-def _put_labels(connection: sqlite3.Connection, identifier: int, labels: Mapping[str, str]) -> None:
+def _put_labels(connection: Connection, identifier: int, labels: Mapping[str, str]) -> None:
     rows = [(identifier, key, value) for key, value in labels.items() if value]
     if rows:
         connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
 
 
-def touch(connection: sqlite3.Connection, identifier: int) -> None:
+def touch(connection: Connection, identifier: int) -> None:
     """Note that a snapshot was updated now."""
     connection.execute("UPDATE snapshots SET updated_ns = ? WHERE id = ?", (time.time_ns(), identifier))
 
@@ -295,7 +296,7 @@ class Removable(NamedTuple):
     is_pinned: bool
 
 
-def removable(connection: sqlite3.Connection, owner: str, name: str) -> Removable:
+def removable(connection: Connection, owner: str, name: str) -> Removable:
     """The same in one look; NotFound if there is none. An expired pin counts here, and has to be looked at."""
     if not is_text(name):
         raise not_found(name)
@@ -312,13 +313,13 @@ def removable(connection: sqlite3.Connection, owner: str, name: str) -> Removabl
     return Removable(row[0], bool(row[1]), bool(row[2]))
 
 
-def children(connection: sqlite3.Connection, identifier: int) -> list[str]:
+def children(connection: Connection, identifier: int) -> list[str]:
     """The names of up to three snapshots that stand on this one."""
     rows = connection.execute("SELECT name FROM snapshots WHERE parent = ? LIMIT 3", (identifier,))
     return [row[0] for row in rows]
 
 
-def count_views(connection: sqlite3.Connection, parent: int | None, but: int) -> int:
+def count_views(connection: Connection, parent: int | None, but: int) -> int:
     """How many views of a parent there are besides the one with the id ``but``."""
     row = connection.execute(
         "SELECT count(*) FROM snapshots WHERE parent = ? AND kind = 'view' AND id <> ?", (parent, but)
@@ -326,19 +327,19 @@ def count_views(connection: sqlite3.Connection, parent: int | None, but: int) ->
     return int(row[0])
 
 
-def delete(connection: sqlite3.Connection, identifier: int) -> None:
+def delete(connection: Connection, identifier: int) -> None:
     """Forget a snapshot; its labels go with it, and its expired pins."""
     connection.execute("DELETE FROM labels WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM pins WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
 
 
-def unmeasured(connection: sqlite3.Connection) -> list[int]:
+def unmeasured(connection: Connection) -> list[int]:
     """Committed snapshots whose usage nobody has measured yet; looks at every record."""
     return [row[0] for row in connection.execute("SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL")]
 
 
-def set_usage(connection: sqlite3.Connection, identifier: int, inodes: int, size: int) -> None:
+def set_usage(connection: Connection, identifier: int, inodes: int, size: int) -> None:
     """Note a committed snapshot's usage."""
     connection.execute(
         "UPDATE snapshots SET inodes = ?, size = ? WHERE id = ? AND kind = 'committed'",
@@ -346,24 +347,24 @@ def set_usage(connection: sqlite3.Connection, identifier: int, inodes: int, size
     )
 
 
-def totals(connection: sqlite3.Connection) -> list[tuple[str, str, int, float, float]]:
+def totals(connection: Connection) -> list[tuple[str, str, int, float, float]]:
     """By kind and owner: how many snapshots there are, and the inodes and bytes of those that were measured."""
     return connection.execute(
         "SELECT kind, owner, count(*), total(inodes), total(size) FROM snapshots GROUP BY kind, owner"
     ).fetchall()
 
 
-def ids(connection: sqlite3.Connection) -> set[int]:
+def ids(connection: Connection) -> set[int]:
     """Every id."""
     return {row[0] for row in connection.execute("SELECT id FROM snapshots")}
 
 
-def setting(connection: sqlite3.Connection, key: str) -> str | None:
+def setting(connection: Connection, key: str) -> str | None:
     """A property of the root."""
     row = connection.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
     return str(row[0]) if row is not None else None
 
 
-def put_setting(connection: sqlite3.Connection, key: str, value: str) -> None:
+def put_setting(connection: Connection, key: str, value: str) -> None:
     """Note a property of the root."""
     connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))

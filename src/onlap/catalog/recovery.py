@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from sqlite3 import Connection
 
 from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.db.database import Connection
 from onlap.catalog.disk.epoch import epoch
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record

@@ -22,15 +22,14 @@ import contextlib
 import errno
 import os
 import re
-import sqlite3
 import weakref
 from collections.abc import Callable, Iterator
+from sqlite3 import Connection
 from types import TracebackType
 
 from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.db.database import Connection
 from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
@@ -346,7 +345,7 @@ def _shows(entry: mountinfo.Entry, layer: str) -> bool:
 def _sweep_nameless(catalog: Catalog, place: str) -> int:
     """Clean up behind runs whose directory is gone; returns how many there were."""
 
-    def named(connection: sqlite3.Connection) -> set[str]:
+    def named(connection: Connection) -> set[str]:
         labels = connection.execute("SELECT DISTINCT value FROM labels WHERE key = ?", (LABEL,))
         found = {row[0] for row in labels}
         owners = connection.execute(
@@ -381,7 +380,7 @@ def forget(catalog: Catalog, identifier: str) -> None:
         OnlapError: the catalog refuses.
     """
 
-    def pinned(connection: sqlite3.Connection) -> bool:
+    def pinned(connection: Connection) -> bool:
         return bool(pins.lasting(connection, f"%{_of(identifier)})"))
 
     def unpin(connection: Connection) -> None:

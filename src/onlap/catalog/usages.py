@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable
+from sqlite3 import Connection
 
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.db.database import Connection, Database
+from onlap.catalog.db.database import Database
 from onlap.catalog.disk.layout import Layout
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from sqlite3 import Connection
 from types import TracebackType
 
 from onlap import errors
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.db.database import Connection
 from onlap.catalog.log import warn
 from onlap.catalog.runs import Run, forget
 from onlap.forks import only_here

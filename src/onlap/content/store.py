@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from sqlite3 import Connection
 from typing import BinaryIO
 
 from onlap import errors
 from onlap.border import public_class
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.db.database import Connection
 from onlap.catalog.locks import Held
 from onlap.content.lease import Lease
 from onlap.content.writer import Blob, Partial, Writer

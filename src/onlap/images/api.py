@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from sqlite3 import Connection
 from typing import TYPE_CHECKING, BinaryIO
 
 from onlap import errors
 from onlap.arguments import check_path, check_texts
 from onlap.border import public_class
-from onlap.catalog.db.database import Connection
 from onlap.images import records
 from onlap.images.index import Image, Index
 from onlap.images.spec import platforms

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 import time
 from collections.abc import Iterator
+from sqlite3 import Connection
 
 from onlap import errors
 from onlap.catalog import pins
@@ -55,7 +55,7 @@ def unless_refused(snapshotter: RecordedSnapshotter, content: ContentStore, leas
 def _lives(snapshotter: RecordedSnapshotter, owner: str) -> bool:
     """Whether a lease has pins that have not expired."""
 
-    def query(connection: sqlite3.Connection) -> bool:
+    def query(connection: Connection) -> bool:
         sql = "SELECT 1 FROM pins WHERE owner = ? AND (expires_ns IS NULL OR expires_ns > ?) LIMIT 1"
         return connection.execute(sql, (owner, time.time_ns())).fetchone() is not None
 
@@ -63,7 +63,7 @@ def _lives(snapshotter: RecordedSnapshotter, owner: str) -> bool:
 
 
 def _remove(snapshotter: RecordedSnapshotter, name: str) -> bool:
-    def free(connection: sqlite3.Connection) -> bool:
+    def free(connection: Connection) -> bool:
         row = connection.execute(
             "SELECT id FROM snapshots s WHERE owner = ? AND name = ?"
             " AND NOT EXISTS (SELECT 1 FROM snapshots WHERE parent = s.id)",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from sqlite3 import Connection
 from typing import NamedTuple
 
 from onlap import errors
 from onlap.border import public_class
 from onlap.catalog import records as snapshots
-from onlap.catalog.db.database import Connection
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.errors import shown

@@ -6,8 +6,8 @@ Every function takes a connection, so that several can share one transaction.
 from __future__ import annotations
 
 import re
-import sqlite3
 import time
+from sqlite3 import Connection
 from typing import NamedTuple
 
 from onlap import errors
@@ -44,13 +44,13 @@ def pin_owner(name: str) -> str:
     return f"image {name}"
 
 
-def find(connection: sqlite3.Connection, name: str) -> ImageRecord | None:
+def find(connection: Connection, name: str) -> ImageRecord | None:
     """The record of a name."""
     row = connection.execute("SELECT * FROM images WHERE name = ?", (name,)).fetchone()
     return ImageRecord(*row) if row is not None else None
 
 
-def meant(connection: sqlite3.Connection, reference: str) -> list[ImageRecord]:
+def meant(connection: Connection, reference: str) -> list[ImageRecord]:
     """The records of the one image that somebody means, by name.
 
     That is the image of this name, short or full; else the one whose manifest has the digest that is given, behind the
@@ -87,13 +87,13 @@ def meant(connection: sqlite3.Connection, reference: str) -> list[ImageRecord]:
     return found
 
 
-def everything(connection: sqlite3.Connection) -> list[ImageRecord]:
+def everything(connection: Connection) -> list[ImageRecord]:
     """Every image, by name."""
     return [ImageRecord(*row) for row in connection.execute("SELECT * FROM images ORDER BY name")]
 
 
 def put(
-    connection: sqlite3.Connection,
+    connection: Connection,
     name: str,
     digest: str,
     media_type: str,
@@ -129,7 +129,7 @@ def put(
         pins.pin(connection, owner, snapshot=snapshot)
 
 
-def delete(connection: sqlite3.Connection, name: str) -> None:
+def delete(connection: Connection, name: str) -> None:
     """Forget an image by its full name, with its pins."""
     connection.execute("DELETE FROM images WHERE name = ?", (name,))
     pins.unpin_all(connection, pin_owner(name))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from sqlite3 import Connection
 
 from onlap import errors
 from onlap.catalog import records
-from onlap.catalog.db.database import Connection, Database
+from onlap.catalog.db.database import Database
 from onlap.errors import shown
 from onlap.syscalls.namespaces import in_user_namespace
 

@@ -7,6 +7,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from sqlite3 import Connection
 from typing import Literal, TypedDict, TypeVar
 
 from onlap import errors
@@ -15,7 +16,6 @@ from onlap.border import public
 from onlap.catalog import records, recovery
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
-from onlap.catalog.db.database import Connection
 from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition, Info, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import stack_changes

@@ -18,6 +18,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from sqlite3 import Connection
 from typing import TYPE_CHECKING, TypeVar
 
 from onlap import errors
@@ -26,7 +27,6 @@ from onlap.catalog.db.room import check_room
 from onlap.catalog.db.writer import (
     COMMITS_TO_GROW,
     POLL,
-    Connection,
     Operation,
     Writer,
     closed,

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable
+from sqlite3 import Connection
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def read(path: str, query: Callable[[sqlite3.Connection], T]) -> T:
+def read(path: str, query: Callable[[Connection], T]) -> T:
     """Run ``query`` on a connection of its own, which makes and locks nothing; the caller holds ``catalog.lock``.
 
     Raises:

@@ -7,6 +7,7 @@ not asked to check them again at each commit (7 % of a cycle), but knows them, f
 from __future__ import annotations
 
 import sqlite3
+from sqlite3 import Connection
 
 # "Onlp", so that file(1) and we can tell a catalog from another database.
 APPLICATION_ID = 0x4F6E6C70
@@ -69,13 +70,13 @@ _STEPS = (_VERSION_1,)
 VERSION = len(_STEPS)
 
 
-def version(connection: sqlite3.Connection) -> int:
+def version(connection: Connection) -> int:
     """The format of a catalog; 0 for a new file."""
     row = connection.execute("PRAGMA user_version").fetchone()
     return int(row[0])
 
 
-def migrate(connection: sqlite3.Connection, current: int) -> None:
+def migrate(connection: Connection, current: int) -> None:
     """Bring a catalog from format ``current`` to the newest, inside the caller's transaction."""
     for step in _STEPS[current:]:
         # Not executescript(), which would commit the caller's transaction first.

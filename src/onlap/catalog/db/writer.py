@@ -12,6 +12,7 @@ import sqlite3
 import time
 from _thread import TIMEOUT_MAX, allocate_lock
 from collections.abc import Callable
+from sqlite3 import Connection
 from typing import TypeVar
 
 from onlap import errors
@@ -22,7 +23,6 @@ from onlap.catalog.locks import FileLock
 from onlap.catalog.log import warn
 
 T = TypeVar("T")
-Connection = sqlite3.Connection
 
 # Commits since the last checkpoint are counted in the lock's file, since those of many short commands add up.
 COMMITS_TO_CHECKPOINT = 300

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from sqlite3 import Connection
 from typing import Any
 
 from onlap import errors
 from onlap.catalog import records as snapshots
 from onlap.catalog.checks import check_commit
-from onlap.catalog.db.database import Connection
 from onlap.catalog.log import warn
 from onlap.catalog.records import ACTIVE, Record
 from onlap.content.lease import Lease

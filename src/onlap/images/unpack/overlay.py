@@ -12,12 +12,12 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from sqlite3 import Connection
 from types import TracebackType
 
 from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.checks import check_commit, check_parent
-from onlap.catalog.db.database import Connection
 from onlap.catalog.records import Record
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
