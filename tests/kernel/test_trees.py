@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -13,11 +14,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import onlap
 from onlap import errors
+from onlap.graphdrivers.hardlinks import link_tree
 from onlap.snapshots.memory import compare
 from onlap.syscalls import files
 from onlap.trees.copy import Copied, Copier
@@ -625,3 +628,32 @@ def test_a_layer_says_what_the_mounted_trees_show(root: Path) -> None:
             with store.mounted("base") as base:
                 expected = [(c.kind, c.path) for c in compare(str(base), str(tree))]
         assert [(c.kind, c.path) for c in store.diff("key")] == expected
+
+
+def test_a_tree_of_hard_links_goes_on_where_a_file_can_have_no_more_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    (one / "d").mkdir(parents=True)
+    other.mkdir()
+    (one / "full").write_text("content")
+    for name in ("again", "d/again"):
+        os.link(one / "full", one / name)
+    (one / "free").write_text("free")
+    (one / "d/symlink").symlink_to("nowhere")
+    full = os.stat(one / "full").st_ino
+    link = os.link
+
+    def no_more(source: str, target: str, *, src_dir_fd: int, **rest: Any) -> None:
+        if os.stat(source, dir_fd=src_dir_fd, follow_symlinks=False).st_ino == full:
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+        link(source, target, src_dir_fd=src_dir_fd, **rest)
+
+    monkeypatch.setattr(os, "link", no_more)
+    link_tree(str(one), str(other))
+    assert os.path.samefile(one / "free", other / "free")
+    assert os.readlink(other / "d/symlink") == "nowhere"
+    numbers = {os.stat(other / name).st_ino for name in ("full", "again", "d/again")}
+    assert len(numbers) == 1  # of the new file, by as many names as the old one had
+    assert full not in numbers
+    assert (other / "d/again").read_text() == "content"

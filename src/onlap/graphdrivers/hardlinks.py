@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 
-from onlap.syscalls import files
 from onlap.trees.copy import Copier
-from onlap.trees.walk import OPEN_DIRECTORY, Descent, opened
+from onlap.trees.walk import opened
 
 
 def link_tree(source: str, target: str) -> None:
@@ -27,51 +25,16 @@ def link_tree(source: str, target: str) -> None:
         _Linker().tree(one, other)
 
 
-class _Linker:
-    def __init__(self) -> None:
-        self._copier = Copier()
+class _Linker(Copier):
+    """A copy whose files are the original's."""
 
-    def tree(self, source: int, target: int) -> None:
-        """Without recursion, and with few directories open at a time: images may be deep."""
-        sources, targets = Descent(source), Descent(target)
-        stack = [_names(source)]
+    def _file(
+        self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result, path: str
+    ) -> None:
         try:
-            while stack:
-                if stack[-1]:
-                    below = self._entry(sources.fd, targets.fd, stack[-1].pop())
-                    if below is not None:
-                        sources.enter(below[0])
-                        targets.enter(below[1])
-                        stack.append(_names(below[0]))
-                    continue
-                # Last, since what was made in it moved its time.
-                self._copier.directory_attributes(sources.fd, targets.fd)
-                stack.pop()
-                if stack:
-                    sources.leave()
-                    targets.leave()
-        finally:
-            sources.close()
-            targets.close()
-
-    def _entry(self, source: int, target: int, name: str) -> tuple[int, int] | None:
-        if not stat.S_ISDIR(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode):
-            try:
-                os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-            except OSError as error:
-                # The filesystem's limit of names for one file is reached (ext4: 65,000); a copy begins a new one.
-                if error.errno != errno.EMLINK:
-                    raise
-                self._copier.entry(source, name, target, name)
-            return None
-        os.mkdir(name, 0o700, dir_fd=target)
-        one = os.open(name, OPEN_DIRECTORY, dir_fd=source)
-        try:
-            return one, os.open(name, OPEN_DIRECTORY, dir_fd=target)
-        except OSError:
-            os.close(one)
-            raise
-
-
-def _names(fd: int) -> list[str]:
-    return [entry.name for entry in files.list_directory(fd)]
+            os.link(name, target_name, src_dir_fd=source_dir, dst_dir_fd=target_dir, follow_symlinks=False)
+        except OSError as error:
+            # The filesystem's limit of names for one file is reached (ext4: 65,000); a copy begins a new one.
+            if error.errno != errno.EMLINK:
+                raise
+            super()._file(source_dir, name, target_dir, target_name, status, path)
