@@ -25,7 +25,6 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from sqlite3 import Connection
-from types import TracebackType
 
 from onlap import errors
 from onlap.catalog import pins, records
@@ -76,9 +75,7 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

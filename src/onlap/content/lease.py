@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from sqlite3 import Connection
-from types import TracebackType
 
 from onlap import errors
 from onlap.catalog import pins
@@ -46,9 +45,7 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         self._leave(error)
 
     def _left(self, error: BaseException | None) -> None:

@@ -6,7 +6,6 @@ import io
 import os
 import stat
 from collections.abc import Callable
-from types import TracebackType
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
 from onlap import errors
@@ -44,9 +43,7 @@ class Files(Protocol):
 
     def __enter__(self) -> Files: ...
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""

@@ -6,7 +6,6 @@ import contextlib
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from types import TracebackType
 from typing import NamedTuple
 
 from onlap import errors
@@ -69,9 +68,7 @@ class Unpacking(ABC):
         return self
 
     @abstractmethod
-    def __exit__(
-        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None: ...
 
     @abstractmethod
     def offer(self, layer: int) -> None:

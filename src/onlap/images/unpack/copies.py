@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 
 from onlap import errors
 from onlap.catalog.records import Record
@@ -30,9 +29,7 @@ class CopiesUnpacking(Unpacking):
         self._active: Record | None = None
         self._thread: threading.Thread | None = None
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopped = True
         if self._thread is not None:
             self._thread.join()

@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from types import TracebackType
 
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
@@ -193,9 +192,7 @@ class Threads:
             thread.start()
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         if error is not None:
             self._halt.set()
         # One that waits for a network that is silent hears of the end only when it gives up.

@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from sqlite3 import Connection
-from types import TracebackType
 
 from onlap import errors
 from onlap.catalog import pins, records
@@ -54,9 +53,7 @@ class OverlayUnpacking(Unpacking):
             self._held.enter_context(self._catalog.hold([self._base.id, *self._snapshotter.ancestors(self._base)]))
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         self._stopped = True
         self._pool.close(kill=error is not None)
         try:

@@ -13,7 +13,6 @@ import os
 import stat
 import threading
 from collections import deque
-from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
@@ -202,9 +201,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
