@@ -23,7 +23,6 @@ from onlap.graphdrivers import layout
 from onlap.graphdrivers.base import StackDriver
 from onlap.graphdrivers.diff.applying import apply_archive
 from onlap.graphdrivers.diff.stacks import layer_size
-from onlap.graphdrivers.ids import IdMap
 from onlap.graphdrivers.layout import Layer
 from onlap.mounts.plan import Mount, overlay
 from onlap.trees.copy import copy_attributes
@@ -39,25 +38,6 @@ class Overlay2Driver(StackDriver):
 
     name = "overlay2"
     _reserved = (layout.LINKS,)
-
-    def __init__(
-        self,
-        home: str,
-        *,
-        options: Sequence[str] = (),
-        ids: IdMap | None = None,
-        sync: str = "layer",
-        counts: Mapping[str, int] | None = None,
-    ) -> None:
-        super().__init__(home, options=options, ids=ids, sync=sync, counts=counts)
-        try:
-            made = layout.relink(self.home)
-            os.chmod(os.path.join(self.home, layout.LINKS), 0o700)
-        except OSError as error:
-            self.close()
-            raise errors.from_oserror(error, doing="make the short links", key=self.home) from error
-        if made:
-            _log.warning("made links again that were lost", extra={"fields": {"links": " ".join(made)}})
 
     def _check_options(self, options: Sequence[str]) -> None:
         for option in options:
@@ -192,6 +172,11 @@ class Overlay2Driver(StackDriver):
     def _sweep(self) -> None:
         super()._sweep()
         layout.unlink_dangling(self.home)
+        with errors.translated("make the short links", key=self.home):
+            made = layout.relink(self.home)
+            os.chmod(os.path.join(self.home, layout.LINKS), 0o700)
+        if made:
+            _log.warning("made links again that were lost", extra={"fields": {"links": " ".join(made)}})
 
 
 def _refuse(storage_options: Mapping[str, str] | None, size: errors.OnlapError) -> None:

@@ -15,7 +15,7 @@ from onlap.images.registry.session import session_for
 from onlap.images.spec import model, names
 from onlap.images.spec.names import Reference
 from onlap.images.unpack.contract import Layer
-from onlap.images.unpack.events import PATIENCE, Event, Events, stoppable
+from onlap.images.unpack.events import stoppable
 from onlap.images.unpack.intake import Threads
 from onlap.progress import Callback, Reporter
 
@@ -52,37 +52,14 @@ def push(
         config = Layer(image.config_digest, content.size(image.config_digest), "", "")
         blobs = [Layer(layer.digest, layer.size, "", "") for layer in image.layers]
         unique = list({blob.digest: blob for blob in [*blobs, config]}.values())
-        _run(unique, send, progress, halt)
+        total = sum(blob.size for blob in unique)
+        report = Reporter(progress, "push", "bytes", total)
+        with Threads(send, unique, range(len(unique)), DOWNLOADS, queue.SimpleQueue(), halt) as threads:
+            while not threads.finished:
+                threads.wait(report)
+        report.finish(total)
         data = content.read(image.digest, model.MAX_MANIFEST)
         return repository.put_manifest(reference.tag or reference.version, data, image.media_type)
-
-
-def _run(
-    blobs: list[Layer],
-    send: Callable[[Layer, Callable[[int], None]], None],
-    progress: Callback | None,
-    halt: threading.Event,
-) -> None:
-    """Send blobs, several at once, while this thread reports."""
-    events: Events = queue.SimpleQueue()
-    total = sum(blob.size for blob in blobs)
-    report = Reporter(progress, "push", "bytes", total)
-    sent: dict[int, int] = {}
-    with Threads(send, blobs, range(len(blobs)), DOWNLOADS, events.put, halt) as threads:
-        while not threads.finished:
-            try:
-                event: Event = events.get(timeout=PATIENCE)
-            except queue.Empty:
-                continue
-            if event.failure is not None:
-                raise event.failure
-            if event.present:
-                threads.finished_one(event.layer)
-                sent[event.layer] = blobs[event.layer].size
-            elif event.fetched is not None:
-                sent[event.layer] = event.fetched
-            report(sum(sent.values()), blobs[event.layer].digest)
-    report.finish(total)
 
 
 def _sources(images: Index, target: Reference) -> dict[str, list[str]]:

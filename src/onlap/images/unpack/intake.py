@@ -58,7 +58,6 @@ class Bringing:
         self._layers = layers
         self._events: Events = queue.SimpleQueue()
         self._progress = progress
-        self._fetched: dict[int, int] = {}
         self._read: dict[int, int] = {}
 
     def run(self, fetch: Fetch | None, threads: int, *, unpack: bool) -> str | None:
@@ -81,7 +80,7 @@ class Bringing:
             target = stack.enter_context(self._unpacking()) if unpack else None
             due = range(target.start, len(self._layers)) if target is not None else range(0)
             missing = [] if fetch is None else [n for n in range(len(self._layers)) if not self._has(n, due)]
-            fetching = Threads(fetch, self._layers, missing, threads, self._events.put, self._halt)
+            fetching = Threads(fetch, self._layers, missing, threads, self._events, self._halt)
             stack.enter_context(fetching)
             to_fetch, to_unpack = (sum(self._layers[number].size for number in some) for some in (missing, due))
             fetched = Reporter(self._progress if missing else None, "fetch", "bytes", to_fetch)
@@ -92,7 +91,7 @@ class Bringing:
                 for number in there:
                     target.offer(number)
             while not (fetching.finished and (target is None or target.finished)):
-                event = self._fetch_event(fetching, fetched)
+                event = fetching.wait(fetched)
                 if event is not None and target is not None:
                     self._unpack_event(event, target, unpacked)
             fetched.finish(to_fetch)
@@ -110,22 +109,6 @@ class Bringing:
         return self._content.has(layer.digest, layer.size) and (
             not (self._verify or number in due) or self._content.is_whole(layer.digest)
         )
-
-    def _fetch_event(self, fetching: Threads, fetched: Reporter) -> Event | None:
-        """Wait for an event; those of fetching are dealt with here."""
-        try:
-            event = self._events.get(timeout=PATIENCE)
-        except queue.Empty:
-            return None
-        if event.failure is not None:
-            raise event.failure
-        if event.fetched is not None:
-            self._fetched[event.layer] = event.fetched
-            fetched(sum(self._fetched.values()), self._layers[event.layer].digest)
-        elif event.present:
-            fetching.finished_one(event.layer)
-            self._fetched[event.layer] = self._layers[event.layer].size
-        return event
 
     def _unpack_event(self, event: Event, target: Unpacking, unpacked: Reporter) -> None:
         """Deal with an event of unpacking, or with a blob that has come to be unpacked."""
@@ -149,7 +132,7 @@ class Threads:
         layers: the blobs.
         missing: those to deal with, by number.
         threads: how many at once.
-        tell: hears of it: ``fetched``, ``present``, ``failure``.
+        events: gets what they tell, beside what others do.
         halt: set when the work is given up, so that nobody waits any longer.
     """
 
@@ -159,13 +142,14 @@ class Threads:
         layers: Sequence[Layer],
         missing: Sequence[int],
         threads: int,
-        tell: Callable[[Event], None],
+        events: Events,
         halt: threading.Event,
     ) -> None:
         self._halt = halt
         self._fetch = fetch
         self._layers = layers
-        self._tell = tell
+        self._events = events
+        self._done: dict[int, int] = {}
         # A blob that several layers have is fetched once.
         self._same: dict[str, list[int]] = {}
         for number in missing:
@@ -181,9 +165,25 @@ class Threads:
         """Whether all blobs are there."""
         return not self._left
 
-    def finished_one(self, layer: int) -> None:
-        """A blob is there."""
-        self._left.discard(layer)
+    def wait(self, report: Reporter) -> Event | None:
+        """The next event, or none for now; raises what failed.
+
+        Args:
+            report: told of the bytes of the blobs.
+        """
+        try:
+            event = self._events.get(timeout=PATIENCE)
+        except queue.Empty:
+            return None
+        if event.failure is not None:
+            raise event.failure
+        layer = self._layers[event.layer]
+        if event.present:
+            self._left.discard(event.layer)
+        if event.present or event.fetched is not None:
+            self._done[event.layer] = layer.size if event.fetched is None else event.fetched
+            report(sum(self._done.values()), layer.digest)
+        return event
 
     def __enter__(self) -> Threads:
         for _ in range(self._count):
@@ -209,7 +209,7 @@ class Threads:
             try:
                 self._one(number)
             except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
-                self._tell(Event(number, failure=error))
+                self._events.put(Event(number, failure=error))
                 return
 
     def _one(self, number: int) -> None:
@@ -219,8 +219,8 @@ class Threads:
         def told(done: int) -> None:
             if self._halt.is_set():
                 raise Stopped
-            self._tell(Event(number, fetched=done))
+            self._events.put(Event(number, fetched=done))
 
         self._fetch(layer, told)
         for each in self._same[layer.digest]:
-            self._tell(Event(each, present=True))
+            self._events.put(Event(each, present=True))
