@@ -133,6 +133,23 @@ def test_a_pin_that_expired_keeps_nothing(store: Store) -> None:
     store.remove("key")
 
 
+def test_a_pin_that_was_set_while_the_clock_was_far_ahead_keeps_nothing(store: Store) -> None:
+    store.prepare("key")
+    pinned(store, "key")
+    expires(store, 400 * 24 * 3600)
+    store.remove("key")
+
+
+def test_what_a_dead_process_left_in_the_trash_is_no_number_of_a_snapshot(root: Path) -> None:
+    with onlap.open(root, snapshotter="native") as store:
+        (root / "trash" / "4711-0123abcd").mkdir()
+        (root / "trash" / "8").mkdir()
+        with onlap.open(root) as another:
+            another.prepare("key")
+            assert number(another, "key") == 9
+        store.remove("key")
+
+
 def test_a_pin_that_is_set_again_does_not_expire(store: Store) -> None:
     store.prepare("key")
     pinned(store, "key")

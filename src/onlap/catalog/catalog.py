@@ -130,7 +130,9 @@ class Catalog:
     def _highest_number(self) -> int:
         numbers = [0]
         for directory in (self.layout.snapshots, self.layout.trash):
-            numbers += [int(m[0]) for name in os.listdir(directory) if (m := re.match("[0-9]+", name))]
+            numbers += [
+                int(m[1]) for name in os.listdir(directory) if (m := re.fullmatch(r"([0-9]+)(\.[0-9]+)?", name))
+            ]
         return max(numbers)
 
     def _after_fork_in_child(self) -> None:

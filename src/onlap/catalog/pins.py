@@ -10,6 +10,10 @@ from onlap import errors
 from onlap.catalog.records import Record
 from onlap.errors import shown
 
+# Nothing is kept by the clock for longer: what says more was written while the clock was wrong.
+_LONGEST_NS = 24 * 3600 * 1_000_000_000
+_IS_VALID = "(expires_ns IS NULL OR expires_ns BETWEEN ? AND ?)"
+
 
 def pin(
     connection: Connection,
@@ -66,18 +70,28 @@ class Pin(NamedTuple):
 
 def valid(connection: Connection) -> list[Pin]:
     """All that have not expired, by owner."""
-    sql = "SELECT owner, snapshot, digest FROM pins WHERE expires_ns IS NULL OR expires_ns > ? ORDER BY owner"
-    return [Pin(*row) for row in connection.execute(sql, (time.time_ns(),))]
+    sql = f"SELECT owner, snapshot, digest FROM pins WHERE {_IS_VALID} ORDER BY owner"
+    return [Pin(*row) for row in connection.execute(sql, _times())]
+
+
+def lives(connection: Connection, owner: str) -> bool:
+    """Whether an owner has any that has not expired."""
+    sql = f"SELECT 1 FROM pins WHERE owner = ? AND {_IS_VALID} LIMIT 1"
+    return connection.execute(sql, (owner, *_times())).fetchone() is not None
 
 
 def holders(connection: Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
     """Who keeps a snapshot or a blob now; what has expired keeps nothing."""
     column, value = ("snapshot", snapshot) if snapshot is not None else ("digest", digest)
     rows = connection.execute(
-        f"SELECT owner FROM pins WHERE {column} = ? AND (expires_ns IS NULL OR expires_ns > ?) ORDER BY owner",
-        (value, time.time_ns()),
+        f"SELECT owner FROM pins WHERE {column} = ? AND {_IS_VALID} ORDER BY owner", (value, *_times())
     )
     return [row[0] for row in rows]
+
+
+def _times() -> tuple[int, int]:
+    now = time.time_ns()
+    return now, now + _LONGEST_NS
 
 
 def check_unpinned(connection: Connection, record: Record) -> None:

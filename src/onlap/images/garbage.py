@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from sqlite3 import Connection
 
@@ -29,7 +28,8 @@ def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> int:
 def collect_layers(snapshotter: RecordedSnapshotter) -> None:
     """Remove the snapshots; errors as of :func:`collect`."""
     for info in list(snapshotter.walk(f'kind=={ACTIVE},labels."{LABEL_UNPACK}"')):
-        if not _lives(snapshotter, info.labels[LABEL_UNPACK]):
+        lease = info.labels[LABEL_UNPACK]
+        if not snapshotter.catalog.database.read(lambda c: pins.lives(c, lease)):  # noqa: B023 - run at once
             _remove(snapshotter, info.name)
     # What stands on another goes first, and only then the other is found to be free.
     while True:
@@ -50,16 +50,6 @@ def unless_refused(snapshotter: RecordedSnapshotter, content: ContentStore, leas
             collect_layers(snapshotter)
             content.collect(lease.digests)
         raise
-
-
-def _lives(snapshotter: RecordedSnapshotter, owner: str) -> bool:
-    """Whether a lease has pins that have not expired."""
-
-    def query(connection: Connection) -> bool:
-        sql = "SELECT 1 FROM pins WHERE owner = ? AND (expires_ns IS NULL OR expires_ns > ?) LIMIT 1"
-        return connection.execute(sql, (owner, time.time_ns())).fetchone() is not None
-
-    return snapshotter.catalog.database.read(query)
 
 
 def _remove(snapshotter: RecordedSnapshotter, name: str) -> bool:
