@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -310,6 +311,25 @@ def test_one_tree_that_cannot_be_deleted_does_not_keep_the_others(store: Store) 
 
 
 # Staging
+
+
+def test_cleanup_waits_for_who_deletes_already(store: Store) -> None:
+    """The background takes its time; whoever asks for the space is not to be told that it is free."""
+    catalog = store.snapshotter.catalog
+    catalog._janitor.stop()
+    with store.build("large") as tree:
+        for name in range(500):
+            (tree / str(name)).touch()
+    identifier = number(store, "large")
+    store.remove("large")
+    waits = Path(catalog.layout.trash, str(identifier), "fs")
+    background = threading.Thread(target=catalog.trash.sweep, kwargs={"rate": 500.0})
+    background.start()
+    while len(os.listdir(waits)) == 500:
+        assert background.is_alive()
+    store.cleanup()
+    assert trash(store) == []
+    background.join()
 
 
 def test_cleanup_leaves_what_a_living_process_builds(root: Path, store: Store) -> None:

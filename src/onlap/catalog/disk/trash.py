@@ -45,6 +45,7 @@ class Trash:
     def __init__(self, root: str, directory: str) -> None:
         self._root = root
         self._directory = directory
+        self._hurry = False
 
     def put(self, directory: str, *, locked: bool = False) -> None:
         """Move a snapshot's directory away; nothing happens when it is not there.
@@ -79,7 +80,7 @@ class Trash:
         above, name = os.path.split(directory)
         with opened(above) as top:
             if not locked:
-                return name not in self._in_use() and self._delete(top, name, _Pace(lambda: False, None))
+                return name not in self._in_use() and self._delete(top, name, _Pace(lambda: False, lambda: None))
             remove(top, name)
         return True
 
@@ -92,7 +93,7 @@ class Trash:
 
         Args:
             stop: asked between files; when it says yes, the rest is left for later.
-            rate: files a second, None for no limit.
+            rate: files a second, as long as nobody waits for it; None for no limit, and to wait for others who delete.
 
         Raises:
             OSError: a tree cannot be deleted, for another reason than that it is in use; the others were.
@@ -101,7 +102,9 @@ class Trash:
         if not names:
             return Swept(0, 0)
         used = self._in_use()
-        pace = _Pace(stop, rate)
+        if rate is not None:
+            self._hurry = False
+        pace = _Pace(stop, lambda: None if self._hurry else rate)
         removed = 0
         failure: OSError | None = None
         with opened(self._directory) as top, contextlib.suppress(_Stopped):
@@ -111,14 +114,14 @@ class Trash:
                 if name.partition(".")[0] in used:
                     continue
                 try:
-                    removed += self._delete(top, name, pace)
+                    removed += self._delete(top, name, pace, wait=rate is None)
                 except OSError as error:
                     failure = failure or error  # one that cannot be deleted must not keep the others
         if failure is not None:
             raise failure
         return Swept(removed, len(names) - removed)
 
-    def _delete(self, top: int, name: str, pace: _Pace) -> bool:
+    def _delete(self, top: int, name: str, pace: _Pace, *, wait: bool = False) -> bool:
         try:
             held = Held(name, dir_fd=top)
         except FileNotFoundError:
@@ -132,7 +135,13 @@ class Trash:
         with held:
             # Readers hold it shared, by the open directory itself, so that the rename changed nothing for them.
             if not held.lock():
-                return False
+                if not wait or held.lock(shared=True):
+                    return False
+                # Somebody deletes it, perhaps our own background, which takes its time.
+                self._hurry = True
+                held.lock(wait=True)
+                if not held.is_at(f"{self._directory}/{name}"):
+                    return True
             try:
                 remove(top, name, pace=pace)
             except OSError as error:
@@ -201,7 +210,7 @@ class _Pace:
     # Sleeping takes about 60 us too long, so that a rest is worth it only after a number of files.
     _BURST = 50
 
-    def __init__(self, stop: Callable[[], bool], rate: float | None) -> None:
+    def __init__(self, stop: Callable[[], bool], rate: Callable[[], float | None]) -> None:
         self._stop = stop
         self._rate = rate
         self._count = 0
@@ -212,5 +221,6 @@ class _Pace:
             return
         if self._stop():
             raise _Stopped
-        if self._rate is not None:
-            time.sleep(self._BURST / self._rate)
+        rate = self._rate()
+        if rate is not None:
+            time.sleep(self._BURST / rate)
