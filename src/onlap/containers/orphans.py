@@ -11,12 +11,9 @@ Sources: runc v1.2, libcontainer/process_linux.go (``start``: into the control g
 from __future__ import annotations
 
 import os
-import select
-import signal
 import time
-from collections.abc import Callable
 
-from onlap import errors
+from onlap.containers.signals import kill
 from onlap.mounts import namespaces
 
 _CGROUPS = "/sys/fs/cgroup"
@@ -36,7 +33,7 @@ def end(identifier: str) -> None:
         OSError: a control group cannot be removed.
     """
     for pid in namespaces.pids():
-        _kill(pid, lambda pid: _is_runtime(pid, identifier))
+        kill(pid, lambda pid: _is_runtime(pid, identifier), patience=_PATIENCE)
     for path in _groups(identifier):
         _empty(path)
 
@@ -69,7 +66,7 @@ def _empty(path: str) -> None:
     deadline = time.monotonic() + _PATIENCE
     while True:
         for pid in _processes(path):
-            _kill(pid, lambda pid: pid in _processes(path))
+            kill(pid, lambda pid: pid in _processes(path), patience=_PATIENCE)
         try:
             os.rmdir(path)
         except FileNotFoundError:
@@ -89,25 +86,3 @@ def _processes(path: str) -> list[int]:
             return [pid for pid in map(int, file.read().split()) if pid]  # 0: not in our pid namespace
     except OSError:
         return []  # ENODEV, ENOENT: it is gone
-
-
-def _kill(pid: int, is_one: Callable[[int], bool]) -> None:
-    if not is_one(pid):
-        return
-    try:
-        process = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        # Behind pidfd_open again: if it is of the right process, so is the descriptor.
-        if not is_one(pid):
-            return
-        signal.pidfd_send_signal(process, signal.SIGKILL)
-        waiting = select.poll()
-        waiting.register(process, select.POLLIN)
-        if not waiting.poll(_PATIENCE * 1000):
-            raise errors.Busy(f"process {pid} of a container does not end", hint="see: onlap cleanup")
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(process)

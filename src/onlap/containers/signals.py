@@ -13,9 +13,10 @@ import select
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
+from onlap import errors
 from onlap.mounts import namespaces
 
 # What a terminal sends to all processes of its foreground, the runtime among them, which hands it on.
@@ -109,21 +110,42 @@ def _end(parent: int, number: int) -> bool:
         fields = namespaces.status(pid)
         if fields.get("PPid") != str(parent) or not _is_dropped(fields, number):
             continue
-        try:
-            process = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            # Read again behind pidfd_open: if it is of the right process, so is the descriptor.
-            if namespaces.status(pid).get("PPid") != str(parent):
-                continue
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        finally:
-            os.close(process)
-        return True
+        if kill(pid, lambda pid: namespaces.status(pid).get("PPid") == str(parent)):
+            return True
     return False
+
+
+def kill(pid: int, is_one: Callable[[int], bool], *, patience: float = 0.0) -> bool:
+    """Kill a process, if it is the one that is meant; whether it was done.
+
+    Args:
+        pid: its number.
+        is_one: whether the process of that number is meant.
+        patience: how many seconds to wait for its end, if at all.
+
+    Raises:
+        Busy: it does not end.
+    """
+    if not is_one(pid):
+        return False
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # Behind pidfd_open again: if it is of the right process, so is the descriptor.
+        if not is_one(pid):
+            return False
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        waiting = select.poll()
+        waiting.register(process, select.POLLIN)
+        if patience and not waiting.poll(patience * 1000):
+            raise errors.Busy(f"process {pid} of a container does not end", hint="see: onlap cleanup")
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(process)
+    return True
 
 
 def _is_dropped(fields: Mapping[str, str], number: int) -> bool:

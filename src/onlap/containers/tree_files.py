@@ -38,14 +38,22 @@ def status(root: int, path: str) -> os.stat_result | None:
     Raises:
         OSError: of another kind than "there is no such file".
     """
+    with _found(root, path) as fd:
+        return None if fd is None else os.fstat(fd)
+
+
+@contextlib.contextmanager
+def _found(root: int, path: str) -> Iterator[int | None]:
+    """A descriptor of what is there, which nothing can be read from."""
     try:
         fd = open_inside(root, path, os.O_PATH)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return None
-        raise
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        yield None
+        return
     try:
-        return os.fstat(fd)
+        yield fd
     finally:
         os.close(fd)
 
@@ -56,20 +64,12 @@ def read_text(root: int, path: str) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    try:
-        # Looked at before it is opened: to open a FIFO waits for its other end, and a device may act on it.
-        fd = open_inside(root, path, os.O_PATH)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return ""
-        raise
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    # Looked at before it is opened: to open a FIFO waits for its other end, and a device may act on it.
+    with _found(root, path) as fd:
+        if fd is None or not stat.S_ISREG(os.fstat(fd).st_mode):
             return ""
         with open(f"/proc/self/fd/{fd}", "rb") as file:
             return os.fsdecode(file.read(_MAX_TEXT))
-    finally:
-        os.close(fd)
 
 
 def missing_parts(root: int, path: str) -> list[str]:
