@@ -14,7 +14,8 @@ from graphdriver_suite.cases import archive
 from onlap import errors
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.inspection.checkup import check
-from onlap.graphdrivers.inspection.data_root import chain_ids, open_root
+from onlap.graphdrivers.inspection.data_root import open_root
+from onlap.layers.stream.digests import chain_ids
 from onlap.testing.same import read_tree
 
 pytestmark = pytest.mark.needs("overlay")

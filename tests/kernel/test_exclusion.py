@@ -87,7 +87,7 @@ def during_sync(store: Store, monkeypatch: pytest.MonkeyPatch, call: Callable[[]
         sync()
 
     monkeypatch.setattr(catalog, "sync", sync_slowly)
-    monkeypatch.setattr("onlap.snapshots.exclusion.time.sleep", lambda _seconds: waits.set())
+    monkeypatch.setattr("onlap.mounts.unmount.time.sleep", lambda _seconds: waits.set())
     yield outcomes
     waits.set()
 
@@ -138,7 +138,7 @@ def test_nothing_begins_in_the_middle_of_a_commit(
 def test_a_commit_waits_for_an_apply_that_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.prepare("key", "base")
     waits = threading.Event()
-    monkeypatch.setattr("onlap.snapshots.exclusion.time.sleep", lambda _seconds: waits.set())
+    monkeypatch.setattr("onlap.mounts.unmount.time.sleep", lambda _seconds: waits.set())
     read, write = os.pipe()
     begun = threading.Event()
 

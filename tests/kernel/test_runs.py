@@ -367,7 +367,7 @@ def test_a_build_of_an_ordinary_user_whose_tree_is_in_use_at_the_end_is_kept(ord
     code = """
 import subprocess, sys, onlap
 from onlap.mounts import unmount
-unmount._attempts = lambda _timeout: [True]
+unmount.attempts = lambda _timeout: [True]
 with onlap.open(sys.argv[1]) as store:
     with store.build("base") as tree:
         (tree / "file").write_text("base")
@@ -396,7 +396,7 @@ def test_a_forked_worker_does_not_keep_an_ordinary_users_tree(ordinary: Path) ->
     code = """
 import os, sys, onlap
 from onlap.mounts import unmount
-unmount._attempts = lambda _timeout: [True]
+unmount.attempts = lambda _timeout: [True]
 there, here = os.pipe()
 with onlap.open(sys.argv[1]) as store:
     with store.build("base") as tree:

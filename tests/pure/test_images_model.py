@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onlap import errors
 from onlap.images.spec import media, model, platforms, resolve
 from onlap.images.spec.model import Descriptor, Index, Manifest, Platform
+from onlap.layers.stream.digests import chain_ids
 from pure.image_makers import CONFIG, INDEX, LAYER, MANIFEST, Made, digest_of, layer
 
 DOCKER = "application/vnd.docker."
@@ -158,8 +159,8 @@ def test_chain_ids() -> None:
     one, two, three = ("sha256:" + digit * 64 for digit in "123")
     second = "sha256:" + hashlib.sha256(f"{one} {two}".encode()).hexdigest()
     third = "sha256:" + hashlib.sha256(f"{second} {three}".encode()).hexdigest()
-    assert model.chain_ids([one, two, three]) == (one, second, third)
-    assert model.chain_ids([]) == ()
+    assert chain_ids([one, two, three]) == (one, second, third)
+    assert chain_ids([]) == ()
 
 
 # Platforms and indexes

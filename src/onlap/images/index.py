@@ -21,6 +21,7 @@ from onlap.images.spec.model import Config, Descriptor, Manifest
 from onlap.images.spec.resolve import Resolved
 from onlap.images.unpack.contract import Layer
 from onlap.images.unpack.intake import Bringing, Fetch
+from onlap.layers.stream.digests import chain_ids
 from onlap.progress import Callback
 from onlap.snapshots.recorded import RecordedSnapshotter
 
@@ -289,7 +290,7 @@ def image_of(name: str, digest: str, manifest: Manifest, config: Config) -> Imag
         config.variant,
         tuple(manifest.layers),
         diff_ids,
-        model.chain_ids(diff_ids),
+        chain_ids(diff_ids),
         config.created,
         sum(layer.size for layer in manifest.layers),
         manifest.media_type or (media.DOCKER_MANIFEST if manifest.is_docker else media.OCI_MANIFEST),

@@ -11,10 +11,10 @@ from onlap.errors import shown
 from onlap.mounts.holders import holders
 from onlap.syscalls import mount as sys
 
-# There is no event for "no longer busy": the kernel has to be asked again. 1 ms first, since most holders are a
-# program that is just ending; doubled up to 100 ms.
+# There is no event for "no longer busy", and flock(2) has no timeout: the kernel has to be asked again. 1 ms first,
+# since most holders are just ending; doubled up to 50 ms.
 _FIRST_WAIT = 0.001
-_LONGEST_WAIT = 0.1
+_LONGEST_WAIT = 0.05
 
 
 def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
@@ -31,7 +31,7 @@ def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
         OnlapError: of another kind, for whatever else the kernel says.
     """
     flags = sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0)
-    for last in _attempts(timeout):
+    for last in attempts(timeout):
         try:
             sys.umount2(target, flags)
         except OSError as error:
@@ -56,7 +56,7 @@ def await_nobody(target: str, find: Callable[[], list[str]], *, timeout: float =
     Raises:
         Busy: it is still in use; ``.holders`` says by whom.
     """
-    for last in _attempts(timeout):
+    for last in attempts(timeout):
         found = find()
         if not found:
             return
@@ -64,7 +64,7 @@ def await_nobody(target: str, find: Callable[[], list[str]], *, timeout: float =
             raise busy(target, found, "end these")
 
 
-def _attempts(timeout: float) -> Iterator[bool]:
+def attempts(timeout: float) -> Iterator[bool]:
     """When to ask again; whether it is for the last time."""
     deadline = time.monotonic() + timeout
     wait = _FIRST_WAIT

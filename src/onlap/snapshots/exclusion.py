@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,14 +20,10 @@ from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts.plan import Mount
+from onlap.mounts.unmount import attempts
 
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter
-
-# Seconds between two tries for a lock that another commit, removal or apply holds, the first and the longest.
-# flock(2) has no timeout, and a thread that waits in the kernel cannot be called back.
-_FIRST_PAUSE = 0.001
-_LONGEST_PAUSE = 0.05
 
 _REMOVE = "unmount it first, or remove it all the same with --force"
 
@@ -169,9 +164,10 @@ def _locked(
 
 
 def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: bool, hint: str) -> None:
-    deadline = time.monotonic() + snapshotter.catalog.timeout
-    pause = _FIRST_PAUSE
-    while not held.lock(shared=shared):
+    # Asked for again and again: a thread that waits in the kernel cannot be called back.
+    for last in attempts(snapshotter.catalog.timeout):
+        if held.lock(shared=shared):
+            return
         # A commit, a removal or an apply ends by itself, and is waited for; a mount does not.
         mounted = [] if shared else _lockers(held.fd, b"READ")
         if mounted:
@@ -179,11 +175,9 @@ def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: 
             found = _mounts_of(snapshotter, record, writable=True) if active else []
             what = "is mounted read-write" if active else "is mounted"
             raise _busy(record, what, found or mounted, hint)
-        if time.monotonic() >= deadline:
+        if last:
             found = _lockers(held.fd, b"READ") + _lockers(held.fd, b"WRITE")
             raise _busy(record, "is in use", found or ["a process that /proc does not show"], "try again")
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 @contextlib.contextmanager

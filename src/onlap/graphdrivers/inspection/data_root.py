@@ -16,7 +16,6 @@ Source: moby v26.1.5, layer/filestore.go, image/fs.go, reference/store.go, conta
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -29,6 +28,7 @@ from onlap.graphdrivers import layout
 from onlap.graphdrivers.contract import Change
 from onlap.graphdrivers.diff.stacks import layer_changes
 from onlap.graphdrivers.layout import Layer
+from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.trees.usage import Usage, usage
 
@@ -253,14 +253,6 @@ def _read_images(store: str) -> dict[str, list[str]]:
         for reference in names.get(f"sha256:{name}", [f"sha256:{name[:12]}"]):
             found[reference] = chains
     return found
-
-
-def chain_ids(diff_ids: Iterable[str]) -> Iterator[str]:
-    """The chain ID of each layer of a stack, lowest first (OCI image specification, config.md, "Layer ChainID")."""
-    chain = ""
-    for diff_id in diff_ids:
-        chain = f"sha256:{hashlib.sha256(f'{chain} {diff_id}'.encode()).hexdigest()}" if chain else diff_id
-        yield chain
 
 
 def _read_containers(directory: str, mounts: str) -> tuple[dict[str, tuple[str, str, str]], set[str]]:

@@ -234,14 +234,6 @@ def describe(data: bytes, media_type: str) -> Descriptor:
     return Descriptor(media_type, digest_of(data), len(data))
 
 
-def chain_ids(diff_ids: list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the stacks that layers make, lowest first (OCI image specification, config.md, "Layer ChainID")."""
-    chain: list[str] = []
-    for diff_id in diff_ids:
-        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
-    return tuple(chain)
-
-
 def decode_any(data: bytes, kind: type[T], what: str) -> T:
     """Read other JSON.
 

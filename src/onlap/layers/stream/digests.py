@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 from onlap import errors
 from onlap.arguments import check_text
@@ -44,3 +45,11 @@ def check_sha256(digest: str) -> str:
 def digest_of(data: bytes) -> str:
     """The digest of bytes."""
     return PREFIX + hashlib.sha256(data).hexdigest()
+
+
+def chain_ids(diff_ids: Iterable[str]) -> tuple[str, ...]:
+    """The names of the stacks that layers make, lowest first (OCI image specification, config.md, "Layer ChainID")."""
+    chain: list[str] = []
+    for diff_id in diff_ids:
+        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
+    return tuple(chain)
