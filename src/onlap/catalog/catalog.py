@@ -301,10 +301,11 @@ class Catalog:
                 raise records.not_found(name)
             if found.has_children:
                 above = records.children(connection, found.id)
+                verb, them = ("stands", "that") if len(above) == 1 else ("stand", "them")
                 raise errors.FailedPrecondition(
-                    f"cannot remove snapshot {shown(name)}: {shown(', '.join(above))} stands on it",
+                    f"cannot remove snapshot {shown(name)}: {shown(', '.join(above))} {verb} on it",
                     key=name,
-                    hint="remove that first",
+                    hint=f"remove {them} first",
                 )
             if found.is_pinned:
                 pins.check_unpinned(connection, records.get(connection, owner, name))
