@@ -253,9 +253,14 @@ def test_an_exhausted_disk_can_be_looked_at_and_emptied(
             (tree / "file").write_bytes(b"x" * 500_000)
         store.prepare("one", "base")
         store.prepare("two", "base")
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source" / "file").touch()
+        store.images.import_(tmp_path / "source", name="image:1", unpack=False)
+        there = {info.name for info in store.walk()}
     exhaust(disk, inodes=inodes)
     with onlap.open(root, timeout=5) as store:
-        assert [info.name for info in store.walk()] == ["base", "one", "two"]
+        assert {info.name for info in store.walk()} == there
+        store.images.export("image:1", tmp_path / "image.tar")
         assert store.usage("base").inodes == 2
         assert list(store.diff("one")) == []
         with pytest.raises(errors.ResourceExhausted):
@@ -268,7 +273,7 @@ def test_an_exhausted_disk_can_be_looked_at_and_emptied(
         assert "one" not in store
     with onlap.open(root, timeout=5) as store:
         store.cleanup()
-        assert [info.name for info in store.walk()] == ["base", "two"]
+        assert {info.name for info in store.walk()} == there - {"one"}
         assert os.listdir(root / "trash") == []
         # What was freed is reserved first.
         assert (root / "reserve.4").exists()
@@ -306,6 +311,9 @@ def test_a_readonly_filesystem(root: Path, tmp_path: Path, left: str, snapshotte
         with store.mounted("key") as tree:
             (tree / "new").write_text("new")
         store.view("view", "base")
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source" / "file").touch()
+        store.images.import_(tmp_path / "source", name="image:1")
     if left != "nothing":
         child = os.fork()
         if not child:
@@ -320,7 +328,10 @@ def test_a_readonly_filesystem(root: Path, tmp_path: Path, left: str, snapshotte
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", root], check=True)
         with onlap.open(root / "store", timeout=5) as store:
-            assert {info.name for info in store.walk()} == {"base", "key", "view"}
+            image = store.images.get("image:1")
+            assert {info.name for info in store.walk()} == {"base", "key", "view", *image.chain_ids}
+            store.images.export("image:1", tmp_path / "image.tar")
+            assert store.images.unpack("image:1") == image.chain_ids[-1]
             assert store.stat("base").labels == ({} if left == "nothing" else {"a": "b"})
             assert store.usage("base").inodes == 2
             assert [change.path for change in store.diff("key")] == ["new"]

@@ -168,7 +168,7 @@ def test_an_image_that_goes_while_it_is_read_is_not_found(
 def test_a_name_that_moves_during_an_unpack_stays_moved(
     store: Store, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = take_in(store, layout)
+    image = store.images.import_(layout, name="x:1", platform=PLATFORM, unpack=False)[0]
     other = Made(layer(c="3")).write_layout(tmp_path / "other")
     bring = Images.bring
 

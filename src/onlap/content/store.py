@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from sqlite3 import Connection
 from typing import BinaryIO
 
@@ -22,11 +23,12 @@ from onlap.border import public_class
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.locks import Held
-from onlap.content.lease import Lease
+from onlap.content.lease import Lease, reading
 from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
 from onlap.trees.walk import opened
+from onlap.trees.whole import Note
 
 # Files renamed in one transaction of the collector.
 _AT_ONCE = 64
@@ -244,6 +246,10 @@ class ContentStore:
     def lease(self, purpose: str, *, resumed: bool = False) -> Lease:
         """A context manager in which blobs and snapshots can be pinned for as long as the work goes on."""
         return Lease(self._catalog, purpose, resumed=resumed)
+
+    def reading(self, purpose: str, digests: Collection[str]) -> AbstractContextManager[Note]:
+        """A context manager in which blobs stay, to be read; see :func:`onlap.content.lease.reading`."""
+        return reading(self._catalog, purpose, digests)
 
     def delete(self, digest: str) -> None:
         """Remove a blob.

@@ -178,6 +178,8 @@ class Images(Index):
         image = self._given(image)
         if not image.layers:
             raise errors.InvalidArgument(f"the image {image.name} has no layers", key=image.name)
+        if self._is_unpacked(image):
+            return image.chain_ids[-1]
         with self.content.lease(f"unpack of {image.name}") as lease:
             lease.pin(*image.blobs)
             top = self.bring(lease, image, None, unpack=True, progress=progress)

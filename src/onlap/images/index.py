@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.border import public_class
+from onlap.catalog import pins
 from onlap.catalog import records as snapshots
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
@@ -262,6 +263,18 @@ class Index:
             NotFound: a blob of it is gone; nothing is recorded.
         """
         self._database.write(self.recording(image))
+
+    def _is_unpacked(self, image: Image) -> bool:
+        """Whether it is recorded with the snapshot of its topmost layer, which is kept for it."""
+
+        def query(connection: Connection) -> bool:
+            record = records.find(connection, image.name)
+            top = snapshots.find(connection, self.snapshotter.owner, image.chain_ids[-1])
+            if record is None or record.digest != image.digest or top is None:
+                return False
+            return records.pin_owner(image.name) in pins.holders(connection, snapshot=top.id)
+
+        return self._database.read(query)
 
     def recording(self, image: Image) -> Callable[[Connection], None]:
         """What does that inside a write transaction: the one way in which an image comes to be known."""

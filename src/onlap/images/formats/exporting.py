@@ -35,12 +35,11 @@ def export(
         raise errors.InvalidArgument(f"there is no format {shown(form)}", hint="oci or docker")
     if not chosen:
         raise errors.InvalidArgument("there is no image to export", hint="name one")
-    with images.content.lease("export") as lease:
-        for image in chosen:
-            lease.pin(*image.blobs)
-            images.content.check_present(image.blobs)
+    blobs = {digest: size for image in chosen for digest, size in image.blobs.items()}
+    with images.content.reading("export", blobs) as note:
+        images.content.check_present(blobs)
         exported = [_exported(images, image) for image in chosen]
-        _export(images, exported, out, form, progress, lease.run.writes)
+        _export(images, exported, out, form, progress, note)
 
 
 def _export(

@@ -39,9 +39,8 @@ def push(
     content = images.content
     with (
         closing(session_for(reference, access, stoppable(halt))) as session,
-        content.lease(f"push of {image.name}") as lease,
+        content.reading(f"push of {image.name}", image.blobs),
     ):
-        lease.pin(*image.blobs)
         content.check_present(image.blobs)
         repository = Repository(session)
 
