@@ -15,7 +15,7 @@ from types import MappingProxyType
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.border import public
-from onlap.mounts import kernel
+from onlap.mounts import kernel, mountinfo
 from onlap.probing import files as plain
 from onlap.probing import overlays
 from onlap.probing.trial import (
@@ -312,12 +312,9 @@ def _remove(directory: str) -> None:
 def _filesystem(directory: str) -> str:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        number = b"%d" % files.mount_id(fd)
-        with open("/proc/self/mountinfo", "rb") as file:
-            for line in file:
-                before, _, after = line.partition(b" - ")
-                if before.split(b" ", 1)[0] == number:
-                    return after.split(b" ", 1)[0].decode()
+        mount = mountinfo.mount_of(fd)
+        if mount is not None:
+            return mount.fstype.decode()
         magic = files.filesystem_magic(fd)
     finally:
         os.close(fd)

@@ -28,14 +28,6 @@ class Operation(NamedTuple):
     action: Callable[[bytes], None]
 
 
-class _Attributes(NamedTuple):
-    mode: int | None
-    uid: int | None
-    gid: int | None
-    mtime_ns: int | None
-    xattrs: Mapping[str, bytes] | None
-
-
 class Tree:
     """A list of operations on a directory, in order; each method adds one and returns the tree.
 
@@ -99,7 +91,7 @@ class Tree:
 
         def make(where: bytes) -> None:
             os.mkdir(where)
-            _set(where, _Attributes(mode, uid, gid, None, xattrs))
+            _set(where, mode, uid, gid, None, xattrs)
 
         return self._add(f"directory({path!r}, mode={mode:#o})", path, make)
 
@@ -118,7 +110,7 @@ class Tree:
 
         def make(where: bytes) -> None:
             _write(where, content, os.O_CREAT | os.O_EXCL)
-            _set(where, _Attributes(mode, uid, gid, mtime_ns, xattrs))
+            _set(where, mode, uid, gid, mtime_ns, xattrs)
 
         return self._add(f"file({path!r}, {_short(content)}, mode={mode:#o})", path, make)
 
@@ -136,7 +128,7 @@ class Tree:
 
         def make(where: bytes) -> None:
             os.symlink(os.fsencode(target), where)
-            _set(where, _Attributes(None, uid, gid, mtime_ns, xattrs))
+            _set(where, None, uid, gid, mtime_ns, xattrs)
 
         return self._add(f"symlink({path!r}, {target!r})", path, make)
 
@@ -163,7 +155,7 @@ class Tree:
 
         def make(where: bytes) -> None:
             os.mkfifo(where)
-            _set(where, _Attributes(mode, uid, gid, mtime_ns, None))
+            _set(where, mode, uid, gid, mtime_ns)
 
         return self._add(f"fifo({path!r})", path, make)
 
@@ -183,7 +175,7 @@ class Tree:
 
         def make(where: bytes) -> None:
             os.mknod(where, (stat.S_IFBLK if block else stat.S_IFCHR) | 0o600, os.makedev(major, minor))
-            _set(where, _Attributes(mode, uid, gid, mtime_ns, None))
+            _set(where, mode, uid, gid, mtime_ns)
 
         return self._add(f"device({path!r}, {major}, {minor}, block={block})", path, make)
 
@@ -274,16 +266,23 @@ def _write(where: bytes, content: bytes, flags: int) -> None:
         file.write(content)
 
 
-def _set(where: bytes, wanted: _Attributes) -> None:
+def _set(
+    where: bytes,
+    mode: int | None,
+    uid: int | None,
+    gid: int | None,
+    mtime_ns: int | None,
+    xattrs: Mapping[str, bytes] | None = None,
+) -> None:
     """Give a new file its attributes: owner before mode, since chown clears the set-user-ID bits; its time last."""
-    if wanted.uid is not None or wanted.gid is not None:
-        os.lchown(where, -1 if wanted.uid is None else wanted.uid, -1 if wanted.gid is None else wanted.gid)
-    if wanted.mode is not None:
-        os.chmod(where, wanted.mode)
-    for name, value in (wanted.xattrs or {}).items():
+    if uid is not None or gid is not None:
+        os.lchown(where, -1 if uid is None else uid, -1 if gid is None else gid)
+    if mode is not None:
+        os.chmod(where, mode)
+    for name, value in (xattrs or {}).items():
         os.setxattr(where, name, value, follow_symlinks=False)
-    if wanted.mtime_ns is not None:
-        _set_time(where, wanted.mtime_ns)
+    if mtime_ns is not None:
+        _set_time(where, mtime_ns)
 
 
 def _set_time(where: bytes, mtime_ns: int) -> None:
