@@ -227,10 +227,13 @@ class RecordedSnapshotter(ABC):
     @public
     def usage(self, key: str) -> Usage:
         """See :meth:`Snapshotter.usage`."""
-        record = self.record(key)
+        return self.usage_of(self.record(key))
+
+    def usage_of(self, record: Record) -> Usage:
+        """The same by the record, whoever owns it."""
         if record.kind == VIEW:
             return Usage()
-        with self.translated("measure snapshot", key):
+        with self.translated("measure snapshot", record.name):
             if record.kind == COMMITTED:
                 return Usage(*self.catalog.usages.of(record))
             return usage(self.catalog.layout.tree(record.id))

@@ -17,7 +17,6 @@ from onlap.cli.call import Call
 from onlap.cli.demo.material import Material, Program, programs, run, shell
 from onlap.cli.demo.place import Place
 from onlap.cli.shared.changes import STYLES, path_of, summary
-from onlap.cli.shared.things import measured_usage
 from onlap.cli.shared.tree import print_tree
 from onlap.cli.terminal.text import amount, count, size, skipped_text
 from onlap.errors import shown
@@ -200,7 +199,7 @@ def _run_in(story: Story, store: Store, key: str, wanted: _Programs) -> None:
 
 def _usage(store: Store) -> str:
     """What the four snapshots take, beside what full trees would."""
-    taken = [measured_usage(store, store.snapshotter.record(info.name)) for info in store.walk()]
+    taken = [store.snapshotter.usage_of(store.snapshotter.record(info.name)) for info in store.walk()]
     said = f"{size(sum(one.size for one in taken))} in {count(sum(one.inodes for one in taken), 'inode')}"
     if isinstance(store.snapshotter, NativeSnapshotter):
         return f"{said} for {len(taken)} trees, each a full copy"

@@ -9,7 +9,7 @@ from onlap import errors
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Info, Record, not_found
 from onlap.cli.terminal import text
 from onlap.errors import shown
-from onlap.trees.usage import Usage, usage
+from onlap.trees.usage import Usage
 
 if TYPE_CHECKING:
     from onlap.snapshots.filters import Selector
@@ -74,21 +74,6 @@ def known_usage(record: Record) -> Usage | None:
     if record.inodes is None or record.size is None:
         return None
     return Usage(record.inodes, record.size)
-
-
-def measured_usage(store: Store, record: Record) -> Usage:
-    """The same, walking its tree where nobody has yet, and for an active one always.
-
-    Raises:
-        OnlapError: the tree cannot be read.
-    """
-    if record.kind == VIEW:
-        return Usage()
-    catalog = store.snapshotter.catalog
-    with errors.translated(f"measure snapshot {shown(record.name)}", key=record.name):
-        if record.kind == COMMITTED:
-            return Usage(*catalog.usages.of(record))
-        return usage(catalog.layout.tree(record.id))
 
 
 def as_json(info: Info | Record, taken: Usage | None) -> dict[str, object]:

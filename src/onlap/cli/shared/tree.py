@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from onlap.catalog.records import Record
 from onlap.cli.call import Call
-from onlap.cli.shared.things import as_json, find, measured_usage, name_text, records, size_text
+from onlap.cli.shared.things import as_json, find, name_text, records, size_text
 from onlap.cli.terminal.output import can_draw
 from onlap.cli.terminal.text import age
 from onlap.errors import shown
@@ -38,7 +38,7 @@ def print_tree(call: Call, store: Store, key: str | None = None) -> None:
     nodes = list(_in_order(every))
     if call.out.json:
         for node in nodes:
-            thing = as_json(node.record, measured_usage(store, node.record))
+            thing = as_json(node.record, store.snapshotter.usage_of(node.record))
             call.out.item({**thing, "depth": len(node.lasts)})
         return
     now = time.time_ns()
@@ -49,7 +49,7 @@ def print_tree(call: Call, store: Store, key: str | None = None) -> None:
             node.record.kind,
             name_text(node.record.owner),
             age(node.record.created_ns, now),
-            size_text(measured_usage(store, node.record)),
+            size_text(store.snapshotter.usage_of(node.record)),
         )
         for node in nodes
     ]

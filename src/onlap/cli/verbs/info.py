@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.things import as_json, find, measured_usage, name_text
+from onlap.cli.shared.things import as_json, find, name_text
 from onlap.cli.terminal.text import NOTHING, count, moment, size
 from onlap.errors import shown
 
@@ -22,7 +22,7 @@ def run(call: Call) -> None:
     out = call.out
     with call.store() as store:
         record = find(store, call.args.key)
-        taken = measured_usage(store, record)
+        taken = store.snapshotter.usage_of(record)
         layers = store.snapshotter.layers(record)
         if out.json:
             out.item({**as_json(record, taken), "id": record.id, "layers": layers})

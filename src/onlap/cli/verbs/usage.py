@@ -6,7 +6,7 @@ from onlap.catalog.records import Record
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 from onlap.cli.shared.each import each
-from onlap.cli.shared.things import find, measured_usage, name_text, records, usage_as_json
+from onlap.cli.shared.things import find, name_text, records, usage_as_json
 from onlap.cli.terminal.text import size
 from onlap.errors import shown
 
@@ -29,7 +29,7 @@ def run(call: Call) -> int:
 
         def show(record: Record) -> None:
             nonlocal inodes, total
-            taken = measured_usage(store, record)
+            taken = store.snapshotter.usage_of(record)
             inodes += taken.inodes
             total += taken.size
             if out.json:
