@@ -51,14 +51,12 @@ class Method(NamedTuple):
         call: answers it; with a message, or with an iterator of them when ``streams``.
         key: what of the request names the snapshot, for the log.
         streams: whether the answer is a stream.
-        quick: whether it only looks at the catalog: microseconds, never a wait for the disk.
     """
 
     request: type[Message]
     call: Callable[..., Message | Iterator[Message]]
     key: Callable[..., str]
     streams: bool = False
-    quick: bool = False
 
 
 class Service:
@@ -70,10 +68,10 @@ class Service:
         self.methods = {
             "Prepare": Method(pb.PrepareSnapshotRequest, self.prepare, by_key),
             "View": Method(pb.ViewSnapshotRequest, self.view, by_key),
-            "Mounts": Method(pb.MountsRequest, self.mounts, by_key, quick=True),
+            "Mounts": Method(pb.MountsRequest, self.mounts, by_key),
             "Commit": Method(pb.CommitSnapshotRequest, self.commit, by_key),
             "Remove": Method(pb.RemoveSnapshotRequest, self.remove, by_key),
-            "Stat": Method(pb.StatSnapshotRequest, self.stat, by_key, quick=True),
+            "Stat": Method(pb.StatSnapshotRequest, self.stat, by_key),
             "Update": Method(pb.UpdateSnapshotRequest, self.update, lambda request: request.info.name),
             "List": Method(pb.ListSnapshotsRequest, self.list, _no_key, streams=True),
             "Usage": Method(pb.UsageRequest, self.usage, by_key),
