@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from onlap import errors
 from onlap.content.lease import Lease
@@ -26,6 +27,19 @@ from onlap.snapshots import working
 from onlap.snapshots.archives import copy_in
 
 
+class _Wanted(NamedTuple):
+    """What :meth:`Images.import_` was asked for; the name in its full form, and the platform in its parts."""
+
+    images: Index
+    source: str
+    name: str | None
+    platform: model.Platform
+    any_platform: bool
+    unpack: bool
+    epoch: int | None
+    progress: Callback | None
+
+
 def import_(
     images: Index,
     source: str,
@@ -37,49 +51,42 @@ def import_(
     progress: Callback | None,
 ) -> list[Image]:
     """See :meth:`Images.import_`."""
-    wanted = platforms.parse(platform)
-    if name is not None:
-        name = names.given(name)
+    full = names.given(name) if name is not None else None
+    wanted = _Wanted(images, source, full, platforms.parse(platform), not platform, unpack, epoch, progress)
     with (
         images.content.lease(f"import of {shown(source)}") as lease,
         unless_refused(images.snapshotter, images.content, lease),
     ):
         if os.path.isdir(source):
             if not _is_image(DirectoryFiles(source)):
-                return [_import_tree(images, source, name, wanted, epoch, progress)]
-            return _import_files(images, lease, DirectoryFiles(source), source, name, platform, unpack, progress)
+                return [_import_tree(wanted)]
+            return _import_files(wanted, lease, DirectoryFiles(source))
         staging = images.snapshotter.catalog.staging
         with TarFiles(source, staging.new, staging.discard) as tar:
             if tar.may_be_image and _is_image(tar):
-                return _import_files(images, lease, tar, source, name, platform, unpack, progress)
-        return [_import_tar(images, lease, source, name, wanted, unpack, epoch, progress)]
+                return _import_files(wanted, lease, tar)
+        return [_import_tar(wanted, lease)]
 
 
 def _is_image(source: Files) -> bool:
     return oci_layout.is_layout(source) or docker_archive.is_saved(source)
 
 
-def _import_files(
-    images: Index,
-    lease: Lease,
-    source: Files,
-    path: str,
-    name: str | None,
-    platform: str | None,
-    unpack: bool,
-    progress: Callback | None,
-) -> list[Image]:
-    wanted = platforms.parse(platform)
-    fallback = oci_layout.fallback(path)
+def _import_files(wanted: _Wanted, lease: Lease, source: Files) -> list[Image]:
+    images = wanted.images
+    fallback = oci_layout.fallback(wanted.source)
     if oci_layout.is_layout(source):
-        found = oci_layout.images(source, wanted, name, fallback)
+        found = oci_layout.images(source, wanted.platform, wanted.name, fallback)
     else:
-        found = docker_archive.images(source, images.content, lease, wanted if platform else None, name, fallback)
+        platform = None if wanted.any_platform else wanted.platform
+        found = docker_archive.images(source, images.content, lease, platform, wanted.name, fallback)
     done = []
     brought = set()
     for each in found:
         if each.name is None:
-            raise errors.InvalidArgument(f"{shown(path)} does not say what its image is called", hint="give a --name")
+            raise errors.InvalidArgument(
+                f"{shown(wanted.source)} does not say what its image is called", hint="give a --name"
+            )
         reference = names.parse(each.name)
         if reference.digest is not None:
             # Whatever it says there: who asks for a digest gets that.
@@ -88,7 +95,7 @@ def _import_files(
         if image.digest not in brought:  # it may have many names
             # All of it lies here: what is damaged in the store is healed, at no more than a copy would have cost.
             fetch = _fetch(images, source, each)
-            images.bring(lease, image, fetch, unpack=unpack, progress=progress, verify=True)
+            images.bring(lease, image, fetch, unpack=wanted.unpack, progress=wanted.progress, verify=True)
             brought.add(image.digest)
         images.record(image)
         done.append(image)
@@ -119,19 +126,11 @@ def _fetch(images: Index, source: Files, found: Found) -> Fetch:
 # Root filesystems
 
 
-def _import_tar(
-    images: Index,
-    lease: Lease,
-    source: str,
-    name: str | None,
-    wanted: model.Platform,
-    unpack: bool,
-    epoch: int | None,
-    progress: Callback | None,
-) -> Image:
+def _import_tar(wanted: _Wanted, lease: Lease) -> Image:
     """A root filesystem's archive, as it is, becomes the one layer of an image."""
-    full = name or _named_as(source)
-    created = commit.timestamp(epoch)
+    images, source = wanted.images, wanted.source
+    full = wanted.name or _named_as(source)
+    created = commit.timestamp(wanted.epoch)
     done = 0
 
     def told(count: int) -> None:
@@ -140,7 +139,7 @@ def _import_tar(
         reporter(done)
 
     with errors.translated("read the archive", key=source), open(source, "rb") as file:
-        reporter = Reporter(progress, "fetch", "bytes", os.fstat(file.fileno()).st_size)
+        reporter = Reporter(wanted.progress, "fetch", "bytes", os.fstat(file.fileno()).st_size)
         kind = compression.detect(file.read(compression.PEEK))
         file.seek(0)
         if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
@@ -153,9 +152,9 @@ def _import_tar(
     reporter.finish(done)
     diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
     descriptor = model.Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
-    resolved = made(wanted, [descriptor], [diff_id], created, f"imported from {shown(os.path.basename(source))}")
-    image = images.keep(lease, full, resolved)
-    images.bring(lease, image, None, unpack=unpack, progress=progress)
+    said = f"imported from {shown(os.path.basename(source))}"
+    image = images.keep(lease, full, made(wanted.platform, [descriptor], [diff_id], created, said))
+    images.bring(lease, image, None, unpack=wanted.unpack, progress=wanted.progress)
     images.record(image)
     return image
 
@@ -167,27 +166,20 @@ def _diff_id(images: Index, digest: str) -> str:
         return pipeline.digests().diff_id
 
 
-def _import_tree(
-    images: Index,
-    source: str,
-    name: str | None,
-    wanted: model.Platform,
-    epoch: int | None,
-    progress: Callback | None,
-) -> Image:
+def _import_tree(wanted: _Wanted) -> Image:
     """A directory becomes a snapshot, and that an image."""
-    full = name or _named_as(source)
-    snapshotter = images.snapshotter
+    full = wanted.name or _named_as(wanted.source)
+    snapshotter = wanted.images.snapshotter
     with working.prepared(snapshotter, None, "import") as key:
-        copy_in(snapshotter, key, source, progress=progress)
+        copy_in(snapshotter, key, wanted.source, progress=wanted.progress)
         return commit.commit(
-            images,
+            wanted.images,
             key,
             full,
-            message=f"imported from {shown(os.path.basename(os.path.abspath(source)))}",
-            platform=wanted,
-            epoch=epoch,
-            progress=progress,
+            message=f"imported from {shown(os.path.basename(os.path.abspath(wanted.source)))}",
+            platform=wanted.platform,
+            epoch=wanted.epoch,
+            progress=wanted.progress,
         )
 
 
