@@ -21,6 +21,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 _RAW = (OSError, ImportError, MemoryError, RuntimeError, AssertionError)
 _THEIRS = "_onlap_theirs"
 
+# What those do whose names are no verbs.
+_DOING = {
+    "mounted": "mount",
+    "mounts": "plan the mounts",
+    "scratch": "make a scratch tree",
+    "usage": "measure",
+    "changes": "compare",
+    "diff": "compare",
+    "images": "look after images",
+    "content": "look after blobs",
+    "bring": "take an image in",
+}
+
 
 def theirs(error: BaseException) -> None:
     """Mark what a caller's own function raised: it goes up as it is."""
@@ -41,7 +54,8 @@ def public_class(cls: type[C]) -> type[C]:
 
 def public(function: F) -> F:
     """Guard a function; also what is done later in the iterator or context manager that it returns."""
-    doing = function.__name__.strip("_").replace("_", " ")
+    name = function.__name__
+    doing = _DOING.get(name) or name.strip("_").replace("_", " ")
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **named: Any) -> Any:

@@ -198,7 +198,11 @@ _BY_ERRNO: dict[int, tuple[type[OnlapError], str | None]] = {
     _errno.ENAMETOOLONG: (InvalidArgument, "names end at 255 bytes, paths at 4095"),
     _errno.ENOSYS: (Unimplemented, "this kernel does not have the system call"),
     _errno.EOPNOTSUPP: (Unimplemented, "this filesystem does not support it"),
+    _errno.ENOTCONN: (Unavailable, "the program that serves the filesystem (FUSE) has ended; mount it again"),
     _errno.EIO: (DataLoss, "look into the kernel's log (dmesg)"),
+    # What ext4, xfs and btrfs say of their own metadata: it contradicts itself, or has another checksum.
+    _errno.EUCLEAN: (DataLoss, "the filesystem is damaged; look into the kernel's log (dmesg), and check it (fsck)"),
+    _errno.EBADMSG: (DataLoss, "the filesystem is damaged; look into the kernel's log (dmesg), and check it (fsck)"),
     _errno.ESTALE: (DataLoss, None),
 }
 

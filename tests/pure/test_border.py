@@ -56,7 +56,7 @@ def test_what_nobody_expected_is_translated(
     with pytest.raises(errors.OnlapError) as later:
         next(walk)
     monkeypatch.setattr(store.snapshotter, "prepare", fails)
-    with pytest.raises(errors.OnlapError) as entering, store.scratch():
+    with pytest.raises(errors.OnlapError, match="cannot make a scratch tree") as entering, store.scratch():
         pass
     for raised in (at_once, later, entering):
         assert type(raised.value) is kind

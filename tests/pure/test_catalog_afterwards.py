@@ -152,6 +152,11 @@ def test_what_a_lock_says_may_be_otherwise_later(number: int) -> None:
     assert isinstance(from_oserror(OSError(number, "no"), doing="lock"), errors.Unavailable)
 
 
+@pytest.mark.parametrize("number", [errno.EUCLEAN, errno.EBADMSG])
+def test_a_damaged_filesystem_is_no_defect_of_ours(number: int) -> None:
+    assert isinstance(from_oserror(OSError(number, "no"), doing="look"), errors.DataLoss)
+
+
 def test_a_root_that_is_deleted_before_the_close(root: Path) -> None:
     program = """
 import shutil, sys
