@@ -124,7 +124,8 @@ def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | Non
     from onlap.catalog.catalog import Catalog
     from onlap.snapshots import properties
 
-    if os.path.lexists(os.path.join(os.fspath(root), "catalog.db")):
+    closed = os.path.isdir(root) and not os.access(root, os.X_OK)  # somebody else's, which says so when it is opened
+    if closed or os.path.lexists(os.path.join(os.fspath(root), "catalog.db")):
         catalog = Catalog(root, create=create, timeout=timeout)
         try:
             kind = properties.kind(catalog.database)

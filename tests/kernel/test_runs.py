@@ -342,6 +342,22 @@ with onlap.open(sys.argv[1]) as store:
     output(code, ordinary / "onlap", ordinary=True)
 
 
+def test_somebody_elses_root_is_no_place_for_a_new_one(ordinary: Path) -> None:
+    with onlap.open(ordinary / "roots", snapshotter="native"):
+        pass
+    code = """
+import sys, onlap
+for create in (True, False):
+    try:
+        onlap.open(sys.argv[1], create=create)
+    except onlap.FailedPrecondition as error:
+        assert "belongs to user 0" in str(error), error
+    else:
+        raise AssertionError("it was opened")
+"""
+    output(code, ordinary / "roots", ordinary=True)
+
+
 def test_an_ordinary_user_with_as_many_processes_as_he_may_have(ordinary: Path) -> None:
     code = """
 import resource, sys, onlap
