@@ -62,12 +62,12 @@ class Garbage:
 
     def _empty_trash(self) -> None:
         with errors.translated("delete a removed tree", key=self.layout.root):
-            self.trash.sweep()
+            self.trash.sweep(wait=True)
 
     def cleanup(self) -> int:
         """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
         self.collect()
-        return self.sweep()
+        return self.sweep(wait=True)
 
     def collect(self, *, wake: bool = False) -> None:
         """Move what belongs to nobody to the trash: orphans in ``snapshots/``, staging of dead processes.
@@ -102,10 +102,14 @@ class Garbage:
 
         self.with_room(lambda: self.database.write(operation))
 
-    def sweep(self) -> int:
-        """Delete what waits in the trash and nobody uses; returns how many trees."""
+    def sweep(self, *, wait: bool = False) -> int:
+        """Delete what waits in the trash and nobody uses; returns how many trees.
+
+        Args:
+            wait: for others, perhaps of another process, who delete something already.
+        """
         with errors.translated("delete a removed tree", key=self.layout.root):
-            removed = self.trash.sweep().removed
+            removed = self.trash.sweep(wait=wait).removed
             self.layout.make_reserve()
         return removed
 

@@ -88,12 +88,15 @@ class Trash:
         """What waits."""
         return os.listdir(self._directory)
 
-    def sweep(self, *, stop: Callable[[], bool] = lambda: False, rate: float | None = None) -> Swept:
+    def sweep(
+        self, *, stop: Callable[[], bool] = lambda: False, rate: float | None = None, wait: bool = False
+    ) -> Swept:
         """Delete what nobody uses.
 
         Args:
             stop: asked between files; when it says yes, the rest is left for later.
-            rate: files a second, as long as nobody waits for it; None for no limit, and to wait for others who delete.
+            rate: files a second, as long as nobody waits for it; None for no limit.
+            wait: for others who delete something already.
 
         Raises:
             OSError: a tree cannot be deleted, for another reason than that it is in use; the others were.
@@ -114,7 +117,7 @@ class Trash:
                 if name.partition(".")[0] in used:
                     continue
                 try:
-                    removed += self._delete(top, name, pace, wait=rate is None)
+                    removed += self._delete(top, name, pace, wait=wait)
                 except OSError as error:
                     failure = failure or error  # one that cannot be deleted must not keep the others
         if failure is not None:
