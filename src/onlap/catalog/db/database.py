@@ -119,7 +119,7 @@ class Database:
         finally:
             self._writer.close_now(connection)
 
-    # The ways in
+    # Reading and writing
 
     def read(self, query: Callable[[Connection], T]) -> T:
         """Run ``query`` on a connection of its own; several statements may see several states, unless it begins.
