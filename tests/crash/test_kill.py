@@ -177,8 +177,10 @@ def start(root: Path, seed: int, fatal: int) -> subprocess.Popen[str]:
     )
 
 
-def rounds(root: Path, count: int, *, inside: bool, seed: int) -> None:
+def rounds(root: Path, count: int, *, inside: bool, seed: int) -> int:
+    """Start and kill programs, and look at what they left; how much they had acknowledged."""
     rng = random.Random(seed)
+    acknowledged = 0
     model = Model()
     for number in range(count):
         fatal = rng.randrange(1, 150) if inside else 0
@@ -194,26 +196,28 @@ def rounds(root: Path, count: int, *, inside: bool, seed: int) -> None:
             child.kill()
             child.wait()
         assert child.returncode == -signal.SIGKILL, err
+        acknowledged += len(out.splitlines())
         right = model.run(out)
         with onlap.open(root, snapshotter="overlay", sync="none") as store:
             model = check(store, right)
             if number % 3 == 2:
                 check_garbage(store)
                 model = check(store, [model.snapshots])
+    return acknowledged
 
 
 def test_killed_from_outside(root: Path) -> None:
-    rounds(root, 15, inside=False, seed=100)
+    assert rounds(root, 15, inside=False, seed=100) > 15
 
 
 def test_killed_at_a_step(root: Path) -> None:
-    rounds(root, 30, inside=True, seed=1000)
+    assert rounds(root, 30, inside=True, seed=1000) > 30
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "at a step"])
 def test_killed_many_times(root: Path, inside: bool) -> None:
-    rounds(root, 600, inside=inside, seed=5000)
+    assert rounds(root, 600, inside=inside, seed=5000) > 600
 
 
 _DIE = """

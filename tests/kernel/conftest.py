@@ -11,7 +11,10 @@ import pytest
 
 import capabilities
 from kernel.helpers import NOBODY
+from kernel.layer_stacks import Layers, Stack
 from onlap.probing.probe import probe
+from onlap.store import Store
+from onlap.store import open as open_store
 
 
 @pytest.fixture
@@ -24,3 +27,33 @@ def ordinary() -> Iterator[Path]:
         if not probe(name).features["unprivileged"].ok:
             pytest.skip(probe(name).features["unprivileged"].reason)
         yield Path(name)
+
+
+@pytest.fixture
+def layers(root: Path) -> Layers:
+    """A stack that is made by writing through mounts."""
+    return Layers(root)
+
+
+@pytest.fixture
+def stack(root: Path) -> Stack:
+    """A stack that is made by applying archives."""
+    return Stack(root)
+
+
+@pytest.fixture
+def layer(root: Path) -> Path:
+    """An empty directory to apply into."""
+    path = root / "layer"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def stores(root: Path) -> Iterator[tuple[Store, Store]]:
+    """An overlay store and one of copies."""
+    with (
+        open_store(root / "overlay", snapshotter="overlay", sync="none") as one,
+        open_store(root / "native", snapshotter="native", sync="none") as other,
+    ):
+        yield one, other

@@ -129,12 +129,14 @@ def test_a_readonly_mount_is_no_hindrance(store: Store) -> None:
     readonly = plan._replace(flags=("ro", "rbind"))
     with onlap.mounted(readonly):
         store.commit("name", "key")
+    assert store.stat("name").kind == "committed"
 
 
 def test_the_views_mount_of_the_parent_is_no_hindrance(store: Store) -> None:
     store.prepare("key", "base")
     with store.mounted("base"):
         store.commit("name", "key")
+    assert store.stat("name").kind == "committed"
 
 
 def test_who_has_it_mounted_is_named(store: Store, tmp_path: Path) -> None:
@@ -201,3 +203,4 @@ def test_another_disks_snapshot_of_the_same_number_is_no_hindrance(loop_ext4: Ca
         one.prepare("key")
         with onlap.mounted(two.prepare("key")):
             one.commit("name", "key")
+            assert one.stat("name").kind == "committed"

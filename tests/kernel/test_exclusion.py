@@ -239,6 +239,7 @@ def test_a_forked_child_keeps_no_lock(store: Store) -> None:
             os._exit(0)
     try:
         store.commit("name", "key")
+        assert store.stat("name").kind == "committed"
     finally:
         os.write(writer, b"x")
         os.waitpid(child, 0)
@@ -349,6 +350,7 @@ def test_what_was_never_mounted_costs_no_look_at_the_mounts(store: Store, monkey
     store.remove("name")
     store.prepare("key", "base")
     store.remove("key")
+    assert {info.name for info in store.walk()} == {"base"}
 
 
 def test_what_lost_its_tree_can_be_removed(store: Store) -> None:
