@@ -14,6 +14,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog.disk.staging import Staging
+from onlap.catalog.locks import Held
 from onlap.mounts import kernel
 from onlap.mounts.unmount import unmount
 from onlap.store import Store
@@ -330,6 +331,18 @@ def test_cleanup_waits_for_who_deletes_already(store: Store) -> None:
     store.cleanup()
     assert trash(store) == []
     background.join()
+
+
+def test_cleanup_does_not_wait_for_ever_for_who_holds_a_tree(root: Path, store: Store) -> None:
+    """Any program may lock it, or be stopped as it deletes."""
+    store.prepare("key")
+    tree = store.snapshotter.catalog.layout.snapshot(store.snapshotter.record("key").id)
+    store.close()
+    with onlap.open(root, snapshotter="overlay", sync="none", timeout=0.05) as impatient, Held(tree) as held:
+        held.lock()
+        impatient.remove("key", force=True)
+        assert impatient.snapshotter.catalog.garbage.cleanup() == 0
+        assert len(impatient.snapshotter.catalog.trash.names()) == 1
 
 
 def test_cleanup_leaves_what_a_living_process_builds(root: Path, store: Store) -> None:

@@ -128,3 +128,4 @@ def test_a_root_with_redirects_renames_directories_of_lower_layers(place: Path) 
         assert found == [("A", "new"), ("A", "new/file"), ("D", "old")]
     with pytest.raises(InvalidArgument, match="trusted"):
         OverlaySnapshotter(place.parent / "other", properties=Properties("user", redirect_dir=True))
+    assert not (place.parent / "other").exists()

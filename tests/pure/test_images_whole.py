@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def vanish(store: Store, name: str) -> None:
 
 
 # Damage
+
+
+def test_an_image_whose_tree_is_lost_is_not_unpacked(store: Store, layout: Path) -> None:
+    image = take_in(store, layout)
+    assert store.images.unpack(image) == image.chain_ids[-1]
+    shutil.rmtree(store.snapshotter.catalog.layout.snapshot(store.snapshotter.record(image.chain_ids[-1]).id))
+    with pytest.raises(errors.DataLoss, match="lost"):
+        store.images.unpack(image)
 
 
 def test_a_document_that_does_not_fit_is_no_image(store: Store, tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ class Catalog:
                     after_fork=self._after_fork_in_child,
                 )
                 on_error.callback(self.database.close)
-                self.garbage = Garbage(self.layout, self.database, self.staging, self.trash, self._janitor.wake)
+                self.garbage = Garbage(
+                    self.layout, self.database, self.staging, self.trash, self._janitor.wake, timeout
+                )
                 self.usages = Usages(self.layout, self.database)
                 self.garbage.with_room(lambda: self.database.set_up(self._may_bring_up))
                 waits = bool(self.trash.names())

@@ -31,16 +31,24 @@ class Garbage:
         staging: where dead processes leave what they were building.
         trash: where it waits.
         wake: has :meth:`work` done in the background.
+        timeout: how many seconds to wait for others who delete a tree.
     """
 
     def __init__(
-        self, layout: Layout, database: Database, staging: Staging, trash: Trash, wake: Callable[[], None]
+        self,
+        layout: Layout,
+        database: Database,
+        staging: Staging,
+        trash: Trash,
+        wake: Callable[[], None],
+        timeout: float,
     ) -> None:
         self.layout = layout
         self.database = database
         self.staging = staging
         self.trash = trash
         self._wake = wake
+        self._timeout = timeout
 
     def with_room(self, action: Callable[[], T]) -> T:
         """Do what makes room or is needed for that, also on a full disk.
@@ -62,7 +70,7 @@ class Garbage:
 
     def _empty_trash(self) -> None:
         with errors.translated("delete a removed tree", key=self.layout.root):
-            self.trash.sweep(wait=True)
+            self.trash.sweep(wait=self._timeout)
 
     def cleanup(self) -> int:
         """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
@@ -109,7 +117,7 @@ class Garbage:
             wait: for others, perhaps of another process, who delete something already.
         """
         with errors.translated("delete a removed tree", key=self.layout.root):
-            removed = self.trash.sweep(wait=wait).removed
+            removed = self.trash.sweep(wait=self._timeout if wait else 0).removed
             self.layout.make_reserve()
         return removed
 

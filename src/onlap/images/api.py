@@ -173,7 +173,7 @@ class Images(Index):
         Raises:
             NotFound: there is no such image.
             InvalidArgument: it has no layers, or a hostile one.
-            DataLoss: a blob is damaged or gone.
+            DataLoss: a blob is damaged or gone, or the tree of a layer is lost.
         """
         image = self._given(image)
         if not image.layers:

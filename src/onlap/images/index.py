@@ -265,7 +265,11 @@ class Index:
         self._database.write(self.recording(image))
 
     def _is_unpacked(self, image: Image) -> bool:
-        """Whether it is recorded with the snapshot of its topmost layer, which is kept for it."""
+        """Whether it is recorded with the snapshot of its topmost layer, which is kept for it.
+
+        Raises:
+            DataLoss: the tree of a layer is lost.
+        """
 
         def query(connection: Connection) -> bool:
             record = records.find(connection, image.name)
@@ -274,7 +278,14 @@ class Index:
                 return False
             return records.pin_owner(image.name) in pins.holders(connection, snapshot=top.id)
 
-        return self._database.read(query)
+        if not self._database.read(query):
+            return False
+        try:
+            top = self.snapshotter.record(image.chain_ids[-1])
+            with self.snapshotter.catalog.hold([top.id, *self.snapshotter.ancestors(top)]):
+                return True
+        except errors.NotFound:
+            return False  # it was removed meanwhile
 
     def recording(self, image: Image) -> Callable[[Connection], None]:
         """What does that inside a write transaction: the one way in which an image comes to be known."""

@@ -79,6 +79,13 @@ class OverlaySnapshotter(RecordedSnapshotter):
         unpacked: Callable[[str], bool] = lambda _key: False,
         **options: Unpack[Options],
     ) -> None:
+        # Before a root is made for what cannot be.
+        if properties is not None and not isinstance(properties, Properties):
+            raise errors.InvalidArgument(f"properties is {shown(repr(properties))}", hint="it must be Properties")
+        if properties is not None and properties.redirect_dir and properties.flavour == USER:
+            raise errors.InvalidArgument(
+                "redirect_dir needs trusted xattrs: the kernel takes it not together with userxattr"
+            )
         self._wanted = properties
         self._upperdir_label = upperdir_label
         self._mount_options = tuple(mount_options)
@@ -90,12 +97,6 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     def _settle(self) -> None:
         wanted = self._wanted
-        if wanted is not None and not isinstance(wanted, Properties):
-            raise errors.InvalidArgument(f"properties is {shown(repr(wanted))}", hint="it must be Properties")
-        if wanted is not None and wanted.redirect_dir and wanted.flavour == USER:
-            raise errors.InvalidArgument(
-                "redirect_dir needs trusted xattrs: the kernel takes it not together with userxattr"
-            )
         found = settle(self.catalog.database, KIND, lambda: _as_settings(wanted or Properties(default_flavour())))
         properties = Properties(found["flavour"], found["redirect_dir"] == "on")
         if wanted is not None and wanted != properties:

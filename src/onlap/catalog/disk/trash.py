@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from onlap.catalog.locks import Held
 from onlap.mounts import mountinfo, namespaces
+from onlap.mounts.unmount import attempts
 from onlap.overlayfs.options import layer_paths
 from onlap.trees.remove import remove
 from onlap.trees.walk import opened
@@ -88,15 +89,13 @@ class Trash:
         """What waits."""
         return os.listdir(self._directory)
 
-    def sweep(
-        self, *, stop: Callable[[], bool] = lambda: False, rate: float | None = None, wait: bool = False
-    ) -> Swept:
+    def sweep(self, *, stop: Callable[[], bool] = lambda: False, rate: float | None = None, wait: float = 0) -> Swept:
         """Delete what nobody uses.
 
         Args:
             stop: asked between files; when it says yes, the rest is left for later.
             rate: files a second, as long as nobody waits for it; None for no limit.
-            wait: for others who delete something already.
+            wait: how many seconds for others who delete a tree already; one that is locked longer is left for later.
 
         Raises:
             OSError: a tree cannot be deleted, for another reason than that it is in use; the others were.
@@ -124,7 +123,7 @@ class Trash:
             raise failure
         return Swept(removed, len(names) - removed)
 
-    def _delete(self, top: int, name: str, pace: _Pace, *, wait: bool = False) -> bool:
+    def _delete(self, top: int, name: str, pace: _Pace, *, wait: float = 0) -> bool:
         try:
             held = Held(name, dir_fd=top)
         except FileNotFoundError:
@@ -142,7 +141,8 @@ class Trash:
                     return False
                 # Somebody deletes it, perhaps our own background, which takes its time.
                 self._hurry = True
-                held.lock(wait=True)
+                if not any(held.lock() for _ in attempts(wait)):
+                    return False
                 if not held.is_at(f"{self._directory}/{name}"):
                     return True
             try:
