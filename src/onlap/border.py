@@ -23,6 +23,8 @@ _THEIRS = "_onlap_theirs"
 
 # What those do whose names are no verbs.
 _DOING = {
+    "__init__": "open the root",
+    "put": "store a blob",
     "mounted": "mount",
     "mounts": "plan the mounts",
     "scratch": "make a scratch tree",
