@@ -1,4 +1,4 @@
-"""Work that nobody waits for: a thread that deletes trash, measures layers and checkpoints, when there is quiet."""
+"""Background work: a thread that deletes trash, measures layers and checkpoints, when the process is otherwise quiet."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 from onlap.catalog.helper import Helper, Job, nothing
 from onlap.catalog.log import warn
 
-# A burst of removes or commits is over before the janitor starts, so that it does not compete with them.
+# Seconds. The janitor waits for the end of a burst of removes or commits, so that it does not compete with them.
 _QUIET = 0.25
 # But a burst that does not end must not put the work off for ever.
 _LONGEST_BURST = 5.0
-# How long to wait before trying again what was in use.
+# How long to wait before something that was in use is tried again.
 _RETRY = 5.0
 
 
 class Janitor:
-    """One background thread, which exists while there is something to do.
+    """A background thread that exists while there is work.
 
-    What it has not done when the process ends, the next one does; nothing of it is needed for correctness.
+    What it has not done when the process ends, the next process does: nothing of it is needed for correctness.
 
     Args:
-        urgent: what cannot wait for quiet, and takes milliseconds.
-        work: does all else that is due, asks its argument now and then whether to stop, and says whether something is
-            left that has to be tried again later.
+        urgent: work that cannot wait for quiet, and takes milliseconds.
+        work: all other work. It gets a function that says whether to stop, calls it now and then, and returns whether
+            something has to be tried again later.
     """
 
     def __init__(self, urgent: Callable[[], None], work: Callable[[Callable[[], bool]], bool]) -> None:
@@ -35,32 +35,38 @@ class Janitor:
     def after_fork(self) -> None:
         """In the child: the thread stayed with the parent."""
         self._helper = Helper(self._serve)
-        self._pressing = False
-        self._later = False
+        self._urgent_due = False
+        self._work_due = False
+        self._awaiting_quiet = False
+        self._last_wake = 0.0
         self._stopping = False
 
     def wake(self, *, urgent: bool = False) -> None:
-        """There is something to do. Never fails: what it is for has been done already."""
+        """Start the thread, which finds out what there is to do. Never fails: the caller's own work is done already."""
         if urgent:
-            self._pressing = True
+            self._urgent_due = True
         else:
-            self._later = True
+            self._last_wake = time.monotonic()
+            # Set before the look at the thread, which ends its wait for quiet before it looks at this.
+            self._work_due = True
+            if self._awaiting_quiet:
+                return  # a switch to it and back, once per commit, would cost more than all else here
         if not self._stopping:
             self._helper.put(Job(nothing))
 
     def stop(self) -> None:
-        """End the work soon, and wait for that."""
+        """Stop the work soon, and wait until it has stopped."""
         self._stopping = True
         if not self._helper.is_idle():
             self._helper.ask(Job(nothing))
 
-    def _stops(self) -> bool:
+    def _is_stopping(self) -> bool:
         return self._stopping
 
     def _serve(self, first: Job[object], alone: bool) -> None:
         calls = [first]
         try:
-            # Without a thread of its own it would keep whoever has just committed something.
+            # In the caller's thread it would delay whoever has just committed something.
             if not alone:
                 self._work_off(calls)
         finally:
@@ -69,36 +75,42 @@ class Janitor:
 
     def _work_off(self, calls: list[Job[object]]) -> None:
         retry = False
-        while not self._stops():
+        while not self._stopping:
             self._await_quiet(calls)
-            if self._stops():
+            if self._stopping:
                 return
-            if self._later or retry:
-                self._later = False
-                retry = self._attempt(lambda: self._work(self._stops))
+            if self._work_due or retry:
+                self._work_due = False
+                retry = self._attempt(lambda: self._work(self._is_stopping))
             if not self._called(calls, _RETRY if retry else 0) and not retry:
                 return
 
     def _await_quiet(self, calls: list[Job[object]]) -> None:
-        busy_since = time.monotonic()
-        called = True
-        while called and not self._stops():
-            if self._pressing:
-                self._pressing = False
-                self._attempt(self._urgent)
-            called = time.monotonic() - busy_since < _LONGEST_BURST and self._called(calls, _QUIET)
+        longest = time.monotonic() + _LONGEST_BURST
+        self._awaiting_quiet = True
+        try:
+            while not self._stopping:
+                if self._urgent_due:
+                    self._urgent_due = False
+                    self._attempt(self._urgent)
+                left = min(self._last_wake + _QUIET, longest) - time.monotonic()
+                if left <= 0:
+                    return
+                self._called(calls, left)
+        finally:
+            self._awaiting_quiet = False
 
     def _called(self, calls: list[Job[object]], seconds: float) -> bool:
-        """Whether somebody calls before the time is over."""
+        """Whether somebody calls within that time."""
         found = self._helper.await_more(seconds)
         calls += found
         return bool(found)
 
     def _attempt(self, action: Callable[[], bool | None]) -> bool:
-        """Do it; whether it has to be done again."""
+        """Run ``action``; returns whether it has to be run again."""
         try:
             return bool(action())
         except Exception as error:  # noqa: BLE001 - a thread that ends is a thread that never tries again
-            # Nobody waits for this thread, so the log is the only place to tell; it is tried again all the same.
+            # Nobody waits for this thread: the log is the only place to report the failure.
             warn(f"background work failed: {error}")
             return True
