@@ -14,7 +14,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog.disk.staging import Staging
-from onlap.catalog.locks import Held
+from onlap.locks import Held
 from onlap.mounts import kernel
 from onlap.mounts.unmount import unmount
 from onlap.store import Store

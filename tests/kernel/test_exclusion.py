@@ -17,7 +17,7 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.catalog.locks import Held
+from onlap.locks import Held
 from onlap.mounts import temporary
 from onlap.snapshots import exclusion
 from onlap.store import Store

@@ -337,7 +337,7 @@ def test_a_forked_child_does_not_keep_what_its_parent_holds(root: Path) -> None:
     program = """
 import os, sys, threading
 import onlap
-from onlap.catalog.locks import lock_directory
+from onlap.locks import lock_directory
 store = onlap.open(sys.argv[1], snapshotter="overlay", sync="none")
 store.prepare("key")
 catalog = store.snapshotter.catalog

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import interrupts
-from onlap.catalog import locks
+from onlap import locks
 
 # Every how manieth bytecode: about twenty looks at each call. All of them are for the long run.
 _EVERY = {"stat": 11, "prepare": 41, "commit": 67, "remove": 53, "open and close": 389, "fork": 9}

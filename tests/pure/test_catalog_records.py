@@ -16,7 +16,7 @@ import onlap
 from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.disk.staging import Staging
-from onlap.catalog.locks import Held
+from onlap.locks import Held
 from onlap.store import Kind, Store, open_snapshotter
 
 PATIENCE = 30.0

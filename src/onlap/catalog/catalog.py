@@ -27,11 +27,11 @@ from onlap.catalog.disk.sync import Syncer
 from onlap.catalog.disk.trash import Trash
 from onlap.catalog.garbage import Garbage
 from onlap.catalog.janitor import Janitor
-from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import Condition, Record
 from onlap.catalog.usages import Usages
 from onlap.errors import shown
+from onlap.locks import Held, claim_directory, lock_directory
 
 
 class Catalog:

@@ -1,4 +1,4 @@
-"""Background work: a thread that deletes trash, measures layers and checkpoints, when the process is otherwise quiet."""
+"""Background work: a thread that deletes trash, measures layers and checkpoints once the process is quiet."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ class Janitor:
 
     def _work_off(self, calls: list[Job[object]]) -> None:
         retry = False
-        while not self._stopping:
+        while not self._is_stopping():
             self._await_quiet(calls)
-            if self._stopping:
+            if self._is_stopping():
                 return
             if self._work_due or retry:
                 self._work_due = False
@@ -89,7 +89,7 @@ class Janitor:
         longest = time.monotonic() + _LONGEST_BURST
         self._awaiting_quiet = True
         try:
-            while not self._stopping:
+            while not self._is_stopping():
                 if self._urgent_due:
                     self._urgent_due = False
                     self._attempt(self._urgent)

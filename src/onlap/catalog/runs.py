@@ -29,11 +29,11 @@ from sqlite3 import Connection
 from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.catalog.log import warn
 from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
 from onlap.errors import shown
 from onlap.forks import only_here
+from onlap.locks import Held, claim_directory, lock_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths

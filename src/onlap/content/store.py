@@ -22,11 +22,11 @@ from onlap import errors
 from onlap.border import public_class
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.locks import Held
 from onlap.content.lease import Lease, reading
 from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
+from onlap.locks import Held
 from onlap.trees.walk import opened
 from onlap.trees.whole import Note
 

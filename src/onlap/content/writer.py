@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.catalog.locks import Held
 from onlap.content.lease import Lease
 from onlap.forks import only_here
 from onlap.layers.stream.digests import PREFIX
+from onlap.locks import Held
 from onlap.syscalls.files import write_all
 
 _CHUNK = 1 << 20

@@ -18,7 +18,6 @@ from onlap import errors
 from onlap.arguments import as_name, check_text, check_texts
 from onlap.border import public_class
 from onlap.catalog.disk.sync import Syncer
-from onlap.catalog.locks import Held
 from onlap.errors import shown
 from onlap.graphdrivers import checks
 from onlap.graphdrivers.contract import Change
@@ -28,7 +27,7 @@ from onlap.graphdrivers.diff.stacks import layer_changes, write_diff
 from onlap.graphdrivers.ids import IdMap
 from onlap.graphdrivers.leftovers import (
     STAGING,
-    abandoned,
+    UNFINISHED,
     claim,
     detach,
     detach_below,
@@ -36,6 +35,7 @@ from onlap.graphdrivers.leftovers import (
     mounts_below,
     remove_tree,
 )
+from onlap.locks import Held, abandoned
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
 
@@ -219,7 +219,7 @@ class StackDriver(ABC):
 
     def _sweep(self) -> None:
         """Remove what processes that were killed left half built; raises OSError."""
-        for name in abandoned(self.home):
+        for name in abandoned(self.home, UNFINISHED):
             self._try_to_discard(name)
 
     def remove(self, id: str) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
 
 from onlap import errors
-from onlap.catalog.locks import Held, claim_directory, lock_directory
 from onlap.errors import shown
+from onlap.locks import Held, claim_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.holders import holders
 from onlap.syscalls import mount as sys
@@ -23,6 +22,7 @@ _WAIT = 0.05
 # made one holds its lock as long as it needs it.
 STAGING = ".onlap-new-"
 CHECKING = ".onlap-check-"
+UNFINISHED = (STAGING, CHECKING)
 
 
 def claim(path: str) -> Held:
@@ -36,24 +36,6 @@ def claim(path: str) -> Held:
     if held is None:
         raise errors.Busy(f"another process is making {shown(path)}", key=path, hint="let it end, then try again")
     return held
-
-
-def abandoned(directory: str) -> Iterator[str]:
-    """The names of those in ``directory`` that nobody holds; each is held until the next one is asked for.
-
-    Raises:
-        OSError: the directory cannot be read.
-    """
-    for name in sorted(os.listdir(directory)):
-        if not name.startswith((STAGING, CHECKING)):
-            continue
-        try:
-            held = lock_directory(os.path.join(directory, name))
-        except FileNotFoundError:
-            continue  # its maker is done with it
-        if held is not None:
-            with held:
-                yield name
 
 
 def mounts_below(directory: str) -> list[str]:

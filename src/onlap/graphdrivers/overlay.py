@@ -24,7 +24,8 @@ from onlap.graphdrivers.base import MERGED, WORK, StackDriver
 from onlap.graphdrivers.diff.applying import apply_archive
 from onlap.graphdrivers.diff.stacks import layer_changes, layer_size
 from onlap.graphdrivers.hardlinks import link_tree
-from onlap.graphdrivers.leftovers import STAGING, abandoned, claim, remove_tree
+from onlap.graphdrivers.leftovers import STAGING, UNFINISHED, claim, remove_tree
+from onlap.locks import abandoned
 from onlap.mounts.plan import Mount, overlay
 from onlap.trees.copy import Copier, copy_attributes
 from onlap.trees.walk import opened
@@ -157,7 +158,7 @@ class OverlayDriver(StackDriver):
             directory = self._path(id, "")
             if not os.path.lexists(directory + _NEW_ROOT):
                 continue
-            for name in abandoned(directory):
+            for name in abandoned(directory, UNFINISHED):
                 remove_tree(self._home_fd, self.home, os.path.join(id, name))
 
     def diff_size(self, id: str, parent: str) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from onlap.overlayfs import markers
 from onlap.probing.trial import NEEDS_PRIVILEGE, No, expect, read, said, write
 from onlap.syscalls import files
+from onlap.trees.walk import opened
 
 
 def d_type(base: str) -> str:
@@ -58,12 +59,9 @@ def rename_whiteout(base: str) -> str:
     directory = os.path.join(base, "rename_whiteout")
     os.mkdir(directory)
     write(os.path.join(directory, "old"), "")
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(directory) as fd:
         files.renameat2(fd, "old", fd, "new", files.RENAME_WHITEOUT)
         expect(markers.is_whiteout(os.stat("old", dir_fd=fd, follow_symlinks=False)), "it left no whiteout")
-    finally:
-        os.close(fd)
     return ""
 
 

@@ -33,6 +33,7 @@ from onlap.probing.trial import (
     use,
     write,
 )
+from onlap.trees.walk import opened
 
 
 def overlay(bench: Bench) -> str:
@@ -109,16 +110,13 @@ def data_only(bench: Bench) -> str:
     with doing("set the xattrs"):
         os.setxattr(case.path("top", "file"), TRUSTED.metacopy, b"")
         os.setxattr(case.path("top", "file"), TRUSTED.redirect, b"/blob")
-    data = os.open(case.path("data"), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(case.path("data"), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) as data:
         # overlayfs.rst, "Metadata only copy up" has metacopy=on for such files; newer kernels do without.
         plan = case.plan("metacopy=on", f"datadir+=/proc/self/fd/{data}", writable=False)
         with mounted(plan, case.path("merged")) as merged:
             with doing("read a file by its redirect"):
                 expect(read(os.path.join(merged, "file")) == "content", "the redirect leads elsewhere")
             expect(not os.path.exists(os.path.join(merged, "blob")), "the layer is seen by itself")
-    finally:
-        os.close(data)
     return ""
 
 

@@ -7,7 +7,6 @@ snapshots. Both work in a scratch directory inside the one they are asked about,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from types import MappingProxyType
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.border import public
+from onlap.locks import abandoned, claim_directory
 from onlap.mounts import kernel, mountinfo
 from onlap.probing import files as plain
 from onlap.probing import overlays
@@ -29,6 +29,8 @@ from onlap.probing.trial import (
     with_upper_in_mind,
 )
 from onlap.syscalls import files
+from onlap.trees.remove import remove_at
+from onlap.trees.walk import opened
 
 __all__ = ["FEATURES", "MODES", "Feature", "Probe", "overlay_mode", "probe"]
 
@@ -72,7 +74,7 @@ _MAGIC = {
     OVERLAYFS_MAGIC: "overlay",
     0xEF53: "ext4",
     0x58465342: "xfs",
-    0x9123683E: "btrfs",
+    files.BTRFS: "btrfs",
     0x01021994: "tmpfs",
     0x858458F6: "ramfs",
     0x6969: "nfs",
@@ -252,70 +254,29 @@ def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature
 def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
     """A new directory inside ``directory`` for the time of a block; yields both, absolute."""
     where = os.path.abspath(check_path(directory, "directory to try out"))
+    held = None
     with errors.translated("try out that directory", key=where):
-        base, fd = _made(where)
-    try:
-        yield where, base
-    finally:
+        while held is None:  # another process may take it for abandoned before it is held
+            base = os.path.join(where, f"{SCRATCH}{os.getpid()}-{os.urandom(4).hex()}")
+            held = claim_directory(base)
+    with held:
         try:
+            yield where, base
+        finally:
             with errors.translated("remove what was tried out", key=base):
-                _remove(base)
-        finally:
-            os.close(fd)
+                remove_at(base)
 
 
-def _made(where: str) -> tuple[str, int]:
-    """A new directory, and a descriptor that holds it: nobody takes it for what a killed program left (remove_left)."""
-    while True:
-        base = os.path.join(where, f"{SCRATCH}{os.getpid()}-{os.urandom(4).hex()}")
-        os.mkdir(base, 0o700)
-        with contextlib.suppress(FileNotFoundError):  # somebody took it for one before it was held
-            fd = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            if os.path.exists(base):
-                return base, fd
-            os.close(fd)
-
-
-def remove_left(directory: str) -> None:
-    """Remove what programs that were killed have left of their trials in a directory; raises OSError."""
-    for name in os.listdir(directory):
-        if not name.startswith(SCRATCH):
-            continue
-        try:
-            fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(os.path.join(directory, name))
-        except (BlockingIOError, FileNotFoundError):
-            continue  # somebody tries out something now, or cleans up as we do
-        finally:
-            os.close(fd)
-
-
-def _remove(directory: str) -> None:
-    """Delete a tree that we made."""
-    # An overlay's work/work has mode 0, which shuts out an owner without privilege.
-    os.chmod(directory, 0o700)
-    with os.scandir(directory) as entries:
-        found = list(entries)
-    for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            _remove(entry.path)
-        else:
-            os.unlink(entry.path)
-    os.rmdir(directory)
+def remove_abandoned(directory: str) -> None:
+    """Remove the scratch directories of killed programs from a directory; raises OSError."""
+    for name in abandoned(directory, (SCRATCH,)):
+        remove_at(os.path.join(directory, name))
 
 
 def _filesystem(directory: str) -> str:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(directory) as fd:
         mount = mountinfo.mount_of(fd)
         if mount is not None:
             return mount.fstype.decode()
         magic = files.filesystem_magic(fd)
-    finally:
-        os.close(fd)
     return _MAGIC.get(magic, f"{magic:#x}")

@@ -14,6 +14,7 @@ from onlap.mounts.plan import Mount, overlay
 from onlap.overlayfs import markers
 from onlap.syscalls import files
 from onlap.syscalls import mount as api
+from onlap.trees.walk import opened
 
 NEEDS_PRIVILEGE = "needs CAP_SYS_ADMIN"
 
@@ -179,11 +180,8 @@ def attached(plan: Mount, where: str) -> Iterator[None]:
 
 def is_overlay(directory: str) -> bool:
     """Whether a directory is itself on OverlayFS."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(directory) as fd:
         return files.filesystem_magic(fd) == OVERLAYFS_MAGIC
-    finally:
-        os.close(fd)
 
 
 def with_upper_in_mind(directory: str, found: Feature) -> Feature:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.catalog import look_up
-from onlap.catalog.locks import Held
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import is_empty_layer
+from onlap.locks import Held
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import attempts
 

@@ -19,8 +19,8 @@ from onlap import errors
 from onlap.catalog.db import schema
 from onlap.catalog.db.room import check_room, try_files
 from onlap.catalog.helper import Helper, Job
-from onlap.catalog.locks import FileLock
 from onlap.catalog.log import warn
+from onlap.locks import FileLock
 
 T = TypeVar("T")
 

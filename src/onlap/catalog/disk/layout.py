@@ -124,7 +124,7 @@ class Layout:
         if not _is_there(self.database):
             from onlap.probing.probe import SCRATCH
 
-            self.remove_trials()
+            self.remove_probes()
             # Somebody else may be trying out what can be done here, to make the root as well.
             strangers = sorted(name for name in os.listdir(self.root) if name not in _OURS and SCRATCH not in name)
             if strangers:
@@ -132,11 +132,11 @@ class Layout:
         if not _has_content(self.database):
             self.check_new()
 
-    def remove_trials(self) -> None:
-        """Remove what programs that were killed tried out here; raises OSError."""
-        from onlap.probing.probe import remove_left
+    def remove_probes(self) -> None:
+        """Remove the scratch directories of probes that were killed; raises OSError."""
+        from onlap.probing.probe import remove_abandoned
 
-        remove_left(self.root)
+        remove_abandoned(self.root)
 
     def check_new(self) -> None:
         """Refuse to begin a catalog where there are trees: each would be one without a record, which cleanup deletes.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 from collections.abc import Callable
 
-from onlap.catalog.locks import Held, claim_directory, lock_directory
+from onlap.locks import Held, abandoned, claim_directory
 from onlap.trees.remove import remove_at
 
 _OWN = "own"
@@ -75,22 +74,8 @@ class Staging:
 
     def collect(self, put: Callable[[str], None]) -> None:
         """Hand what dead processes left to ``put``, which moves it away."""
-        for name in os.listdir(self._directory):
-            path = f"{self._directory}/{name}"
-            if path == self._own:
-                continue
-            try:
-                held = lock_directory(path)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                    raise
-                put(path)  # no directory of a process
-                continue
-            if held is not None:
-                with held:
-                    put(path)
+        for name in abandoned(self._directory):
+            put(f"{self._directory}/{name}")
 
     def close(self) -> None:
         """Remove our own directory when it is empty, and give its lock back."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from onlap.catalog.locks import Held
+from onlap.locks import Held
 from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.unmount import attempts
 from onlap.overlayfs.options import layer_paths

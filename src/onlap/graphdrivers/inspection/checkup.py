@@ -10,7 +10,7 @@ from typing import NamedTuple
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.inspection.data_root import ORPHAN, UNUSED, Root, layer_ids
 from onlap.graphdrivers.layout import Layer
-from onlap.graphdrivers.leftovers import CHECKING, STAGING
+from onlap.graphdrivers.leftovers import UNFINISHED
 
 
 class Problem(NamedTuple):
@@ -111,7 +111,7 @@ def _links(root: Root) -> Iterator[Problem]:
 
 def _waste(root: Root) -> Iterator[Problem]:
     for name in sorted(os.listdir(root.home)):
-        if name.startswith((STAGING, CHECKING)):
+        if name.startswith(UNFINISHED):
             hint = f"a plugin removes it when it starts, or: rm -r {root.home}/{name}"
             yield Problem("waste", name, "a layer that was never finished", hint)
     for layer in root.layers.values():

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import weakref
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from onlap.trees.meta import drop_acls
@@ -178,6 +179,31 @@ def claim_directory(path: str) -> Held | None:
                 os.chmod(held.fd, 0o700)
                 on_error.pop_all()
                 return held
+
+
+def abandoned(directory: str, prefixes: tuple[str, ...] = ("",)) -> Iterator[str]:
+    """The names in ``directory`` that begin with one of ``prefixes`` and that nobody holds.
+
+    A directory among them is held until the next name is asked for. Whatever is not a directory is nobody's.
+
+    Raises:
+        OSError: the directory, or one in it, cannot be opened.
+    """
+    for name in sorted(os.listdir(directory)):
+        if not name.startswith(prefixes):
+            continue
+        try:
+            held = lock_directory(f"{directory}/{name}")
+        except FileNotFoundError:
+            continue  # whoever had it has removed it
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            yield name
+            continue
+        if held is not None:
+            with held:
+                yield name
 
 
 def _open(path: str) -> Held:
