@@ -13,7 +13,7 @@ from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED
 from onlap.graphdrivers.counter import Counter
 from onlap.graphdrivers.diff.stacks import as_docker
 from onlap.graphdrivers.ids import IdMap, Range
-from onlap.serve.docker.bodies import Chunked, ChunkWriter, Sized, drain
+from onlap.serve.docker.bodies import ChunkWriter, drain, request_body
 from onlap.trees.compare import Change
 from onlap.trees.meta import Meta
 
@@ -31,7 +31,7 @@ def test_chunks_come_out_as_they_went_in(chunks: list[bytes], size: int) -> None
     writer.finish()
     assert connection.getvalue() == chunked(*chunks)
     connection = io.BufferedReader(io.BytesIO(connection.getvalue() + b"next"))  # type: ignore[assignment]
-    body = Chunked(connection)
+    body = request_body(connection, None)
     parts = []
     while part := body.read(size):
         assert len(part) <= size
@@ -42,7 +42,7 @@ def test_chunks_come_out_as_they_went_in(chunks: list[bytes], size: int) -> None
 
 def test_extensions_and_trailers_are_passed_over() -> None:
     connection = io.BytesIO(b"3;name=value\r\nabc\r\n0\r\nTrailer: x\r\n\r\nnext")
-    assert Chunked(connection).read() == b"abc"
+    assert request_body(connection, None).read() == b"abc"
     assert connection.read() == b"next"
 
 
@@ -62,15 +62,15 @@ def test_extensions_and_trailers_are_passed_over() -> None:
 )
 def test_what_is_no_body_in_chunks(data: bytes) -> None:
     with pytest.raises(ConnectionError):
-        drain(Chunked(io.BytesIO(data)))
+        drain(request_body(io.BytesIO(data), None))
 
 
 def test_a_sized_body_ends_where_it_says() -> None:
     connection = io.BytesIO(b"abcdef")
-    body = Sized(connection, 4)
+    body = request_body(connection, 4)
     assert (body.read(3), body.read(), body.read(1), connection.read()) == (b"abc", b"d", b"", b"ef")
     with pytest.raises(ConnectionError):
-        Sized(io.BytesIO(b"ab"), 3).read()
+        request_body(io.BytesIO(b"ab"), 3).read()
 
 
 def test_a_first_touch_counts_a_mount() -> None:

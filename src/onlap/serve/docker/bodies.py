@@ -1,4 +1,4 @@
-"""Bodies of HTTP/1.1 messages as files: with a length, or in chunks.
+"""Bodies of HTTP/1.1 messages as files: of known length, or in chunks. ``http.server`` leaves them to its user.
 
 Source: RFC 9112, sections 6 and 7.
 """
@@ -14,67 +14,38 @@ _MAX_LINE = 1024
 _DRAIN = 256 * 1024
 
 
-class Sized(io.RawIOBase):
-    """A body of known length.
+def request_body(source: BinaryIO, length: int | None) -> io.BufferedReader:
+    """The body of a request; reading it raises ConnectionError where the connection ends too early.
 
     Args:
         source: the connection.
-        length: in bytes.
+        length: in bytes; None for a body in chunks.
     """
+    return io.BufferedReader(_Body(source, length))
 
-    def __init__(self, source: BinaryIO, length: int) -> None:
+
+class _Body(io.RawIOBase):
+    def __init__(self, source: BinaryIO, length: int | None) -> None:
         self._source = source
-        self._left = length
+        self._chunked = length is None
+        self._ended = length is not None
+        self._left = length or 0  # of the body, or of the current chunk
 
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Up to ``size`` bytes, none at the end; ConnectionError where the connection ends too early."""
-        wanted = self._left if size is None or size < 0 else min(size, self._left)
-        if not wanted:
-            return b""
+    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # type: ignore[override]
+        if not self._left and not self._ended:
+            self._next_chunk()
+        wanted = min(len(buffer), self._left)
         data = self._source.read(wanted)
         if len(data) < wanted:
             raise ConnectionError("the request ends in its body")
-        self._left -= len(data)
-        return data
-
-
-class Chunked(io.RawIOBase):
-    """A body in chunks.
-
-    Args:
-        source: the connection.
-    """
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self._left = 0
-        self._ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Up to ``size`` bytes, none at the end; ConnectionError where the connection ends too early."""
-        if size is None or size < 0:
-            parts = []
-            while data := self.read(_DRAIN):
-                parts.append(data)
-            return b"".join(parts)
-        if not self._left and not self._ended:
-            self._next_chunk()
-        wanted = min(size, self._left)
-        if not wanted:
-            return b""
-        data = self._source.read(wanted)
-        if len(data) < wanted:
-            raise ConnectionError("the request ends in a chunk")
-        self._left -= len(data)
-        if not self._left and self._source.read(2) != b"\r\n":
-            raise ConnectionError("a chunk does not end where it said")
-        return data
+        buffer[:wanted] = data
+        self._left -= wanted
+        if self._chunked and wanted and not self._left and self._source.read(2) != b"\r\n":
+            raise ConnectionError("a chunk is longer than its length")
+        return wanted
 
     def _next_chunk(self) -> None:
         digits = self._line().partition(b";")[0].strip()
@@ -96,33 +67,7 @@ class Chunked(io.RawIOBase):
         return line.rstrip(b"\r\n")
 
 
-class Joined(io.RawIOBase):
-    """What was read of a body already, and the rest.
-
-    Args:
-        first: a byte, or a few.
-        rest: the body.
-    """
-
-    def __init__(self, first: bytes, rest: BinaryIO) -> None:
-        self._first = first
-        self._rest = rest
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """As the body's."""
-        first, self._first = self._first, b""
-        if size is None or size < 0:
-            return first + self._rest.read()
-        if not first:
-            return self._rest.read(size)
-        self._first = first[size:]
-        return first[:size]
-
-
-def drain(body: io.RawIOBase) -> None:
+def drain(body: BinaryIO) -> None:
     """Read what is left: the client reads no answer before it has sent everything."""
     while body.read(_DRAIN):
         pass

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.serve.docker.bodies import Chunked, ChunkWriter, Sized, drain
+from onlap.serve.docker.bodies import ChunkWriter, drain, request_body
 from onlap.serve.docker.service import Service
 from onlap.serve.life import PAUSE
 
@@ -72,13 +72,13 @@ class Handler(BaseHTTPRequestHandler):
             # The base class does that after a last flush, which fails when the client has left in the middle.
             self.rfile.close()
 
-    def _answer(self, name: str, query: str, body: io.RawIOBase) -> str:
+    def _answer(self, name: str, query: str, body: io.BufferedReader) -> str:
         service = self.server.service
         try:
             if name == "GraphDriver.ApplyDiff":
                 asked = parse_qs(query, keep_blank_values=True)
                 id, parent = (asked.get(key, [""])[0] for key in ("id", "parent"))
-                response = service.apply_diff(id, parent, cast(BinaryIO, body))
+                response = service.apply_diff(id, parent, body)
             elif name == "GraphDriver.Diff":
                 return self._diff(_request(name, body))
             elif name in service.calls:
@@ -118,15 +118,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
 
-    def _body(self) -> io.RawIOBase:
+    def _body(self) -> io.BufferedReader:
         """The request's body; ValueError where it cannot be told where it ends."""
         source = cast(BinaryIO, self.rfile)
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
-            return Chunked(source)
+            return request_body(source, None)
         length = int(self.headers.get("Content-Length", "0"))
         if length < 0:
             raise ValueError("a negative length")
-        return Sized(source, length)
+        return request_body(source, length)
 
     def _reply(self, status: int, value: dict[str, object]) -> None:
         # ASCII only: a name that is not UTF-8 becomes a lone surrogate, which Go reads as U+FFFD.
@@ -148,10 +148,8 @@ class Handler(BaseHTTPRequestHandler):
         _log.warning("bad request", extra={"fields": {"said": format % args}})
 
 
-def _request(name: str, body: io.RawIOBase) -> dict[str, Any]:
-    data = b""
-    while len(data) < _MAX_REQUEST and (more := body.read(_MAX_REQUEST - len(data))):  # a chunk at a time
-        data += more
+def _request(name: str, body: BinaryIO) -> dict[str, Any]:
+    data = body.read(_MAX_REQUEST)
     if not data.strip():
         if name in _NEEDS_NOTHING:
             return {}

@@ -5,11 +5,12 @@ Source: moby v26.1.5, daemon/graphdriver/proxy.go.
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from onlap import errors
 from onlap.arguments import check_path
@@ -17,7 +18,6 @@ from onlap.errors import shown
 from onlap.graphdrivers import open_driver
 from onlap.graphdrivers.contract import Driver
 from onlap.graphdrivers.ids import IdMap
-from onlap.serve.docker.bodies import Joined
 from onlap.serve.docker.state import Applying, State, StateFile
 
 _log = logging.getLogger("onlap.serve")
@@ -94,7 +94,7 @@ class Service:
         with self._using() as driver:
             driver.diff(_text(request, "ID"), _text(request, "Parent"), out)
 
-    def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> Response:
+    def apply_diff(self, id: str, parent: str, archive: io.BufferedReader) -> Response:
         """``GraphDriver.ApplyDiff``.
 
         dockerd repeats a call that the plugin was killed in with what it has not sent yet of the archive, which may be
@@ -102,9 +102,8 @@ class Service:
         is the whole one is known only of a layer that no process before this one has been asked to fill.
         """
         with self._using() as driver:
-            first = archive.read(1)
             applying = Applying(driver.home, id)
-            begins = bool(first) or id in self._fresh
+            begins = bool(archive.peek(1)) or id in self._fresh
             self._fresh.discard(id)
             if not begins or (driver.exists(id) and not applying.begin()):
                 raise errors.FailedPrecondition(
@@ -114,7 +113,7 @@ class Service:
                     hint="pull or build it again",
                 )
             try:
-                return {"Size": driver.apply_diff(id, parent, cast(BinaryIO, Joined(first, archive)))}
+                return {"Size": driver.apply_diff(id, parent, archive)}
             finally:
                 applying.end()
 
