@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import onlap
-from onlap import errors
-from onlap.catalog import helper, locks
+from onlap import errors, locks
+from onlap.catalog import helper
 from onlap.errors import from_oserror
 from onlap.layers.stream.digests import digest_of
 from onlap.store import Store

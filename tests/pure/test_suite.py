@@ -220,11 +220,11 @@ def test_sockets_may_flatten_the_classes(tmp_path: Path) -> None:
     def busy() -> None:
         raise errors.Busy("busy")
 
-    assert raises(errors.FailedPrecondition, busy, "it").kind == "FailedPrecondition"
+    assert raises(errors.FailedPrecondition, "it", busy).kind == "FailedPrecondition"
     with pytest.raises(AssertionError, match="wanted NotFound"):
-        raises(errors.NotFound, busy, "it")
+        raises(errors.NotFound, "it", busy)
     with pytest.raises(AssertionError, match="it answered None"):
-        raises(errors.NotFound, lambda: None, "it")
+        raises(errors.NotFound, "it", lambda: None)
 
 
 def test_rebase_of_a_copy_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from onlap import errors
 from onlap.mounts.plan import Mount
@@ -19,6 +19,7 @@ from onlap.testing.trees import Tree
 if TYPE_CHECKING:
     from onlap.testing.snapshotters import Factory
 
+P = ParamSpec("P")
 E = TypeVar("E", bound=errors.OnlapError)
 
 
@@ -125,13 +126,13 @@ def check(condition: object, what: str) -> None:
         raise AssertionError(what)
 
 
-def raises(wanted: type[E], call: Callable[[], object], what: str) -> E:
+def raises(wanted: type[E], what: str, call: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> E:
     """Call it, and return the error of the wanted kind; AssertionError if it raises another one, or none.
 
     Compared by kind: an error that came through a socket may be of a plainer class of the same kind.
     """
     try:
-        answer = call()
+        answer = call(*arguments, **named)
     except errors.OnlapError as error:
         if error.kind != wanted.kind:
             raise AssertionError(f"{what}: {error.kind} ({error}), wanted {wanted.kind}") from error

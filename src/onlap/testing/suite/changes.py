@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from onlap import errors
@@ -17,8 +17,8 @@ def shown(changes: Iterable[Any]) -> list[str]:
     return [f"{each.kind} {each.path}" for each in changes]
 
 
-def changes_of(site: Site, key: str, other: str | None = None) -> Iterator[Any]:
-    return site.snapshotter.changes(key, other)  # type: ignore[attr-defined,no-any-return]
+def changes_of(site: Site, key: str, other: str | None = None) -> list[Any]:
+    return list(site.snapshotter.changes(key, other))  # type: ignore[attr-defined]
 
 
 def base() -> Tree:
@@ -115,4 +115,4 @@ def changes_between_two(site: Site) -> None:
 def changes_of_the_unknown(site: Site) -> None:
     site.snapshotter.prepare("key")
     for arguments in (("nobody",), ("nobody", "key"), ("key", "nobody")):
-        raises(errors.NotFound, lambda a=arguments: list(changes_of(site, *a)), str(arguments))  # type: ignore[misc]
+        raises(errors.NotFound, str(arguments), changes_of, site, *arguments)

@@ -100,11 +100,7 @@ def nothing_but_labels_can_be_updated(site: Site) -> None:
     for path in paths:
         changed = before._replace(labels={"a": "2"}, parent=None)
         for given in ((path,), ("labels", path), ("labels.a", path)):
-            raises(
-                errors.InvalidArgument,
-                lambda c=changed, g=given: sn.update(c, *g),  # type: ignore[misc]
-                f"paths {given}",
-            )
+            raises(errors.InvalidArgument, f"paths {given}", sn.update, changed, *given)
     equal(sn.stat("key"), before, "the snapshot after what failed")
 
 
@@ -113,7 +109,7 @@ def update_looks_for_the_snapshot_first(site: Site) -> None:
     sn = site.snapshotter
     sn.prepare("key")
     ghost = sn.stat("key")._replace(name="nobody")
-    raises(errors.NotFound, lambda: sn.update(ghost, "parent"), "an unknown snapshot and a wrong path")
+    raises(errors.NotFound, "an unknown snapshot and a wrong path", sn.update, ghost, "parent")
 
 
 @case()

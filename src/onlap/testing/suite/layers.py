@@ -187,7 +187,7 @@ def remove_of_an_intermediate_snapshot(site: Site) -> None:
     site.committed("middle", "base", Tree().file("bar", b"middle"))
     sn.prepare("top", "middle")
     change(sn.mounts("top"), Tree().file("baz", b"top"))
-    error = raises(errors.FailedPrecondition, lambda: sn.remove("middle"), "removing it")
+    error = raises(errors.FailedPrecondition, "removing it", sn.remove, "middle")
     check("remove" in str(error), f"the error does not say remove: {error}")
     with site.writing("top") as path:
         equal(sorted(os.listdir(path)), ["bar", "baz", "foo"], "the tree on top of it")
@@ -204,7 +204,7 @@ def a_failed_commit_keeps_the_tree(site: Site) -> None:
     site.committed("taken")
     sn.prepare("key")
     change(sn.mounts("key"), Tree().file("f", b"1"))
-    raises(errors.AlreadyExists, lambda: sn.commit("taken", "key"), "commit as a taken name")
+    raises(errors.AlreadyExists, "commit as a taken name", sn.commit, "taken", "key")
     with site.writing("key") as path:
         equal((path / "f").read_bytes(), b"1", "the file")
     sn.commit("free", "key")

@@ -31,7 +31,7 @@ def what_is_unknown(site: Site) -> None:
         "remove": lambda: sn.remove(GHOST),
     }
     for what, call in calls.items():
-        raises(errors.NotFound, call, what)
+        raises(errors.NotFound, what, call)
     equal(site.names(), {"key"}, "the snapshots after what failed")
 
 
@@ -50,16 +50,12 @@ def prepare_looks_at_the_parent_first(site: Site) -> None:
                 ("active", errors.InvalidArgument),
                 ("view", errors.InvalidArgument),
             ):
-                raises(wanted, lambda m=make, k=key, p=parent: m(k, p), f"{key} on {parent}")  # type: ignore[misc]
+                raises(wanted, f"{key} on {parent}", make, key, parent)
             if key != "free":
                 for parent in ("", "base"):
-                    raises(
-                        errors.AlreadyExists,
-                        lambda m=make, k=key, p=parent: m(k, p),  # type: ignore[misc]
-                        f"{key} on {parent!r}",
-                    )
+                    raises(errors.AlreadyExists, f"{key} on {parent!r}", make, key, parent)
     # On itself: the parent is looked at before the key.
-    raises(errors.NotFound, lambda: sn.prepare("self", "self"), "prepare on itself")
+    raises(errors.NotFound, "prepare on itself", sn.prepare, "self", "self")
     equal(site.everything(), before, "the snapshots after what failed")
 
 
@@ -75,30 +71,14 @@ def commit_looks_at_the_key_first(site: Site) -> None:
     before = site.everything()
     for parent in (None, "base", "other", "active", GHOST):
         for name in ("free", "base", "active", "view"):
-            raises(
-                errors.NotFound,
-                lambda n=name, p=parent: sn.commit(n, GHOST, parent=p),  # type: ignore[misc]
-                f"unknown key, as {name}, on {parent}",
-            )
+            raises(errors.NotFound, f"unknown key, as {name}, on {parent}", sn.commit, name, GHOST, parent=parent)
         for key in ("active", "second", "view", "base"):
             for name in ("base", "other", "active", "view", "second"):
-                raises(
-                    errors.AlreadyExists,
-                    lambda n=name, k=key, p=parent: sn.commit(n, k, parent=p),  # type: ignore[misc]
-                    f"{key} as {name}, on {parent}",
-                )
+                raises(errors.AlreadyExists, f"{key} as {name}, on {parent}", sn.commit, name, key, parent=parent)
         for key in ("view", "base"):
-            raises(
-                errors.FailedPrecondition,
-                lambda k=key, p=parent: sn.commit("free", k, parent=p),  # type: ignore[misc]
-                f"{key}, on {parent}",
-            )
+            raises(errors.FailedPrecondition, f"{key}, on {parent}", sn.commit, "free", key, parent=parent)
     for parent in ("other", "second", GHOST):
-        raises(
-            errors.InvalidArgument,
-            lambda p=parent: sn.commit("free", "active", parent=p),  # type: ignore[misc]
-            f"another parent: {parent}",
-        )
+        raises(errors.InvalidArgument, f"another parent: {parent}", sn.commit, "free", "active", parent=parent)
     equal(site.everything(), before, "the snapshots after what failed")
 
 
@@ -109,7 +89,7 @@ def commit_of_a_view_fails(site: Site) -> None:
     sn.view("view", "base")
     sn.view("empty")
     for key in ("view", "empty"):
-        raises(errors.FailedPrecondition, lambda k=key: sn.commit("new", k), f"commit of {key}")  # type: ignore[misc]
+        raises(errors.FailedPrecondition, f"commit of {key}", sn.commit, "new", key)
         sn.remove(key)
 
 
@@ -130,19 +110,15 @@ def rebase_looks_at_the_parent_last(site: Site) -> None:
     sn.prepare("other")
     sn.view("view")
     before = site.everything()
-    raises(errors.NotFound, lambda: sn.commit("new", "active", parent=GHOST), "an unknown parent")
-    raises(errors.NotFound, lambda: sn.commit("new", "active", parent="new"), "itself as the parent")
+    raises(errors.NotFound, "an unknown parent", sn.commit, "new", "active", parent=GHOST)
+    raises(errors.NotFound, "itself as the parent", sn.commit, "new", "active", parent="new")
     for parent in ("active", "other", "view"):
-        raises(
-            errors.FailedPrecondition,
-            lambda p=parent: sn.commit("new", "active", parent=p),  # type: ignore[misc]
-            f"{parent} as the parent",
-        )
+        raises(errors.FailedPrecondition, f"{parent} as the parent", sn.commit, "new", "active", parent=parent)
     equal(site.everything(), before, "the snapshots after what failed")
     sn.commit("new", "active", {"l": "1"}, parent="base")
     info = sn.stat("new")
     equal((info.parent, dict(info.labels)), ("base", {"l": "1"}), "parent and labels after it")
-    raises(errors.FailedPrecondition, lambda: sn.remove("base"), "removing the new parent")
+    raises(errors.FailedPrecondition, "removing the new parent", sn.remove, "base")
 
 
 @case(lacks=["rebase"])
@@ -152,9 +128,9 @@ def rebase_is_refused(site: Site) -> None:
     site.committed("base")
     sn.prepare("active")
     sn.view("view")
-    raises(errors.AlreadyExists, lambda: sn.commit("base", "active", parent="base"), "a taken name")
-    raises(errors.FailedPrecondition, lambda: sn.commit("new", "view", parent="base"), "a view")
-    raises(errors.Unimplemented, lambda: sn.commit("new", "active", parent="base"), "rebase")
+    raises(errors.AlreadyExists, "a taken name", sn.commit, "base", "active", parent="base")
+    raises(errors.FailedPrecondition, "a view", sn.commit, "new", "view", parent="base")
+    raises(errors.Unimplemented, "rebase", sn.commit, "new", "active", parent="base")
     equal(sn.stat("active").kind, ACTIVE, "the snapshot after it")
     sn.commit("new", "active")
     equal(sn.stat("new").parent, None, "its parent")

@@ -29,7 +29,7 @@ def owners_do_not_meet(site: Site) -> None:
                 "prepare": lambda n=name: other.prepare("new", n),
             }
             for what, call in calls.items():
-                raises(errors.NotFound, call, f"{what} of the other owner's {name}")
+                raises(errors.NotFound, f"{what} of the other owner's {name}", call)
         other.prepare("key")
         other.commit("base", "key", {"of": "the server"})
         other.prepare("key", "base")

@@ -33,7 +33,7 @@ def mounts_of_a_committed_snapshot_fail(site: Site) -> None:
     site.committed("one")
     site.committed("two", "one")
     for name in ("one", "two"):
-        raises(errors.FailedPrecondition, lambda n=name: sn.mounts(n), f"mounts of {name}")  # type: ignore[misc]
+        raises(errors.FailedPrecondition, f"mounts of {name}", sn.mounts, name)
 
 
 @case()
