@@ -13,9 +13,9 @@ import pytest
 from onlap import errors
 from onlap.content.store import ContentStore
 from onlap.images.formats import files
-from onlap.images.index import Index
 from onlap.images.spec import model, resolve
 from onlap.images.spec.model import Descriptor, Platform
+from onlap.images.unpack.intake import take_in
 from onlap.store import Store
 from pure.image_makers import CONFIG, INDEX, MANIFEST, Made, digest_of, layer, write_tar
 from pure.tar_makers import END, header, padded, pax
@@ -170,13 +170,12 @@ def test_a_digest_in_a_name_is_that_of_the_manifest(store: Store, tmp_path: Path
 
 def test_an_image_with_many_names_is_read_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[object] = []
-    bring = Index.bring
 
     def counted(*arguments: Any, **named: Any) -> Any:
         fetched.append(arguments)
-        return bring(*arguments, **named)
+        return take_in(*arguments, **named)
 
-    monkeypatch.setattr(Index, "bring", counted)
+    monkeypatch.setattr("onlap.images.formats.importing.take_in", counted)
     made = Made(layer(a="a"))
     tags = [f"x:{number}" for number in range(20)]
     assert len(store.images.import_(made.write_saved(tmp_path / "saved.tar", tags))) == 20

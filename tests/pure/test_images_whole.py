@@ -16,6 +16,7 @@ from onlap import errors
 from onlap.containers.run import find_source
 from onlap.images import Image, Images
 from onlap.images.commit import commit
+from onlap.images.unpack import intake
 from onlap.snapshots.archives import write_diff
 from onlap.store import Store
 from pure.image_makers import Made, digest_of, layer
@@ -179,15 +180,15 @@ def test_a_name_that_moves_during_an_unpack_stays_moved(
 ) -> None:
     image = store.images.import_(layout, name="x:1", platform=PLATFORM, unpack=False)[0]
     other = Made(layer(c="3")).write_layout(tmp_path / "other")
-    bring = Images.bring
+    unmoved = intake.take_in
 
-    def and_moved(images: Images, *arguments: Any, **options: Any) -> str | None:
+    def and_moved(*arguments: Any, **options: Any) -> str | None:
         monkeypatch.undo()
-        top = bring(images, *arguments, **options)
+        top = unmoved(*arguments, **options)
         take_in(store, other)
         return top
 
-    monkeypatch.setattr(Images, "bring", and_moved)
+    monkeypatch.setattr(intake, "take_in", and_moved)
     store.images.unpack(image)
     assert store.images.get("x:1") != image
 

@@ -28,7 +28,7 @@ from onlap.containers.runtime import Failure, Runtime
 from onlap.containers.signals import Forwarder
 from onlap.containers.users import find_user
 from onlap.errors import shown
-from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST
+from onlap.images.records import LABEL_IMAGE, LABEL_IMAGE_DIGEST
 from onlap.mounts.temporary import may_mount, mounted
 from onlap.progress import Callback
 from onlap.snapshots import exclusion

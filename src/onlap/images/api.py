@@ -175,6 +175,8 @@ class Images(Index):
             InvalidArgument: it has no layers, or a hostile one.
             DataLoss: a blob is damaged or gone, or the tree of a layer is lost.
         """
+        from onlap.images.unpack.intake import take_in
+
         image = self._given(image)
         if not image.layers:
             raise errors.InvalidArgument(f"the image {image.name} has no layers", key=image.name)
@@ -182,7 +184,7 @@ class Images(Index):
             return image.chain_ids[-1]
         with self.content.lease(f"unpack of {image.name}") as lease:
             lease.pin(*image.blobs)
-            top = self.bring(lease, image, None, unpack=True, progress=progress)
+            top = take_in(self, lease, image, None, unpack=True, progress=progress)
             put = self.recording(image)
 
             def operation(connection: Connection) -> None:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 from onlap.catalog import pins
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
 from onlap.content.store import ContentStore
-from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
-from onlap.images.records import pin_owner
+from onlap.images.records import LABEL_LAYER, LABEL_UNPACK, pin_owner
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 SNAPSHOT = "snapshot"

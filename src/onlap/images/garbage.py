@@ -11,7 +11,7 @@ from onlap.catalog import pins
 from onlap.catalog.records import ACTIVE, COMMITTED
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
-from onlap.images.labels import LABEL_LAYER, LABEL_UNPACK
+from onlap.images.records import LABEL_LAYER, LABEL_UNPACK
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from sqlite3 import Connection
 from typing import NamedTuple
@@ -16,20 +15,14 @@ from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.errors import shown
 from onlap.images import records
-from onlap.images.labels import LABEL_IMAGE, LABEL_IMAGE_DIGEST, LABEL_LAYER
+from onlap.images.records import LABEL_IMAGE, LABEL_IMAGE_DIGEST, LABEL_LAYER
 from onlap.images.spec import media, model, names
 from onlap.images.spec.model import Config, Descriptor, Manifest
 from onlap.images.spec.resolve import Resolved
-from onlap.images.unpack.contract import Layer
-from onlap.images.unpack.intake import Bringing, Fetch
 from onlap.layers.stream.digests import chain_ids
-from onlap.progress import Callback
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 _log = logging.getLogger("onlap.images")
-
-# Layers fetched at once, as Docker and containerd do it.
-DOWNLOADS = 3
 
 
 class Image(NamedTuple):
@@ -229,25 +222,6 @@ class Index:
         return image
 
     # For what takes images in
-
-    def bring(
-        self,
-        lease: Lease,
-        image: Image,
-        fetch: Fetch | None,
-        *,
-        unpack: bool,
-        progress: Callback | None,
-        verify: bool = False,
-        halt: threading.Event | None = None,
-    ) -> str | None:
-        """Fetch and unpack the layers of an image; see :meth:`Bringing.run`."""
-        layers = [
-            Layer(layer.digest, layer.size, diff_id, chain_id)
-            for layer, diff_id, chain_id in zip(image.layers, image.diff_ids, image.chain_ids, strict=True)
-        ]
-        bringing = Bringing(self.snapshotter, self.content, lease, layers, progress, verify=verify, halt=halt)
-        return bringing.run(fetch, DOWNLOADS, unpack=unpack)
 
     def keep(self, lease: Lease, name: str, resolved: Resolved) -> Image:
         """Put an image's documents into the content store, and pin all of its blobs for now."""

@@ -15,6 +15,16 @@ from onlap.catalog import pins
 from onlap.errors import shown
 from onlap.images.spec import names
 
+# Labels of the snapshots of layers. On a committed one: the diff ID of the layer that it was unpacked from, or that was
+# made of it.
+LABEL_LAYER = "onlap.io/layer"
+# On an active one that Onlap 0.1 unpacked a layer into: the lease of whoever did it, whose pins expire.
+LABEL_UNPACK = "onlap.io/unpack"
+# On the snapshot of a container: the name of the image that it began as, whose configuration it continues; and the
+# digest of that image's manifest, since the name may come to mean another.
+LABEL_IMAGE = "onlap.io/image"
+LABEL_IMAGE_DIGEST = "onlap.io/image-digest"
+
 # Of a manifest; four characters at least, as git has it.
 _DIGEST = re.compile("(?:sha256:)?([0-9a-f]{4,64})")
 

@@ -21,7 +21,7 @@ from onlap.content.lease import Lease
 from onlap.errors import shown
 from onlap.images.commit.instructions import apply_changes
 from onlap.images.index import Image, Index, image_of
-from onlap.images.labels import LABEL_IMAGE, LABEL_LAYER
+from onlap.images.records import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.spec import media, model, names, platforms
 from onlap.images.spec.model import Descriptor, Manifest, Platform
 from onlap.layers.diff.write import Encoding

@@ -16,10 +16,9 @@ from onlap.images.formats.oci_layout import Found
 from onlap.images.garbage import unless_refused
 from onlap.images.index import Image, Index
 from onlap.images.spec import media, model, names, platforms
-from onlap.images.spec.model import Config, History, Manifest, RootFS
+from onlap.images.spec.model import Config, Descriptor, History, Manifest, RootFS
 from onlap.images.spec.resolve import Resolved
-from onlap.images.unpack.contract import Layer
-from onlap.images.unpack.intake import Fetch
+from onlap.images.unpack.intake import OnProgress, Transfer, take_in
 from onlap.layers.stream import compression
 from onlap.layers.stream.pipeline import Pipeline
 from onlap.progress import Callback, Reporter
@@ -95,32 +94,37 @@ def _import_files(wanted: _Wanted, lease: Lease, source: Files) -> list[Image]:
         if image.digest not in brought:  # it may have many names
             # All of it lies here: what is damaged in the store is healed, at no more than a copy would have cost.
             fetch = _fetch(images, source, each)
-            images.bring(lease, image, fetch, unpack=wanted.unpack, progress=wanted.progress, verify=True)
+            take_in(images, lease, image, fetch, unpack=wanted.unpack, progress=wanted.progress, verify=True)
             brought.add(image.digest)
         images.record(image)
         done.append(image)
     return done
 
 
-def _fetch(images: Index, source: Files, found: Found) -> Fetch:
-    def fetch(layer: Layer, told: Callable[[int], None]) -> None:
-        digest, size = layer.digest, layer.size
-        path = found.where.get(digest) or oci_layout.blob_path(digest)
-        done = 0
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            told(done)
-
-        if source.size(path) != size:
+def _fetch(images: Index, source: Files, found: Found) -> Transfer:
+    def fetch(blob: Descriptor, on_progress: OnProgress) -> None:
+        path = found.where.get(blob.digest) or oci_layout.blob_path(blob.digest)
+        have = source.size(path)
+        if have != blob.size:
             raise errors.DigestMismatch(
-                f"{digest} has {source.size(path)} bytes, not {size}", key=digest, hint="fetch it again"
+                f"{blob.digest} has {have} bytes, not {blob.size}", key=blob.digest, hint="fetch it again"
             )
         with source.open(path) as file:
-            images.content.put(file, digest=digest, size=size, progress=progress)
+            images.content.put(file, digest=blob.digest, size=blob.size, progress=_summed(on_progress))
 
     return fetch
+
+
+def _summed(report: Callable[[int], None]) -> Callable[[int], None]:
+    """A function that takes bytes, and reports their sum so far."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done)
+
+    return add
 
 
 # Root filesystems
@@ -131,30 +135,24 @@ def _import_tar(wanted: _Wanted, lease: Lease) -> Image:
     images, source = wanted.images, wanted.source
     full = wanted.name or _named_as(source)
     created = commit.timestamp(wanted.epoch)
-    done = 0
-
-    def told(count: int) -> None:
-        nonlocal done
-        done += count
-        reporter(done)
-
     with errors.translated("read the archive", key=source), open(source, "rb") as file:
-        reporter = Reporter(wanted.progress, "fetch", "bytes", os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
+        report = Reporter(wanted.progress, "fetch", "bytes", size)
         kind = compression.detect(file.read(compression.PEEK))
         file.seek(0)
         if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
-            blob = images.content.put(file, lease=lease, progress=told)
+            blob = images.content.put(file, lease=lease, progress=_summed(report))
         else:
             # No media type says bzip2 or xz: such an archive is kept without its compression.
             with Pipeline(source) as pipeline:
                 blob = images.content.put(iter(pipeline.chunk, b""), lease=lease)
             kind = compression.NONE
-    reporter.finish(done)
+    report.finish(blob.size)
     diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
-    descriptor = model.Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
+    descriptor = Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
     said = f"imported from {shown(os.path.basename(source))}"
     image = images.keep(lease, full, made(wanted.platform, [descriptor], [diff_id], created, said))
-    images.bring(lease, image, None, unpack=wanted.unpack, progress=wanted.progress)
+    take_in(images, lease, image, None, unpack=wanted.unpack, progress=wanted.progress)
     images.record(image)
     return image
 
@@ -193,7 +191,7 @@ def _named_as(source: str) -> str:
 
 
 def made(
-    platform: model.Platform, layers: list[model.Descriptor], diff_ids: list[str], created: str, created_by: str
+    platform: model.Platform, layers: list[Descriptor], diff_ids: list[str], created: str, created_by: str
 ) -> Resolved:
     """The documents of a new image of these layers, in OCI's form."""
     config = Config(

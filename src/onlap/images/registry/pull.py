@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import closing
 
 from onlap.images.garbage import unless_refused
@@ -13,8 +12,7 @@ from onlap.images.registry.repository import Repository
 from onlap.images.registry.session import session_for
 from onlap.images.spec import media, names, resolve
 from onlap.images.spec.model import Descriptor, Platform
-from onlap.images.unpack.contract import Layer
-from onlap.images.unpack.events import stoppable
+from onlap.images.unpack.intake import OnProgress, take_in
 from onlap.layers.stream.digests import digest_of
 from onlap.progress import Callback
 
@@ -31,15 +29,15 @@ def pull(
     """See :meth:`Images.pull`."""
     reference = names.parse(name)
     halt = threading.Event()
+    content = images.content
     with (
-        closing(session_for(reference, access, stoppable(halt))) as session,
-        images.content.lease(f"pull of {reference}", resumed=True) as lease,
-        unless_refused(images.snapshotter, images.content, lease),
+        closing(session_for(reference, access, halt)) as session,
+        content.lease(f"pull of {reference}", resumed=True) as lease,
+        unless_refused(images.snapshotter, content, lease),
     ):
         repository = Repository(session)
         data, media_type = repository.manifest(reference.version)
         first = Descriptor(media_type, digest_of(data), len(data))
-        content = images.content
 
         def get(descriptor: Descriptor, limit: int) -> bytes:
             if descriptor.digest == first.digest:
@@ -51,14 +49,10 @@ def pull(
                 return repository.manifest(descriptor.digest)[0]
             return repository.small_blob(descriptor.digest, limit)
 
-        def fetch(layer: Layer, told: Callable[[int], None]) -> None:
-            repository.fetch(content, layer.digest, layer.size, told)
+        def fetch(blob: Descriptor, on_progress: OnProgress) -> None:
+            repository.fetch(content, blob, on_progress)
 
-        resolved = resolve.resolve(get, first, wanted)
-        image = images.keep(lease, str(reference), resolved)
-        try:
-            images.bring(lease, image, fetch, unpack=unpack, progress=progress, halt=halt)
-        finally:
-            halt.set()
+        image = images.keep(lease, str(reference), resolve.resolve(get, first, wanted))
+        take_in(images, lease, image, fetch, unpack=unpack, progress=progress, halt=halt)
         images.record(image)
     return image

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
 from contextlib import closing
 
 from onlap import errors
-from onlap.images.index import DOWNLOADS, Image, Index
+from onlap.images.index import Image, Index
 from onlap.images.registry.access import Access
 from onlap.images.registry.repository import Repository
 from onlap.images.registry.session import session_for
 from onlap.images.spec import model, names
+from onlap.images.spec.model import Descriptor
 from onlap.images.spec.names import Reference
-from onlap.images.unpack.contract import Layer
-from onlap.images.unpack.events import stoppable
-from onlap.images.unpack.intake import Threads
-from onlap.progress import Callback, Reporter
+from onlap.images.unpack.intake import OnProgress, Transfers
+from onlap.images.unpack.threads import EventLoop
+from onlap.progress import Callback
 
 
 def push(
@@ -34,29 +31,23 @@ def push(
         raise errors.InvalidArgument(
             f"{image.name} is {image.digest}, which {target} is not", key=target, hint="push to a tag"
         )
-    halt = threading.Event()
     sources = _sources(images, reference)
     content = images.content
+    loop = EventLoop()
     with (
-        closing(session_for(reference, access, stoppable(halt))) as session,
+        closing(session_for(reference, access, loop.halt)) as session,
         content.reading(f"push of {image.name}", image.blobs),
     ):
         content.check_present(image.blobs)
         repository = Repository(session)
 
-        def send(layer: Layer, told: Callable[[int], None]) -> None:
-            with content.open(layer.digest) as file:
-                repository.send(file, layer.digest, layer.size, sources.get(layer.digest, []), told)
+        def send(blob: Descriptor, on_progress: OnProgress) -> None:
+            with content.open(blob.digest) as file:
+                repository.send(file, blob, sources.get(blob.digest, []), on_progress)
 
-        config = Layer(image.config_digest, content.size(image.config_digest), "", "")
-        blobs = [Layer(layer.digest, layer.size, "", "") for layer in image.layers]
-        unique = list({blob.digest: blob for blob in [*blobs, config]}.values())
-        total = sum(blob.size for blob in unique)
-        report = Reporter(progress, "push", "bytes", total)
-        with Threads(send, unique, range(len(unique)), DOWNLOADS, queue.SimpleQueue(), halt) as threads:
-            while not threads.finished:
-                threads.wait(report)
-        report.finish(total)
+        blobs = {blob.digest: blob for blob in (*image.layers, images.manifest(image).config)}
+        with Transfers(loop, send, blobs.values(), "push", progress) as transfers:
+            loop.run_until(lambda: transfers.finished)
         data = content.read(image.digest, model.MAX_MANIFEST)
         return repository.put_manifest(reference.tag or reference.version, data, image.media_type)
 

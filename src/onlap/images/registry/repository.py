@@ -17,6 +17,7 @@ from onlap.errors import shown
 from onlap.images.registry.connections import Body, TransientError
 from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession, Request
 from onlap.images.spec import media, model
+from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.digests import digest_of
 
 _PIECE = 256 * 1024
@@ -33,7 +34,7 @@ _SIZE = re.compile(r"[0-9]{1,19}")
 _AS_IT_IS = {"Accept-Encoding": "identity"}
 _NO_BODY = {"Content-Length": "0"}
 
-Told = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 class Repository:
@@ -78,14 +79,13 @@ class Repository:
         check_same(digest_of(answer.data), len(answer.data), digest, None)
         return answer.data
 
-    def fetch(self, content: ContentStore, digest: str, size: int, told: Told) -> None:
-        """Bring a blob into the content store, from where an earlier attempt stopped.
+    def fetch(self, content: ContentStore, blob: Descriptor, on_progress: OnProgress) -> None:
+        """Fetch a blob into the content store, from where an earlier attempt stopped.
 
         Args:
             content: where to.
-            digest: which.
-            size: its bytes.
-            told: of the bytes that are there; what it raises ends the work.
+            blob: which.
+            on_progress: called with the bytes that are there; what it raises ends the work.
 
         Raises:
             NotFound: there is none.
@@ -93,21 +93,21 @@ class Repository:
             Unavailable: the connection kept breaking; what has come is kept.
             OnlapError: of another kind, as :meth:`RegistrySession.request`.
         """
-        doing = f"fetch {digest}"
+        doing = f"fetch {blob.digest}"
         failures = furthest = 0
         anew = False
         while True:
-            with content.partial(digest, size) as partial:
+            with content.partial(blob.digest, blob.size) as partial:
                 if partial.done:
-                    told(size)
+                    on_progress(blob.size)
                     return
                 before = partial.offset
                 furthest = max(furthest, before)
                 try:
-                    self._receive(partial, digest, size, told, doing)
+                    self._receive(partial, blob, on_progress, doing)
                     partial.commit()
                 except TransientError as error:
-                    # What a registry makes us begin again is no progress.
+                    # What a registry makes us fetch again is not progress.
                     failures = 1 if partial.offset > furthest else failures + 1
                     furthest = max(furthest, partial.offset)
                     if failures >= ATTEMPTS:
@@ -120,16 +120,16 @@ class Repository:
                     anew = True
                     continue
                 except OSError as error:
-                    raise errors.from_oserror(error, doing=doing, key=digest) from error
+                    raise errors.from_oserror(error, doing=doing, key=blob.digest) from error
                 else:
                     return
             self._session.wait(failures, failure)
 
-    def _receive(self, partial: Partial, digest: str, size: int, told: Told, doing: str) -> None:
-        if partial.offset == size:
+    def _receive(self, partial: Partial, blob: Descriptor, on_progress: OnProgress, doing: str) -> None:
+        if partial.offset == blob.size:
             return
         rest = {"Range": f"bytes={partial.offset}-"} if partial.offset else {}
-        request = Request("GET", f"blobs/{digest}", self._pull, (200, 206, 416), doing, {**_AS_IT_IS, **rest})
+        request = Request("GET", f"blobs/{blob.digest}", self._pull, (200, 206, 416), doing, {**_AS_IT_IS, **rest})
         with self._session.opened(request) as (response, _):
             if response.status == 416:
                 partial.restart()
@@ -145,11 +145,11 @@ class Repository:
                 try:
                     partial.write(data)
                 except OSError as error:  # of the disk; the connection's would mean to try again
-                    raise errors.from_oserror(error, doing=doing, key=digest) from error
-                told(partial.offset)
-            if partial.offset < size:
+                    raise errors.from_oserror(error, doing=doing, key=blob.digest) from error
+                on_progress(partial.offset)
+            if partial.offset < blob.size:
                 if response.status == 200:
-                    self._short(partial, response.headers, size)
+                    self._short(partial, response.headers, blob.size)
                 raise TransientError("the connection ended too early")
 
     def _short(self, partial: Partial, headers: Mapping[str, str], size: int) -> None:
@@ -165,51 +165,50 @@ class Repository:
         request = Request("HEAD", f"blobs/{digest}", self._push, (200, 404), f"look for {digest}")
         return self._session.request(request).status == 200
 
-    def send(self, file: BinaryIO, digest: str, size: int, sources: list[str], told: Told) -> None:
+    def send(self, file: BinaryIO, blob: Descriptor, sources: list[str], on_progress: OnProgress) -> None:
         """Send a blob, unless it is there, or can be taken from another repository.
 
         Args:
             file: to read from; it can seek.
-            digest: of the blob.
-            size: likewise, in bytes.
+            blob: which.
             sources: repositories of the same registry that may have it.
-            told: of the bytes sent; what it raises ends the work.
+            on_progress: called with the bytes sent; what it raises ends the work.
 
         Raises:
             OnlapError: see :meth:`RegistrySession.request`.
         """
-        doing = f"send {digest}"
+        doing = f"send {blob.digest}"
         for number in range(1, ATTEMPTS + 1):
             # After a connection that broke, too: the registry may have all, and only its answer was lost.
-            if self.has_blob(digest):
+            if self.has_blob(blob.digest):
                 break
-            upload = self._start(digest, sources, doing)
+            upload = self._start(blob.digest, sources, doing)
             if upload is None:
                 break
             try:
-                self._upload(upload, file, digest, size, told, doing)
+                self._upload(upload, file, blob, on_progress, doing)
                 break
             except TransientError as error:
                 if number == ATTEMPTS:
                     raise self._session.unavailable(doing, error) from error
                 self._session.wait(number, error)
-        told(size)
+        on_progress(blob.size)
 
-    def _upload(self, upload: Answer, file: BinaryIO, digest: str, size: int, told: Told, doing: str) -> None:
+    def _upload(self, upload: Answer, file: BinaryIO, blob: Descriptor, on_progress: OnProgress, doing: str) -> None:
         """Send a blob in one request, as every registry takes it; in chunks where it is too large for this one.
 
         Amazon's and Google's registries refuse more than one PATCH (distribution specification, "Pushing blobs
         monolithically").
         """
         location = self._location(upload)
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)}
         try:
-            self._put(location, digest, headers, _pieces(file, told), doing)
+            self._put(location, blob.digest, headers, _pieces(file, on_progress), doing)
         except errors.ResourceExhausted:
-            again = self._start(digest, [], doing)
+            again = self._start(blob.digest, [], doing)
             assert again is not None  # without a source there is nothing to take it from
-            location = self._send_chunks(self._location(again), _chunk_size(again), file, size, told, doing)
-            self._put(location, digest, _NO_BODY, b"", doing)
+            location = self._send_chunks(self._location(again), _chunk_size(again), file, blob.size, on_progress, doing)
+            self._put(location, blob.digest, _NO_BODY, b"", doing)
 
     def _put(self, location: str, digest: str, headers: Mapping[str, str], body: Body, doing: str) -> None:
         separator = "&" if "?" in location else "?"
@@ -231,7 +230,9 @@ class Repository:
             return None if answer.status == 201 else answer
         return self._session.request(Request("POST", "blobs/uploads/", self._push, (202,), doing, _NO_BODY))
 
-    def _send_chunks(self, location: str, chunk: int, file: BinaryIO, size: int, told: Told, doing: str) -> str:
+    def _send_chunks(
+        self, location: str, chunk: int, file: BinaryIO, size: int, on_progress: OnProgress, doing: str
+    ) -> str:
         """Send a blob chunk by chunk; where the upload ends."""
         offset = failures = 0
         while offset < size:
@@ -260,7 +261,7 @@ class Repository:
             failures = 0
             location = self._location(answer)
             offset += len(data)
-            told(offset)
+            on_progress(offset)
         return location
 
     def _where(self, location: str, doing: str) -> tuple[str, int]:
@@ -302,11 +303,11 @@ def _chunk_size(upload: Answer) -> int:
     return min(max(CHUNK, int(least)), _MAX_CHUNK) if _SIZE.fullmatch(least) else CHUNK
 
 
-def _pieces(file: BinaryIO, told: Told) -> Iterator[bytes]:
-    """A whole file, piece by piece; ``told`` hears how much was taken."""
+def _pieces(file: BinaryIO, on_progress: OnProgress) -> Iterator[bytes]:
+    """A whole file, piece by piece; reporting how much was taken."""
     file.seek(0)
     sent = 0
     while data := file.read(_PIECE):
         yield data
         sent += len(data)
-        told(sent)
+        on_progress(sent)

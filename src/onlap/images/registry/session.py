@@ -10,8 +10,7 @@ import json
 import random
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import NamedTuple
@@ -108,7 +107,7 @@ class RegistrySession:
         registry: the host, as names have it.
         repository: in it.
         access: how to reach it.
-        pause: waits that many seconds between two attempts; raises when all is given up.
+        halt: set when the work is given up; by default never.
 
     Raises:
         InvalidArgument: the host is none.
@@ -119,8 +118,7 @@ class RegistrySession:
         registry: str,
         repository: str,
         access: Access,
-        *,
-        pause: Callable[[float], None] = time.sleep,
+        halt: threading.Event | None = None,
     ) -> None:
         self.registry = registry
         self.repository = repository
@@ -132,7 +130,7 @@ class RegistrySession:
         except ValueError as error:
             raise errors.InvalidArgument(f"{shown(registry)} is not a host: {error}", key=registry) from error
         self._credentials = access.credentials
-        self._pause = pause
+        self._halt = halt or threading.Event()
         self._mutex = threading.Lock()
         self._login: Login | None = None
         self._looked = False
@@ -177,9 +175,14 @@ class RegistrySession:
             return Answer(response.status, response.headers, data, url)
 
     def wait(self, number: int, error: TransientError) -> None:
-        """Rest before the next attempt: longer each time, and as long as the registry asks for."""
+        """Wait before the next attempt: longer each time, and as long as the registry asks for.
+
+        Raises:
+            Canceled: the work is given up.
+        """
         pause = min(_FIRST_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-        self._pause(max(pause, min(error.after or 0.0, _LONGEST_PAUSE)))
+        if self._halt.wait(max(pause, min(error.after or 0.0, _LONGEST_PAUSE))):
+            raise errors.Canceled("the work was stopped")
 
     def unavailable(self, doing: str, error: TransientError) -> errors.Unavailable:
         """The error for a registry that kept failing."""
@@ -374,12 +377,12 @@ class RegistrySession:
         return token
 
 
-def session_for(reference: Reference, access: Access | None, pause: Callable[[float], None]) -> RegistrySession:
+def session_for(reference: Reference, access: Access | None, halt: threading.Event) -> RegistrySession:
     """The session for the repository of a name; see :class:`RegistrySession`."""
     if access is None:
         access = Access()
     check_kind(access, Access, "access to the registry")
-    return RegistrySession(reference.registry, reference.repository, access, pause=pause)
+    return RegistrySession(reference.registry, reference.repository, access, halt)
 
 
 def _repeatable(request: Request) -> bool:

@@ -1,68 +1,58 @@
-"""Layers become snapshots that are named by their chain IDs, as containerd names them: what each way to do it keeps."""
+"""Layers become snapshots that are named by their chain IDs, as in containerd: what all snapshotters share."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
 
 from onlap import errors
 from onlap.catalog.records import Record
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
-from onlap.images.unpack.events import Event, Stopped, Tell
-from onlap.images.unpack.jobs import Outcome
+from onlap.images.index import Image
+from onlap.images.unpack.threads import EventLoop, Stage
+from onlap.progress import Callback
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 
-class Layer(NamedTuple):
-    """One layer of an image.
-
-    Attributes:
-        digest: of the blob.
-        size: of the blob, in bytes.
-        diff_id: of the archive in it.
-        chain_id: the snapshot's name.
-    """
-
-    digest: str
-    size: int
-    diff_id: str
-    chain_id: str
-
-
 class Unpacking(ABC):
-    """Layers being unpacked: a context manager, used by one thread.
+    """The layers of an image being unpacked: a context manager, used by the thread that runs the loop.
 
     Args:
         snapshotter: of the root.
         content: where the blobs are, or will be.
-        lease: pins what is made until the image has it.
-        layers: lowest first.
-        tell: hears of what becomes of them; called from other threads.
+        lease: pins the snapshots until the image has them.
+        image: whose layers.
+        loop: runs what the threads that unpack hand over.
+        progress: told of the stage ``unpack``, in bytes.
 
     Attributes:
-        start: how many of the lowest layers are there already.
+        start: how many of the lowest layers are unpacked already.
     """
 
     def __init__(
-        self, snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease, layers: Sequence[Layer], tell: Tell
+        self,
+        snapshotter: RecordedSnapshotter,
+        content: ContentStore,
+        lease: Lease,
+        image: Image,
+        loop: EventLoop,
+        progress: Callback | None,
     ) -> None:
         self._snapshotter = snapshotter
         self._content = content
         self._lease = lease
-        self._layers = layers
-        self._tell = tell
-        self.start, self._base = present(snapshotter, lease, layers)
+        self._image = image
+        self._loop = loop
+        self.start, self._base = _find_unpacked(snapshotter, lease, image.chain_ids)
         self._next = self.start
-        self._stopped = False
+        self._stage = Stage(progress, "unpack", dict(list(enumerate(image.layers))[self.start :]))
 
     @property
     def finished(self) -> bool:
         """Whether all layers are unpacked, and only :meth:`commit` is left."""
-        return self._next == len(self._layers)
+        return self._next == len(self._image.layers)
 
     def __enter__(self) -> Unpacking:
         return self
@@ -72,32 +62,35 @@ class Unpacking(ABC):
 
     @abstractmethod
     def offer(self, layer: int) -> None:
-        """The blob of a layer is in the content store."""
-
-    @abstractmethod
-    def take(self, layer: int, outcome: Outcome) -> None:
-        """A layer was unpacked, as an event said."""
+        """The blob of a layer, which is not unpacked yet, is in the content store."""
 
     def commit(self) -> str | None:
-        """Make all of them durable snapshots; the name of the topmost, None when there are no layers."""
-        return self._layers[-1].chain_id if self._layers else None
+        """Make all layers durable snapshots.
+
+        Returns:
+            The name of the topmost; None where there are no layers.
+        """
+        self._stage.finish()
+        return self._image.chain_ids[-1] if self._image.chain_ids else None
 
     def _read(self, layer: int, done: int) -> None:
-        """So many bytes of a layer were unpacked, says the thread that does it; raises Stopped when it is to end."""
-        if self._stopped:
-            raise Stopped
-        self._tell(Event(layer, read=done))
+        """Report the bytes of a layer that were unpacked, from the thread that does it.
+
+        Raises:
+            Canceled: the thread must stop.
+        """
+        self._loop.check()
+        self._loop.call_soon(self._stage.advance, layer, done)
 
 
-def present(snapshotter: RecordedSnapshotter, lease: Lease, layers: Sequence[Layer]) -> tuple[int, Record | None]:
-    """How many of the lowest layers are snapshots already, and the topmost of those; it is pinned."""
-    for number in range(len(layers), 0, -1):
+def _find_unpacked(
+    snapshotter: RecordedSnapshotter, lease: Lease, chain_ids: tuple[str, ...]
+) -> tuple[int, Record | None]:
+    """How many of the lowest layers are snapshots already, and the topmost of those, which is pinned."""
+    for number in range(len(chain_ids), 0, -1):
         try:
-            record = snapshotter.record(layers[number - 1].chain_id)
-        except errors.NotFound:
-            continue
-        lease.pin(snapshot=record.id)
-        try:
+            record = snapshotter.record(chain_ids[number - 1])
+            lease.pin(snapshot=record.id)
             if snapshotter.record(record.name).id == record.id:  # not removed before it was pinned
                 return number, record
         except errors.NotFound:
@@ -106,11 +99,11 @@ def present(snapshotter: RecordedSnapshotter, lease: Lease, layers: Sequence[Lay
 
 
 def new_key(chain_id: str) -> str:
-    """A key for an active snapshot that will be called so; as containerd's unpacker forms it."""
+    """A key for an active snapshot that will be committed under ``chain_id``, in the form of containerd's unpacker."""
     return f"extract-{secrets.token_hex(4)} {chain_id}"
 
 
 def drop_active(snapshotter: RecordedSnapshotter, record: Record) -> None:
-    """Remove a snapshot that a layer was to be unpacked into; cleanup takes it later where that fails."""
+    """Remove a snapshot that a layer was to be unpacked into; where that fails, cleanup removes it later."""
     with contextlib.suppress(errors.OnlapError):
         snapshotter.remove(record.name, force=True)

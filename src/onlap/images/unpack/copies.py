@@ -2,90 +2,79 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-
 from onlap import errors
 from onlap.catalog.records import Record
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
-from onlap.images.labels import LABEL_LAYER
-from onlap.images.unpack.contract import Layer, Unpacking, drop_active, new_key
-from onlap.images.unpack.events import Event, Tell
-from onlap.images.unpack.jobs import Outcome
-from onlap.progress import Progress
+from onlap.images.index import Image
+from onlap.images.records import LABEL_LAYER
+from onlap.images.unpack.contract import Unpacking, drop_active, new_key
+from onlap.images.unpack.threads import EventLoop, ThreadPool
+from onlap.progress import Callback
 from onlap.snapshots.archives import apply_layer
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 
 class CopiesUnpacking(Unpacking):
-    """Layers into a root of copies."""
+    """Layers unpacked into a root of copies."""
 
     def __init__(
-        self, snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease, layers: Sequence[Layer], tell: Tell
+        self,
+        snapshotter: RecordedSnapshotter,
+        content: ContentStore,
+        lease: Lease,
+        image: Image,
+        loop: EventLoop,
+        progress: Callback | None,
     ) -> None:
-        super().__init__(snapshotter, content, lease, layers, tell)
+        super().__init__(snapshotter, content, lease, image, loop, progress)
         self._offered: set[int] = set()
         self._active: Record | None = None
-        self._thread: threading.Thread | None = None
+        self._threads = ThreadPool(loop, "onlap-unpack", 1)
 
     def __exit__(self, *_: object) -> None:
-        self._stopped = True
-        if self._thread is not None:
-            self._thread.join()
+        self._loop.halt.set()
+        self._threads.close()
         if self._active is not None:
             drop_active(self._snapshotter, self._active)
 
     def offer(self, layer: int) -> None:
         self._offered.add(layer)
-        self._go_on()
+        self._start_next()
 
-    def _go_on(self) -> None:
-        if self._active is not None or self._next not in self._offered:
+    def _start_next(self) -> None:
+        layer = self._next
+        if self._active is not None or layer not in self._offered:
             return
-        number = self._next
-        layer = self._layers[number]
-        key = new_key(layer.chain_id)
-        parent = self._layers[number - 1].chain_id if number else None
+        key = new_key(self._image.chain_ids[layer])
+        parent = self._image.chain_ids[layer - 1] if layer else None
         self._snapshotter.prepare(key, parent, self._lease.run.labels)
         self._active = self._snapshotter.record(key)
-        self._thread = threading.Thread(target=self._apply, args=(number, key), name="onlap-unpack", daemon=True)
-        self._thread.start()
+        self._threads.submit(self._apply, layer, self._active)
 
-    def _apply(self, number: int, key: str) -> None:
-        layer = self._layers[number]
+    def _apply(self, layer: int, active: Record) -> None:
+        digest = self._image.layers[layer].digest
+        apply_layer(
+            self._snapshotter,
+            active.name,
+            self._content.path(digest),
+            digest=digest,
+            diff_id=self._image.diff_ids[layer],
+            progress=lambda report: self._read(layer, report.done),
+        )
+        self._loop.call_soon(self._applied, layer, active)
 
-        def progress(report: Progress) -> None:
-            self._read(number, report.done)
-
-        try:
-            applied = apply_layer(
-                self._snapshotter,
-                key,
-                self._content.path(layer.digest),
-                digest=layer.digest,
-                diff_id=layer.diff_id,
-                progress=progress,
-            )
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
-            self._tell(Event(number, failure=error))
-        else:
-            self._tell(Event(number, outcome=Outcome(settled=True, skipped=applied.skipped)))
-
-    def take(self, layer: int, outcome: Outcome) -> None:
-        assert self._active is not None
-        assert self._thread is not None
-        self._thread.join()
-        one = self._layers[layer]
-        active = self._active
+    def _applied(self, layer: int, active: Record) -> None:
+        chain_id = self._image.chain_ids[layer]
         self._lease.pin(snapshot=active.id)
         try:
             # A copy is made of what is recorded: each layer is recorded, and synced, before the next one starts.
-            self._snapshotter.commit(one.chain_id, active.name, {LABEL_LAYER: one.diff_id})
+            self._snapshotter.commit(chain_id, active.name, {LABEL_LAYER: self._image.diff_ids[layer]})
         except errors.AlreadyExists:  # another process was faster, with the same content
             self._lease.unpin_snapshot(active.id)
             drop_active(self._snapshotter, active)
-            self._lease.pin(snapshot=self._snapshotter.record(one.chain_id).id)
+            self._lease.pin(snapshot=self._snapshotter.record(chain_id).id)
         self._active = None
         self._next += 1
-        self._go_on()
+        self._stage.advance(layer)
+        self._start_next()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
@@ -73,6 +73,7 @@ def apply(
     diff_id: str | None = None,
     limits: Limits | None = None,
     progress: Callback | None = None,
+    applier: Callable[..., Applier] = Applier,
 ) -> Applied:
     """Write an archive into a layer's directory.
 
@@ -96,6 +97,7 @@ def apply(
         limits: how much the archive may hold; by default there are none.
         progress: told of the bytes read, with the entry that is being written; an exception from it ends the work and
             goes up.
+        applier: makes the :class:`~onlap.layers.apply.applier.Applier`.
 
     Raises:
         InvalidArgument: it is not an archive, or has an entry that no honest archive has; the message names it.
@@ -119,7 +121,9 @@ def apply(
         try:
             if recorded is None:
                 recorded = markers is not None and markers.recorded
-            return _apply(pipeline, layer, lowers, markers, recorded, digest, diff_id, limits or Limits(), progress)
+            return _apply(
+                pipeline, layer, lowers, markers, recorded, digest, diff_id, limits or Limits(), progress, applier
+            )
         except BaseException:
             if was_empty:
                 # The snapshot can be removed in any case; the first error says what is wrong.
@@ -138,12 +142,13 @@ def _apply(
     diff_id: str | None,
     limits: Limits,
     progress: Callback | None,
+    make: Callable[..., Applier],
 ) -> Applied:
     reporter = Reporter(progress, "apply", "bytes", pipeline.total)
     meter = _Meter(pipeline, limits, reporter)
     reader = TarReader(meter.chunk)
     with errors.translated("open the layers"):
-        applier = Applier(reader, layer, lowers, markers, recorded=recorded)
+        applier = make(reader, layer, lowers, markers, recorded=recorded)
     try:
         entries = 0
         last = ""

@@ -15,22 +15,22 @@ from kernel.layer_oracle import TRUSTED, Item, apply_to, archive, directory, ent
 from kernel.test_apply_property import _build, _items
 from onlap import errors
 from onlap.images.unpack import parentless
-from onlap.images.unpack.parentless import NeedsParent
+from onlap.images.unpack.parentless import NeedsParent, Parentless
 
 pytestmark = [pytest.mark.needs("overlay", "mount")]
 
 
-def apply_alone(base: Path, data: bytes, layer: Path) -> parentless.Alone:
+def apply_parentless(base: Path, data: bytes, layer: Path) -> Parentless:
     blob = base / "blob"
     blob.write_bytes(data)
     fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return parentless.apply_alone(str(blob), fd, TRUSTED, lambda _read: None)
+        return parentless.apply(str(blob), fd, TRUSTED)
     finally:
         os.close(fd)
 
 
-def settle(layer: Path, lowers: list[Path], done: parentless.Alone) -> None:
+def settle(layer: Path, lowers: list[Path], done: Parentless) -> None:
     fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY)
     try:
         parentless.settle(fd, [str(lower) for lower in lowers], TRUSTED, done.removals, top_named=done.top_named)
@@ -61,7 +61,9 @@ def with_parents(items: list[Item]) -> list[Item]:
     items=st.lists(_items(whiteouts=True), max_size=8),
     parents=st.booleans(),
 )
-def test_alone_is_as_on_top(root: Path, lowers: list[list[Item]], items: list[Item], parents: bool) -> None:
+def test_the_result_is_that_of_applying_on_top(
+    root: Path, lowers: list[list[Item]], items: list[Item], parents: bool
+) -> None:
     base = Path(tempfile.mkdtemp(dir=root))
     empty, above, by_itself = base / "empty", base / "above", base / "by-itself"
     for path in (empty, above, by_itself):
@@ -70,7 +72,7 @@ def test_alone_is_as_on_top(root: Path, lowers: list[list[Item]], items: list[It
     try:
         stack = _build(base, lowers, empty)
         try:
-            done = apply_alone(base, data, by_itself)
+            done = apply_parentless(base, data, by_itself)
         except NeedsParent:
             event("needs its parent")
             return
@@ -118,7 +120,7 @@ def test_a_whiteout_of_nothing_leaves_no_marker(root: Path) -> None:
     lower.mkdir()
     layer.mkdir()
     data = archive([directory("new/"), entry("new/.wh.never"), entry(".wh.nor-this"), entry("new/f", data=b"x")])
-    settle(layer, [lower], apply_alone(root, data, layer))
+    settle(layer, [lower], apply_parentless(root, data, layer))
     assert sorted(os.listdir(layer / "new")) == ["f"]
     assert sorted(os.listdir(layer)) == ["new"]
 
@@ -129,7 +131,7 @@ def test_a_replaced_directory_hides_the_one_below(root: Path) -> None:
     (lower / "d" / "old").write_text("x")
     layer.mkdir()
     data = archive([directory("d/"), entry("d/new"), entry(".wh.d")])
-    settle(layer, [lower], apply_alone(root, data, layer))
+    settle(layer, [lower], apply_parentless(root, data, layer))
     (root / "empty").mkdir()
     with merged(layer, [lower], empty=root / "empty") as tree:
         assert os.listdir(tree / "d") == ["new"]
@@ -144,7 +146,7 @@ def test_what_looks_below_says_so(root: Path, items: list[Item]) -> None:
     layer = root / "layer"
     layer.mkdir()
     with pytest.raises(NeedsParent):
-        apply_alone(root, archive(items), layer)
+        apply_parentless(root, archive(items), layer)
 
 
 def test_the_top_becomes_like_the_one_below(root: Path) -> None:
@@ -152,7 +154,7 @@ def test_the_top_becomes_like_the_one_below(root: Path) -> None:
     lower.mkdir(mode=0o711)
     lower.chmod(0o711)
     layer.mkdir()
-    settle(layer, [lower], apply_alone(root, archive([symlink("a", "b")]), layer))
+    settle(layer, [lower], apply_parentless(root, archive([symlink("a", "b")]), layer))
     assert layer.stat().st_mode & 0o7777 == 0o711
 
 
@@ -160,6 +162,6 @@ def test_without_removals_only_the_next_layer_is_looked_at(root: Path) -> None:
     lower, layer = root / "lower", root / "layer"
     lower.mkdir(mode=0o711)
     layer.mkdir()
-    done = apply_alone(root, archive([entry("f", data=b"x")]), layer)
+    done = apply_parentless(root, archive([entry("f", data=b"x")]), layer)
     settle(layer, [lower, root / "not-looked-at"], done)
     assert layer.stat().st_mode & 0o777 == 0o711
