@@ -362,11 +362,14 @@ class Source:
         self.rest = b""
 
     def make(self):
-        made = compression.compressor(self.kind, 1)
-        yield made.compress(encode(Entry("f", size=SIZE)))
+        compress = flush = bytes
+        if self.kind != compression.NONE:
+            made = compression.compressor(self.kind, 1)
+            compress, flush = made.compress, made.flush
+        yield compress(encode(Entry("f", size=SIZE)))
         for _ in range(SIZE // 1_000_000):
-            yield made.compress(os.urandom(100_000) * 10)
-        yield made.compress(bytes(-SIZE % 512 + 1024)) + made.flush()
+            yield compress(os.urandom(100_000) * 10)
+        yield compress(bytes(-SIZE % 512 + 1024)) + flush()
 
     def read(self, count):
         while not self.rest:

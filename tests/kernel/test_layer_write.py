@@ -336,7 +336,7 @@ def test_names_of_whiteouts_are_refused(layers: Layers) -> None:
     for name in (".wh.f", ".wh..wh..opq", ".wh."):
         layers.stack = []
         layers.add(Tree().directory("d").file(f"d/{name}"))
-        with pytest.raises(errors.InvalidArgument, match="begins as that of a whiteout"):
+        with pytest.raises(errors.InvalidArgument, match="begins like that of a whiteout"):
             layers.write()
 
 

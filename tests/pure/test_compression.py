@@ -89,13 +89,13 @@ def test_gzip_headers_wherever_they_are_cut(flags: int, step: int, engine: str) 
     [b"\x1f\x8b\x07" + bytes(20), b"\x1f\x8b\x08\xe0" + bytes(20), _gzip(2)[:10] + b"xx" + _gzip(2)[12:]],
     ids=["method", "flags", "checksum"],
 )
-def test_gzip_headers_that_cannot_be(data: bytes) -> None:
+def test_gzip_headers_that_cannot_be(data: bytes, engine: str) -> None:
     with pytest.raises(errors.DataLoss):
         _inflate(data, compression.GZIP)
 
 
-def test_a_gzip_header_without_end() -> None:
-    with pytest.raises(errors.DataLoss, match="does not end"):
+def test_a_gzip_header_without_end(engine: str) -> None:
+    with pytest.raises(errors.DataLoss):
         _inflate(b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * (2 << 20), compression.GZIP)
 
 
@@ -154,7 +154,6 @@ def test_an_xz_header_that_asks_for_gigabytes() -> None:
 @pytest.mark.parametrize(
     "kind, level, engine_name",
     [
-        (compression.NONE, None, None),
         (compression.GZIP, None, None),
         (compression.GZIP, 9, None),
         (compression.GZIP, 9, "zlib"),
@@ -170,7 +169,7 @@ def test_what_is_written_is_read(kind: str, level: int | None, engine_name: str 
 
     data = pack()
     assert data == pack()
-    assert (data if kind == compression.NONE else _inflate(data, kind)) == DATA
+    assert _inflate(data, kind) == DATA
     if kind == compression.GZIP:
         assert data[4:8] == bytes(4), "a time in the header"
 

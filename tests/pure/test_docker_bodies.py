@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,11 +13,10 @@ from hypothesis import strategies as st
 from onlap import errors
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED
 from onlap.graphdrivers.counter import Counter
-from onlap.graphdrivers.diff.stacks import as_docker
+from onlap.graphdrivers.diff.stacks import layer_changes
 from onlap.graphdrivers.ids import IdMap, Range
+from onlap.overlayfs.markers import USER, Markers
 from onlap.serve.docker.bodies import ChunkWriter, drain, request_body
-from onlap.trees.compare import Change
-from onlap.trees.meta import Meta
 
 
 def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
@@ -104,24 +105,19 @@ def test_id_maps() -> None:
             IdMap.from_json(wrong, None)
 
 
-def test_changes_in_dockers_words() -> None:
-    directory, file = Meta(0o40755, 0, 0, 0, 0), Meta(0o100644, 0, 0, 1, 0)
-
-    def touched(path: str) -> Change:
-        return Change("C", path, directory, directory, frozenset({"mtime"}))
-
-    found = [
-        touched("."),
-        touched("a"),
-        touched("a/b"),
-        Change("A", "a/b/f", None, file),
-        touched("a/c"),
-        Change("D", "a/d", file, None),
-        touched("ab"),
-        Change("C", "g", file, file, frozenset({"mtime"})),
-        Change("C", "h", directory, directory, frozenset({"mtime", "mode"})),
-    ]
-    assert [tuple(change) for change in as_docker(found)] == [
+def test_changes_in_dockers_words(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    for side, time in ((before, 1), (after, 2)):
+        for directory in ("a/b", "a/c", "ab", "h"):
+            (side / directory).mkdir(parents=True)
+        for file in ("a/b/same", "g"):
+            (side / file).write_text("x")
+        (side / ("a/d" if side == before else "a/b/f")).write_text("x")
+        (side / "h").chmod(0o700 + time)
+        for path in (side, *side.rglob("*")):
+            os.utime(path, ns=(0, 0 if path.name == "same" else time))
+    found = layer_changes([str(before)], [str(after)], Markers(USER))
+    assert [tuple(change) for change in found] == [
         ("/a", MODIFIED),
         ("/a/b", MODIFIED),
         ("/a/b/f", ADDED),

@@ -16,7 +16,7 @@ from onlap.images.formats import docker_archive, oci_layout
 from onlap.images.formats.oci_layout import Exported, blob_path
 from onlap.images.index import Image, Index
 from onlap.images.spec import model
-from onlap.layers.stream.outlet import write_whole
+from onlap.layers.stream.sink import write_whole
 from onlap.progress import Callback, Reporter
 from onlap.trees import whole
 

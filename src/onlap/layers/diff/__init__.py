@@ -1,1 +1,1 @@
-"""What a layer changed, and the archive that says it."""
+"""The changes of a layer, and writing them as an archive."""

@@ -1,10 +1,10 @@
-"""What a stack of layers changed against another: mostly an upper layer against those below it.
+"""How one stack of layers differs from another: mostly an upper layer from the layers below it.
 
-Walks only the layers that the two stacks do not share at the bottom, and looks their names up in the others; a lower
-directory is listed only under an opaque or a redirected one, or for the sake of very many names. So the cost is that of
-the change, not that of the tree. All of the trees is walked in two cases, where the other names of a file have to be
-found: two stacks, neither on top of the other, of which one shows a file with several names that the other had changed;
-and a renamed directory (redirect_dir) with a file that has more names than it shows.
+Walks only the layers that the two stacks do not share at the bottom, and looks up their names in the others. A lower
+directory is listed only under an opaque or redirected one, or if very many names are looked up in it. So the cost is
+that of the change, not that of the tree. The whole trees are walked in two cases, to find the other names of a file:
+two stacks, neither on top of the other, of which one shows a file with several names that the other had changed; and a
+renamed directory (redirect_dir) with a file that has more names than the directory shows.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from onlap.trees.compare import (
 )
 from onlap.trees.meta import Meta, read_directory_meta, read_meta
 
-# What only the writer of an archive wants to know of a file: another name was linked to it, and it has to be in the
-# archive too for that link to have something to point to.
+# Only the writer of an archive needs this change: another name was linked to the file, so the file must be in the
+# archive for that link to have a target.
 LINKED = frozenset({"links"})
-# Of the top directory: its time moves with every file that is made or removed right below, so that it alone is no
-# change; "docker diff" does not show it either.
+# The top directory's mtime moves with every file that is created or removed directly below, so alone it is not a
+# change. "docker diff" does not show it either.
 TOUCHED = frozenset({"mtime"})
 
 
 class Item(NamedTuple):
-    """A change, and where the file is: valid until the next one is asked for.
+    """A change and where its file is; valid until the next item is requested.
 
     Attributes:
-        change: what it is.
-        directory: the merged directory that holds it; None for the top directory, and for what was deleted.
-        found: the file in it, likewise.
+        change: the change.
+        directory: the merged directory that holds the file; None for the top directory and for deletions.
+        found: the file in it; None likewise.
     """
 
     change: Change
@@ -61,34 +61,27 @@ def stack_changes(
     *,
     content: bool = False,
     since: Since = (NEVER, NEVER),
+    directory_times: bool = True,
 ) -> Iterator[Change]:
     """How the merged tree of one stack of layers differs from that of another, sorted by path.
 
-    A directory is a change also when only something below it is. Of a directory that was removed only the directory is
-    named.
+    A directory is also a change if only something below it changed. Of a removed directory, only the directory itself
+    is reported.
 
     Args:
         before: layers, topmost first.
         after: layers, likewise.
         markers: the flavour of the markers in all of them.
-        content: read all files whose attributes are the same on both sides. Those that the kernel copied up are read
-            anyhow, and those of which :func:`onlap.trees.compare.may_differ` says so.
-        since: of that.
+        content: read all files whose attributes are the same on both sides. Files that the kernel copied up are always
+            read, as are those for which :func:`onlap.trees.compare.may_differ` is true.
+        since: passed to that function.
+        directory_times: whether a new mtime alone is a change of a directory.
 
     Raises:
         OSError: something cannot be read.
     """
-    # Directories that are only on the way to a change, which may be none but for an archive.
-    passed: list[Change] = []
-    for change, _, _ in stack_items(before, after, markers, content=content, since=since):
-        while passed and not change.path.startswith(passed[-1].path + "/"):
-            passed.pop()
-        if change.kind == MODIFIED and not change.what:
-            passed.append(change)
-        elif change.what != LINKED and (change.path != "." or change.what != TOUCHED):
-            yield from passed
-            passed.clear()
-            yield change
+    for item in _items(before, after, markers, content, since, for_archive=False, directory_times=directory_times):
+        yield item.change
 
 
 def stack_items(
@@ -99,7 +92,7 @@ def stack_items(
     content: bool = False,
     since: Since = (NEVER, NEVER),
 ) -> Iterator[Item]:
-    """The same with where the files are, and with what an archive needs besides: :data:`LINKED` files, the top's time.
+    """The same with each file's location, and what an archive also needs: :data:`LINKED` files, the top's mtime.
 
     Args:
         before, after, markers, content, since: as :func:`stack_changes`.
@@ -107,51 +100,61 @@ def stack_items(
     Raises:
         OSError: something cannot be read.
     """
+    return _items(before, after, markers, content, since, for_archive=True, directory_times=True)
+
+
+def _items(
+    before: Sequence[str],
+    after: Sequence[str],
+    markers: Markers,
+    content: bool,
+    since: Since,
+    *,
+    for_archive: bool,
+    directory_times: bool,
+) -> Iterator[Item]:
     with ExitStack() as cleanup:
         new = cleanup.enter_context(Stack(after, markers))
         above = len(after) - len(before)
         on_top = above >= 0 and list(after[above:]) == list(before)
         if on_top:
-            # As mostly: then each layer needs to be open but once.
+            # The usual case: each layer needs to be open only once.
             old, skip = new, above
         else:
             old, skip = cleanup.enter_context(Stack(before, markers, beside=new)), 0
-        one, other = old.top(skip), new.top()
-        if other.parts:
-            yield from _top(one, other, markers.recorded)
-        read = (ALWAYS, ALWAYS) if content or on_top else since
-        yield from _Walk(one, other, read, above if on_top else None, markers.recorded).items()
-
-
-def _top(before: MergedDirectory, after: MergedDirectory, recorded: bool) -> Iterator[Item]:
-    new = read_directory_meta(after.parts[0].fd, recorded=recorded)
-    old = read_directory_meta(before.parts[0].fd, recorded=recorded) if before.parts else None
-    what = frozenset(differences(old, new)) if old is not None else TOUCHED
-    if what:
-        yield Item(Change(MODIFIED, ".", old, new, what), None, None)
+        walk = _Walk(
+            old.top(skip),
+            new.top(),
+            (ALWAYS, ALWAYS) if content or on_top else since,
+            above if on_top else None,
+            markers.recorded,
+            for_archive=for_archive,
+            directory_times=directory_times,
+        )
+        yield from walk.items()
 
 
 class _Level:
-    """A directory that the walk is in.
+    """A directory on the walk's path.
 
     Attributes:
-        before: the directory on the old side; None where that has none.
+        before: the directory on the old side; None if it has none.
         after: the directory on the new side.
         prefix: its path with a slash, empty for the top.
-        left: the names that are still to be compared, the next one last.
-        unsaid: the change that it is itself, as long as nothing in it has been found that differs.
+        left: the names still to be compared, the next one last.
+        pending: its own change, until something in it differs.
     """
 
-    __slots__ = ("after", "before", "left", "prefix", "unsaid")
+    __slots__ = ("after", "before", "left", "pending", "prefix")
 
     def __init__(
-        self, before: MergedDirectory | None, after: MergedDirectory, prefix: str, whole: bool, unsaid: Item | None
+        self, before: MergedDirectory | None, after: MergedDirectory, prefix: str, whole: bool, pending: Item | None
     ) -> None:
         self.before = before
         self.after = after
         self.prefix = prefix
-        self.left = _suspects(before, after, whole)[::-1]
-        self.unsaid = unsaid
+        self.left = _candidates(before, after, whole)[::-1]
+        self.pending = pending
 
     def close(self) -> None:
         self.after.close()
@@ -166,37 +169,51 @@ class _Walk:
         before: the top directory on the old side.
         after: the top directory on the new side.
         since: which files with the same attributes are read, see :func:`onlap.trees.compare.may_differ`.
-        above: how many layers of the new stack lie on top of the whole old one; None when they are two stacks.
+        above: how many layers of the new stack lie on top of the whole old stack; None if neither is on the other.
         recorded: whether owners may be recorded in an xattr.
+        for_archive: whether to report what only an archive needs.
+        directory_times: whether a new mtime alone is a change of a directory.
     """
 
     def __init__(
-        self, before: MergedDirectory, after: MergedDirectory, since: Since, above: int | None, recorded: bool
+        self,
+        before: MergedDirectory,
+        after: MergedDirectory,
+        since: Since,
+        above: int | None,
+        recorded: bool,
+        *,
+        for_archive: bool,
+        directory_times: bool,
     ) -> None:
         self._recorded = recorded
         self._before = before
         self._after = after
         self._since = since
         self._above = above
+        self._for_archive = for_archive
+        self._directory_times = directory_times
         self._links: Links | None = None
-        # Files of the layers below that a renamed directory shows: by which names, and how many they have.
+        # Files of the layers below that a renamed directory shows: the names shown, and the link count.
         self._moved: dict[tuple[int, int], tuple[set[str], int]] = {}
-        # Whether names are looked at that both sides have from layers which they share.
+        # Whether names are compared that both sides have from shared layers.
         self._whole = False
-        if above is None and (shared := _shared(before, after)):
+        if for_archive and above is None and (shared := _shared(before, after)):
             first = len(before.parts) - shared, len(after.parts) - shared
             names = _pairs(before, after, whole=False)
             self._whole = any(_may_be_linked(old, new, *first) for _, old, new in names)
 
     def items(self) -> Iterator[Item]:
-        """The changes below the top, sorted by path; the other names of what was moved come last."""
+        """The changes, sorted by path; the other names of moved files come last."""
+        if self._after.parts:
+            yield from self._top()
         levels = [_Level(self._before, self._after, "", self._whole, None)]
-        said = 0  # of so many levels nothing is left to say
+        reported = 0  # how many levels have nothing pending
         while levels:
             level = levels[-1]
             if not level.left:
                 levels.pop().close()
-                said = min(said, len(levels))
+                reported = min(reported, len(levels))
                 continue
             item = self._compare(level, level.left.pop())
             if item is None:
@@ -205,18 +222,29 @@ class _Walk:
             if item.found is not None and stat.S_ISDIR(item.found.status.st_mode):
                 levels += self._entered(level, item, None if differs else item)
             if differs:
-                for passed in levels[said:]:
-                    if passed.unsaid is not None:
-                        yield passed.unsaid
-                        passed.unsaid = None
-                said = len(levels)
+                for above in levels[reported:]:
+                    if above.pending is not None:
+                        yield above.pending
+                        above.pending = None
+                reported = len(levels)
                 yield item
                 self._note_moved(item)
         yield from self._other_names()
 
+    def _top(self) -> Iterator[Item]:
+        new = read_directory_meta(self._after.parts[0].fd, recorded=self._recorded)
+        old, what = None, TOUCHED
+        if self._before.parts:
+            old = read_directory_meta(self._before.parts[0].fd, recorded=self._recorded)
+            what = frozenset(differences(old, new))
+        if what and (self._for_archive or what != TOUCHED):
+            yield Item(Change(MODIFIED, ".", old, new, what), None, None)
+
     def _note_moved(self, item: Item) -> None:
         found = item.found
-        if self._above is None or found is None or found.layer < self._above or found.status.st_nlink == 1:
+        if not self._for_archive or self._above is None:
+            return
+        if found is None or found.layer < self._above or found.status.st_nlink == 1:
             return
         mode = found.status.st_mode
         if not stat.S_ISDIR(mode) and not stat.S_ISSOCK(mode):  # no archive has sockets
@@ -224,7 +252,7 @@ class _Walk:
             names.add(item.change.path)
 
     def _other_names(self) -> Iterator[Item]:
-        """The names that files in renamed directories have elsewhere, which only a walk of all finds."""
+        """The other names of files in renamed directories, which only a walk of the whole tree finds."""
         moved = {file: names for file, (names, count) in self._moved.items() if len(names) < count}
         left = [("", self._after)] if moved else []
         while left:
@@ -257,6 +285,8 @@ class _Walk:
             return None
         old_meta, new_meta = self._meta(old), self._meta(new)
         what = frozenset(differences(old_meta, new_meta))
+        if is_directory and not self._directory_times:
+            what -= {"mtime"}
         if not what and not is_directory:
             assert level.before is not None
             what = self._beyond_attributes(level.before, level.after, old, new, path)
@@ -267,10 +297,10 @@ class _Walk:
     def _beyond_attributes(
         self, before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str
     ) -> frozenset[str]:
-        """How a file differs whose attributes are all the same.
+        """How a file with equal attributes differs.
 
-        A program that puts size and time back after an edit (moby#31805) is found out only by reading. Under an upper
-        layer that is cheap: only files that the kernel copied up come here, and nothing else tells why it did.
+        An edit that restores size and mtime (moby#31805) is found only by reading. Under an upper layer that is cheap:
+        only files that the kernel copied up come here, and nothing else tells why it did.
         """
         regular = stat.S_ISREG(new.status.st_mode)
         doubtful = (
@@ -283,10 +313,10 @@ class _Walk:
         )
         if doubtful and not _same_data(before, after, old, new, path):
             return frozenset({"content"})
-        if old.status.st_nlink == 1 and new.status.st_nlink == 1:
+        if not self._for_archive or (old.status.st_nlink == 1 and new.status.st_nlink == 1):
             return frozenset()
         if self._above is not None:
-            # Copying a file up takes it out of its group, or was done to link to it.
+            # The copy-up separated the file from its other names, or was done to link to it.
             return LINKED if new.layer < self._above else frozenset()
         if self._links is None:
             self._links = Links(_pairs(self._before, self._after, whole=self._whole))
@@ -309,11 +339,11 @@ class _Walk:
 def _pairs(
     before: MergedDirectory, after: MergedDirectory, *, whole: bool
 ) -> Iterator[tuple[str, Found | None, Found | None]]:
-    """What each suspect of the new tree is on both sides."""
+    """Each candidate of the new tree with what it is on both sides."""
     left: list[tuple[str, MergedDirectory | None, MergedDirectory]] = [("", before, after)]
     while left:
         prefix, one, other = left.pop()
-        for name in _suspects(one, other, whole):
+        for name in _candidates(one, other, whole):
             old = one.lookup(name) if one is not None else None
             new = other.lookup(name)
             yield prefix + name, old, new
@@ -326,7 +356,7 @@ def _pairs(
 
 
 def _may_be_linked(old: Found | None, new: Found | None, old_shared: int, new_shared: int) -> bool:
-    """Whether a file that differs may be linked, on one side only, to a name that only the shared layers have."""
+    """Whether a changed file may be linked, on one side only, to a name that only the shared layers have."""
     if new is None or (old is not None and _same_file(old, new)):
         return False
     if new.layer >= new_shared and new.status.st_nlink > 1 and not stat.S_ISDIR(new.status.st_mode):
@@ -349,11 +379,10 @@ def _shared(before: MergedDirectory, after: MergedDirectory) -> int:
     return shared
 
 
-def _suspects(before: MergedDirectory | None, after: MergedDirectory, whole: bool) -> list[str]:
+def _candidates(before: MergedDirectory | None, after: MergedDirectory, whole: bool) -> list[str]:
     """The names in a directory that may differ: those of the layers that the two sides do not share at the bottom.
 
-    An opaque directory above cuts off what lies below it, and a renamed one shows another: then the bottoms differ,
-    and all names are looked at.
+    Under an opaque or a renamed directory the bottoms differ, so all names are compared.
     """
     if before is None:
         return after.names()
@@ -374,7 +403,7 @@ def _same_data(before: MergedDirectory, after: MergedDirectory, old: Found, new:
 
 
 def _is_copy(directory: MergedDirectory, found: Found) -> bool:
-    """Whether a file may be a copy of one in a layer below, edited, with size and time put back."""
+    """Whether a file may be an edited copy of one in a layer below, with size and mtime restored."""
     below = directory.beneath(found)
     if below is None:
         return False
@@ -383,11 +412,11 @@ def _is_copy(directory: MergedDirectory, found: Found) -> bool:
 
 
 def _same_file(old: Found, new: Found) -> bool:
-    """Whether both are one file of one layer, so that nothing above touched it."""
+    """Whether both are the same file of the same layer, so no layer above changed it."""
     return os.path.samestat(old.status, new.status)
 
 
 def is_empty_layer(directory: str) -> bool:
-    """Whether a layer's directory holds nothing at all, not even a whiteout."""
+    """Whether a layer's directory is empty, without even a whiteout."""
     with os.scandir(directory) as entries:
         return next(iter(entries), None) is None

@@ -1,4 +1,4 @@
-"""Which names in a tree are one file, asked only where two trees are compared of which neither stands on the other."""
+"""Which names of a tree are hard links of one file; needed only to compare two trees, neither on top of the other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Identity = tuple[int, int]
 
 
 class Links:
-    """How the hard links of one tree differ from those of another.
+    """How the hard links of a new tree differ from those of an old one.
 
     Args:
-        names: what each name is in the one and in the other, of all that the other has.
+        names: each name of the new tree, with its file in the old tree and in the new one.
 
     Raises:
         OSError: something cannot be read.
@@ -24,10 +24,10 @@ class Links:
 
     def __init__(self, names: Iterable[tuple[str, Found | None, Found | None]]) -> None:
         self._files: dict[str, tuple[_Identity, _Identity]] = {}
-        # The names that a file has now, and those of them that were names of one file before.
+        # How many names a file has now, and how many of them were names of one file before.
         self._names: Counter[_Identity] = Counter()
         self._kept: Counter[tuple[_Identity, _Identity]] = Counter()
-        # The files that names of one file are now, by attributes.
+        # The files that the names of one old file are now, by attributes.
         self._alike: dict[object, set[_Identity]] = {}
         for path, old, new in names:
             if new is None or stat.S_ISDIR(new.status.st_mode):
@@ -43,28 +43,28 @@ class Links:
                 self._alike.setdefault((before, signature(new.status)), set()).add(now)
 
     def differ(self, path: str, status: os.stat_result) -> bool:
-        """Whether a file that is else the same has to be written for its links to come out right.
+        """Whether an otherwise unchanged file must be written so that its links come out right.
 
-        Not where another of its names is gone or is another file now: that change is written at that name.
+        Not if another of its names is gone or is another file now: that change is written at that name.
 
         Args:
-            path: the file's.
-            status: what it is now.
+            path: the file's path.
+            status: its status in the new tree.
         """
         if path not in self._files:
             return False
         now, before = self._files[path]
         if self._kept[now, before] < self._names[now]:
             return True
-        # What was a link is a file of its own now, else unchanged.
+        # A link became a file of its own and is otherwise unchanged.
         return len(self._alike[before, signature(status)]) > 1
 
 
 def identity(status: os.stat_result) -> _Identity:
-    """What tells one file from another."""
+    """The device and inode, which identify a file."""
     return status.st_dev, status.st_ino
 
 
 def signature(status: os.stat_result) -> object:
-    """What the copy of a file has in common with it."""
+    """The attributes that a copy of a file shares with it."""
     return status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns

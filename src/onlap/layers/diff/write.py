@@ -1,9 +1,9 @@
-"""From what a snapshot changed to an archive: a layer as containerd and Docker write it, with what they lose.
+"""Writing a snapshot's changes as an archive: a layer as containerd and Docker write it, including what they lose.
 
-Parents before what is in them, sorted by the names' bytes; deletions as ``.wh.NAME``; owners as numbers; hard links
-kept, also those to a file that itself did not change; every xattr; times in nanoseconds. Redirected directories and
-files with only metadata in the upper layer are written out in full, and a directory that hides the one below it gets a
-whiteout for each name that is gone, as the specification asks, rather than an opaque mark.
+Parents come before their contents, sorted by the names' bytes. Deletions are ``.wh.NAME``; owners are numbers; hard
+links are kept, also those to an unchanged file; all xattrs; times in nanoseconds. Redirected directories and metacopy
+files of the upper layer are written in full. A directory that hides the one below gets a whiteout for each missing
+name, as the specification asks, instead of an opaque marker.
 
 Sources: OCI image specification, layer.md; containerd v1.7.24, archive/tar.go.
 """
@@ -26,7 +26,7 @@ from onlap.layers.format import sparse_files, tar
 from onlap.layers.format.tar import Entry
 from onlap.layers.format.writer import TarWriter
 from onlap.layers.paths import WHITEOUT_PREFIX, check_length
-from onlap.layers.stream.outlet import Outlet
+from onlap.layers.stream.sink import ArchiveSink
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
 from onlap.trees.compare import DELETED, NEVER, Since
@@ -45,15 +45,15 @@ _TYPES = {
 
 
 class Encoding(NamedTuple):
-    """How an archive says what changed.
+    """How an archive is written.
 
     Attributes:
         compression: ``"none"``, ``"gzip"`` or ``"zstd"``.
-        level: of the compression, its own default when None.
+        level: of the compression; None for its default.
         epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
         content: see :func:`onlap.layers.diff.changes.stack_changes`.
-        sparse: leave holes out. Not every reader of layers knows such entries, and the archive depends on where the
-            filesystem has holes; without it, on the content alone (docs/adr/0007-holes.md).
+        sparse: leave out holes. Not every reader of layers supports such entries, and the archive depends on where the
+            filesystem has holes; without it, only on the content (docs/adr/0007-holes.md).
     """
 
     compression: str = "none"
@@ -67,15 +67,15 @@ _PLAIN = Encoding()
 
 
 class Written(NamedTuple):
-    """An archive that was written.
+    """A written archive.
 
     Attributes:
-        digest: of what was written, ``"sha256:..."``.
+        digest: of the bytes written, ``"sha256:..."``.
         diff_id: of the uncompressed archive.
         size: bytes written.
         uncompressed: bytes of the uncompressed archive.
-        entries: how many it has, whiteouts included.
-        skipped: how many of each kind no archive can hold, as ``{"socket": 1}``.
+        entries: the number of entries, including whiteouts.
+        skipped: the number of files of each kind that no archive can hold, as ``{"socket": 1}``.
     """
 
     digest: str
@@ -94,18 +94,20 @@ def write_layer(
     encoding: Encoding = _PLAIN,
     *,
     since: Since = (NEVER, NEVER),
+    owners: Callable[[int, int], tuple[int, int]] | None = None,
     progress: Callback | None = None,
 ) -> Written:
     """Write how one stack of layers differs from another as the archive of a layer.
 
     Args:
-        before: layers, topmost first; none for a whole tree.
+        before: layers, topmost first; empty for a whole tree.
         after: layers, likewise.
         markers: the flavour of the markers in all of them.
         out: where to write; left open.
-        encoding: how.
+        encoding: how to write the archive.
         since: see :func:`onlap.layers.diff.changes.stack_changes`.
-        progress: called with the bytes of the uncompressed archive, at most ten times a second.
+        owners: maps the user and group of a file to those in the archive.
+        progress: called with the bytes of the uncompressed archive, at most ten times per second.
 
     Raises:
         InvalidArgument: a file has a value or a name that no layer can hold.
@@ -116,21 +118,21 @@ def write_layer(
     if encoding.epoch is not None:
         check_number(encoding.epoch, "epoch", whole=True)
     report = Reporter(progress, "diff", "bytes")
-    with Outlet(out, encoding.compression, encoding.level) as outlet:
-        layer = _Layer(outlet.write, encoding, report)
+    with ArchiveSink(out, encoding.compression, encoding.level) as sink:
+        layer = _LayerWriter(sink.write, encoding, owners, report)
         for item in stack_items(before, after, markers, content=encoding.content, since=since):
             layer.add(item)
-        layer.close()
-        found = outlet.finish()
-    report.finish(found.uncompressed)
-    return Written(found.digest, found.diff_id, found.size, found.uncompressed, layer.entries, dict(layer.skipped))
+        layer.end()
+        digests = sink.finish()
+    report.finish(digests.uncompressed)
+    return Written(*digests, layer.entries, dict(layer.skipped))
 
 
 @contextlib.contextmanager
 def piped(before: Sequence[str], after: Sequence[str], markers: Markers, encoding: Encoding) -> Iterator[BinaryIO]:
-    """What :func:`write_layer` writes, to be read in a ``with`` block while another thread writes it.
+    """The output of :func:`write_layer`, to be read in a ``with`` block while another thread writes it.
 
-    What the writer raised is raised at the end, however the reader fared: an archive that was cut short may look whole.
+    An error of the writer is raised at the end even if the reader succeeded: a truncated archive may look complete.
 
     Raises:
         ResourceExhausted: no thread can be started.
@@ -145,7 +147,7 @@ def piped(before: Sequence[str], after: Sequence[str], markers: Markers, encodin
             with out:
                 write_layer(before, after, markers, out, encoding)
         except BrokenPipeError:
-            return  # nobody reads any more
+            return  # the reader has closed its end
         except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
             failure.append(error)
 
@@ -172,11 +174,18 @@ def piped(before: Sequence[str], after: Sequence[str], markers: Markers, encodin
         raise failure[0]
 
 
-class _Layer:
-    """One archive on its way."""
+class _LayerWriter:
+    """Writes one layer, change by change."""
 
-    def __init__(self, write: Callable[[bytes | memoryview], object], encoding: Encoding, report: Reporter) -> None:
+    def __init__(
+        self,
+        write: Callable[[bytes | memoryview], object],
+        encoding: Encoding,
+        owners: Callable[[int, int], tuple[int, int]] | None,
+        report: Reporter,
+    ) -> None:
         self._tar = TarWriter(write)
+        self._owners = owners
         self._epoch_ns = None if encoding.epoch is None else encoding.epoch * 1_000_000_000
         self._sparse = encoding.sparse
         self._report = report
@@ -186,12 +195,12 @@ class _Layer:
         self.skipped: Counter[str] = Counter()
 
     def add(self, item: Item) -> None:
-        """One change."""
+        """Write one change."""
         change = item.change
         name = os.path.basename(change.path)
         if name.startswith(WHITEOUT_PREFIX):
             raise errors.InvalidArgument(
-                f"{shown(change.path)} cannot be in a layer: its name begins as that of a whiteout",
+                f"{shown(change.path)} cannot be in a layer: its name begins like that of a whiteout",
                 key=change.path,
                 hint="rename it",
             )
@@ -209,15 +218,17 @@ class _Layer:
         if kind is None:
             self.skipped["socket"] += 1
             if item.change.before is not None:
-                # Else what it replaced would be there again.
+                # Without this, the file that it replaced would reappear.
                 self._whiteout(path)
             return
+        owner = meta.uid, meta.gid
+        uid, gid = owner if self._owners is None else self._owners(*owner)
         entry = Entry(
             path,
             kind,
             mode=stat.S_IMODE(meta.mode),
-            uid=meta.uid,
-            gid=meta.gid,
+            uid=uid,
+            gid=gid,
             mtime_ns=meta.mtime_ns if self._epoch_ns is None else min(meta.mtime_ns, self._epoch_ns),
             linkname=meta.target or "",
             xattrs=meta.xattrs or None,
@@ -275,12 +286,12 @@ class _Layer:
                 raise errors.FailedPrecondition(
                     f"{shown(path)} became shorter while it was read", key=path, hint="diff it when it is quiet"
                 )
-            # What follows is done with the bytes when it returns, or has copied them.
+            # write() is done with the bytes when it returns, or has copied them.
             self._tar.write(self._buffer[:count])
             position += count
             left -= count
             self._report(self._tar.position, path)
 
-    def close(self) -> None:
-        """End the archive."""
+    def end(self) -> None:
+        """Write the end of the archive."""
         self._tar.end()

@@ -1,1 +1,1 @@
-"""Archives on their way: compressed, hashed, read and written beside the thread that makes them."""
+"""Archives as streams: compression, digests, and the threads that read and write them."""

@@ -1,13 +1,14 @@
-"""Compressed streams: recognised by their first bytes when read, made with the fastest library at hand when written.
+"""Compressed streams: recognised by their first bytes on reading, made by the fastest installed library on writing.
 
-gzip goes through isal where it is installed, else through zlib; zstd through the standard library from Python 3.14 on,
-else through backports.zstd. bzip2 and xz are only read, as Docker reads them.
+gzip uses isal where it is installed, otherwise zlib; zstd uses the standard library from Python 3.14 on, otherwise
+backports.zstd. bzip2 and xz are only read, as in Docker.
 
 Sources: RFC 1952 (gzip), RFC 8878 (zstd), the xz file format; Docker v26.1.5, pkg/archive, ``DetectCompression``.
 """
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -21,19 +22,15 @@ ZSTD = "zstd"
 BZIP2 = "bzip2"
 XZ = "xz"
 
-# What is handed on at once. A fresh bytes object much larger than this costs a page fault for each of its pages.
+# The largest chunk that is passed on. A much larger new bytes object costs a page fault for each of its pages.
 CHUNK = 256 * 1024
 _INPUT = 128 * 1024
 
-# How much of a stream detect() wants to see: one tar block.
+# How much of a stream detect() needs: one tar block.
 PEEK = tar.BLOCK
 
 # xz -9 takes 65 MiB to decompress; a header can ask for 4 GiB.
 _XZ_MEMORY = 256 * 1024 * 1024
-
-# RFC 1952: a header may have a name and a comment of any length.
-_MAX_GZIP_HEADER = 1 << 20
-_PLAIN_GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 
 
 class Decompressor(Protocol):
@@ -49,7 +46,7 @@ class Decompressor(Protocol):
 
 
 class Compressor(Protocol):
-    """Something that compresses as :func:`zlib.compressobj` does."""
+    """One stream being compressed, as by :func:`zlib.compressobj`."""
 
     def compress(self, data: bytes | memoryview, /) -> bytes: ...
     def flush(self) -> bytes: ...
@@ -58,7 +55,7 @@ class Compressor(Protocol):
 def detect(start: bytes) -> str:
     """How a stream that starts with these bytes (:data:`PEEK`, or all of it) is compressed."""
     if len(start) >= tar.BLOCK and _is_tar(start):
-        # Before the magic numbers: a plain archive may start with a file whose name is "BZh".
+        # Checked before the magic numbers: the first file of a plain archive may be called "BZh".
         return NONE
     if start.startswith(b"\x1f\x8b"):
         return GZIP
@@ -82,11 +79,11 @@ class Inflater:
     """Decompresses a stream of one or more members, in chunks.
 
     Args:
-        read: gives up to that many bytes of the compressed stream, none at its end.
-        kind: how it is compressed, not :data:`NONE`.
+        read: returns up to that many bytes of the compressed stream, and none at its end.
+        kind: the compression, not :data:`NONE`.
 
     Raises:
-        Unimplemented: no library for it is installed.
+        Unimplemented: no library for this compression is installed.
     """
 
     def __init__(self, read: Callable[[int], bytes], kind: str) -> None:
@@ -101,8 +98,8 @@ class Inflater:
         """The next bytes, at most :data:`CHUNK`; none at the end.
 
         Raises:
-            DataLoss: the stream is damaged or ends too early.
-            InvalidArgument: something else follows it.
+            DataLoss: the stream is damaged or truncated.
+            InvalidArgument: it is followed by something else.
         """
         while True:
             if self._stream is None and not self._next_stream():
@@ -130,7 +127,7 @@ class Inflater:
         if not self._pending:
             self._pending = self._read(_INPUT)
         if self._started and self._kind in (GZIP, XZ):
-            # gzip(1) and xz(1) pass over zeros that pad a stream, as on a tape.
+            # gzip(1) and xz(1) skip zeros that pad a stream, as on a tape.
             while self._pending and not self._pending.strip(b"\0"):
                 self._pending = self._read(_INPUT)
             self._pending = self._pending.lstrip(b"\0")
@@ -139,8 +136,14 @@ class Inflater:
         if self._started:
             self._fill(6)
             if detect(self._pending) != self._kind:
-                raise errors.InvalidArgument(f"something that is no {self._kind} follows the {self._kind} stream")
+                raise errors.InvalidArgument(f"the {self._kind} stream is followed by something else")
         self._started = True
+        if self._kind == GZIP:
+            self._fill(4)
+            if self._pending[3:4] > b"\0":
+                # ISA-L 2.31 loses its place when the name, the comment or the checksum of a header lies beyond the
+                # first piece of its input.
+                self._fill(_INPUT)
         self._stream = self._new()
         return True
 
@@ -170,91 +173,20 @@ class _ZlibStream:
 
     def decompress(self, data: bytes, max_length: int = -1, /) -> bytes:
         out = self._stream.decompress(self._stream.unconsumed_tail + data, max(max_length, 0))
-        # What fits into the output may still be in the library when all of the input is consumed.
+        # When all input is consumed, the library may still hold output that did not fit.
         self._full = bool(self._stream.unconsumed_tail) or len(out) == max_length
         return out
 
 
-class _IsalStream:
-    """isal's decompressor behind a header of our own reading.
-
-    ISA-L 2.31 loses its place when the name, the comment or the checksum of a gzip header does not lie in the first
-    piece of its input; a plain header of ten bytes it reads in any pieces.
-    """
-
-    def __init__(self) -> None:
-        from isal import igzip_lib
-
-        self._stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
-        self._header: bytes | None = b""
-
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
-
-    @property
-    def needs_input(self) -> bool:
-        return self._header is not None or self._stream.needs_input
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._stream.unused_data
-
-    def decompress(self, data: bytes, max_length: int = -1, /) -> bytes:
-        if self._header is not None:
-            self._header += data
-            length = gzip_header_length(self._header)
-            if length is None:
-                return b""
-            data = _PLAIN_GZIP_HEADER + self._header[length:]
-            self._header = None
-        return self._stream.decompress(data, max_length)
-
-
-def gzip_header_length(data: bytes) -> int | None:
-    """The length of the gzip header that ``data`` starts with; None while it is not complete.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if len(data) < 10:
-        return None
-    if data[:3] != b"\x1f\x8b\x08":
-        raise ValueError("no gzip header")
-    flags = data[3]
-    if flags & 0xE0:
-        raise ValueError("reserved flags of the gzip header are set")
-    length = 10
-    if flags & 4:
-        if len(data) < 12:
-            return None
-        length += 2 + int.from_bytes(data[10:12], "little")
-    for flag in (8, 16):  # a name, a comment: up to a NUL
-        if flags & flag:
-            end = data.find(b"\0", length)
-            if end < 0:
-                if len(data) > _MAX_GZIP_HEADER:
-                    raise ValueError("the gzip header does not end")
-                return None
-            length = end + 1
-    if flags & 2:
-        length += 2
-        if len(data) >= length and int.from_bytes(data[length - 2 : length], "little") != (
-            zlib.crc32(data[: length - 2]) & 0xFFFF
-        ):
-            raise ValueError("the checksum of the gzip header is wrong")
-    return length if len(data) >= length else None
-
-
 def _decompressors(kind: str) -> tuple[Callable[[], Decompressor], tuple[type[Exception], ...]]:
-    """What makes a decompressor, and what it raises."""
+    """A factory of decompressors, and the errors that they raise."""
     if kind == GZIP:
         try:
             from isal import igzip_lib
         except ImportError:
             return _ZlibStream, (zlib.error,)
         failure: Any = igzip_lib.IsalError
-        return _IsalStream, (failure, ValueError)
+        return lambda: igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP), (failure,)
     if kind == BZIP2:
         import bz2
 
@@ -269,8 +201,6 @@ def _decompressors(kind: str) -> tuple[Callable[[], Decompressor], tuple[type[Ex
 
 def _zstd() -> Any:
     """The module ``compression.zstd``, or its backport."""
-    import sys
-
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -287,19 +217,17 @@ GZIP_ENGINES = ("isal", "zlib")
 
 
 def compressor(kind: str, level: int | None = None, *, engine: str | None = None) -> Compressor:
-    """A compressor whose output depends on its input, the level and the engine alone (a gzip header has no time).
+    """A compressor whose output depends only on its input, the level and the engine (a gzip header has no time).
 
     Args:
-        kind: :data:`GZIP`, :data:`ZSTD` or :data:`NONE`.
+        kind: :data:`GZIP` or :data:`ZSTD`.
         level: 0 to 3 for isal, 0 to 9 for zlib, 1 to 22 for zstd; None for the library's default.
-        engine: for gzip, one of :data:`GZIP_ENGINES`; None for the faster one that is installed.
+        engine: for gzip, one of :data:`GZIP_ENGINES`; None for the fastest one that is installed.
 
     Raises:
         InvalidArgument: there is no such kind, level or engine.
         Unimplemented: the library is not installed.
     """
-    if kind == NONE:
-        return _Plain()
     if kind == GZIP:
         return _gzip(level, engine)
     if kind != ZSTD:
@@ -320,22 +248,13 @@ def _gzip(level: int | None, engine: str | None) -> Compressor:
             if engine == "isal":
                 raise errors.Unimplemented("isal is not installed", hint="pip install isal") from None
         else:
-            # With no engine asked for, levels are zlib's: isal's three stand for the nine.
+            # Unless isal was asked for, levels are zlib's: isal's three stand for the nine.
             best = 3 if engine == "isal" else 9
             if level is not None and not 0 <= level <= best:
                 raise errors.InvalidArgument(f"gzip has no level {level}", hint=f"use 0 to {best}")
             if level is not None and engine is None:
                 level = (level + 2) // 3
-            made: Compressor = isal_zlib.compressobj(2 if level is None else level, wbits=31)
-            return made
+            return isal_zlib.compressobj(2 if level is None else level, wbits=31)
     if level is not None and not 0 <= level <= 9:
         raise errors.InvalidArgument(f"gzip has no level {level}", hint="use 0 to 9")
     return zlib.compressobj(-1 if level is None else level, wbits=31)
-
-
-class _Plain:
-    def compress(self, data: bytes | memoryview, /) -> bytes:
-        return bytes(data)
-
-    def flush(self) -> bytes:
-        return b""

@@ -1,4 +1,4 @@
-"""Digests, as the OCI image specification (descriptor.md, "Digests") has them; SHA-256 is the one that is used."""
+"""Digests as in the OCI image specification (descriptor.md, "Digests"); only SHA-256 is supported."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def check_digest(digest: str) -> str:
     """The hexadecimal part of a digest.
 
     Raises:
-        InvalidArgument: it is none; so that no part of it ever leads a path elsewhere.
-        Unimplemented: it is of another algorithm than SHA-256.
+        InvalidArgument: it is not a digest. So it can be part of a path, and never leads elsewhere.
+        Unimplemented: its algorithm is not SHA-256.
     """
     check_text(digest, "digest")
     algorithm, colon, _ = digest.partition(":")
@@ -28,10 +28,10 @@ def check_digest(digest: str) -> str:
 
 
 def check_sha256(digest: str) -> str:
-    """The same where no other algorithm is thought of.
+    """The hexadecimal part of a SHA-256 digest.
 
     Raises:
-        InvalidArgument: it is none of SHA-256.
+        InvalidArgument: it is anything else.
     """
     check_text(digest, "digest")
     algorithm, _, value = digest.partition(":")
@@ -43,12 +43,12 @@ def check_sha256(digest: str) -> str:
 
 
 def digest_of(data: bytes) -> str:
-    """The digest of bytes."""
+    """The SHA-256 digest of ``data``."""
     return PREFIX + hashlib.sha256(data).hexdigest()
 
 
 def chain_ids(diff_ids: Iterable[str]) -> tuple[str, ...]:
-    """The names of the stacks that layers make, lowest first (OCI image specification, config.md, "Layer ChainID")."""
+    """The chain ID of each layer, lowest first (OCI image specification, config.md, "Layer ChainID")."""
     chain: list[str] = []
     for diff_id in diff_ids:
         chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)

@@ -1,41 +1,38 @@
-"""Reading a layer's archive so that reading, inflating, hashing and writing overlap.
+"""Reading a layer's archive so that reading, decompressing, hashing and writing overlap.
 
-hashlib, the decompressors and the system calls release the interpreter's lock, so that two cores are used by threads:
-one reads, hashes what it read and inflates; one hashes what was inflated; the caller writes files. An archive without
-compression has one hash and takes one thread less. A small one takes none: starting threads would cost more than they
-save.
+hashlib, the decompressors and the system calls release the GIL, so threads can use two cores: one reads, hashes what it
+read and decompresses; one hashes the decompressed archive; the caller writes files. An uncompressed archive has one
+hash and needs one thread less. A small archive is read without threads: starting them would cost more than they save.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
 import threading
-from collections import deque
+from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_file, check_path
 from onlap.layers.stream import compression
+from onlap.layers.stream.channel import Channel, Closed
+from onlap.layers.stream.digests import PREFIX
 
-_CHUNK = compression.CHUNK
-
-# Compressed bytes up to which no thread is started.
+# Archives with fewer compressed bytes are read without threads.
 _SMALL = 1 << 20
-
-# Chunks that wait between two threads: enough that neither waits for the other's unevenness, 2 MiB of memory.
-_DEPTH = 8
 
 
 class Digests(NamedTuple):
     """What went through a pipeline.
 
     Attributes:
-        digest: of the stream as it was read, ``"sha256:..."``.
-        diff_id: of the archive in it, without compression.
-        size: bytes as read.
-        uncompressed: bytes of the archive.
+        digest: of the stream as read, ``"sha256:..."``.
+        diff_id: of the archive without compression.
+        size: bytes read.
+        uncompressed: bytes of the archive without compression.
     """
 
     digest: str
@@ -44,50 +41,8 @@ class Digests(NamedTuple):
     uncompressed: int
 
 
-class _Closed(Exception):
-    """The other side of a channel has left."""
-
-
-class _Channel:
-    """A bounded queue between two threads."""
-
-    def __init__(self) -> None:
-        self._items: deque[bytes | BaseException] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def put(self, item: bytes | BaseException) -> None:
-        """Add an item, waiting for room."""
-        with self._changed:
-            while len(self._items) >= _DEPTH and not self._closed:
-                self._changed.wait()
-            if self._closed:
-                raise _Closed
-            self._items.append(item)
-            self._changed.notify()
-
-    def get(self) -> bytes:
-        """The next item, none once the channel is closed and empty; an exception that was put is raised."""
-        with self._changed:
-            while not self._items:
-                if self._closed:
-                    return b""
-                self._changed.wait()
-            item = self._items.popleft()
-            self._changed.notify()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Let both sides end."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
 class Input:
-    """The bytes of a file or stream, with what was read ahead to look at; counted and hashed."""
+    """The bytes of a file or stream, counted and hashed; its start can be peeked at."""
 
     def __init__(self, source: BinaryIO | str | bytes | os.PathLike[str]) -> None:
         self._fd = -1
@@ -111,21 +66,18 @@ class Input:
 
     @property
     def total(self) -> int | None:
-        """How many bytes there are to read, where that is known."""
+        """How many bytes there are to read; None if unknown."""
         try:
             fd = self._fd if self._file is None else self._file.fileno()
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 return None
             return status.st_size - (0 if self._file is None else self._file.tell())
-        except (
-            OSError,
-            AttributeError,
-        ):  # io.UnsupportedOperation is an OSError; a stream may have no fileno at all
-            return None
+        except (OSError, AttributeError):
+            return None  # io.UnsupportedOperation is an OSError; a stream may have no fileno at all
 
-    def look(self, count: int) -> bytes:
-        """The first ``count`` bytes, or all if there are fewer; they are still to be read."""
+    def peek(self, count: int) -> bytes:
+        """The first ``count`` bytes, or all if there are fewer; :meth:`read` returns them again."""
         parts = [self._start]
         have = len(self._start)
         while have < count and (data := self._raw(count - have)):
@@ -149,24 +101,23 @@ class Input:
             return os.read(self._fd, count)
         data = self._file.read(count)
         if not isinstance(data, bytes):
-            # None from a non-blocking file, str from a text file
+            # None from a non-blocking file, str from a text file.
             raise errors.InvalidArgument("a layer is read from a blocking binary file")
         return data
 
 
 class Pipeline:
-    """An archive on its way from a file to its reader. A context manager.
+    """The uncompressed bytes of an archive, read from a file. A context manager.
 
-    The caller's file is read from another thread while the pipeline is open; leaving the block waits for the read
-    that is under way.
+    While the pipeline is open, another thread reads the caller's file; leaving the block waits for the current read.
 
     Args:
-        source: a path, or a binary file that is read from where it stands to its end.
+        source: a path, or a binary file, which is read from its position to its end.
 
     Attributes:
-        compression: what was found, as the constants of :mod:`onlap.layers.stream.compression`.
-        total: bytes to read, None where that is not known.
-        produced: bytes of the archive handed out so far.
+        compression: one of the constants of :mod:`onlap.layers.stream.compression`.
+        total: bytes to read; None if unknown.
+        produced: bytes of the archive returned so far.
 
     Raises:
         OSError: the path cannot be opened or read.
@@ -176,14 +127,14 @@ class Pipeline:
     def __init__(self, source: BinaryIO | str | bytes | os.PathLike[str]) -> None:
         self._input = Input(source)
         self._threads: list[threading.Thread] = []
-        self._out = _Channel()
-        self._to_hash = _Channel()
+        self._out = Channel()
+        self._to_hash = Channel()
         self._inflater: compression.Inflater | None = None
         self._ended = False
         self.produced = 0
         try:
             self.total = self._input.total
-            start = self._input.look(_SMALL)
+            start = self._input.peek(_SMALL)
             self.compression = compression.detect(start[: compression.PEEK])
             if self.compression == compression.NONE:
                 self._hash = self._input.hash
@@ -229,24 +180,21 @@ class Pipeline:
         return data
 
     def digests(self) -> Digests:
-        """The digests and sizes; only after :meth:`chunk` gave the end."""
+        """The digests and sizes; only after :meth:`chunk` reached the end."""
         self._join()
         return Digests(
-            "sha256:" + self._input.hash.hexdigest(),
-            "sha256:" + self._hash.hexdigest(),
-            self._input.count,
-            self.produced,
+            PREFIX + self._input.hash.hexdigest(), PREFIX + self._hash.hexdigest(), self._input.count, self.produced
         )
 
     def close(self) -> None:
-        """End the threads and close what was opened."""
+        """Stop the threads and close the path that was opened."""
         self._out.close()
         self._to_hash.close()
         self._join()
         self._input.close()
 
-    def _start(self, target: object) -> None:
-        thread = threading.Thread(target=target, name="onlap-layer", daemon=True)  # type: ignore[arg-type]
+    def _start(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name="onlap-layer", daemon=True)
         thread.start()
         self._threads.append(thread)
 
@@ -255,7 +203,7 @@ class Pipeline:
             thread.join()
 
     def _next(self) -> bytes:
-        return self._input.read(_CHUNK) if self._inflater is None else self._inflater.chunk()
+        return self._input.read(compression.CHUNK) if self._inflater is None else self._inflater.chunk()
 
     def _produce(self) -> None:
         try:
@@ -266,18 +214,12 @@ class Pipeline:
                 self._out.put(data)
                 if not data:
                     return
-        except _Closed:
+        except Closed:
             return
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        try:
-            if self._inflater is not None:
-                self._to_hash.put(b"")
-            self._out.put(error)
-        except _Closed:
-            return
+            self._to_hash.close()
+            with contextlib.suppress(Closed):
+                self._out.put(error)
 
     def _hash_inflated(self) -> None:
         while data := self._to_hash.get():
