@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
     from onlap.snapshots.working import mounted
-    from onlap.store import Imported, Progress, Store, open
+    from onlap.store import Exported, Imported, Progress, Store, open
     from onlap.trees.compare import Change
     from onlap.trees.meta import Meta
     from onlap.trees.usage import Usage
@@ -62,6 +62,7 @@ _WHERE = {
     "Change": "onlap.trees.compare",
     "Cleaner": "onlap.snapshots.contract",
     "Differ": "onlap.snapshots.contract",
+    "Exported": "onlap.store",
     "Feature": "onlap.probing.trial",
     "Imported": "onlap.store",
     "Info": "onlap.snapshots.contract",
@@ -92,6 +93,7 @@ __all__ = [
     "DataLoss",
     "Differ",
     "DigestMismatch",
+    "Exported",
     "FailedPrecondition",
     "Feature",
     "Imported",

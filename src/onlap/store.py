@@ -15,7 +15,7 @@ from onlap.mounts.plan import Mount
 from onlap.progress import Callback, Progress, Reporter
 from onlap.snapshots import working
 from onlap.snapshots.contract import Info
-from onlap.snapshots.recorded import RecordedSnapshotter, Sync
+from onlap.snapshots.recorded import Pair, RecordedSnapshotter, Sync
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
 
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from onlap.images.api import Images
     from onlap.layers.apply.archive import Applied, Limits
     from onlap.layers.diff.write import Written
+    from onlap.layers.stream.compression import Compression
+    from onlap.snapshots.archives import Format
 
-__all__ = ["Imported", "Progress", "Store", "open", "open_snapshotter"]
+__all__ = ["Exported", "Imported", "Progress", "Store", "open", "open_snapshotter"]
 
 StrPath = str | os.PathLike[str]
 
@@ -36,7 +38,7 @@ AUTO: Kind = "auto"
 
 
 class Imported(NamedTuple):
-    """What an import did.
+    """What :meth:`Store.import_` did.
 
     Attributes:
         info: the new snapshot.
@@ -49,6 +51,22 @@ class Imported(NamedTuple):
     entries: int
     size: int
     skipped: Mapping[str, int]
+
+
+class Exported(NamedTuple):
+    """What :meth:`Store.export` did.
+
+    Attributes:
+        entries: files, directories and links written.
+        size: bytes of content; of an archive, its own bytes.
+        skipped: how many of each kind could not be kept, as ``{"socket": 1}``; see :class:`onlap.trees.copy.Copied`.
+        archive: more of an archive; None for a directory.
+    """
+
+    entries: int
+    size: int
+    skipped: Mapping[str, int]
+    archive: Written | None
 
 
 @public
@@ -276,19 +294,11 @@ class Store:
 
         return garbage.collect(self.snapshotter, self.content)
 
-    def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
-        """See :meth:`Differ.changes`."""
-        return self.snapshotter.changes(key, other)
+    def diff(self, key: str, *, base: str | None = None) -> Iterator[Change]:
+        """See :meth:`Differ.diff`."""
+        return self.snapshotter.diff(key, base=base)
 
     # More
-
-    def diff(self, key: str, other: str | None = None) -> Iterator[Change]:
-        """What ``key`` changed against its parent; with ``other``: how ``other`` differs from ``key``.
-
-        Raises:
-            NotFound: there is no such snapshot.
-        """
-        return self.snapshotter.changes(key, other)
 
     def label(self, key: str, changes: Mapping[str, str | None]) -> Info:
         """Set some labels of a snapshot and leave the others; None takes one away.
@@ -353,6 +363,7 @@ class Store:
         name: str,
         *,
         parent: str | None = None,
+        format: Format | None = None,
         exclude: Collection[str] = (),
         allow_changes: bool = False,
         labels: Mapping[str, str] | None = None,
@@ -368,6 +379,7 @@ class Store:
             source: a directory, an archive, or a binary file to read one from.
             name: what to call the snapshot.
             parent: what it stands on; the source's files are laid over it.
+            format: what ``source`` is, ``"directory"`` or ``"tar"``; by default what is there.
             exclude: for a directory: patterns as :mod:`fnmatch` has them, against the path from the top and against the
                 last name.
             allow_changes: take a directory's files as they are read, even though somebody writes to them meanwhile.
@@ -376,27 +388,30 @@ class Store:
 
         Raises:
             NotFound: there is no such directory or archive.
-            InvalidArgument: it is neither, or lies inside the root.
+            InvalidArgument: it is neither, or lies inside the root; or it is a directory with the name of an archive,
+                and ``format`` does not say which is meant.
             AlreadyExists: the name is taken.
             FailedPrecondition: a file changed while it was read.
             OnlapError: of another kind, for what the filesystem says.
         """
-        if name in self:
-            raise errors.AlreadyExists(
-                f"there already is a snapshot {shown(name)}", key=name, hint="take another name, or remove it first"
-            )
+        self.snapshotter.check_free(name)
+        from onlap.snapshots import archives
+
+        directory = None
         if isinstance(source, (str, os.PathLike)):
             source = check_path(source, "path to import")
+            if archives.format_of(source, format) == "directory":
+                directory = source
+        elif format == "directory":
+            raise errors.InvalidArgument("an open file is not a directory", hint="give the path of one")
+        if exclude and directory is None:
+            raise errors.InvalidArgument("nothing can be excluded from an archive", hint="unpack it first")
         done: tuple[int, int, Mapping[str, int]]
         with working.prepared(self.snapshotter, parent, "import") as key:
-            if isinstance(source, str) and not os.path.isfile(source):
-                from onlap.snapshots import archives
-
+            if directory is not None:
                 done = archives.copy_in(
-                    self.snapshotter, key, source, exclude, allow_changes=allow_changes, progress=progress
+                    self.snapshotter, key, directory, exclude, allow_changes=allow_changes, progress=progress
                 )
-            elif exclude:
-                raise errors.InvalidArgument("nothing can be excluded from an archive", hint="unpack it first")
             else:
                 applied = self.apply(key, source, progress=progress)
                 done = (applied.entries, applied.uncompressed, applied.skipped)
@@ -408,42 +423,54 @@ class Store:
         key: str,
         out: StrPath | BinaryIO,
         *,
-        layer: bool = False,
-        compression: str = "none",
+        format: Format | None = None,
+        compression: Compression | None = None,
         level: int | None = None,
         epoch: int | None = None,
         sparse: bool = False,
         progress: Callback | None = None,
-    ) -> Imported | Written:
-        """Write a snapshot's tree into a directory, or as an archive into a binary file.
+    ) -> Exported:
+        """Write the whole tree of a snapshot, its parents' layers included, into a directory or as an archive.
 
         Args:
             key: a snapshot of any kind.
-            out: a new or empty directory; or an open binary file.
-            layer: to a file: only what the snapshot changed against its parent, as a layer.
-            compression: to a file: ``"none"``, ``"gzip"`` or ``"zstd"``.
-            level: of the compression, its own default when None.
-            epoch: to a file: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
-            sparse: to a file: leave holes out; see :meth:`write_diff`.
+            out: a new or empty directory; the path of an archive, which appears there only when it is whole; or an open
+                binary file.
+            format: what ``out`` is, ``"directory"`` or ``"tar"``. By default a file is an archive, as is a new path
+                that ends in ``.tar``, ``.tar.gz``, ``.tgz``, ``.tar.zst`` or ``.tzst``; all else is a directory.
+            compression: of an archive; see :meth:`write_diff`, as for the next three.
+            level: likewise.
+            epoch: likewise; a directory keeps its times.
+            sparse: likewise.
             progress: called with what is done, at most ten times a second.
-
-        Returns:
-            What was copied into a directory, or the archive's digests and sizes.
 
         Raises:
             NotFound: there is no such snapshot.
+            InvalidArgument: ``out`` is a directory with the name of an archive; or an option of an archive was given
+                for a directory.
             FailedPrecondition: the directory is not empty.
             OnlapError: of another kind, for what the filesystem or the mount says.
         """
-        if isinstance(out, (str, os.PathLike)):
-            return self._export_directory(key, check_path(out, "path to export to"), progress)
-        from onlap.layers.diff.write import Encoding
         from onlap.snapshots import archives
 
-        encoding = Encoding(compression, level, epoch, sparse=sparse)
-        return archives.write_diff(self.snapshotter, key, None, out, encoding, whole=not layer, progress=progress)
+        if isinstance(out, (str, os.PathLike)):
+            out = check_path(out, "path to export to")
+            if archives.format_of(out, format) == "directory":
+                if compression is not None or level is not None or sparse:
+                    raise errors.InvalidArgument(
+                        f"{shown(out)} is a directory, and the options given are an archive's",
+                        key=out,
+                        hint="let the path end in .tar, or say that the format is tar",
+                    )
+                return self._export_directory(key, out, progress)
+        elif format == "directory":
+            raise errors.InvalidArgument("an open file is not a directory", hint="give the path of one")
+        pair = Pair(None, self.snapshotter.record(key))
+        encoding = archives.encoding_for(out, compression, level, epoch, sparse=sparse)
+        done = archives.write_diff(self.snapshotter, pair, out, encoding, doing="export", progress=progress)
+        return Exported(done.entries, done.size, done.skipped, done)
 
-    def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Imported:
+    def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Exported:
         from onlap.catalog.runs import writing
         from onlap.mounts.temporary import may_detach
         from onlap.trees.transfer import export_directory
@@ -454,7 +481,7 @@ class Store:
         with mounted as tree, writing(self.snapshotter.catalog) as note:
             copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries), note)
         report.finish(copied.entries)
-        return Imported(self.stat(key), *copied)
+        return Exported(*copied, archive=None)
 
     def apply(
         self,
@@ -492,23 +519,23 @@ class Store:
     def write_diff(
         self,
         key: str,
-        other: str | None,
-        out: BinaryIO,
+        out: StrPath | BinaryIO,
         *,
-        compression: str = "none",
+        base: str | None = None,
+        compression: Compression | None = None,
         level: int | None = None,
         epoch: int | None = None,
         content: bool = False,
         sparse: bool = False,
         progress: Callback | None = None,
     ) -> Written:
-        """Write :meth:`diff` as a layer: applied to the one, it makes the other of it.
+        """Write :meth:`diff` as a layer: applied to ``base``, it makes ``key`` of it.
 
         Args:
-            key: what it starts from; or, without ``other``, what it ends at, from its parent.
-            other: what it ends at.
-            out: a binary file.
-            compression: ``"none"``, ``"gzip"`` or ``"zstd"``.
+            key: a snapshot of any kind.
+            out: the path of an archive, which appears there only when it is whole; or an open binary file.
+            base: what it starts from; by default the parent of ``key``.
+            compression: ``"none"``, ``"gzip"`` or ``"zstd"``; by default what the path's ending says, else none.
             level: of the compression, its own default when None.
             epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
             content: read files whose attributes are the same on both sides.
@@ -519,13 +546,13 @@ class Store:
 
         Raises:
             NotFound: there is no such snapshot.
+            InvalidArgument: there is no such compression or level.
             OnlapError: of another kind, for what the filesystem says.
         """
-        from onlap.layers.diff.write import Encoding
         from onlap.snapshots import archives
 
-        encoding = Encoding(compression, level, epoch, content, sparse)
-        return archives.write_diff(self.snapshotter, key, other, out, encoding, progress=progress)
+        encoding = archives.encoding_for(out, compression, level, epoch, content, sparse)
+        return archives.write_diff(self.snapshotter, self.snapshotter.pair(key, base), out, encoding, progress=progress)
 
     def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
         """Make one layer of those above ``base`` up to ``top``, as a new committed snapshot on ``base``.

@@ -271,7 +271,7 @@ def test_an_unsynced_layer_that_is_lost_is_named(machine: Machine, caplog: pytes
 _USES: dict[str, Callable[[Store], object]] = {
     "usage": lambda store: store.usage("lost"),
     "diff": lambda store: list(store.diff("lost")),
-    "compare": lambda store: list(store.diff("whole", "lost")),
+    "compare": lambda store: list(store.diff("lost", base="whole")),
     "prepare": lambda store: store.prepare("new", "lost"),
     "mount": lambda store: store.mounted("lost").__enter__(),
     "mount of a child": lambda store: store.mounted("active").__enter__(),

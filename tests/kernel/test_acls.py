@@ -128,7 +128,7 @@ def test_acls_are_carried_once(below: Path, tmp_path: Path) -> None:
         for each in (elsewhere, store):
             assert not each.import_(marked, "base").skipped
             out = io.BytesIO()
-            digests.add(each.write_diff("base", None, out).diff_id)
+            digests.add(each.write_diff("base", out).diff_id)
             assert b"SGI_ACL" not in out.getvalue()
             assert out.getvalue().count(b"posix_acl") == 2
             each.prepare("again")

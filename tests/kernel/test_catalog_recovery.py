@@ -226,7 +226,7 @@ def test_an_edit_that_puts_size_and_time_back_is_found(root: Path, ns: int) -> N
         assert told("key", "sibling") == wanted
         assert told("sibling", "key") == wanted
         layer = io.BytesIO()
-        store.write_diff("key", None, layer)
+        store.write_diff("key", layer)
         layer.seek(0)
         with tarfile.open(fileobj=layer) as tar:
             assert [entry.name for entry in tar if not entry.isdir()] == ["edited"]
@@ -408,7 +408,7 @@ _CALLS: dict[str, Callable[[Store, str, Path], object]] = {
     "mount": lambda store, key, _: _mount(store, key),
     "mount a committed one": lambda store, *_: _mount(store, "top"),
     "diff": lambda store, *_: list(store.diff("top")),
-    "write": lambda store, *_: store.write_diff("top", None, io.BytesIO()),
+    "write": lambda store, *_: store.write_diff("top", io.BytesIO()),
     "squash": lambda store, key, _: store.squash("top", f"{key}-s"),
     "import": lambda store, key, place: store.import_(place / "source", f"{key}-i"),
     "export": lambda store, key, place: store.export("top", place / key),

@@ -276,7 +276,7 @@ def _store_archive(store: Store, name: str, base: list[Operation], change: list[
         _settle(tree, since)
         os.utime(tree, ns=(TIME, TIME))
     out = io.BytesIO()
-    store.write_diff(name, None, out, content=True)
+    store.write_diff(name, out, content=True)
     whole = io.BytesIO()
     store.export(name, whole)
     for key in (name, name + "-base"):
@@ -372,7 +372,7 @@ def test_links_of_copies_that_change_their_group(stores: tuple[Store, Store]) ->
     with store.build("top", "base") as tree:
         shell("rm b; ln a c; cp -p x new; mv new x; rm q")(tree)
     out = io.BytesIO()
-    store.write_diff("top", None, out)
+    store.write_diff("top", out)
     assert set(entries(out.getvalue())) == {"a", "c", ".wh.b", "x", "y", ".wh.q"}
     store.prepare("again", "base")
     store.apply("again", io.BytesIO(out.getvalue()))

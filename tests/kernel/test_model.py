@@ -338,7 +338,7 @@ class Machine(RuleBasedStateMachine):
         def listed(changes: list[Any]) -> list[tuple[object, ...]]:
             return [(each.kind, each.path, each.before, each.after, each.what) for each in changes]
 
-        self.both(lambda sn: list(sn.changes(key, other)), listed)  # type: ignore[attr-defined]
+        self.both(lambda sn: list(sn.diff(key, base=other)), listed)  # type: ignore[attr-defined]
 
     @invariant()
     def same_infos(self) -> None:

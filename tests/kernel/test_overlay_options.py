@@ -124,7 +124,7 @@ def test_a_root_with_redirects_renames_directories_of_lower_layers(place: Path) 
         snapshotter.commit("base", "work")
         with mounted(snapshotter.prepare("next", "base")) as tree:
             (tree / "old").rename(tree / "new")
-        found = [(change.kind, change.path) for change in snapshotter.changes("next")]
+        found = [(change.kind, change.path) for change in snapshotter.diff("next")]
         assert found == [("A", "new"), ("A", "new/file"), ("D", "old")]
     with pytest.raises(InvalidArgument, match="trusted"):
         OverlaySnapshotter(place.parent / "other", properties=Properties("user", redirect_dir=True))

@@ -55,7 +55,7 @@ def check(archive: bytes) -> None:
 
 def layer_of(store: Store, key: str) -> bytes:
     out = io.BytesIO()
-    store.write_diff(key, None, out)
+    store.write_diff(key, out)
     return out.getvalue()
 
 
@@ -132,7 +132,7 @@ with onlap.open(root, snapshotter=kind, sync="none") as store:
             store.squash("copy", "flat")
             name = "flat"
         out = io.BytesIO()
-        store.write_diff(name, None, out)
+        store.write_diff(name, out)
         with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
             for found in tar:
                 print(found.name.strip("./"), found.uid, oct(found.mode), OVERRIDE_XATTR in str(found.pax_headers))
@@ -142,7 +142,7 @@ with onlap.open(root, snapshotter=kind, sync="none") as store:
     open(tree + "/f", "w").close()
     os.setxattr(tree + "/f", OVERRIDE_XATTR, b"garbage")
     out = io.BytesIO()
-    store.write_diff("key3", None, out)
+    store.write_diff("key3", out)
     with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
         print([found.uid == os.getuid() for found in tar if "f" in found.name])
 """

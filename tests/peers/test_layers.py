@@ -20,6 +20,7 @@ import gobuild
 from kernel.layer_oracle import TRUSTED, apply_to
 from onlap import errors
 from onlap.layers.diff.write import Encoding, write_layer
+from onlap.layers.stream.compression import Compression
 from onlap.testing import Tree, assert_same_tree, differences
 from pure.tar_makers import END, header, pax
 
@@ -109,7 +110,7 @@ class Place:
         _run("cp", "-a", tree, target)
         return target
 
-    def ours(self, name: str, before: Sequence[Path], after: Sequence[Path], compression: str = "none") -> Path:
+    def ours(self, name: str, before: Sequence[Path], after: Sequence[Path], compression: Compression = "none") -> Path:
         """Our archive of a difference."""
         path = self.directory / name
         with path.open("wb", buffering=0) as out:

@@ -140,7 +140,7 @@ def test_a_snapshotter_and_a_content_store_alone_are_guarded_too(root: Path, mon
         calls: list[Callable[[], object]] = [
             lambda: snapshotter.stat("key"),
             lambda: snapshotter.mounts("key"),
-            lambda: list(snapshotter.changes("key")),
+            lambda: list(snapshotter.diff("key")),
             lambda: snapshotter.remove("key"),
             lambda: content.has("sha256:" + "0" * 64),
         ]

@@ -185,7 +185,7 @@ def test_options_stand_before_and_after_the_verb(native: Path) -> None:
 
 
 def test_an_option_between_two_arguments(native: Path) -> None:
-    done = onlap("--root", str(native), "diff", "base", "--exit-code", "base")
+    done = onlap("--root", str(native), "diff", "--base", "base", "--exit-code", "base")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -493,7 +493,7 @@ def test_a_commit_that_cannot_be_is_refused(store: Store, image: Image) -> None:
     with pytest.raises(errors.InvalidArgument):
         store.images.commit("k", "../y")
     with pytest.raises(errors.InvalidArgument):
-        store.images.commit("k", "y:1", compression="lzma")
+        store.images.commit("k", "y:1", compression="lzma")  # type: ignore[arg-type]
     assert store.stat("k").kind == "active"
     store.prepare("plain")
     store.commit("no image", "plain")

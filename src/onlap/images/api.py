@@ -17,6 +17,7 @@ from onlap.progress import Callback
 
 if TYPE_CHECKING:
     from onlap.images.registry.access import Access
+    from onlap.layers.stream.compression import Compression
 
 StrPath = str | os.PathLike[str]
 
@@ -206,7 +207,7 @@ class Images(Index):
         message: str = "",
         changes: Sequence[str] = (),
         base: Image | str | None = None,
-        compression: str = "gzip",
+        compression: Compression = "gzip",
         epoch: int | None = None,
         labels: Mapping[str, str] | None = None,
         progress: Callback | None = None,

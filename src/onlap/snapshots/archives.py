@@ -2,27 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from typing import BinaryIO
+from typing import BinaryIO, Literal, cast
 
 from onlap import errors
-from onlap.catalog import records
+from onlap.arguments import check_path
 from onlap.catalog.records import ACTIVE, Record
+from onlap.catalog.runs import writing
 from onlap.errors import shown
 from onlap.layers.apply.archive import Applied, Limits, apply
 from onlap.layers.diff.changes import stack_items
 from onlap.layers.diff.write import Encoding, Written, piped, write_layer
+from onlap.layers.stream.compression import BZIP2, GZIP, NONE, XZ, ZSTD, Compression
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
-from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.recorded import Pair, RecordedSnapshotter
+from onlap.trees import whole
 from onlap.trees.copy import Copied
 from onlap.trees.transfer import import_directory
 from onlap.trees.walk import OPEN_DIRECTORY
 
-Source = BinaryIO | str | bytes | os.PathLike[str]
+StrPath = str | os.PathLike[str]
+Source = BinaryIO | StrPath | bytes
+Format = Literal["directory", "tar"]
+
+# What the ending of an archive's name says of its compression, as GNU tar's --auto-compress has it.
+_ENDINGS = {
+    ".tar": NONE,
+    ".tar.gz": GZIP,
+    ".tgz": GZIP,
+    ".tar.zst": ZSTD,
+    ".tzst": ZSTD,
+    ".tar.bz2": BZIP2,
+    ".tbz2": BZIP2,
+    ".tar.xz": XZ,
+    ".txz": XZ,
+}
+
+
+def compression_of(path: str) -> str | None:
+    """The compression that the ending of an archive's name stands for; None where it is not an archive's."""
+    return next((found for ending, found in _ENDINGS.items() if path.endswith(ending)), None)
+
+
+def format_of(path: str, given: Format | None) -> Format:
+    """Whether a path to import or export is that of a directory or of an archive.
+
+    It is what the caller says; else what is there; else what its ending says, and without one a directory.
+
+    Raises:
+        InvalidArgument: there is no such format; or it is a directory with the ending of an archive.
+    """
+    if given is not None:
+        if given not in ("directory", "tar"):
+            raise errors.InvalidArgument(f"there is no format {shown(given)}", hint="directory or tar")
+        return given
+    archive = compression_of(path) is not None
+    if os.path.isdir(path):
+        if archive:
+            raise errors.InvalidArgument(
+                f"{shown(path)} is a directory with the name of an archive",
+                key=path,
+                hint="say which is meant, with the format directory or tar",
+            )
+        return "directory"
+    return "tar" if archive or os.path.lexists(path) else "directory"
+
+
+def encoding_for(
+    out: StrPath | BinaryIO,
+    compression: Compression | None,
+    level: int | None,
+    epoch: int | None,
+    content: bool = False,
+    sparse: bool = False,
+) -> Encoding:
+    """How an archive is written to ``out``, whose name says the compression where the caller does not.
+
+    Raises:
+        InvalidArgument: there is no such compression or level.
+    """
+    chosen: str | None = compression
+    if chosen is None and isinstance(out, (str, os.PathLike)):
+        chosen = compression_of(check_path(out, "path to write to"))
+    chosen = chosen or NONE
+    if chosen not in (NONE, GZIP, ZSTD):
+        raise errors.InvalidArgument(f"layers are not written as {shown(chosen)}", hint="use gzip, zstd or none")
+    if level is not None and chosen == NONE:
+        raise errors.InvalidArgument("the level is that of a compression, and there is none", hint="use gzip or zstd")
+    return Encoding(cast("Compression", chosen), level, epoch, content, sparse)
 
 
 def apply_layer(
@@ -102,40 +174,40 @@ def copy_in(
 
 def write_diff(
     snapshotter: RecordedSnapshotter,
-    key: str,
-    other: str | None,
-    out: BinaryIO,
+    pair: Pair,
+    out: StrPath | BinaryIO,
     encoding: Encoding,
     *,
-    whole: bool = False,
+    doing: str = "write the layer of",
     progress: Callback | None = None,
 ) -> Written:
-    """Write what ``key`` changed against its parent as a layer; with ``other``: what makes ``other`` of ``key``.
-
-    With ``whole`` it is the tree of ``key``, without whiteouts. Nothing is mounted.
+    """Write what makes one snapshot out of another as a layer; nothing is mounted.
 
     Raises:
-        NotFound: there is no such snapshot.
         OnlapError: see :func:`onlap.layers.diff.write.write_layer`.
     """
-    record = snapshotter.record(key)
-    if other is None:
-        one, two = None if whole else _parent(snapshotter, record), record
-    else:
-        one, two = record, snapshotter.record(other)
-    sides = [each for each in (one, two) if each is not None]
-    ids = {identifier for each in sides for identifier in (each.id, *snapshotter.ancestors(each))}
-    doing = "export" if whole else "write the layer of"
-    with snapshotter.catalog.hold(sorted(ids)), snapshotter.translated(doing, key):
-        return write_layer(
-            snapshotter.layers(one) if one is not None else [],
-            snapshotter.layers(two),
-            snapshotter.markers,
-            out,
-            encoding,
-            since=snapshotter.since(one, two),
-            progress=progress,
-        )
+    with (
+        snapshotter.comparing(pair, doing) as (before, after, since),
+        _opened(snapshotter, out) as file,
+    ):
+        return write_layer(before, after, snapshotter.markers, file, encoding, since=since, progress=progress)
+
+
+@contextlib.contextmanager
+def _opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterator[BinaryIO]:
+    """Where an archive goes; a file appears under its name only when it is whole."""
+    if not isinstance(out, (str, os.PathLike)):
+        yield out
+        return
+    path = check_path(out, "path to write to")
+    with errors.translated("write the archive", key=path):
+        if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe is written to
+            with open(path, "wb", buffering=0) as device:
+                yield cast("BinaryIO", device)
+        else:
+            # Through a symlink, as a shell's ">" goes.
+            with writing(snapshotter.catalog) as note, whole.new_file(os.path.realpath(path), note) as file:
+                yield file
 
 
 def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) -> None:
@@ -147,13 +219,8 @@ def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) ->
         OnlapError: a file refuses.
     """
     latest = epoch * 1_000_000_000
-    parent = _parent(snapshotter, record)
-    before, after = snapshotter.layers(parent) if parent is not None else [], snapshotter.layers(record)
-    with (
-        snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)]),
-        snapshotter.translated("set the times of", record.name),
-    ):
-        since = snapshotter.since(parent, record)
+    pair = Pair(snapshotter.parent(record), record)
+    with snapshotter.comparing(pair, "set the times of") as (before, after, since):
         for change, _, found in stack_items(before, after, snapshotter.markers, since=since):
             if change.after is None or change.after.mtime_ns <= latest:
                 continue
@@ -176,29 +243,15 @@ def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | Non
         OnlapError: of another kind, for what the filesystem says.
     """
     record = snapshotter.record(top)
-    before: Sequence[str] = []
-    if base is not None:
-        below = snapshotter.record(base)
-        if below.id != record.id and below.id not in snapshotter.ancestors(record):
-            raise errors.InvalidArgument(
-                f"{shown(top)} does not stand on {shown(base)}", key=top, hint="see with: onlap tree"
-            )
-        before = snapshotter.layers(below)
-    after = snapshotter.layers(record)
-    held = snapshotter.catalog.hold([record.id, *snapshotter.ancestors(record)])
+    below = snapshotter.record(base) if base is not None else None
+    if below is not None and below.id not in (record.id, *snapshotter.ancestors(record)):
+        raise errors.InvalidArgument(
+            f"{shown(top)} does not stand on {shown(base)}", key=top, hint="see with: onlap tree"
+        )
     # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
-    archive = piped(before, after, snapshotter.markers, Encoding(content=True, sparse=True))
-    with held, snapshotter.translated("squash", top), archive as source:
+    encoding = Encoding(content=True, sparse=True)
+    with (
+        snapshotter.comparing(Pair(below, record), "squash") as (before, after, _),
+        piped(before, after, snapshotter.markers, encoding) as source,
+    ):
         apply_layer(snapshotter, key, source)
-
-
-def _parent(snapshotter: RecordedSnapshotter, record: Record) -> Record | None:
-    """The snapshot that another began as."""
-    parent_id = record.parent_id
-    if parent_id is None:
-        return None
-    # By its id: its name may belong to another one by now, if both have been removed meanwhile.
-    parent = snapshotter.catalog.database.read(lambda c: records.by_id(c, parent_id))
-    if parent is None:
-        raise records.not_found(record.name)
-    return parent

@@ -227,8 +227,12 @@ class Cleaner(Protocol):
 class Differ(Protocol):
     """A snapshotter that can tell what a snapshot changed."""
 
-    def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
-        """What ``key`` changed against its parent; or, with ``other``, how ``other`` differs from ``key``.
+    def diff(self, key: str, *, base: str | None = None) -> Iterator[Change]:
+        """What makes the tree of ``key`` out of the tree of ``base``.
+
+        Args:
+            key: a snapshot of any kind.
+            base: another, which need not be related to it; by default its parent, or an empty tree if it has none.
 
         Raises:
             NotFound: there is no such snapshot.

@@ -164,13 +164,11 @@ class MemorySnapshotter:
             infos = list(self._infos.values())
         return iter([info for info in infos if parsed.matches(info)])
 
-    def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
-        """See :meth:`Differ.changes`."""
+    def diff(self, key: str, *, base: str | None = None) -> Iterator[Change]:
+        """See :meth:`Differ.diff`."""
         parent = self.stat(key).parent
-        if other is not None:
-            self.stat(other)
-            return compare(self._trees[key], self._trees[other], recorded=records_owners())
-        return compare(self._trees[parent] if parent else None, self._trees[key], recorded=records_owners())
+        before = parent if base is None else self.stat(base).name
+        return compare(self._trees[before] if before else None, self._trees[key], recorded=records_owners())
 
 
 def compare(one: str | None, other: str, *, recorded: bool = False) -> Iterator[Change]:

@@ -8,7 +8,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from sqlite3 import Connection
-from typing import Literal, TypedDict, TypeVar
+from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 from onlap import errors
 from onlap.arguments import check_text
@@ -55,6 +55,13 @@ class Options(TypedDict, total=False):
     asynchronous_remove: bool
     create: bool
     timeout: float
+
+
+class Pair(NamedTuple):
+    """Two snapshots that are compared; ``before`` is None for an empty tree."""
+
+    before: Record | None
+    after: Record
 
 
 class RecordedSnapshotter(ABC):
@@ -286,16 +293,55 @@ class RecordedSnapshotter(ABC):
         return known
 
     @public
-    def changes(self, key: str, other: str | None = None) -> Iterator[Change]:
-        """See :meth:`Differ.changes`; trees are compared through the layers' directories, and nothing is mounted."""
-        new = self.record(key if other is None else other)
-        before = new.parent if other is None else key
-        old = self.record(before) if before else None
-        held = {record.id for record in (old, new) if record is not None}
-        held.update(*(self.ancestors(record) for record in (old, new) if record is not None))
-        with self.catalog.hold(sorted(held)), self.translated("compare snapshot", key):
-            layers = self.layers(old) if old is not None else []
-            yield from stack_changes(layers, self.layers(new), self.markers, since=self.since(old, new))
+    def diff(self, key: str, *, base: str | None = None) -> Iterator[Change]:
+        """See :meth:`Differ.diff`; trees are compared through the layers' directories, and nothing is mounted."""
+        return self._diff(self.pair(key, base))
+
+    def _diff(self, pair: Pair) -> Iterator[Change]:
+        with self.comparing(pair, "compare snapshot") as (before, after, since):
+            yield from stack_changes(before, after, self.markers, since=since)
+
+    def pair(self, key: str, base: str | None = None) -> Pair:
+        """What :meth:`diff` compares.
+
+        Raises:
+            NotFound: there is no such snapshot.
+        """
+        record = self.record(key)
+        return Pair(self.parent(record) if base is None else self.record(base), record)
+
+    def parent(self, record: Record) -> Record | None:
+        """The snapshot that another stands on.
+
+        Raises:
+            NotFound: both were removed meanwhile.
+        """
+        parent_id = record.parent_id
+        if parent_id is None:
+            return None
+        # By its id: its name may belong to another one by now, if both have been removed meanwhile.
+        parent = self.catalog.database.read(lambda c: records.by_id(c, parent_id))
+        if parent is None:
+            raise records.not_found(record.name)
+        return parent
+
+    @contextlib.contextmanager
+    def comparing(self, pair: Pair, doing: str) -> Iterator[tuple[list[str], list[str], Since]]:
+        """The layers of both sides, topmost first, and since when files of theirs may differ; held in the block.
+
+        Args:
+            pair: what is compared.
+            doing: what fails, in an error; for instance ``"compare snapshot"``.
+
+        Raises:
+            NotFound: one of them was removed meanwhile.
+            DataLoss: a layer of theirs is lost.
+        """
+        sides = [record for record in pair if record is not None]
+        ids = {identifier for record in sides for identifier in (record.id, *self.ancestors(record))}
+        with self.catalog.hold(sorted(ids)), self.translated(doing, pair.after.name):
+            before = self.layers(pair.before) if pair.before is not None else []
+            yield before, self.layers(pair.after), self.since(*pair)
 
     # Changing
 

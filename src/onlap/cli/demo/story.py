@@ -177,7 +177,7 @@ def _two_children(story: Story, store: Store) -> None:
         lambda tree: [shell(tree, "echo right > way.txt"), Program(("rm", f"{tree}/zen.py"), "rm zen.py")],
     )
     with story.step("diff") as told:
-        changes = list(store.diff("left", "right"))
+        changes = list(store.diff("right", base="left"))
         told.append(f"left to right: {_summary(changes)}")
     story.changes(changes)
 

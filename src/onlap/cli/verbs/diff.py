@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, BinaryIO
-
 from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
-from onlap.cli.shared.archives import Options, archive_arguments, check_no_archive, write
+from onlap.cli.shared.archives import archive_arguments, archive_options, say_archive, target
 from onlap.cli.shared.changes import STYLES, change_as_json, path_of
+from onlap.cli.terminal.progress import progress
 from onlap.errors import shown
-
-if TYPE_CHECKING:
-    from onlap.layers.diff.write import Written
-    from onlap.store import Store
 
 
 def arguments(parser: Parser) -> None:
     parser.explain(
-        "What KEY changed against its parent; with OTHER: how OTHER differs from KEY. A line per path, as\n"
-        "docker diff: A added, C changed (or something in it did), D deleted. With --json also what changed, and the\n"
-        "attributes before and after (sizes in bytes, times in nanoseconds). With --tar the difference is written as\n"
-        "a layer instead, and its digests are printed.",
+        "What makes the tree of KEY out of that of its parent, or of any other snapshot with --base. One line per\n"
+        "path, as docker diff: A added, C changed (or something in it did), D deleted. With --json also what changed,\n"
+        "and the attributes before and after (sizes in bytes, times in nanoseconds). With --tar the difference is\n"
+        "written as a layer instead, and its digests are printed.",
         "onlap diff work",
-        "onlap diff work --tar layer.tar.gz --compress gzip",
-        "onlap diff step-1 step-2 --exit-code && echo the same",
+        "onlap diff work --tar layer.tar.gz",
+        "onlap diff step-2 --base step-1 --exit-code && echo the same",
     )
     parser.key("key", help="a snapshot of any kind")
-    parser.key("other", nargs="?", metavar="OTHER", help="another one to compare with")
+    parser.key("--base", metavar="B", help="another one to start from (its parent)")
     parser.add_argument("--exit-code", action="store_true", help="end with 1 when anything differs")
-    archive_arguments(parser, "--tar", "write a layer to this file, or - for standard output")
+    parser.add_argument("--tar", metavar="FILE", help="write a layer to this file, or - for standard output")
     parser.add_argument("--content", action="store_true", help="with --tar: read files whose attributes are the same")
+    archive_arguments(parser)
 
 
 def run(call: Call) -> int:
     if call.args.tar is not None:
         if call.args.exit_code:
             raise UsageError("with --tar a layer is written, and --exit-code has nothing to say")
-        write(call, call.args.tar, lambda store, out, options: _write_diff(call, store, out, options))
+        _write(call)
         return exits.DONE
-    check_no_archive(call, "give its file with --tar", "--content")
+    for option in ("--compress", "--level", "--sparse", "--content"):
+        value = getattr(call.args, option.lstrip("-"))
+        if value is not None and value is not False:
+            raise UsageError(f"{option} is for an archive: give its file with --tar")
     out = call.out
     differs = False
     with call.store() as store:
-        for change in store.diff(call.args.key, call.args.other):
+        for change in store.diff(call.args.key, base=call.args.base):
             differs = True
             if out.json:
                 out.item(change_as_json(change))
@@ -52,6 +51,11 @@ def run(call: Call) -> int:
     return exits.NO if differs and call.args.exit_code else exits.DONE
 
 
-def _write_diff(call: Call, store: Store, out: BinaryIO, options: Options) -> Written:
-    args = call.args
-    return store.write_diff(args.key, args.other, out, content=args.content, **options)
+def _write(call: Call) -> None:
+    args, out = call.args, call.out
+    with call.store() as store, progress(out) as report, target(args.tar) as file:
+        done = store.write_diff(
+            args.key, file, base=args.base, content=args.content, progress=report, **archive_options(args)
+        )
+    out.not_kept(done.skipped)
+    say_archive(call, args.tar, done)

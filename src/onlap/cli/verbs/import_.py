@@ -26,6 +26,7 @@ def arguments(parser: Parser) -> None:
     )
     parser.key("name", metavar="NAME", help="what to call it")
     parser.key("--parent", metavar="P", help="a committed snapshot that it is laid over")
+    parser.add_argument("--format", choices=("directory", "tar"), help="what the source is, if its name misleads")
     parser.add_argument(
         "--exclude",
         metavar="P",
@@ -45,6 +46,7 @@ def run(call: Call) -> None:
                 sys.stdin.buffer if args.source == "-" else args.source,
                 args.name,
                 parent=args.parent,
+                format=args.format,
                 exclude=args.exclude,
                 allow_changes=args.allow_changes,
                 labels=call.labels,

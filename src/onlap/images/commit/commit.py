@@ -25,6 +25,7 @@ from onlap.images.records import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.spec import media, model, names, platforms
 from onlap.images.spec.model import Descriptor, Manifest, Platform
 from onlap.layers.diff.write import Encoding
+from onlap.layers.stream.compression import Compression
 from onlap.layers.stream.digests import digest_of
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
@@ -44,7 +45,7 @@ def commit(
     message: str = "",
     changes: Sequence[str] = (),
     base: Image | None = None,
-    compression: str = "gzip",
+    compression: Compression = "gzip",
     epoch: int | None = None,
     labels: Mapping[str, str] | None = None,
     platform: Platform | None = None,
@@ -96,7 +97,7 @@ def commit(
         # Docker's media types know no zstd: then the whole image becomes one of OCI's.
         docker = base is not None and images.manifest(base).is_docker and compression != "zstd"
         encoding = Encoding(compression, epoch=epoch)
-        written = write_diff(snapshotter, key, None, writer, encoding, progress=progress)  # type: ignore[arg-type]
+        written = write_diff(snapshotter, snapshotter.pair(key), writer, encoding, progress=progress)  # type: ignore[arg-type]
         empty = written.entries == 0
         diff_ids = [*base.diff_ids] if base is not None else []
         layers = [*base.layers] if base is not None else []

@@ -135,7 +135,7 @@ def history(snapshotter: RecordedSnapshotter, image: Image, config: Config) -> I
 
 def _layer_step(snapshotter: RecordedSnapshotter, image: Image, number: int, said: History | None) -> Step:
     counts = {ADDED: 0, MODIFIED: 0, DELETED: 0}
-    for change in snapshotter.changes(image.chain_ids[number - 1]):
+    for change in snapshotter.diff(image.chain_ids[number - 1]):
         # A directory that is only on the way to a change is none itself.
         if change.kind != MODIFIED or change.what:
             counts[change.kind] += 1
@@ -171,7 +171,7 @@ def diff(snapshotter: RecordedSnapshotter, one: str, other: str) -> Iterator[Dif
     """
     changed = _Changed(snapshotter, one, other)
     with _Side(snapshotter, one, changed) as before, _Side(snapshotter, other, changed) as after:
-        for change in snapshotter.changes(one, other):
+        for change in snapshotter.diff(other, base=one):
             gone = change.before if not _is_replaced(change) else None
             size = before.below(change.path) if gone is None and change.before else before.at(change.path, gone)
             yield Difference(change, size, after.at(change.path, change.after))
@@ -193,13 +193,13 @@ class _Changed:
 
     def __init__(self, snapshotter: RecordedSnapshotter, one: str, other: str) -> None:
         self._snapshotter = snapshotter
-        self._names = one, other
+        self._one, self._other = one, other
         self._paths: frozenset[str] | None = None
         self._replaced: frozenset[str] = frozenset()
 
     def __contains__(self, path: str) -> bool:
         if self._paths is None:
-            changes = list(self._snapshotter.changes(*self._names))
+            changes = list(self._snapshotter.diff(self._other, base=self._one))
             self._paths = frozenset(change.path for change in changes)
             self._replaced = frozenset(change.path for change in changes if _is_replaced(change))
         if path in self._paths:

@@ -154,7 +154,7 @@ def add_layer(tree: Tree, snapshotter: RecordedSnapshotter, name: str, number: i
         with snapshotter.catalog.hold([record.id]), snapshotter.translated("look into snapshot", name):
             _add_directory(tree, snapshotter.catalog.layout.tree(record.id), snapshotter.markers, number)
         return
-    for change in snapshotter.changes(name):
+    for change in snapshotter.diff(name):
         if change.path == ".":
             continue
         if change.kind == DELETED or change.after is None:

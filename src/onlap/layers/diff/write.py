@@ -26,6 +26,7 @@ from onlap.layers.format import sparse_files, tar
 from onlap.layers.format.tar import Entry
 from onlap.layers.format.writer import TarWriter
 from onlap.layers.paths import WHITEOUT_PREFIX, check_length
+from onlap.layers.stream.compression import Compression
 from onlap.layers.stream.sink import ArchiveSink
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
@@ -56,7 +57,7 @@ class Encoding(NamedTuple):
             filesystem has holes; without it, only on the content (docs/adr/0007-holes.md).
     """
 
-    compression: str = "none"
+    compression: Compression = "none"
     level: int | None = None
     epoch: int | None = None
     content: bool = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from onlap import errors
 from onlap.layers.format import tar
@@ -21,6 +21,9 @@ GZIP = "gzip"
 ZSTD = "zstd"
 BZIP2 = "bzip2"
 XZ = "xz"
+
+# What layers are written with.
+Compression = Literal["none", "gzip", "zstd"]
 
 # The largest chunk that is passed on. A much larger new bytes object costs a page fault for each of its pages.
 CHUNK = 256 * 1024

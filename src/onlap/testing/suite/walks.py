@@ -87,7 +87,7 @@ def changes_within_a_walk(site: Site) -> None:
     sn.prepare("key", "base")
     sn.view("view", "base")
     for info in sn.walk():
-        equal(list(sn.changes(info.name)), [], f"the changes of {info.name}")  # type: ignore[attr-defined]
+        equal(list(sn.diff(info.name)), [], f"the changes of {info.name}")  # type: ignore[attr-defined]
 
 
 @case()

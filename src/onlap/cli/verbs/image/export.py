@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.archives import STANDARD_OUTPUT, standard_output
+from onlap.cli.shared.archives import STANDARD_OUTPUT, target
 from onlap.cli.shared.images import images_of
 from onlap.cli.terminal.progress import progress
 from onlap.errors import shown
@@ -31,10 +30,9 @@ def run(call: Call) -> None:
     args, out = call.args, call.out
     with call.store() as store:
         images = images_of(store)
-        to_output = args.target == STANDARD_OUTPUT
-        with progress(out) as report, standard_output() if to_output else nullcontext(args.target) as target:
-            images.export(args.names, target, format=args.format, progress=report)
-    if to_output:
+        with progress(out) as report, target(args.target) as to:
+            images.export(args.names, to, format=args.format, progress=report)
+    if args.target == STANDARD_OUTPUT:
         return
     if out.json:
         out.item({"names": args.names, "target": os.path.abspath(args.target), "format": args.format})
