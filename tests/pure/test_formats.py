@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 # The first bytes of each: a header's name, gzip's and zstd's magic numbers.
 @pytest.mark.parametrize(
-    ("name", "start"),
+    "name, start",
     [
         ("a.tar", b"PaxHeaders.0/.\0"),
         ("a.tar.gz", b"\x1f\x8b"),

@@ -17,8 +17,8 @@ def shown(changes: Iterable[Any]) -> list[str]:
     return [f"{each.kind} {each.path}" for each in changes]
 
 
-def changes_of(site: Site, key: str, base: str | None = None) -> Iterator[Any]:
-    return site.snapshotter.diff(key, base=base)  # type: ignore[attr-defined,no-any-return]
+def changes_of(site: Site, key: str, base: str | None = None) -> list[Any]:
+    return list(site.snapshotter.diff(key, base=base))  # type: ignore[attr-defined]
 
 
 def base() -> Tree:
@@ -114,5 +114,6 @@ def changes_between_two(site: Site) -> None:
 @case("differ")
 def changes_of_the_unknown(site: Site) -> None:
     site.snapshotter.prepare("key")
-    for arguments in (("nobody",), ("nobody", "key"), ("key", "nobody")):
-        raises(errors.NotFound, lambda a=arguments: changes_of(site, *a), str(arguments))  # type: ignore[misc]
+    for key, base in (("nobody", None), ("key", "nobody"), ("nobody", "key")):
+        what = f"diff({key!r}, base={base!r}), before its first step"
+        raises(errors.NotFound, what, site.snapshotter.diff, key, base=base)  # type: ignore[attr-defined]
