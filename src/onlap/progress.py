@@ -53,6 +53,7 @@ class Reporter:
         self._unit = unit
         self._total = total
         self._next = 0.0
+        self._sum = 0
 
     def __call__(self, done: int, item: str | None = None) -> None:
         """So much is done."""
@@ -62,6 +63,11 @@ class Reporter:
         if now >= self._next:
             self._next = now + _INTERVAL
             self._tell(Progress(self._stage, done, self._total, self._unit, item))
+
+    def add(self, count: int) -> None:
+        """So many more are done than before."""
+        self._sum += count
+        self(self._sum)
 
     def finish(self, done: int) -> None:
         """All is done."""

@@ -213,7 +213,7 @@ def images_of(*architectures: str) -> tuple[Made, list[dict[str, Any]]]:
     return place, entries
 
 
-def resolved(place: Made, index: bytes, platform: str) -> resolve.Resolved:
+def resolved(place: Made, index: bytes, platform: str) -> model.Documents:
     def get(descriptor: Descriptor, limit: int) -> bytes:
         try:
             return place.blobs[descriptor.digest]

@@ -17,8 +17,7 @@ from onlap.errors import shown
 from onlap.images import records
 from onlap.images.records import LABEL_IMAGE, LABEL_IMAGE_DIGEST, LABEL_LAYER
 from onlap.images.spec import media, model, names
-from onlap.images.spec.model import Config, Descriptor, Manifest
-from onlap.images.spec.resolve import Resolved
+from onlap.images.spec.model import Config, Descriptor, Documents, Manifest
 from onlap.layers.stream.digests import chain_ids
 from onlap.snapshots.recorded import RecordedSnapshotter
 
@@ -223,11 +222,11 @@ class Index:
 
     # For what takes images in
 
-    def keep(self, lease: Lease, name: str, resolved: Resolved) -> Image:
+    def keep(self, lease: Lease, name: str, documents: Documents) -> Image:
         """Put an image's documents into the content store, and pin all of its blobs for now."""
-        image = image_of(name, resolved.descriptor.digest, resolved.manifest, resolved.config)
+        image = image_of(name, documents.descriptor.digest, documents.manifest, documents.config)
         lease.pin(*image.blobs)
-        self.content.put_documents(resolved.config_data, resolved.manifest_data)
+        self.content.put_documents(documents.config_data, documents.manifest_data)
         return image
 
     def record(self, image: Image) -> None:

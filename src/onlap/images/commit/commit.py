@@ -20,13 +20,12 @@ from onlap.catalog.records import ACTIVE, Record
 from onlap.content.lease import Lease
 from onlap.errors import shown
 from onlap.images.commit.instructions import apply_changes
-from onlap.images.index import Image, Index, image_of
+from onlap.images.index import Image, Index
 from onlap.images.records import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.spec import media, model, names, platforms
-from onlap.images.spec.model import Descriptor, Manifest, Platform
+from onlap.images.spec.model import Descriptor, Platform
 from onlap.layers.diff.write import Encoding
 from onlap.layers.stream.compression import Compression
-from onlap.layers.stream.digests import digest_of
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
 from onlap.snapshots.archives import clamp_times, write_diff
@@ -51,22 +50,7 @@ def commit(
     platform: Platform | None = None,
     progress: Callback | None = None,
 ) -> Image:
-    """See :meth:`Images.commit`.
-
-    Args:
-        images: of the root.
-        key: see there, as for the rest.
-        name: likewise.
-        author: likewise.
-        message: likewise.
-        changes: likewise.
-        base: likewise.
-        compression: likewise.
-        epoch: likewise.
-        labels: likewise.
-        platform: of an image without a base; this machine's by default.
-        progress: likewise.
-    """
+    """See :meth:`Images.commit`; ``platform`` is that of an image without a base, by default this machine's."""
     full = names.given(name)
     created = timestamp(epoch)
     if compression not in _COMPRESSIONS:
@@ -108,12 +92,11 @@ def commit(
         if not docker:
             layers = [_in_oci(layer) for layer in layers]
         config = _configuration(before, settings, diff_ids, created, author, message, changes, empty)
-        image, documents = _documents(full, config, layers, docker)
-        lease.pin(*image.blobs)
+        documents = model.assemble(config, layers, docker=docker)
         if not empty:
             with errors.translated("write the layer of", key=key):
-                writer.commit(written.digest, written.size)
-        images.content.put_documents(*documents)
+                writer.commit(written.digest, written.size, lease=lease)
+        image = images.keep(lease, full, documents)
         _finish(images, lease, record, image, written.diff_id, epoch, empty)
     return image
 
@@ -212,19 +195,6 @@ def _configuration(
     after["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
     after["history"] = [*(before.get("history") or []), entry]
     return model.encode(after)
-
-
-def _documents(
-    name: str, config_data: bytes, layers: list[Descriptor], docker: bool
-) -> tuple[Image, tuple[bytes, bytes]]:
-    """The image of a configuration and layers, and what is to be written for it."""
-    config_type, manifest_type = (
-        (media.DOCKER_CONFIG, media.DOCKER_MANIFEST) if docker else (media.OCI_CONFIG, media.OCI_MANIFEST)
-    )
-    manifest = Manifest(2, model.describe(config_data, config_type), layers, media_type=manifest_type)
-    config = model.decode_config(config_data, manifest)
-    manifest_data = model.encode(manifest)
-    return image_of(name, digest_of(manifest_data), manifest, config), (config_data, manifest_data)
 
 
 def _finish(

@@ -9,6 +9,7 @@ Format".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -18,12 +19,11 @@ from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.content.writer import check_same
 from onlap.errors import shown
-from onlap.images.formats import files
 from onlap.images.formats.files import Files
-from onlap.images.formats.oci_layout import Exported, Found, blob_path
+from onlap.images.formats.oci_layout import StoredImage, blob_path
+from onlap.images.index import Image
 from onlap.images.spec import media, model, names, platforms
-from onlap.images.spec.model import Config, Descriptor, Manifest, Platform
-from onlap.images.spec.resolve import Resolved
+from onlap.images.spec.model import Config, Descriptor, Documents, Platform
 from onlap.layers.stream import compression
 
 MANIFEST_FILE = "manifest.json"
@@ -40,20 +40,20 @@ class Entry(Struct, rename="pascal"):
 
 def is_saved(source: Files) -> bool:
     """Whether the files are those of ``docker save``, and not a root filesystem's that happen to be called so."""
-    said = files.peek(source, MANIFEST_FILE, list[dict[str, Any]])
+    said = source.peek(MANIFEST_FILE, list[dict[str, Any]])
     return any("Config" in entry and "Layers" in entry for entry in said) or _is_oldest(source)
 
 
 def _is_oldest(source: Files) -> bool:
     if source.has(MANIFEST_FILE):
         return False
-    said = files.peek(source, "repositories", dict[str, dict[str, str]])
+    said = source.peek("repositories", dict[str, dict[str, str]])
     return any(source.has(f"{identifier}/layer.tar") for tags in said.values() for identifier in tags.values())
 
 
 def images(
     source: Files, content: ContentStore, lease: Lease, wanted: Platform | None, name: str | None, fallback: str | None
-) -> list[Found]:
+) -> list[StoredImage]:
     """The images of an archive.
 
     Such an archive does not say the digests of its layers as it has them. That of a plain one is its diff ID; one that
@@ -77,27 +77,27 @@ def images(
             f"the archive has no {MANIFEST_FILE}: Docker before 1.10 wrote it",
             hint="load it into Docker, and save it again",
         )
-    data = files.read(source, MANIFEST_FILE, model.MAX_MANIFEST)
+    data = source.read(MANIFEST_FILE, model.MAX_MANIFEST)
     entries = model.decode_any(data, list[Entry], MANIFEST_FILE)
     count = sum(len(entry.repo_tags or ("",)) for entry in entries)
     if count > _MAX_IMAGES:
         raise errors.InvalidArgument(f"the archive has {count} images")
-    found: list[Found] = []
+    found: list[StoredImage] = []
     others: list[str] = []
     known: dict[str, Descriptor] = {}
     for entry in entries:
-        resolved, where = _image(source, content, lease, entry, known)
-        if wanted is not None and not platforms.matches(wanted, resolved.config.platform):
-            others.append(str(resolved.config.platform))
+        documents, paths = _image(source, content, lease, entry, known)
+        if wanted is not None and not platforms.matches(wanted, documents.config.platform):
+            others.append(str(documents.config.platform))
             continue
-        tags = [names.normalized(tag) for tag in entry.repo_tags or ()]
+        tags: list[str | None] = [names.normalized(tag) for tag in entry.repo_tags or ()]
         if name is not None:
             if len(entries) > 1:
                 raise errors.InvalidArgument(f"there are {len(entries)} images", key=name, hint="give no name")
             tags = [names.normalized(name)]
         elif not tags and fallback is not None:
             tags = [names.normalized(fallback)]
-        found += [Found(tag, resolved, where) for tag in tags] or [Found(None, resolved, where)]
+        found += [StoredImage(tag, documents, paths) for tag in tags or [None]]
     if not found:
         there = f" for {wanted}; there is: {shown(', '.join(others))}" if others else ""
         raise errors.NotFound(f"the archive has no image{there}")
@@ -106,9 +106,12 @@ def images(
 
 def _image(
     source: Files, content: ContentStore, lease: Lease, entry: Entry, known: dict[str, Descriptor]
-) -> tuple[Resolved, dict[str, str]]:
-    """One image; ``known`` are the compressed layers that were taken in, by their paths."""
-    config_data = files.read(source, entry.config, model.MAX_CONFIG)
+) -> tuple[Documents, dict[str, str]]:
+    """One image, with its layers' paths by digest.
+
+    ``known`` are the compressed layers that were taken in, by their paths.
+    """
+    config_data = source.read(entry.config, model.MAX_CONFIG)
     config = model.decode_any(config_data, Config, entry.config)
     paths = entry.layers or []
     diff_ids = config.rootfs.diff_ids
@@ -117,17 +120,11 @@ def _image(
             f"{shown(entry.config)} has {len(diff_ids)} diff IDs for {len(paths)} layers", key=entry.config
         )
     model.check_layer_count(len(paths), entry.config)  # before any of them is taken in
-    layers, where = [], {}
-    for path, diff_id in zip(paths, diff_ids, strict=True):
-        layer = _layer(source, content, lease, path, diff_id, known)
-        layers.append(layer)
-        where[layer.digest] = path
-    manifest = Manifest(2, model.describe(config_data, media.DOCKER_CONFIG), layers, media_type=media.DOCKER_MANIFEST)
-    manifest_data = model.encode(manifest)
-    descriptor = model.describe(manifest_data, media.DOCKER_MANIFEST)
-    model.check_manifest(manifest, descriptor.digest)
-    checked = model.decode_config(config_data, manifest)
-    return Resolved(descriptor, manifest, manifest_data, checked, config_data), where
+    layers = [
+        _layer(source, content, lease, path, diff_id, known) for path, diff_id in zip(paths, diff_ids, strict=True)
+    ]
+    where = {layer.digest: path for layer, path in zip(layers, paths, strict=True)}
+    return model.assemble(config_data, layers, docker=True), where
 
 
 def _layer(
@@ -148,14 +145,12 @@ def _layer(
     return known[path]
 
 
-def manifest_of(exported: list[Exported]) -> bytes:
+def manifest_of(images: Sequence[Image]) -> bytes:
     """The ``manifest.json`` that lies beside a layout, for Docker, Podman and skopeo."""
     entries: dict[str, Entry] = {}
-    for each in exported:
-        entry = entries.setdefault(
-            each.descriptor.digest,
-            Entry(blob_path(each.config), [blob_path(layer) for layer in each.layers], []),
-        )
-        if names.parse(each.name).tag is not None and entry.repo_tags is not None:
-            entry.repo_tags.append(names.familiar(each.name))
+    for image in images:
+        layers = [blob_path(layer.digest) for layer in image.layers]
+        entry = entries.setdefault(image.digest, Entry(blob_path(image.config_digest), layers, []))
+        if names.parse(image.name).tag is not None and entry.repo_tags is not None:
+            entry.repo_tags.append(names.familiar(image.name))
     return model.encode(list(entries.values()))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from onlap import errors
@@ -13,9 +16,9 @@ from onlap.arguments import check_file, check_path
 from onlap.content.store import ContentStore
 from onlap.errors import shown
 from onlap.images.formats import docker_archive, oci_layout
-from onlap.images.formats.oci_layout import Exported, blob_path
+from onlap.images.formats.oci_layout import blob_path
 from onlap.images.index import Image, Index
-from onlap.images.spec import model
+from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.sink import write_whole
 from onlap.progress import Callback, Reporter
 from onlap.trees import whole
@@ -35,86 +38,92 @@ def export(
         raise errors.InvalidArgument(f"there is no format {shown(form)}", hint="oci or docker")
     if not chosen:
         raise errors.InvalidArgument("there is no image to export", hint="name one")
+    content = images.content
     blobs = {digest: size for image in chosen for digest, size in image.blobs.items()}
-    with images.content.reading("export", blobs) as note:
-        images.content.check_present(blobs)
-        exported = [_exported(images, image) for image in chosen]
-        _export(images, exported, out, form, progress, note)
-
-
-def _export(
-    images: Index,
-    exported: list[Exported],
-    out: StrPath | BinaryIO,
-    form: str,
-    progress: Callback | None,
-    note: whole.Note,
-) -> None:
-    small = {oci_layout.LAYOUT_FILE: oci_layout.LAYOUT, oci_layout.INDEX_FILE: oci_layout.index_of(exported)}
-    if form == DOCKER:
-        small[docker_archive.MANIFEST_FILE] = docker_archive.manifest_of(exported)
-    blobs = list(dict.fromkeys(blob for each in exported for blob in each.blobs))
-    total = sum(images.content.size(blob) for blob in blobs)
-    report = Reporter(progress, "export", "bytes", total)
-    if not isinstance(out, (str, os.PathLike)):
-        check_file(out, "place to export to", "write")
-        _write_tar(images.content, out, small, blobs, report)
-    elif os.path.isdir(out := check_path(out, "path to export to")) or out.endswith("/"):
+    with content.reading("export", blobs) as note:
+        content.check_present(blobs)
+        described = [(image, _descriptor(images, image)) for image in chosen]
+        documents = {oci_layout.LAYOUT_FILE: oci_layout.LAYOUT, oci_layout.INDEX_FILE: oci_layout.index_of(described)}
         if form == DOCKER:
-            raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
-        _write_directory(images.content, out, small, blobs, report, note)
-    else:
-        _write_file(images.content, out, small, blobs, report, note)
-    report.finish(total)
+            documents[docker_archive.MANIFEST_FILE] = docker_archive.manifest_of(chosen)
+        sizes = {blob: content.size(blob) for blob in blobs}
+        report = Reporter(progress, "export", "bytes", sum(sizes.values()))
+        exporter = _Exporter(content, documents, sizes, report)
+        if not isinstance(out, (str, os.PathLike)):
+            check_file(out, "place to export to", "write")
+            exporter.to_stream(out)
+        elif os.path.isdir(out := check_path(out, "path to export to")) or out.endswith("/"):
+            if form == DOCKER:
+                raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
+            exporter.to_directory(out, note)
+        else:
+            exporter.to_file(out, note)
+        report.finish(sum(sizes.values()))
 
 
-def _exported(images: Index, image: Image) -> Exported:
-    layers = tuple(layer.digest for layer in image.layers)
-    return Exported(
-        image.name,
-        model.Descriptor(image.media_type, image.digest, images.content.size(image.digest)),
-        images.config(image).platform,
-        image.config_digest,
-        layers,
-        tuple(image.blobs),
-    )
+def _descriptor(images: Index, image: Image) -> Descriptor:
+    """Of an image's manifest, with its platform."""
+    size = images.content.size(image.digest)
+    return Descriptor(image.media_type, image.digest, size, platform=images.config(image).platform)
 
 
-class _Whole:
-    """A file that takes all of what it is given: a raw one may take less, and tarfile does not look."""
+class _Exporter:
+    """Writes a layout.
 
-    def __init__(self, out: BinaryIO) -> None:
-        self._out = out
+    Args:
+        content: has the blobs.
+        documents: the other files, by path.
+        sizes: the blobs to write, by digest, with their bytes.
+        report: told of the bytes of blobs.
+    """
 
-    def write(self, data: bytes) -> None:
-        write_whole(self._out, data)
+    def __init__(
+        self, content: ContentStore, documents: Mapping[str, bytes], sizes: Mapping[str, int], report: Reporter
+    ) -> None:
+        self._content = content
+        self._documents = documents
+        self._sizes = sizes
+        self._report = report
 
+    def to_stream(self, out: BinaryIO) -> None:
+        with errors.translated("write the archive"):
+            # A raw file may take less than it is given, and tarfile does not check that.
+            sink: Any = SimpleNamespace(write=partial(write_whole, out))
+            with tarfile.open(fileobj=sink, mode="w|", format=tarfile.GNU_FORMAT, bufsize=_CHUNK) as tar:
+                for name, data in self._documents.items():
+                    tar.addfile(_entry(name, len(data)), io.BytesIO(data))
+                for blob, size in self._sizes.items():
+                    with self._content.open(blob) as file:
+                        tar.addfile(_entry(blob_path(blob), size), self._reported(file))
 
-def _write_tar(
-    content: ContentStore, out: BinaryIO, small: dict[str, bytes], blobs: list[str], report: Reporter
-) -> None:
-    with errors.translated("write the archive"):
-        sink: Any = _Whole(out)  # typeshed wants of a stream that is written all that one for reading has
-        with tarfile.open(fileobj=sink, mode="w|", format=tarfile.GNU_FORMAT, bufsize=_CHUNK) as tar:
-            for name, data in small.items():
-                tar.addfile(_entry(name, len(data)), io.BytesIO(data))
-            done = 0
-            for blob in blobs:
-                size = content.size(blob)
-                with content.open(blob) as file:
-                    tar.addfile(_entry(blob_path(blob), size), _Told(file, done, report))  # type: ignore[arg-type]
-                done += size
+    def to_file(self, path: str, note: whole.Note) -> None:
+        if os.path.lexists(path):
+            raise errors.AlreadyExists(f"{shown(path)} already exists", key=path, hint="remove it first")
+        with errors.translated("write the archive", key=path), whole.new_file(path, note) as file:
+            self.to_stream(file)
+            file.flush()
+            os.fsync(file.fileno())
 
+    def to_directory(self, path: str, note: whole.Note) -> None:
+        with errors.translated("write the layout", key=path), whole.new_directory(path, note) as directory:
+            os.makedirs(os.path.join(directory, "blobs/sha256"))
+            for blob in self._sizes:
+                with self._content.open(blob) as file, open(os.path.join(directory, blob_path(blob)), "xb") as target:
+                    shutil.copyfileobj(self._reported(file), target, _CHUNK)
+            # The index last: whoever looks before finds no image rather than a part of one.
+            for name, data in reversed([*self._documents.items()]):
+                with open(os.path.join(directory, name), "xb") as target:
+                    target.write(data)
 
-def _write_file(
-    content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter, note: whole.Note
-) -> None:
-    if os.path.lexists(path):
-        raise errors.AlreadyExists(f"there already is a file {shown(path)}", key=path, hint="remove it first")
-    with errors.translated("write the archive", key=path), whole.new_file(path, note) as file:
-        _write_tar(content, file, small, blobs, report)
-        file.flush()
-        os.fsync(file.fileno())
+    def _reported(self, file: BinaryIO) -> Any:
+        """A file that reports what is read from it."""
+
+        def read(count: int) -> bytes:
+            data = file.read(count)
+            self._report.add(len(data))
+            return data
+
+        return SimpleNamespace(read=read)
 
 
 def _entry(name: str, size: int) -> tarfile.TarInfo:
@@ -122,36 +131,3 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.size, entry.mode = size, 0o644
     return entry
-
-
-class _Told:
-    """A file that says how much of it was read."""
-
-    def __init__(self, file: BinaryIO, before: int, report: Reporter) -> None:
-        self._file = file
-        self._done = before
-        self._report = report
-
-    def read(self, count: int) -> bytes:
-        data = self._file.read(count)
-        self._done += len(data)
-        self._report(self._done)
-        return data
-
-
-def _write_directory(
-    content: ContentStore, path: str, small: dict[str, bytes], blobs: list[str], report: Reporter, note: whole.Note
-) -> None:
-    with errors.translated("write the layout", key=path), whole.new_directory(path, note) as directory:
-        os.makedirs(os.path.join(directory, "blobs/sha256"))
-        done = 0
-        for blob in blobs:
-            with content.open(blob) as file, open(os.path.join(directory, blob_path(blob)), "xb") as target:
-                told = _Told(file, done, report)
-                while data := told.read(_CHUNK):
-                    target.write(data)
-                done += target.tell()
-        # The index last: whoever looks before finds no image rather than a part of one.
-        for name, data in reversed(small.items()):
-            with open(os.path.join(directory, name), "xb") as target:
-                target.write(data)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import BinaryIO, NamedTuple, Self, TypeVar
 
 from onlap import errors
+from onlap.catalog.disk.staging import Staging
 from onlap.errors import shown
 from onlap.images.spec import model
 from onlap.layers.format import tar
@@ -32,72 +34,72 @@ _LINKS = 8
 _DOCUMENTS = 64 << 20
 
 
-class Files(Protocol):
-    """Read-only files by their path; a context manager.
+class Files(ABC):
+    """Read-only files by their path; a context manager."""
 
-    Attributes:
-        left: bytes that :func:`read` may still take.
-    """
+    def __init__(self) -> None:
+        # Bytes that read() may still take.
+        self._left = _DOCUMENTS
 
-    left: int
-
-    def __enter__(self) -> Files: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        ...
-
-    def size(self, name: str) -> int:
-        """Its bytes; NotFound where there is none."""
-        ...
-
-    def open(self, name: str) -> BinaryIO:
-        """The file, to read; NotFound where there is none."""
-        ...
-
-
-def read(files: Files, name: str, limit: int) -> bytes:
-    """All of a small file.
-
-    Raises:
-        NotFound: there is none.
-        ResourceExhausted: it is larger, or too much was read before.
-    """
-    limit = min(limit, files.left)
-    with files.open(name) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise errors.ResourceExhausted(f"{shown(name)} has more than the {limit} bytes that are read", key=name)
-    files.left -= len(data)
-    return data
-
-
-def peek(files: Files, name: str, kind: type[T]) -> T:
-    """What a JSON file holds; an empty one of its kind where there is no such file, or it is something else.
-
-    Raises:
-        OnlapError: it cannot be read.
-    """
-    try:
-        return model.decode_any(read(files, name, model.MAX_MANIFEST), kind, name)
-    except (errors.NotFound, errors.InvalidArgument, errors.ResourceExhausted):
-        return kind()
-
-
-class DirectoryFiles:
-    """The files below a directory."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.left = _DOCUMENTS
-
-    def __enter__(self) -> DirectoryFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         return None
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Its bytes.
+
+        Raises:
+            NotFound: there is none.
+        """
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """The file, to read.
+
+        Raises:
+            NotFound: there is none.
+        """
+
+    def read(self, name: str, limit: int) -> bytes:
+        """All of a small file.
+
+        Raises:
+            NotFound: there is none.
+            ResourceExhausted: it is larger, or too much was read before.
+        """
+        limit = min(limit, self._left)
+        with self.open(name) as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise errors.ResourceExhausted(f"{shown(name)} has more than the {limit} bytes that are read", key=name)
+        self._left -= len(data)
+        return data
+
+    def peek(self, name: str, kind: type[T]) -> T:
+        """The content of a JSON file; an empty ``kind`` where there is no such file, or it holds something else.
+
+        Raises:
+            OnlapError: it cannot be read.
+        """
+        try:
+            return model.decode_any(self.read(name, model.MAX_MANIFEST), kind, name)
+        except (errors.NotFound, errors.InvalidArgument, errors.ResourceExhausted):
+            return kind()
+
+
+class DirectoryFiles(Files):
+    """The files below a directory."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
 
     def has(self, name: str) -> bool:
         return os.path.isfile(self._where(name))
@@ -130,13 +132,12 @@ class _Member(NamedTuple):
     linkname: str
 
 
-class TarFiles:
+class TarFiles(Files):
     """The files in an archive.
 
     Args:
         path: the archive, plain or compressed.
-        room: gives an empty directory to unpack a compressed one into.
-        discard: removes that directory.
+        staging: where a compressed one is decompressed.
 
     Attributes:
         may_be_image: whether it has a file that images have; else the names are not complete.
@@ -147,11 +148,11 @@ class TarFiles:
         DataLoss: it is damaged.
     """
 
-    def __init__(self, path: str, room: Callable[[], str], discard: Callable[[str], None]) -> None:
+    def __init__(self, path: str, staging: Staging) -> None:
+        super().__init__()
         self._path = path
-        self.left = _DOCUMENTS
         with errors.translated("read the archive", key=path):
-            self._fd = _plain(path, room, discard)
+            self._fd = _open_plain(path, staging)
         self._members: dict[str, _Member] = {}
         try:
             self.may_be_image = self._scan()
@@ -161,9 +162,6 @@ class TarFiles:
         except BaseException:
             os.close(self._fd)
             raise
-
-    def __enter__(self) -> TarFiles:
-        return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
@@ -265,12 +263,12 @@ def check_inside(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-def _plain(path: str, room: Callable[[], str], discard: Callable[[str], None]) -> int:
+def _open_plain(path: str, staging: Staging) -> int:
     """A descriptor of the archive without its compression."""
     with Pipeline(path) as pipeline:
         if pipeline.compression == NONE:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        directory = room()
+        directory = staging.new()
         try:
             fd = os.open(f"{directory}/archive", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -282,4 +280,4 @@ def _plain(path: str, room: Callable[[], str], discard: Callable[[str], None]) -
                 raise
             return fd
         finally:
-            discard(directory)  # the descriptor keeps it
+            staging.discard(directory)  # the descriptor keeps the file

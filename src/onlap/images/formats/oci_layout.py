@@ -10,14 +10,15 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
+
 from onlap import errors
 from onlap.content.writer import check_same
 from onlap.errors import shown
-from onlap.images.formats import files
 from onlap.images.formats.files import Files
+from onlap.images.index import Image
 from onlap.images.spec import media, model, names, resolve
-from onlap.images.spec.model import Descriptor, Index, Platform
-from onlap.images.spec.resolve import Resolved
+from onlap.images.spec.model import Descriptor, Documents, Index, Platform
 from onlap.layers.stream.digests import check_digest, digest_of
 
 LAYOUT_FILE = "oci-layout"
@@ -28,18 +29,18 @@ ANNOTATION_REF = "org.opencontainers.image.ref.name"
 _MAX_IMAGES = 1000
 
 
-class Found(NamedTuple):
+class StoredImage(NamedTuple):
     """An image in a layout or an archive.
 
     Attributes:
         name: in its full form; None where it has none.
-        resolved: its documents.
-        where: the path of each layer's blob, where that is not the layout's.
+        documents: its own.
+        paths: those of the layers' blobs, by digest, where they are not the layout's.
     """
 
     name: str | None
-    resolved: Resolved
-    where: dict[str, str]
+    documents: Documents
+    paths: dict[str, str]
 
 
 def blob_path(digest: str) -> str:
@@ -49,10 +50,10 @@ def blob_path(digest: str) -> str:
 
 def is_layout(source: Files) -> bool:
     """Whether the files are those of a layout, and not a root filesystem's that happen to be called so."""
-    return source.has(INDEX_FILE) and "imageLayoutVersion" in files.peek(source, LAYOUT_FILE, dict[str, Any])
+    return source.has(INDEX_FILE) and "imageLayoutVersion" in source.peek(LAYOUT_FILE, dict[str, Any])
 
 
-def images(source: Files, wanted: Platform, name: str | None, fallback: str | None) -> list[Found]:
+def images(source: Files, wanted: Platform, name: str | None, fallback: str | None) -> list[StoredImage]:
     """The images of a layout.
 
     Args:
@@ -66,10 +67,10 @@ def images(source: Files, wanted: Platform, name: str | None, fallback: str | No
         NotFound: it has no image, or none for the platform.
         DataLoss: a blob is not what its digest says.
     """
-    version = model.decode_any(files.read(source, LAYOUT_FILE, 4096), dict[str, Any], LAYOUT_FILE)
+    version = model.decode_any(source.read(LAYOUT_FILE, 4096), dict[str, Any], LAYOUT_FILE)
     if version.get("imageLayoutVersion") != "1.0.0":
         raise errors.Unimplemented(f"the layout is of the version {shown(version.get('imageLayoutVersion'))}")
-    data = files.read(source, INDEX_FILE, model.MAX_MANIFEST)
+    data = source.read(INDEX_FILE, model.MAX_MANIFEST)
     index = model.decode_document(data, "", INDEX_FILE)
     if not isinstance(index, Index):
         raise errors.InvalidArgument(f"the {INDEX_FILE} is not an index")
@@ -88,15 +89,15 @@ def images(source: Files, wanted: Platform, name: str | None, fallback: str | No
     for own, descriptors in groups.items():
         try:
             if len(descriptors) == 1:
-                resolved = resolve.resolve(get, descriptors[0], wanted)
+                documents = resolve.resolve(get, descriptors[0], wanted)
             else:
-                resolved = resolve.choose(get, Index(2, descriptors), wanted, own or INDEX_FILE)
+                documents = resolve.choose(get, Index(2, descriptors), wanted, own or INDEX_FILE)
         except errors.NotFound:
-            # A layout may hold images for other platforms besides; alone, that is an error.
+            # A layout may also hold images for other platforms; one that holds nothing else is an error.
             if len(groups) == 1:
                 raise
         else:
-            found.append(Found(names.normalized(name) if name is not None else own, resolved, {}))
+            found.append(StoredImage(names.normalized(name) if name is not None else own, documents, {}))
     if not found:
         raise errors.NotFound(f"the layout has no image for {wanted}", hint="choose with --platform")
     return found
@@ -106,7 +107,7 @@ def reader(source: Files) -> Callable[[Descriptor, int], bytes]:
     """Reads small blobs of a layout, verified."""
 
     def get(descriptor: Descriptor, limit: int) -> bytes:
-        data = files.read(source, blob_path(descriptor.digest), limit)
+        data = source.read(blob_path(descriptor.digest), limit)
         check_same(digest_of(data), len(data), descriptor.digest, descriptor.size)
         return data
 
@@ -134,42 +135,15 @@ def name_of(descriptor: Descriptor, fallback: str | None) -> str | None:
     return names.normalized(f"{fallback}:{reference}" if reference else fallback)
 
 
-class Exported(NamedTuple):
-    """An image to write.
-
-    Attributes:
-        name: in its full form.
-        descriptor: of its manifest.
-        platform: of its configuration.
-        config: the digest of its configuration.
-        layers: those of its layers, lowest first.
-        blobs: every digest that it needs.
-    """
-
-    name: str
-    descriptor: Descriptor
-    platform: Platform
-    config: str
-    layers: tuple[str, ...]
-    blobs: tuple[str, ...]
-
-
-def index_of(exported: list[Exported]) -> bytes:
-    """The index of a layout with these images."""
-    tags = [names.parse(each.name).tag for each in exported]
+def index_of(images: list[tuple[Image, Descriptor]]) -> bytes:
+    """The index of a layout with these images, each with the descriptor of its manifest."""
+    tags = [names.parse(image.name).tag for image, _ in images]
     entries = []
-    for each, tag in zip(exported, tags, strict=True):
+    for (image, descriptor), tag in zip(images, tags, strict=True):
         # umoci and skopeo choose by the tag alone, which must then mean one image.
-        short = tag if tag and tags.count(tag) == 1 else names.familiar(each.name)
-        entries.append(
-            Descriptor(
-                each.descriptor.media_type,
-                each.descriptor.digest,
-                each.descriptor.size,
-                annotations={ANNOTATION_NAME: each.name, ANNOTATION_REF: short},
-                platform=each.platform,
-            )
-        )
+        short = tag if tag and tags.count(tag) == 1 else names.familiar(image.name)
+        annotations = {ANNOTATION_NAME: image.name, ANNOTATION_REF: short}
+        entries.append(msgspec.structs.replace(descriptor, annotations=annotations))
     return model.encode(Index(2, entries, media.OCI_INDEX))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct, field
@@ -134,6 +134,40 @@ class Config(Struct, frozen=True, omit_defaults=True):
     def platform(self) -> Platform:
         """What it runs on."""
         return Platform(self.architecture, self.os, self.os_version, self.variant)
+
+
+class Documents(NamedTuple):
+    """An image's documents.
+
+    Attributes:
+        descriptor: of the manifest.
+        manifest: what it says.
+        manifest_data: its bytes.
+        config: what the configuration says.
+        config_data: its bytes.
+    """
+
+    descriptor: Descriptor
+    manifest: Manifest
+    manifest_data: bytes
+    config: Config
+    config_data: bytes
+
+
+def assemble(config_data: bytes, layers: list[Descriptor], *, docker: bool) -> Documents:
+    """The documents of a new image, with Docker's media types or OCI's.
+
+    Raises:
+        InvalidArgument, Unimplemented: the configuration or a layer is not one of an image.
+    """
+    config_type, manifest_type = (
+        (media.DOCKER_CONFIG, media.DOCKER_MANIFEST) if docker else (media.OCI_CONFIG, media.OCI_MANIFEST)
+    )
+    manifest = Manifest(2, describe(config_data, config_type), layers, media_type=manifest_type)
+    manifest_data = encode(manifest)
+    descriptor = describe(manifest_data, manifest_type)
+    check_manifest(manifest, descriptor.digest)
+    return Documents(descriptor, manifest, manifest_data, decode_config(config_data, manifest), config_data)
 
 
 def decode_document(data: bytes, media_type: str, digest: str) -> Manifest | Index:

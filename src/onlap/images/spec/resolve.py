@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from onlap import errors
 from onlap.content.writer import check_same
 from onlap.images.spec import media, model, platforms
-from onlap.images.spec.model import Config, Descriptor, Index, Manifest, Platform
+from onlap.images.spec.model import Descriptor, Documents, Index, Platform
 from onlap.layers.stream.digests import digest_of
 
 # get(descriptor, limit): the bytes of a small blob; whoever gives them has no need to verify them.
@@ -21,25 +20,7 @@ _MAX_ENTRIES = 1000
 _MAX_DOCUMENTS = 2 * _MAX_ENTRIES + _MAX_DEPTH
 
 
-class Resolved(NamedTuple):
-    """An image's documents.
-
-    Attributes:
-        descriptor: of the manifest.
-        manifest: what it says.
-        manifest_data: its bytes.
-        config: what the configuration says.
-        config_data: its bytes.
-    """
-
-    descriptor: Descriptor
-    manifest: Manifest
-    manifest_data: bytes
-    config: Config
-    config_data: bytes
-
-
-def resolve(get: Get, descriptor: Descriptor, wanted: Platform) -> Resolved:
+def resolve(get: Get, descriptor: Descriptor, wanted: Platform) -> Documents:
     """The image that a descriptor leads to.
 
     Raises:
@@ -50,7 +31,7 @@ def resolve(get: Get, descriptor: Descriptor, wanted: Platform) -> Resolved:
     return _resolve(_bounded(get), descriptor, wanted, (), chosen=False)
 
 
-def choose(get: Get, index: Index, wanted: Platform, what: str) -> Resolved:
+def choose(get: Get, index: Index, wanted: Platform, what: str) -> Documents:
     """The image of an index that fits; errors as of :func:`resolve`."""
     return _choose(_bounded(get), index, wanted, what, ())
 
@@ -70,7 +51,7 @@ def _bounded(get: Get) -> Get:
     return bounded
 
 
-def _resolve(get: Get, descriptor: Descriptor, wanted: Platform, above: tuple[str, ...], *, chosen: bool) -> Resolved:
+def _resolve(get: Get, descriptor: Descriptor, wanted: Platform, above: tuple[str, ...], *, chosen: bool) -> Documents:
     if descriptor.digest in above:
         raise errors.InvalidArgument(f"the index {descriptor.digest} leads back to itself", key=descriptor.digest)
     if len(above) >= _MAX_DEPTH:
@@ -94,10 +75,10 @@ def _resolve(get: Get, descriptor: Descriptor, wanted: Platform, above: tuple[st
             key=descriptor.digest,
             hint=f"take it with --platform {config.platform}",
         )
-    return Resolved(descriptor, document, data, config, config_data)
+    return Documents(descriptor, document, data, config, config_data)
 
 
-def _choose(get: Get, index: Index, wanted: Platform, what: str, above: tuple[str, ...]) -> Resolved:
+def _choose(get: Get, index: Index, wanted: Platform, what: str, above: tuple[str, ...]) -> Documents:
     if len(index.manifests) > _MAX_ENTRIES:
         raise errors.InvalidArgument(f"the index {what} has {len(index.manifests)} entries", key=what)
     entries = [each for each in index.manifests if not each.media_type or media.is_document(each.media_type)]
