@@ -33,8 +33,7 @@ __all__ = ["Exported", "Imported", "Progress", "Store", "open", "open_snapshotte
 
 StrPath = str | os.PathLike[str]
 
-Kind = Literal["auto", "overlay", "native"]
-AUTO: Kind = "auto"
+SnapshotterKind = Literal["auto", "overlay", "native"]
 
 
 class Imported(NamedTuple):
@@ -73,7 +72,7 @@ class Exported(NamedTuple):
 def open(
     root: StrPath,
     *,
-    snapshotter: Kind = AUTO,
+    snapshotter: SnapshotterKind = "auto",
     create: bool = True,
     sync: Sync | None = None,
     timeout: float = 30.0,
@@ -101,7 +100,7 @@ def open(
 def open_snapshotter(
     root: StrPath,
     *,
-    snapshotter: Kind = AUTO,
+    snapshotter: SnapshotterKind = "auto",
     create: bool = True,
     sync: Sync | None = None,
     timeout: float = 30.0,
@@ -126,7 +125,7 @@ def open_snapshotter(
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
 
-    kind, flavour = _choose(root, create, timeout) if snapshotter == AUTO else (snapshotter, None)
+    kind, flavour = _choose(root, create, timeout) if snapshotter == "auto" else (snapshotter, None)
     if kind == "native":
         return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout)
     if kind != "overlay":

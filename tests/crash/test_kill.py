@@ -136,7 +136,9 @@ class Model:
 
 def check(store: Store, right: list[dict[str, tuple[str, str | None, dict[str, str]]]]) -> Model:
     """The store against the states that are right; the model of the one that it is."""
-    found = {info.name: (info.kind, info.parent, dict(info.labels)) for info in store.walk()}
+    found: dict[str, tuple[str, str | None, dict[str, str]]] = {
+        info.name: (info.kind, info.parent, dict(info.labels)) for info in store.walk()
+    }
     assert found in right
     catalog = store.snapshotter.catalog
     records = list(catalog.walk(None))

@@ -13,7 +13,7 @@ import pytest
 import onlap
 from kernel.layer_oracle import archive, directory, entry
 from onlap.graphdrivers import open_driver
-from onlap.store import Kind
+from onlap.store import SnapshotterKind
 from onlap.testing import assert_same_tree
 
 pytestmark = pytest.mark.needs("mount", "overlay")
@@ -66,7 +66,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("snapshotter", ["overlay", "native"])
-def test_a_root_below_such_a_directory(below: Path, source: Path, snapshotter: Kind) -> None:
+def test_a_root_below_such_a_directory(below: Path, source: Path, snapshotter: SnapshotterKind) -> None:
     layer = archive([directory("a"), entry("a/f", data=b"y"), entry("implicit/f")])
     with onlap.open(below / "root", snapshotter=snapshotter) as store:
         store.import_(source, "base")

@@ -17,7 +17,7 @@ import onlap
 from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.disk.layout import RESERVE_SIZE
-from onlap.store import Kind, Store
+from onlap.store import SnapshotterKind, Store
 
 Filesystems = Callable[[str], Path]
 
@@ -302,7 +302,7 @@ def test_the_trash_is_emptied_before_a_removal_fails(root: Path, monkeypatch: py
 @pytest.mark.needs("mount")
 @pytest.mark.parametrize("left", ["nothing", "log", "log without index"])
 @pytest.mark.parametrize("snapshotter", ["overlay", "native"])
-def test_a_readonly_filesystem(root: Path, tmp_path: Path, left: str, snapshotter: Kind) -> None:
+def test_a_readonly_filesystem(root: Path, tmp_path: Path, left: str, snapshotter: SnapshotterKind) -> None:
     (root / "store").mkdir(mode=0o700)
     with onlap.open(root / "store", snapshotter=snapshotter, sync="none") as store:
         with store.build("base") as tree:

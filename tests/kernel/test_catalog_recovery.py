@@ -18,7 +18,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog import records
-from onlap.store import Kind, Store
+from onlap.store import SnapshotterKind, Store
 
 
 def layout_of(store: Store, key: str) -> Path:
@@ -101,7 +101,11 @@ def test_of_two_that_make_one_again_each_finds_it_whole(
 @pytest.mark.parametrize("kind", ["key", "base"])
 @pytest.mark.parametrize("snapshotter", ["native", "overlay"])
 def test_a_removal_beside_recovery_is_no_loss(
-    root: Path, monkeypatch: pytest.MonkeyPatch, snapshotter: Kind, kind: str, caplog: pytest.LogCaptureFixture
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    snapshotter: SnapshotterKind,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with onlap.open(root, snapshotter=snapshotter) as store:
         store.prepare("first")
@@ -170,7 +174,7 @@ def top(**attributes: object) -> io.BytesIO:
     "attributes", [{"mode": 0o700}, {"mtime": 5}, {"pax_headers": {"SCHILY.xattr.user.a": "b"}}], ids=str
 )
 def test_a_layer_of_its_top_alone_is_kept(
-    root: Path, snapshotter: Kind, parent: str | None, attributes: dict[str, object]
+    root: Path, snapshotter: SnapshotterKind, parent: str | None, attributes: dict[str, object]
 ) -> None:
     with onlap.open(root, snapshotter=snapshotter) as store:
         store.prepare("first")
@@ -189,7 +193,7 @@ def test_a_layer_of_its_top_alone_is_kept(
 
 
 @pytest.mark.parametrize("snapshotter", ["native", "overlay"])
-def test_what_was_never_touched_is_as_made(root: Path, snapshotter: Kind) -> None:
+def test_what_was_never_touched_is_as_made(root: Path, snapshotter: SnapshotterKind) -> None:
     with onlap.open(root, snapshotter=snapshotter) as store:
         store.prepare("first")
         store.commit("base", "first")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import onlap
-from onlap.store import Kind
+from onlap.store import SnapshotterKind
 from onlap.trees.copy import data_ranges
 
 pytestmark = pytest.mark.needs("mount", "overlay")
@@ -61,7 +61,7 @@ def _look(tree: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("snapshotter", ["overlay", "native"])
-def test_holes_stay_between_our_own_verbs(place: Path, snapshotter: Kind, tmp_path: Path) -> None:
+def test_holes_stay_between_our_own_verbs(place: Path, snapshotter: SnapshotterKind, tmp_path: Path) -> None:
     (place / "source").mkdir()
     _make(place / "source")
     expected = _look(place / "source")

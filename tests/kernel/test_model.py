@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
     def update(self, key: str, labels: dict[str, str], paths: tuple[str, ...]) -> None:
         if key not in {info.name for info in self.model.snapshotter.walk()}:
             paths = ()
-        info = Info(key, "forged", "forged", labels, 1, 2)
+        info = Info(key, "forged", "view", labels, 1, 2)
         self.both(lambda sn: sn.update(info, *paths), lambda info: plain(info._replace(updated_ns=0)))
 
     @rule(key=names)

@@ -19,7 +19,7 @@ import capabilities
 import onlap
 from kernel.helpers import NOBODY, output
 from onlap.graphdrivers import open_driver
-from onlap.store import Kind, Store
+from onlap.store import SnapshotterKind, Store
 from onlap.trees.meta import OVERRIDE_XATTR, format_override, parse_override
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root has files of several owners")
@@ -61,7 +61,7 @@ def layer_of(store: Store, key: str) -> bytes:
 
 @root_only
 @pytest.mark.parametrize("kind", [pytest.param("overlay", marks=pytest.mark.needs("overlay")), "native"])
-def test_roots_layers_do_not_believe_it(root: Path, tmp_path: Path, kind: Kind) -> None:
+def test_roots_layers_do_not_believe_it(root: Path, tmp_path: Path, kind: SnapshotterKind) -> None:
     with onlap.open(root, snapshotter=kind, sync="none") as store:
         with store.build("base") as tree:
             (tree / "first").touch()

@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 
 from onlap import errors
+from onlap.catalog.records import Kind
 from onlap.mounts.plan import Mount
 from onlap.serve.containerd.protocol import snapshots_pb2 as pb
 from onlap.serve.containerd.server import Server
@@ -27,7 +28,7 @@ from onlap.snapshots.overlay import OverlaySnapshotter
 
 T = TypeVar("T")
 
-_KINDS = {pb.VIEW: "view", pb.ACTIVE: "active", pb.COMMITTED: "committed"}
+_KINDS: dict[int, Kind] = {pb.VIEW: "view", pb.ACTIVE: "active", pb.COMMITTED: "committed"}
 
 _CLASSES: dict[str, type[errors.OnlapError]] = {
     "INVALID_ARGUMENT": errors.InvalidArgument,

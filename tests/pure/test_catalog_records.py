@@ -17,7 +17,7 @@ from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.disk.staging import Staging
 from onlap.locks import Held
-from onlap.store import Kind, Store, open_snapshotter
+from onlap.store import SnapshotterKind, Store, open_snapshotter
 
 PATIENCE = 30.0
 
@@ -290,7 +290,7 @@ def test_a_failed_prepare_leaves_nothing_in_staging(store: Store, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", ["overlay", "native"])
-def test_a_key_removed_between_two_transactions_poisons_no_chain(root: Path, kind: Kind) -> None:
+def test_a_key_removed_between_two_transactions_poisons_no_chain(root: Path, kind: SnapshotterKind) -> None:
     """The chain is kept by the parent: what was found for a key that had gone must not be taken for its parent's."""
     with onlap.open(root, snapshotter=kind, sync="none") as store:
         for number, parent in enumerate((None, "name-0", "name-1")):

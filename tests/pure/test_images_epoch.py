@@ -12,7 +12,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.images import Image
-from onlap.store import Kind, Store
+from onlap.store import SnapshotterKind, Store
 from peers.images import Layer
 from pure.image_makers import Made
 
@@ -34,11 +34,11 @@ CHANGED = (
 
 
 @pytest.fixture(params=["native", "overlay"])
-def kind(request: pytest.FixtureRequest) -> Kind:
+def kind(request: pytest.FixtureRequest) -> SnapshotterKind:
     return request.param  # type: ignore[no-any-return]
 
 
-def based(root: Path, kind: Kind, layout: Path) -> Store:
+def based(root: Path, kind: SnapshotterKind, layout: Path) -> Store:
     store = onlap.open(root, snapshotter=kind, sync="none")
     [image] = store.images.import_(layout, name="base:1", platform="linux/amd64")
     store.prepare("k", image.chain_ids[-1])
@@ -58,7 +58,7 @@ def archive(store: Store, name: str) -> bytes:
     return out.getvalue()
 
 
-def test_a_commit_with_an_epoch(root: Path, tmp_path: Path, kind: Kind) -> None:
+def test_a_commit_with_an_epoch(root: Path, tmp_path: Path, kind: SnapshotterKind) -> None:
     layout = Made(BASE).write_layout(tmp_path / "base")
     images: list[Image] = []
     for number in (1, 2):

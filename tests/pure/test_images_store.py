@@ -18,7 +18,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.images import Image
-from onlap.store import Kind, Store
+from onlap.store import SnapshotterKind, Store
 from pure.image_makers import MANIFEST, Made, digest_of, layer, write_tar
 
 PLATFORM = "linux/amd64"
@@ -83,7 +83,9 @@ FORMS = [as_layout, as_layout_tar, as_layout_gzip, as_saved, as_saved_directory]
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["native", "overlay"])
-def test_an_image_comes_in(made: Made, tmp_path: Path, form: Callable[[Made, Path], Path], kind: Kind) -> None:
+def test_an_image_comes_in(
+    made: Made, tmp_path: Path, form: Callable[[Made, Path], Path], kind: SnapshotterKind
+) -> None:
     source = form(made, tmp_path)
     with onlap.open(tmp_path / "root", snapshotter=kind, sync="none") as store:
         (image,) = store.images.import_(source, name="test/image:1", platform=PLATFORM)

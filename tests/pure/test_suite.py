@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from onlap import errors
+from onlap.catalog.records import Kind
 from onlap.mounts.plan import Mount
 from onlap.snapshots.contract import ACTIVE, Info, Snapshotter, Usage
 from onlap.snapshots.memory import MemorySnapshotter
@@ -133,7 +134,7 @@ class Litter(MemorySnapshotter):
 
 
 class SharedTrees(MemorySnapshotter):
-    def _new(self, kind: str, key: str, parent: str | None, labels: Mapping[str, str] | None) -> list[Mount]:
+    def _new(self, kind: Kind, key: str, parent: str | None, labels: Mapping[str, str] | None) -> list[Mount]:
         plan = super()._new(kind, key, parent, labels)
         if parent:
             self._trees[key] = self._trees[parent]
@@ -152,7 +153,7 @@ class NoLock:
 class Unlocked(MemorySnapshotter):
     """Checks, gives the other threads time, and acts."""
 
-    def _new(self, kind: str, key: str, parent: str | None, labels: Mapping[str, str] | None) -> list[Mount]:
+    def _new(self, kind: Kind, key: str, parent: str | None, labels: Mapping[str, str] | None) -> list[Mount]:
         self._mutex = NoLock()  # type: ignore[assignment]
         return super()._new(kind, key, parent, labels)
 

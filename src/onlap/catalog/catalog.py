@@ -28,7 +28,7 @@ from onlap.catalog.disk.trash import Trash
 from onlap.catalog.garbage import Garbage
 from onlap.catalog.janitor import Janitor
 from onlap.catalog.log import warn
-from onlap.catalog.records import Condition, Record
+from onlap.catalog.records import Condition, Kind, Record
 from onlap.catalog.usages import Usages
 from onlap.errors import shown
 from onlap.locks import Held, claim_directory, lock_directory
@@ -225,7 +225,7 @@ class Catalog:
         self,
         owner: str,
         name: str,
-        kind: str,
+        kind: Kind,
         parent: Record | None,
         labels: Mapping[str, str],
         staged: str,

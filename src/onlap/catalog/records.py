@@ -10,15 +10,16 @@ import sqlite3
 import time
 from collections.abc import Mapping
 from sqlite3 import Connection
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_text
 from onlap.errors import shown
 
-VIEW = "view"
-ACTIVE = "active"
-COMMITTED = "committed"
+Kind = Literal["active", "view", "committed"]
+VIEW: Final = "view"
+ACTIVE: Final = "active"
+COMMITTED: Final = "committed"
 
 # Rows that one page of a walk holds, as containerd's proxy sends them; no transaction is open between two pages.
 PAGE = 100
@@ -39,7 +40,7 @@ class Info(NamedTuple):
 
     name: str
     parent: str | None
-    kind: str
+    kind: Kind
     labels: Mapping[str, str]
     created_ns: int
     updated_ns: int
@@ -54,7 +55,7 @@ class Record(NamedTuple):
     name: str
     parent_id: int | None
     parent: str | None
-    kind: str
+    kind: Kind
     created_ns: int
     updated_ns: int
     inodes: int | None
@@ -186,7 +187,7 @@ def insert(
     owner: str,
     name: str,
     parent: Record | None,
-    kind: str,
+    kind: Kind,
     labels: Mapping[str, str],
 ) -> Record:
     """A new active snapshot or view; AlreadyExists when the name is taken."""

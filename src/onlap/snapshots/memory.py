@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from onlap import errors
+from onlap.catalog.records import Kind
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.snapshots import filters as language
@@ -98,7 +99,7 @@ class MemorySnapshotter:
         """See :meth:`Snapshotter.view`."""
         return self._new(VIEW, key, parent, labels)
 
-    def _new(self, kind: str, key: str, parent: str | None, labels: Mapping[str, str] | None) -> list[Mount]:
+    def _new(self, kind: Kind, key: str, parent: str | None, labels: Mapping[str, str] | None) -> list[Mount]:
         check_name(key)
         with self._mutex:
             if parent and self.stat(parent).kind != COMMITTED:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 
 from onlap import errors
-from onlap.catalog.records import ACTIVE, VIEW, Record
+from onlap.catalog.records import ACTIVE, VIEW, Kind, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts import plan
@@ -34,7 +34,7 @@ class NativeSnapshotter(RecordedSnapshotter):
         settle(self.catalog.database, KIND, dict)
         self.markers = Markers(TRUSTED, recorded=records_owners())
 
-    def _build(self, staged: str, kind: str, parent: Record | None, labels: Mapping[str, str]) -> None:
+    def _build(self, staged: str, kind: Kind, parent: Record | None, labels: Mapping[str, str]) -> None:
         tree = f"{staged}/fs"
         os.mkdir(tree, 0o755)
         if parent is None:

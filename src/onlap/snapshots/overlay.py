@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Unpack
 
 from onlap import errors
-from onlap.catalog.records import ACTIVE, VIEW, Info, Record
+from onlap.catalog.records import ACTIVE, VIEW, Info, Kind, Record
 from onlap.errors import shown
 from onlap.layers.apply.invented import inherit
 from onlap.layers.diff.changes import is_empty_layer
@@ -120,7 +120,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     # Trees and plans
 
-    def _build(self, staged: str, kind: str, parent: Record | None, labels: Mapping[str, str]) -> None:
+    def _build(self, staged: str, kind: Kind, parent: Record | None, labels: Mapping[str, str]) -> None:
         tree = f"{staged}/fs"
         os.mkdir(tree, 0o755)
         if kind == ACTIVE:

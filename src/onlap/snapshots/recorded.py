@@ -16,7 +16,7 @@ from onlap.border import public
 from onlap.catalog import records, recovery
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
-from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition, Info, Record
+from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition, Info, Kind, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import stack_changes
 from onlap.mounts.plan import Mount
@@ -114,7 +114,7 @@ class RecordedSnapshotter(ABC):
         """Check that the root is of this kind, with these properties, or make a new one so."""
 
     @abstractmethod
-    def _build(self, staged: str, kind: str, parent: Record | None, labels: Mapping[str, str]) -> None:
+    def _build(self, staged: str, kind: Kind, parent: Record | None, labels: Mapping[str, str]) -> None:
         """Fill a staging directory with what a new snapshot begins with; raises OSError."""
 
     @abstractmethod
@@ -396,7 +396,7 @@ class RecordedSnapshotter(ABC):
         """See :meth:`Snapshotter.view`."""
         return self._new(VIEW, key, parent, labels or {})
 
-    def _new(self, kind: str, key: str, parent: str | None, labels: Mapping[str, str]) -> list[Mount]:
+    def _new(self, kind: Kind, key: str, parent: str | None, labels: Mapping[str, str]) -> list[Mount]:
         check_name(key)
         check_labels(labels)
 

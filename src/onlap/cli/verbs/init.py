@@ -12,7 +12,7 @@ from onlap.probing.probe import existing_above, overlay_mode
 
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter
-    from onlap.store import Kind
+    from onlap.store import SnapshotterKind
 
 
 def arguments(parser: Parser) -> None:
@@ -48,7 +48,7 @@ def run(call: Call) -> None:
         _show(call, snapshotter, made, why)
 
 
-def _open(root: str, kind: Kind, redirect_dir: bool) -> RecordedSnapshotter:
+def _open(root: str, kind: SnapshotterKind, redirect_dir: bool) -> RecordedSnapshotter:
     from onlap.store import open_snapshotter
 
     if not redirect_dir:

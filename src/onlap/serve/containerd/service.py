@@ -18,7 +18,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from onlap import errors
 from onlap.mounts.plan import Mount
 from onlap.serve.containerd.protocol import snapshots_pb2 as pb
-from onlap.snapshots.contract import Info
+from onlap.snapshots.contract import ACTIVE, Info
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 NAME = "containerd.services.snapshots.v1.Snapshots"
@@ -27,7 +27,6 @@ NAME = "containerd.services.snapshots.v1.Snapshots"
 BLOCK = 100
 
 _KINDS = {"view": pb.VIEW, "active": pb.ACTIVE, "committed": pb.COMMITTED}
-_KIND_NAMES = {value: name for name, value in _KINDS.items()}
 
 # "default/3/extract-736031383-3MYp sha256:...": namespace, number, and the key that containerd's unpacker made.
 _UNPACKED = re.compile(r"[^/]+/[0-9]+/extract-")
@@ -111,7 +110,7 @@ class Service:
     def update(self, request: pb.UpdateSnapshotRequest) -> Message:
         """Update; no mask replaces all labels, as the peer's."""
         info = request.info
-        wanted = Info(info.name, info.parent or None, _KIND_NAMES.get(info.kind, ""), dict(info.labels), 0, 0)
+        wanted = Info(info.name, None, ACTIVE, dict(info.labels), 0, 0)  # only name and labels count
         changed = self._snapshotter.update(wanted, *request.update_mask.paths)
         return pb.UpdateSnapshotResponse(info=_info(changed))
 
