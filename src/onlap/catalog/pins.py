@@ -74,12 +74,6 @@ def valid(connection: Connection) -> list[Pin]:
     return [Pin(*row) for row in connection.execute(sql, _times())]
 
 
-def lives(connection: Connection, owner: str) -> bool:
-    """Whether an owner has any that has not expired."""
-    sql = f"SELECT 1 FROM pins WHERE owner = ? AND {_IS_VALID} LIMIT 1"
-    return connection.execute(sql, (owner, *_times())).fetchone() is not None
-
-
 def holders(connection: Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
     """Who keeps a snapshot or a blob now; what has expired keeps nothing."""
     column, value = ("snapshot", snapshot) if snapshot is not None else ("digest", digest)

@@ -1,22 +1,57 @@
-"""What no image needs any more: snapshots of layers, and what an unpacking that was killed has left; then the blobs."""
+"""What no image needs any more: snapshots of layers, what a killed unpacking has left, and blobs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from sqlite3 import Connection
 
 from onlap import errors
 from onlap.catalog import pins
-from onlap.catalog.records import ACTIVE, COMMITTED
+from onlap.catalog.pins import Pin
+from onlap.catalog.records import ACTIVE, COMMITTED, Record
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.images.records import LABEL_LAYER, LABEL_UNPACK
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 
+def unneeded(records: Mapping[int, Record], valid: Collection[Pin], *, owner: str) -> list[Record]:
+    """The snapshots that nothing keeps; what stands on another comes before it.
+
+    Args:
+        records: of all snapshots, by id.
+        valid: the pins.
+        owner: whose snapshots count; others stay.
+    """
+    pinned, owners = {pin.snapshot for pin in valid}, {pin.owner for pin in valid}
+
+    def is_free(record: Record) -> bool:
+        if record.owner != owner or record.id in pinned:
+            return False
+        if record.kind == ACTIVE:
+            return LABEL_UNPACK in record.labels and record.labels[LABEL_UNPACK] not in owners
+        return record.kind == COMMITTED and LABEL_LAYER in record.labels
+
+    def stack(record: Record | None) -> Iterator[int]:
+        while record is not None:
+            yield record.id
+            record = records.get(record.parent_id) if record.parent_id is not None else None
+
+    kept: set[int] = set()
+    for record in records.values():
+        if not is_free(record):
+            kept.update(itertools.takewhile(lambda identifier: identifier not in kept, stack(record)))
+    found = [record for record in records.values() if record.id not in kept]
+    return sorted(found, key=lambda record: sum(1 for _ in stack(record)), reverse=True)
+
+
 def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> int:
-    """Remove all that; what is pinned, or has something standing on it, stays. Returns how many blobs went.
+    """Remove the snapshots and blobs that nothing keeps.
+
+    Returns:
+        How many blobs there were.
 
     Raises:
         OnlapError: the filesystem or the catalog refuses.
@@ -26,34 +61,28 @@ def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> int:
 
 
 def collect_layers(snapshotter: RecordedSnapshotter) -> None:
-    """Remove the snapshots; errors as of :func:`collect`."""
-    for info in list(snapshotter.walk(f'kind=={ACTIVE},labels."{LABEL_UNPACK}"')):
-        lease = info.labels[LABEL_UNPACK]
-        if not snapshotter.catalog.database.read(lambda c: pins.lives(c, lease)):  # noqa: B023 - run at once
-            _remove(snapshotter, info.name)
-    # What stands on another goes first, and only then the other is found to be free.
-    while True:
-        infos = list(snapshotter.walk(f'kind=={COMMITTED},labels."{LABEL_LAYER}"'))
-        # Mostly what stands on another was made after it, so that one round takes all.
-        if not sum(_remove(snapshotter, info.name) for info in reversed(infos)):
-            break
+    """Remove the snapshots that nothing keeps; errors as of :func:`collect`."""
+    catalog = snapshotter.catalog
+    records = {record.id: record for record in catalog.walk(None)}
+    for record in unneeded(records, catalog.database.read(pins.valid), owner=snapshotter.owner):
+        _remove(snapshotter, record.name)
 
 
 @contextlib.contextmanager
 def unless_refused(snapshotter: RecordedSnapshotter, content: ContentStore, lease: Lease) -> Iterator[None]:
-    """Take an image in: of one that is hostile or damaged nothing is left; what was interrupted is resumed later."""
+    """Leave nothing of an image that is hostile or damaged; what was interrupted stays, to be resumed."""
     try:
         yield
     except (errors.InvalidArgument, errors.DataLoss, errors.Unimplemented, errors.NotFound):
-        with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell
+        with contextlib.suppress(errors.OnlapError):  # the first error is the one to report
             lease.end()
             collect_layers(snapshotter)
             content.collect(lease.digests)
         raise
 
 
-def _remove(snapshotter: RecordedSnapshotter, name: str) -> bool:
-    def free(connection: Connection) -> bool:
+def _remove(snapshotter: RecordedSnapshotter, name: str) -> None:
+    def is_free(connection: Connection) -> bool:
         row = connection.execute(
             "SELECT id FROM snapshots s WHERE owner = ? AND name = ?"
             " AND NOT EXISTS (SELECT 1 FROM snapshots WHERE parent = s.id)",
@@ -61,11 +90,7 @@ def _remove(snapshotter: RecordedSnapshotter, name: str) -> bool:
         ).fetchone()
         return row is not None and not pins.holders(connection, snapshot=row[0])
 
-    # Looked at first: a write transaction for each layer that stays would make others wait.
-    if not snapshotter.catalog.database.read(free):
-        return False
-    try:
-        snapshotter.remove(name)
-    except (errors.NotFound, errors.FailedPrecondition):
-        return False  # somebody was faster, or needs it now
-    return True
+    # Checked first: a write transaction for each layer that has come to be needed would make others wait.
+    if snapshotter.catalog.database.read(is_free):
+        with contextlib.suppress(errors.NotFound, errors.FailedPrecondition):  # removed, or needed, by another by now
+            snapshotter.remove(name)

@@ -14,7 +14,7 @@ from onlap.cli.terminal.text import NOTHING, count, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:
-    from onlap.images.disk import Thing
+    from onlap.images.disk_usage import Item
 
 
 def arguments(parser: Parser) -> None:
@@ -28,30 +28,35 @@ def arguments(parser: Parser) -> None:
 
 
 def run(call: Call) -> None:
-    from onlap.images import disk
+    from onlap.images import disk_usage
 
     out = call.out
     with call.store() as store:
-        things = list(disk.things(store.snapshotter, store.content))
+        items = list(disk_usage.items(store.snapshotter, store.content))
         root = store.snapshotter.root
         free, total = _filesystem(root)
     if out.json:
-        for thing in things:
-            out.item(thing._asdict())
+        for item in items:
+            out.item(item._asdict())
         out.item({"type": "filesystem", "name": root, "size": total, "free": free})
         return
-    named = {disk.SNAPSHOT: "snapshots", disk.LAYER: "layers", disk.BLOB: "blobs", disk.PARTIAL: "parts of blobs"}
-    rows = [_row(words, [thing for thing in things if thing.type == kind]) for kind, words in named.items()]
-    waiting = sum(thing.type == disk.TRASH for thing in things)
+    named = {
+        disk_usage.SNAPSHOT: "snapshots",
+        disk_usage.LAYER: "layers",
+        disk_usage.BLOB: "blobs",
+        disk_usage.PARTIAL: "parts of blobs",
+    }
+    rows = [_row(words, [item for item in items if item.type == kind]) for kind, words in named.items()]
+    waiting = sum(item.type == disk_usage.TRASH for item in items)
     rows.append(("removed trees", f"{waiting:,}", NOTHING, NOTHING))
     out.table(("WHAT", "COUNT", "SIZE", "RECLAIMABLE"), rows, right=(1, 2, 3))
-    held = _held(things)
+    held = _held(items)
     if held:
         out.line()
         out.table(("HELD BY", "BLOBS", "LAYERS", "SIZE"), held, right=(1, 2, 3))
     out.line()
     out.line(f"{size(free)} free of {size(total)} at {shown(root)}")
-    unknown = sum(thing.size is None for thing in things if thing.type in (disk.SNAPSHOT, disk.LAYER))
+    unknown = sum(item.size is None for item in items if item.type in (disk_usage.SNAPSHOT, disk_usage.LAYER))
     if unknown:
         out.line(f"{count(unknown, 'snapshot is', 'snapshots are')} not measured: see onlap usage")
 
@@ -63,25 +68,25 @@ def _filesystem(root: str) -> tuple[int, int]:
     return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
 
-def _row(words: str, things: Sequence[Thing]) -> tuple[str, ...]:
-    known = [(thing.size or 0, thing.reclaimable) for thing in things]
+def _row(words: str, items: Sequence[Item]) -> tuple[str, ...]:
+    known = [(item.size or 0, item.reclaimable) for item in items]
     freed = sum(taken for taken, reclaimable in known if reclaimable)
-    return words, f"{len(things):,}", size(sum(taken for taken, _ in known)), size(freed)
+    return words, f"{len(items):,}", size(sum(taken for taken, _ in known)), size(freed)
 
 
-def _held(things: Sequence[Thing]) -> list[tuple[str, ...]]:
+def _held(items: Sequence[Item]) -> list[tuple[str, ...]]:
     """Who keeps what by itself; not what stands on what, which onlap tree shows."""
     kinds = ("blob", "partial"), ("layer", "snapshot")
-    found: defaultdict[str, list[Thing]] = defaultdict(list)
-    for thing in things:
-        for holder in thing.holders:
+    found: defaultdict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        for holder in item.holders:
             if not holder.startswith("snapshot "):
-                found[holder].append(thing)
+                found[holder].append(item)
     return [
         (
             shown(holder),
-            *(f"{sum(thing.type in kind for thing in held):,}" for kind in kinds),
-            size(sum(thing.size or 0 for thing in held if thing.type in kinds[0])),
+            *(f"{sum(item.type in kind for item in held):,}" for kind in kinds),
+            size(sum(item.size or 0 for item in held if item.type in kinds[0])),
         )
         for holder, held in sorted(found.items())
     ]

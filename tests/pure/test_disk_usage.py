@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import onlap
-from onlap.images import disk
-from onlap.images.disk import Thing
+from onlap.images import disk_usage
+from onlap.images.disk_usage import Item
 from onlap.store import Store
 from onlap.trees import usage
 from pure.image_makers import Made, layer
@@ -26,26 +26,26 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
-def things(store: Store) -> dict[str, Thing]:
-    return {thing.name: thing for thing in disk.things(store.snapshotter, store.content)}
+def items(store: Store) -> dict[str, Item]:
+    return {item.name: item for item in disk_usage.items(store.snapshotter, store.content)}
 
 
 def test_who_keeps_what(store: Store) -> None:
     image = store.images.get("a:1")
     top = image.chain_ids[-1]
     store.prepare("work", top)
-    found = things(store)
-    assert found["work"].type == disk.SNAPSHOT
+    found = items(store)
+    assert found["work"].type == disk_usage.SNAPSHOT
     assert found["work"].size is None
-    assert found[top].type == disk.LAYER
+    assert found[top].type == disk_usage.LAYER
     assert found[top].holders == ("image docker.io/library/a:1", "snapshot work")
     assert found[image.layers[0].digest].holders == ("image docker.io/library/a:1", "image docker.io/library/b:1")
     assert found[image.layers[0].digest].size == image.layers[0].size
-    assert not any(thing.reclaimable for thing in found.values())
+    assert not any(item.reclaimable for item in found.values())
     with store.content.lease("a test") as lease:
         lease.pin(image.digest)
-        assert things(store)[lease.owner].holds == (image.digest,)
-        assert lease.owner in things(store)[image.digest].holders
+        assert items(store)[lease.owner].holds == (image.digest,)
+        assert lease.owner in items(store)[image.digest].holders
 
 
 def test_what_is_reclaimable_is_what_a_cleanup_takes(store: Store) -> None:
@@ -55,23 +55,23 @@ def test_what_is_reclaimable_is_what_a_cleanup_takes(store: Store) -> None:
     with store.content.partial("sha256:" + "1" * 64, 100) as partial:
         partial.write(b"some")
     store.images.remove("a:1")
-    before = things(store)
+    before = items(store)
     assert not before[image.chain_ids[-1]].reclaimable
     store.remove("work")
-    before = things(store)
-    expected = {name for name, thing in before.items() if thing.reclaimable and thing.type != disk.TRASH}
+    before = items(store)
+    expected = {name for name, item in before.items() if item.reclaimable and item.type != disk_usage.TRASH}
     assert {image.chain_ids[-1], image.digest, "extract", "sha256:" + "1" * 64} <= expected
     assert image.layers[0].digest not in expected  # the other image's, too
     store.cleanup()
-    assert before.keys() - things(store).keys() >= expected
-    assert not any(thing.reclaimable for thing in things(store).values())
+    assert before.keys() - items(store).keys() >= expected
+    assert not any(item.reclaimable for item in items(store).values())
 
 
 def test_nothing_is_walked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     top = store.images.get("a:1").chain_ids[-1]
     store.usage(top)
     monkeypatch.setattr(usage, "walk", None)
-    measured = things(store)[top].size
+    measured = items(store)[top].size
     assert measured is not None
     assert measured > 0
 
@@ -90,7 +90,7 @@ def test_df(tmp_path: Path) -> None:
     assert lines[-2].endswith(f"at {tmp_path / 'root'}")
     assert lines[-1] == "1 snapshot is not measured: see onlap usage"
     found = command.json("df")
-    assert [thing["type"] for thing in found] == ["snapshot", "snapshot", "filesystem"]
+    assert [item["type"] for item in found] == ["snapshot", "snapshot", "filesystem"]
     assert found[0]["holders"] == ["snapshot work"]
     assert found[0]["size"] >= 5000
     assert json.dumps(found[1]["size"]) == "null"
