@@ -21,29 +21,6 @@ from onlap.cli.registry import VERBS, Verb
 # What argparse would take from the terminal.
 os.environ.update(COLUMNS="100", NO_COLOR="1")
 
-STATUSES = [
-    ("0", "done"),
-    ("1", "the answer is no (`diff --exit-code`, `probe --require`, `docker check`)"),
-    ("2", "usage: the command line is not understood"),
-    ("3", "not found"),
-    ("4", "exists already"),
-    ("5", "wrong state, or busy"),
-    ("6", "invalid argument"),
-    ("7", "permission denied"),
-    ("8", "out of space, inodes, descriptors or memory"),
-    ("9", "not now; the same command may succeed later"),
-    ("10", "not supported by this kernel, filesystem or snapshotter"),
-    ("11", "data loss: what was stored is gone or damaged"),
-    ("70", "a bug in Onlap; `-vv` shows where"),
-    ("125", "`enter` and `run`: Onlap itself failed; every other status is the command's"),
-    ("126", "`enter` and `run`: the command cannot be run"),
-    ("127", "`enter` and `run`: there is no such command"),
-    ("128+N", "ended by signal N"),
-]
-_NUMBERS = {exits.DONE, exits.NO, exits.USAGE, exits.RUN_FAILED, exits.CANNOT_RUN, exits.NO_COMMAND}
-_NUMBERS |= {number for number in exits.BY_KIND.values() if number < exits.SIGNAL}
-assert {int(number) for number, _ in STATUSES[:-1]} == _NUMBERS, "exits.py has other statuses"
-
 
 class Entry(NamedTuple):
     """An argument or option."""
@@ -94,11 +71,11 @@ def _entry(parser: Parser, action: Action) -> Entry:
 def markdown() -> str:
     """All verbs, by group."""
     lines: list[str] = []
-    group = ""
+    heading = ""
     for verb in VERBS.values():
-        if verb.group != group:
-            group = verb.group
-            lines += [f"## {group[0].upper()}{group[1:]}", ""]
+        if verb.heading != heading:
+            heading = verb.heading
+            lines += [f"## {heading[0].upper()}{heading[1:]}", ""]
         lines += _markdown(read(verb))
     return "\n".join(lines)
 
@@ -156,7 +133,9 @@ def statuses() -> str:
     kinds: dict[str, list[str]] = {}
     for kind, number in exits.BY_KIND.items():
         kinds.setdefault(str(number), []).append(f"`{kind}`")
-    rows = [f"| {number} | {meaning} | {', '.join(kinds.get(number, []))} |" for number, meaning in STATUSES]
+    rows = [
+        f"| {number} | {meaning} | {', '.join(kinds.get(number, []))} |" for number, meaning in exits.MEANINGS.items()
+    ]
     return "\n".join(["| status | meaning | error kinds |", "|---|---|---|", *rows])
 
 
@@ -177,18 +156,18 @@ def _man_overview() -> str:
         "Onlap keeps file trees as stacks of read\\-only layers, gives a writable view on top, and turns what was"
     ]
     lines += ["written there into the next layer. Each verb has a page of its own."]
-    group = ""
+    heading = ""
     for verb in VERBS.values():
-        if verb.group != group:
-            group = verb.group
-            lines.append(f".SS {_roff(group[0].upper() + group[1:])}")
+        if verb.heading != heading:
+            heading = verb.heading
+            lines.append(f".SS {_roff(heading[0].upper() + heading[1:])}")
         lines += [".TP", f".BR {_roff(anchor(verb.name))} (1)", _roff(verb.summary)]
     lines.append(".SH OPTIONS")
     _, entries = read(VERBS["ls"]).groups[-1]
     for entry in [*entries, Entry("--version", "print the version")]:
         lines += [".TP", f".B {_roff(entry.names)}", _roff(entry.help)]
     lines += [".SH EXIT STATUS"]
-    for number, meaning in STATUSES:
+    for number, meaning in exits.MEANINGS.items():
         lines += [".TP", f".B {number}", _roff(meaning.replace("`", ""))]
     lines += [".SH ENVIRONMENT", ".TP", ".B ONLAP_ROOT", "the root, where", r".B \-\-root", "does not say it"]
     lines += [".SH FILES", ".TP", ".I /var/lib/onlap", "the root's default place for root"]

@@ -44,8 +44,8 @@ def onlap(
 def with_ls(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run ``onlap ls`` with another body; it sees ``call`` and the modules os and signal."""
     code = (
-        "import os, signal, sys\nfrom onlap.cli import main\nfrom onlap.cli.verbs import ls\n"
-        f"def run(call):\n    {body}\nls.run = run\nsys.exit(main(sys.argv[1:]))"
+        "import os, signal, sys\nfrom onlap.cli import main\nfrom onlap.cli.verbs import listing\n"
+        f"def ls(call):\n    {body}\nlisting.ls = ls\nsys.exit(main(sys.argv[1:]))"
     )
     return subprocess.run(
         [sys.executable, "-S", "-c", code, "ls", *arguments], capture_output=True, text=True, env=environment()
@@ -118,15 +118,15 @@ def test_no_verb_is_a_usage_error_that_explains() -> None:
         (("ls", "--\x1b[31m"), "onlap: unrecognized arguments: --\\e[31m; see: onlap ls --help\n"),
         (
             ("serve", "containerd", "--socket", "s", "--driver", "overlay2"),
-            "onlap: --driver belongs to serve docker, not to serve containerd; see: onlap serve --help\n",
+            "onlap: unrecognized arguments: --driver overlay2; see: onlap serve containerd --help\n",
         ),
         (
             ("serve", "docker", "--name", "n", "--socket-mode", "0600"),
-            "onlap: --socket-mode belongs to serve containerd, not to serve docker; see: onlap serve --help\n",
+            "onlap: unrecognized arguments: --socket-mode 0600; see: onlap serve docker --help\n",
         ),
         (
             ("serve", "docker", "--name", "n", "--remap-ids"),
-            "onlap: --remap-ids belongs to serve containerd, not to serve docker; see: onlap serve --help\n",
+            "onlap: unrecognized arguments: --remap-ids; see: onlap serve docker --help\n",
         ),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_unit_takes_no_options_silently() -> None:
     for kind, option in (("containerd", "--socket"), ("docker", "--name")):
         done = onlap("serve", kind, "--print-unit", "service", option, "x")
         assert (done.returncode, done.stdout) == (2, "")
-        assert f"{option} does not get into a unit" in done.stderr
+        assert f"{option} is not written into a unit" in done.stderr
     assert "--sync" in onlap("serve", "docker", "--print-unit", "socket", "--sync", "none").stderr
 
 
@@ -187,6 +187,14 @@ def test_options_stand_before_and_after_the_verb(native: Path) -> None:
 def test_an_option_between_two_arguments(native: Path) -> None:
     done = onlap("--root", str(native), "diff", "--base", "base", "--exit-code", "base")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_short_options_share_a_word_with_one_that_takes_a_value() -> None:
+    from onlap.cli.parser import make_parser
+
+    args = make_parser(VERBS["run"]).read(["-itv", "a:/b", "-ueve", "image", "sh", "-v"])
+    assert (args.interactive, args.tty, args.volume, args.user) == (True, True, ["a:/b"], "eve")
+    assert (args.name, args.command, args.verbose) == ("image", ["sh", "-v"], 0)
 
 
 # The root
@@ -239,7 +247,7 @@ def test_a_root_that_is_not_ours_is_permission_denied(native: Path) -> None:
         native.chmod(0o700)
     assert done.returncode == 7
     assert done.stderr == (
-        f"onlap: the root {native} is not ours to open; run it as its owner (sudo), or give another with --root\n"
+        f"onlap: no permission to open the root {native}; run it as its owner (sudo), or give another with --root\n"
     )
 
 
@@ -361,8 +369,8 @@ def test_open_files_are_raised_and_given_back() -> None:
     code = (
         "import resource, sys\n_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))\n"
-        "from onlap.cli.shared import limits\nlimits.raise_open_files()\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard), limits.before() == (128, hard))"
+        "from onlap.cli import process\nprocess.raise_open_files()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard), process.open_files_before() == (128, hard))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert (done.stdout, done.stderr) == ("True True\n", "")
@@ -375,7 +383,7 @@ def test_ls_loads_what_it_needs(native: Path) -> None:
         [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment(ONLAP_ROOT=str(native))
     )
     loaded = set(done.stderr.split())
-    assert {name for name in loaded if name.startswith("onlap.cli.verbs.")} == {"onlap.cli.verbs.ls"}
+    assert {name for name in loaded if name.startswith("onlap.cli.verbs.")} == {"onlap.cli.verbs.listing"}
     costly = {"logging", "dataclasses", "pathlib", "rich", "difflib", "traceback", "tomllib", "asyncio", "email"}
     assert loaded & costly == set()
 

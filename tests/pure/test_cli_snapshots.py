@@ -83,7 +83,7 @@ def tree_of(onlap: Command, key: str) -> Path:
 def test_init_says_what_it_made_and_what_is_there(tmp_path: Path) -> None:
     onlap = Command(tmp_path / "root")
     assert onlap("init", "--snapshotter", "native") == f"made {onlap.root}, native\n"
-    assert onlap("init") == f"there is {onlap.root}, native\n"
+    assert onlap("init") == f"found {onlap.root}, native\n"
     assert onlap.json("init") == [
         {
             "root": str(onlap.root),

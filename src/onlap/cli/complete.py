@@ -1,8 +1,8 @@
-"""``onlap __complete SHELL WORD...``: what the last word of a command line can become, for the scripts of shells.
+"""``onlap __complete SHELL WORD...``: candidates for the last word of a command line, for the scripts of shells.
 
-Snapshots and images are named by everybody who may use the store, containerd's clients and whoever pushes an image
-among them. So a shell gets names as lines, to insert and never to evaluate; one that a terminal would act on, or that
-would be taken for an option, is not offered at all.
+Snapshots and images are named by everybody who may use the store, including containerd's clients and whoever pushes an
+image. So a shell gets names as lines, to insert and never to evaluate. A name that a terminal would act on, or that
+would be taken for an option, is not offered.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
 from onlap import errors
 from onlap.cli.call import Call
-from onlap.cli.parser import Parser, make_parser
+from onlap.cli.parser import Parser, make_parser, split_verb
 from onlap.cli.registry import GROUPS, VERBS, of_group
 from onlap.cli.terminal.output import Output
 
-NAME = "__complete"
 SHELLS = ("bash", "zsh", "fish")
 
-# A candidate, and what it is; the words of a shell's own display.
+# A candidate and its description.
 _Candidates = Iterator[tuple[str, str]]
 
 _GLOBALS = ("--root", "--json", "--quiet", "--verbose", "--help", "--version")
 
-# What bash leaves as it is in a word; all else gets a backslash.
+# What bash leaves as it is in a word; everything else gets a backslash.
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]")
 
-# Bash parts words at these also where no blank is (COMP_WORDBREAKS), and replaces what is behind the last.
+# Bash splits words at these too (COMP_WORDBREAKS), and replaces only what is behind the last one.
 _BREAKS = frozenset(":=")
 
 
 def complete(arguments: Sequence[str], out: Output) -> None:
-    """Print the candidates, one a line, for zsh and fish with a tab and a description where there is one."""
+    """Print one candidate per line; for zsh and fish with a tab and the description, if there is one."""
     shell, *raw = arguments or ("",)
     if shell not in SHELLS:
         return
@@ -48,20 +48,20 @@ def complete(arguments: Sequence[str], out: Output) -> None:
         kept = len(_unquoted(words[-1][:kept]))
         words = [_unquoted(word) for word in words]
     elif shell == "fish":
-        words[-1] = _unquoted(words[-1])  # of the others, and all of zsh's, the shell takes the quotes away
+        words[-1] = _unquoted(words[-1])  # fish removes the quotes of the other words, and zsh of all
     lines = []
     for text, about in _candidates(words, out):
         if not text.startswith(words[-1]) or not text.isprintable():
             continue
         if shell == "bash":
             inserted = _inserted(text[kept:])
-            # Between quotes a backslash is no escape, or not for everything.
+            # Between quotes a backslash is not an escape, or not for every character.
             if quoted and inserted != text[kept:]:
                 continue
             lines.append(inserted)
         else:
             lines.append(f"{text}\t{about}" if about else text)
-    # Whatever the locale: what a shell inserts are bytes.
+    # Whatever the locale is: a shell inserts bytes.
     sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
 
 
@@ -71,7 +71,7 @@ def _inserted(text: str) -> str:
     if text.isascii() or not special:
         return "".join("\\" + char if char in special else char for char in text)
     # Where bash takes its bytes for another encoding than UTF-8, as GBK, a backslash may be the second half of a
-    # character, and what is behind it would be bash's to run.
+    # character, and bash would evaluate what is behind it.
     return "$'" + "".join(char if _PLAIN.match(char) else _hexadecimal(char) for char in text) + "'"
 
 
@@ -80,7 +80,7 @@ def _hexadecimal(char: str) -> str:
 
 
 def _joined(raw: Sequence[str]) -> tuple[list[str], int]:
-    """Bash's words without its additional breaks, and how much of the last one it keeps."""
+    """Bash's words without its additional breaks, and how many characters of the last one it keeps."""
     words: list[str] = []
     kept = 0
     glue = False
@@ -97,41 +97,23 @@ def _joined(raw: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _unquoted(word: str) -> str:
-    """A word as the shell would give it to a program, if nothing in it were expanded."""
-    text = ""
-    quote = ""
-    characters = iter(word)
-    for char in characters:
-        if char == quote:
-            quote = ""
-        elif not quote and char in "'\"":
-            quote = char
-        elif char == "\\" and quote != "'":
-            text += next(characters, "")
-        else:
-            text += char
-    return text
+    """A word as the shell would pass it to a program if nothing in it were expanded; a quote may be open."""
+    lexer = shlex.shlex(word, posix=True)
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    try:
+        return lexer.get_token() or ""
+    except ValueError:
+        return lexer.token
 
 
 def _candidates(words: Sequence[str], out: Output) -> _Candidates:
     *before, last = words
-    options: dict[str, str] = {}
-    verb = ""
-    rest = iter(before)
-    for word in rest:
-        if word == "--root":
-            options["root"] = next(rest, "")
-        elif not word.startswith("-"):
-            verb = f"{verb} {word}".lstrip()
-            if verb not in GROUPS:
-                break
-    if before[-1:] == ["--root"] and verb not in VERBS:
-        return
-    if verb not in VERBS:
-        yield from _first_words(verb, last)
-        return
-    parser = make_parser(VERBS[verb])
-    yield from _of_verb(parser, verb.startswith("image "), list(rest), last, options, out)
+    verb, arguments = split_verb(before)
+    if verb in VERBS:
+        yield from _of_verb(make_parser(VERBS[verb]), arguments, last, out)
+    elif before[-1:] != ["--root"]:
+        yield from _first_words(verb or "", last)
 
 
 def _first_words(group: str, last: str) -> _Candidates:
@@ -144,45 +126,27 @@ def _first_words(group: str, last: str) -> _Candidates:
         yield from ((name, ", ".join(v.name.partition(" ")[2] for v in of_group(name))) for name in sorted(GROUPS))
 
 
-def _of_verb(
-    parser: Parser, of_images: bool, before: list[str], last: str, options: dict[str, str], out: Output
-) -> _Candidates:
-    """What can stand behind a verb."""
-    count = 0
-    behind_dashes = False
-    action: argparse.Action | None = None
-    rest = iter(before)
-    for word in rest:
-        known = None if behind_dashes else parser._option_string_actions.get(word)
-        if known is not None and known.nargs is None:
-            value = next(rest, None)
-            if value is None:
-                action = known
-            elif known.dest == "root":
-                options["root"] = value
-        elif word.startswith("--root=") and not behind_dashes:
-            options["root"] = word.partition("=")[2]
-        elif word == "--" and not behind_dashes:
-            behind_dashes = True
-        elif behind_dashes or not word.startswith("-") or word == "-":
-            count += 1
-    if parser.takes_command and count and action is None:
-        ours = parser.options_behind and count == 1 and last.startswith("-") and not behind_dashes
-        if not ours:
-            return  # a command line of the user's own
+def _of_verb(parser: Parser, before: Sequence[str], last: str, out: Output) -> _Candidates:
+    """What can stand behind a verb and the words before."""
+    words = parser.split(before)
+    action = words.waiting
+    if parser.takes_command and words.others and action is None:
+        an_option = parser.options_behind and last.startswith("-") and not words.command and not words.dashes
+        if not an_option:
+            return  # a word of the user's own command line
     prefix = ""
-    if action is None and not behind_dashes and last.startswith("-"):
+    if action is None and not words.dashes and last.startswith("-"):
         option, equals, _ = last.partition("=")
-        action = parser._option_string_actions.get(option) if equals else None
+        action = parser.find_option(option) if equals else None
         if action is None or action.nargs is not None:
-            yield from ((name, act.help or "") for name, act in parser._option_string_actions.items())
+            yield from parser.options()
             return
         prefix = option + equals
-    action = action or _positional(parser, count)
+    action = action or _positional(parser, len(words.others))
     if action is None:
         return
-    for name in _values(parser, action, of_images, options, out):
-        if prefix or behind_dashes or not name.startswith("-"):
+    for name in _values(parser, action, words.options, out):
+        if prefix or words.dashes or not name.startswith("-"):
             yield prefix + name, ""
 
 
@@ -195,21 +159,19 @@ def _positional(parser: Parser, count: int) -> argparse.Action | None:
     return None
 
 
-def _values(
-    parser: Parser, action: argparse.Action, of_images: bool, options: dict[str, str], out: Output
-) -> Iterator[str]:
+def _values(parser: Parser, action: argparse.Action, options: Sequence[str], out: Output) -> Iterator[str]:
     if action.choices is not None:
         yield from map(str, action.choices)
         return
-    metavar = action.metavar if isinstance(action.metavar, str) else ""
-    images = "IMAGE" in metavar.split("|") or (of_images and metavar == "OTHER")
-    snapshots = action.dest in parser.keys
+    images, snapshots = action.dest in parser.images, action.dest in parser.keys
     if not images and not snapshots:
         return
     from onlap.cli.shared.images import images_of
     from onlap.cli.shared.things import records
 
-    with Call("", argparse.Namespace(root=options.get("root")), out).store() as store:
+    only_root = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    only_root.add_argument("--root")
+    with Call(only_root.parse_known_args(options)[0], out).store() as store:
         if snapshots:
             yield from (record.name for record in records(store))
         if images:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 DONE = 0
-NO = 1  # the answer is no: diff --exit-code, --require
+NO = 1
 USAGE = 2
 BUG = 70  # EX_SOFTWARE of sysexits.h
-SIGNAL = 128  # plus the signal's number, as shells have it
+SIGNAL = 128  # plus the signal's number, as in shells
 
-# env(1): where a command of the caller's is run, every status below belongs to that command.
+# As env(1): where the user's command runs, every status below belongs to that command.
 RUN_FAILED = 125
 CANNOT_RUN = 126
 NO_COMMAND = 127
 
-# From OnlapError.kind; Busy is a FailedPrecondition, DigestMismatch a DataLoss.
+# By OnlapError.kind; Busy is a FailedPrecondition, DigestMismatch a DataLoss.
 BY_KIND = {
     "NotFound": 3,
     "AlreadyExists": 4,
@@ -26,14 +26,27 @@ BY_KIND = {
     "Unimplemented": 10,
     "DataLoss": 11,
     "DigestMismatch": 11,
-    "Canceled": SIGNAL + 2,  # only a callback of ours cancels, and it does so for Ctrl-C
+    "Canceled": SIGNAL + 2,  # only a callback of the command cancels, and only for Ctrl-C
     "Internal": BUG,
 }
 
-# For "onlap --help".
-MEANING = (
-    "0 done, 1 the answer is no, 2 usage, 3 not found, 4 exists already, 5 wrong state or busy, 6 invalid argument,\n"
-    "7 permission denied, 8 out of space or other resources, 9 try again later, 10 not supported here, 11 data loss,\n"
-    "70 a bug of ours (-vv shows where), 128+N ended by signal N; enter and run: 125 to 127 as env(1), else the\n"
-    "command's own"
-)
+# For the help and the manual.
+MEANINGS = {
+    "0": "done",
+    "1": "the answer is no (`diff --exit-code`, `probe --require`, `docker check`)",
+    "2": "usage: the command line is not understood",
+    "3": "not found",
+    "4": "already exists",
+    "5": "wrong state, or busy",
+    "6": "invalid argument",
+    "7": "permission denied",
+    "8": "out of space, inodes, descriptors or memory",
+    "9": "unavailable; the same command may succeed later",
+    "10": "not supported by this kernel, filesystem or snapshotter",
+    "11": "data loss: what was stored is gone or damaged",
+    "70": "a bug in Onlap; `-vv` shows where",
+    "125": "`enter` and `run`: Onlap itself failed; every other status is the command's",
+    "126": "`enter` and `run`: the command cannot be run",
+    "127": "`enter` and `run`: there is no such command",
+    "128+N": "ended by signal N",
+}

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, NoReturn
 
 from onlap import errors
-from onlap.cli.registry import Verb
+from onlap.cli.registry import GROUPS, Verb
 
-# Verbs whose -v is something else: Docker's --volume. Before such a verb it is --verbose as well.
-_OTHER_V = frozenset({"run"})
+# Options that stand before the verb and take a value.
+_WITH_VALUE = frozenset({"--root"})
 
 
 class UsageError(Exception):
-    """A command line that nobody can run; its text says why."""
+    """A command line that cannot be run; its text says why."""
+
+
+class Words(NamedTuple):
+    """The words of a command line behind the verb.
+
+    Attributes:
+        options: options of the verb, with their values.
+        others: its other arguments.
+        command: the user's command line behind them, for a verb that takes one.
+        waiting: the option whose value is missing at the end.
+        dashes: whether ``--`` was given.
+    """
+
+    options: list[str]
+    others: list[str]
+    command: list[str]
+    waiting: argparse.Action | None
+    dashes: bool
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one verb, the options of every verb included.
+    """The parser of one verb, including the options of every verb.
 
     Attributes:
         keys: the arguments that are keys or names of snapshots, for the check and for completion.
-        takes_command: whether a command line of the user's begins behind the first argument.
+        images: the arguments that are names of images, for completion.
+        takes_command: whether the user's command line begins behind the first argument.
         options_behind: whether options of the verb may stand between the two.
     """
 
@@ -30,120 +50,158 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"onlap {verb.name}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            conflict_handler="resolve",  # a verb's own -v takes precedence: Docker's --volume
             allow_abbrev=False,
             add_help=False,
         )
         self.keys: list[str] = []
+        self.images: list[str] = []
         self.takes_command = False
         self.options_behind = False
-        self._globals = self.add_argument_group("options of every verb")
-        self._globals.add_argument("-h", "--help", action="help", help="this text")
-        self._globals.add_argument("--root", metavar="DIR", help="where the snapshots are (see: onlap --help)")
-        self._globals.add_argument("--json", action="store_true", help="JSON Lines: an object per thing")
-        self._globals.add_argument("-q", "--quiet", action="store_true", help="no warnings, no progress")
-        flags = ("--verbose",) if verb.name in _OTHER_V else ("-v", "--verbose")
-        self._globals.add_argument(*flags, action="count", default=0, help="say more; twice: with tracebacks")
+        every = self.add_argument_group("options of every verb")
+        every.add_argument("-h", "--help", action="help", help="show this help")
+        every.add_argument("--root", metavar="DIR", help="where the snapshots are (see: onlap --help)")
+        every.add_argument("--json", action="store_true", help="JSON Lines: one object per thing")
+        every.add_argument("-q", "--quiet", action="store_true", help="no warnings, no progress")
+        every.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: with tracebacks")
 
     def explain(self, description: str, *examples: str) -> None:
-        """Say what the verb does, and show how."""
+        """Set what the help says the verb does, and its examples."""
         self.description = description
         self.epilog = "\n".join([f"example{'s' if len(examples) > 1 else ''}:", *(f"  {line}" for line in examples)])
 
     def key(self, dest: str, *, nargs: str | None = None, metavar: str = "KEY", help: str) -> None:
-        """An argument, or an option with a value, that is a key or name of a snapshot."""
-        self.keys.append(dest.lstrip("-"))
-        if nargs is None:
-            self.add_argument(dest, metavar=metavar, help=help)
-        else:
-            self.add_argument(dest, nargs=nargs, metavar=metavar, help=help)
+        """Add an argument, or an option with a value, that is a key or name of a snapshot."""
+        self.keys.append(self._add_name(dest, nargs, metavar, help))
+
+    def image(self, dest: str, *, nargs: str | None = None, metavar: str = "IMAGE", help: str) -> None:
+        """Add an argument, or an option with a value, that is the name of an image."""
+        self.images.append(self._add_name(dest, nargs, metavar, help))
+
+    def _add_name(self, dest: str, nargs: str | None, metavar: str, help: str) -> str:
+        return self.add_argument(dest, nargs=nargs, metavar=metavar, help=help).dest
 
     def command(self, metavar: str, *, options_behind: bool = False) -> None:
-        """Take what follows the first argument as a command line, into ``command``; ``--`` may stand between the two.
+        """Take what follows the first argument, or a ``--`` behind it, as a command line, into ``command``.
 
-        With ``options_behind`` options that follow at once are still the verb's.
+        With ``options_behind``, options right behind the first argument still belong to the verb.
         """
         self.takes_command = True
         self.options_behind = options_behind
         self.usage = f"{self.prog} [OPTION...] {metavar} [[--] CMD [ARG...]]"
 
     def repeatable(self, *flags: str, metavar: str, help: str) -> None:
-        """An option that may be given several times; its values are a list."""
+        """Add an option that may be given several times; its values are a list."""
         self.add_argument(*flags, metavar=metavar, action="append", default=[], help=f"{help}; repeatable")
 
     def labels(self) -> None:
-        """The option ``--label K=V``."""
-        self.repeatable("--label", metavar="K=V", help="note a label on it")
+        """Add the option ``--label K=V``."""
+        self.repeatable("--label", metavar="K=V", help="set a label on it")
 
     def error(self, message: str) -> NoReturn:
-        # The "--" is ours (see read), and not what nobody recognizes.
-        raise UsageError(message.replace("unrecognized arguments: -- ", "unrecognized arguments: "))
+        if message.startswith("unrecognized arguments:"):
+            message = message.replace(" -- ", " ", 1)  # which read() put there
+        raise UsageError(message)
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The arguments of a command line, in whatever order they come.
+        """Parse a command line; options and arguments may come in any order.
 
         Raises:
-            UsageError: they are not the verb's.
-            InvalidArgument: a key is not text.
+            UsageError: it does not fit the verb.
+            InvalidArgument: a key is not valid UTF-8.
         """
-        command: list[str] = []
-        if self.takes_command:
-            arguments, command = self._first_parted(arguments)
-        options, others = self._parted(arguments)
+        words = self.split(arguments)
         # argparse alone cannot take "diff A --exit-code B": an optional argument ends at the first option.
-        args = self.parse_args([*options, "--", *others] if others else options)
-        args.command = command
+        args = self.parse_args([*words.options, "--", *words.others] if words.others else words.options)
+        args.command = words.command
         for dest in self.keys:
             value = getattr(args, dest)
             for key in value if isinstance(value, list) else [value]:
                 check_text(key, "key")
         return args
 
-    def _first_parted(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-        """What belongs to the verb, its first argument included, and what is behind that."""
-        rest = list(arguments)
-        ours: list[str] = []
-        named = False
-        while rest:
-            word = rest.pop(0)
-            if word == "--":
-                return (ours, rest) if named else ([*ours, word, *rest[:1]], rest[1:])
-            if named and (not word.startswith("-") or not self.options_behind):
-                return ours, [word, *rest]
-            ours.append(word)
-            if not word.startswith("-") or word == "-":
-                named = True
-                continue
-            action = self._option_string_actions.get(word)
-            if action is not None and action.nargs is None:
-                ours += [rest.pop(0)] if rest else []
-        return ours, []
-
-    def _parted(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    def split(self, arguments: Iterable[str]) -> Words:
+        """Sort the words of a command line, without checking them."""
         options: list[str] = []
         others: list[str] = []
+        command: list[str] = []
+        waiting: argparse.Action | None = None
+        dashes = False
         rest = iter(arguments)
         for word in rest:
-            if word == "--":
-                others += rest
-            elif word.startswith("-") and word != "-":
+            is_option = word.startswith("-") and word != "-"
+            if self.takes_command and others and not (is_option and word != "--" and self.options_behind):
+                dashes = word == "--"
+                command = [*rest] if dashes else [word, *rest]
+            elif word == "--":
+                dashes = True
+                others += islice(rest, 1) if self.takes_command else rest
+                command = [*rest]
+            elif is_option:
+                waiting = self._takes_next_word(word)
                 options.append(word)
-                action = self._option_string_actions.get(word)
-                if action is not None and action.nargs is None:
-                    options += [value for value in [next(rest, None)] if value is not None]
+                if waiting is not None and (value := next(rest, None)) is not None:
+                    options.append(value)
+                    waiting = None
             else:
                 others.append(word)
-        return options, others
+        return Words(options, others, command, waiting, dashes)
+
+    def find_option(self, name: str) -> argparse.Action | None:
+        """The action of an option, as ``--root`` or ``-q``."""
+        return self._option_string_actions.get(name)
+
+    def options(self) -> Iterator[tuple[str, str]]:
+        """Each option, with its help."""
+        return ((name, action.help or "") for name, action in self._option_string_actions.items())
+
+    def _takes_next_word(self, word: str) -> argparse.Action | None:
+        """The option in a word whose value is the next word; short options may share a word, as in ``-itv``."""
+        if word.startswith("--"):
+            action = self.find_option(word)
+            return action if action is not None and action.nargs is None else None
+        for end, letter in enumerate(word[1:], 2):
+            action = self.find_option(f"-{letter}")
+            if action is None or action.nargs is None:
+                return action if end == len(word) else None
+        return None
+
+
+def split_verb(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split a command line into the verb and its arguments; a verb of a group is two words, as ``image pull``.
+
+    Options before the verb count as if they stood behind it, but for ``-v``, which may mean something else there
+    (``run -v SRC:DST``).
+    """
+    verb, arguments = _split_first(argv)
+    if verb in GROUPS:
+        second, rest = _split_first(arguments)
+        if second is not None:
+            return f"{verb} {second}", rest
+    return verb, arguments
+
+
+def _split_first(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    before: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if not word.startswith("-"):
+            return word, [*before, *rest]
+        before += ["--verbose"] * (len(word) - 1) if set(word[1:]) == {"v"} else [word]
+        if word in _WITH_VALUE:
+            before += islice(rest, 1)
+    return None, before
 
 
 def make_parser(verb: Verb) -> Parser:
     """The parser of a verb."""
     parser = Parser(verb)
-    verb.load().arguments(parser)
+    verb.arguments(parser)
     return parser
 
 
 def check_text(text: str | None, what: str) -> None:
-    """Raise InvalidArgument for what was given as bytes that are not UTF-8: the catalog keeps text."""
+    """Raise InvalidArgument for an argument whose bytes are not valid UTF-8: the catalog stores text."""
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
@@ -151,11 +209,11 @@ def check_text(text: str | None, what: str) -> None:
 
 
 def read_labels(pairs: Sequence[str], *, removing: bool = False) -> dict[str, str | None]:
-    """Labels from ``K=V``; with ``removing``, ``K=`` gives None.
+    """Parse labels, as ``K=V``; with ``removing``, ``K=`` gives None.
 
     Raises:
         UsageError: one has no ``=`` or no key.
-        InvalidArgument: one is not text.
+        InvalidArgument: one is not valid UTF-8.
     """
     found: dict[str, str | None] = {}
     for pair in pairs:

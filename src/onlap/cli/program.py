@@ -5,37 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from onlap import errors
-from onlap.cli import exits
+from onlap.cli import exits, process
 from onlap.cli.call import Call
-from onlap.cli.parser import UsageError, make_parser
-from onlap.cli.registry import GROUPS, VERBS
+from onlap.cli.parser import UsageError, make_parser, split_verb
+from onlap.cli.registry import COMPLETE, GROUPS, VERBS
 from onlap.cli.terminal.output import Output, complain
 from onlap.cli.terminal.text import safe
 
-# Options that stand before the verb and take a value.
-_WITH_VALUE = frozenset({"--root"})
-# Asked for by the scripts of "onlap completion".
-_COMPLETE = "__complete"
-# Verbs that run a command of the user's, whose statuses are theirs.
+# Verbs that run the user's command, and end with its status.
 _RUNNERS = frozenset({"enter", "run"})
-
-
-class Terminated(BaseException):
-    """A signal asked us to end; raised so that everything is cleaned up on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def run(argv: list[str]) -> int:
     """Run a command line; nothing is raised."""
-    verb, arguments = in_group(*split(argv))
+    verb, arguments = split_verb(argv)
     out = _first_output(argv if verb not in _RUNNERS else argv[: argv.index(verb)])
-    _prepare_process()
+    process.prepare()
     try:
         status = _run(verb, arguments, out)
     except SystemExit as end:  # argparse's --help
@@ -43,66 +31,15 @@ def run(argv: list[str]) -> int:
     return _finish(out, status)
 
 
-def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The verb, and the rest: options before the verb count as if they stood behind it.
-
-    But for ``-v``, which may mean something else there (``run -v SRC:DST``).
-    """
-    before: list[str] = []
-    rest = iter(argv)
-    for word in rest:
-        if not word.startswith("-"):
-            return word, [*before, *rest]
-        before += ["--verbose"] * (len(word) - 1) if set(word[1:]) == {"v"} else [word]
-        if word in _WITH_VALUE:
-            before += [value for value in [next(rest, None)] if value is not None]
-    return None, before
-
-
-def in_group(verb: str | None, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The same, where the first word is that of a group: then the verb has a second one, if it is there."""
-    if verb not in GROUPS:
-        return verb, arguments
-    second, rest = split(arguments)
-    return (verb, arguments) if second is None else (f"{verb} {second}", rest)
-
-
 def _first_output(argv: Sequence[str]) -> Output:
-    # For the errors of a command line that is not understood; what follows "--" is not ours.
+    # For the errors of a command line that is not understood; what follows "--" is not the command's own.
     ours = list(argv[: argv.index("--")] if "--" in argv else argv)
     verbose = 2 if "-vv" in ours or ours.count("-v") > 1 else 0
     return Output(json="--json" in ours, quiet="-q" in ours or "--quiet" in ours, verbose=verbose)
 
 
-def _prepare_process() -> None:
-    from onlap.cli.shared import limits
-
-    _open_standard_streams()
-    limits.raise_open_files()
-    if hasattr(sys.stdout, "reconfigure"):
-        # A locale that cannot show a name is no reason to end.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # SIG_IGN was somebody's wish: nohup(1).
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _terminate)
-
-
-def _open_standard_streams() -> None:
-    """Where one was closed, the next file that is opened would become it, and a child would write into the catalog."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-
-
-def _terminate(number: int, _frame: object) -> None:
-    raise Terminated(number)
-
-
 def _run(verb: str | None, arguments: list[str], out: Output) -> int:
-    """Run a verb, and say what goes wrong."""
+    """Run a verb, and report what goes wrong."""
     runs = verb in _RUNNERS
     try:
         return _dispatch(verb, arguments, out)
@@ -112,14 +49,14 @@ def _run(verb: str | None, arguments: list[str], out: Output) -> int:
     except errors.OnlapError as error:
         _traceback(out)
         out.onlap_error(error)
-        return exits.RUN_FAILED if runs else exits.BY_KIND.get(error.kind, exits.BUG)
+        return exits.RUN_FAILED if runs else exits.BY_KIND[error.kind]
     except BrokenPipeError:
         return exits.SIGNAL + signal.SIGPIPE
     except KeyboardInterrupt:
         return exits.SIGNAL + signal.SIGINT
-    except Terminated as end:
+    except process.Terminated as end:
         return exits.SIGNAL + end.number
-    except Exception as error:  # noqa: BLE001 - the last one to see it: a line for the user instead of a traceback
+    except Exception as error:  # noqa: BLE001 - the last resort: one line for the user instead of a traceback
         _traceback(out)
         where = _place(error)
         hint = "please report it" if out.verbose > 1 else "please report it, with what -vv shows"
@@ -128,7 +65,7 @@ def _run(verb: str | None, arguments: list[str], out: Output) -> int:
 
 
 def _known(verb: str | None) -> str:
-    """What of a verb there is help for."""
+    """The part of a verb that has help."""
     if verb is None or verb in VERBS or verb in GROUPS:
         return verb or ""
     group = verb.partition(" ")[0]
@@ -140,20 +77,18 @@ def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
         return _without_verb(arguments, out)
     if verb in GROUPS:
         return _without_second_word(verb, arguments, out)
-    if verb == _COMPLETE:
+    if verb == COMPLETE:
         from onlap.cli.complete import complete
 
         complete(arguments, out)
         return exits.DONE
     if verb not in VERBS:
         raise UsageError(f"there is no verb {errors.shown(verb)}{_similar(verb)}")
-    module = VERBS[verb].load()
     args = make_parser(VERBS[verb]).read(arguments)
     out.json, out.quiet, out.verbose = args.json, args.quiet, args.verbose
     if out.quiet or out.verbose:
         _configure_logging(out)
-    action: Callable[[Call], int | None] = module.run
-    status = action(Call(verb, args, out)) or exits.DONE
+    status = VERBS[verb].run(Call(args, out)) or exits.DONE
     out.flush()
     return status
 
@@ -205,7 +140,7 @@ def _traceback(out: Output) -> None:
     if out.verbose > 1:
         import traceback
 
-        # Control characters stay out of the terminal; the line ends are ours.
+        # Control characters must not reach the terminal, but for the line ends.
         complain("\n".join(map(safe, traceback.format_exc().rstrip("\n").split("\n"))))
 
 
@@ -219,7 +154,7 @@ def _place(error: BaseException) -> str:
 
 
 def _finish(out: Output, status: int) -> int:
-    """Give away what is still buffered, so that the interpreter finds nothing to complain of at its end."""
+    """Flush what is still buffered, so that the interpreter does not fail to do so at its end."""
     try:
         out.flush()
     except BrokenPipeError:

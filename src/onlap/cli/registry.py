@@ -1,36 +1,60 @@
-"""Every verb, with the module that runs it; nothing is loaded before it is asked for.
+"""Every verb, with the function that runs it; a verb's module is loaded only when the verb is used.
 
-A module of a verb has ``arguments(parser)``, which declares what it takes, and ``run(call)``, which does it and returns
-the exit status (None for 0).
+A verb is two functions of a module of :mod:`onlap.cli.verbs`: ``rm_arguments(parser)`` declares its arguments, and
+``rm(call)`` runs it and returns the exit status (None for 0).
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable
+from keyword import iskeyword
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from onlap.cli.call import Call
+    from onlap.cli.parser import Parser
 
 
 class Verb(NamedTuple):
     """One verb.
 
     Attributes:
-        name: what the user types; of a verb of a group two words, as ``image pull``.
-        module: of :mod:`onlap.cli.verbs`.
-        group: the heading that it stands under in the help.
-        summary: what it does, in a line.
+        name: what the user types; for a verb of a group two words, as ``image pull``.
+        module: a module of :mod:`onlap.cli.verbs`.
+        heading: the heading above it in the help.
+        summary: one line on what it does.
     """
 
     name: str
     module: str
-    group: str
+    heading: str
     summary: str
 
-    def load(self) -> ModuleType:
-        """Its module."""
+    @property
+    def arguments(self) -> Callable[[Parser], None]:
+        """The function that declares its arguments."""
+        return self._load("arguments" if self.name in _ALONE else f"{self._word}_arguments")
+
+    @property
+    def run(self) -> Callable[[Call], int | None]:
+        """The function that runs it."""
+        return self._load("run" if self.name in _ALONE else f"{self._word}_" if iskeyword(self._word) else self._word)
+
+    @property
+    def _word(self) -> str:
+        return self.name.rpartition(" ")[2]
+
+    def _load(self, function: str) -> Callable[..., Any]:
         from importlib import import_module
 
-        return import_module(f"onlap.cli.verbs.{self.module}")
+        loaded: Callable[..., Any] = getattr(import_module(f"onlap.cli.verbs.{self.module}"), function)
+        return loaded
 
+
+_ALONE = ("diff", "import", "export")
+
+# A hidden verb, for the scripts of "onlap completion".
+COMPLETE = "__complete"
 
 _SNAPSHOTS = "snapshots"
 _MOUNTING = "mounting"
@@ -43,49 +67,50 @@ _SERVE = "serve"
 VERBS = {
     verb.name: verb
     for verb in (
-        Verb("init", "init", _SNAPSHOTS, "make a root, or say what the one that is there is"),
-        Verb("prepare", "prepare", _SNAPSHOTS, "a new active snapshot, which can be written to"),
-        Verb("view", "prepare", _SNAPSHOTS, "a new read-only snapshot"),
-        Verb("commit", "commit", _SNAPSHOTS, "turn an active snapshot into a committed one"),
-        Verb("rm", "rm", _SNAPSHOTS, "remove snapshots, and free their space"),
-        Verb("ls", "ls", _SNAPSHOTS, "list the snapshots"),
-        Verb("tree", "tree", _SNAPSHOTS, "show which snapshot stands on which"),
-        Verb("info", "info", _SNAPSHOTS, "all that is known of a snapshot"),
-        Verb("label", "label", _SNAPSHOTS, "set, take away or show labels"),
-        Verb("usage", "usage", _SNAPSHOTS, "bytes and inodes that snapshots take"),
-        Verb("mounts", "mounts", _MOUNTING, "print how a snapshot is mounted"),
-        Verb("mount", "mount", _MOUNTING, "mount a snapshot at a directory"),
-        Verb("umount", "mount", _MOUNTING, "unmount it"),
-        Verb("enter", "enter", _MOUNTING, "run a command in a snapshot's tree, in a namespace of its own"),
-        Verb("diff", "diff", _CONTENT, "what a snapshot changed, or how two differ"),
-        Verb("apply", "apply", _CONTENT, "write the archive of a layer into an active snapshot"),
-        Verb("import", "import_", _CONTENT, "take a directory or an archive in, as a committed snapshot"),
-        Verb("export", "export", _CONTENT, "write the tree of a snapshot into a directory or an archive"),
-        Verb("squash", "squash", _CONTENT, "make one layer of several"),
-        Verb("df", "df", _CARE, "what the root holds, who keeps it, and what cleanup would free"),
-        Verb("cleanup", "cleanup", _CARE, "delete what belongs to no snapshot"),
-        Verb("probe", "probe", _CARE, "what this kernel and a directory can do"),
-        Verb("demo", "demo", _CARE, "the main job, on a real tree; leaves nothing behind"),
+        Verb("init", "root", _SNAPSHOTS, "make a root, or show what an existing one is"),
+        Verb("prepare", "snapshots", _SNAPSHOTS, "make an active snapshot, which can be written to"),
+        Verb("view", "snapshots", _SNAPSHOTS, "make a read-only snapshot"),
+        Verb("commit", "snapshots", _SNAPSHOTS, "turn an active snapshot into a committed one"),
+        Verb("rm", "snapshots", _SNAPSHOTS, "remove snapshots, and free their space"),
+        Verb("ls", "listing", _SNAPSHOTS, "list the snapshots"),
+        Verb("tree", "listing", _SNAPSHOTS, "show which snapshot is the parent of which"),
+        Verb("info", "listing", _SNAPSHOTS, "show everything about a snapshot"),
+        Verb("label", "snapshots", _SNAPSHOTS, "set, remove or show labels"),
+        Verb("usage", "listing", _SNAPSHOTS, "show the bytes and inodes that snapshots take"),
+        Verb("mounts", "mounting", _MOUNTING, "print how a snapshot is mounted"),
+        Verb("mount", "mounting", _MOUNTING, "mount a snapshot at a directory"),
+        Verb("umount", "mounting", _MOUNTING, "unmount a snapshot"),
+        Verb("enter", "enter", _MOUNTING, "run a command in a snapshot's tree, in its own namespace"),
+        Verb("diff", "diff", _CONTENT, "show what a snapshot changed, or how two differ"),
+        Verb("apply", "apply", _CONTENT, "apply a layer archive to an active snapshot"),
+        Verb("import", "import_", _CONTENT, "import a directory or an archive as a committed snapshot"),
+        Verb("export", "export", _CONTENT, "export a snapshot's tree to a directory or an archive"),
+        Verb("squash", "snapshots", _CONTENT, "merge several layers into one"),
+        Verb("df", "root", _CARE, "show what the root holds, who keeps it, and what cleanup would free"),
+        Verb("cleanup", "root", _CARE, "delete what belongs to no snapshot"),
+        Verb("probe", "root", _CARE, "show what this kernel and a directory can do"),
+        Verb("demo", "demo", _CARE, "show the main job on a real tree; leaves nothing behind"),
         Verb("completion", "completion", _CARE, "print a script that completes onlap's command lines"),
-        Verb("run", "run", _IMAGES, "run a command in a container, on an image or a snapshot"),
-        Verb("image pull", "image.pull", _IMAGES, "fetch an image from a registry, and unpack it"),
-        Verb("image push", "image.push", _IMAGES, "send an image to a registry"),
-        Verb("image import", "image.import_", _IMAGES, "take images in from an archive or a directory"),
-        Verb("image export", "image.export", _IMAGES, "write images into an archive or a directory"),
-        Verb("image ls", "image.ls", _IMAGES, "list the images"),
-        Verb("image inspect", "image.inspect", _IMAGES, "all that is known of an image, its configuration included"),
-        Verb("image digest", "image.digest", _IMAGES, "print the digest of an image's manifest"),
-        Verb("image rm", "image.rm", _IMAGES, "remove images, and the layers that nothing else needs"),
-        Verb("image tag", "image.tag", _IMAGES, "give an image another name"),
-        Verb("image history", "image.history", _IMAGES, "what each step of an image's making did"),
-        Verb("image diff", "image.diff", _IMAGES, "how two images differ, path by path"),
-        Verb("image files", "image.files", _IMAGES, "which layer each file comes from, and what it hides"),
+        Verb("run", "run", _IMAGES, "run a command in a container, from an image or a snapshot"),
+        Verb("image pull", "image.registry", _IMAGES, "pull an image from a registry, and unpack it"),
+        Verb("image push", "image.registry", _IMAGES, "push an image to a registry"),
+        Verb("image import", "image.formats", _IMAGES, "import images from an archive or a directory"),
+        Verb("image export", "image.formats", _IMAGES, "export images to an archive or a directory"),
+        Verb("image ls", "image.index", _IMAGES, "list the images"),
+        Verb("image inspect", "image.index", _IMAGES, "show everything about an image, including its configuration"),
+        Verb("image digest", "image.index", _IMAGES, "print the digest of an image's manifest"),
+        Verb("image rm", "image.index", _IMAGES, "remove images, and the layers that nothing else needs"),
+        Verb("image tag", "image.index", _IMAGES, "give an image another name"),
+        Verb("image history", "image.inspection", _IMAGES, "show what each build step of an image did"),
+        Verb("image diff", "image.inspection", _IMAGES, "show how two images differ, path by path"),
+        Verb("image files", "image.inspection", _IMAGES, "show which layer each file comes from, and what it hides"),
         Verb("image commit", "image.commit", _IMAGES, "make an image of an active snapshot"),
-        Verb("docker ls", "docker.ls", _DOCKER, "whose the layers of a Docker data root are, and what they take"),
-        Verb("docker tree", "docker.tree", _DOCKER, "which of them stands on which"),
-        Verb("docker diff", "docker.diff", _DOCKER, "what one of them changed"),
-        Verb("docker check", "docker.check", _DOCKER, "what is damaged in a Docker data root, or wasted"),
-        Verb("serve", "serve", _SERVE, "serve the snapshots to containerd, or be Docker's graph driver"),
+        Verb("docker ls", "docker", _DOCKER, "list the layers of a Docker data root, their owners and their sizes"),
+        Verb("docker tree", "docker", _DOCKER, "show which of them is the parent of which"),
+        Verb("docker diff", "docker", _DOCKER, "show what one of them changed"),
+        Verb("docker check", "docker", _DOCKER, "find what is damaged or wasted in a Docker data root"),
+        Verb("serve containerd", "serve", _SERVE, "serve the snapshots to containerd"),
+        Verb("serve docker", "serve", _SERVE, "be a graph driver plugin of Docker"),
     )
 }
 

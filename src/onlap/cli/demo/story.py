@@ -119,7 +119,7 @@ def tell(call: Call, place: Place, line: str, material: Material) -> None:
             with story.step("usage") as told:
                 told.append(_usage(store))
             story.gap()
-            print_tree(call, store)
+            print_tree(call.out, store)
             story.gap()
             with story.step("remove") as told:
                 keys = ("left", "right", "step", "base")

@@ -1,4 +1,4 @@
-"""What the verbs of images share: the images of a root, and how one is shown."""
+"""What the verbs for images share: the images of a root, their output, and access to registries."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli.parser import Parser
+from onlap.cli.terminal.text import NOTHING
 from onlap.errors import shown
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from onlap.images import Access, Image, Images
     from onlap.store import Store
 
-# Enough of a digest to tell images apart, as git and Docker show it.
+# Digits of a digest that are shown, as git and Docker do.
 _SHORT = 12
 
 
@@ -39,8 +40,8 @@ def short(digest: str) -> str:
 
 
 def platform_of(image: Image) -> str:
-    """What an image runs on, as ``linux/arm64/v8``."""
-    return shown("/".join(part for part in (image.os, image.architecture, image.variant) if part) or "-")
+    """The platform of an image, as ``linux/arm64/v8``."""
+    return shown("/".join(part for part in (image.os, image.architecture, image.variant) if part) or NOTHING)
 
 
 def image_as_json(image: Image) -> dict[str, object]:
@@ -63,12 +64,12 @@ def image_as_json(image: Image) -> dict[str, object]:
 
 
 def show_image(out: Output, image: Image) -> None:
-    """Say which image there is now."""
+    """Print an image that was made or changed."""
     out.say(image_as_json(image), f"{shown(image.name)} {image.digest}")
 
 
 def access(call: Call) -> Access:
-    """How the user reaches registries: the options of :func:`registry_arguments`, the environment, and its files."""
+    """Access to registries: from the options of :func:`registry_arguments`, the environment, and its files."""
     from onlap.images.registry.access import from_environment
 
     args = call.args
@@ -82,14 +83,12 @@ def access(call: Call) -> Access:
 
 
 def registry_arguments(parser: Parser) -> None:
-    """The options of a verb that talks to a registry."""
-    parser.add_argument("--plain-http", action="store_true", help="HTTP without TLS; on localhost it is found out")
-    parser.add_argument(
-        "--insecure", action="store_true", help="do not verify certificates; without TLS if it has none"
-    )
-    parser.add_argument("--ca-file", metavar="FILE", help="certificates of authorities (PEM), besides the system's")
+    """Add the options of a verb that uses a registry."""
+    parser.add_argument("--plain-http", action="store_true", help="HTTP without TLS; detected on localhost")
+    parser.add_argument("--insecure", action="store_true", help="do not verify certificates; fall back to HTTP")
+    parser.add_argument("--ca-file", metavar="FILE", help="more CA certificates (PEM), besides the system's")
 
 
 def platform_argument(parser: Parser) -> None:
-    """The option ``--platform``."""
-    parser.add_argument("--platform", metavar="P", help="as linux/arm64; this machine's by default")
+    """Add the option ``--platform``."""
+    parser.add_argument("--platform", metavar="P", help="as linux/arm64; by default this machine's")

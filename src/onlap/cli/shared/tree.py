@@ -1,4 +1,4 @@
-"""Snapshots drawn as a tree: which stands on which."""
+"""Snapshots drawn as a tree, children below their parents."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from onlap.catalog.records import Record
-from onlap.cli.call import Call
 from onlap.cli.shared.things import as_json, find, name_text, records, size_text
-from onlap.cli.terminal.output import can_draw
+from onlap.cli.terminal.output import Output, can_draw
 from onlap.cli.terminal.text import age
 from onlap.errors import shown
 from onlap.store import Store
@@ -19,27 +18,27 @@ _ASCII = ("|- ", "`- ", "|  ", "   ")
 
 
 class Node(NamedTuple):
-    """A snapshot at its place.
+    """A snapshot in the tree.
 
     Attributes:
         record: the snapshot.
-        lasts: for it and each of its ancestors but the root: whether it is the last child of its parent.
+        lasts: for each of its ancestors except the root, and itself: whether it is the last child of its parent.
     """
 
     record: Record
     lasts: tuple[bool, ...]
 
 
-def print_tree(call: Call, store: Store, key: str | None = None) -> None:
+def print_tree(out: Output, store: Store, key: str | None = None) -> None:
     """Print the tree of a store, or one snapshot's part of it."""
     every = {record.id: record for record in records(store)}
     if key is not None:
         every = _related(every, find(store, key))
     nodes = list(_in_order(every))
-    if call.out.json:
+    if out.json:
         for node in nodes:
             thing = as_json(node.record, store.snapshotter.usage_of(node.record))
-            call.out.item({**thing, "depth": len(node.lasts)})
+            out.item({**thing, "depth": len(node.lasts)})
         return
     now = time.time_ns()
     marks = _DRAWN if can_draw() else _ASCII
@@ -53,28 +52,28 @@ def print_tree(call: Call, store: Store, key: str | None = None) -> None:
         )
         for node in nodes
     ]
-    call.out.table(("NAME", "KIND", "OWNER", "AGE", "SIZE"), rows, right=(3, 4))
+    out.table(("NAME", "KIND", "OWNER", "AGE", "SIZE"), rows, right=(3, 4))
 
 
 def _related(every: dict[int, Record], record: Record) -> dict[int, Record]:
-    """The ancestors and descendants of a snapshot, and itself."""
+    """A snapshot with its ancestors and descendants."""
     kept = {record.id}
     parent = record.parent_id
     while parent is not None and parent in every:
         kept.add(parent)
         parent = every[parent].parent_id
     below = {record.id}
-    # A parent was made before its children, but not committed before them: several passes find them all.
+    # The order of the records need not be that of the tree: several passes find all descendants.
     while new := {r.id for r in every.values() if r.parent_id in below} - below:
         below |= new
     return {identifier: r for identifier, r in every.items() if identifier in kept | below}
 
 
 def _in_order(every: dict[int, Record]) -> Iterator[Node]:
-    """Parents before children, siblings by age; without recursion, since a stack may be 500 deep."""
+    """Parents before children, siblings by age; without recursion, since a tree may be 500 levels deep."""
     children: dict[int | None, list[Record]] = {}
     for record in every.values():
-        # A parent that vanished between two pages of the walk leaves its children as roots.
+        # If a parent was removed between two pages of the walk, its children are roots.
         children.setdefault(record.parent_id if record.parent_id in every else None, []).append(record)
     stack = [Node(record, ()) for record in reversed(children.get(None, []))]
     while stack:

@@ -1,27 +1,31 @@
-"""Where the command's words go: results to stdout, everything else to stderr."""
+"""The command's output: results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, TypeVar
 
 from onlap import errors
 from onlap.cli.terminal.text import safe, skipped_text
+from onlap.errors import shown
+
+T = TypeVar("T")
 
 # SGR numbers of ECMA-48; no others are used.
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 
 class Output:
-    """What a verb says.
+    """The output of a verb.
 
     Args:
         json: print JSON Lines.
         quiet: leave out warnings, notes and progress.
-        verbose: how often ``-v`` was given; notes are printed from 1 on.
+        verbose: how often ``-v`` was given; notes are printed if at all.
     """
 
     __slots__ = ("_styled", "json", "quiet", "verbose")
@@ -35,23 +39,43 @@ class Output:
     # Results
 
     def line(self, text: str = "") -> None:
-        """A line for people; names in it have been through :func:`onlap.errors.shown`."""
+        """Print a line for people; names in it must have passed :func:`onlap.errors.shown`."""
         self._write(text + "\n")
 
     def item(self, thing: Mapping[str, object]) -> None:
-        """One thing, as a line of JSON."""
+        """Print one thing as a line of JSON."""
         self._write(dumped(thing) + "\n")
 
     def say(self, thing: Mapping[str, object], *lines: str) -> None:
-        """One thing: as a line of JSON, or for people in lines, of which there may be none."""
+        """Print one thing: as a line of JSON, or for people as any number of lines."""
         if self.json:
             self.item(thing)
         else:
             for line in lines:
                 self.line(line)
 
+    def listing(
+        self,
+        things: Iterable[T],
+        as_json: Callable[[T], Mapping[str, object]],
+        name: Callable[[T], str],
+        header: Sequence[str],
+        row: Callable[[T], Sequence[str]],
+        *,
+        right: Iterable[int] = (),
+    ) -> None:
+        """List things: as lines of JSON, with ``-q`` their names only, or as a table."""
+        if self.json:
+            for thing in things:
+                self.item(as_json(thing))
+        elif self.quiet:
+            for thing in things:
+                self.line(shown(name(thing)))
+        else:
+            self.table(header, map(row, things), right=right)
+
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
-        """Aligned columns; those numbered in ``right`` are flush right."""
+        """Print aligned columns; those whose numbers are in ``right`` are right-aligned."""
         texts = [tuple(header), *map(tuple, rows)]
         numbers = frozenset(right)
         widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
@@ -64,62 +88,63 @@ class Output:
             self.line(self.paint(line, "bold") if index == 0 else line)
 
     def paint(self, text: str, style: str) -> str:
-        """``text`` in a style, where stdout is a terminal that wants it."""
+        """``text`` in a style, if stdout is a terminal that shows styles."""
         return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if self._styled else text
 
     def _write(self, text: str) -> None:
-        if sys.stdout is None:
-            return  # closed before the start: nobody reads
-        try:
-            sys.stdout.write(text)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise errors.from_oserror(error, doing="write the results") from error
+        if sys.stdout is not None:  # else it was closed before the start, and nobody reads
+            with written("write the results"):
+                sys.stdout.write(text)
 
     def flush(self) -> None:
-        """Give everything to the reader; an error of writing comes out here at the latest."""
-        if sys.stdout is None:
-            return
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise errors.from_oserror(error, doing="write the results") from error
+        """Write everything that is buffered; a write error is raised here at the latest."""
+        if sys.stdout is not None:
+            with written("write the results"):
+                sys.stdout.flush()
 
-    # All else
+    # Messages
 
     def note(self, text: str) -> None:
-        """What only the curious want to know."""
+        """Print what is shown with ``-v`` only."""
         if self.verbose and not self.quiet:
             self._tell(text, {"note": {"message": text}})
 
     def warn(self, text: str) -> None:
-        """What the user should know, though it went well."""
+        """Print what the user should know although the verb succeeds."""
         if not self.quiet:
             self._tell(f"warning: {text}", {"warning": {"message": text}})
 
     def not_kept(self, skipped: Mapping[str, int]) -> None:
-        """Warn of files that could not be taken along, if there are any."""
+        """Warn of files that could not be kept, if there are any."""
         if skipped:
             self.warn(f"not kept: {skipped_text(skipped)}")
 
     def error(self, kind: str, message: str, key: str | None = None, hint: str | None = None) -> None:
-        """What went wrong, in one line."""
+        """Print what failed, in one line."""
         thing = {"error": {"kind": kind, "key": key, "message": message, "hint": hint}}
         self._tell(f"{message}; {hint}" if hint else message, thing)
 
     def onlap_error(self, error: errors.OnlapError) -> None:
-        """The same, of an error of the library."""
+        """Print an error of the library."""
         self.error(error.kind, error.message, error.key, error.hint)
 
     def _tell(self, text: str, thing: Mapping[str, object]) -> None:
         complain(dumped(thing) if self.json else f"onlap: {safe(text)}")
 
 
+@contextlib.contextmanager
+def written(doing: str) -> Iterator[None]:
+    """A block that writes to stdout: its OSErrors become ours, except that of a pipe whose reader left."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise errors.from_oserror(error, doing=doing) from error
+
+
 def complain(line: str) -> None:
-    """A line on stderr; where that is closed there is nobody to tell."""
+    """Print a line on stderr, if that is open."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -127,13 +152,13 @@ def complain(line: str) -> None:
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
-    """Whether somebody looks at it who can see colours and moving lines."""
-    # None where the descriptor was closed before the start (sys.stdout's documentation).
+    """Whether a stream is a terminal that can show colours and redraw a line."""
+    # None if the descriptor was closed before the start (documentation of sys.stdout).
     return stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def can_draw() -> bool:
-    """Whether stdout takes the characters that lines are drawn with."""
+    """Whether the encoding of stdout has box-drawing characters."""
     encoding: str = getattr(sys.stdout, "encoding", None) or "ascii"
     try:
         "├─└│".encode(encoding)
@@ -143,12 +168,12 @@ def can_draw() -> bool:
 
 
 def dumped(thing: object) -> str:
-    """JSON in one line, ASCII only, so that no name can mean anything to a terminal."""
+    """JSON in one line, in ASCII only, so that a terminal acts on no name."""
     return json.dumps(_plain(thing), separators=(",", ":"))
 
 
 def _plain(value: object) -> object:
-    """The value as types of JSON: bytes, and names that are not UTF-8, become ``{"bytes": base64}``."""
+    """The value in JSON's types: bytes, and names that are not UTF-8, become ``{"bytes": base64}``."""
     if isinstance(value, str):
         return value if _is_utf8(value) else _bytes(os.fsencode(value))
     if isinstance(value, bytes):

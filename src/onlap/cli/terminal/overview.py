@@ -15,11 +15,11 @@ def overview() -> str:
         "",
         "usage: onlap [--root DIR] [--json] [-q] [-v] VERB ...",
     ]
-    group = ""
+    heading = ""
     for verb in VERBS.values():
-        if verb.group != group:
-            group = verb.group
-            lines += ["", f"{group}:"]
+        if verb.heading != heading:
+            heading = verb.heading
+            lines += ["", f"{heading}:"]
         lines.append(f"  {verb.name:<13}  {verb.summary}")
     lines += [
         "",
@@ -39,7 +39,7 @@ def overview() -> str:
         "  onlap commit next work            # what was written is the next layer",
         "",
         "exit status:",
-        *(f"  {line}" for line in exits.MEANING.split("\n")),
+        *(f"  {status:<5}  {meaning.replace('`', '')}" for status, meaning in exits.MEANINGS.items()),
         "",
         "More: onlap VERB --help. Names are shown with C escapes where a terminal would act on them.",
     ]

@@ -1,1 +1,1 @@
-"""The verbs: ``arguments(parser)`` declares what one takes, ``run(call)`` does it."""
+"""The verbs: for each, ``NAME_arguments(parser)`` declares its arguments and ``NAME(call)`` runs it."""

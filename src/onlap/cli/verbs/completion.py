@@ -1,12 +1,13 @@
-"""``onlap completion``: a few lines for each shell, which ask the command itself (:mod:`onlap.cli.complete`)."""
+"""``onlap completion``: a short script per shell, which asks the command itself (:mod:`onlap.cli.complete`)."""
 
 from __future__ import annotations
 
 from onlap.cli.call import Call
-from onlap.cli.complete import NAME, SHELLS
+from onlap.cli.complete import SHELLS
 from onlap.cli.parser import Parser
+from onlap.cli.registry import COMPLETE
 
-# None of them evaluates what it is answered: bash's "compgen -W" would.
+# None of them evaluates a candidate: bash's "compgen -W" would.
 _BASH = """\
 _onlap() {
     local candidate
@@ -38,16 +39,16 @@ end
 complete -c onlap -f -a '(__onlap_complete)'"""
 
 
-def arguments(parser: Parser) -> None:
+def completion_arguments(parser: Parser) -> None:
     parser.explain(
         "Print a script that completes verbs, options, and the names of snapshots and images.",
         'bash:  eval "$(onlap completion bash)"                          (in ~/.bashrc)',
         'zsh:   eval "$(onlap completion zsh)"                           (in ~/.zshrc, after compinit)',
         "fish:  onlap completion fish > ~/.config/fish/completions/onlap.fish",
     )
-    parser.add_argument("shell", choices=SHELLS, help="for which shell")
+    parser.add_argument("shell", choices=SHELLS, help="the shell")
 
 
-def run(call: Call) -> None:
+def completion(call: Call) -> None:
     script = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}[call.args.shell]
-    call.out.line(script.replace("COMPLETE", NAME))
+    call.out.line(script.replace("COMPLETE", COMPLETE))

@@ -8,7 +8,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 
 
-def arguments(parser: Parser) -> None:
+def demo_arguments(parser: Parser) -> None:
     parser.explain(
         "The main job, on a real tree: import the standard library of the running Python, make a writable view of it,\n"
         "run programs in there, see what changed, commit it, let two children go different ways, and remove\n"
@@ -20,7 +20,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--require", choices=("overlay",), help="end with 1 rather than take native copies")
 
 
-def run(call: Call) -> int:
+def demo(call: Call) -> int:
     from onlap.cli.demo.material import material
     from onlap.cli.demo.place import choose
     from onlap.cli.demo.story import tell

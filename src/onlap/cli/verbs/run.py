@@ -12,7 +12,6 @@ from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError, check_text
 from onlap.cli.shared.images import access, images_of, registry_arguments
-from onlap.cli.terminal.progress import progress
 from onlap.errors import shown
 
 if TYPE_CHECKING:
@@ -20,59 +19,64 @@ if TYPE_CHECKING:
     from onlap.images import Image
 
 
-def arguments(parser: Parser) -> None:
+def run_arguments(parser: Parser) -> None:
     parser.explain(
-        "Run CMD in a container: on an image, with its user, environment, working directory and entrypoint; or on a\n"
-        "snapshot. A committed one gets a writable view, which is gone afterwards unless --keep gives it a key; in an\n"
-        "active one the command works itself. A snapshot of exactly that name goes before an image. The container has\n"
-        "no network but a loopback, unless --network host. An image that is not here is fetched. It takes root, and\n"
-        "runc or crun. Options are as Docker has them, and stand before the name.\n\n"
-        "It ends as CMD ends, with 128+N for signal N; else with 125 when onlap fails, 126 when CMD cannot be run,\n"
-        "127 when there is none. A signal that CMD has no handler for ends it, as outside of a container.",
+        "Run CMD in a container: from an image, with its user, environment, working directory and entrypoint; or from\n"
+        "a snapshot. A committed one gets a writable view, which is removed afterwards unless --keep gives it a key;\n"
+        "an active one is changed itself. A snapshot of exactly that name takes precedence over an image. The\n"
+        "container has no network but a loopback, unless --network host. A missing image is pulled. It needs root,\n"
+        "and runc or crun. Options are Docker's, and stand before the name.\n\n"
+        "The exit status is CMD's, 128+N for signal N; else 125 when onlap fails, 126 when CMD cannot be run, 127\n"
+        "when it does not exist. A signal that CMD has no handler for ends it, as outside a container.",
         "onlap run debian:13 cat /etc/os-release",
         "onlap run --keep work --network host debian:13 apt-get update",
         "onlap run -it -v .:/src:ro -w /src -e CI=1 --memory 1g base sh",
     )
-    parser.key("name", metavar="IMAGE|SNAPSHOT", help="what the container begins with")
+    parser.key("name", metavar="IMAGE|SNAPSHOT", help="what the container starts from")
+    parser.images.append("name")
     parser.command("IMAGE|SNAPSHOT")
-    _what_it_runs(parser)
-    _what_it_sees(parser)
-    _what_it_may(parser)
-    parser.add_argument("--rm", action="store_true", help="forget what was written (the default)")
+    _process_arguments(parser)
+    _isolation_arguments(parser)
+    _limit_arguments(parser)
+    parser.add_argument("--rm", action="store_true", help="discard what was written (the default)")
     parser.key("--keep", metavar="KEY", help="keep what was written, as the active snapshot KEY")
     parser.add_argument(
         "--pull",
         choices=("missing", "always", "never"),
         default="missing",
-        help="fetch the image from its registry (missing)",
+        help="pull the image from its registry (missing)",
     )
     registry_arguments(parser)
 
 
-def _what_it_runs(parser: Parser) -> None:
+def _process_arguments(parser: Parser) -> None:
     parser.add_argument("--entrypoint", metavar="CMD", help='instead of the image\'s entrypoint and command; "": none')
-    parser.repeatable("-e", "--env", metavar="K=V", help="a variable; K alone: as it is here")
-    parser.repeatable("--env-file", metavar="FILE", help="variables, one a line")
+    parser.repeatable("-e", "--env", metavar="K=V", help="a variable; K alone: with its value here")
+    parser.repeatable("--env-file", metavar="FILE", help="variables, one per line")
     parser.add_argument("-u", "--user", metavar="U", help="user, uid, user:group or uid:gid, instead of the image's")
-    parser.add_argument("-w", "--workdir", metavar="DIR", help="where CMD starts; made where the tree lacks it")
-    parser.add_argument("-t", "--tty", action="store_true", help="give it a terminal of its own, for a shell")
-    parser.add_argument("-i", "--interactive", action="store_true", help="as for Docker; its input is always ours")
+    parser.add_argument("-w", "--workdir", metavar="DIR", help="where CMD starts; made if the tree lacks it")
+    parser.add_argument("-t", "--tty", action="store_true", help="give it its own terminal, for a shell")
+    parser.add_argument(
+        "-i", "--interactive", action="store_true", help="accepted as by Docker; CMD always gets the standard input"
+    )
 
 
-def _what_it_sees(parser: Parser) -> None:
-    parser.repeatable("-v", "--volume", metavar="SRC:DST", help="show it a file or directory (:ro)")
+def _isolation_arguments(parser: Parser) -> None:
+    parser.repeatable("-v", "--volume", metavar="SRC:DST", help="mount a file or directory (:ro)")
     parser.repeatable("--tmpfs", metavar="DST", help="an empty filesystem in memory (:size=64m)")
     parser.add_argument("--read-only", action="store_true", help="nothing can be written to the container's tree")
-    parser.add_argument("--network", choices=("none", "host"), default="none", help="only a loopback, or ours (none)")
+    parser.add_argument(
+        "--network", choices=("none", "host"), default="none", help="only a loopback, or the host's (none)"
+    )
 
 
-def _what_it_may(parser: Parser) -> None:
-    parser.add_argument("--memory", metavar="SIZE", help="bytes that it may use, as 512m")
-    parser.add_argument("--cpus", metavar="N", help="processors that it may use, as 1.5")
-    parser.add_argument("--pids-limit", metavar="N", help="processes and threads that it may have")
-    parser.repeatable("--cap-add", metavar="CAP", help="a capability more, as NET_ADMIN, or ALL")
-    parser.repeatable("--cap-drop", metavar="CAP", help="one less")
-    parser.repeatable("--security-opt", metavar="seccomp=FILE", help='its seccomp profile, or "unconfined"')
+def _limit_arguments(parser: Parser) -> None:
+    parser.add_argument("--memory", metavar="SIZE", help="limit of memory, as 512m")
+    parser.add_argument("--cpus", metavar="N", help="limit of processors, as 1.5")
+    parser.add_argument("--pids-limit", metavar="N", help="limit of processes and threads")
+    parser.repeatable("--cap-add", metavar="CAP", help="add a capability, as NET_ADMIN, or ALL")
+    parser.repeatable("--cap-drop", metavar="CAP", help="drop a capability")
+    parser.repeatable("--security-opt", metavar="seccomp=FILE", help='the seccomp profile, or "unconfined"')
 
 
 def run(call: Call) -> int:
@@ -82,10 +86,10 @@ def run(call: Call) -> int:
     if args.rm and args.keep is not None:
         raise UsageError("--rm and --keep exclude each other")
     if args.tty and not any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
-        raise errors.FailedPrecondition("--tty needs a terminal, and there is none", hint="leave it out")
+        raise errors.FailedPrecondition("--tty needs a terminal, and there is none", hint="omit it")
     options = _options(call)
     with call.store(sweep=True) as store:
-        with progress(out) as report:
+        with call.progress() as report:
 
             def pull(name: str) -> Image:
                 return images_of(store).pull(name, access=access(call), progress=report)
@@ -134,7 +138,7 @@ def _options(call: Call) -> Options:
 
 
 def _environment(files: Sequence[str], pairs: Sequence[str]) -> dict[str, str]:
-    """Variables; those of the command line win, whatever the order, as Docker has it."""
+    """Variables; those of the command line take precedence, whatever the order, as with Docker."""
     from onlap.containers.options import parse_variable, read_variables
 
     found: dict[str, str] = {}
@@ -157,6 +161,6 @@ def _seccomp(call: Call) -> str | None:
     if default_profile() is None:
         call.out.warn(
             "the container may make every system call, since no seccomp profile is installed (it comes with Podman, in"
-            " containers-common or golang-github-containers-common); to mean it: --security-opt seccomp=unconfined"
+            " containers-common or golang-github-containers-common); to accept that: --security-opt seccomp=unconfined"
         )
     return None

@@ -1,4 +1,4 @@
-"""``onlap serve``."""
+"""``onlap serve``: the servers for containerd and Docker."""
 
 from __future__ import annotations
 
@@ -8,106 +8,51 @@ from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli.call import Call, check_access
-from onlap.cli.parser import Parser, UsageError, check_text
+from onlap.cli.parser import Parser, UsageError, check_text, make_parser
+from onlap.cli.registry import VERBS
 
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter
 
-_KINDS = ("containerd", "docker")
-
-# What is said where an option of one kind is not given; an option is refused where it means nothing.
-_DEFAULTS: dict[str, dict[str, object]] = {
-    "containerd": {
-        "sync": "layer",
-        "socket": None,
-        "owner": "containerd",
-        "socket_mode": "0600",
-        "socket_group": None,
-        "metrics": None,
-        "snapshotter": "auto",
-        "mount_option": [],
-        "upperdir_label": False,
-        "remap_ids": False,
-    },
-    "docker": {"sync": "layer", "name": None, "driver": "overlay2", "socket_dir": "/run/docker/plugins"},
-}
+# What --print-unit may be combined with.
+_WITH_PRINT_UNIT = frozenset({"print_unit", "root", "json", "quiet", "verbose", "command"})
 
 
-def arguments(parser: Parser) -> None:
+def containerd_arguments(parser: Parser) -> None:
     parser.explain(
-        "Serve the snapshots of this root to containerd, as a proxy snapshotter, or be a graph driver plugin of\n"
-        "Docker, until SIGTERM. For containerd the root is made where there is none. Logs go to stderr, a line per\n"
-        "event; with -v each call is one.",
+        "Serve the snapshots of this root to containerd, as a proxy snapshotter, until SIGTERM. The root is made if\n"
+        "it does not exist. Logs go to stderr, one line per event; with -v also one per call.",
         "onlap serve containerd --socket /run/onlap/containerd.sock",
-        "onlap serve docker --name onlap --driver overlay2",
+        "onlap serve containerd --print-unit service > /etc/systemd/system/onlap-containerd.service",
     )
-    parser.add_argument("kind", choices=_KINDS, metavar="containerd|docker", help="whom to serve")
+    _common_arguments(parser)
+    parser.add_argument("--socket", metavar="S", help="where to listen; not needed for a socket from systemd")
+    parser.add_argument("--owner", metavar="O", default="containerd", help="the owner of these snapshots (containerd)")
+    parser.add_argument("--socket-mode", metavar="MODE", default="0600", help="permissions of the socket (0600)")
+    parser.add_argument("--socket-group", metavar="G", help="the group that gets the group's permissions")
+    parser.add_argument("--metrics", metavar="HOST:PORT", help="serve metrics for Prometheus there")
     parser.add_argument(
-        "--print-unit", choices=("service", "socket"), help="print this unit for systemd, and serve nothing"
+        "--snapshotter", choices=("auto", "overlay", "native"), default="auto", help="of a new root (auto)"
     )
-    parser.add_argument("--sync", choices=("layer", "none"), help="see the documentation of each (layer)")
-    one = parser.add_argument_group("containerd")
-    one.add_argument("--socket", metavar="S", help="where to listen; need not be said of a socket that is handed over")
-    one.add_argument("--owner", metavar="O", help="whose snapshots these are (containerd)")
-    one.add_argument("--socket-mode", metavar="MODE", help="permissions of the socket (0600)")
-    one.add_argument("--socket-group", metavar="G", help="the group that gets the group's permissions")
-    one.add_argument("--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there")
-    one.add_argument("--snapshotter", choices=("auto", "overlay", "native"), help="of a new root (auto)")
-    one.add_argument("--mount-option", metavar="O", action="append", help="for every overlay; repeatable")
-    one.add_argument("--upperdir-label", action="store_true", default=None, help="show the upperdir as a label")
-    one.add_argument("--remap-ids", action="store_true", default=None, help="ID-mapped mounts for user namespaces")
-    other = parser.add_argument_group("docker")
-    other.add_argument("--name", metavar="N", help="of the plugin")
-    other.add_argument("--driver", choices=("overlay", "overlay2"), help="which (overlay2)")
-    other.add_argument("--socket-dir", metavar="DIR", help="where dockerd looks (/run/docker/plugins)")
+    parser.repeatable("--mount-option", metavar="O", help="for every overlay")
+    parser.add_argument("--upperdir-label", action="store_true", help="show the upperdir as a label")
+    parser.add_argument("--remap-ids", action="store_true", help="ID-mapped mounts for user namespaces")
 
 
-def run(call: Call) -> int:
-    import logging
-
-    from onlap.serve import logs
-
-    _settle(call)
-    if call.args.print_unit:
-        return _print_unit(call)
-    logs.configure(logging.DEBUG if call.args.verbose else logging.WARNING if call.args.quiet else logging.INFO)
-    return _containerd(call) if call.args.kind == "containerd" else _docker(call)
-
-
-def _settle(call: Call) -> None:
-    """Refuse the options of the other kind, and fill in what was not said."""
-    args, kind = call.args, call.args.kind
-    other = next(each for each in _KINDS if each != kind)
-    for name in _DEFAULTS[other].keys() - _DEFAULTS[kind].keys():
-        if getattr(args, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} belongs to serve {other}, not to serve {kind}")
-    for name, default in _DEFAULTS[kind].items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif args.print_unit:
-            raise UsageError(
-                f"--{name.replace('_', '-')} does not get into a unit by itself: write it into ExecStart= there"
-            )
-
-
-def _print_unit(call: Call) -> int:
-    from onlap.serve import units
-
-    print(units.unit(f"onlap-{call.args.kind}.{call.args.print_unit}", os.path.abspath(call.root)), end="")
-    return 0
-
-
-def _containerd(call: Call) -> int:
+def containerd(call: Call) -> int:
     from onlap.serve import sockets
 
     args = call.args
+    if args.print_unit:
+        return _print_unit(call, "containerd")
+    _configure_logging(call)
     listener = sockets.inherited(args.socket and os.path.abspath(args.socket))
     where = args.socket if listener is None else listener.getsockname()
     if not where:
         raise UsageError("serve containerd needs --socket")
     check_text(args.owner, "owner")
     if not args.owner:
-        raise UsageError("the owner of what a server makes cannot be empty: that is the command's own")
+        raise UsageError("the owner of a server's snapshots cannot be empty: that is the command's own")
     try:
         from onlap.serve.containerd.server import Server
 
@@ -156,16 +101,6 @@ def _snapshotter(call: Call) -> RecordedSnapshotter:
     )
 
 
-def _docker(call: Call) -> int:
-    args = call.args
-    if not args.name:
-        raise UsageError("serve docker needs --name")
-    from onlap.serve.docker.server import Server
-
-    with Server(args.name, args.driver, socket_dir=args.socket_dir, sync=args.sync, handed_over=True) as server:
-        return server.run()
-
-
 def _mode(text: str) -> int:
     try:
         mode = int(text, 8)
@@ -174,3 +109,64 @@ def _mode(text: str) -> int:
     if not 0 <= mode <= 0o777:
         raise UsageError(f"the mode of a socket is octal, up to 0777, not {errors.shown(text)}")
     return mode
+
+
+def docker_arguments(parser: Parser) -> None:
+    parser.explain(
+        "Be a graph driver plugin of Docker until SIGTERM. Logs go to stderr, one line per event; with -v also one\n"
+        "per call.",
+        "onlap serve docker --name onlap --driver overlay2",
+    )
+    _common_arguments(parser)
+    parser.add_argument("--name", metavar="N", help="the name of the plugin")
+    parser.add_argument("--driver", choices=("overlay", "overlay2"), default="overlay2", help="which (overlay2)")
+    parser.add_argument(
+        "--socket-dir",
+        metavar="DIR",
+        default="/run/docker/plugins",
+        help="where dockerd looks for plugins (/run/docker/plugins)",
+    )
+
+
+def docker(call: Call) -> int:
+    args = call.args
+    if args.print_unit:
+        return _print_unit(call, "docker")
+    _configure_logging(call)
+    if not args.name:
+        raise UsageError("serve docker needs --name")
+    from onlap.serve.docker.server import Server
+
+    with Server(args.name, args.driver, socket_dir=args.socket_dir, sync=args.sync, handed_over=True) as server:
+        return server.run()
+
+
+def _common_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--print-unit", choices=("service", "socket"), help="print this unit for systemd, and serve nothing"
+    )
+    parser.add_argument(
+        "--sync",
+        choices=("layer", "none"),
+        default="layer",
+        help="a commit is durable with its content, or (none) only its record (layer)",
+    )
+
+
+def _configure_logging(call: Call) -> None:
+    import logging
+
+    from onlap.serve import logs
+
+    logs.configure(logging.DEBUG if call.args.verbose else logging.WARNING if call.args.quiet else logging.INFO)
+
+
+def _print_unit(call: Call, kind: str) -> int:
+    from onlap.serve import units
+
+    parser = make_parser(VERBS[f"serve {kind}"])
+    for name, value in vars(call.args).items():
+        if name not in _WITH_PRINT_UNIT and value != parser.get_default(name):
+            raise UsageError(f"--{name.replace('_', '-')} is not written into a unit: add it to ExecStart= there")
+    print(units.unit(f"onlap-{kind}.{call.args.print_unit}", os.path.abspath(call.root)), end="")
+    return 0

@@ -1,7 +1,7 @@
-"""The process that ``onlap enter`` starts: it goes into namespaces of its own, mounts, and becomes the command.
+"""The child process of ``onlap enter``: it enters its own namespaces, mounts, and becomes the command.
 
-``python3 -m onlap.cli.inside TASK ANSWER``: two descriptors. The task comes as JSON; the answer is JSON too, and stays
-empty when the command was started, whose exec closes the descriptor.
+``python3 -m onlap.cli.verbs.enter_child TASK ANSWER``: two descriptors. The task and the answer are JSON. The answer
+stays empty when the command was started, since its exec closes the descriptor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from onlap.syscalls.namespaces import CLONE_NEWNS, unshare
 
 
 def main(task_fd: int, answer_fd: int) -> None:
-    """Do the task; returns only when that failed and was answered."""
-    # Ctrl-C before the command runs ends us without a traceback.
+    """Do the task; returns only after answering that it failed."""
+    # Ctrl-C before the command runs ends this process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.set_inheritable(answer_fd, False)
     with open(task_fd, "rb") as file:
@@ -36,13 +36,10 @@ def main(task_fd: int, answer_fd: int) -> None:
     command: list[str] = task["command"]
     environment: dict[str, str] = task["environment"]
     try:
-        _enter(task, environment)
+        with errors.translated("enter the tree"):
+            _enter(task, environment)
     except errors.OnlapError as error:
         _answer(answer_fd, error.message, error.hint, kind=type(error).__name__)
-        return
-    except OSError as error:
-        translated = errors.from_oserror(error, doing="enter the tree")
-        _answer(answer_fd, translated.message, translated.hint, kind=type(translated).__name__)
         return
     resource.setrlimit(resource.RLIMIT_NOFILE, tuple(task["open_files"]))
     # Python ignores SIGPIPE, which an exec would hand on: "yes | head" in the tree would not end.
@@ -60,14 +57,14 @@ def main(task_fd: int, answer_fd: int) -> None:
 
 
 def _enter(task: Mapping[str, Any], environment: dict[str, str]) -> None:
-    plan = [_as_mount(fields) for fields in task["mounts"]]
+    plan = [Mount._make(tuple(f) if isinstance(f, list) else f for f in fields) for fields in task["mounts"]]
     where: str = task["where"]
     try:
         _own_namespaces()
     except errors.PermissionDenied:
         if task["chroot"] or len(plan) != 1 or not plan[0].needs_no_mount:
             raise
-        # A native copy is a directory like any other, and needs no mount.
+        # A native copy is an ordinary directory, and needs no mount.
         where = plan[0].source
     else:
         for mount in plan:
@@ -76,13 +73,8 @@ def _enter(task: Mapping[str, Any], environment: dict[str, str]) -> None:
     if task["chroot"]:
         os.chroot(".")
         where = "/"
-    # The shell's own idea of where it is; it would inherit that of another directory.
+    # Where a shell believes it is; the inherited value is another directory.
     environment["PWD"] = where
-
-
-def _as_mount(fields: list[Any]) -> Mount:
-    kind, source, target, lowers, upper, work, flags = fields
-    return Mount(kind, source, target, tuple(lowers), upper, work, tuple(flags))
 
 
 def _own_namespaces() -> None:
@@ -90,13 +82,13 @@ def _own_namespaces() -> None:
         enter_user_namespace()
         return
     unshare(CLONE_NEWNS)
-    # Slave: what is mounted here stays here, and what is unmounted outside is not kept busy in here.
+    # Slave: mounts made here stay here, and what is unmounted outside does not stay busy in here.
     api.mount("none", "/", None, api.MS_REC | api.MS_SLAVE, None)
 
 
 def _answer(fd: int, message: str, hint: str | None, *, kind: str | None = None, status: int | None = None) -> None:
     answer = {"kind": kind, "message": message, "hint": hint, "status": status}
-    with contextlib.suppress(BrokenPipeError):  # who asked has been killed
+    with contextlib.suppress(BrokenPipeError):  # the parent was killed
         os.write(fd, json.dumps(answer).encode())
 
 
