@@ -16,9 +16,25 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 Name = str | bytes
+
+
+class Attributes(TypedDict, total=False):
+    """What a new file may be given; what is left out is as the kernel makes it.
+
+    Attributes:
+        uid: its owner.
+        gid: its group.
+        mtime_ns: its time of modification, in nanoseconds since the epoch.
+        xattrs: its extended attributes; a fifo and a device take none of the class ``user``.
+    """
+
+    uid: int
+    gid: int
+    mtime_ns: int
+    xattrs: Mapping[str, bytes]
 
 
 class Operation(NamedTuple):
@@ -75,60 +91,32 @@ class Tree:
 
     # What there is
 
-    def directory(
-        self,
-        path: Name,
-        *,
-        mode: int = 0o755,
-        uid: int | None = None,
-        gid: int | None = None,
-        mtime_ns: int | None = None,
-        xattrs: Mapping[str, bytes] | None = None,
-    ) -> Tree:
+    def directory(self, path: Name, *, mode: int = 0o755, **attributes: Unpack[Attributes]) -> Tree:
         """A new directory."""
-        if mtime_ns is not None:
-            self._directory_times.append((os.fsencode(path), mtime_ns))
+        if "mtime_ns" in attributes:
+            self._directory_times.append((os.fsencode(path), attributes["mtime_ns"]))
 
         def make(where: bytes) -> None:
             os.mkdir(where)
-            _set(where, mode, uid, gid, None, xattrs)
+            _set(where, mode, **attributes)
 
         return self._add(f"directory({path!r}, mode={mode:#o})", path, make)
 
-    def file(
-        self,
-        path: Name,
-        content: bytes = b"",
-        *,
-        mode: int = 0o644,
-        uid: int | None = None,
-        gid: int | None = None,
-        mtime_ns: int | None = None,
-        xattrs: Mapping[str, bytes] | None = None,
-    ) -> Tree:
+    def file(self, path: Name, content: bytes = b"", *, mode: int = 0o644, **attributes: Unpack[Attributes]) -> Tree:
         """A new regular file."""
 
         def make(where: bytes) -> None:
             _write(where, content, os.O_CREAT | os.O_EXCL)
-            _set(where, mode, uid, gid, mtime_ns, xattrs)
+            _set(where, mode, **attributes)
 
         return self._add(f"file({path!r}, {_short(content)}, mode={mode:#o})", path, make)
 
-    def symlink(
-        self,
-        path: Name,
-        target: Name,
-        *,
-        uid: int | None = None,
-        gid: int | None = None,
-        mtime_ns: int | None = None,
-        xattrs: Mapping[str, bytes] | None = None,
-    ) -> Tree:
+    def symlink(self, path: Name, target: Name, **attributes: Unpack[Attributes]) -> Tree:
         """A new symbolic link; ``target`` is taken as it is."""
 
         def make(where: bytes) -> None:
             os.symlink(os.fsencode(target), where)
-            _set(where, None, uid, gid, mtime_ns, xattrs)
+            _set(where, None, **attributes)
 
         return self._add(f"symlink({path!r}, {target!r})", path, make)
 
@@ -142,20 +130,12 @@ class Tree:
         self._operations.append(Operation(f"link({path!r}, {to!r})", make))
         return self
 
-    def fifo(
-        self,
-        path: Name,
-        *,
-        mode: int = 0o644,
-        uid: int | None = None,
-        gid: int | None = None,
-        mtime_ns: int | None = None,
-    ) -> Tree:
+    def fifo(self, path: Name, *, mode: int = 0o644, **attributes: Unpack[Attributes]) -> Tree:
         """A new named pipe."""
 
         def make(where: bytes) -> None:
             os.mkfifo(where)
-            _set(where, mode, uid, gid, mtime_ns)
+            _set(where, mode, **attributes)
 
         return self._add(f"fifo({path!r})", path, make)
 
@@ -167,15 +147,13 @@ class Tree:
         *,
         block: bool = False,
         mode: int = 0o644,
-        uid: int | None = None,
-        gid: int | None = None,
-        mtime_ns: int | None = None,
+        **attributes: Unpack[Attributes],
     ) -> Tree:
         """A new device, which takes CAP_MKNOD."""
 
         def make(where: bytes) -> None:
             os.mknod(where, (stat.S_IFBLK if block else stat.S_IFCHR) | 0o600, os.makedev(major, minor))
-            _set(where, mode, uid, gid, mtime_ns)
+            _set(where, mode, **attributes)
 
         return self._add(f"device({path!r}, {major}, {minor}, block={block})", path, make)
 
@@ -266,23 +244,16 @@ def _write(where: bytes, content: bytes, flags: int) -> None:
         file.write(content)
 
 
-def _set(
-    where: bytes,
-    mode: int | None,
-    uid: int | None,
-    gid: int | None,
-    mtime_ns: int | None,
-    xattrs: Mapping[str, bytes] | None = None,
-) -> None:
+def _set(where: bytes, mode: int | None, **attributes: Unpack[Attributes]) -> None:
     """Give a new file its attributes: owner before mode, since chown clears the set-user-ID bits; its time last."""
-    if uid is not None or gid is not None:
-        os.lchown(where, -1 if uid is None else uid, -1 if gid is None else gid)
+    if "uid" in attributes or "gid" in attributes:
+        os.lchown(where, attributes.get("uid", -1), attributes.get("gid", -1))
     if mode is not None:
         os.chmod(where, mode)
-    for name, value in (xattrs or {}).items():
+    for name, value in attributes.get("xattrs", {}).items():
         os.setxattr(where, name, value, follow_symlinks=False)
-    if mtime_ns is not None:
-        _set_time(where, mtime_ns)
+    if "mtime_ns" in attributes:
+        _set_time(where, attributes["mtime_ns"])
 
 
 def _set_time(where: bytes, mtime_ns: int) -> None:
