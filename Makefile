@@ -114,9 +114,8 @@ test-long: $(STAMP) peers-soft ## the same with the long tests and the long Hypo
 
 bench: $(STAMP) peers-soft ## the benchmarks, beside the peers
 	@$(PRIVATE); status=0; \
-	for script in $$(grep -ls '__main__' bench/*.py || echo none); do \
-		[ -e "$$script" ] || { echo 'bench: no benchmark yet'; break; }; \
-		echo "== $$script"; $$private $(BIN)/python "$$script" $(ARGS) || status=1; \
+	for name in containerd docker images layers snapshots; do \
+		echo "== $$name"; $$private $(BIN)/python -m "bench.$$name" $(ARGS) || status=1; \
 	done; \
 	exit $$status
 
@@ -126,7 +125,7 @@ protocol: $(STAMP) ## make the protobuf stubs again from their source
 
 clean: ## remove all that make made
 	@rm -rf $(VENV) .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	@find src tests tools bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || :
+	@find src tests tools bench peers -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || :
 
 # A virtual environment whose Python has gone, or was another one, is made anew.
 $(STAMP): pyproject.toml

@@ -1,6 +1,6 @@
 """Onlap behind its socket, beside containerd's own overlay snapshotter behind contrib/snapshotservice.
 
-The same Go client (bench/go/snapshotclient) loads both with what containerd does for a layer or a container, seen
+The same Go client (peers/go/snapshotclient) loads both with what containerd does for a layer or a container, seen
 from the snapshotter: prepare, stat, mounts, commit, remove. It does so with 1, 16 and 64 clients, and beside 5,000
 and 50,000 snapshots that stay. Then the commit of a layer of 1 GiB that has just been written, which is where
 ``--sync layer`` costs something.
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import lib  # first: it makes what tests and benchmarks share importable
+from bench import lib
 from peers.daemons import ONLAP_ENVIRONMENT, Daemon, onlap_command
 from peers.remote import RemoteSnapshotter
 
@@ -40,7 +40,7 @@ def bench() -> None:
     with ExitStack() as stack:
         # Inodes: 50,000 snapshots are 150,000 directories, three times.
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 10 << 30))
-        client = lib.go_build(lib.REPOSITORY / "bench/go/snapshotclient")
+        client = lib.go_build(lib.REPOSITORY / "peers/go/snapshotclient")
         daemons = {name: stack.enter_context(make(mount)) for name, make in SERVERS.items()}
 
         def load(server: str, clients: int, live: int = 0) -> lib.Result:

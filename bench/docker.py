@@ -19,7 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import lib
+from bench import lib
+from peers import dockergo, gobuild
 
 FILES = 4000
 DEPTHS = (10, 50, 100)
@@ -28,10 +29,6 @@ CALLS = ("create", "get", "put", "remove", "apply", "diff", "diff_size", "change
 
 def bench() -> None:
     """Run, compare, report."""
-    # Here, since lib says where the modules of the tests are.
-    import dockergo
-    import gobuild
-
     chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=7)
     files, cycles, depths = (400, 20, (10,)) if chosen.quick else (FILES, 100, DEPTHS)
     os.environ["PYTHONPATH"] = str(lib.REPOSITORY / "src")
@@ -48,10 +45,10 @@ def bench() -> None:
         workers = {
             "peer": stack.enter_context(lib.Worker([program])),
             "plugin": stack.enter_context(lib.Worker([program])),
-            "library": stack.enter_context(lib.Worker([sys.executable, __file__, "--worker", "overlay2"])),
-            "overlay": stack.enter_context(lib.Worker([sys.executable, __file__, "--worker", "overlay"])),
+            "library": stack.enter_context(lib.Worker([sys.executable, "-m", "bench.docker", "--worker", "overlay2"])),
+            "overlay": stack.enter_context(lib.Worker([sys.executable, "-m", "bench.docker", "--worker", "overlay"])),
         }
-        served = stack.enter_context(lib.Worker([sys.executable, __file__, "--serve"]))
+        served = stack.enter_context(lib.Worker([sys.executable, "-m", "bench.docker", "--serve"]))
         socket = served("serve", directory=str(mount / "sockets"))["socket"]
         cases: dict[str, Callable[[], lib.Result]] = {}
         for name, worker in workers.items():
@@ -136,10 +133,11 @@ def serve() -> None:
     """Serve the plugin in this process until the input ends."""
     from onlap.serve.docker import Server
 
-    for line in sys.stdin:
-        directory = json.loads(line)["directory"]
-        server = Server("bench", "overlay2", socket_dir=directory, sync="none")
+    directory = json.loads(sys.stdin.readline())["directory"]
+    with Server("bench", "overlay2", socket_dir=directory, sync="none") as server:
+        server.start()
         print(json.dumps({"socket": server.socket}), flush=True)
+        sys.stdin.read()
 
 
 def work(kind: str) -> None:

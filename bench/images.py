@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lib  # first: it makes what tests and benchmarks share importable
+from bench import lib
 from peers.daemons import Daemon
 
 NAME = "localhost/bench/big:1"

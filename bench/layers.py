@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lib
+from bench import lib
 
 TIME = 1_500_000_000
 COMPRESSIONS = {"plain": "tar", "gzip": "tar.gz", "zstd": "tar.zst"}
@@ -50,7 +50,9 @@ def bench() -> None:
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 12 << 30))
         peer = stack.enter_context(lib.Worker([lib.go_build(lib.REPOSITORY / "bench/go/layerbench")]))
-        ours, second = (stack.enter_context(lib.Worker([sys.executable, __file__, "--worker"])) for _ in range(2))
+        ours, second = (
+            stack.enter_context(lib.Worker([sys.executable, "-m", "bench.layers", "--worker"])) for _ in range(2)
+        )
         hello = peer("hello")
         lib.progress("making the layers")
         made = ours("make", directory=str(mount), sizes=list(sizes))
@@ -241,7 +243,7 @@ def _diff_cases(
 def _memory(what: str, mount: Path) -> float:
     """The greatest size in memory of a process that applies or writes one big layer, in MiB."""
     target = _fresh(mount, f"run-memory-{what}")
-    with lib.Worker([sys.executable, __file__, "--worker"]) as worker:
+    with lib.Worker([sys.executable, "-m", "bench.layers", "--worker"]) as worker:
         if what == "apply":
             worker("apply", dir=str(target), tar=str(mount / "memory.tar.gz"))
         else:

@@ -26,9 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-
-import gobuild  # of the tests, which use it, too
+from peers import gobuild
 
 REPOSITORY = gobuild.REPOSITORY
 CACHE = gobuild.CACHE
@@ -145,7 +143,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def go_build(source: Path) -> Path:
-    """The program built from the Go package in ``source``, once (tests/gobuild.py).
+    """The program built from the Go package in ``source``, once (peers/gobuild.py).
 
     Raises:
         BenchError: Go or the peer's sources are missing, or do not compile.

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import lib
+from bench import lib
 
 THREADS = (1, 16)
 LIVE = 5000
@@ -40,7 +40,7 @@ def bench() -> None:
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 6 << 30))
         peer = stack.enter_context(lib.Worker([lib.go_build(lib.REPOSITORY / "bench/go/snapshotbench")]))
-        ours = stack.enter_context(lib.Worker([sys.executable, __file__, "--worker"]))
+        ours = stack.enter_context(lib.Worker([sys.executable, "-m", "bench.snapshots", "--worker"]))
         hello = peer("hello")
         ours("hello")
 

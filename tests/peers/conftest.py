@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import capabilities
-import gobuild
-from peers import daemons, images
+from peers import daemons, gobuild, images
 from peers.daemons import Containerd, Dockerd, Onlap
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import gobuild
 from onlap.testing import cases
 from onlap.testing.snapshotters import Case
+from peers import gobuild
 from peers.daemons import ONLAP_ENVIRONMENT, onlap_command
 from peers.remote import RemoteFactory
 

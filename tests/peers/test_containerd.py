@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-import gobuild
 from onlap.catalog import records
 from onlap.mounts.temporary import mounted as onlap_mounted
 from onlap.snapshots.contract import Info
 from onlap.store import open_snapshotter
 from onlap.testing import read_tree
 from onlap.testing.same import Node
+from peers import gobuild
 from peers.daemons import Containerd, Onlap, eventually, output, run, shims
 from peers.images import Image, Layer, three_layers
 from peers.remote import RemoteSnapshotter

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import dockergo
+from peers import dockergo
 from peers.graphdrivers import Plugin
 
 TESTS = 8

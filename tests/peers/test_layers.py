@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-import gobuild
 from kernel.layer_oracle import TRUSTED, apply_to
 from onlap import errors
 from onlap.layers.diff.write import Encoding, write_layer
 from onlap.layers.stream.compression import Compression
 from onlap.testing import Tree, assert_same_tree, differences
+from peers import gobuild
 from pure.tar_makers import END, header, pax
 
 containerd = pytest.mark.needs("mount", "gopkg:github.com/containerd/containerd")

@@ -23,7 +23,6 @@ from threading import Event
 import grpc
 import pytest
 
-import gobuild
 from onlap import errors
 from onlap.catalog import records
 from onlap.mounts.plan import Mount
@@ -33,6 +32,7 @@ from onlap.serve.containerd.status import status
 from onlap.snapshots.contract import Info
 from onlap.snapshots.native import NativeSnapshotter
 from onlap.store import open_snapshotter
+from peers import gobuild
 from peers.daemons import ONLAP_ENVIRONMENT, Onlap, eventually, onlap_command, run
 from peers.remote import Remote, RemoteSnapshotter, status_of
 
@@ -440,7 +440,7 @@ def test_a_root_that_containerd_would_misread_is_refused(root: Path) -> None:
 
 def under_load(server: Onlap, seconds: float) -> int:
     """56 clients in cycles without an error, 8 that ask for errors and get those; returns how many cycles."""
-    load = gobuild.build(REPOSITORY / "bench" / "go" / "snapshotclient")
+    load = gobuild.build(REPOSITORY / "peers" / "go" / "snapshotclient")
     command = [load, "-socket", server.socket, "-clients", "56", "-seconds", str(seconds)]
     over = Event()
 

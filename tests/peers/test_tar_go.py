@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-import gobuild
 from onlap import errors
 from onlap.layers.format import tar
+from peers import gobuild
 from pure.tar_makers import END, gnu_long, header, padded, pax, read
 
 pytestmark = pytest.mark.needs("peer:go", "gopkg:github.com/containerd/containerd")

@@ -1,7 +1,4 @@
-"""Programs built from Go sources of this project that use Docker's, as Debian packages them.
-
-It imports nothing of Onlap and nothing of pytest, so that bench/ can use it, too.
-"""
+"""Programs built from Go sources of this project that use Docker's, as Debian packages them."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-import gobuild
+from peers import gobuild
 
-QUOTA = gobuild.REPOSITORY / "tests" / "peers" / "go" / "quota"
+QUOTA = gobuild.REPOSITORY / "peers" / "go" / "quota"
 
 
 def build(source: Path, *, test: bool = False) -> Path:

@@ -20,7 +20,7 @@ from typing import Self
 
 from onlap.snapshots.contract import Info
 
-SOURCES = Path(__file__).resolve().parents[2] / "src"
+SOURCES = Path(__file__).resolve().parents[1] / "src"
 
 # Seconds. A busy machine is no defect; a daemon that says nothing for so long is.
 PATIENCE = 20.0

@@ -1,7 +1,4 @@
-"""Programs built from the Go sources of this project, once: for tests and benchmarks.
-
-It imports nothing of Onlap and nothing of pytest, so that bench/ can use it, too.
-"""
+"""Programs built from the Go sources of this project, once."""
 
 from __future__ import annotations
 
