@@ -85,7 +85,7 @@ def test_demo_in_json(place: Path) -> None:
     steps = [thing for thing in things if "step" in thing]
     assert all(thing["ms"] >= 0 for thing in steps)
     # Thousands of files, of the real thing.
-    entries = int(steps[0]["told"].split(" as base: ")[1].split()[0].replace(",", ""))
+    entries = int(steps[0]["text"].split(" as base: ")[1].split()[0].replace(",", ""))
     assert entries > 1000
 
 

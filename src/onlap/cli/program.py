@@ -94,7 +94,7 @@ def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
 
 
 def _without_verb(arguments: list[str], out: Output) -> int:
-    from onlap.cli.terminal.overview import overview
+    from onlap.cli.help import overview
 
     if "--version" in arguments:
         from onlap._version import __version__
@@ -112,7 +112,7 @@ def _without_verb(arguments: list[str], out: Output) -> int:
 
 
 def _without_second_word(group: str, arguments: list[str], out: Output) -> int:
-    from onlap.cli.terminal.overview import group_overview
+    from onlap.cli.help import group_overview
 
     if "-h" not in arguments and "--help" not in arguments:
         raise UsageError(f"which verb of {group}?")

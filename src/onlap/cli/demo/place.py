@@ -1,4 +1,4 @@
-"""Where the demo runs, how it keeps its snapshots there, and why."""
+"""Where the demo runs, and in which mode."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onlap.errors import shown
 from onlap.mounts.temporary import may_mount
 from onlap.probing.probe import NATIVE, OVERLAY, overlay_mode
 
-# In a container /tmp is mostly on the container's own overlay, which OverlayFS does not take for an upper layer; these
-# are other filesystems in many of them.
+# In a container /tmp is usually on the container's own overlay, which OverlayFS does not accept as an upper layer;
+# these are often other filesystems.
 FALLBACKS = ("/var/tmp", "/dev/shm")
 
 
@@ -23,8 +23,8 @@ class Place(NamedTuple):
     Attributes:
         directory: its path.
         mode: one of :data:`onlap.probing.probe.MODES`.
-        why: the reason for it.
-        free: bytes that can be written there.
+        why: the reason for the mode.
+        free: the bytes that can be written there.
     """
 
     directory: str
@@ -33,44 +33,37 @@ class Place(NamedTuple):
     free: int
 
 
-class Choice(NamedTuple):
-    """The place, and one line that says what runs there and why."""
-
-    place: Place
-    line: str
-
-
-def choose(content: int, *, overlay_only: bool) -> Choice:
-    """The first directory where overlays work; if they do nowhere, the first one with room for copies.
+def choose(content: int, *, overlay_only: bool) -> tuple[Place, str]:
+    """The first directory where overlays work, else the first one with space for copies; and a line that says why.
 
     Args:
-        content: bytes of the tree that is imported.
-        overlay_only: never take copies.
+        content: the bytes of the tree that is imported.
+        overlay_only: do not use copies.
 
     Raises:
-        Unimplemented: overlays work nowhere, and are wanted.
-        ResourceExhausted: there is room nowhere.
+        Unimplemented: overlays work nowhere, and ``overlay_only`` is set.
+        ResourceExhausted: no directory has enough space.
     """
     tried: list[Place] = []
     refused: list[str] = []
     for directory in _candidates():
         try:
-            place = _look(directory)
+            place = _examine(directory)
         except errors.OnlapError as error:
             refused.append(error.message)
             continue
         if place.mode != NATIVE and place.free >= _needed(content, place.mode):
-            return Choice(place, _line(place, tried))
+            return place, _line(place, tried)
         tried.append(place)
     if overlay_only:
         nowhere = "; ".join([*_grouped(tried), *refused])
         raise errors.Unimplemented(f"an overlay can be used nowhere: {nowhere}", hint=_remedy())
     for place in tried:
         if place.mode == NATIVE and place.free >= _needed(content, NATIVE):
-            return Choice(place, _line(place, []))
+            return place, _line(place, [])
     reasons = [f"{shown(place.directory)} has {size(place.free)} free" for place in tried]
     raise errors.ResourceExhausted(
-        f"no directory has room for the demo: {'; '.join(reasons + refused)}",
+        f"no directory has space for the demo: {'; '.join(reasons + refused)}",
         hint=f"set TMPDIR to one with {size(_needed(content, NATIVE))}",
     )
 
@@ -80,24 +73,24 @@ def _candidates() -> list[str]:
     try:
         found.append(tempfile.gettempdir())
     except FileNotFoundError:
-        pass  # none of the usual ones can be written; ours below may
+        pass  # none of the usual ones is writable; a fallback may be
     found += FALLBACKS
     return [d for i, d in enumerate(found) if os.path.isdir(d) and os.path.realpath(d) not in found[:i]]
 
 
-def _look(directory: str) -> Place:
+def _examine(directory: str) -> Place:
     mode, why = overlay_mode(directory)
     free = os.statvfs(directory)
     return Place(directory, mode, why, free.f_bavail * free.f_frsize)
 
 
 def _needed(content: int, mode: str) -> int:
-    # Copies: the base, what is made of it, and two children of that. Overlays: the base, and what changes of it.
+    # Copies: the base, the step on it, and two children of that. Overlays: the base and the changes.
     return content * (4 if mode == NATIVE else 2) + (32 << 20)
 
 
 def _grouped(places: list[Place]) -> list[str]:
-    """Directories with one reason are told of together."""
+    """The directories with the same reason, together."""
     by_reason: dict[str, list[str]] = {}
     for place in places:
         by_reason.setdefault(_why_not(place), []).append(shown(place.directory))

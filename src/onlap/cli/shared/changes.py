@@ -7,20 +7,19 @@ from collections.abc import Mapping
 from onlap.trees.compare import Change
 from onlap.trees.meta import Meta
 
-# How a terminal shows each kind.
+# The style of each kind on a terminal.
 STYLES = {"A": "green", "C": "yellow", "D": "red"}
-
 
 _WORDS = {"A": "added", "C": "changed", "D": "deleted"}
 
 
 def summary(kinds: Mapping[str, int]) -> str:
-    """How many changes of each kind there are."""
+    """The number of changes of each kind, as ``1 added, 2 changed, 0 deleted``."""
     return ", ".join(f"{kinds[kind]:,} {word}" for kind, word in _WORDS.items())
 
 
 def path_of(change: Change) -> str:
-    """Where it is, from the top of the tree: ``/etc/passwd``."""
+    """The path from the top of the tree, as ``/etc/passwd``."""
     return "/" if change.path == "." else "/" + change.path
 
 
@@ -38,6 +37,6 @@ def change_as_json(change: Change) -> dict[str, object]:
 def _meta_as_json(meta: Meta | None) -> dict[str, object] | None:
     if meta is None:
         return None
-    # A list, since the name of an xattr need not be UTF-8 either, and only a value can be {"bytes": ...}.
+    # A list, since an xattr's name need not be UTF-8 either, and only a value can be {"bytes": ...}.
     xattrs = [{"name": name, "value": value} for name, value in sorted(meta.xattrs.items())]
     return {**meta._asdict(), "xattrs": xattrs}

@@ -1,4 +1,4 @@
-"""How far long work is: bars on a terminal, now and then a line elsewhere; both on stderr."""
+"""The progress of a long operation: bars on a terminal, a line every few seconds elsewhere; both on stderr."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 _ERASE_LINE = "\r\x1b[K"  # ECMA-48, EL
 _WIDTH = 24
-# Seconds between two lines of one stage where nobody watches a terminal: a log should tell, and not fill up.
+# Seconds between two lines of one stage if stderr is not a terminal: a log should show progress, and not fill up.
 _INTERVAL = 5.0
-# Seconds in which a rate says nothing yet.
+# Seconds before a rate means anything.
 _TOO_SHORT = 0.5
 # Characters of a digest, or of another name, that fit beside a bar.
 _ITEM = 19
@@ -30,98 +30,71 @@ _ITEM = 19
 
 @contextlib.contextmanager
 def progress(out: Output) -> Iterator[Callback | None]:
-    """A callback that shows every stage of some work: what is done, how fast, how long it still takes.
+    """A callback that shows every stage of an operation: the amount, the rate, and the time left.
 
-    None where nobody wants to see it: with ``-q`` and ``--json``.
+    None with ``-q`` and ``--json``.
     """
     if out.quiet or out.json:
         yield None
     elif not is_terminal(sys.stderr):
-        yield _Lines()
+        yield _lines()
     else:
         with contextlib.ExitStack() as stack:
-            yield _Drawn(stack)
+            draw: Callback | None = None
+
+            def show(report: Progress) -> None:
+                nonlocal draw
+                # At the first report: most operations are too short to have one, and rich takes 0.1 s to load.
+                draw = draw or stack.enter_context(_drawn())
+                draw(report)
+
+            yield show
 
 
-class _Drawn:
-    """Draws from the first report on: mostly there is nothing to draw, and rich takes a tenth of a second to load."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        self._draw: Callback | None = None
-
-    def __call__(self, report: Progress) -> None:
-        if self._draw is None:
-            self._draw = self._start()
-        self._draw(report)
-
-    def _start(self) -> Callback:
-        try:
-            from rich.progress import Progress as RichProgress
-        except ImportError:
-            line = _OneLine()
-            self._stack.callback(line.erase)
-            return line
-        return self._stack.enter_context(_rich(RichProgress))
+def _drawn() -> contextlib.AbstractContextManager[Callback]:
+    try:
+        from rich.progress import Progress as RichProgress
+    except ImportError:
+        return _one_line()
+    return _rich(RichProgress)
 
 
-class _Stage:
-    """One stage's figures."""
+def _lines() -> Callback:
+    """Print a line per stage every few seconds, and one at the end of a stage that took that long."""
+    started: dict[str, float] = {}
+    printed: dict[str, float] = {}
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.told = self.started
-
-    def describe(self, report: Progress) -> str:
-        """As ``12.3 MiB of 45.0 MiB, 10.1 MiB/s, 3 s left``."""
-        seconds = time.monotonic() - self.started
-        amount = _amount(report, report.done)
-        if report.total is not None and report.done != report.total:
-            amount = f"{amount} of {_amount(report, report.total)}"
-        if seconds < _TOO_SHORT or not report.done:
-            return amount
-        rate = report.done / seconds
-        parts = [amount, f"{_amount(report, int(rate))}/s"]
-        if report.total is not None and report.total > report.done:
-            parts.append(f"{_seconds((report.total - report.done) / rate)} left")
-        return ", ".join(parts)
-
-
-class _Lines:
-    """A line every few seconds, and one at the end of what took so long."""
-
-    def __init__(self) -> None:
-        self._stages: dict[str, _Stage] = {}
-
-    def __call__(self, report: Progress) -> None:
-        stage = self._stages.setdefault(report.stage, _Stage())
+    def show(report: Progress) -> None:
         now = time.monotonic()
+        start = started.setdefault(report.stage, now)
+        last = printed.setdefault(report.stage, now)
         finished = report.done == report.total and report.item is None
-        if now - stage.told >= _INTERVAL or (finished and stage.told != stage.started):
-            stage.told = now
-            complain(f"onlap: {report.stage}: {stage.describe(report)}")
+        if now - last >= _INTERVAL or (finished and last != start):
+            printed[report.stage] = now
+            complain(f"onlap: {report.stage}: {_figures(report, start)}")
+
+    return show
 
 
-class _OneLine:
-    """A line that is drawn over and over, where rich is not installed."""
+@contextlib.contextmanager
+def _one_line() -> Iterator[Callback]:
+    """Redraw one line, if rich is not installed; it is erased at the end."""
+    started: dict[str, float] = {}
 
-    def __init__(self) -> None:
-        self._stages: dict[str, _Stage] = {}
-
-    def __call__(self, report: Progress) -> None:
-        stage = self._stages.setdefault(report.stage, _Stage())
+    def draw(report: Progress) -> None:
         bar = ""
         if report.total:
             full = min(_WIDTH, report.done * _WIDTH // report.total)
             bar = f" [{'#' * full}{' ' * (_WIDTH - full)}]"
-        sys.stderr.write(f"{_ERASE_LINE}{report.stage}{bar} {stage.describe(report)}")
+        figures = _figures(report, started.setdefault(report.stage, time.monotonic()))
+        sys.stderr.write(f"{_ERASE_LINE}{report.stage}{bar} {figures}")
         sys.stderr.flush()
 
-    def erase(self) -> None:
-        """Leave nothing of it."""
-        if self._stages:
-            sys.stderr.write(_ERASE_LINE)
-            sys.stderr.flush()
+    try:
+        yield draw
+    finally:
+        sys.stderr.write(_ERASE_LINE)
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -130,38 +103,52 @@ def _rich(cls: type[RichProgress]) -> Iterator[Callback]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
     columns = (
-        # Without markup: nothing in a name may mean anything.
+        # Without markup: a name must not be read as such.
         TextColumn("{task.description}", markup=False),
         BarColumn(_WIDTH),
         TaskProgressColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         TextColumn("{task.fields[item]}", markup=False, style="dim"),
     )
+    started: dict[str, float] = {}
     tasks: dict[str, TaskID] = {}
-    stages: dict[str, _Stage] = {}
     with cls(*columns, console=Console(stderr=True), transient=True) as drawn:
 
-        def show(report: Progress) -> None:
-            stage = stages.setdefault(report.stage, _Stage())
+        def draw(report: Progress) -> None:
             if report.stage not in tasks:
                 tasks[report.stage] = drawn.add_task(report.stage, total=report.total, figures="", item="")
             drawn.update(
                 tasks[report.stage],
                 completed=report.done,
                 total=report.total,
-                figures=stage.describe(report),
+                figures=_figures(report, started.setdefault(report.stage, time.monotonic())),
                 item=shown(report.item or "")[:_ITEM],
             )
 
-        yield show
+        yield draw
+
+
+def _figures(report: Progress, started: float) -> str:
+    """As ``12.3 MiB of 45.0 MiB, 10.1 MiB/s, 3 s left``."""
+    seconds = time.monotonic() - started
+    amount = _amount(report, report.done)
+    if report.total is not None and report.done != report.total:
+        amount = f"{amount} of {_amount(report, report.total)}"
+    if seconds < _TOO_SHORT or not report.done:
+        return amount
+    rate = report.done / seconds
+    parts = [amount, f"{_amount(report, int(rate))}/s"]
+    if report.total is not None and report.total > report.done:
+        parts.append(f"{_duration((report.total - report.done) / rate)} left")
+    return ", ".join(parts)
 
 
 def _amount(report: Progress, number: int) -> str:
     return text.size(number) if report.unit == "bytes" else f"{number:,} {report.unit}"
 
 
-def _seconds(left: float) -> str:
-    whole = int(left + 0.5)
+def _duration(seconds: float) -> str:
+    whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,4 +1,4 @@
-"""Values as text for people, and for a terminal that must not act on what it is shown."""
+"""Values as text for people, safe for a terminal."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 
 from onlap.errors import shown
 
-# What stands in a table where there is nothing to say.
+# What a table shows for a missing value.
 NOTHING = "-"
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-# Seconds in one, from the largest.
+# Seconds per unit, from the largest.
 _AGES = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60))
 
-# What no shell looks into.
+# What no shell interprets.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 
 
 def size(count: int) -> str:
-    """Bytes in IEC units, as ``12.3 MiB``."""
+    """A number of bytes in IEC units, as ``12.3 MiB``."""
     value, unit = float(count), 0
     # 1023.95 would be printed as 1024.0.
     while value >= 1023.95 and unit < len(_UNITS) - 1:
@@ -38,7 +38,7 @@ def age(ns: int, now_ns: int) -> str:
 
 
 def moment(ns: int) -> str:
-    """A time in the zone of the user, as ``2026-11-24 12:10:31 +0100``."""
+    """A time in the user's zone, as ``2026-11-24 12:10:31 +0100``."""
     import time
 
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(ns / 1e9))
@@ -50,7 +50,7 @@ def count(number: int, one: str, many: str | None = None) -> str:
 
 
 def safe(message: str) -> str:
-    """A message in one line without control characters; what is quoted in it already is not quoted again."""
+    """A message in one line without control characters; what is already escaped is not escaped again."""
     return "\\".join(shown(part) for part in message.split("\\"))
 
 
@@ -60,7 +60,7 @@ def for_shell(word: str) -> str:
         return word
     if word.isprintable():
         return "'" + word.replace("'", "'\\''") + "'"
-    # bash, zsh, ksh and POSIX 2024 know $'...', whose escapes are those of C.
+    # bash, zsh, ksh and POSIX 2024 have $'...', with the escapes of C.
     return "$'" + "".join(map(_in_dollar_quotes, word)) + "'"
 
 
@@ -69,11 +69,11 @@ def _in_dollar_quotes(c: str) -> str:
         return "\\'"
     if c.isprintable() or c.isascii():
         return shown(c)
-    # By its bytes: \\x85 is a byte there, and not the character of that number.
+    # As bytes: \\x85 is a byte there, not the character with that number.
     return "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape"))
 
 
-# What Copied.skipped counts, for people.
+# The keys of Copied.skipped, for people.
 _SKIPPED = {
     "socket": ("socket", "sockets"),
     "device": ("device", "devices"),
@@ -84,7 +84,7 @@ _SKIPPED = {
 
 
 def amount(entries: int, taken: int) -> str:
-    """How many entries, and how many bytes they take."""
+    """A number of entries and the bytes that they take."""
     return f"{count(entries, 'entry', 'entries')}, {size(taken)}"
 
 

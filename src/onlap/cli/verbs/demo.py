@@ -10,26 +10,25 @@ from onlap.cli.parser import Parser
 
 def demo_arguments(parser: Parser) -> None:
     parser.explain(
-        "The main job, on a real tree: import the standard library of the running Python, make a writable view of it,\n"
-        "run programs in there, see what changed, commit it, let two children go different ways, and remove\n"
-        "everything. It takes some seconds and some 100 MiB, in TMPDIR, /var/tmp or /dev/shm, and says which mode it\n"
-        "runs in and why.",
+        "Show the main job on a real tree: import the standard library of the running Python, make a writable view of\n"
+        "it, run programs in there, show what changed, commit it, let two children diverge, and remove everything. It\n"
+        "takes some seconds and some 100 MiB, in TMPDIR, /var/tmp or /dev/shm, and prints its mode and the reason.",
         "onlap demo",
         "onlap demo --require overlay",
     )
-    parser.add_argument("--require", choices=("overlay",), help="end with 1 rather than take native copies")
+    parser.add_argument("--require", choices=("overlay",), help="end with 1 rather than use native copies")
 
 
 def demo(call: Call) -> int:
-    from onlap.cli.demo.material import material
     from onlap.cli.demo.place import choose
-    from onlap.cli.demo.story import tell
+    from onlap.cli.demo.steps import run_steps
+    from onlap.cli.demo.tree import find_source
 
-    tree = material()
+    source = find_source()
     try:
-        choice = choose(tree.size, overlay_only=call.args.require == "overlay")
+        place, line = choose(source.size, overlay_only=call.args.require == "overlay")
     except errors.Unimplemented as error:
         call.out.onlap_error(error)
         return exits.NO
-    tell(call, choice.place, choice.line, tree)
+    run_steps(call.out, place, line, source)
     return exits.DONE

@@ -1,4 +1,4 @@
-"""What the demo imports: the standard library of the running Python, and what it does to it."""
+"""The tree of the demo: the standard library of the running Python, and the programs that change it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.errors import shown
 
-# What others installed is not the standard library, and may be of any size.
+# Installed packages are not the standard library, and may be of any size.
 _FOREIGN = ("site-packages", "dist-packages")
-# Left out where it would make the demo long: half of the files, and static libraries.
+# Excluded if the tree is large: half of the files, and static libraries.
 _LARGE = ("test", "tests", "idle_test", "config-*")
 _MAX_ENTRIES = 5000
 _MAX_SIZE = 128 << 20
 
-# Packages that every standard library has, for programs to work on.
+# Packages that every standard library has, for the programs to work on.
 _COMPILED = ("asyncio", "email", "http", "importlib", "json", "logging", "unittest", "xml")
 _REMOVED = ("wsgiref", "xmlrpc", "sqlite3")
 _MOVED = ("html", "urllib", "zoneinfo")
 _PRIVATE = ("concurrent", "multiprocessing", "ctypes")
 
 
-class Material(NamedTuple):
+class Source(NamedTuple):
     """The tree that is imported.
 
     Attributes:
         directory: where it is.
-        exclude: patterns of what is left out.
-        entries: how many files, directories and links are taken.
-        size: bytes of the disk that these take.
+        exclude: patterns of what is not imported.
+        entries: the number of files, directories and links that are.
+        size: the bytes that these take on the disk.
     """
 
     directory: str
@@ -42,20 +42,20 @@ class Material(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A command that runs in the tree, and how it is told of."""
+    """A command that runs in the tree, and the text that is shown for it."""
 
     command: tuple[str, ...]
-    told: str
+    text: str
 
 
-def material() -> Material:
-    """The standard library, without its tests where it is large."""
+def find_source() -> Source:
+    """The standard library, without its tests if it is large."""
     directory = os.path.dirname(os.path.abspath(os.__file__))
     entries, total = _survey(directory, _FOREIGN)
     if entries <= _MAX_ENTRIES and total <= _MAX_SIZE:
-        return Material(directory, _FOREIGN, entries, total)
+        return Source(directory, _FOREIGN, entries, total)
     exclude = (*_FOREIGN, *_LARGE)
-    return Material(directory, exclude, *_survey(directory, exclude))
+    return Source(directory, exclude, *_survey(directory, exclude))
 
 
 def _survey(directory: str, exclude: tuple[str, ...]) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def _survey(directory: str, exclude: tuple[str, ...]) -> tuple[int, int]:
 
 
 def programs(tree: str) -> list[Program]:
-    """What is done to a mounted copy of the standard library: real programs that write, delete, rename and chmod.
+    """The programs that change a mounted copy of the standard library: they write, delete, rename and chmod.
 
     Args:
         tree: where it is mounted.
@@ -92,14 +92,14 @@ def programs(tree: str) -> list[Program]:
         found.append(Program(("mv", f"{tree}/{moved}", f"{tree}/{moved}-moved"), f"mv {moved} {moved}-moved"))
     if private := _first(tree, _PRIVATE):
         found.append(Program(("chmod", "-R", "go=", f"{tree}/{private}"), f"chmod -R go= {private}"))
-    found.append(shell(tree, "echo import this > zen.py; echo '# more' >> this.py"))
+    found.append(script(tree, "echo import this > zen.py; echo '# more' >> this.py"))
     return found
 
 
-def shell(tree: str, script: str) -> Program:
-    """A script of sh with the tree's top before each relative path that it writes to."""
-    # A detached mount is no place for a working directory: getcwd(3) fails there.
-    return Program(("sh", "-ec", script.replace(">> ", '>> "$1"/').replace(" > ", ' > "$1"/'), "sh", tree), script)
+def script(tree: str, text: str) -> Program:
+    """A script for sh, with the tree's path put before each relative path that it writes to."""
+    # A detached mount cannot be the working directory: getcwd(3) fails there.
+    return Program(("sh", "-ec", text.replace(">> ", '>> "$1"/').replace(" > ", ' > "$1"/'), "sh", tree), text)
 
 
 def _first(tree: str, names: tuple[str, ...]) -> str | None:
@@ -110,11 +110,11 @@ def run(program: Program) -> None:
     """Run a program.
 
     Raises:
-        FailedPrecondition: it failed, with its last words.
+        FailedPrecondition: it failed; the message has the last line of its output.
     """
     # PYTHONPYCACHEPREFIX would send the compiler's files elsewhere; -I ignores it, for Python 3.11 and later.
-    with errors.translated(f"run {program.told}"):
+    with errors.translated(f"run {program.text}"):
         done = subprocess.run(program.command, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
-        words = (done.stderr or done.stdout).decode("utf-8", "surrogateescape").strip().rsplit("\n", 1)[-1]
-        raise errors.FailedPrecondition(f"{program.told} ended with {done.returncode}: {shown(words)}")
+        last = (done.stderr or done.stdout).decode("utf-8", "surrogateescape").strip().rsplit("\n", 1)[-1]
+        raise errors.FailedPrecondition(f"{program.text} ended with {done.returncode}: {shown(last)}")

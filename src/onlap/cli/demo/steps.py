@@ -1,4 +1,4 @@
-"""The steps of the demo, each with its milliseconds."""
+"""The steps of the demo, each with its time in milliseconds."""
 
 from __future__ import annotations
 
@@ -13,46 +13,38 @@ from contextlib import ExitStack
 
 from onlap import errors
 from onlap._version import __version__
-from onlap.cli.call import Call
-from onlap.cli.demo.material import Material, Program, programs, run, shell
 from onlap.cli.demo.place import Place
+from onlap.cli.demo.tree import Program, Source, programs, run, script
 from onlap.cli.shared.changes import STYLES, path_of, summary
 from onlap.cli.shared.tree import print_tree
+from onlap.cli.terminal.output import Output
 from onlap.cli.terminal.text import amount, count, size, skipped_text
 from onlap.errors import shown
 from onlap.mounts import mountinfo
-from onlap.overlayfs.markers import TRUSTED, USER
-from onlap.probing.probe import NATIVE, OVERLAY
 from onlap.snapshots.native import NativeSnapshotter
-from onlap.snapshots.overlay import OverlaySnapshotter, Properties
-from onlap.store import Store
+from onlap.store import Store, open
 from onlap.trees.compare import Change
 from onlap.trees.remove import remove_at
 
-# Lines of a diff that are shown for each of A, C and D.
+# How many lines of a diff are shown for each of A, C and D.
 _SHOWN = 2
 
-# What is to run in a tree, given where that is mounted.
+# The programs to run in a tree, given its mount point.
 _Programs = Callable[[str], list[Program]]
 
 
-class Story:
-    """Tells what is done, while it is done.
+class Report:
+    """Prints what the demo does, while it does it."""
 
-    Args:
-        call: whose output it goes to.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.out = call.out
+    def __init__(self, out: Output) -> None:
+        self.out = out
         self._started = time.perf_counter()
 
-    def begin(self, material: Material, line: str) -> None:
-        """The head: what this is, and which mode it runs in and why."""
+    def begin(self, source: Source, line: str) -> None:
+        """The head: what this is, the mode and its reason."""
         version = ".".join(map(str, sys.version_info[:3]))
         if self.out.json:
-            self.out.item({"demo": __version__, "python": version, "source": material.directory, "mode": line})
+            self.out.item({"demo": __version__, "python": version, "source": source.directory, "mode": line})
             return
         self.out.line(
             self.out.paint(f"Onlap {__version__}, the main job, on the standard library of Python {version}", "bold")
@@ -62,26 +54,26 @@ class Story:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[list[str]]:
-        """A step; the block appends what is to be told of it."""
-        told: list[str] = []
+        """A step; the block appends texts about it."""
+        texts: list[str] = []
         started = time.perf_counter()
-        yield told
+        yield texts
         milliseconds = (time.perf_counter() - started) * 1000
         if self.out.json:
-            self.out.item({"step": name, "ms": round(milliseconds, 3), "told": " ".join(told)})
+            self.out.item({"step": name, "ms": round(milliseconds, 3), "text": " ".join(texts)})
         else:
-            self.out.line(f"{name:<8} {milliseconds:>7,.1f} ms  {' '.join(told)}".rstrip())
+            self.out.line(f"{name:<8} {milliseconds:>7,.1f} ms  {' '.join(texts)}".rstrip())
         self.out.flush()
 
     def changes(self, changes: Iterable[Change]) -> None:
-        """A few lines of a diff, of what lies highest in the tree."""
+        """A few lines of a diff, of the paths highest in the tree."""
         if self.out.json:
             return
-        # A directory that is only on the way to a change says little.
-        telling = [change for change in changes if change.what or change.kind != "C"]
-        telling.sort(key=lambda change: (change.kind, change.path.count("/")))
+        # Not the directories that are only on the way to a change.
+        shown_first = [change for change in changes if change.what or change.kind != "C"]
+        shown_first.sort(key=lambda change: (change.kind, change.path.count("/")))
         seen: Counter[str] = Counter()
-        for change in telling:
+        for change in shown_first:
             seen[change.kind] += 1
             if seen[change.kind] <= _SHOWN:
                 self.out.line(f"{'':<21}{self.out.paint(change.kind, STYLES[change.kind])} {shown(path_of(change))}")
@@ -102,103 +94,96 @@ class Story:
         self.out.line(f"{self.out.paint(said, 'green')} {seconds:.1f} s in all.")
 
 
-def tell(call: Call, place: Place, line: str, material: Material) -> None:
-    """Run the demo in a directory of its own inside ``place``, and remove everything.
+def run_steps(out: Output, place: Place, line: str, source: Source) -> None:
+    """Run the demo in a new directory inside ``place``, and remove everything.
 
     Raises:
         OnlapError: a step failed, or something is left.
     """
-    story = Story(call)
-    story.begin(material, line)
+    report = Report(out)
+    report.begin(source, line)
     scratch = tempfile.mkdtemp(prefix="onlap-demo-", dir=place.directory)
     try:
         root = f"{scratch}/root"
-        with open_store(root, place.mode) as store:
-            _work(story, store, material)
-            _two_children(story, store)
-            with story.step("usage") as told:
-                told.append(_usage(store))
-            story.gap()
-            print_tree(call.out, store)
-            story.gap()
-            with story.step("remove") as told:
+        with open(root) as store:
+            _work(report, store, source)
+            _two_children(report, store)
+            with report.step("usage") as texts:
+                texts.append(_usage(store))
+            report.gap()
+            print_tree(out, store)
+            report.gap()
+            with report.step("remove") as texts:
                 keys = ("left", "right", "step", "base")
                 for key in keys:
                     store.remove(key)
                 records = [shown(info.name) for info in store.walk()]
-                # Ends the background, which would delete slowly.
+                # Ends the background thread, which would delete slowly.
                 store.close()
                 store.snapshotter.catalog.garbage.sweep()
-                told.append(" ".join(keys))
+                texts.append(" ".join(keys))
         directories = _left_in(root)
     finally:
         _remove_scratch(scratch)
     _check(scratch, records, directories)
-    story.gap()
-    story.end(place)
+    report.gap()
+    report.end(place)
 
 
-def open_store(root: str, mode: str) -> Store:
-    """A new root of the mode that was found to work."""
-    if mode == NATIVE:
-        return Store(NativeSnapshotter(root))
-    return Store(OverlaySnapshotter(root, properties=Properties(TRUSTED if mode == OVERLAY else USER)))
-
-
-def _work(story: Story, store: Store, material: Material) -> None:
-    with story.step("import") as told:
-        done = store.import_(material.directory, "base", exclude=material.exclude)
-        told.append(f"{shown(material.directory)} as base: {amount(done.entries, done.size)}")
+def _work(report: Report, store: Store, source: Source) -> None:
+    with report.step("import") as texts:
+        done = store.import_(source.directory, "base", exclude=source.exclude)
+        texts.append(f"{shown(source.directory)} as base: {amount(done.entries, done.size)}")
         if done.skipped:
-            told.append(f"(not kept: {skipped_text(done.skipped)})")
-    with story.step("prepare") as told:
+            texts.append(f"(not kept: {skipped_text(done.skipped)})")
+    with report.step("prepare") as texts:
         store.prepare("work", "base")
-        told.append("work, on base")
-    _run_in(story, store, "work", programs)
-    with story.step("diff") as told:
+        texts.append("work, on base")
+    _run_in(report, store, "work", programs)
+    with report.step("diff") as texts:
         changes = list(store.diff("work"))
-        told.append(_summary(changes))
-    story.changes(changes)
-    with story.step("commit") as told:
+        texts.append(_summary(changes))
+    report.changes(changes)
+    with report.step("commit") as texts:
         store.commit("step", "work")
-        told.append("work as step, durable")
+        texts.append("work as step, durable")
 
 
-def _two_children(story: Story, store: Store) -> None:
-    with story.step("prepare") as told:
+def _two_children(report: Report, store: Store) -> None:
+    with report.step("prepare") as texts:
         store.prepare("left", "step")
         store.prepare("right", "step")
-        told.append("left and right, both on step")
-    _run_in(story, store, "left", lambda tree: [shell(tree, "echo left > way.txt")])
+        texts.append("left and right, both on step")
+    _run_in(report, store, "left", lambda tree: [script(tree, "echo left > way.txt")])
     _run_in(
-        story,
+        report,
         store,
         "right",
-        lambda tree: [shell(tree, "echo right > way.txt"), Program(("rm", f"{tree}/zen.py"), "rm zen.py")],
+        lambda tree: [script(tree, "echo right > way.txt"), Program(("rm", f"{tree}/zen.py"), "rm zen.py")],
     )
-    with story.step("diff") as told:
+    with report.step("diff") as texts:
         changes = list(store.diff("right", base="left"))
-        told.append(f"left to right: {_summary(changes)}")
-    story.changes(changes)
+        texts.append(f"left to right: {_summary(changes)}")
+    report.changes(changes)
 
 
-def _run_in(story: Story, store: Store, key: str, wanted: _Programs) -> None:
+def _run_in(report: Report, store: Store, key: str, wanted: _Programs) -> None:
     """Mount a snapshot, run programs in it, and unmount it."""
     with ExitStack() as stack:
-        with story.step("mount") as told:
+        with report.step("mount") as texts:
             tree = os.fspath(stack.enter_context(store.mounted(key)))
-            told.append(f"{key} at {shown(tree)}")
+            texts.append(f"{key} at {shown(tree)}")
         for program in wanted(tree):
-            with story.step("run") as told:
+            with report.step("run") as texts:
                 run(program)
-                told.append(program.told)
-        with story.step("unmount") as told:
+                texts.append(program.text)
+        with report.step("unmount") as texts:
             stack.close()
-            told.append(key)
+            texts.append(key)
 
 
 def _usage(store: Store) -> str:
-    """What the four snapshots take, beside what full trees would."""
+    """The usage of the four snapshots, and what full copies would take."""
     taken = [store.snapshotter.usage_of(store.snapshotter.record(info.name)) for info in store.walk()]
     said = f"{size(sum(one.size for one in taken))} in {count(sum(one.inodes for one in taken), 'inode')}"
     if isinstance(store.snapshotter, NativeSnapshotter):
@@ -217,7 +202,7 @@ def _left_in(root: str) -> list[str]:
 
 def _remove_scratch(scratch: str) -> None:
     with errors.translated("remove what the demo made", key=scratch):
-        # By descriptors, never through a mount: after a failed unmount a plain recursive delete would empty the tree.
+        # By descriptors, never through a mount: after a failed unmount a recursive delete would empty the tree.
         remove_at(scratch)
 
 

@@ -1,4 +1,4 @@
-"""What ``onlap --help`` says."""
+"""The text of ``onlap --help``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from onlap.cli.registry import VERBS, of_group
 
 
 def overview() -> str:
-    """The text, without its last line end."""
+    """The help of the command, without the last line end."""
     lines = [
         f"Onlap {__version__}: OverlayFS for Python. Stacks of read-only layers, a writable view on top, and what was",
         "written there becomes the next layer.",
@@ -20,18 +20,18 @@ def overview() -> str:
         if verb.heading != heading:
             heading = verb.heading
             lines += ["", f"{heading}:"]
-        lines.append(f"  {verb.name:<13}  {verb.summary}")
+        lines.append(f"  {verb.name:<16}  {verb.summary}")
     lines += [
         "",
         "options, before or after the verb:",
         "  --root DIR  where the snapshots are; else $ONLAP_ROOT, else /var/lib/onlap for root and",
         "              $XDG_DATA_HOME/onlap (~/.local/share/onlap) for others",
-        '  --json      JSON Lines: an object per thing; a name that is not UTF-8 is {"bytes": base64}',
+        '  --json      JSON Lines: one object per thing; a name that is not UTF-8 is {"bytes": base64}',
         "  -q          no warnings, no progress; ls: names only",
         "  -v          say more; -vv: with tracebacks",
         "  --version   print the version",
         "",
-        "a first round:",
+        "for a start:",
         "  onlap import ./project base       # a committed snapshot",
         "  onlap prepare work base           # a writable view of it, in about a millisecond",
         "  onlap enter work sh -c 'echo hello > greeting'",
@@ -47,7 +47,7 @@ def overview() -> str:
 
 
 def group_overview(group: str) -> str:
-    """What ``onlap GROUP --help`` says, without its last line end."""
+    """The help of a group of verbs, without the last line end."""
     lines = [f"usage: onlap {group} VERB ...", "", f"{group}:"]
     lines += [f"  {verb.name.partition(' ')[2]:<13}  {verb.summary}" for verb in of_group(group)]
     return "\n".join([*lines, "", f"More: onlap {group} VERB --help."])
