@@ -32,7 +32,7 @@ def what_cannot_be_created_is_refused(site: DriverSite) -> None:
     site.fails(lambda: driver.create("child", "nobody"), "nobody")
     check(not driver.exists("child"), "nothing is left of a failed create")
     for bad in ("", ".", "..", "a/b", "../x", ".onlap-new-x", "x" * 250):
-        site.fails(lambda bad=bad: driver.create(bad, ""), "no id")  # type: ignore[misc]
+        site.fails(lambda bad=bad: driver.create(bad, ""), "not an id")  # type: ignore[misc]
     for option in ({"size": "50M"}, {"colour": "red"}):
         for create in (driver.create, driver.create_read_write):
             site.fails(lambda create=create, option=option: create("x", "", storage_options=option))  # type: ignore[misc]

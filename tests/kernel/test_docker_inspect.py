@@ -13,7 +13,7 @@ import pytest
 from graphdriver_suite.cases import archive
 from onlap import errors
 from onlap.graphdrivers import open_driver
-from onlap.graphdrivers.inspection.checkup import check
+from onlap.graphdrivers.inspection.check import check
 from onlap.graphdrivers.inspection.data_root import open_root
 from onlap.layers.stream.digests import chain_ids
 from onlap.testing.same import read_tree

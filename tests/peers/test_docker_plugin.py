@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from onlap.graphdrivers import open_driver
-from onlap.graphdrivers.inspection.checkup import check
+from onlap.graphdrivers.inspection.check import check
 from onlap.graphdrivers.inspection.data_root import open_root
 from onlap.mounts import mountinfo
 from onlap.testing.same import assert_same_tree

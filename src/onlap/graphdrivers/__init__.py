@@ -1,4 +1,4 @@
-"""Docker's graph drivers: the contract, a differ for drivers that bring none, and ``overlay`` and ``overlay2``.
+"""Docker's graph drivers: the contract, a differ for drivers without one, and ``overlay`` and ``overlay2``.
 
 >>> from onlap.graphdrivers import DRIVERS
 >>> DRIVERS
@@ -32,7 +32,7 @@ __all__ = [
 
 DRIVERS = ("overlay", "overlay2")
 
-# dockerd looks among its own drivers before it looks for a plugin, and refuses some names that it once had
+# dockerd searches its own drivers before plugins, and refuses the names of some that it removed
 # (daemon/graphdriver/driver.go, GetDriver and checkRemoved).
 BUILT_IN = frozenset(
     {"aufs", "btrfs", "devicemapper", "fuse-overlayfs", "overlay", "overlay2", "vfs", "windowsfilter", "zfs"}
@@ -49,7 +49,7 @@ def open_driver(
     sync: str = "layer",
     counts: dict[str, int] | None = None,
 ) -> Driver:
-    """Open the driver ``kind`` in ``home``, which is made if need be.
+    """Open the driver ``kind`` in ``home``, which is made if missing.
 
     Args:
         kind: one of :data:`DRIVERS`.
@@ -57,13 +57,13 @@ def open_driver(
         options: Docker's ``--storage-opt``, as ``"overlay2.size=10G"``.
         ids: Docker's ``--userns-remap``.
         sync: ``"layer"``: what :meth:`~onlap.graphdrivers.contract.DiffDriver.apply_diff` wrote is on the disk when
-            it returns; ``"none"``: as Docker's own, only the names of layers are.
-        counts: how often each layer has been got, as another process of this machine knew it before it ended.
+            it returns; ``"none"``: only the names of layers are, as with Docker's own drivers.
+        counts: the uses of each layer, as an earlier process knew them before it ended.
 
     Raises:
         InvalidArgument: an option is unknown, or there is no such driver.
-        Unimplemented: the kernel or the filesystem cannot do it.
-        OnlapError: of another kind, for what the kernel says.
+        Unimplemented: the kernel or the filesystem does not support it.
+        OnlapError: of another kind, for other errors of the kernel.
     """
     home = check_path(home, "home of a driver")
     if kind == "overlay2":

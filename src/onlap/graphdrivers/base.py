@@ -1,6 +1,6 @@
 """What ``overlay`` and ``overlay2`` share: counted mounts, locks, removal, differences of stacks.
 
-What parts them is how a layer lies on disk: a driver says for a layer which directory or mount its tree is
+They differ in how a layer lies on disk: for each layer, a driver says which directory or mount shows its tree
 (:meth:`StackDriver._tree`), and which directories make it up (:meth:`StackDriver._stack`).
 """
 
@@ -9,32 +9,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import BinaryIO
 
 from onlap import errors
-from onlap.arguments import as_name, check_text, check_texts
+from onlap.arguments import as_name, check_mapping, check_text, check_texts
 from onlap.border import public_class
 from onlap.catalog.disk.sync import Syncer
 from onlap.errors import shown
 from onlap.graphdrivers import checks
-from onlap.graphdrivers.contract import Change
+from onlap.graphdrivers.cleanup import STAGING, UNFINISHED, claim, detach, detach_below, mounts_below, remove_tree
+from onlap.graphdrivers.contract import Change, Driver
 from onlap.graphdrivers.counter import Counter, Locks
 from onlap.graphdrivers.diff.naive import NaiveDiffer
-from onlap.graphdrivers.diff.stacks import layer_changes, write_diff
+from onlap.graphdrivers.diff.stacks import layer_changes, layer_size, write_diff
 from onlap.graphdrivers.ids import IdMap
-from onlap.graphdrivers.leftovers import (
-    STAGING,
-    UNFINISHED,
-    claim,
-    detach,
-    detach_below,
-    is_mounted,
-    mounts_below,
-    remove_tree,
-)
 from onlap.locks import Held, abandoned
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
@@ -43,23 +34,23 @@ _log = logging.getLogger("onlap.graphdrivers")
 
 MERGED = "merged"
 WORK = "work"
-# A name has 255 bytes (NAME_MAX), and ours in front of an id, as STAGING, at most 20 of them.
+# A name has at most 255 bytes (NAME_MAX), and a prefix of ours, as STAGING, at most 20.
 _MAX_ID = 235
 
 
 @public_class
-class StackDriver(ABC):
+class StackDriver(Driver):
     """A driver whose layers are directories stacked by OverlayFS.
 
     Args:
-        home: its directory; made if need be.
+        home: its directory; made if missing.
         options: Docker's ``--storage-opt``.
         ids: Docker's ``--userns-remap``.
         sync: ``"layer"`` or ``"none"``.
         counts: see :func:`onlap.graphdrivers.open_driver`.
 
     Attributes:
-        name: what the driver is called.
+        name: the driver's name.
         home: its directory, absolute and without symlinks.
         facts: what OverlayFS can do there.
 
@@ -84,13 +75,13 @@ class StackDriver(ABC):
         check_texts(options, "list of options")
         self._check_options(options)
         if not isinstance(ids, (IdMap, NoneType)):
-            raise errors.InvalidArgument("the id map is none", hint="it must be an IdMap")
+            raise errors.InvalidArgument("the id map is of another type", hint="it must be an IdMap")
         self.ids = ids or IdMap()
         root_gid = self.ids.root[1]
         with errors.translated("open the driver's home", key=home):
             os.makedirs(home, 0o710, exist_ok=True)
             self.home = os.path.realpath(home)
-            # Docker's: the remapped root may pass through, nobody else may.
+            # As Docker's: only the remapped root may pass through.
             os.chown(self.home, -1, root_gid)
             os.chmod(self.home, 0o710)
             self._home_fd = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -100,16 +91,16 @@ class StackDriver(ABC):
             self._sweep()
         except OSError as error:
             self.close()
-            raise errors.from_oserror(error, doing="look for what was left", key=home) from error
+            raise errors.from_oserror(error, doing="look for unfinished layers", key=home) from error
         except BaseException:
             self.close()
             raise
         self._locks = Locks()
         self._naive = NaiveDiffer(self, self.ids)
-        self._counter = Counter(lambda id: is_mounted(self._path(id, MERGED)), self._take_over(counts or {}))
+        self._counter = Counter(lambda id: os.path.ismount(self._path(id, MERGED)), self._take_over(counts or {}))
 
     def close(self) -> None:
-        """Let go of descriptors; mounts stay as they are."""
+        """Close the descriptors; mounts stay as they are."""
         fd, self._home_fd = self._home_fd, -1
         if fd >= 0:
             os.close(fd)
@@ -117,11 +108,15 @@ class StackDriver(ABC):
         if syncer is not None:
             syncer.close()
 
-    # What a driver brings
+    # For subclasses
 
     @abstractmethod
     def _check_options(self, options: Sequence[str]) -> None:
-        """Refuse what the driver does not know."""
+        """Refuse options that the driver does not know."""
+
+    @abstractmethod
+    def _check_storage_options(self, options: Mapping[str, str], *, read_write: bool) -> None:
+        """Refuse options of a layer that the driver does not know."""
 
     @abstractmethod
     def _build(self, staged: str, id: str, parent: str) -> None:
@@ -129,11 +124,11 @@ class StackDriver(ABC):
 
     @abstractmethod
     def _is_empty_on(self, id: str, parent: str) -> bool:
-        """Whether the layer is there, whole, without content and on that parent."""
+        """Whether the layer exists, is complete and empty, and has that parent."""
 
     @abstractmethod
     def _is_whole(self, id: str) -> bool:
-        """Whether a layer that is there was made to the end."""
+        """Whether an existing layer was made completely."""
 
     @abstractmethod
     def _tree(self, id: str) -> str | Mount:
@@ -143,37 +138,29 @@ class StackDriver(ABC):
     def _stack(self, id: str) -> list[str]:
         """The directories that make up a layer's tree, topmost first; raises NotFound."""
 
-    @abstractmethod
-    def create(
-        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
-    ) -> None:
-        """See :meth:`ProtoDriver.create`."""
-
-    @abstractmethod
-    def create_read_write(
-        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
-    ) -> None:
-        """See :meth:`ProtoDriver.create_read_write`."""
-
-    @abstractmethod
-    def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
-        """See :meth:`DiffDriver.apply_diff`."""
-
-    @abstractmethod
-    def diff_size(self, id: str, parent: str) -> int:
-        """See :meth:`DiffDriver.diff_size`."""
-
-    @abstractmethod
-    def metadata(self, id: str) -> dict[str, str]:
-        """See :meth:`ProtoDriver.metadata`."""
-
     # Layers
 
     def exists(self, id: str) -> bool:
         """See :meth:`ProtoDriver.exists`."""
         return os.path.lexists(self._dir(id))
 
-    def _create(self, id: str, parent: str, mount_label: str) -> None:
+    def create(
+        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
+    ) -> None:
+        """See :meth:`ProtoDriver.create`."""
+        self._create(id, parent, mount_label, storage_options or {}, read_write=False)
+
+    def create_read_write(
+        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
+    ) -> None:
+        """See :meth:`ProtoDriver.create_read_write`."""
+        self._create(id, parent, mount_label, storage_options or {}, read_write=True)
+
+    def _create(
+        self, id: str, parent: str, mount_label: str, storage_options: Mapping[str, str], *, read_write: bool
+    ) -> None:
+        check_mapping(storage_options, "storage options")
+        self._check_storage_options(storage_options, read_write=read_write)
         directory = self._dir(id)
         checks.label_flag(mount_label)
         with self._locks.held(id):
@@ -204,21 +191,21 @@ class StackDriver(ABC):
                 if not os.listdir(path):
                     on_error.pop_all()
                     return held
-                self._discard(staged)  # what a killed process left
+                self._discard(staged)  # a killed process left it
 
     def _discard(self, staged: str) -> None:
-        """Remove what was half built."""
+        """Remove an unfinished layer."""
         remove_tree(self._home_fd, self.home, staged)
 
     def _try_to_discard(self, staged: str) -> None:
-        """The same where an error of this tells less than what led here."""
+        """The same, but only log an error: it tells less than the one that led here."""
         try:
             self._discard(staged)
         except errors.OnlapError as error:
-            _log.warning("a half-built layer stays", extra={"fields": {"directory": staged, "error": error}})
+            _log.warning("an unfinished layer is left", extra={"fields": {"directory": staged, "error": error}})
 
     def _sweep(self) -> None:
-        """Remove what processes that were killed left half built; raises OSError."""
+        """Remove unfinished layers of killed processes; raises OSError."""
         for name in abandoned(self.home, UNFINISHED):
             self._try_to_discard(name)
 
@@ -246,12 +233,12 @@ class StackDriver(ABC):
             if isinstance(tree, str):
                 if mount_label:
                     raise errors.Unimplemented(
-                        f"the layer {shown(id)} needs no mount, so that no mount label can be given to it", key=id
+                        f"the layer {shown(id)} needs no mount, so it cannot get a mount label", key=id
                     )
                 return tree
             flags = checks.label_flag(mount_label)
             target = os.path.join(directory, MERGED)
-            if self._counter.increment(id) > 1 and is_mounted(target):
+            if self._counter.increment(id) > 1 and os.path.ismount(target):
                 return target
             try:
                 self._mount(tree._replace(flags=tree.flags + flags), target)
@@ -270,7 +257,7 @@ class StackDriver(ABC):
                 os.rmdir(target)
                 raise
             if plan.work is not None and self.ids:
-                # In a user namespace the kernel moves directories through it as the remapped root.
+                # In a user namespace the kernel moves directories through it, as the remapped root.
                 os.chown(os.path.join(plan.work, "work"), *self.ids.root)
 
     def put(self, id: str) -> None:
@@ -287,7 +274,7 @@ class StackDriver(ABC):
         try:
             while detach(target):
                 pass  # there may be several on top of one another
-            # A mount point that goes takes its mounts in other mount namespaces along (Linux 3.18), which else keep
+            # Removing a mount point also removes its mounts in other mount namespaces (Linux 3.18), which would keep
             # the layer busy.
             os.rmdir(target)
         except FileNotFoundError:
@@ -303,14 +290,14 @@ class StackDriver(ABC):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each layer has been got and not put."""
+        """See :meth:`Driver.counts`."""
         return self._counter.counts()
 
     def _take_over(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """The counts that still mean something: those of layers that are mounted.
+        """The counts that are still valid: those of mounted layers.
 
-        A mount that nobody counted leaked from a crash. It is kept, since a container may run in it; the first use
-        finds and counts it. Of several on top of one another all but the lowest go.
+        A mount without a count leaked from a crash. It is kept, since a container may run in it; the first use finds
+        and counts it. Of several stacked mounts only the lowest is kept.
         """
         found: dict[str, int] = {}
         for target in mounts_below(self.home):
@@ -322,7 +309,7 @@ class StackDriver(ABC):
                 _log.warning("unmounting the upper of two mounts", extra={"fields": {"target": target}})
                 detach(target)
             elif id not in counts:
-                _log.warning("taking over a mount that was left", extra={"fields": {"target": target}})
+                _log.warning("taking over an uncounted mount", extra={"fields": {"target": target}})
             found[id] = counts.get(id, 0)
         return {id: count for id, count in found.items() if count > 0}
 
@@ -341,6 +328,13 @@ class StackDriver(ABC):
             return self._naive.changes(id, parent)
         return layer_changes(self._stack_or_none(parent), self._existing_stack(id), self.facts.markers)
 
+    def diff_size(self, id: str, parent: str) -> int:
+        """See :meth:`DiffDriver.diff_size`."""
+        stack = self._existing_stack(id)
+        if self.facts.native_diff and self._stack_or_none(parent) == stack[1:]:
+            return layer_size(stack[0])
+        return self._naive.diff_size(id, parent)
+
     def _stack_or_none(self, id: str) -> list[str]:
         return self._existing_stack(id) if id else []
 
@@ -351,7 +345,7 @@ class StackDriver(ABC):
 
     @contextlib.contextmanager
     def _synced(self, id: str) -> Iterator[None]:
-        """Put what a ``with`` block writes on the disk, if that was asked for."""
+        """Sync what a ``with`` block writes to the disk, if the driver syncs layers."""
         since = None if self._syncer is None else self._syncer.failures
         yield
         if self._syncer is None:
@@ -359,7 +353,7 @@ class StackDriver(ABC):
         with errors.translated("write the layer to the disk", key=id):
             self._syncer.sync(since)
 
-    # Small things
+    # Other
 
     def status(self) -> list[tuple[str, str]]:
         """See :meth:`ProtoDriver.status`; Docker's own rows, then ours."""
@@ -377,14 +371,14 @@ class StackDriver(ABC):
         """A layer's directory.
 
         Raises:
-            InvalidArgument: it cannot be a layer's.
+            InvalidArgument: ``id`` is not valid.
         """
         check_text(id, "id of a layer")
         if not id or id in (".", "..", *self._reserved) or "/" in id or "\0" in id or id.startswith(".onlap-"):
-            raise errors.InvalidArgument(f"no id of a layer: {shown(id)!r}", key=id)
+            raise errors.InvalidArgument(f"not an id of a layer: {shown(id)!r}", key=id)
         if len(as_name(id, "id of a layer")) > _MAX_ID:
             raise errors.InvalidArgument(
-                f"no id of a layer: {shown(id[:40])}... is too long", hint=f"{_MAX_ID} bytes at most"
+                f"not an id of a layer: {shown(id[:40])}... is too long", hint=f"{_MAX_ID} bytes at most"
             )
         return os.path.join(self.home, id)
 
@@ -392,7 +386,7 @@ class StackDriver(ABC):
         return os.path.join(self.home, id, name)
 
     def _own(self, path: str, mode: int, *, ours: bool = False) -> None:
-        """Give a directory its mode, whatever the umask is, and the remapped root as its owner, or group at least."""
+        """Give a directory its mode, whatever the umask, and the remapped root as its owner, or at least group."""
         uid, gid = self.ids.root
         os.chown(path, os.geteuid() if ours else uid, gid)
         os.chmod(path, mode)

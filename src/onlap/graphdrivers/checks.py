@@ -1,4 +1,4 @@
-"""What OverlayFS can do in a driver's home: found by one mount, as Docker finds it.
+"""What OverlayFS can do in a driver's home: found by a trial mount, as in Docker.
 
 Sources: moby v26.1.5, daemon/graphdriver/overlayutils/overlayutils.go and overlay2/check.go.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.graphdrivers.leftovers import CHECKING, claim, detach, remove_tree
+from onlap.graphdrivers.cleanup import CHECKING, claim, detach, remove_tree
 from onlap.mounts import kernel
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xattr, set_opaque
@@ -23,7 +23,7 @@ from onlap.trees.walk import OPEN_DIRECTORY, opened
 
 _SELINUX = "/sys/fs/selinux/enforce"
 
-# moby: daemon/graphdriver/driver_linux.go, FsNames; they are what "docker info" shows.
+# moby: daemon/graphdriver/driver_linux.go, FsNames; "docker info" shows these names.
 _NAMES = {
     0x9123683E: "btrfs",
     0xEF53: "extfs",
@@ -39,15 +39,15 @@ _NAMES = {
 
 
 class Facts(NamedTuple):
-    """What was found.
+    """What OverlayFS can do.
 
     Attributes:
-        filesystem: of the home, in Docker's words.
+        filesystem: Docker's name of the home's filesystem.
         markers: the flavour of the markers in layers.
-        flags: options that each mount gets, as Docker gives them.
+        flags: options of each mount, as Docker gives them.
         metacopy: whether the kernel copies up without content when only attributes change.
-        native_diff: whether an upper layer tells what changed.
-        reason: why not, else empty.
+        native_diff: whether an upper layer shows what changed; not if the kernel copies up opaque markers (before
+            Linux 4.8).
     """
 
     filesystem: str
@@ -55,15 +55,14 @@ class Facts(NamedTuple):
     flags: tuple[str, ...]
     metacopy: bool
     native_diff: bool
-    reason: str
 
 
 def examine(home: str) -> Facts:
     """Try an overlay in ``home``, which exists.
 
     Raises:
-        Unimplemented: there is none here, and why.
-        OnlapError: of another kind, for what else the kernel says.
+        Unimplemented: OverlayFS does not work here; the message says why.
+        OnlapError: of another kind, for other errors of the kernel.
     """
     markers = Markers(USER if in_user_namespace() else TRUSTED)
     flags = (*without_index(), *markers.mount_flags)
@@ -109,8 +108,7 @@ def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -
         opaque = get_xattr(f"{upper}/d", markers.opaque) == OPAQUE_YES
     finally:
         detach(merged)
-    reason = "the kernel copies opaque marks up (before Linux 4.8)" if opaque else ""
-    return Facts(filesystem, markers, flags, metacopy, not opaque, reason)
+    return Facts(filesystem, markers, flags, metacopy, native_diff=not opaque)
 
 
 def _filesystem(fd: int) -> str:
@@ -122,13 +120,13 @@ def label_flag(label: str) -> tuple[str, ...]:
     """The mount option for an SELinux label; none for an empty one.
 
     Raises:
-        Unimplemented: this kernel has no SELinux in use, so that the label could not be honoured.
+        Unimplemented: SELinux is not in use, so the label would have no effect.
     """
     if not label:
         return ()
     if not os.path.exists(_SELINUX):
         raise errors.Unimplemented(
-            f"the mount label {shown(label)} cannot be honoured: SELinux is not in use here",
+            f"the mount label {shown(label)} would have no effect: SELinux is not in use here",
             hint="start dockerd without --selinux-enabled",
         )
     # A label may hold commas, which end an option of mount(2) unless the value is quoted

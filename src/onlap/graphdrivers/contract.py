@@ -1,16 +1,17 @@
 """Docker's contract for graph drivers, as Protocols.
 
 A *graph driver* keeps the layers of images and containers. Each layer has an *id* and may have a *parent*; the tree of
-a layer is what it changed on top of the tree of its parent. Whoever drives it (Docker's layer store) does four things:
+a layer is its changes on top of its parent's tree. The caller (Docker's layer store) does four things:
 
-* an image comes in: :meth:`ProtoDriver.create` a layer on its parent, then :meth:`DiffDriver.apply_diff` a tar into it;
-* a container starts: :meth:`ProtoDriver.create_read_write` ``<id>-init`` on the image, which gets a few empty files for
-  Docker to bind over, and ``<id>`` on that; :meth:`ProtoDriver.get` the latter, and :meth:`ProtoDriver.put` it when the
-  container ends;
-* a container becomes an image: :meth:`DiffDriver.diff` of ``<id>`` against ``<id>-init`` is applied to a new layer;
-* a layer goes: :meth:`ProtoDriver.remove`, always before its parent.
+* it pulls an image: :meth:`ProtoDriver.create` makes a layer on its parent, then :meth:`DiffDriver.apply_diff` applies
+  a tar to it;
+* it starts a container: :meth:`ProtoDriver.create_read_write` makes ``<id>-init`` on the image, which gets a few empty
+  files for Docker to bind over, and ``<id>`` on that; :meth:`ProtoDriver.get` mounts the latter, and
+  :meth:`ProtoDriver.put` unmounts it when the container ends;
+* it commits a container: the :meth:`DiffDriver.diff` of ``<id>`` against ``<id>-init`` is applied to a new layer;
+* it removes a layer: :meth:`ProtoDriver.remove`, always before its parent.
 
-A driver that brings only a :class:`ProtoDriver` gets the rest from :class:`onlap.graphdrivers.diff.naive.NaiveDiffer`.
+A driver that has only a :class:`ProtoDriver` gets the rest from :class:`onlap.graphdrivers.diff.naive.NaiveDiffer`.
 
 Every call may raise :class:`onlap.errors.OnlapError`. Calls come from many threads at once; those for one id may
 overlap.
@@ -34,8 +35,8 @@ class Change(NamedTuple):
 
     Attributes:
         path: absolute in the layer, as ``"/etc/hosts"``; names are decoded with :func:`os.fsdecode`.
-        kind: :data:`MODIFIED`, :data:`ADDED` or :data:`DELETED`. A directory is modified also when only something below
-            it is. What is in a directory that was deleted is not named.
+        kind: :data:`MODIFIED`, :data:`ADDED` or :data:`DELETED`. A directory is also modified if only something below
+            it is. The contents of a deleted directory are not listed.
     """
 
     path: str
@@ -47,28 +48,28 @@ class ProtoDriver(Protocol):
 
     @property
     def name(self) -> str:
-        """What the driver is called, as ``"overlay2"``."""
+        """The driver's name, as ``"overlay2"``."""
         ...
 
     def create(
         self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
     ) -> None:
-        """Make an empty layer that will be read-only once something stands on it.
+        """Make an empty layer, which becomes read-only once it has a child.
 
-        A repetition of a call that got through is not an error as long as the layer is empty: dockerd repeats a call
-        when the connection breaks.
+        Repeating a successful call is not an error while the layer is empty: dockerd repeats a call when the
+        connection breaks.
 
         Args:
-            id: of the new layer.
+            id: the id of the new layer.
             parent: the layer below; empty for none.
             mount_label: the SELinux label that the layer will be mounted with; empty for none.
-            storage_options: Docker's ``--storage-opt``; an image's layer takes none.
+            storage_options: Docker's ``--storage-opt``; not for an image's layer.
 
         Raises:
             NotFound: there is no such parent.
-            AlreadyExists: there is such a layer, and it is not the empty one that was asked for.
-            InvalidArgument: the id is none, an option is unknown, or too many layers lie below.
-            Unimplemented: the option or the label cannot be honoured here.
+            AlreadyExists: the layer exists, and is not empty or has another parent.
+            InvalidArgument: the id is not valid, an option is unknown, or too many layers lie below.
+            Unimplemented: the option or the label is not supported here.
         """
         ...
 
@@ -82,15 +83,15 @@ class ProtoDriver(Protocol):
         """Remove a layer, mounted or not; nothing happens when it does not exist.
 
         Raises:
-            InvalidArgument: the id is empty: that would be everything.
-            Busy: it is in use in a way that the kernel does not let go.
+            InvalidArgument: the id is empty, which would mean everything.
+            Busy: it is still in use, and the kernel cannot detach it.
         """
         ...
 
     def get(self, id: str, mount_label: str = "") -> str:
         """The directory that shows a layer's whole tree; mounted if it is not yet.
 
-        Each call counts, and takes one :meth:`put`. A layer that needs no mount is where it is, without counting.
+        Each call is counted and needs one :meth:`put`. A layer that needs no mount is not counted.
 
         Raises:
             NotFound: there is no such layer.
@@ -98,7 +99,7 @@ class ProtoDriver(Protocol):
         ...
 
     def put(self, id: str) -> None:
-        """Undo one :meth:`get`; the last one unmounts. It succeeds also where nothing was mounted."""
+        """Undo one :meth:`get`; the last one unmounts. It also succeeds if nothing was mounted."""
         ...
 
     def exists(self, id: str) -> bool:
@@ -106,11 +107,11 @@ class ProtoDriver(Protocol):
         ...
 
     def status(self) -> list[tuple[str, str]]:
-        """What ``docker info`` shows of the driver: names and values."""
+        """What ``docker info`` shows about the driver: names and values."""
         ...
 
     def metadata(self, id: str) -> dict[str, str]:
-        """What ``docker inspect`` shows of a layer, as ``{"UpperDir": ...}``.
+        """What ``docker inspect`` shows about a layer, as ``{"UpperDir": ...}``.
 
         Raises:
             NotFound: there is no such layer.
@@ -123,15 +124,15 @@ class ProtoDriver(Protocol):
 
 
 class DiffDriver(Protocol):
-    """Layers as what they changed. ``parent`` may be any layer, and empty for nothing."""
+    """The changes of layers. ``parent`` may be any layer, or empty for none."""
 
     def diff(self, id: str, parent: str, out: BinaryIO) -> None:
         """Write what ``id`` changed against ``parent`` as an uncompressed tar, with AUFS whiteouts.
 
         Args:
             id: the layer.
-            parent: what it is compared with; everything is new when it is empty.
-            out: where to write. What was written before an error is not an archive.
+            parent: the layer to compare with; if empty, everything is new.
+            out: where to write. After an error it does not hold a valid archive.
         """
         ...
 
@@ -140,30 +141,30 @@ class DiffDriver(Protocol):
         ...
 
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
-        """Write an uncompressed tar into a layer that was just created, on disk when this returns (see ``sync``).
+        """Write an uncompressed tar into a new layer; it is on the disk when this returns (see ``sync``).
 
         Args:
             id: the layer.
-            parent: the one that it was created on.
-            archive: is read to its end unless the call fails.
+            parent: the layer that it was created on.
+            archive: read to its end unless the call fails.
 
         Returns:
-            How many bytes the layer's files have.
+            The size of the layer's files in bytes.
 
         Raises:
             InvalidArgument: it is not an archive, or has an entry that no honest archive has.
             DataLoss: it is truncated.
-            ResourceExhausted: the disk is full. As after any other error, what was applied is gone.
+            ResourceExhausted: the disk is full. As after any other error, the layer is empty again.
         """
         ...
 
     def diff_size(self, id: str, parent: str) -> int:
-        """How many bytes the files have that ``id`` changed against ``parent``."""
+        """The size in bytes of the files that ``id`` changed against ``parent``."""
         ...
 
 
 class Driver(ProtoDriver, DiffDriver, Protocol):
-    """A whole graph driver.
+    """A complete graph driver.
 
     Attributes:
         home: its directory.
@@ -173,9 +174,9 @@ class Driver(ProtoDriver, DiffDriver, Protocol):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each layer has been got and not put, for those that were."""
+        """How often each layer has been got and not put; only layers in use are included."""
         ...
 
     def close(self) -> None:
-        """Let go of descriptors; mounts stay as they are. It may be called twice."""
+        """Close the descriptors; mounts stay as they are. It may be called twice."""
         ...

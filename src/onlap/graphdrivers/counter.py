@@ -1,4 +1,4 @@
-"""How often each layer is in use, by Docker's rule; and one lock an id.
+"""How often each layer is in use, by Docker's rule; and one lock per id.
 
 Source: moby v26.1.5, daemon/graphdriver/counter.go.
 """
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 
 
 class Counter:
-    """Counts a key. The first touch of one that is mounted already counts that as one use.
+    """Counts uses per key. The first use of a key that is already mounted counts the mount as another use.
 
-    So a daemon that starts again under running containers does not unmount them with the first Put.
+    So a daemon that is restarted under running containers does not unmount them with the first Put.
 
     Args:
-        is_mounted: asked of a key that is touched for the first time.
-        counts: what is known already; these keys are not asked about.
+        is_mounted: called for a key that is used for the first time.
+        counts: known counts; ``is_mounted`` is not called for these keys.
     """
 
     def __init__(self, is_mounted: Callable[[str], bool], counts: Mapping[str, int] | None = None) -> None:
@@ -26,25 +26,25 @@ class Counter:
         self._mutex = threading.Lock()
 
     def increment(self, key: str) -> int:
-        """One more; returns how many that makes."""
+        """Add one use; return the new count."""
         return self._add(key, 1)
 
     def decrement(self, key: str) -> int:
-        """One less; returns how many are left, and forgets the key when that is none."""
+        """Remove one use; return the new count. At zero the key is forgotten."""
         return self._add(key, -1)
 
     def forget(self, key: str) -> None:
-        """The key is gone."""
+        """Forget a key."""
         with self._mutex:
             self._counts.pop(key, None)
 
     def clear(self) -> None:
-        """Nothing is in use any more."""
+        """Forget all keys."""
         with self._mutex:
             self._counts.clear()
 
     def counts(self) -> dict[str, int]:
-        """All that is known."""
+        """All counts."""
         with self._mutex:
             return dict(self._counts)
 
@@ -59,7 +59,7 @@ class Counter:
 
 
 class Locks:
-    """A lock an id, there as long as somebody wants it."""
+    """One lock per id; it exists only while a thread holds it or waits for it."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -67,7 +67,7 @@ class Locks:
 
     @contextmanager
     def held(self, id: str) -> Iterator[None]:
-        """Nobody else holds the lock of ``id`` in the block."""
+        """Hold the lock of ``id`` in a block."""
         with self._mutex:
             lock, waiting = self._locks.get(id, (None, 0))
             lock = lock or threading.Lock()

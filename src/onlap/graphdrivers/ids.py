@@ -1,4 +1,4 @@
-"""Docker's ``--userns-remap``: the owners that a container sees, and those that its files have on disk.
+"""Docker's ``--userns-remap``: the owners that a container sees, and those of its files on disk.
 
 Source: moby v26.1.5, pkg/idtools/idtools.go.
 """
@@ -14,7 +14,7 @@ _NO_ID = (1 << 32) - 1
 
 
 class Range(NamedTuple):
-    """Ids in a row, as the container has them and as the disk has them."""
+    """Consecutive ids: the first in the container, the first on disk, and how many."""
 
     container: int
     host: int
@@ -22,18 +22,18 @@ class Range(NamedTuple):
 
 
 class IdMap:
-    """Two maps; empty ones change nothing.
+    """A map of users and one of groups; an empty map changes nothing.
 
     Args:
-        uids: of users.
-        gids: of groups.
+        uids: ranges of users.
+        gids: ranges of groups.
 
     Attributes:
-        uids: of users.
-        gids: of groups.
+        uids: ranges of users.
+        gids: ranges of groups.
 
     Raises:
-        InvalidArgument: a range is none, or goes beyond the ids that there are.
+        InvalidArgument: a range is not valid, or ends beyond the last id.
     """
 
     __slots__ = ("gids", "uids")
@@ -53,35 +53,35 @@ class IdMap:
 
     @property
     def root(self) -> tuple[int, int]:
-        """The user and group on disk that a container's root is.
+        """The user and group on disk of a container's root.
 
         Raises:
-            InvalidArgument: it is nobody.
+            InvalidArgument: the map does not have it.
         """
         return self.to_host(0, 0)
 
     def to_host(self, uid: int, gid: int) -> tuple[int, int]:
-        """What the disk has for a container's owner.
+        """The owner on disk of a container's owner.
 
         Raises:
             InvalidArgument: the map does not have it.
         """
-        return _up(uid, self.uids, "user"), _up(gid, self.gids, "group")
+        return _map(uid, self.uids, "user"), _map(gid, self.gids, "group")
 
     def to_container(self, uid: int, gid: int) -> tuple[int, int]:
-        """What a container sees for an owner on disk.
+        """The owner that a container sees for an owner on disk.
 
         Raises:
             InvalidArgument: the map does not have it.
         """
-        return _up(uid, _turned(self.uids), "user on disk"), _up(gid, _turned(self.gids), "group on disk")
+        return _map(uid, _inverted(self.uids), "user on disk"), _map(gid, _inverted(self.gids), "group on disk")
 
     @classmethod
     def from_json(cls, uids: object, gids: object) -> IdMap:
         """From two lists of ``{"container_id": ..., "host_id": ..., "size": ...}``; null is empty.
 
         Raises:
-            InvalidArgument: they have another form.
+            InvalidArgument: they are of another form.
         """
         return cls(_ranges(uids), _ranges(gids))
 
@@ -115,11 +115,11 @@ def _checked(part: object) -> Range:
     return part
 
 
-def _turned(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+def _inverted(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
     return tuple(Range(part.host, part.container, part.size) for part in ranges)
 
 
-def _up(id: int, ranges: tuple[Range, ...], what: str) -> int:
+def _map(id: int, ranges: tuple[Range, ...], what: str) -> int:
     if not ranges:
         return id
     for part in ranges:

@@ -8,11 +8,11 @@
     HOME/<id>/lower         "l/<short>:l/<short>...", the layers below, uppermost first; none for a base layer
     HOME/<id>/work          OverlayFS's workdir; none for a base layer
     HOME/<id>/merged        the mount point, while it is mounted
-    HOME/<id>/committed     empty: a layer stands on this one, so that it is mounted read-only from now on
+    HOME/<id>/committed     empty: this layer has a child, so it is mounted read-only from now on
 
 Why short names: mount(2) takes one page of options, 4096 bytes with the closing NUL, and all lower layers must fit.
-With relative names ``l/<short>:`` of L + 3 bytes, where L is the length of a short name (the colon after the last one
-is not there, but the closing NUL is),
+With relative names ``l/<short>:`` of L + 3 bytes, where L is the length of a short name (the last one has no colon, but
+the closing NUL),
 
     (L + len("l") + 1 + 1) * depth <= 4096        for L = 26: 29 * 128 = 3712
 
@@ -21,8 +21,8 @@ which leaves 384 bytes for the upperdir, the workdir and ``index=off``: with ids
     len("index=off,lowerdir=" ",upperdir=" id "/diff" ",workdir=" id "/work") = 38 + 2 * (64 + 5) = 176
 
 so that 128 layers fit, and an SELinux label of up to 208 - len(',context=""') = 197 bytes. (Docker's own comment
-counts 28 bytes a layer, without the colon: 28 * 128 = 3584 = 4096 - 512.) The new mount API has no such limit, since
-layers are given as descriptors; the limit of 128 stays, because a directory must be readable by Docker's own driver.
+counts 28 bytes per layer, without the colon: 28 * 128 = 3584 = 4096 - 512.) The new mount API has no such limit, since
+layers are given as descriptors; the limit of 128 remains, because Docker's own driver must be able to read a home.
 
 Source: moby v26.1.5, daemon/graphdriver/overlay2/overlay.go.
 """
@@ -35,7 +35,7 @@ import re
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.graphdrivers.leftovers import STAGING
+from onlap.graphdrivers.cleanup import STAGING
 
 LINKS = "l"
 DIFF = "diff"
@@ -48,19 +48,19 @@ COMMITTED = "committed"
 SHORT_LENGTH = 26
 MAX_DEPTH = 128
 
-# What the file "lower" has for a layer.
+# How the file "lower" names a layer.
 LOWER_LINK = re.compile(f"{LINKS}/[A-Za-z0-9]+")
 
 
 def new_short() -> str:
-    """A name for a link that nobody has: 26 characters of base32 are 130 random bits."""
+    """A new, unique name for a link: 26 characters of base32 are 130 random bits."""
     return base64.b32encode(os.urandom((SHORT_LENGTH * 5 + 7) // 8)).decode()[:SHORT_LENGTH]
 
 
-def write_file(path: str, content: str) -> None:
-    """Write a small file and put it on the disk, as Docker does for ``link`` and ``lower``."""
-    with open(path, "x", encoding="ascii") as file:
-        os.fchmod(file.fileno(), 0o644)
+def write_file(path: str, content: str, mode: int = 0o644) -> None:
+    """Write a small file and sync it to the disk, as Docker does for ``link`` and ``lower``."""
+    with open(path, "x", encoding="utf-8", errors="surrogateescape") as file:
+        os.fchmod(file.fileno(), mode)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -70,12 +70,12 @@ class Layer:
     """One layer's directory.
 
     Args:
-        home: the driver's.
-        id: the layer's.
+        home: the driver's directory.
+        id: the layer's id.
 
     Attributes:
-        path: the directory.
-        diff: what it changed.
+        path: the layer's directory.
+        diff: the directory with its changes.
     """
 
     __slots__ = ("_home", "diff", "id", "path")
@@ -87,7 +87,7 @@ class Layer:
         self.diff = os.path.join(self.path, DIFF)
 
     def short(self) -> str | None:
-        """Its short name; None where it has none, which no whole layer lacks."""
+        """Its short name; None if it has none, as only an incomplete layer."""
         try:
             short = _text(os.path.join(self.path, LINK))
         except (FileNotFoundError, NotADirectoryError):
@@ -95,10 +95,10 @@ class Layer:
         return short if LOWER_LINK.fullmatch(f"{LINKS}/{short}") else None
 
     def lower(self) -> list[str]:
-        """What is below it, uppermost first, as ``"l/<short>"``.
+        """The layers below it, uppermost first, as ``"l/<short>"``.
 
         Raises:
-            DataLoss: the file is empty or damaged, as after a power cut: what is below cannot be told.
+            DataLoss: the file is empty or damaged, as after a power cut, so the layers below are unknown.
         """
         found = self.written_lower()
         if not all(map(LOWER_LINK.fullmatch, found)):
@@ -110,21 +110,21 @@ class Layer:
         return found
 
     def written_lower(self) -> list[str]:
-        """The same, whatever the file holds."""
+        """The same, without a check."""
         try:
             return _text(os.path.join(self.path, LOWER)).split(":")
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def is_committed(self) -> bool:
-        """Whether a layer stands on it."""
+        """Whether it has a child."""
         return os.path.exists(os.path.join(self.path, COMMITTED))
 
     def lower_for_child(self) -> str:
-        """What the file ``lower`` of a layer on this one holds.
+        """The content of the file ``lower`` of this layer's children.
 
         Raises:
-            InvalidArgument: that would be more layers than Docker stacks.
+            InvalidArgument: they would have more layers below than Docker allows.
             DataLoss: this layer has lost its link.
         """
         short = self.short()
@@ -133,7 +133,7 @@ class Layer:
         lowers = [f"{LINKS}/{short}", *self.lower()]
         if len(lowers) > MAX_DEPTH:
             raise errors.InvalidArgument(
-                "max depth exceeded", key=self.id, hint=f"a layer stands on {MAX_DEPTH} others at most: squash some"
+                "max depth exceeded", key=self.id, hint=f"at most {MAX_DEPTH} layers may lie below another: squash some"
             )
         return ":".join(lowers)
 
@@ -150,24 +150,24 @@ def resolve(home: str, link: str, id: str) -> str:
     """The directory that ``l/<short>`` leads to.
 
     Args:
-        home: the driver's.
-        link: as the file ``lower`` has it.
-        id: of the layer whose file that is.
+        home: the driver's directory.
+        link: the link as in the file ``lower``.
+        id: the layer that has this file.
 
     Raises:
-        DataLoss: it leads nowhere.
+        DataLoss: there is no such link.
     """
     try:
         target = os.readlink(os.path.join(home, link))
     except OSError as error:
         raise errors.DataLoss(
-            f"the layer {shown(id)} stands on {shown(link)}, which is gone", key=id, hint="see: onlap docker check"
+            f"the link {shown(link)} below the layer {shown(id)} is missing", key=id, hint="see: onlap docker check"
         ) from error
     return os.path.normpath(os.path.join(home, LINKS, target))
 
 
 def relink(home: str) -> list[str]:
-    """Make again the links that a crash lost (moby#46498); returns their names.
+    """Restore the links that a crash lost (moby#46498); return their names.
 
     Raises:
         OSError: they cannot be made.
@@ -186,7 +186,7 @@ def relink(home: str) -> list[str]:
 
 
 def unlink_dangling(home: str) -> None:
-    """Remove the links to layers that are not there, nor being made.
+    """Remove the links to layers that neither exist nor are being made.
 
     Raises:
         OSError: they cannot be read, or removed.
@@ -201,8 +201,8 @@ def unlink_dangling(home: str) -> None:
         try:
             above, id, last = os.readlink(link).split("/")
         except (OSError, ValueError):
-            continue  # no link, or none of this form: check tells of it
-        # In this order: a layer that is being made loses its first name only when it has got the second.
+            continue  # not a link, or not of this form: check reports it
+        # In this order: a layer being made loses its first name only when it gets the second.
         if (above, last) != ("..", DIFF) or any(
             os.path.lexists(os.path.join(home, each)) for each in (STAGING + id, id)
         ):
@@ -210,7 +210,7 @@ def unlink_dangling(home: str) -> None:
         try:
             os.unlink(link)
         except FileNotFoundError:
-            continue  # somebody removes the layer
+            continue  # another process is removing the layer
 
 
 def _text(path: str) -> str:

@@ -1,12 +1,12 @@
-"""Docker's ``overlay``: one lower layer, and so any number of images on one another.
+"""Docker's ``overlay``: one lower layer, and so any depth of images.
 
 ::
 
     HOME/<id>/root                          an image: the whole tree, its files hard links of its parent's
     HOME/<id>/{upper,work,merged,lower-id}  a container: what it changed, on the root of the image in lower-id
 
-Docker removed it in version 24. It costs inodes, one a directory of the image in every layer; use ``overlay2`` unless a
-stack of more than 128 layers is wanted.
+Docker removed it in version 24. In every layer it costs one inode per directory of the image; use ``overlay2`` unless
+you need stacks of more than 128 layers.
 
 Source: moby v23.0.18, daemon/graphdriver/overlay/overlay.go.
 """
@@ -21,13 +21,13 @@ from onlap import errors
 from onlap.border import public_class
 from onlap.errors import shown
 from onlap.graphdrivers.base import MERGED, WORK, StackDriver
-from onlap.graphdrivers.diff.applying import apply_archive
-from onlap.graphdrivers.diff.stacks import layer_changes, layer_size
-from onlap.graphdrivers.hardlinks import link_tree
-from onlap.graphdrivers.leftovers import STAGING, UNFINISHED, claim, remove_tree
+from onlap.graphdrivers.cleanup import STAGING, UNFINISHED, claim, remove_tree
+from onlap.graphdrivers.diff.apply import apply_archive
+from onlap.graphdrivers.diff.stacks import layer_changes
+from onlap.graphdrivers.layout import write_file
 from onlap.locks import abandoned
 from onlap.mounts.plan import Mount, overlay
-from onlap.trees.copy import Copier, copy_attributes
+from onlap.trees.copy import Copier, copy_attributes, copy_tree
 from onlap.trees.walk import opened
 
 ROOT = "root"
@@ -46,19 +46,9 @@ class OverlayDriver(StackDriver):
         for option in options:
             raise errors.InvalidArgument(f"overlay: unknown option {shown(option.partition('=')[0])}", key=option)
 
-    def create(
-        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
-    ) -> None:
-        """See :meth:`ProtoDriver.create`."""
-        if storage_options:
+    def _check_storage_options(self, options: Mapping[str, str], *, read_write: bool) -> None:
+        if options:
             raise errors.InvalidArgument("--storage-opt is not supported for overlay", hint="leave it out")
-        self._create(id, parent, mount_label)
-
-    def create_read_write(
-        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
-    ) -> None:
-        """See :meth:`ProtoDriver.create_read_write`."""
-        self.create(id, parent, mount_label=mount_label, storage_options=storage_options)
 
     def _build(self, staged: str, id: str, parent: str) -> None:
         if not parent:
@@ -75,18 +65,15 @@ class OverlayDriver(StackDriver):
             lower_id = parent
         else:
             lower_id = self._lower_id(parent)
-            _copy(self._path(parent, UPPER), upper)
-        with open(os.path.join(staged, LOWER_ID), "x", encoding="utf-8", errors="surrogateescape") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(lower_id)
-            file.flush()
-            os.fsync(file.fileno())
+            # With its markers; a container may run in it, so files may change meanwhile.
+            copy_tree(self._path(parent, UPPER), upper, Copier(allow_changes=True, keep_markers=True))
+        write_file(os.path.join(staged, LOWER_ID), lower_id, 0o600)
 
     def _lower_id(self, id: str) -> str:
-        """The image that a container's layer stands on.
+        """The image below a container's layer.
 
         Raises:
-            DataLoss: it is not recorded, or is gone.
+            DataLoss: it is not recorded, or is missing.
         """
         try:
             with open(self._path(id, LOWER_ID), encoding="utf-8", errors="surrogateescape") as file:
@@ -94,7 +81,7 @@ class OverlayDriver(StackDriver):
         except FileNotFoundError as error:
             raise errors.DataLoss(f"the layer {shown(id)} has neither {ROOT} nor {LOWER_ID}", key=id) from error
         if not os.path.isdir(os.path.join(self._dir(lower_id), ROOT)):
-            raise errors.DataLoss(f"the layer {shown(id)} stands on {shown(lower_id)}, which is gone", key=id)
+            raise errors.DataLoss(f"the layer {shown(lower_id)} below {shown(id)} is missing", key=id)
         return lower_id
 
     def _is_image(self, id: str) -> bool:
@@ -142,7 +129,10 @@ class OverlayDriver(StackDriver):
             remove_tree(fd, directory, _NEW_ROOT)
             with claim(new):
                 try:
-                    link_tree(self._path(parent, ROOT), new)
+                    # The applier never changes a parent's file through its link: an entry is always a new file, and
+                    # a hard-link entry only adds a name. (Docker also sets mode and owner after a hard link, and so
+                    # changes the parent's file.)
+                    copy_tree(self._path(parent, ROOT), new, Copier(link=True))
                     size = apply_archive(archive, new, markers=None, ids=self.ids)
                     os.rename(_NEW_ROOT, ROOT, src_dir_fd=fd, dst_dir_fd=fd)
                 except BaseException:
@@ -161,13 +151,6 @@ class OverlayDriver(StackDriver):
             for name in abandoned(directory, UNFINISHED):
                 remove_tree(self._home_fd, self.home, os.path.join(id, name))
 
-    def diff_size(self, id: str, parent: str) -> int:
-        """See :meth:`DiffDriver.diff_size`."""
-        stack = self._existing_stack(id)
-        if self.facts.native_diff and parent and self._existing_stack(parent) == stack[1:]:
-            return layer_size(stack[0])
-        return self._naive.diff_size(id, parent)
-
     def metadata(self, id: str) -> dict[str, str]:
         """See :meth:`ProtoDriver.metadata`."""
         stack = self._existing_stack(id)
@@ -179,9 +162,3 @@ class OverlayDriver(StackDriver):
             "WorkDir": self._path(id, WORK),
             "MergedDir": self._path(id, MERGED),
         }
-
-
-def _copy(source: str, target: str) -> None:
-    """Copy one upper layer to another, with its markers; a file may change meanwhile, a container may run in it."""
-    with opened(source) as one, opened(target) as other:
-        Copier(allow_changes=True, keep_markers=True).tree(one, other)

@@ -1,9 +1,8 @@
 """Docker's ``overlay2``: up to 128 lower layers, mounted natively; on disk as Docker has it (:mod:`.layout`).
 
-Other than Docker's: layers are given to the kernel as descriptors, so that no option string is cut; differences are
-computed from the layers themselves, whatever the kernel wrote there (Docker falls back to mounting and walking both
-trees where directories may have been renamed); a layer that was applied is on the disk (``sync``); a layer is there
-whole, or not at all.
+Unlike Docker's: layers are given to the kernel as descriptors, so no option string is cut; differences are computed
+from the layers themselves, whatever the kernel wrote there (Docker falls back to mounting and walking both trees where
+directories may have been renamed); an applied layer is on the disk (``sync``); a layer exists completely or not at all.
 
 Source: moby v26.1.5, daemon/graphdriver/overlay2/overlay.go.
 """
@@ -16,20 +15,17 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
-from onlap.arguments import check_mapping
 from onlap.border import public_class
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.base import StackDriver
-from onlap.graphdrivers.diff.applying import apply_archive
+from onlap.graphdrivers.diff.apply import apply_archive
 from onlap.graphdrivers.diff.stacks import layer_size
 from onlap.graphdrivers.layout import Layer
 from onlap.mounts.plan import Mount, overlay
 from onlap.trees.copy import copy_attributes
 
 _log = logging.getLogger("onlap.graphdrivers")
-
-_SIZE = "size"
 
 
 @public_class
@@ -49,20 +45,13 @@ class Overlay2Driver(StackDriver):
             if value.strip() not in ("", "0"):
                 raise _no_quota("overlay2.size")
 
-    def create(
-        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
-    ) -> None:
-        """See :meth:`ProtoDriver.create`."""
-        only_for_containers = errors.InvalidArgument("--storage-opt size is only supported for ReadWrite Layers")
-        _refuse(storage_options, only_for_containers)
-        self._create(id, parent, mount_label)
-
-    def create_read_write(
-        self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
-    ) -> None:
-        """See :meth:`ProtoDriver.create_read_write`."""
-        _refuse(storage_options, _no_quota("--storage-opt size"))
-        self._create(id, parent, mount_label)
+    def _check_storage_options(self, options: Mapping[str, str], *, read_write: bool) -> None:
+        for key in map(str, options):
+            if key.lower() != "size":
+                raise errors.InvalidArgument(f"Unknown option {shown(key)}", key=key)
+            if not read_write:
+                raise errors.InvalidArgument("--storage-opt size is only supported for ReadWrite Layers")
+            raise _no_quota("--storage-opt size")
 
     def _build(self, staged: str, id: str, parent: str) -> None:
         diff = os.path.join(staged, layout.DIFF)
@@ -70,10 +59,10 @@ class Overlay2Driver(StackDriver):
         if not parent:
             self._own(diff, 0o755)
         else:
-            # Its top directory is the one that the merged tree shows: Docker makes it root's and 0755 always, without
-            # xattrs, and so loses what the image said.
+            # The merged tree shows this top directory: Docker always makes it root's with mode 0755 and without
+            # xattrs, and so loses the image's attributes.
             copy_attributes(Layer(self.home, parent).diff, diff)
-            # Before "lower" is read, as Docker: from now on the parent is mounted read-only.
+            # Before "lower" is read, as in Docker: from now on the parent is mounted read-only.
             with open(os.path.join(self.home, parent, layout.COMMITTED), "wb") as file:
                 os.fchmod(file.fileno(), 0o600)
             lower = Layer(self.home, parent).lower_for_child()
@@ -83,7 +72,7 @@ class Overlay2Driver(StackDriver):
             layout.write_file(os.path.join(staged, layout.LOWER), lower)
         short = layout.new_short()
         layout.write_file(os.path.join(staged, layout.LINK), short)
-        # Last, and after its name is in a file: what fails, or is killed, before leaves none, and later it is found.
+        # Last, and once its name is in a file: an earlier failure leaves no link, and a later one leaves it findable.
         os.symlink(os.path.join("..", id, layout.DIFF), os.path.join(self.home, layout.LINKS, short))
 
     def _is_whole(self, id: str) -> bool:
@@ -108,7 +97,7 @@ class Overlay2Driver(StackDriver):
         below = layer.lower()
         if not below:
             return layer.diff
-        # As links, though the kernel gets descriptors: where it has only mount(2), they are what fits its page.
+        # As links, although the kernel gets descriptors: with only mount(2), they are short enough for its page.
         lowers = tuple(os.path.join(self.home, link) for link in below)
         flags = self.facts.flags
         if layer.is_committed():
@@ -119,26 +108,14 @@ class Overlay2Driver(StackDriver):
         layer = Layer(self.home, id)
         return [layer.diff, *layer.lower_directories()]
 
-    def _is_parent(self, id: str, parent: str) -> bool:
-        """Whether ``parent`` is right below ``id``; for none: whether nothing is."""
-        below = Layer(self.home, id).lower_directories()[:1]
-        return below == self._stack_or_none(parent)[:1]
-
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
         """See :meth:`DiffDriver.apply_diff`."""
         stack = self._existing_stack(id)
         with self._synced(id):
-            if not self.facts.native_diff or not self._is_parent(id, parent):
+            if not self.facts.native_diff or self._stack_or_none(parent) != stack[1:]:
                 return self._naive.apply_diff(id, parent, archive)
             apply_archive(archive, stack[0], lowers=stack[1:], markers=self.facts.markers, ids=self.ids)
             return layer_size(stack[0])
-
-    def diff_size(self, id: str, parent: str) -> int:
-        """See :meth:`DiffDriver.diff_size`."""
-        stack = self._existing_stack(id)
-        if not self.facts.native_diff or not self._is_parent(id, parent):
-            return self._naive.diff_size(id, parent)
-        return layer_size(stack[0])
 
     def metadata(self, id: str) -> dict[str, str]:
         """See :meth:`ProtoDriver.metadata`."""
@@ -158,14 +135,14 @@ class Overlay2Driver(StackDriver):
         super()._discard(staged)
 
     def _unlink(self, id: str) -> None:
-        """Remove the link to a layer, if it got as far as having one."""
+        """Remove the link to a layer, if it has one."""
         short = Layer(self.home, id).short()
         if short is None:
             return
         try:
             os.unlink(os.path.join(self.home, layout.LINKS, short))
         except FileNotFoundError:
-            pass  # it was not made yet, or an earlier removal took it
+            pass  # it was not made yet, or was removed earlier
         except OSError as error:
             raise errors.from_oserror(error, doing="remove the layer's link", key=id) from error
 
@@ -176,19 +153,12 @@ class Overlay2Driver(StackDriver):
             made = layout.relink(self.home)
             os.chmod(os.path.join(self.home, layout.LINKS), 0o700)
         if made:
-            _log.warning("made links again that were lost", extra={"fields": {"links": " ".join(made)}})
-
-
-def _refuse(storage_options: Mapping[str, str] | None, size: errors.OnlapError) -> None:
-    """Raise ``size`` for that option, InvalidArgument for any other."""
-    check_mapping(storage_options or {}, "storage options")
-    for key in map(str, storage_options or {}):
-        raise size if key.lower() == _SIZE else errors.InvalidArgument(f"Unknown option {shown(key)}", key=key)
+            _log.warning("restored lost links", extra={"fields": {"links": " ".join(made)}})
 
 
 def _no_quota(option: str) -> errors.Unimplemented:
     return errors.Unimplemented(
-        f"{option} is not supported: it takes project quotas of the filesystem, which Onlap does not set",
+        f"{option} is not supported: it needs project quotas of the filesystem, which Onlap does not set",
         key=option,
         hint="leave it out, or limit the whole data root with a filesystem of its own",
     )

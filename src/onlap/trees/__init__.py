@@ -1,1 +1,1 @@
-"""A tree of files, handled through directory descriptors: walk, copy, compare, measure, remove, sync."""
+"""Trees of files, through directory descriptors: walk, copy, compare, measure, remove."""

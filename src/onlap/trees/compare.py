@@ -1,4 +1,4 @@
-"""What a :class:`Change` is, and how one file differs from another."""
+"""Changes, and how one file differs from another."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ DELETED = "D"
 
 _CHUNK = 256 * 1024
 
-# From when on a file of one tree, and one of the other, may have been edited since the one was copied from the other:
-# nanoseconds of ctime, which nobody can put back.
+# From which ctime on files of the one tree, and files of the other, may have been edited since one was copied from the
+# other; in nanoseconds. Nobody can reset a ctime.
 Since = tuple[int, int]
 ALWAYS, NEVER = -(1 << 63), 1 << 63
 
@@ -24,13 +24,13 @@ class Change(NamedTuple):
     """One path that differs.
 
     Attributes:
-        kind: ``"A"`` added, ``"C"`` changed, ``"D"`` deleted, as ``docker diff`` has them. A directory is changed also
-            when only something below it is.
+        kind: ``"A"`` added, ``"C"`` changed, ``"D"`` deleted, as in ``docker diff``. A directory is also changed if
+            only something below it is.
         path: relative to the top, ``"."`` for the top itself.
-        before: the attributes it had; None when added.
-        after: the attributes it has; None when deleted.
-        what: how it changed: of ``type mode owner size mtime content target rdev xattrs``; empty for a directory that
-            is only on the way to a change. Content is compared, and named, only where nothing else differs.
+        before: the old attributes; None if added.
+        after: the new attributes; None if deleted.
+        what: what changed: of ``type mode owner size mtime content target rdev xattrs``; empty for a directory of which
+            only the contents changed. Content is compared, and included, only if nothing else differs.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Change(NamedTuple):
 
 
 def differences(before: Meta, after: Meta) -> set[str]:
-    """In what the attributes of a file differ; of two types nothing but ``{"type"}``."""
+    """Which attributes of a file differ; only ``{"type"}`` if the types do."""
     if stat.S_IFMT(before.mode) != stat.S_IFMT(after.mode):
         return {"type"}
     found = set()
@@ -65,37 +65,31 @@ def differences(before: Meta, after: Meta) -> set[str]:
 def may_differ(old: os.stat_result, new: os.stat_result, since: Since) -> bool:
     """Whether two files with equal attributes may have different content.
 
-    Equal times say little where they have no nanoseconds: two edits within a second have the same, and archives cut
-    them (containerd reads such files too: continuity, fs/path.go, sameFile). And a program may put a time back.
+    Equal mtimes say little without nanoseconds: two edits within a second have the same mtime, and archives truncate
+    it (containerd also reads such files: continuity, fs/path.go, sameFile). And a program may restore an mtime.
 
     Args:
-        old: the status of the one, whose size and time are those of the other.
-        new: of the other.
-        since: the ctime from which on the one, and the other, may have been edited.
+        old: the status of one file, which has the size and mtime of the other.
+        new: the status of the other file.
+        since: the ctimes from which on the one, and the other, may have been edited.
     """
     whole = new.st_mtime_ns % 1_000_000_000 == 0
     return whole or old.st_ctime_ns >= since[0] or new.st_ctime_ns >= since[1]
 
 
 def same_content(one: int, other: int) -> bool:
-    """Whether two open files hold the same bytes from where they stand."""
+    """Whether two open files hold the same bytes from their current offsets on."""
     while True:
         a = os.read(one, _CHUNK)
         b = os.read(other, _CHUNK)
+        # A read may be short.
+        while len(a) != len(b):
+            fd, missing = (one, len(b) - len(a)) if len(a) < len(b) else (other, len(a) - len(b))
+            more = os.read(fd, missing)
+            if not more:
+                return False
+            a, b = (a + more, b) if fd == one else (a, b + more)
         if a != b:
-            # A read may be short; compare what both have before saying no.
-            if not a or not b:
-                return False
-            a += _read_up_to(one, len(b) - len(a))
-            b += _read_up_to(other, len(a) - len(b))
-            if a != b:
-                return False
+            return False
         if not a:
             return True
-
-
-def _read_up_to(fd: int, length: int) -> bytes:
-    data = b""
-    while len(data) < length and (more := os.read(fd, length - len(data))):
-        data += more
-    return data

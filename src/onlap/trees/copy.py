@@ -1,6 +1,6 @@
-"""Copying a tree with all that belongs to it: owners, modes, times, xattrs, hard links, holes; reflinks where they are.
+"""Copying a tree completely: owners, modes, times, xattrs, hard links, holes; with reflinks where supported.
 
-What cannot be kept is counted in the result, never only logged.
+What cannot be kept is counted in the result, not just logged.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from onlap.trees.remove import remove
 from onlap.trees.walk import OPEN_DIRECTORY, Descent, open_on_mount, opened, path_of
 
 _CHUNK = 256 * 1024
-# copy_file_range(2) is asked for this much at once: large enough that the call does not count, small enough that a
-# signal or a callback is not kept waiting for a whole disk image.
+# Bytes per copy_file_range(2): enough that the cost of the call does not matter, little enough that a signal or a
+# callback need not wait for a whole disk image.
 _RANGE = 64 * 1024 * 1024
-# Bytes from which on a file is asked for its holes even if its blocks say nothing of any.
-_ALWAYS_ASKED = 1 << 20
+# Files of this size may have holes even if they have as many blocks as bytes.
+_MAY_HAVE_HOLES = 1 << 20
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
@@ -35,12 +35,12 @@ _NO_XATTR = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
 
 class Copied(NamedTuple):
-    """What a copy did.
+    """The result of a copy.
 
     Attributes:
-        entries: files made, directories and links too.
+        entries: the number of files made, including directories and links.
         size: bytes of content.
-        skipped: how many of each kind could not be kept: ``socket``, ``device``, ``owner`` (recorded in an xattr
+        skipped: the number of each kind that could not be kept: ``socket``, ``device``, ``owner`` (recorded in an xattr
             instead), ``xattr``, ``mountpoint`` (made as an empty directory).
     """
 
@@ -50,16 +50,17 @@ class Copied(NamedTuple):
 
 
 class Copier:
-    """A copy of one tree, and what it has to remember on the way.
+    """The copy of one tree, and its state.
 
     Args:
         allow_changes: let files change while they are read.
-        exclude: patterns as :mod:`fnmatch` has them, against the path from the top and against the last name; what
-            matches is left out with all below it.
-        avoid: directories, as ``(st_dev, st_ino)``, that are left out with all below them.
-        keep_markers: copy OverlayFS's own xattrs, as a layer's copy wants; else they are left out.
-        merge: the target may hold files: a directory is merged with one of its name, anything else is replaced.
-        progress: called with the entries and bytes done; an exception from it ends the copy.
+        exclude: :mod:`fnmatch` patterns for the path from the top or the last name; matching files are left out with
+            everything below them.
+        avoid: directories, as ``(st_dev, st_ino)``, to leave out with everything below them.
+        keep_markers: copy OverlayFS's own xattrs, as the copy of a layer needs; otherwise they are left out.
+        merge: the target may hold files: a directory is merged with one of the same name, anything else is replaced.
+        link: make files hard links of the source's files, instead of copies.
+        progress: called with the entries and bytes done; an exception from it aborts the copy.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Copier:
         avoid: Collection[tuple[int, int]] = (),
         keep_markers: bool = False,
         merge: bool = False,
+        link: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._allow_changes = allow_changes
@@ -78,6 +80,7 @@ class Copier:
         self._avoid = frozenset(avoid)
         self._keep_markers = keep_markers
         self._merge = merge
+        self._hard_links = link
         self._progress = progress
         self._skipped: Counter[str] = Counter()
         self._entries = 0
@@ -88,7 +91,7 @@ class Copier:
         self._top = -1
 
     def tree(self, source: int, target: int) -> Copied:
-        """Copy what is in the directory ``source`` into the directory ``target``, and its own attributes.
+        """Copy the contents of the directory ``source`` into the directory ``target``, and its attributes.
 
         Args:
             source: a descriptor of a directory, open for reading.
@@ -99,7 +102,7 @@ class Copier:
             OSError: something cannot be read or written.
         """
         self._top = target
-        # What is made in it would inherit them; it gets those of the source in the end.
+        # New files would inherit them; the target gets those of the source at the end.
         drop_acls(target)
         sources, targets = Descent(source), Descent(target)
         stack = [("", _names(source))]
@@ -140,11 +143,11 @@ class Copier:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """What could not be kept so far."""
+        """What could not be kept so far, by kind."""
         return dict(self._skipped)
 
     def _entry(self, source_dir: int, target_dir: int, name: str, path: str) -> tuple[int, int] | None:
-        """Copy one entry; a directory is made and its two descriptors are returned for what is in it."""
+        """Copy one entry; a directory is made, and its two descriptors are returned to copy its contents."""
         try:
             status = os.stat(name, dir_fd=source_dir, follow_symlinks=False)
         except FileNotFoundError:
@@ -204,6 +207,15 @@ class Copier:
         self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result, path: str
     ) -> None:
         mode = status.st_mode
+        if self._hard_links:
+            try:
+                os.link(name, target_name, src_dir_fd=source_dir, dst_dir_fd=target_dir, follow_symlinks=False)
+            except OSError as error:
+                # The filesystem's limit of names per file is reached (ext4: 65,000); a copy starts a new file.
+                if error.errno != errno.EMLINK:
+                    raise
+            else:
+                return
         if stat.S_ISSOCK(mode):
             self._skipped["socket"] += 1
             return
@@ -228,7 +240,7 @@ class Copier:
         try:
             self._link_to(first, target_dir, target_name)
         except OSError as error:
-            # EMLINK: the filesystem's limit of names; ENOENT: it was skipped. This name is the first of a new file.
+            # EMLINK: the filesystem's limit of names; ENOENT: it was skipped. This name starts a new file.
             if error.errno not in (errno.EMLINK, errno.ENOENT):
                 raise
             self._linked[identity] = path
@@ -243,7 +255,7 @@ class Copier:
                 raise
         else:
             return
-        above, _, name = first.rpartition("/")  # it lies deeper than the kernel takes at once
+        above, _, name = first.rpartition("/")  # the path is longer than the kernel takes at once
         directory = files.open_beneath(above, OPEN_DIRECTORY, dir_fd=self._top, resolve=0)
         try:
             os.link(name, target_name, src_dir_fd=directory, dst_dir_fd=target_dir, follow_symlinks=False)
@@ -299,10 +311,10 @@ class Copier:
         return copy_range(source, target, 0, None)
 
     def _attributes(self, source: int, target: int, status: os.stat_result) -> None:
-        """Give an open file or directory the attributes of another; its time last, since the rest changes it."""
-        # First of all, since chown takes security.capability and the set-user-ID bits away.
-        owned = self._chown(target, status, lambda: os.chown(target, status.st_uid, status.st_gid))
-        # Before chmod, which may take our own permission to set them.
+        """Give an open file or directory the attributes of another; the times last, since the rest changes them."""
+        # First, since chown removes security.capability and the set-user-ID bits.
+        owned = self._chown(status, lambda: os.chown(target, status.st_uid, status.st_gid))
+        # Before chmod, which may remove our own permission to set them.
         self._xattrs(source, target)
         if not owned:
             os.setxattr(target, OVERRIDE_XATTR, format_override(status.st_uid, status.st_gid, status.st_mode))
@@ -312,15 +324,14 @@ class Copier:
     def _attributes_at(
         self, source_dir: int, name: str, target_dir: int, target_name: str, status: os.stat_result
     ) -> None:
-        """The same for what cannot be opened: a symlink, a device, a FIFO."""
+        """The same for a file that cannot be opened: a symlink, a device, a FIFO."""
         self._chown(
-            target_dir,
             status,
             lambda: os.chown(target_name, status.st_uid, status.st_gid, dir_fd=target_dir, follow_symlinks=False),
         )
         self._xattrs(path_of(source_dir, name), path_of(target_dir, target_name))
         if not stat.S_ISLNK(status.st_mode):
-            # fchmodat(2) has no way not to follow a symlink before Linux 6.6; we have just made it, and it is none.
+            # Before Linux 6.6, fchmodat(2) always follows symlinks; this file was just made and is not one.
             os.chmod(target_name, stat.S_IMODE(status.st_mode), dir_fd=target_dir)
         os.utime(
             target_name,
@@ -329,21 +340,21 @@ class Copier:
             follow_symlinks=False,
         )
 
-    def _chown(self, _target: int, status: os.stat_result, change: Callable[[], None]) -> bool:
-        if not self._set_owner:
-            same = status.st_uid == os.geteuid() and status.st_gid == os.getegid()
-            if not same:
-                self._skipped["owner"] += 1
-            return same
-        try:
-            change()
-        except OSError as error:
-            # EPERM: not ours to give away; EINVAL: outside the map of a user namespace.
-            if error.errno not in (errno.EPERM, errno.EINVAL):
-                raise
-            self._set_owner = False
-            return self._chown(_target, status, change)
-        return True
+    def _chown(self, status: os.stat_result, change: Callable[[], None]) -> bool:
+        if self._set_owner:
+            try:
+                change()
+            except OSError as error:
+                # EPERM: not ours to give away; EINVAL: outside the map of a user namespace.
+                if error.errno not in (errno.EPERM, errno.EINVAL):
+                    raise
+                self._set_owner = False
+            else:
+                return True
+        same = status.st_uid == os.geteuid() and status.st_gid == os.getegid()
+        if not same:
+            self._skipped["owner"] += 1
+        return same
 
     def _xattrs(self, source: str | int, target: str | int) -> None:
         follow = isinstance(source, int)
@@ -361,8 +372,24 @@ class Copier:
                 self._skipped["xattr"] += 1
 
 
+def copy_tree(source: str, target: str, copier: Copier, *, follow: bool = False) -> Copied:
+    """Copy one directory into another, see :meth:`Copier.tree`.
+
+    Args:
+        source: the directory to copy.
+        target: the directory to copy into.
+        copier: does it.
+        follow: whether ``source`` may be a symlink.
+
+    Raises:
+        FailedPrecondition, OSError: see :meth:`Copier.tree`.
+    """
+    with opened(source, OPEN_DIRECTORY & ~os.O_NOFOLLOW if follow else OPEN_DIRECTORY) as one, opened(target) as other:
+        return copier.tree(one, other)
+
+
 def copy_attributes(source: str, target: str) -> None:
-    """Give one directory the owner, mode, xattrs and times of another, but OverlayFS's own marks.
+    """Give one directory the owner, mode, xattrs and times of another, but not OverlayFS's markers.
 
     Raises:
         OSError: something cannot be read or set.
@@ -372,10 +399,10 @@ def copy_attributes(source: str, target: str) -> None:
 
 
 def has_holes(status: os.stat_result) -> bool:
-    """Whether a regular file may have holes, which :func:`data_ranges` tells for sure."""
-    # Xfs allocates ahead of a file's end, and fallocate(2) behind it, so that one with holes may have as many blocks as
-    # it has bytes. For small files asking costs more than the holes would.
-    return status.st_blocks * 512 < status.st_size or status.st_size >= _ALWAYS_ASKED
+    """Whether a regular file may have holes; :func:`data_ranges` tells for sure."""
+    # Xfs allocates ahead of a file's end, and fallocate(2) behind it, so a file with holes may have as many blocks as
+    # bytes. For small files, asking costs more than writing the holes.
+    return status.st_blocks * 512 < status.st_size or status.st_size >= _MAY_HAVE_HOLES
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -393,19 +420,19 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def copy_range(source: int, target: int, start: int, end: int | None) -> int:
-    """Copy bytes to the same place of another file, to the end of the file when ``end`` is None; returns how many."""
+    """Copy bytes to the same offset of another file, up to ``end`` or the end of the file; return how many."""
     position = start
     while end is None or position < end:
         length = _RANGE if end is None else min(_RANGE, end - position)
         try:
             copied = os.copy_file_range(source, target, length, position, position)
         except OSError as error:
-            # EXDEV before Linux 5.19, EINVAL and EOPNOTSUPP on filesystems that have no such thing.
+            # EXDEV before Linux 5.19, EINVAL and EOPNOTSUPP on filesystems without support.
             if error.errno not in (*_NO_CLONE, errno.EIO, errno.EBADF):
                 raise
             return position - start + _copy_by_hand(source, target, position, end)
         if copied == 0:
-            # Linux 5.3 to 5.18 answer 0 for files of /proc and /sys, whose size is 0 and which have content.
+            # Linux 5.3 to 5.18 return 0 for files of /proc and /sys, whose size is 0 although they have content.
             return position - start + _copy_by_hand(source, target, position, end)
         position += copied
     return position - start

@@ -1,4 +1,4 @@
-"""What a file is, apart from its name and content."""
+"""The attributes of a file: everything but its name and content."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import NamedTuple
 from onlap.overlayfs.markers import is_marker
 from onlap.trees.walk import path_of
 
-# How containers/storage records, on a file whose owner could not be set, what it should be: "uid:gid:0mode", in newer
-# versions with ":type" behind it (pkg/idtools, ContainersOverrideXattr); fuse-overlayfs has the type in the mode.
-# Kept in the same place and form, so that their tools understand it.
+# How containers/storage records the owner of a file whose owner cannot be set: "uid:gid:0mode", in newer versions
+# followed by ":type" (pkg/idtools, ContainersOverrideXattr); fuse-overlayfs has the type in the mode. Onlap uses the
+# same name and form, so that their tools understand it.
 #
-# Whoever may write to a file may set it. So it is believed only in the roots of those who cannot give files away, where
-# Onlap itself writes it, and there only on files of their own, since it is on those that it is written. Anywhere else
-# it is an xattr like any other: else a user could make the layers of root's store say that his file is root's.
+# Whoever may write to a file may set it. So it is trusted only in roots of users who cannot change owners, where Onlap
+# itself writes it, and only on their own files, since it is written only on those. Anywhere else it is an ordinary
+# xattr: otherwise a user could make the layers of root's store claim that a file of theirs is root's.
 OVERRIDE_XATTR = "user.containers.override_stat"
 
 _OVERRIDE = re.compile(rb"([0-9]{1,10}):([0-9]{1,10}):([0-7]{1,7})(?::([a-z]+)(?:-[0-9]+-[0-9]+)?)?")
-# What containers/storage calls the types of files that can have the xattr: the kernel gives user.* to no other
-# (xattr(7)), so that its devices and sockets are empty files, and no owner of ours.
+# What containers/storage calls the types of files that can have the xattr: the kernel allows user.* only on these
+# (xattr(7)), so that its devices and sockets are empty files, whose records are not owners of ours.
 _TYPES = {stat.S_IFREG: b"file", stat.S_IFDIR: b"dir"}
-# (uid_t) -1 is no user (chown(2)).
+# (uid_t) -1 is not a user (chown(2)).
 _LAST_ID = 2**32 - 2
 
 ACCESS_ACL = "system.posix_acl_access"
 DEFAULT_ACL = "system.posix_acl_default"
-# Xfs lists ACLs a second time, under the names that it stores them by (fs/xfs/xfs_xattr.c, xfs_xattr_put_listent).
+# Xfs lists ACLs twice, also by their names on disk (fs/xfs/xfs_xattr.c, xfs_xattr_put_listent).
 _XFS_ACLS = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
 
 
@@ -39,12 +39,12 @@ class Meta(NamedTuple):
 
     Attributes:
         mode: type and permissions, as in ``st_mode``.
-        uid: owner; where it could not be set, the one that was recorded.
+        uid: owner; the recorded one if it could not be set.
         gid: group, likewise.
-        size: bytes of a regular file or of a symlink's target, else 0.
+        size: bytes of a regular file or of a symlink's target, otherwise 0.
         mtime_ns: nanoseconds since the epoch.
-        rdev: the device number of a device, else 0.
-        target: what a symlink points to.
+        rdev: the device number of a device, otherwise 0.
+        target: the target of a symlink.
         xattrs: extended attributes, without OverlayFS's own.
     """
 
@@ -64,10 +64,10 @@ class Meta(NamedTuple):
 
 
 def read_meta(dir_fd: int, name: str, status: os.stat_result, *, recorded: bool = False) -> Meta:
-    """The attributes of ``name`` in ``dir_fd``, whose stat is known already.
+    """The attributes of ``name`` in ``dir_fd``, whose status is known.
 
     Args:
-        recorded: the file is in a root where owners that could not be set are recorded (see :data:`OVERRIDE_XATTR`).
+        recorded: whether the file's root records owners that could not be set (see :data:`OVERRIDE_XATTR`).
 
     Raises:
         OSError: it cannot be read.
@@ -107,10 +107,9 @@ def format_override(uid: int, gid: int, mode: int) -> bytes:
 
 
 def parse_override(value: bytes, mode: int) -> tuple[int, int] | None:
-    """Owner and group from OVERRIDE_XATTR; None when it is no such record of a file with this ``st_mode``.
+    """Owner and group from OVERRIDE_XATTR; None if the value is not such a record for a file with this ``st_mode``.
 
-    The permissions in it are not taken: they could be set on the file itself, and a chmod since then changed them only
-    there.
+    The recorded permissions are ignored: they could be set on the file itself, and a later chmod changed only those.
     """
     found = _OVERRIDE.fullmatch(value)
     if found is None:
@@ -127,7 +126,7 @@ def parse_override(value: bytes, mode: int) -> tuple[int, int] | None:
 def read_xattrs(path: str | int) -> dict[str, bytes]:
     """The extended attributes of a file, without OverlayFS's own; a symlink is not followed.
 
-    The list is asked for first: a file has none mostly, and asking for an absent one costs an exception.
+    The names are listed first: most files have none, and reading a missing one costs an exception.
     """
     follow = isinstance(path, int)
     found = {}
@@ -144,7 +143,7 @@ def read_xattrs(path: str | int) -> dict[str, bytes]:
 
 
 def list_xattrs(path: str | bytes | int) -> list[str]:
-    """The names of a file's extended attributes, each once; a symlink is not followed."""
+    """The names of a file's extended attributes, without duplicates; a symlink is not followed."""
     try:
         names = os.listxattr(path, follow_symlinks=isinstance(path, int))
     except OSError as error:
@@ -155,9 +154,9 @@ def list_xattrs(path: str | bytes | int) -> list[str]:
 
 
 def drop_acls(path: str | int) -> None:
-    """Take a directory's ACLs away: those that it inherited, and those that what is made in it would inherit.
+    """Remove a directory's ACLs: the one that it inherited, and the default one that new files would inherit.
 
-    Its mode is to be set afterwards, since the kernel made it from the ACL.
+    Set its mode afterwards, since the kernel derived it from the ACL.
     """
     for name in list_xattrs(path):
         if name in (ACCESS_ACL, DEFAULT_ACL):

@@ -1,6 +1,6 @@
-"""Removing a tree without ever leaving it: not through a symlink, not into a mount.
+"""Removing a tree without ever leaving it: neither through a symlink nor into a mount.
 
-Each directory is opened by :func:`~onlap.trees.walk.open_on_mount`, which enters no mount, also none of the same
+Each directory is opened by :func:`~onlap.trees.walk.open_on_mount`, which enters no mount, not even one of the same
 filesystem.
 """
 
@@ -13,21 +13,21 @@ from collections.abc import Callable
 from onlap.syscalls import files
 from onlap.trees.walk import OPEN_DIRECTORY, open_on_mount, opened
 
-# Directories deeper than this are renamed up to the top of the tree and removed from there, so that the number of open
-# descriptors stays below the usual limit of 1024 whatever the depth.
+# Deeper directories are moved to the top of the tree and removed there, so that the number of open descriptors stays
+# below the usual limit of 1024.
 _MAX_DEPTH = 128
 
 
 def remove(dir_fd: int, name: str, *, pace: Callable[[], None] | None = None) -> None:
-    """Remove ``name`` in ``dir_fd``, with all that is in it.
+    """Remove ``name`` in ``dir_fd`` with its contents.
 
     Args:
         dir_fd: the directory that holds it.
-        name: a file or directory; nothing happens when it does not exist.
-        pace: called after every removed file, to limit the rate; an exception from it ends the removal.
+        name: a file or directory; nothing happens if it does not exist.
+        pace: called after every removed file, to limit the rate; an exception from it aborts the removal.
 
     Raises:
-        OSError: EXDEV or EBUSY where something is mounted inside; what is left can be removed later.
+        OSError: EXDEV or EBUSY if something is mounted inside; the rest can be removed later.
     """
     top = _open(dir_fd, name)
     if top is None:
@@ -45,23 +45,23 @@ def remove(dir_fd: int, name: str, *, pace: Callable[[], None] | None = None) ->
 
 
 def remove_at(path: str) -> None:
-    """The same for who has only its path, whose last component may be a symlink and is not followed."""
+    """The same by path; if its last component is a symlink, it is not followed."""
     above, name = os.path.split(path)
     with opened(above, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as fd:
         remove(fd, name)
 
 
 def empty(fd: int) -> None:
-    """Remove all that is in an open directory; raises OSError as :func:`remove`."""
+    """Remove the contents of an open directory; raises OSError as :func:`remove`."""
     for name in _names(fd):
         remove(fd, name)
 
 
 def _open(dir_fd: int, name: str) -> int | None:
-    """A descriptor of the directory ``name``, whose entries can be removed; else it was unlinked, and gives None."""
+    """A descriptor of the directory ``name``, made writable; None if it was not a directory, and was unlinked."""
     fd = _open_if_directory(dir_fd, name)
     if fd is not None and os.geteuid() != 0:
-        # A directory of ours that we may not write to: its owner can change that. Root needs no permission.
+        # As its owner, we may make our directory writable. Root needs no permission.
         status = os.fstat(fd)
         if status.st_mode & 0o700 != 0o700 and status.st_uid == os.geteuid():
             os.fchmod(fd, 0o700)
@@ -97,7 +97,7 @@ def _unlink(dir_fd: int, name: str) -> None:
 
 
 def _empty(top: int, pace: Callable[[], None] | None, moved: int) -> int:
-    """Remove what is in ``top``; directories too deep are moved to ``top`` under a number. Returns the next number."""
+    """Remove the contents of ``top``; too deep directories are moved to ``top``. Returns the last number used."""
     stack: list[tuple[int, str, list[str]]] = [(top, "", _names(top))]
     try:
         while stack:

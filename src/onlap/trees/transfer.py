@@ -1,4 +1,4 @@
-"""Directories in and out of a store."""
+"""Copying directories into and out of a store."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection
 from onlap import errors
 from onlap.errors import shown
 from onlap.trees import whole
-from onlap.trees.copy import Copied, Copier
-from onlap.trees.walk import OPEN_DIRECTORY, opened
+from onlap.trees.copy import Copied, Copier, copy_tree
 
 
 def import_directory(
@@ -37,26 +36,22 @@ def import_directory(
     copier = Copier(
         exclude=exclude, allow_changes=allow_changes, avoid=[(own.st_dev, own.st_ino)], merge=True, progress=progress
     )
-    return _copy(copier, source, target, f"import {shown(source)}")
+    # Followed if it is a symlink: whoever names it means its target.
+    with errors.translated(f"import {shown(source)}", key=source):
+        return copy_tree(source, target, copier, follow=True)
 
 
 def export_directory(source: str, target: str, progress: Callable[[int, int], None], note: whole.Note) -> Copied:
-    """Copy the tree ``source`` into the directory ``target``, whole or not at all; it is made where there is none.
+    """Copy the tree ``source`` into the directory ``target``, completely or not at all; it is made if missing.
 
     Raises:
         FailedPrecondition, OnlapError: see :meth:`Store.export`.
     """
     doing = f"export to {shown(target)}"
     with errors.translated(doing, key=target), whole.new_directory(target, note) as directory:
-        # It may lie in the tree, which would be copied into itself without end.
+        # It may lie in the tree, which would otherwise be copied into itself without end.
         status = os.stat(directory)
-        # The tree may be in use, and is not ours to freeze: what changes meanwhile is taken as it is read.
+        # The tree may be in use and cannot be frozen: changing files are copied as they are read.
         copier = Copier(allow_changes=True, avoid=[(status.st_dev, status.st_ino)], progress=progress)
-        return _copy(copier, source, directory, doing)
-
-
-def _copy(copier: Copier, source: str, target: str, doing: str) -> Copied:
-    # Followed, if it is a symlink: the person who names it means what it points to.
-    follow = OPEN_DIRECTORY & ~os.O_NOFOLLOW
-    with errors.translated(doing, key=source), opened(source, follow) as one, opened(target) as other:
-        return copier.tree(one, other)
+        with errors.translated(doing, key=source):
+            return copy_tree(source, directory, copier, follow=True)

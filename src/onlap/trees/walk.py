@@ -1,7 +1,7 @@
-"""Walking a tree by directory descriptors, in the order of the names' bytes, without recursion.
+"""Walking a tree by directory descriptors, sorted by the names' bytes, without recursion.
 
-Names are opened one component at a time relative to an open directory, so that a rename or a symlink put in the way
-while we walk cannot lead us out of the tree.
+Names are opened one component at a time, relative to an open directory, so that no concurrent rename and no symlink can
+lead the walk out of the tree.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from onlap.syscalls import files
@@ -20,7 +20,7 @@ OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def opened(path: str, flags: int = OPEN_DIRECTORY, *, dir_fd: int | None = None) -> Iterator[int]:
-    """A descriptor of a directory, or with other flags of a file, for the time of a block; raises OSError."""
+    """Open a directory, or a file with other flags, for the duration of a block; raises OSError."""
     fd = os.open(path, flags, dir_fd=dir_fd)
     try:
         yield fd
@@ -28,13 +28,13 @@ def opened(path: str, flags: int = OPEN_DIRECTORY, *, dir_fd: int | None = None)
         os.close(fd)
 
 
-# A walk keeps at most this many directories open, since the usual limit is 1024 descriptors a process; those further up
-# are closed, and opened again by ".." on the way back.
+# How many directories a walk keeps open, since the usual limit is 1024 descriptors per process; those further up are
+# closed, and opened again by ".." on the way back.
 MAX_OPEN = 200
 
 
 class Descent:
-    """The open directories from the top of a walk down to where it is; few of them at a time.
+    """The open directories from the top of a walk down to its current directory; a limited number at a time.
 
     Args:
         top: a descriptor of the top directory, which is never closed.
@@ -48,15 +48,15 @@ class Descent:
 
     @property
     def fd(self) -> int:
-        """The directory where the walk is."""
+        """The current directory."""
         return self._fds[-1]
 
     def enter(self, fd: int) -> None:
-        """Go into a directory; its descriptor is the descent's from now on."""
+        """Go into a directory; takes over its descriptor."""
         self._fds.append(fd)
         self._identities.append(_identity(fd))
         far = len(self._fds) - MAX_OPEN
-        if far > 0 and self._fds[far] >= 0:  # else it was closed on an earlier way down
+        if far > 0 and self._fds[far] >= 0:  # otherwise it was closed on an earlier descent
             os.close(self._fds[far])
             self._fds[far] = -1
 
@@ -64,7 +64,7 @@ class Descent:
         """Go back up.
 
         Raises:
-            OSError: ESTALE: the directory was moved elsewhere meanwhile, so that there is no way back.
+            OSError: ESTALE: the directory was moved meanwhile, so there is no way back.
         """
         fd = self._fds.pop()
         self._identities.pop()
@@ -91,13 +91,13 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 class Entry(NamedTuple):
-    """A file met on the way.
+    """A file found by a walk.
 
     Attributes:
-        path: from the top of the walk, with ``/`` between names and none before the first.
-        name: its last component; relative to ``dir_fd``, which is open until the walk goes on.
-        dir_fd: the directory that holds it.
-        status: its own, not that of what a symlink points to.
+        path: relative to the top of the walk, without a leading ``/``.
+        name: its last component, relative to ``dir_fd``.
+        dir_fd: the directory that holds it; open until the walk continues.
+        status: its own status; a symlink is not followed.
     """
 
     path: str
@@ -106,16 +106,15 @@ class Entry(NamedTuple):
     status: os.stat_result
 
 
-def walk(top: int, *, descend: Callable[[Entry], bool] | None = None, ordered: bool = True) -> Iterator[Entry]:
-    """Every file below ``top``, a directory before what is in it; ``top`` itself is not among them.
+def walk(top: int, *, ordered: bool = True) -> Iterator[Entry]:
+    """Every file below ``top``, a directory before its contents; ``top`` itself is not included.
 
     Args:
         top: a descriptor of a directory, open for reading; left open.
-        descend: asked for every directory whether to go into it.
-        ordered: sort each directory by its names' bytes; else they come as the filesystem gives them.
+        ordered: sort each directory by its names' bytes; otherwise the order is the filesystem's.
 
     Raises:
-        OSError: a directory cannot be read. A file that vanishes while its directory is read is passed over.
+        OSError: a directory cannot be read. A file that vanishes meanwhile is skipped.
     """
     descent = Descent(top)
     stack: list[tuple[str, Iterator[os.DirEntry[str]]]] = [("", _entries(top, ordered))]
@@ -124,13 +123,13 @@ def walk(top: int, *, descend: Callable[[Entry], bool] | None = None, ordered: b
             prefix, entries = stack[-1]
             for listed in entries:
                 try:
-                    # Not the entry's own stat(), which remembers the descriptor that it was listed with.
+                    # Not the entry's own stat(), which uses the descriptor that it was listed with.
                     status = os.stat(listed.name, dir_fd=descent.fd, follow_symlinks=False)
                 except FileNotFoundError:
                     continue
                 entry = Entry(prefix + listed.name, listed.name, descent.fd, status)
                 yield entry
-                if listed.is_dir(follow_symlinks=False) and (descend is None or descend(entry)):
+                if listed.is_dir(follow_symlinks=False):
                     try:
                         child = os.open(listed.name, OPEN_DIRECTORY, dir_fd=descent.fd)
                     except (FileNotFoundError, NotADirectoryError):
@@ -164,7 +163,7 @@ def open_on_mount(dir_fd: int, name: str, flags: int = OPEN_DIRECTORY) -> int:
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-    # Before Linux 5.6 there is no openat2: which mount it is on can be asked only afterwards.
+    # Before Linux 5.6 there is no openat2: the mount can be checked only afterwards.
     fd = os.open(name, flags, dir_fd=dir_fd)
     if files.mount_id(fd) == files.mount_id(dir_fd):
         return fd
@@ -173,5 +172,5 @@ def open_on_mount(dir_fd: int, name: str, flags: int = OPEN_DIRECTORY) -> int:
 
 
 def path_of(dir_fd: int, name: str) -> str:
-    """A path for the calls that take no ``dir_fd`` (the xattr ones); valid while ``dir_fd`` is open."""
+    """A path for calls that take no ``dir_fd`` (those for xattrs); valid while ``dir_fd`` is open."""
     return f"/proc/self/fd/{dir_fd}/{name}"

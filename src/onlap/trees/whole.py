@@ -1,4 +1,4 @@
-"""Results that appear whole or not at all: made beside their place, and moved there when they are done."""
+"""Files and directories that appear completely or not at all: made beside their path, then renamed to it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from onlap.errors import shown
 from onlap.trees.remove import empty, remove_at
 from onlap.trees.walk import opened
 
-# The end of the names under which things are made.
+# The suffix of partial results.
 PARTIAL = ".partial"
 
-# Told of a path before anything is made there, which is gone from there in the end: for who cleans up behind us.
+# Called with the path of a partial result before it is made, so that it can be cleaned up after a crash.
 Note = Callable[[str], None]
 
 
 def _partial(path: str) -> str:
-    # Not by the process's number, which others have in containers of theirs.
+    # Not the process id, which a process in another container may have too.
     return f"{os.path.dirname(path)}/.onlap-{secrets.token_hex(6)}{PARTIAL}"
 
 
 @contextlib.contextmanager
 def new_file(path: str, note: Note) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of what is at ``path``; raises OSError."""
+    """A new file, which replaces ``path`` at the end of the block; raises OSError."""
     path = os.path.abspath(path)
     partial = _partial(path)
     note(partial)
@@ -39,19 +39,19 @@ def new_file(path: str, note: Note) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(partial)
         if isinstance(error, OSError) and error.filename == partial:
-            raise OSError(error.errno, error.strerror, path) from error  # by the name that was given
+            raise OSError(error.errno, error.strerror, path) from error  # with the caller's name
         raise
 
 
 @contextlib.contextmanager
 def new_directory(path: str, note: Note) -> Iterator[str]:
-    """A directory to fill, with those above it where they are missing.
+    """A new directory to fill; missing parents are made.
 
-    An empty one that is there is filled itself, since it may be a mount, or where somebody stands; when the block
-    fails it is emptied again.
+    An existing empty directory is filled directly, since it may be a mount point or a current directory; if the block
+    fails, it is emptied again.
 
     Raises:
-        FailedPrecondition: there is one that is not empty.
+        FailedPrecondition: it exists and is not empty.
         OSError: it cannot be made.
     """
     path = os.path.realpath(path)
@@ -80,13 +80,13 @@ def new_directory(path: str, note: Note) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError):
             remove_at(partial)
         for each in missing:
-            with contextlib.suppress(OSError):  # somebody uses it by now
+            with contextlib.suppress(OSError):  # in use by now
                 os.rmdir(each)
         raise
 
 
 def _missing(directory: str) -> list[str]:
-    """The directories that making this one makes, the lowest first."""
+    """The directories that ``makedirs`` would make, the deepest first."""
     found = []
     while not os.path.lexists(directory):
         found.append(directory)

@@ -105,7 +105,7 @@ def check_arguments(parser: Parser) -> None:
 
 
 def check(call: Call) -> int:
-    from onlap.graphdrivers.inspection.checkup import check
+    from onlap.graphdrivers.inspection.check import check
 
     root = _open_root(call)
     damaged = False

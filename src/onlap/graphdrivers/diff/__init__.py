@@ -1,1 +1,1 @@
-"""Differences between layers of graph drivers, and layers applied."""
+"""Differences between the layers of graph drivers, and applying them."""

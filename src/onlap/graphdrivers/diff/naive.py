@@ -1,8 +1,8 @@
-"""A differ for drivers that bring none: it gets both trees and compares them.
+"""A differ for drivers without one: it gets both trees and compares them.
 
-Source of the contract: moby v26.1.5, daemon/graphdriver/fsdiff.go. That one compares times of modification by the
-second where either has no fraction, and so loses edits that keep a file's size and time (moby#31805); to see later
-changes it sleeps to the next full second after each diff. Here files whose attributes are the same are read.
+Source of the contract: moby v26.1.5, daemon/graphdriver/fsdiff.go. Docker's compares mtimes by the second if either has
+no fraction, and so loses edits that keep a file's size and mtime (moby#31805); to see later changes it sleeps to the
+next full second after each diff. This one reads files with equal attributes.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import BinaryIO
 from onlap import errors
 from onlap.forks import only_here
 from onlap.graphdrivers.contract import DELETED, Change, ProtoDriver
-from onlap.graphdrivers.diff.applying import apply_archive
+from onlap.graphdrivers.diff.apply import apply_archive
 from onlap.graphdrivers.diff.stacks import layer_changes, write_diff
 from onlap.graphdrivers.ids import IdMap
 from onlap.overlayfs.markers import TRUSTED, Markers
 
 
 class NaiveDiffer:
-    """The :class:`~onlap.graphdrivers.contract.DiffDriver` of a driver that has only the first half.
+    """The :class:`~onlap.graphdrivers.contract.DiffDriver` of a driver that is only a ``ProtoDriver``.
 
     Args:
-        driver: gives the trees.
-        ids: how owners on disk and in archives differ.
+        driver: provides the trees.
+        ids: maps owners in archives to those on disk.
     """
 
-    # A merged tree shows none, whatever the flavour.
+    # A merged tree shows no markers, whatever the flavour.
     _markers = Markers(TRUSTED)
 
     def __init__(self, driver: ProtoDriver, ids: IdMap | None = None) -> None:
@@ -39,7 +39,7 @@ class NaiveDiffer:
 
     @contextmanager
     def _got(self, id: str) -> Iterator[list[str]]:
-        """The tree of ``id`` as a stack of one layer; none for no id."""
+        """The tree of ``id`` as a stack of one layer; empty if ``id`` is empty."""
         if not id:
             yield []
             return
@@ -72,12 +72,12 @@ class NaiveDiffer:
 
 
 def size_of(directory: str, changes: list[Change]) -> int:
-    """The bytes of the files in ``directory`` that are new or changed, each file with several names once.
+    """The bytes of the new or changed files in ``directory``; a file with several names counts once.
 
     Source: moby v26.1.5, pkg/archive/changes.go, ChangesSize.
 
     Raises:
-        OnlapError: for what the kernel says.
+        OnlapError: a file cannot be read.
     """
     size = 0
     seen: set[tuple[int, int]] = set()
@@ -87,7 +87,7 @@ def size_of(directory: str, changes: list[Change]) -> int:
         try:
             status = os.lstat(directory + change.path)
         except FileNotFoundError:
-            continue  # it went meanwhile: a container may run in it
+            continue  # removed meanwhile: a container may run in the tree
         except OSError as error:
             raise errors.from_oserror(error, doing="measure a layer", key=change.path) from error
         identity = status.st_dev, status.st_ino

@@ -6,6 +6,7 @@ another) as the kernel does, so it needs no fallback for them.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -16,7 +17,8 @@ from onlap.layers.diff.changes import stack_changes
 from onlap.layers.diff.write import Encoding, write_layer
 from onlap.overlayfs.markers import Markers
 from onlap.trees import compare
-from onlap.trees.walk import opened, walk
+from onlap.trees.usage import inodes
+from onlap.trees.walk import opened
 
 _BY_CONTENT = Encoding(content=True)
 _KINDS = {compare.ADDED: ADDED, compare.MODIFIED: MODIFIED, compare.DELETED: DELETED}
@@ -60,24 +62,12 @@ def write_diff(before: Sequence[str], after: Sequence[str], markers: Markers, id
 
 
 def layer_size(directory: str) -> int:
-    """The bytes of all files in one layer's directory, each file with several names once.
+    """The bytes of all files in one layer's directory; a file with several names counts once.
 
     Source: moby v26.1.5, pkg/directory/directory_unix.go.
 
     Raises:
         OnlapError: it cannot be read.
     """
-    size = 0
-    seen: set[tuple[int, int]] = set()
     with errors.translated("measure a layer", key=directory), opened(directory) as fd:
-        for entry in walk(fd, ordered=False):
-            status = entry.status
-            if not status.st_size or status.st_mode & 0o170000 == 0o040000:
-                continue
-            if status.st_nlink > 1:
-                identity = status.st_dev, status.st_ino
-                if identity in seen:
-                    continue
-                seen.add(identity)
-            size += status.st_size
-    return size
+        return sum(status.st_size for status in inodes(fd) if not stat.S_ISDIR(status.st_mode))

@@ -1,4 +1,4 @@
-"""Reading a Docker data root without a daemon, and without changing it: whose are the layers of ``overlay2``?
+"""Reading a Docker data root without a daemon and without changing it: who uses which layer of ``overlay2``.
 
 ::
 
@@ -6,10 +6,10 @@
     DIR/image/overlay2/layerdb/sha256/<chain>  the image layers that Docker knows: cache-id, parent, size
     DIR/image/overlay2/layerdb/mounts/<key>    the writable ones: mount-id, init-id, parent; key is a container's id
     DIR/image/overlay2/imagedb/content/sha256  the images: configurations, with the digests of their layers
-    DIR/image/overlay2/repositories.json       what they are called
+    DIR/image/overlay2/repositories.json       the images' names
     DIR/containers/<id>/config.v2.json         the containers
 
-A running daemon may change it meanwhile; what is read then may not fit together, and a second look tells.
+A running daemon may change it meanwhile, so that the results are inconsistent; then read it again.
 
 Source: moby v26.1.5, layer/filestore.go, image/fs.go, reference/store.go, container/container.go.
 """
@@ -45,12 +45,12 @@ class Known(NamedTuple):
 
     Attributes:
         id: its directory in the driver's home.
-        kind: ``"image"``; ``"container"``; ``"init"``: the one between a container's and its image's;
-            ``"cache"``: the builder's; ``"unused"``: Docker's layer store knows it, but no image, container or builder
-            uses it, as it failed to remove it; ``"orphan"``: nobody knows it.
-        parent: the id of the layer right below; None for none, and where that cannot be told.
-        owners: the images (by name, else by id) and containers that show it.
-        mounted: whether it is mounted now, as this process sees it.
+        kind: ``"image"``; ``"container"``; ``"init"``: the one between a container's layer and its image's;
+            ``"cache"``: the builder's; ``"unused"``: Docker's layer store has it, but no image, container or builder
+            uses it, since removing it failed; ``"orphan"``: Docker does not know it.
+        parent: the id of the layer directly below; None if there is none or it is unknown.
+        owners: the images (by name, otherwise by id) and containers that use it.
+        mounted: whether it is mounted now, in this process's mount namespace.
     """
 
     id: str
@@ -61,16 +61,17 @@ class Known(NamedTuple):
 
 
 class Root:
-    """What was found in a data root.
+    """The contents of a data root.
 
     Attributes:
         directory: the data root.
         driver: the driver's name.
         home: the driver's directory.
-        layers: every layer in the home, by id, those below before those on them.
-        chains: the id in the driver of each image layer that Docker knows, by chain ID.
+        layers: every layer in the home by id, parents before children.
+        chains: the driver's id of each image layer that Docker knows, by chain ID.
         images: the chain IDs of each image's layers, lowest first, by the image's name.
-        containers: the ids of each writable layer and the one below it, by the container's name.
+        containers: the ids of each container's writable layer and init layer, and its parent chain, by the
+            container's name.
     """
 
     def __init__(self, directory: str, driver: str) -> None:
@@ -84,11 +85,11 @@ class Root:
         self.layers = {layer.id: layer for layer in _in_order(self._find())}
 
     def find(self, name: str) -> Known:
-        """The layer that somebody means: by id or its beginning, or the top one of an image or container.
+        """A layer by its id or the start of it, or the top layer of an image or container.
 
         Raises:
             NotFound: there is none.
-            InvalidArgument: several begin so.
+            InvalidArgument: several ids start so.
         """
         for reference in (name, f"{name}:latest"):
             if self.images.get(reference):
@@ -119,7 +120,7 @@ class Root:
         return self.layers[id]
 
     def usage(self, id: str) -> Usage:
-        """What a layer takes, without those below: it is walked.
+        """The disk usage of a layer, without those below; walks the layer.
 
         Raises:
             OnlapError: it cannot be read.
@@ -132,11 +133,11 @@ class Root:
             raise errors.from_oserror(error, doing="measure a layer", key=id) from error
 
     def changes(self, id: str) -> list[Change]:
-        """What a layer changed against those below it; a container's against its init layer.
+        """What a layer changed against those below it; a container's layer against its init layer.
 
         Raises:
-            DataLoss: a layer below is lost.
-            OnlapError: of another kind, when it cannot be read.
+            DataLoss: a layer below is missing.
+            OnlapError: of another kind, if it cannot be read.
         """
         layer = Layer(self.home, id)
         below = layer.lower_directories()
@@ -177,15 +178,15 @@ class Root:
 
 
 def open_root(directory: str, driver: str | None = None) -> Root:
-    """Look into a data root, as ``/var/lib/docker``.
+    """Read a data root, as ``/var/lib/docker``.
 
     Args:
         directory: the data root.
-        driver: ``overlay2``, or the name of a plugin with its layout; by default the one that is there.
+        driver: ``overlay2``, or the name of a plugin with its layout; by default the only one.
 
     Raises:
-        NotFound: it is none, or has no such driver.
-        InvalidArgument: it has several.
+        NotFound: it is not a data root, or has no such driver.
+        InvalidArgument: it has several drivers.
         PermissionDenied: it may not be read.
     """
     directory = os.path.abspath(directory)
@@ -215,7 +216,7 @@ def open_root(directory: str, driver: str | None = None) -> Root:
 
 
 def layer_ids(home: str) -> list[str]:
-    """The layers in a driver's home, half-made ones too, sorted."""
+    """The layers in a driver's home, including incomplete ones, sorted."""
     return sorted(
         name
         for name in os.listdir(home)
@@ -224,7 +225,7 @@ def layer_ids(home: str) -> list[str]:
 
 
 def _read_chains(directory: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The ids in the driver, and the parents, by chain ID."""
+    """The driver's ids and the parents, by chain ID."""
     ids, parents = {}, {}
     for name in _names(directory):
         # "<chain>-<random>-removing": Docker was about to remove it.
@@ -271,11 +272,11 @@ def _read_containers(directory: str, mounts: str) -> tuple[dict[str, tuple[str, 
 
 
 def _cached(directory: str, ids: list[str]) -> list[str]:
-    """Those of the layers that BuildKit knows.
+    """The layers that BuildKit knows.
 
-    Its databases (buildkit/snapshots.db, metadata_v2.db) are bbolt's, which keeps names as they are: a layer whose id
-    is nowhere in them is not its. One that is there may be a record that was deleted; then too much is called cache,
-    which is the harmless error.
+    Its databases (buildkit/snapshots.db, metadata_v2.db) are bbolt's, which stores names verbatim: a layer whose id is
+    nowhere in them is not BuildKit's. An id that is there may be in a deleted record; then a layer is wrongly called
+    cache, which is the harmless error.
     """
     found: set[str] = set()
     where = os.path.join(directory, "buildkit")
@@ -289,7 +290,7 @@ def _cached(directory: str, ids: list[str]) -> list[str]:
 
 
 def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
-    """Each layer after the one that it stands on; apart from that, in the order given."""
+    """Each layer after its parent; apart from that, in the given order."""
     waiting: dict[str | None, list[Known]] = {}
     every = {layer.id: layer for layer in layers}
     for layer in every.values():
@@ -299,7 +300,7 @@ def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
         layer = pending.pop()
         yield layer
         pending += waiting.pop(layer.id, [])[::-1]
-    for rest in waiting.values():  # they stand on themselves, which only damage does
+    for rest in waiting.values():  # cycles, which only damage makes
         yield from rest
 
 
@@ -319,7 +320,7 @@ def _text(path: str) -> str:
 
 
 def _json(path: str) -> dict[str, object]:
-    """An object; an empty one where there is none, or where it is damaged: that is what Docker sees, too."""
+    """A JSON object; empty if the file is missing or damaged, as Docker also treats it."""
     try:
         value = json.loads(_text(path) or "{}")
     except ValueError:

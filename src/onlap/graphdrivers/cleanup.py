@@ -1,35 +1,34 @@
-"""What is mounted or half made below a driver's home, also by a process that has ended."""
+"""Staging directories, mounts and removal in a driver's home, including what an ended process left."""
 
 from __future__ import annotations
 
 import errno
 import os
-import time
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.locks import Held, claim_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.holders import holders
+from onlap.mounts.unmount import attempts, busy
 from onlap.syscalls import mount as sys
 from onlap.trees.remove import remove
 
-# How long a removal goes on while something is busy, in seconds; moby's EnsureRemoveAll has 50 tries of 100 ms.
+# How long a removal is retried while something is busy, in seconds; moby's EnsureRemoveAll does 50 tries of 100 ms.
 _PATIENCE = 5.0
-_WAIT = 0.05
 
-# Directories that are being built, and those that are tried in: never an id, since dockerd's are hexadecimal. Whoever
-# made one holds its lock as long as it needs it.
+# Directories being built, and those of trial mounts. They are never ids, since dockerd's are hexadecimal. Their maker
+# holds their lock as long as it needs them.
 STAGING = ".onlap-new-"
 CHECKING = ".onlap-check-"
 UNFINISHED = (STAGING, CHECKING)
 
 
 def claim(path: str) -> Held:
-    """Make one of these directories, or take over one that was left, and hold it.
+    """Make one of these directories, or take over an abandoned one, and hold it.
 
     Raises:
-        Busy: another process is at it.
+        Busy: another process uses it.
         OSError: it cannot be made.
     """
     held = claim_directory(path)
@@ -39,20 +38,15 @@ def claim(path: str) -> Held:
 
 
 def mounts_below(directory: str) -> list[str]:
-    """The mount points in ``directory``, those on top first; one that has several mounts comes several times."""
+    """The mount points in ``directory``, uppermost first; one with several mounts is listed several times."""
     return [os.fsdecode(path) for path in reversed(mountinfo.below(os.fsencode(os.path.realpath(directory))))]
 
 
-def is_mounted(directory: str) -> bool:
-    """Whether something is mounted there; no when it does not exist."""
-    return os.path.ismount(directory)
-
-
 def detach(target: str) -> bool:
-    """Unmount what is topmost at ``target``, now or when its last user is gone; whether something was mounted.
+    """Unmount the topmost mount at ``target``, now or once its last user is gone; whether anything was mounted.
 
     Raises:
-        OSError: it cannot be.
+        OSError: it cannot be unmounted.
     """
     try:
         sys.umount2(target, sys.MNT_DETACH | sys.UMOUNT_NOFOLLOW)
@@ -64,44 +58,35 @@ def detach(target: str) -> bool:
 
 
 def detach_below(directory: str) -> None:
-    """Unmount all that is mounted in ``directory``.
+    """Unmount everything in ``directory``.
 
     Raises:
-        OSError: something cannot be.
+        OSError: something cannot be unmounted.
     """
     for target in mounts_below(directory):
         detach(target)
 
 
 def remove_tree(home_fd: int, home: str, name: str) -> None:
-    """Remove a directory of the driver with all in it; what is mounted there is unmounted.
+    """Remove a directory of the driver with its contents, and unmount what is mounted there.
 
     Raises:
-        Busy: the kernel does not let it go; ``.holders`` says for whom.
-        OnlapError: of another kind, for what the kernel says.
+        Busy: it is still in use; ``.holders`` says by whom.
+        OnlapError: of another kind, for other errors of the kernel.
     """
     path = os.path.join(home, name)
-    deadline = time.monotonic() + _PATIENCE
-    while True:
+    for last in attempts(_PATIENCE):
         try:
             remove(home_fd, name)
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY):
                 raise errors.from_oserror(error, doing="remove the layer", key=name) from error
-            if time.monotonic() >= deadline:
-                raise errors.Busy(
-                    f"{shown(path)} cannot be removed", key=name, hint="end these, try again", holders=_holders(path)
-                ) from error
+            if last:
+                raise busy(path, _holders(path), "end these, then try again") from error
         else:
             return
-        _detach_all(path)
-        # There is no event for the end of the last use.
-        time.sleep(_WAIT)
-
-
-def _detach_all(path: str) -> None:
-    with errors.translated("unmount what is in the layer", key=path):
-        detach_below(path)
+        with errors.translated("unmount what is in the layer", key=path):
+            detach_below(path)
 
 
 def _holders(path: str) -> list[str]:
