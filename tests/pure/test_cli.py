@@ -278,7 +278,7 @@ def test_an_error_in_json_is_one_object_on_stderr() -> None:
 def test_a_bug_is_one_line_and_with_vv_a_traceback() -> None:
     done = with_ls("return 1 / 0")
     assert done.returncode == 70
-    assert done.stderr.startswith("onlap: a bug of ours, ZeroDivisionError at <string>:")
+    assert done.stderr.startswith("onlap: a bug in Onlap, ZeroDivisionError at <string>:")
     assert done.stderr.count("\n") == 1
     for flag in ("-vv", "-v -v"):
         done = with_ls("return 1 / 0", *flag.split())

@@ -42,9 +42,11 @@ def _run(verb: str | None, arguments: list[str], out: Output) -> int:
     """Run a verb, and report what goes wrong."""
     runs = verb in _RUNNERS
     try:
-        return _dispatch(verb, arguments, out)
+        status = _dispatch(verb, arguments, out)
+        out.flush()
+        return status
     except UsageError as error:
-        out.error("Usage", str(error), hint=f"see: onlap {_known(verb)} --help".replace("  ", " "))
+        out.error("Usage", str(error), hint=f"see: onlap {_known(verb or '')} --help".replace("  ", " "))
         return exits.RUN_FAILED if runs else exits.USAGE
     except errors.OnlapError as error:
         _traceback(out)
@@ -58,18 +60,18 @@ def _run(verb: str | None, arguments: list[str], out: Output) -> int:
         return exits.SIGNAL + end.number
     except Exception as error:  # noqa: BLE001 - the last resort: one line for the user instead of a traceback
         _traceback(out)
-        where = _place(error)
-        hint = "please report it" if out.verbose > 1 else "please report it, with what -vv shows"
-        out.error("Internal", f"a bug of ours, {type(error).__name__} at {where}: {error}", hint=hint)
+        from traceback import extract_tb
+
+        frame = extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        hint = "please report it" if out.verbose > 1 else "please report it, with the output of -vv"
+        out.error("Internal", f"a bug in Onlap, {type(error).__name__} at {where}: {error}", hint=hint)
         return exits.RUN_FAILED if runs else exits.BUG
 
 
-def _known(verb: str | None) -> str:
-    """The part of a verb that has help."""
-    if verb is None or verb in VERBS or verb in GROUPS:
-        return verb or ""
-    group = verb.partition(" ")[0]
-    return group if group in GROUPS else ""
+def _known(verb: str) -> str:
+    """The verb, or its first word if there is only help for that group, or nothing."""
+    return next((name for name in (verb, verb.partition(" ")[0]) if name in VERBS or name in GROUPS), "")
 
 
 def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
@@ -88,9 +90,7 @@ def _dispatch(verb: str | None, arguments: list[str], out: Output) -> int:
     out.json, out.quiet, out.verbose = args.json, args.quiet, args.verbose
     if out.quiet or out.verbose:
         _configure_logging(out)
-    status = VERBS[verb].run(Call(args, out)) or exits.DONE
-    out.flush()
-    return status
+    return VERBS[verb].run(Call(args, out)) or exits.DONE
 
 
 def _without_verb(arguments: list[str], out: Output) -> int:
@@ -107,7 +107,6 @@ def _without_verb(arguments: list[str], out: Output) -> int:
     else:
         complain(overview())
         return exits.USAGE
-    out.flush()
     return exits.DONE
 
 
@@ -117,7 +116,6 @@ def _without_second_word(group: str, arguments: list[str], out: Output) -> int:
     if "-h" not in arguments and "--help" not in arguments:
         raise UsageError(f"which verb of {group}?")
     out.line(group_overview(group))
-    out.flush()
     return exits.DONE
 
 
@@ -142,15 +140,6 @@ def _traceback(out: Output) -> None:
 
         # Control characters must not reach the terminal, but for the line ends.
         complain("\n".join(map(safe, traceback.format_exc().rstrip("\n").split("\n"))))
-
-
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return "?"
-    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
 
 
 def _finish(out: Output, status: int) -> int:

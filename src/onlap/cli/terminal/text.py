@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from onlap.errors import shown
@@ -13,9 +12,6 @@ NOTHING = "-"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 # Seconds per unit, from the largest.
 _AGES = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60))
-
-# What no shell interprets.
-_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 
 
 def size(count: int) -> str:
@@ -56,10 +52,10 @@ def safe(message: str) -> str:
 
 def for_shell(word: str) -> str:
     """A word of a command line that can be copied into a shell."""
-    if _PLAIN.fullmatch(word):
-        return word
     if word.isprintable():
-        return "'" + word.replace("'", "'\\''") + "'"
+        import shlex
+
+        return shlex.quote(word)
     # bash, zsh, ksh and POSIX 2024 have $'...', with the escapes of C.
     return "$'" + "".join(map(_in_dollar_quotes, word)) + "'"
 
