@@ -129,8 +129,8 @@ class Parser(argparse.ArgumentParser):
         dashes = False
         rest = iter(arguments)
         for word in rest:
-            is_option = word.startswith("-") and word != "-"
-            if self.takes_command and others and not (is_option and word != "--" and self.options_behind):
+            is_option = word.startswith("-") and word not in ("-", "--")
+            if self.takes_command and others and not (is_option and self.options_behind):
                 dashes = word == "--"
                 command = [*rest] if dashes else [word, *rest]
             elif word == "--":

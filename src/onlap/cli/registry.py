@@ -59,7 +59,7 @@ COMPLETE = "__complete"
 _SNAPSHOTS = "snapshots"
 _MOUNTING = "mounting"
 _CONTENT = "content"
-_CARE = "care"
+_MAINTENANCE = "maintenance"
 _IMAGES = "images"
 _DOCKER = "Docker's data roots"
 _SERVE = "serve"
@@ -86,11 +86,11 @@ VERBS = {
         Verb("import", "import_", _CONTENT, "import a directory or an archive as a committed snapshot"),
         Verb("export", "export", _CONTENT, "export a snapshot's tree to a directory or an archive"),
         Verb("squash", "snapshots", _CONTENT, "merge several layers into one"),
-        Verb("df", "root", _CARE, "show what the root holds, who keeps it, and what cleanup would free"),
-        Verb("cleanup", "root", _CARE, "delete what belongs to no snapshot"),
-        Verb("probe", "root", _CARE, "show what this kernel and a directory can do"),
-        Verb("demo", "demo", _CARE, "show the main job on a real tree; leaves nothing behind"),
-        Verb("completion", "completion", _CARE, "print a script that completes onlap's command lines"),
+        Verb("df", "root", _MAINTENANCE, "show what the root holds, who keeps it, and what cleanup would free"),
+        Verb("cleanup", "root", _MAINTENANCE, "delete what belongs to no snapshot"),
+        Verb("probe", "root", _MAINTENANCE, "show what this kernel and a directory can do"),
+        Verb("demo", "demo", _MAINTENANCE, "show the main job on a real tree, and leave nothing behind"),
+        Verb("completion", "completion", _MAINTENANCE, "print a script that completes onlap's command lines"),
         Verb("run", "run", _IMAGES, "run a command in a container, from an image or a snapshot"),
         Verb("image pull", "image.registry", _IMAGES, "pull an image from a registry, and unpack it"),
         Verb("image push", "image.registry", _IMAGES, "push an image to a registry"),
