@@ -88,7 +88,7 @@ def test_a_document_is_one_thing(made: Made) -> None:
     both = {**made.manifest, "manifests": []}
     with pytest.raises(errors.InvalidArgument, match="at once"):
         decode(both)
-    with pytest.raises(errors.InvalidArgument, match="calls itself"):
+    with pytest.raises(errors.InvalidArgument, match="its descriptor says"):
         decode(made.manifest, INDEX)
 
 

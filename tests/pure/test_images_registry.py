@@ -345,7 +345,7 @@ def test_indexes_in_indexes_end(store: Store, registry: Faulty, made: Made) -> N
     entry = {**made.add(MANIFEST, made.data), "platform": platform}
     for _ in range(10):
         entry = {**made.add(INDEX, made.index(entry)), "platform": platform}
-    with pytest.raises(errors.InvalidArgument, match="one in the other"):
+    with pytest.raises(errors.InvalidArgument, match="within one another"):
         pull(store, registry, f"@{entry['digest']}", platform="linux/amd64")
     assert left(store) == []
 

@@ -1,1 +1,1 @@
-"""Blobs by their digest: what the manifests, configurations and layers of images are kept as."""
+"""Blobs by digest: the manifests, configurations and layers of images."""

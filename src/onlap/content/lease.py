@@ -1,4 +1,4 @@
-"""Pins that live as long as the work that needs them, whatever the clock says: until its end, or its process's."""
+"""Pins that last as long as the work that needs them, whatever the clock says: until it or its process ends."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from onlap.trees.whole import Note
 
 
 class Lease:
-    """A context manager; inside, what was pinned stays. Its pins are those of a run (:mod:`onlap.catalog.runs`).
+    """A context manager in which blobs and snapshots can be pinned; the pins are a run's (:mod:`onlap.catalog.runs`).
 
     Args:
         catalog: the root's.
         purpose: what for, in a word or two that an error can show, as ``"pull debian:13"``.
-        resumed: whether another attempt goes on with the blobs that are there when this one fails or is killed: then
-            they stay for :data:`onlap.catalog.runs.RESUMED` (:meth:`end` lets them go at once). Else all pins go,
-            however the block ends.
+        resumed: whether another attempt resumes this one when it fails or is killed: then its blobs stay for
+            :data:`onlap.catalog.runs.RESUMED`, unless :meth:`end` was called. Else all pins go, however the block ends.
 
     Attributes:
         run: the run.
         owner: of its pins.
-        digests: what it pinned.
-        over: whether its pins are gone, by a transaction that took them (:meth:`end_within`) and succeeded.
+        digests: of the blobs that it pinned.
+        over: whether its pins are gone, since a transaction that removed them (:meth:`end_within`) succeeded.
 
     Raises:
         OnlapError: the filesystem refuses.
@@ -57,16 +56,17 @@ class Lease:
                 try:
                     self.end()
                 except errors.OnlapError as failure:
-                    # What it was for is done; a sweep takes the pins of a run that is over.
+                    # Its work is done; a sweep removes the pins of a run that is over.
                     warn(f"pins of {self.owner} stay for now: {failure}")
                 return
-            with contextlib.suppress(errors.OnlapError):  # the first error is the one to tell; a sweep takes the pins
+            # The first error is the one to report; a sweep removes the pins.
+            with contextlib.suppress(errors.OnlapError):
                 forget(self._catalog, self.run.id)
         finally:
             self.run.close()
 
     def pin(self, *digests: str, snapshot: int | None = None) -> None:
-        """Keep blobs, whether they are there already or come later; and a snapshot, by its id, in the same go."""
+        """Keep blobs, present or still to come, and a snapshot, by its id, in one transaction."""
         fresh = [digest for digest in digests if digest not in self.digests]
         if fresh or snapshot is not None:
 
@@ -80,11 +80,11 @@ class Lease:
             self.digests.update(fresh)
 
     def unpin_snapshot(self, identifier: int) -> None:
-        """Let a snapshot go."""
+        """Remove the pin of a snapshot."""
         self._write(lambda c: pins.unpin(c, self.owner, snapshot=identifier))
 
     def end(self) -> None:
-        """Take all pins away."""
+        """Remove all pins."""
         self._write(self.end_within)
 
     def end_within(self, connection: Connection) -> None:
@@ -95,13 +95,13 @@ class Lease:
         self._catalog.database.write(operation)
 
 
-# Of a disk that is full or read-only.
+# The errors of a disk that is full or read-only.
 _NO_PLACE = (errors.ResourceExhausted, errors.FailedPrecondition)
 
 
 @contextlib.contextmanager
 def reading(catalog: Catalog, purpose: str, digests: Collection[str]) -> Iterator[Note]:
-    """Keep blobs while they are read; where nothing can be written, they are read without.
+    """Keep blobs while they are read; on a disk that takes no pins they are read without.
 
     Args:
         catalog: the root's.
@@ -109,7 +109,7 @@ def reading(catalog: Catalog, purpose: str, digests: Collection[str]) -> Iterato
         digests: which.
 
     Yields:
-        What says where something is being written meanwhile.
+        A function to call with each path that is being written meanwhile.
     """
     with contextlib.ExitStack() as stack:
         note: Note = lambda _path: None  # noqa: E731

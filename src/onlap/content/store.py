@@ -3,10 +3,10 @@
 ::
 
     ROOT/content/blobs/sha256/<hex>   a blob; whole, durable and never changed
-    ROOT/content/ingest/<hex>         a part of one, whose fetching was interrupted; held by its flock while written
+    ROOT/content/ingest/<hex>         a part of one, whose fetching was interrupted; locked (flock) while it is written
 
-What is pinned (onlap.catalog.pins, by digest) stays. All else is garbage, which :meth:`ContentStore.collect` takes: it
-judges under the catalog's lock, and whoever wants a blob to stay pins it before he looks whether it is there.
+What is pinned (onlap.catalog.pins, by digest) stays. All else is garbage: :meth:`ContentStore.collect` deletes it. That
+decides under the catalog's lock, and whoever needs a blob pins it before checking that it is there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ContentStore:
         self._blobs = f"{catalog.layout.content}/blobs/sha256"
         self._ingest = f"{catalog.layout.content}/ingest"
 
-    # Looking
+    # Reading
 
     def path(self, digest: str) -> str:
         """Where a blob is, or would be.
@@ -59,7 +59,7 @@ class ContentStore:
         return f"{self._blobs}/{check_digest(digest)}"
 
     def has(self, digest: str, size: int | None = None) -> bool:
-        """Whether the blob is there; with ``size``: whether it has so many bytes, since one that lost some is none."""
+        """Whether the blob is there; with ``size``: and has that many bytes, since a truncated one is useless."""
         try:
             found = self.size(digest)
         except errors.NotFound:
@@ -86,8 +86,8 @@ class ContentStore:
     def check_present(self, blobs: Mapping[str, int | None]) -> None:
         """Raise NotFound unless all blobs are there, with the sizes in bytes that are given.
 
-        Of blobs that are pinned already it says something that stays true; and inside a write transaction of blobs that
-        are pinned in it: the collector takes them in one, too.
+        The answer stays true for blobs that are pinned already, and inside a write transaction that pins them: the
+        collector deletes in a transaction, too.
         """
         for digest, size in blobs.items():
             found = self.size(digest)
@@ -147,31 +147,30 @@ class ContentStore:
         return _walk(self._blobs)
 
     def partials(self) -> Iterator[Blob]:
-        """What interrupted fetches have left, likewise, with the bytes that are there."""
+        """What interrupted fetches have left, sorted by digest, with the bytes that are there."""
         return _walk(self._ingest)
 
     # Writing
 
     def writer(self) -> Writer:
-        """A blob of a digest that is not known yet, to be written.
+        """Start to write a blob whose digest is not known yet.
 
         Raises:
             OnlapError: the filesystem refuses.
         """
         with errors.translated("write a blob"):
-            self._make_places()
-            directory = self._catalog.staging.new()
-            return Writer(directory, self._catalog.staging.discard, self._publish)
+            self._make_directories()
+            return Writer(self._catalog.staging, self._publish)
 
     def partial(self, digest: str, size: int) -> Partial:
-        """A blob of a known digest, to be fetched, from where an earlier attempt stopped.
+        """Start to fetch a blob of a known digest, from where an earlier attempt stopped.
 
         Raises:
             OnlapError: the filesystem refuses.
         """
         hexadecimal = check_digest(digest)
         with errors.translated(f"write the blob {digest}", key=digest):
-            self._make_places()
+            self._make_directories()
             path = f"{self._ingest}/{hexadecimal}"
             return Partial(path, digest, size, lambda: self.is_whole(digest), self._publish)
 
@@ -190,8 +189,8 @@ class ContentStore:
             source: read to its end.
             digest: what it must have.
             size: likewise, in bytes.
-            lease: pins it, before anybody could take it for garbage.
-            progress: told of every chunk's bytes.
+            lease: pins it before it could be collected.
+            progress: called with the bytes of every chunk.
 
         Raises:
             DigestMismatch: it is something else.
@@ -207,25 +206,23 @@ class ContentStore:
             return writer.commit(digest, size, lease=lease)
 
     def put_documents(self, *documents: bytes) -> None:
-        """Write small blobs that are pinned already; together they wait for the disk less than one by one.
-
-        One that is there and damaged is replaced.
+        """Write small blobs that are pinned already, with one sync of the directory for all; a damaged one is replaced.
 
         Raises:
             OnlapError: the filesystem refuses.
         """
         with errors.translated("write a blob"):
-            self._make_places()
+            self._make_directories()
             for data in documents:
                 digest = digest_of(data)
                 if not self.is_whole(digest):
-                    with Writer(self._catalog.staging.new(), self._catalog.staging.discard, self._move) as writer:
+                    with Writer(self._catalog.staging, self._move) as writer:
                         writer.write(data)
                         writer.commit(digest, len(data))
-            # Also of those that were there: whoever moved them may have been killed before this.
+            # Also for those that were there: whoever moved them may have been killed before this.
             self._sync_names()
 
-    def _make_places(self) -> None:
+    def _make_directories(self) -> None:
         if not os.path.isdir(self._ingest):
             os.makedirs(self._blobs, 0o700, exist_ok=True)
             os.makedirs(self._ingest, 0o700, exist_ok=True)
@@ -241,10 +238,10 @@ class ContentStore:
         with opened(self._blobs) as fd:
             os.fsync(fd)
 
-    # Staying and going
+    # Pinning and deleting
 
     def lease(self, purpose: str, *, resumed: bool = False) -> Lease:
-        """A context manager in which blobs and snapshots can be pinned for as long as the work goes on."""
+        """A context manager in which blobs and snapshots can be pinned; see :class:`onlap.content.lease.Lease`."""
         return Lease(self._catalog, purpose, resumed=resumed)
 
     def reading(self, purpose: str, digests: Collection[str]) -> AbstractContextManager[Note]:
@@ -256,11 +253,11 @@ class ContentStore:
 
         Raises:
             NotFound: there is none.
-            FailedPrecondition: somebody needs it.
+            FailedPrecondition: it is pinned.
         """
         self.size(digest)
         holders = self._catalog.database.read(lambda c: pins.holders(c, digest=digest))
-        if holders or not self._take([digest]):
+        if holders or not self._delete([digest]):
             raise errors.FailedPrecondition(
                 f"cannot remove the blob {digest}: it is kept by {shown(', '.join(holders))}",
                 key=digest,
@@ -268,13 +265,13 @@ class ContentStore:
             )
 
     def collect(self, only: Collection[str] | None = None) -> int:
-        """Delete blobs that nobody pins, and what is left of interrupted fetches of such.
+        """Delete the blobs that are not pinned, and what interrupted fetches of such have left.
 
         Args:
-            only: these digests alone.
+            only: consider only these digests.
 
         Returns:
-            How many blobs.
+            How many blobs were deleted.
 
         Raises:
             OnlapError: the filesystem refuses.
@@ -284,20 +281,20 @@ class ContentStore:
         gone = 0
         with errors.translated("delete blobs", key=self._blobs):
             for start in range(0, len(names), _AT_ONCE):
-                gone += self._take([PREFIX + name for name in names[start : start + _AT_ONCE]])
+                gone += self._delete([PREFIX + name for name in names[start : start + _AT_ONCE]])
             for name in _names(self._ingest):
                 if wanted is None or name in wanted:
                     self._drop_partial(name)
         return gone
 
-    def _take(self, digests: list[str]) -> int:
+    def _delete(self, digests: list[str]) -> int:
         known = self._catalog.database.read(lambda c: [d for d in digests if not pins.holders(c, digest=d)])
         if not known:
             return 0
         away = self._catalog.staging.new()
 
         def operation(connection: Connection) -> int:
-            # Judged again under the lock, where nobody can pin meanwhile; to rename is all that is done here.
+            # Decided again under the lock, where nobody can pin meanwhile; here files are only renamed.
             count = 0
             for digest in known:
                 if pins.holders(connection, digest=digest):

@@ -1,7 +1,7 @@
 """Blobs on their way in: whole and verified before anybody sees them.
 
-A blob of a known digest that comes over a network is written as a *partial*, which another attempt, of this process or
-another, goes on with. All others are written into the staging directory of the process, which nobody ever goes on with.
+A blob of a known digest that comes over a network is written as a *partial*, which another attempt, in this process or
+another, can resume. All others are written into the staging directory of the process, and never resumed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.catalog.disk.staging import Staging
 from onlap.content.lease import Lease
 from onlap.forks import only_here
 from onlap.layers.stream.digests import PREFIX
@@ -21,8 +22,8 @@ from onlap.locks import Held
 from onlap.syscalls.files import write_all
 
 _CHUNK = 1 << 20
-# How long to wait before asking again for a partial that another process writes, in seconds.
-_PATIENCE = 0.1
+# Seconds between two attempts at the lock of a partial that another process writes.
+_PAUSE = 0.1
 
 
 class Blob(NamedTuple):
@@ -41,16 +42,15 @@ class Writer:
     """A blob being written; a context manager that leaves nothing unless :meth:`commit` was called.
 
     Args:
-        directory: an empty directory of our own.
-        discard: removes that directory.
+        staging: where it is written.
         publish: moves the finished file to its place, by its digest.
     """
 
-    def __init__(self, directory: str, discard: Callable[[str], None], publish: Callable[[str, str], None]) -> None:
-        self._directory = directory
-        self._discard = only_here(discard)
+    def __init__(self, staging: Staging, publish: Callable[[str, str], None]) -> None:
+        self._directory = staging.new()
+        self._discard = only_here(staging.discard)
         self._publish = publish
-        self._path = f"{directory}/blob"
+        self._path = f"{self._directory}/blob"
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._hash = hashlib.sha256()
         self.size = 0
@@ -76,7 +76,7 @@ class Writer:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
     def commit(self, digest: str | None = None, size: int | None = None, *, lease: Lease | None = None) -> Blob:
         """Make it durable and visible.
@@ -84,7 +84,7 @@ class Writer:
         Args:
             digest: what it must have.
             size: likewise, in bytes.
-            lease: pins it, before anybody could take it for garbage.
+            lease: pins it before it could be collected.
 
         Raises:
             DigestMismatch: it is something else; nothing is kept.
@@ -102,13 +102,13 @@ class Writer:
 
 
 class Partial:
-    """A blob of a known digest that is being fetched; a context manager that keeps what is there, for a later attempt.
+    """A blob of a known digest that is being fetched; a context manager that keeps what has come for a later attempt.
 
     Args:
         path: of the partial; waited for while another process writes it.
         digest: what the blob must have.
         size: likewise, in bytes.
-        present: whether the blob has come meanwhile.
+        present: whether the blob is in the store by now.
         publish: moves the finished file to its place, by its digest.
 
     Attributes:
@@ -135,7 +135,7 @@ class Partial:
         if self.done:
             self.close()
         else:
-            self._take_up()
+            self._read_present()
 
     def __enter__(self) -> Partial:
         return self
@@ -144,7 +144,7 @@ class Partial:
         self.close()
 
     def close(self) -> None:
-        """Let others go on with it."""
+        """Let others resume it."""
         if self._held is not None:
             self._held.release()
 
@@ -152,8 +152,8 @@ class Partial:
     def _fd(self) -> int:
         return -1 if self._held is None else self._held.fd
 
-    def _take_up(self) -> None:
-        """Hash what an earlier attempt has left: only the whole has a digest to compare."""
+    def _read_present(self) -> None:
+        """Hash what an earlier attempt has left, since the digest is that of the whole blob."""
         if os.fstat(self._fd).st_size > self._size:
             os.ftruncate(self._fd, 0)
         while data := os.read(self._fd, _CHUNK):
@@ -161,7 +161,7 @@ class Partial:
             self.offset += len(data)
 
     def restart(self) -> None:
-        """Begin at the first byte again."""
+        """Start again at the first byte."""
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._hash = hashlib.sha256()
@@ -188,7 +188,7 @@ class Partial:
         """Make it durable and visible.
 
         Raises:
-            DigestMismatch: it is something else; nothing is kept, so that the next attempt starts anew.
+            DigestMismatch: it is something else; nothing is kept, so that the next attempt starts from nothing.
             OSError: it cannot be written.
         """
         try:
@@ -199,7 +199,7 @@ class Partial:
         try:
             os.fsync(self._fd)
         except OSError:
-            # The kernel says so once, and what it could not write counts as clean: nobody may go on with it.
+            # The kernel reports it once, and what it could not write counts as clean: it must not be resumed.
             self._drop()
             raise
         self._publish(self._path, self._digest)
@@ -232,4 +232,4 @@ def _open_locked(path: str, present: Callable[[], bool]) -> Held | None:
         held.release()
         if present():
             return None
-        time.sleep(_PATIENCE)
+        time.sleep(_PAUSE)

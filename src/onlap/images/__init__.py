@@ -1,6 +1,7 @@
-"""OCI and Docker images: in and out, unpacked into snapshots, made of snapshots.
+"""OCI and Docker images: pulled, pushed, imported, exported, unpacked into snapshots, made from snapshots.
 
-:class:`Images` is what a :class:`onlap.store.Store` has as ``images``; :class:`Access` says how registries are reached.
+:class:`Images` is the attribute ``images`` of a :class:`onlap.store.Store`; :class:`Access` says how to reach a
+registry.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["Access", "Credentials", "Image", "Images", "Login", "Proxies"]
 
 
 def __getattr__(name: str) -> object:
-    # The worker process imports this package for one module of it, and needs no JSON library and no registry.
+    # A worker process imports this package for one module of it, and needs neither msgspec nor a registry's client.
     if name in _HOMES:
         return getattr(import_module(f"onlap.images.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The images of a root, and all that can be done with them."""
+"""The images of a root, and everything that can be done with them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ StrPath = str | os.PathLike[str]
 
 @public_class
 class Images(Index):
-    """The images of a root: what there are, in and out, unpacked into snapshots, made of snapshots.
+    """The images of a root: listed, pulled, pushed, imported, exported, unpacked into snapshots, made from snapshots.
 
     Args:
         snapshotter: of the root; left open.
-        content: likewise.
+        content: of the root; left open.
     """
 
     # In and out
@@ -44,21 +44,21 @@ class Images(Index):
     ) -> Image:
         """Fetch an image from a registry, and unpack it meanwhile.
 
-        What an earlier attempt has left is gone on with. Layers that are there are neither fetched nor unpacked again.
+        Resumes an interrupted pull. Layers that are present are neither fetched nor unpacked again.
 
         Args:
             reference: as ``debian:13`` or ``registry.example/app@sha256:...``; it becomes the image's name.
-            platform: which one, as ``linux/arm64``; this machine's by default.
-            access: how to reach the registry, and as whom; by default as nobody, without a proxy.
+            platform: of the image, as ``linux/arm64``; by default this machine's.
+            access: how to reach the registry, and as whom; by default anonymously, without a proxy.
             unpack: make snapshots of the layers.
             progress: told of the stages ``fetch`` and ``unpack``, in bytes.
 
         Raises:
             NotFound: the registry has no such image, or none for the platform.
-            PermissionDenied: the registry does not let us.
-            Unavailable: it cannot be reached, or kept failing.
-            InvalidArgument, Unimplemented: it is not an image, or none that can be unpacked; the message says why.
-            DataLoss: it sent something else than it said.
+            PermissionDenied: the registry refuses.
+            Unavailable: it cannot be reached, or keeps failing.
+            InvalidArgument, Unimplemented: it is not an image, or cannot be unpacked; the message says why.
+            DataLoss: the registry sent something other than it had announced.
         """
         from onlap.images.registry import pull
 
@@ -73,12 +73,12 @@ class Images(Index):
         access: Access | None = None,
         progress: Callback | None = None,
     ) -> str:
-        """Send an image to a registry; what is there already is not sent again.
+        """Send an image to a registry; blobs that the registry has are not sent again.
 
         Args:
-            name: the image.
-            target: where to, as ``registry.example/team/app:1``; by default where its name says.
-            access: how to reach the registry, and as whom; by default as nobody, without a proxy.
+            name: of the image.
+            target: where to, as ``registry.example/team/app:1``; by default as its name says.
+            access: how to reach the registry, and as whom; by default anonymously, without a proxy.
             progress: told of the stage ``push``, in bytes.
 
         Returns:
@@ -86,8 +86,8 @@ class Images(Index):
 
         Raises:
             NotFound: there is no such image.
-            PermissionDenied: the registry does not let us.
-            Unavailable: it cannot be reached, or kept failing.
+            PermissionDenied: the registry refuses.
+            Unavailable: it cannot be reached, or keeps failing.
         """
         from onlap.images.registry import push
 
@@ -104,20 +104,20 @@ class Images(Index):
         epoch: int | None = None,
         progress: Callback | None = None,
     ) -> list[Image]:
-        """Take images in from a disk.
+        """Import images from a disk.
 
         Args:
             source: an OCI image layout (a directory or an archive), an archive of ``docker save`` (of any version since
                 1.10), or a plain root filesystem (an archive or a directory), which becomes an image of one layer.
-            name: what to call the one image; by default as it is called there, or as the file.
-            platform: which one, where there are several.
+            name: for the one image; by default its name there, or one like the file's.
+            platform: of the image, where there are several.
             unpack: make snapshots of the layers.
-            epoch: of a root filesystem: see :meth:`commit`. An archive of one is kept as it is, with its times.
+            epoch: of a root filesystem: see :meth:`commit`. The archive of one is stored as it is, with its times.
             progress: told of the stages ``fetch`` and ``unpack``, in bytes; of a directory, ``import`` in files.
 
         Raises:
-            NotFound: there is no such file, or no image for the platform in it.
-            InvalidArgument, Unimplemented: it is not an image, or none that can be unpacked; the message says why.
+            NotFound: there is no such file, or it has no image for the platform.
+            InvalidArgument, Unimplemented: it is not an image, or cannot be unpacked; the message says why.
             DataLoss: it is damaged.
         """
         from onlap.images.formats import importing
@@ -140,20 +140,20 @@ class Images(Index):
         format: str = "oci",
         progress: Callback | None = None,
     ) -> None:
-        """Write images to a disk.
+        """Export images to a disk.
 
         Args:
-            image_names: which.
-            out: a directory that exists and is empty, or a path that ends in ``/``, for an OCI image layout there; else
-                the path of a new archive, or a binary file to write it to.
-            format: ``"oci"``: a layout; ``"docker"``: the same with what ``docker load``, Podman and skopeo read,
+            image_names: their names.
+            out: an empty directory, or a path that ends in ``/``, for an OCI image layout there; else the path of a new
+                archive, or a binary file to write it to.
+            format: ``"oci"``: a layout; ``"docker"``: a layout that ``docker load``, Podman and skopeo read as well,
                 as an archive only.
             progress: told of the stage ``export``, in bytes.
 
         Raises:
             NotFound: there is no such image.
-            AlreadyExists, FailedPrecondition: there is something at that path.
-            InvalidArgument: there is no such format, or it has no directory form.
+            AlreadyExists, FailedPrecondition: there is something at the path.
+            InvalidArgument: there is no such format, or it cannot be a directory.
         """
         from onlap.images.formats import exporting
 
@@ -165,11 +165,11 @@ class Images(Index):
         """Make snapshots of an image's layers.
 
         Args:
-            image: which.
+            image: the image, or its name.
             progress: told of the stage ``unpack``, in bytes.
 
         Returns:
-            The name of the topmost, to prepare others on.
+            The name of the topmost snapshot, as a parent for others.
 
         Raises:
             NotFound: there is no such image.
@@ -189,7 +189,7 @@ class Images(Index):
             put = self.recording(image)
 
             def operation(connection: Connection) -> None:
-                # Meanwhile it may have been removed, or its name given to another.
+                # Meanwhile it may have been removed, or its name given to another image.
                 now = records.find(connection, image.name)
                 if now is not None and now.digest == image.digest:
                     put(connection)
@@ -212,27 +212,27 @@ class Images(Index):
         labels: Mapping[str, str] | None = None,
         progress: Callback | None = None,
     ) -> Image:
-        """Make an image of an active snapshot: what it changed becomes a layer, and it becomes that layer's snapshot.
+        """Make an image from an active snapshot: its changes become a layer, and it becomes that layer's snapshot.
 
         Args:
-            key: the active snapshot; gone afterwards.
+            key: of the active snapshot, which no longer exists afterwards.
             name: of the new image.
             author: of the new layer.
-            message: about it.
-            changes: instructions as a Dockerfile has them: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, WORKDIR, VOLUME.
+            message: about the new layer.
+            changes: instructions as in a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, WORKDIR, VOLUME.
             base: the image that it was prepared from; when None, the one that a run recorded, or the only one with that
                 topmost layer.
             compression: of the layer: ``"gzip"``, ``"zstd"`` or ``"none"``.
-            epoch: seconds since 1970: when the image is made; later times in the layer and its snapshot become this
-                one (SOURCE_DATE_EPOCH).
+            epoch: seconds since 1970: the time of the image; later times in the layer and its snapshot become this one
+                (SOURCE_DATE_EPOCH).
             labels: more labels of the image.
             progress: told of the stage ``diff``, in bytes.
 
         Raises:
             NotFound: there is no such snapshot, or no such base.
-            FailedPrecondition: it is not active, is mounted, or stands on no image, or on the layers of several with
-                different configurations.
-            InvalidArgument: an instruction cannot be understood.
+            FailedPrecondition: it is not active, is mounted, or does not stand on an image, or stands on the layers of
+                several with different configurations.
+            InvalidArgument: an instruction cannot be parsed.
         """
         from onlap.images.commit import commit
 

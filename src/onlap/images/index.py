@@ -1,4 +1,4 @@
-"""What images there are: names for manifests, whose blobs are in the content store and whose layers are snapshots."""
+"""The index of images: names for manifests, whose blobs are in the content store and whose layers are snapshots."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Image(NamedTuple):
         name: in its full form, as ``docker.io/library/debian:13``.
         digest: of the manifest.
         config_digest: of the configuration, which Docker calls the image's ID.
-        os: what it runs on, as ``"linux"``; empty where it does not say.
-        architecture: as ``"amd64"``, likewise.
-        variant: as ``"v8"``, likewise.
+        os: what it runs on, as ``"linux"``; empty where the image does not say.
+        architecture: as ``"amd64"``; likewise.
+        variant: as ``"v8"``; likewise.
         layers: descriptors of the layers' blobs, lowest first.
-        diff_ids: digests of the layers without compression, likewise.
-        chain_ids: names of the snapshots that the layers are, once unpacked, likewise.
-        created: when it was made, as RFC 3339 has it.
+        diff_ids: digests of the layers without compression; likewise.
+        chain_ids: names of the layers' snapshots, once they are unpacked; likewise.
+        created: when it was made, in the form of RFC 3339.
         size: bytes of the layers' blobs.
         media_type: of the manifest.
     """
@@ -57,11 +57,11 @@ class Image(NamedTuple):
 
     @property
     def blobs(self) -> dict[str, int | None]:
-        """The digests of all that it needs; with the layers' sizes, which its manifest says."""
+        """The digests of all blobs that it needs, with the sizes of the layers' blobs."""
         return {self.digest: None, self.config_digest: None} | {layer.digest: layer.size for layer in self.layers}
 
 
-# Inside the class ``list`` is its method.
+# Inside the class ``list`` is a method of it.
 _Listed = list[Image]
 _Records = list[records.ImageRecord]
 
@@ -80,36 +80,36 @@ class Index:
         self.content = content
         self._database = snapshotter.catalog.database
 
-    # Looking
+    # Reading
 
     def get(self, name: str) -> Image:
-        """The image of a name, short or full; or of the digest of its manifest, of which four characters are enough.
+        """The image of a name, short or full; or of its manifest's digest, of which four characters are enough.
 
         Raises:
             NotFound: there is none.
             InvalidArgument: it is not a name.
-            FailedPrecondition: it is the beginning of several digests.
-            DataLoss: what the image consists of is damaged or gone.
+            FailedPrecondition: several digests begin with it.
+            DataLoss: a document of the image is damaged or gone.
         """
         while True:
             record = self._records(name)[0]
             try:
                 return self._image(record)
             except errors.DataLoss:
-                # Looked up again: somebody may have removed it meanwhile, or given its name to another.
+                # Looked up again: it may have been removed meanwhile, or its name given to another image.
                 if self._records(name)[0].digest == record.digest:
                     raise
 
     def _records(self, name: str) -> _Records:
-        return self._database.read(lambda c: records.meant(c, name))
+        return self._database.read(lambda c: records.resolve(c, name))
 
     def __iter__(self) -> Iterator[Image]:
         return iter(self.list())
 
     def list(self) -> _Listed:
-        """Every image, by name; of one that is damaged a warning is logged, and :meth:`get` says more."""
+        """Every image, by name; for a damaged one a warning is logged, and :meth:`get` says more."""
         found = []
-        for record in self._database.read(records.everything):
+        for record in self._database.read(records.walk):
             try:
                 found.append(self._image(record))
             except errors.DataLoss as error:
@@ -117,9 +117,9 @@ class Index:
         return found
 
     def labelled(self, labels: Mapping[str, str]) -> Image | None:
-        """The image that a container's snapshot says it began as; None where it says none, or that image is gone."""
+        """The image that the labels of a container's snapshot name; None where they name none, or it is gone."""
         name, digest = labels.get(LABEL_IMAGE), labels.get(LABEL_IMAGE_DIGEST)
-        # By its digest, where there is one: the name may be another image's by now, and the image have another name.
+        # By its digest, where there is one: by now the name may be another image's, and the image have another name.
         found = [image for image in self.list() if (image.name == name if digest is None else image.digest == digest)]
         return min(found, key=lambda image: image.name != name, default=None)
 
@@ -145,7 +145,7 @@ class Index:
         return model.decode_config(self.config_data(image), self.manifest(image))
 
     def config_data(self, image: Image | str) -> bytes:
-        """The bytes of an image's configuration, with whatever we do not know of."""
+        """The bytes of an image's configuration, with the members that Onlap does not know."""
         return self._document(self._given(image).config_digest, model.MAX_CONFIG)
 
     def _given(self, image: Image | str) -> Image:
@@ -166,23 +166,23 @@ class Index:
         config = model.decode_config(self._document(manifest.config.digest, model.MAX_CONFIG), manifest)
         return image_of(record.name, record.digest, manifest, config)
 
-    # Changing
+    # Writing
 
     def remove(self, name: str) -> None:
-        """Forget an image, and the snapshots of its layers that nothing else needs.
+        """Remove an image, and the snapshots of its layers that nothing else needs.
 
-        Its blobs are deleted by the next cleanup, unless others have them.
+        Its blobs are deleted by the next cleanup, unless other images have them.
 
         Args:
-            name: see :meth:`get`; a digest only where the image has no more than one name.
+            name: see :meth:`get`; a digest only where the image has one name.
 
         Raises:
             NotFound: there is none.
-            FailedPrecondition: a digest was given, and the image has several names, or several images are meant.
+            FailedPrecondition: a digest was given, and the image has several names, or several images match.
         """
 
         def operation(connection: Connection) -> records.ImageRecord:
-            found = records.meant(connection, name)
+            found = records.resolve(connection, name)
             if len(found) > 1:
                 raise errors.FailedPrecondition(
                     f"the image {shown(name)} has several names",
@@ -196,7 +196,7 @@ class Index:
         try:
             self._remove_layers(self._image(record))
         except errors.OnlapError as error:
-            # It is removed, also a damaged one; cleanup finds its layers.
+            # It is removed, even where it is damaged; cleanup finds its layers.
             _log.warning("the layers of the removed image %s stay for now: %s", shown(name), error)
 
     def _remove_layers(self, image: Image) -> None:
@@ -205,32 +205,32 @@ class Index:
                 if LABEL_LAYER in self.snapshotter.stat(chain_id).labels:
                     self.snapshotter.remove(chain_id)
             except errors.NotFound:
-                continue  # it was never unpacked, or is gone
+                continue  # it was never unpacked, or is already removed
             except errors.FailedPrecondition:
                 return  # another image or snapshot stands on it
 
     def tag(self, name: str, new: str) -> Image:
-        """Give an image another name besides; what was called so before loses that name.
+        """Give an image one more name; an image that had the name before loses it.
 
         Raises:
             NotFound: there is no such image.
             InvalidArgument: it is not a name.
         """
-        image = self.get(name)._replace(name=names.given(new))
+        image = self.get(name)._replace(name=names.check_new(new))
         self.record(image)
         return image
 
-    # For what takes images in
+    # For pulls, imports and commits
 
     def keep(self, lease: Lease, name: str, documents: Documents) -> Image:
-        """Put an image's documents into the content store, and pin all of its blobs for now."""
+        """Put an image's documents into the content store, and pin all of its blobs while the lease lasts."""
         image = image_of(name, documents.descriptor.digest, documents.manifest, documents.config)
         lease.pin(*image.blobs)
         self.content.put_documents(documents.config_data, documents.manifest_data)
         return image
 
     def record(self, image: Image) -> None:
-        """Let the image be known by its name, with pins on all that it needs.
+        """Record the image under its name, with pins on all that it needs.
 
         Raises:
             NotFound: a blob of it is gone; nothing is recorded.
@@ -261,7 +261,7 @@ class Index:
             return False  # it was removed meanwhile
 
     def recording(self, image: Image) -> Callable[[Connection], None]:
-        """What does that inside a write transaction: the one way in which an image comes to be known."""
+        """A function that does so inside a write transaction; every image is recorded by it."""
         blobs = image.blobs
         size = self.content.size(image.digest)
         top = image.chain_ids[-1] if image.chain_ids else ""
@@ -276,7 +276,7 @@ class Index:
 
 
 def image_of(name: str, digest: str, manifest: Manifest, config: Config) -> Image:
-    """An image, of its documents."""
+    """An image from its documents."""
     diff_ids = tuple(config.rootfs.diff_ids)
     return Image(
         name,

@@ -30,7 +30,7 @@ _DIGEST = re.compile("(?:sha256:)?([0-9a-f]{4,64})")
 
 
 class ImageRecord(NamedTuple):
-    """A row.
+    """A row of the table of images.
 
     Attributes:
         name: in its full form, as :func:`onlap.images.spec.names.normalized` gives it.
@@ -38,7 +38,7 @@ class ImageRecord(NamedTuple):
         media_type: of the manifest.
         size: of the manifest, in bytes.
         created_ns: nanoseconds since the epoch.
-        updated_ns: when it became a name for another manifest, likewise.
+        updated_ns: when the name was last given to a manifest, likewise.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ImageRecord(NamedTuple):
 
 
 def pin_owner(name: str) -> str:
-    """Who keeps what an image needs."""
+    """The owner of an image's pins."""
     return f"image {name}"
 
 
@@ -60,16 +60,16 @@ def find(connection: Connection, name: str) -> ImageRecord | None:
     return ImageRecord(*row) if row is not None else None
 
 
-def meant(connection: Connection, reference: str) -> list[ImageRecord]:
-    """The records of the one image that somebody means, by name.
+def resolve(connection: Connection, reference: str) -> list[ImageRecord]:
+    """The records of the one image that a reference means; several where it has several names.
 
-    That is the image of this name, short or full; else the one whose manifest has the digest that is given, behind the
-    name of its repository, or alone and then perhaps only the beginning of it.
+    That is the image of this name, short or full; else the one whose manifest has the given digest: behind the name of
+    its repository, or alone, where the beginning of it is enough.
 
     Raises:
         NotFound: there is none.
         InvalidArgument: it is not a name.
-        FailedPrecondition: it is the beginning of several digests.
+        FailedPrecondition: several digests begin with it.
     """
     parsed = names.parse(reference)
     record = find(connection, str(parsed))
@@ -78,13 +78,13 @@ def meant(connection: Connection, reference: str) -> list[ImageRecord]:
     found = []
     beginning = _DIGEST.fullmatch(reference)
     if beginning is not None:
-        found = [each for each in everything(connection) if each.digest.startswith(f"sha256:{beginning[1]}")]
+        found = [each for each in walk(connection) if each.digest.startswith(f"sha256:{beginning[1]}")]
     elif parsed.digest is not None:
-        found = [each for each in everything(connection) if each.digest == parsed.digest]
+        found = [each for each in walk(connection) if each.digest == parsed.digest]
         found = [each for each in found if names.parse(each.name)[:2] == parsed[:2]]
     if len({each.digest for each in found}) > 1:
         raise errors.FailedPrecondition(
-            f"several images have a digest that begins with {shown(reference)}",
+            f"the digests of several images begin with {shown(reference)}",
             key=reference,
             hint="write more of it: " + ", ".join(f"{each.digest} ({shown(each.name)})" for each in found),
         )
@@ -97,7 +97,7 @@ def meant(connection: Connection, reference: str) -> list[ImageRecord]:
     return found
 
 
-def everything(connection: Connection) -> list[ImageRecord]:
+def walk(connection: Connection) -> list[ImageRecord]:
     """Every image, by name."""
     return [ImageRecord(*row) for row in connection.execute("SELECT * FROM images ORDER BY name")]
 
@@ -111,16 +111,16 @@ def put(
     blobs: list[str],
     snapshot: int | None,
 ) -> None:
-    """Let a name mean this manifest from now on, and pin what it needs.
+    """Let a name mean this manifest from now on, and pin what the image needs.
 
     Args:
         connection: inside a write transaction.
         name: in its full form.
         digest: of the manifest.
-        media_type: likewise.
-        size: likewise, in bytes.
-        blobs: the digests of all that it needs, the manifest's own among them.
-        snapshot: the id of the snapshot of its topmost layer, where it is unpacked.
+        media_type: of the manifest.
+        size: of the manifest, in bytes.
+        blobs: the digests of all blobs that the image needs, its manifest among them.
+        snapshot: the id of its topmost layer's snapshot, where it is unpacked.
     """
     now = time.time_ns()
     connection.execute(
@@ -140,6 +140,6 @@ def put(
 
 
 def delete(connection: Connection, name: str) -> None:
-    """Forget an image by its full name, with its pins."""
+    """Delete the record of an image, by its full name, and its pins."""
     connection.execute("DELETE FROM images WHERE name = ?", (name,))
     pins.unpin_all(connection, pin_owner(name))

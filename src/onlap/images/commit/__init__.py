@@ -1,1 +1,1 @@
-"""An image made of a snapshot."""
+"""An image made from a snapshot."""

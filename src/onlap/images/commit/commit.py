@@ -1,7 +1,7 @@
-"""An active snapshot becomes an image: its layer is written once, and the snapshot itself is that layer's.
+"""An active snapshot becomes an image: its layer is written once, and it becomes that layer's snapshot.
 
-Docker writes the layer, and unpacks it again into a directory of its own (v26.1.5, layer/layer_store.go, ``Register``);
-here the directory that was written to is committed under the chain ID that the archive gives it.
+Docker writes the layer and unpacks it again into another directory (v26.1.5, layer/layer_store.go, ``Register``); here
+the directory itself is committed, under the chain ID of the archive.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def commit(
     progress: Callback | None = None,
 ) -> Image:
     """See :meth:`Images.commit`; ``platform`` is that of an image without a base, by default this machine's."""
-    full = names.given(name)
+    full = names.check_new(name)
     created = timestamp(epoch)
     if compression not in _COMPRESSIONS:
         raise errors.InvalidArgument(
@@ -78,7 +78,7 @@ def commit(
         settings = apply_changes(before.get("config") or {}, changes)
         if labels:
             settings["Labels"] = {**(settings.get("Labels") or {}), **labels}
-        # Docker's media types know no zstd: then the whole image becomes one of OCI's.
+        # Docker has no media type for zstd: then the whole image gets those of OCI.
         docker = base is not None and images.manifest(base).is_docker and compression != "zstd"
         encoding = Encoding(compression, epoch=epoch)
         written = write_diff(snapshotter, snapshotter.pair(key), writer, encoding, progress=progress)  # type: ignore[arg-type]
@@ -102,10 +102,10 @@ def commit(
 
 
 def timestamp(epoch: int | None) -> str:
-    """When an image is made, in RFC 3339 as images have it: now, or at the time that the caller gives.
+    """The time of an image, in the form of RFC 3339: now, or ``epoch``.
 
     Raises:
-        InvalidArgument: that is before 1970, or has no place in RFC 3339.
+        InvalidArgument: it is before 1970, or too late for RFC 3339.
     """
     if epoch is not None and not 0 <= epoch <= _LAST_SECOND:
         raise errors.InvalidArgument(f"the time {epoch} is not a number of seconds since 1970", hint="see date +%s")
@@ -133,9 +133,9 @@ def _base(images: Index, record: Record, base: Image | None) -> Image | None:
     candidates = [image for image in images.list() if image.chain_ids[-1:] == (parent,)]
     if not candidates:
         raise errors.FailedPrecondition(
-            f"snapshot {shown(record.name)} stands on {shown(parent)}, which is no image's",
+            f"snapshot {shown(record.name)} stands on {shown(parent)}, which does not belong to an image",
             key=record.name,
-            hint="prepare it on an image; a directory or an archive becomes one with: onlap image import",
+            hint="prepare it on an image; make one from a directory or an archive with: onlap image import",
         )
     gone = record.labels.get(LABEL_IMAGE)
     if gone is None and len({image.config_digest for image in candidates}) == 1:
@@ -145,14 +145,14 @@ def _base(images: Index, record: Record, base: Image | None) -> Image | None:
         f"snapshot {shown(record.name)} stands on the layers of {there}"
         + (f", and {shown(gone)}, which it began as, is gone" if gone else ", whose configurations differ"),
         key=record.name,
-        hint="say with --base IMAGE which one it goes on from",
+        hint="say with --base IMAGE which one to continue",
     )
 
 
 def _settings(images: Index, base: Image | None, platform: Platform) -> dict[str, Any]:
-    """The base's configuration with all that it has, known to us or not."""
+    """The base's configuration with all its members, known to Onlap or not."""
     if base is not None:
-        return model.decode_any(images.config_data(base), dict[str, Any], base.config_digest)
+        return model.decode(images.config_data(base), dict[str, Any], base.config_digest)
     found: dict[str, Any] = {"architecture": platform.architecture, "os": platform.os}
     if platform.variant:
         found["variant"] = platform.variant
@@ -160,7 +160,7 @@ def _settings(images: Index, base: Image | None, platform: Platform) -> dict[str
 
 
 def _in_oci(layer: Descriptor) -> Descriptor:
-    """A layer's descriptor with the media type that OCI has for it: no manifest mixes the two families."""
+    """A layer's descriptor with OCI's media type for it: a manifest does not mix the two families."""
     if not layer.media_type.startswith(media.DOCKER_LAYER):
         return layer
     suffix = layer.media_type.removeprefix(media.DOCKER_LAYER).replace(".", "+")
@@ -185,7 +185,7 @@ def _configuration(
     if empty:
         entry["empty_layer"] = True
     after = dict(before)
-    # What Docker notes of the container that the base was made in says nothing of this one.
+    # Docker's notes about the container that the base was made in do not apply to this one.
     for stale in ("container", "container_config", "id", "parent", "parent_id", "docker_version"):
         after.pop(stale, None)
     after["created"] = created
@@ -202,13 +202,13 @@ def _finish(
 ) -> None:
     """Commit the snapshot and record the image in one transaction: a crash leaves both, or the active snapshot.
 
-    The caller keeps others from the snapshot's tree.
+    The caller holds the lock on the snapshot's tree.
     """
     snapshotter = images.snapshotter
     catalog = snapshotter.catalog
     owner = snapshotter.owner
     top = image.chain_ids[-1] if image.chain_ids else ""
-    put = images.recording(image)  # with pins of its own, which take the place of the lease's
+    put = images.recording(image)  # with pins of its own, which replace the lease's
     if not empty and epoch is not None:
         clamp_times(snapshotter, record, epoch)
     if not empty and snapshotter.syncs:
@@ -230,6 +230,6 @@ def _finish(
     lease.over = True
     if not fresh:
         try:
-            snapshotter.remove(record.name, force=True)  # which would look for mounts again
+            snapshotter.remove(record.name, force=True)  # else it would check for mounts again
         except errors.OnlapError as error:
             warn(f"the snapshot {shown(record.name)}, whose layer was there already, stays: {error}")

@@ -1,4 +1,4 @@
-"""Changes of an image's configuration, written as a Dockerfile has them.
+"""Changes to an image's configuration, written as instructions of a Dockerfile.
 
 Source: the Dockerfile reference (docs.docker.com/reference/dockerfile), "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL",
 "USER", "WORKDIR", "VOLUME", "Environment replacement"; Docker v26.1.5, builder/dockerfile/dispatchers.go.
@@ -24,14 +24,14 @@ _DEFAULT_SHELL = ["/bin/sh", "-c"]
 
 
 def apply_changes(settings: Settings, changes: Sequence[str]) -> Settings:
-    """The member ``config`` of a configuration after some instructions.
+    """The member ``config`` of a configuration after the instructions.
 
     Args:
-        settings: before; left as it is. Keys are as the image specification writes them, ``"Env"``.
-        changes: instructions, one each.
+        settings: the member before; left as it is. Its keys are those of the image specification, as ``"Env"``.
+        changes: the instructions.
 
     Raises:
-        InvalidArgument: one cannot be understood; the message names it.
+        InvalidArgument: one cannot be parsed; the message names it.
     """
     changed: Settings = {key: value for key, value in settings.items() if value is not None}
     state = _State(changed)
@@ -40,10 +40,10 @@ def apply_changes(settings: Settings, changes: Sequence[str]) -> Settings:
         name = match[1].upper() if match else ""
         handler = _HANDLERS.get(name)
         if match is None or handler is None:
-            raise _bad(change, f"it is none of {', '.join(sorted(_HANDLERS))}")
+            raise _bad(change, f"it is not one of {', '.join(sorted(_HANDLERS))}")
         value = (match[2] or "").strip()
         if not value and name not in ("CMD", "ENTRYPOINT"):
-            raise _bad(change, "it says nothing")
+            raise _bad(change, "it has no arguments")
         try:
             handler(state, value)
         except ValueError as error:
@@ -57,7 +57,7 @@ class _State:
         self.command_given = False
 
     def expand(self, text: str) -> str:
-        """Environment variables of the image put in; a backslash before the dollar keeps it."""
+        """The text with the image's environment variables expanded; a backslash before the dollar sign keeps it."""
         known = dict(entry.split("=", 1) for entry in self.settings.get("Env") or () if "=" in entry)
 
         def value(match: re.Match[str]) -> str:
@@ -73,7 +73,7 @@ class _State:
         return _VARIABLE.sub(value, text)
 
     def copy(self, key: str, kind: Callable[[], Any]) -> Any:
-        """A member that may be changed without changing what was given."""
+        """A copy of a member, in its place, so that the caller's stays as it is."""
         value = self.settings.get(key)
         self.settings[key] = type(value)(value) if value else kind()
         return self.settings[key]
@@ -87,12 +87,12 @@ def _command(state: _State, value: str) -> None:
 def _entrypoint(state: _State, value: str) -> None:
     state.settings["Entrypoint"] = _words(state, value)
     if not state.command_given:
-        # A command of the base image is the arguments of the base image's entry point.
+        # The base image's command is made of arguments for the base image's entrypoint.
         state.settings.pop("Cmd", None)
 
 
 def _words(state: _State, value: str) -> list[str]:
-    """The JSON form as it is; anything else is for a shell."""
+    """The JSON form as it is; anything else is a command for a shell."""
     found = _json_words(value)
     if found is not None:
         return found
@@ -103,9 +103,9 @@ def _json_words(value: str) -> list[str] | None:
     if not value.startswith("["):
         return None
     try:
-        return model.decode_any(value.encode("utf-8", "surrogateescape"), list[str], value)
+        return model.decode(value.encode("utf-8", "surrogateescape"), list[str], value)
     except errors.InvalidArgument:
-        return None  # as Docker: then it is a shell's command that begins with "["
+        return None  # as in Docker: then it is a command for a shell that begins with "["
 
 
 def _env(state: _State, value: str) -> None:
@@ -122,7 +122,7 @@ def _label(state: _State, value: str) -> None:
 
 
 def _pairs(state: _State, value: str) -> list[tuple[str, str]]:
-    """``key=value ...``, with quotes and backslashes; or ``key the whole rest``, the older form."""
+    """``key=value ...``, with quotes and backslashes; or the older form, ``key the whole rest``."""
     first = value.split(None, 1)
     if "=" not in first[0]:
         if len(first) == 1:
@@ -144,7 +144,7 @@ def _key(key: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Words at blanks that are neither quoted nor escaped; quotes stay in them."""
+    """The words between blanks that are neither quoted nor escaped; quotes stay in them."""
     words, word, quote, position = [], "", "", 0
     while position < len(text):
         character = text[position]
@@ -170,7 +170,7 @@ def _split(text: str) -> list[str]:
 
 
 def _unquoted(state: _State, text: str) -> str:
-    """Quotes taken away and variables put in, but in single quotes."""
+    """The text without quotes; variables are expanded, but not in single quotes."""
     out, position = "", 0
     while position < len(text):
         character = text[position]

@@ -1,7 +1,7 @@
 """Archives of ``docker save`` in its older form: a ``manifest.json`` that names a configuration and layers by path.
 
-Since version 25 Docker writes an OCI layout with a ``manifest.json`` beside it, which is read as a layout; what we
-write for Docker is that, too. The form without any ``manifest.json`` (Docker before 1.10) is refused.
+Since version 25 Docker writes an OCI layout with a ``manifest.json`` beside it, which is read as a layout; so is
+an export for Docker. The form without ``manifest.json`` (Docker before 1.10) is refused.
 
 Source: Docker v26.1.5, image/tarexport; its image specification v1.2, "Combined Image JSON + Filesystem Changeset
 Format".
@@ -39,7 +39,7 @@ class Entry(Struct, rename="pascal"):
 
 
 def is_saved(source: Files) -> bool:
-    """Whether the files are those of ``docker save``, and not a root filesystem's that happen to be called so."""
+    """Whether the files are those of ``docker save``, and not of a root filesystem with files of these names."""
     said = source.peek(MANIFEST_FILE, list[dict[str, Any]])
     return any("Config" in entry and "Layers" in entry for entry in said) or _is_oldest(source)
 
@@ -56,16 +56,16 @@ def images(
 ) -> list[StoredImage]:
     """The images of an archive.
 
-    Such an archive does not say the digests of its layers as it has them. That of a plain one is its diff ID; one that
-    is compressed is taken into the content store here, to learn it.
+    Such an archive does not give the digests of its layers. That of a plain layer is its diff ID; a compressed layer is
+    put into the content store here, to learn it.
 
     Args:
         source: its files.
-        content: where to take compressed layers in.
+        content: where compressed layers are put.
         lease: pins them.
-        wanted: the platform that they must be for; None: any.
-        name: what to call the one image, whatever the archive calls it.
-        fallback: what to call one without a name.
+        wanted: the platform that the images must be for; None: any.
+        name: for the one image, whatever the archive calls it.
+        fallback: a name for images without one.
 
     Raises:
         InvalidArgument: it is damaged or hostile; the message says what.
@@ -75,10 +75,10 @@ def images(
     if not source.has(MANIFEST_FILE):
         raise errors.Unimplemented(
             f"the archive has no {MANIFEST_FILE}: Docker before 1.10 wrote it",
-            hint="load it into Docker, and save it again",
+            hint="load it into Docker and save it again",
         )
     data = source.read(MANIFEST_FILE, model.MAX_MANIFEST)
-    entries = model.decode_any(data, list[Entry], MANIFEST_FILE)
+    entries = model.decode(data, list[Entry], MANIFEST_FILE)
     count = sum(len(entry.repo_tags or ("",)) for entry in entries)
     if count > _MAX_IMAGES:
         raise errors.InvalidArgument(f"the archive has {count} images")
@@ -109,17 +109,17 @@ def _image(
 ) -> tuple[Documents, dict[str, str]]:
     """One image, with its layers' paths by digest.
 
-    ``known`` are the compressed layers that were taken in, by their paths.
+    ``known`` has the compressed layers that were stored already, by their paths.
     """
     config_data = source.read(entry.config, model.MAX_CONFIG)
-    config = model.decode_any(config_data, Config, entry.config)
+    config = model.decode(config_data, Config, entry.config)
     paths = entry.layers or []
     diff_ids = config.rootfs.diff_ids
     if len(paths) != len(diff_ids):
         raise errors.InvalidArgument(
             f"{shown(entry.config)} has {len(diff_ids)} diff IDs for {len(paths)} layers", key=entry.config
         )
-    model.check_layer_count(len(paths), entry.config)  # before any of them is taken in
+    model.check_layer_count(len(paths), entry.config)  # before any of them is stored
     layers = [
         _layer(source, content, lease, path, diff_id, known) for path, diff_id in zip(paths, diff_ids, strict=True)
     ]
@@ -146,7 +146,7 @@ def _layer(
 
 
 def manifest_of(images: Sequence[Image]) -> bytes:
-    """The ``manifest.json`` that lies beside a layout, for Docker, Podman and skopeo."""
+    """The ``manifest.json`` beside a layout, for Docker, Podman and skopeo."""
     entries: dict[str, Entry] = {}
     for image in images:
         layers = [blob_path(layer.digest) for layer in image.layers]

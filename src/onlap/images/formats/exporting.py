@@ -1,4 +1,4 @@
-"""Images to a disk: an OCI image layout, as a directory or an archive, which Docker reads as well."""
+"""Images to a disk: an OCI image layout, as a directory or an archive, which Docker reads, too."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class _Exporter:
             for blob in self._sizes:
                 with self._content.open(blob) as file, open(os.path.join(directory, blob_path(blob)), "xb") as target:
                     shutil.copyfileobj(self._reported(file), target, _CHUNK)
-            # The index last: whoever looks before finds no image rather than a part of one.
+            # The index last: until it is there, readers find no image rather than a part of one.
             for name, data in reversed([*self._documents.items()]):
                 with open(os.path.join(directory, name), "xb") as target:
                     target.write(data)

@@ -1,4 +1,4 @@
-"""The files of an image that lies on a disk: in a directory, or in an archive, which is read where it is."""
+"""The files of an image on a disk: in a directory, or in an archive, which is read in place."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from onlap.syscalls.files import write_all
 
 T = TypeVar("T")
 
-# An archive of an image has a few files per layer. What has more names than this before any that is an image's is
-# somebody's root filesystem.
-_ENOUGH = 2048
-# Nor has it so many at all, a thousand images of it included.
-_MOST = 1 << 17
-# Bytes read at once where an entry begins; its data is passed over.
+# An archive of an image has a few files per layer. One that has more names than this before any that is an image's is a
+# root filesystem.
+_MAX_UNMARKED = 2048
+# Names in an archive of images; a thousand images have fewer.
+_MAX_NAMES = 1 << 17
+# Bytes read at once where an entry begins; its data is skipped.
 _HEADERS = 1 << 13
 MARKERS = frozenset({"oci-layout", "manifest.json"})
-_LINKS = 8
-# Bytes of all documents of an image, or of the many that one archive may hold: they are in memory together.
+_MAX_LINKS = 8
+# Bytes of the documents of all images of an archive: they are in memory together.
 _DOCUMENTS = 64 << 20
 
 
@@ -89,7 +89,7 @@ class Files(ABC):
             OnlapError: it cannot be read.
         """
         try:
-            return model.decode_any(self.read(name, model.MAX_MANIFEST), kind, name)
+            return model.decode(self.read(name, model.MAX_MANIFEST), kind, name)
         except (errors.NotFound, errors.InvalidArgument, errors.ResourceExhausted):
             return kind()
 
@@ -111,7 +111,7 @@ class DirectoryFiles(Files):
     def open(self, name: str) -> BinaryIO:
         where = self._where(name)
         with errors.translated("read the image", key=name):
-            # O_NONBLOCK: somebody may have put a FIFO there, which would wait for a writer for ever.
+            # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -123,7 +123,7 @@ class DirectoryFiles(Files):
 
 
 class _Member(NamedTuple):
-    """Where an archive has a file, and what it is; ``plain`` for what can be read there as it is."""
+    """Where an archive has a file, and what it is; ``plain`` where its data can be read as it is."""
 
     type: str
     plain: bool
@@ -140,7 +140,7 @@ class TarFiles(Files):
         staging: where a compressed one is decompressed.
 
     Attributes:
-        may_be_image: whether it has a file that images have; else the names are not complete.
+        may_be_image: whether it has a file that archives of images have; else not all names may be known.
 
     Raises:
         NotFound: there is no such archive.
@@ -167,12 +167,12 @@ class TarFiles(Files):
         os.close(self._fd)
 
     def _scan(self) -> bool:
-        """Learn the names; False as soon as they are a root filesystem's."""
+        """Learn the names; False as soon as they must be those of a root filesystem."""
         end = os.fstat(self._fd).st_size
         at = 0
         marked = False
         while True:
-            # One for each entry: what is between two headers need not be read.
+            # One reader per entry: what is between two headers need not be read.
             reader = TarReader(_chunks(self._fd, at), at)
             entry = reader.next()
             if entry is None:
@@ -188,7 +188,7 @@ class TarFiles(Files):
             plain = entry.type == tar.FILE and entry.sparse is None
             self._members[name] = _Member(entry.type, plain, reader.position, entry.stored, entry.linkname)
             marked = marked or name in MARKERS
-            if len(self._members) > (_MOST if marked else _ENOUGH):
+            if len(self._members) > (_MAX_NAMES if marked else _MAX_UNMARKED):
                 return False
             at = after + -entry.stored % tar.BLOCK
 
@@ -204,12 +204,12 @@ class TarFiles(Files):
 
     def _member(self, name: str) -> _Member:
         wanted = check_inside(name)
-        for _ in range(_LINKS):
+        for _ in range(_MAX_LINKS):
             member = self._members.get(wanted)
             if member is None:
                 raise errors.NotFound(f"{shown(self._path)} has no file {shown(name)}", key=name)
             if member.type == tar.SYMLINK:
-                # Docker before 25 saved a layer that two images share once, and pointed to it.
+                # Docker before 25 saved a layer that two images share once, and made symlinks to it.
                 wanted = os.path.normpath(os.path.join(os.path.dirname(wanted), member.linkname))
             elif member.type == tar.HARDLINK:
                 wanted = member.linkname.removeprefix("./")
@@ -221,7 +221,7 @@ class TarFiles(Files):
 
 
 def _chunks(fd: int, offset: int) -> Callable[[], bytes]:
-    """Gives a file's bytes from ``offset`` on, piece by piece."""
+    """A function that gives a file's bytes from ``offset`` on, piece by piece."""
 
     def chunk() -> bytes:
         nonlocal offset
@@ -252,10 +252,10 @@ class _Slice(io.RawIOBase):
 
 
 def check_inside(name: str) -> str:
-    """A path below the top.
+    """The path without ``.`` and empty names.
 
     Raises:
-        InvalidArgument: it leads elsewhere.
+        InvalidArgument: it leads out of the image.
     """
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or "\0" in name:
@@ -264,7 +264,7 @@ def check_inside(name: str) -> str:
 
 
 def _open_plain(path: str, staging: Staging) -> int:
-    """A descriptor of the archive without its compression."""
+    """A descriptor of the archive, decompressed if need be."""
     with Pipeline(path) as pipeline:
         if pipeline.compression == NONE:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

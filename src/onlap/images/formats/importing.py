@@ -1,4 +1,4 @@
-"""Images from a disk: what it is that lies there is found out, and taken in."""
+"""Images from a disk: find out what kind of image it is, and import it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from onlap.snapshots.archives import copy_in
 
 
 class _Request(NamedTuple):
-    """What :meth:`Images.import_` was asked for; the name in its full form, and the platform in its parts."""
+    """The arguments of :meth:`Images.import_`, the name in its full form and the platform parsed."""
 
     images: Index
     source: str
@@ -48,7 +48,7 @@ def import_(
     progress: Callback | None,
 ) -> list[Image]:
     """See :meth:`Images.import_`."""
-    full = names.given(name) if name is not None else None
+    full = names.check_new(name) if name is not None else None
     request = _Request(images, source, full, platforms.parse(platform), not platform, unpack, epoch, progress)
     with (
         images.content.lease(f"import of {shown(source)}") as lease,
@@ -78,22 +78,20 @@ def _import_files(request: _Request, lease: Lease, source: Files) -> list[Image]
         platform = None if request.any_platform else request.platform
         found = docker_archive.images(source, images.content, lease, platform, request.name, fallback)
     done = []
-    brought = set()
+    stored = set()
     for each in found:
         if each.name is None:
-            raise errors.InvalidArgument(
-                f"{shown(request.source)} does not say what its image is called", hint="give a --name"
-            )
+            raise errors.InvalidArgument(f"{shown(request.source)} does not name its image", hint="give a --name")
         reference = names.parse(each.name)
         if reference.digest is not None:
-            # Whatever it says there: who asks for a digest gets that.
+            # Whatever the name says: a digest in a name must be the manifest's.
             reference = reference._replace(digest=each.documents.descriptor.digest)
         image = images.keep(lease, str(reference), each.documents)
-        if image.digest not in brought:  # it may have many names
-            # All of it lies here: what is damaged in the store is healed, at no more than a copy would have cost.
+        if image.digest not in stored:  # it may have many names
+            # All blobs are here: damaged ones in the store are replaced, for no more than the cost of a copy.
             fetch = _fetch(images, source, each)
             take_in(images, lease, image, fetch, unpack=request.unpack, progress=request.progress, verify=True)
-            brought.add(image.digest)
+            stored.add(image.digest)
         images.record(image)
         done.append(image)
     return done
@@ -124,7 +122,7 @@ def _fetch(images: Index, source: Files, found: StoredImage) -> Transfer:
 
 
 def _import_tar(request: _Request, lease: Lease) -> Image:
-    """A root filesystem's archive, as it is, becomes the one layer of an image."""
+    """The archive of a root filesystem becomes, as it is, the one layer of an image."""
     images, source = request.images, request.source
     full = request.name or _named_as(source)
     created = commit.timestamp(request.epoch)
@@ -136,7 +134,7 @@ def _import_tar(request: _Request, lease: Lease) -> Image:
         if kind in (compression.NONE, compression.GZIP, compression.ZSTD):
             blob = images.content.put(file, lease=lease, progress=report.add)
         else:
-            # No media type says bzip2 or xz: such an archive is kept without its compression.
+            # There is no media type for bzip2 or xz: such an archive is stored without its compression.
             with Pipeline(source) as pipeline:
                 blob = images.content.put(iter(pipeline.chunk, b""), lease=lease)
             kind = compression.NONE
@@ -158,7 +156,7 @@ def _diff_id(images: Index, digest: str) -> str:
 
 
 def _import_tree(request: _Request) -> Image:
-    """A directory becomes a snapshot, and that an image."""
+    """A directory becomes a snapshot, and the snapshot an image."""
     full = request.name or _named_as(request.source)
     snapshotter = request.images.snapshotter
     with working.prepared(snapshotter, None, "import") as key:
@@ -177,9 +175,7 @@ def _import_tree(request: _Request) -> Image:
 def _named_as(source: str) -> str:
     repository = oci_layout.fallback(source)
     if repository is None:
-        raise errors.InvalidArgument(
-            f"{shown(source)} cannot be the name of an image", key=source, hint="give a --name"
-        )
+        raise errors.InvalidArgument(f"an image cannot be named like {shown(source)}", key=source, hint="give a --name")
     return names.normalized(repository)
 
 

@@ -44,12 +44,12 @@ class StoredImage(NamedTuple):
 
 
 def blob_path(digest: str) -> str:
-    """Where a layout has a blob."""
+    """The path of a blob in a layout."""
     return f"blobs/sha256/{check_digest(digest)}"
 
 
 def is_layout(source: Files) -> bool:
-    """Whether the files are those of a layout, and not a root filesystem's that happen to be called so."""
+    """Whether the files are a layout's, and not those of a root filesystem that happen to have these names."""
     return source.has(INDEX_FILE) and "imageLayoutVersion" in source.peek(LAYOUT_FILE, dict[str, Any])
 
 
@@ -59,17 +59,17 @@ def images(source: Files, wanted: Platform, name: str | None, fallback: str | No
     Args:
         source: its files.
         wanted: the platform to choose where there is a choice.
-        name: what to call the one image, whatever the layout calls it.
-        fallback: the repository, in its full form, for those that have only a tag, or nothing.
+        name: for the one image, whatever the layout calls it.
+        fallback: the repository, in its full form, of images that have only a tag, or no name.
 
     Raises:
         InvalidArgument: it is damaged or hostile, or has several images for one name; the message says what.
         NotFound: it has no image, or none for the platform.
         DataLoss: a blob is not what its digest says.
     """
-    version = model.decode_any(source.read(LAYOUT_FILE, 4096), dict[str, Any], LAYOUT_FILE)
+    version = model.decode(source.read(LAYOUT_FILE, 4096), dict[str, Any], LAYOUT_FILE)
     if version.get("imageLayoutVersion") != "1.0.0":
-        raise errors.Unimplemented(f"the layout is of the version {shown(version.get('imageLayoutVersion'))}")
+        raise errors.Unimplemented(f"the layout has the unknown version {shown(version.get('imageLayoutVersion'))}")
     data = source.read(INDEX_FILE, model.MAX_MANIFEST)
     index = model.decode_document(data, "", INDEX_FILE)
     if not isinstance(index, Index):
@@ -115,10 +115,10 @@ def reader(source: Files) -> Callable[[Descriptor, int], bytes]:
 
 
 def name_of(descriptor: Descriptor, fallback: str | None) -> str | None:
-    """What an entry of a layout's index is called.
+    """The name of an entry of a layout's index, in its full form.
 
     Raises:
-        InvalidArgument: it has a name that is none.
+        InvalidArgument: it is not a name of an image.
     """
     annotations = descriptor.annotations or {}
     full = annotations.get(ANNOTATION_NAME)
@@ -140,7 +140,7 @@ def index_of(images: list[tuple[Image, Descriptor]]) -> bytes:
     tags = [names.parse(image.name).tag for image, _ in images]
     entries = []
     for (image, descriptor), tag in zip(images, tags, strict=True):
-        # umoci and skopeo choose by the tag alone, which must then mean one image.
+        # umoci and skopeo choose by the tag alone, which must then belong to one image only.
         short = tag if tag and tags.count(tag) == 1 else names.familiar(image.name)
         annotations = {ANNOTATION_NAME: image.name, ANNOTATION_REF: short}
         entries.append(msgspec.structs.replace(descriptor, annotations=annotations))
@@ -148,7 +148,7 @@ def index_of(images: list[tuple[Image, Descriptor]]) -> bytes:
 
 
 def fallback(path: str) -> str | None:
-    """The repository that a path's last part can be, in its full form; None where it can be none."""
+    """The repository named like the last part of a path, in its full form; None where no repository can be."""
     stem = os.path.basename(os.path.abspath(path)).lower()
     for suffix in (".gz", ".zst", ".tar", ".tgz", ".oci"):
         stem = stem.removesuffix(suffix)

@@ -1,4 +1,4 @@
-"""Media types: which ones are taken, and what is said of the others."""
+"""Media types: which ones are accepted, and why others are not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA_1 = frozenset(
 INDEXES = frozenset({OCI_INDEX, DOCKER_INDEX})
 MANIFESTS = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 CONFIGS = frozenset({OCI_CONFIG, DOCKER_CONFIG})
-# What a layer is compressed with is told by its first bytes, as Docker does it; the names need only be known ones.
+# A layer's compression is told from its first bytes, as in Docker; its media type need only be a known one.
 LAYERS = frozenset(
     {
         OCI_LAYER,
@@ -40,12 +40,12 @@ ACCEPT = (OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST)
 
 
 def is_document(media_type: str) -> bool:
-    """Whether it is that of a manifest or an index."""
+    """Whether it is the media type of a manifest or an index."""
     return media_type in INDEXES or media_type in MANIFESTS
 
 
 def check_config(media_type: str, digest: str) -> None:
-    """Raise Unimplemented when the configuration is not that of a container image."""
+    """Raise Unimplemented where the configuration is not that of a container image."""
     if media_type not in CONFIGS:
         raise errors.Unimplemented(
             f"{digest} is not a container image: its configuration is of the type {shown(media_type)}",
@@ -55,7 +55,7 @@ def check_config(media_type: str, digest: str) -> None:
 
 
 def check_layer(media_type: str, digest: str) -> None:
-    """Raise Unimplemented when a layer cannot be unpacked."""
+    """Raise Unimplemented where a layer cannot be unpacked."""
     if media_type in LAYERS:
         return
     if "+encrypted" in media_type:
@@ -64,17 +64,17 @@ def check_layer(media_type: str, digest: str) -> None:
         )
     if "nondistributable" in media_type or "foreign" in media_type:
         raise errors.Unimplemented(
-            f"the layer {digest} is a foreign one ({shown(media_type)}), which no registry hands out", key=digest
+            f"the layer {digest} is foreign ({shown(media_type)}): registries do not distribute it", key=digest
         )
     raise errors.Unimplemented(f"the layer {digest} has the unknown media type {shown(media_type)}", key=digest)
 
 
 def layer_type(*, docker: bool, compression: str) -> str:
-    """The media type of a layer of ours, in the family of the image's others.
+    """The media type of a new layer, in the family of the image's other media types.
 
     Args:
-        docker: Docker's family; OCI's otherwise.
+        docker: Docker's family, else OCI's.
         compression: ``"none"``, ``"gzip"`` or ``"zstd"``.
     """
-    base, sign = (DOCKER_LAYER, ".") if docker else (OCI_LAYER, "+")
-    return base if compression == "none" else f"{base}{sign}{compression}"
+    base, separator = (DOCKER_LAYER, ".") if docker else (OCI_LAYER, "+")
+    return base if compression == "none" else f"{base}{separator}{compression}"

@@ -1,4 +1,4 @@
-"""What images consist of, as their JSON says it: descriptors, manifests, indexes, configurations.
+"""The JSON documents of images: descriptors, manifests, indexes, configurations.
 
 Sources: the OCI image specification 1.1 (descriptor.md, manifest.md, image-index.md, config.md, media-types.md);
 Docker's "Image Manifest Version 2, Schema 2" and its image specification v1.2.
@@ -18,18 +18,18 @@ from onlap.errors import shown
 from onlap.images.spec import media
 from onlap.layers.stream.digests import check_digest, digest_of
 
-# Bytes. The distribution specification wants registries to take manifests of 4 MiB; configurations have no limit there,
-# and containerd reads up to 8 MiB.
+# Bytes. The distribution specification asks registries to accept manifests of 4 MiB; it sets no limit for
+# configurations, of which containerd reads up to 8 MiB.
 MAX_MANIFEST = 4 << 20
 MAX_CONFIG = 8 << 20
-# Layers of one image: the kernel merges 500, and Docker makes at most 127.
+# Layers of one image: the kernel merges up to 500, and Docker makes at most 127.
 MAX_LAYERS = 500
 
 T = TypeVar("T")
 
 
 class Platform(Struct, frozen=True, omit_defaults=True):
-    """What a program of the image runs on."""
+    """What the programs of an image run on."""
 
     architecture: str = ""
     os: str = ""
@@ -67,12 +67,12 @@ class Manifest(Struct, frozen=True, omit_defaults=True, rename="camel"):
 
     @property
     def is_docker(self) -> bool:
-        """Whether it is of Docker's media types."""
+        """Whether it has Docker's media types."""
         return self.config.media_type == media.DOCKER_CONFIG
 
 
 class Index(Struct, frozen=True, omit_defaults=True, rename="camel"):
-    """Several manifests, mostly one a platform."""
+    """Several manifests, mostly one per platform."""
 
     schema_version: int
     manifests: list[Descriptor]
@@ -98,7 +98,7 @@ class RootFS(Struct, frozen=True):
 
 
 class Execution(Struct, frozen=True, omit_defaults=True, rename="pascal"):
-    """What a container of the image does unless told otherwise: the member ``config``."""
+    """The defaults for containers of an image: the member ``config``."""
 
     user: str = ""
     env: list[str] | None = None
@@ -127,12 +127,12 @@ class Config(Struct, frozen=True, omit_defaults=True):
 
     @property
     def execution(self) -> Execution:
-        """What containers do; empty where the image does not say."""
+        """The defaults for containers; empty where the image has none."""
         return self.config or Execution()
 
     @property
     def platform(self) -> Platform:
-        """What it runs on."""
+        """What its programs run on."""
         return Platform(self.architecture, self.os, self.os_version, self.variant)
 
 
@@ -175,26 +175,26 @@ def decode_document(data: bytes, media_type: str, digest: str) -> Manifest | Ind
 
     Args:
         data: its bytes.
-        media_type: what its descriptor, or the registry, says that it is; may be empty.
+        media_type: as its descriptor or the registry says; may be empty.
         digest: for messages.
 
     Raises:
-        InvalidArgument: it is none, or says two things at once.
-        Unimplemented: it is of a kind that we do not take; the message says which.
+        InvalidArgument: it is neither, or it contradicts itself.
+        Unimplemented: it is of a kind that is not supported; the message says which.
     """
-    document = _decode(data, dict[str, Any], digest)
+    document = decode(data, dict[str, Any], digest)
     said = document.get("mediaType")
     if said is not None and not isinstance(said, str):
         raise _bad(digest, "its media type is not a string")
-    # Two readers must not see two different images in the same bytes (CVE-2021-41190).
+    # Two readers must not find two different images in the same bytes (CVE-2021-41190).
     if "manifests" in document and ("layers" in document or "config" in document):
         raise _bad(digest, "it is a manifest and an index at once")
     if media_type and said and media_type != said and media.is_document(media_type):
-        raise _bad(digest, f"it is announced as {shown(media_type)} and calls itself {shown(said)}")
+        raise _bad(digest, f"its descriptor says {shown(media_type)}, and it says {shown(said)}")
     kind = said or media_type
     if kind in media.SCHEMA_1 or document.get("schemaVersion") == 1:
         raise errors.Unimplemented(
-            f"{digest} is a Docker manifest of schema 1, which registries gave up",
+            f"{digest} is a Docker manifest of schema 1, which registries no longer support",
             key=digest,
             hint="push the image again with a newer client",
         )
@@ -203,19 +203,19 @@ def decode_document(data: bytes, media_type: str, digest: str) -> Manifest | Ind
     if "manifests" in document:
         if kind and kind not in media.INDEXES:
             raise errors.Unimplemented(f"{digest} has the unknown media type {shown(kind)}", key=digest)
-        index = _decode(data, Index, digest)
+        index = decode(data, Index, digest)
         for descriptor in index.manifests:
             check_descriptor(descriptor)
         return index
     if kind and kind not in media.MANIFESTS:
         raise errors.Unimplemented(f"{digest} has the unknown media type {shown(kind)}", key=digest)
-    manifest = _decode(data, Manifest, digest)
+    manifest = decode(data, Manifest, digest)
     check_manifest(manifest, digest)
     return manifest
 
 
 def check_manifest(manifest: Manifest, digest: str) -> None:
-    """Raise when a manifest is not that of a container image that we can unpack."""
+    """Raise InvalidArgument or Unimplemented where a manifest is not that of a container image that can be unpacked."""
     check_descriptor(manifest.config)
     media.check_config(manifest.config.media_type, digest)
     check_layer_count(len(manifest.layers), digest)
@@ -225,7 +225,7 @@ def check_manifest(manifest: Manifest, digest: str) -> None:
 
 
 def check_layer_count(count: int, digest: str) -> None:
-    """Raise InvalidArgument when an image has more layers than can be merged."""
+    """Raise InvalidArgument where an image has more layers than can be merged."""
     if count > MAX_LAYERS:
         raise _bad(digest, f"it has {count} layers, and {MAX_LAYERS} are the most that can be merged")
 
@@ -234,10 +234,10 @@ def decode_config(data: bytes, manifest: Manifest) -> Config:
     """Read the configuration that a manifest names.
 
     Raises:
-        InvalidArgument: it is none, or does not have a diff ID for each layer.
+        InvalidArgument: it is not one, or it does not have one diff ID per layer.
     """
     digest = manifest.config.digest
-    config = _decode(data, Config, digest)
+    config = decode(data, Config, digest)
     if config.rootfs.type != "layers":
         raise _bad(digest, f"its root filesystem is of the type {shown(config.rootfs.type)}")
     for diff_id in config.rootfs.diff_ids:
@@ -249,18 +249,18 @@ def decode_config(data: bytes, manifest: Manifest) -> Config:
 
 
 def check_descriptor(descriptor: Descriptor) -> None:
-    """Raise InvalidArgument when a descriptor cannot describe anything."""
+    """Raise InvalidArgument where a descriptor has an impossible digest or size."""
     check_digest(descriptor.digest)
     if descriptor.size < 0:
-        raise _bad(descriptor.digest, f"its descriptor gives it {descriptor.size} bytes")
+        raise _bad(descriptor.digest, f"its descriptor says that it has {descriptor.size} bytes")
 
 
 def encode(value: Struct | Mapping[str, Any] | Sequence[Struct]) -> bytes:
-    """JSON, always the same for the same value; InvalidArgument where a text in it is not valid as UTF-8."""
+    """JSON, always the same for the same value; raises InvalidArgument where a text is not valid UTF-8."""
     try:
         return _ENCODER.encode(value)
     except UnicodeEncodeError as error:
-        raise errors.InvalidArgument(f"{shown(error.object)} is not valid UTF-8, as JSON has to be") from error
+        raise errors.InvalidArgument(f"{shown(error.object)} is not valid UTF-8, as JSON must be") from error
 
 
 def describe(data: bytes, media_type: str) -> Descriptor:
@@ -268,17 +268,8 @@ def describe(data: bytes, media_type: str) -> Descriptor:
     return Descriptor(media_type, digest_of(data), len(data))
 
 
-def decode_any(data: bytes, kind: type[T], what: str) -> T:
-    """Read other JSON.
-
-    Raises:
-        InvalidArgument: it is none, or has another form.
-    """
-    return _decode(data, kind, what)
-
-
-# By what they make. msgspec finds out about a class when a decoder for it is made: threads that did a process's first
-# decodes together were seen to end it by a segmentation fault. So each is made once, and one at a time.
+# By the type that they decode. msgspec inspects a class when a decoder for it is made: a segmentation fault was seen in
+# threads that made a process's first decoders at the same time. So each is made once, and one at a time.
 _decoders: dict[object, msgspec.json.Decoder[Any]] = {}
 _making = threading.Lock()
 
@@ -296,14 +287,19 @@ for _kind in (dict[str, Any], Index, Manifest, Config):
 _ENCODER = msgspec.json.Encoder()
 
 
-def _decode(data: bytes, kind: type[T], digest: str) -> T:
+def decode(data: bytes, kind: type[T], what: str) -> T:
+    """Read JSON.
+
+    Raises:
+        InvalidArgument: it is not JSON, or not of this kind; the message names it as ``what``.
+    """
     try:
         return _decoder(kind).decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _bad(digest, str(error)) from error
+        raise _bad(what, str(error)) from error
 
 
 def _bad(digest: str, why: str) -> errors.InvalidArgument:
     return errors.InvalidArgument(
-        f"{shown(digest)} is not what an image has: {why}", key=digest, hint="ask who made the image"
+        f"{shown(digest)} is not a valid document of an image: {why}", key=digest, hint="ask who made the image"
     )

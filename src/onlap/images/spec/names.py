@@ -35,7 +35,7 @@ class Reference(NamedTuple):
         registry: the host, with a port where it has one.
         repository: the path in it.
         tag: None only where there is a digest.
-        digest: of the manifest or index, where the name says it.
+        digest: of the manifest or index, where the name has one.
     """
 
     registry: str
@@ -50,7 +50,7 @@ class Reference(NamedTuple):
 
     @property
     def version(self) -> str:
-        """What the registry is asked for: the digest if there is one, else the tag."""
+        """What to ask the registry for: the digest if there is one, else the tag."""
         return self.digest or self.tag or DEFAULT_TAG
 
 
@@ -58,8 +58,8 @@ def parse(name: str) -> Reference:
     """Read a name.
 
     Raises:
-        InvalidArgument: it is none; the message says why.
-        Unimplemented: its digest is of another algorithm than SHA-256.
+        InvalidArgument: it is not a name of an image; the message says why.
+        Unimplemented: its digest is not of SHA-256.
     """
     check_text(name, "name of an image")
     rest, at, digest = name.partition("@")
@@ -70,35 +70,35 @@ def parse(name: str) -> Reference:
     if ":" in rest.rpartition("/")[2]:
         repository, _, tag = rest.rpartition(":")
         if not _TAG.fullmatch(tag):
-            raise _bad(name, f"its tag {shown(tag)!r} is not of letters, digits and ._-")
+            raise _bad(name, f"its tag {shown(tag)!r} may have only letters, digits and ._-")
     if registry == DOCKER_HUB and "/" not in repository:
         repository = f"library/{repository}"
     if len(repository) > _MAX_REPOSITORY:
         raise _bad(name, f"its repository has more than {_MAX_REPOSITORY} characters")
     for component in repository.split("/"):
         if not _COMPONENT.fullmatch(component):
-            what = f"{shown(component)!r} is" if component else "an empty part is"
-            raise _bad(name, f"{what} not of lower-case letters and digits with . _ - between them")
+            what = f"{shown(component)!r} may" if component else "no part may be empty; each may"
+            raise _bad(name, f"{what} have only lower-case letters and digits with . _ - between them")
     if tag is None and not at:
         tag = DEFAULT_TAG
     return Reference(registry, repository, tag, digest if at else None)
 
 
 def normalized(name: str) -> str:
-    """The full form of a name, under which an image is kept."""
+    """The full form of a name, under which an image is recorded."""
     return str(parse(name))
 
 
-def given(name: str) -> str:
-    """The full form of a name that somebody gives to an image.
+def check_new(name: str) -> str:
+    """The full form of a new name for an image.
 
     Raises:
-        InvalidArgument: it is none, or holds a digest: who asks for one trusts that it is that of the manifest.
+        InvalidArgument: it is not a name, or has a digest, which whoever reads it would take for the manifest's.
     """
     reference = parse(name)
     if reference.digest is not None:
         raise errors.InvalidArgument(
-            f"cannot call an image {shown(name)}: a digest is not given, the manifest has it",
+            f"cannot call an image {shown(name)}: a new name cannot have a digest",
             key=name,
             hint="leave out the @ and what follows",
         )
@@ -113,14 +113,14 @@ def familiar(name: str) -> str:
 
 def _split_registry(rest: str, name: str) -> tuple[str, str]:
     first, slash, others = rest.partition("/")
-    # Without one of these it is the first part of a path at Docker's own registry.
+    # Without one of these it is the first part of a path in Docker's own registry.
     if not slash or not (first == "localhost" or "." in first or ":" in first or first != first.lower()):
         return DOCKER_HUB, rest
     match = _REGISTRY.fullmatch(first)
     if match is None or len(match[1]) > _MAX_HOST or not (match[2] is None or _is_ipv6(match[2])):
         raise _bad(name, f"{shown(first)!r} is not a host")
     if match[3] is not None and not 0 < int(match[3]) <= _MAX_PORT:
-        raise _bad(name, f"{match[3]} is not a port: those are from 1 to {_MAX_PORT}")
+        raise _bad(name, f"{match[3]} is not a port from 1 to {_MAX_PORT}")
     return (DOCKER_HUB if first in ("index.docker.io", "registry-1.docker.io") else first), others
 
 
@@ -134,7 +134,7 @@ def _is_ipv6(text: str) -> bool:
 
 def _bad(name: str, why: str) -> errors.InvalidArgument:
     return errors.InvalidArgument(
-        f"not the name of an image: {shown(name)!r}: {why}",
+        f"{shown(name)!r} is not a name of an image: {why}",
         key=name,
-        hint="a name is as debian:13 or registry.example/team/app:tag",
+        hint="write a name as debian:13 or registry.example/team/app:tag",
     )

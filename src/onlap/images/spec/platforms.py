@@ -1,4 +1,4 @@
-"""Which of an index's images is for this machine, or for the one that was asked for.
+"""Platforms: which image of an index is for this machine, or for the platform that was asked for.
 
 Source: the OCI image specification, image-index.md ("platform"); containerd v1.7.24, platforms/compare.go.
 """
@@ -13,7 +13,7 @@ from onlap.arguments import check_text
 from onlap.errors import shown
 from onlap.images.spec.model import Descriptor, Platform
 
-# What uname(2) says to what images call it (Go's GOARCH).
+# From the machine as uname(2) has it to the architecture and variant as images have them (Go's GOARCH).
 _MACHINES = {
     "x86_64": ("amd64", ""),
     "amd64": ("amd64", ""),
@@ -36,15 +36,15 @@ _LEVEL = re.compile("v([0-9]{1,4})")
 
 
 def host() -> Platform:
-    """This machine's; OnlapError where a sandbox forbids to ask."""
-    with errors.translated("ask for the kind of this machine"):
+    """This machine's platform; raises OnlapError where a sandbox forbids uname(2)."""
+    with errors.translated("find out the architecture of this machine"):
         machine = os.uname().machine
     architecture, variant = _MACHINES.get(machine, (machine, ""))
     return Platform(architecture, "linux", "", variant)
 
 
 def parse(text: str | None) -> Platform:
-    """Read ``OS/ARCHITECTURE[/VARIANT]``, or an architecture alone; this machine's when there is none.
+    """Read ``OS/ARCHITECTURE[/VARIANT]``, or only an architecture; this machine's platform for None or nothing.
 
     Raises:
         InvalidArgument: it is of another form.
@@ -59,7 +59,7 @@ def parse(text: str | None) -> Platform:
         parts = ["linux", *parts]
     if len(parts) > 3 or not all(parts) or not text.isascii():
         raise errors.InvalidArgument(
-            f"not a platform: {shown(text)}", key=text, hint="give it as linux/arm64 or linux/arm/v7"
+            f"{shown(text)} is not a platform", key=text, hint="write it as linux/arm64 or linux/arm/v7"
         )
     return Platform(_ALIASES.get(parts[1], parts[1]), parts[0], "", parts[2] if len(parts) == 3 else "")
 
@@ -70,14 +70,14 @@ def matches(wanted: Platform, offered: Platform) -> bool:
 
 
 def rank(wanted: Platform, offered: Platform) -> int | None:
-    """How well it fits, 0 best; None when it does not."""
+    """How well the offered platform fits, 0 being best; None where it does not."""
     if (offered.os, offered.architecture) != (wanted.os, wanted.architecture):
         return None
     implied = _IMPLIED.get(wanted.architecture, "")
     one, other = wanted.variant or implied, offered.variant or implied
     if one == other:
         return 0
-    # An ARM of version 7 runs what is made for 6 and 5; likewise the levels of amd64.
+    # An ARM of version 7 runs what is built for 6 and 5; likewise the levels of amd64.
     levels = _LEVEL.fullmatch(one), _LEVEL.fullmatch(other)
     if levels[0] is None or levels[1] is None:
         return None
@@ -86,10 +86,10 @@ def rank(wanted: Platform, offered: Platform) -> int | None:
 
 
 def choose(candidates: list[tuple[Descriptor, Platform]], wanted: Platform, what: str) -> Descriptor:
-    """The one that fits best, the first of equals.
+    """The candidate that fits best, the first among equals.
 
     Raises:
-        NotFound: none fits; the message says which there are.
+        NotFound: none fits; the hint says which there are.
     """
     ranked = [(rank(wanted, platform), descriptor) for descriptor, platform in candidates]
     fitting = [(order, descriptor) for order, descriptor in ranked if order is not None]
@@ -98,6 +98,6 @@ def choose(candidates: list[tuple[Descriptor, Platform]], wanted: Platform, what
         raise errors.NotFound(
             f"{shown(what)} has no image for {wanted}",
             key=what,
-            hint=f"there is: {shown(there)}; choose with --platform" if there else None,
+            hint=f"choose one of these with --platform: {shown(there)}" if there else None,
         )
     return min(fitting, key=lambda each: each[0])[1]

@@ -10,12 +10,12 @@ from onlap.images.spec import media, model, platforms
 from onlap.images.spec.model import Descriptor, Documents, Index, Platform
 from onlap.layers.stream.digests import digest_of
 
-# get(descriptor, limit): the bytes of a small blob; whoever gives them has no need to verify them.
+# get(descriptor, limit): the bytes of a small blob, not verified yet.
 Get = Callable[[Descriptor, int], bytes]
 
-# Indexes in indexes. No honest image has more than two.
+# Indexes within indexes. No honest image has more than two.
 _MAX_DEPTH = 4
-# Manifests that an index may name, and documents that are asked for in all: a hostile one must not keep us asking.
+# Manifests that an index may name, and documents to get in all, so that a hostile image comes to an end.
 _MAX_ENTRIES = 1000
 _MAX_DOCUMENTS = 2 * _MAX_ENTRIES + _MAX_DEPTH
 
@@ -24,15 +24,16 @@ def resolve(get: Get, descriptor: Descriptor, wanted: Platform) -> Documents:
     """The image that a descriptor leads to.
 
     Raises:
-        NotFound: it has none for the platform.
-        InvalidArgument, Unimplemented: see :func:`onlap.images.spec.model.decode_document`; or indexes that never end.
-        DigestMismatch: something else than the descriptor says.
+        NotFound: there is none for the platform.
+        InvalidArgument, Unimplemented: see :func:`onlap.images.spec.model.decode_document`; or there are too many
+            indexes.
+        DigestMismatch: a document is not what its descriptor says.
     """
     return _resolve(_bounded(get), descriptor, wanted, (), chosen=False)
 
 
 def choose(get: Get, index: Index, wanted: Platform, what: str) -> Documents:
-    """The image of an index that fits; errors as of :func:`resolve`."""
+    """The image of an index that fits the platform best; raises as :func:`resolve` does."""
     return _choose(_bounded(get), index, wanted, what, ())
 
 
@@ -56,7 +57,7 @@ def _resolve(get: Get, descriptor: Descriptor, wanted: Platform, above: tuple[st
         raise errors.InvalidArgument(f"the index {descriptor.digest} leads back to itself", key=descriptor.digest)
     if len(above) >= _MAX_DEPTH:
         raise errors.InvalidArgument(
-            f"there are more than {_MAX_DEPTH} indexes one in the other", key=descriptor.digest
+            f"there are more than {_MAX_DEPTH} indexes within one another", key=descriptor.digest
         )
     data = fetch(get, descriptor, model.MAX_MANIFEST)
     document = model.decode_document(data, descriptor.media_type, descriptor.digest)

@@ -66,8 +66,8 @@ def inspect(call: Call) -> int:
             image = images.get(name)
             unpacked = not image.chain_ids or image.chain_ids[-1] in store
             if out.json:
-                manifest = model.decode_any(images.manifest_data(image), dict[str, Any], image.digest)
-                config = model.decode_any(images.config_data(image), dict[str, Any], image.config_digest)
+                manifest = model.decode(images.manifest_data(image), dict[str, Any], image.digest)
+                config = model.decode(images.config_data(image), dict[str, Any], image.config_digest)
                 out.item({**image_as_json(image), "unpacked": unpacked, "manifest": manifest, "config": config})
                 return
             if name != call.args.names[0]:
