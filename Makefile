@@ -100,7 +100,7 @@ dist: $(TOOLS_STAMP) ## sdist and wheel, in dist; checked, and the wheel install
 	build/wheel/bin/onlap --version; \
 	test -s build/wheel/share/man/man1/onlap-diff.1; \
 	build/wheel/bin/python -c 'import onlap; assert "build/wheel" in onlap.__file__, onlap.__file__'; \
-	build/wheel/bin/python -m pytest -q -p no:cacheprovider -o pythonpath=tests $(WHEEL_TESTS)
+	build/wheel/bin/python -m pytest -q -p no:cacheprovider -o 'pythonpath=tests .' $(WHEEL_TESTS)
 
 # 720 s on 2 cores is the budget of the whole run.
 test: $(STAMP) peers-soft ## the tests, in a virtual environment that this makes
