@@ -15,7 +15,7 @@ _here = object()
 _ours: set[int] = set()
 
 
-def only_here(action: Callable[P, object]) -> Callable[P, None]:
+def unless_forked(action: Callable[P, object]) -> Callable[P, None]:
     """The action for the process that asks now.
 
     A child forked later has its parent's ``with`` blocks on its stack and leaves them as well; in it the action does
@@ -30,7 +30,7 @@ def only_here(action: Callable[P, object]) -> Callable[P, None]:
     return guarded
 
 
-def kept_from_children(fd: int) -> Callable[[], None]:
+def closed_in_children(fd: int) -> Callable[[], None]:
     """See to it that forked children do not keep a descriptor open; returns what closes it here.
 
     A child that executes a program is another matter: for that there is close-on-exec.
@@ -41,7 +41,7 @@ def kept_from_children(fd: int) -> Callable[[], None]:
         _ours.discard(fd)
         os.close(fd)
 
-    return only_here(close)
+    return unless_forked(close)
 
 
 def python(*arguments: str) -> list[str]:

@@ -20,7 +20,7 @@ _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
 
-class Held:
+class Flock:
     """An open file or directory and this process's flock on it; a context manager that lets both go.
 
     A forked child shares the open file and would keep the lock for as long as it lives. So every one of a process is
@@ -42,9 +42,9 @@ class Held:
         self.fd = fd = os.open(path, flags | _FLAGS, 0o600, dir_fd=dir_fd)
         # An exception (KeyboardInterrupt) may come before anybody could let go of it. Not __del__, which runs also for
         # those that were let go of, and in which Python drops what a signal's handler raises.
-        _held[fd] = weakref.ref(self, lambda _: _lost(fd))
+        _open_flocks[fd] = weakref.ref(self, lambda _: _close_forgotten(fd))
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> Flock:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,7 +81,7 @@ class Held:
             return
         # An interrupt comes as a call begins or ends: none of them lies outside of this.
         try:
-            _held.pop(fd, None)
+            _open_flocks.pop(fd, None)
             # Not by the close alone: a child between fork and exec has the same open file, and would keep the lock. But
             # a child that was forked behind Python's back must not give its parent's away.
             if self._pid == os.getpid():
@@ -110,11 +110,11 @@ class Held:
 
 
 # By descriptor. Weak: one that nobody holds any more is closed, which gives its lock back.
-_held: dict[int, weakref.ref[Held]] = {}
+_open_flocks: dict[int, weakref.ref[Flock]] = {}
 
 
-def _lost(fd: int) -> None:
-    _held.pop(fd, None)
+def _close_forgotten(fd: int) -> None:
+    _open_flocks.pop(fd, None)
     os.close(fd)
 
 
@@ -128,30 +128,30 @@ def _after_fork_in_child() -> None:
 
 
 def _forget_all() -> None:
-    for reference in list(_held.values()):
+    for reference in list(_open_flocks.values()):
         held = reference()
         if held is not None:
             held._forget()
-    _held.clear()
+    _open_flocks.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def lock_directory(path: str, *, shared: bool = False) -> Held | None:
+def lock_directory(path: str, *, shared: bool = False) -> Flock | None:
     """Open a directory and take its lock; None when somebody holds one that excludes it.
 
     Raises:
         OSError: it cannot be opened, or the filesystem refuses.
     """
-    held = Held(path)
+    held = Flock(path)
     if held.lock(shared=shared):
         return held
     held.release()
     return None
 
 
-def claim_directory(path: str) -> Held | None:
+def claim_directory(path: str) -> Flock | None:
     """Make a directory and hold its lock; None when somebody holds it already.
 
     Whoever takes the directory away for dead takes its lock first.
@@ -165,7 +165,7 @@ def claim_directory(path: str) -> Held | None:
         except FileExistsError:
             pass
         try:
-            held = Held(path)
+            held = Flock(path)
         except FileNotFoundError:
             continue
         with ExitStack() as on_error:
@@ -206,14 +206,14 @@ def abandoned(directory: str, prefixes: tuple[str, ...] = ("",)) -> Iterator[str
                 yield name
 
 
-def _open(path: str) -> Held:
+def _open(path: str) -> Flock:
     try:
-        return Held(path, os.O_RDWR | os.O_CREAT)
+        return Flock(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
         # To lock a file it need not be open for writing; only the number in it cannot change.
-        return Held(path, os.O_RDONLY)
+        return Flock(path, os.O_RDONLY)
 
 
 class FileLock:
@@ -227,7 +227,7 @@ class FileLock:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._held: Held | None = None
+        self._open_flocks: Flock | None = None
 
     def acquire(self, *, wait: bool) -> bool:
         """Take the lock; False when another process has it.
@@ -239,32 +239,32 @@ class FileLock:
         Raises:
             OSError: the filesystem refuses.
         """
-        if self._held is None:
-            self._held = _open(self._path)
-        return self._held.lock(wait=wait)
+        if self._open_flocks is None:
+            self._open_flocks = _open(self._path)
+        return self._open_flocks.lock(wait=wait)
 
     def release(self) -> None:
         """Give it back; never fails."""
-        if self._held is None:
+        if self._open_flocks is None:
             return
         try:
-            self._held.unlock()
+            self._open_flocks.unlock()
         except OSError:
             self.close()  # ENOLCK: the close of the file gives it back as well
 
     def close(self) -> None:
         """Give it back and close the file, which the next :meth:`acquire` opens again."""
-        held, self._held = self._held, None
+        held, self._open_flocks = self._open_flocks, None
         if held is not None:
             held.release()
 
     @property
     def number(self) -> int:
         """The number in the file; 0 when there is none. Only with the lock."""
-        assert self._held is not None
-        return int.from_bytes(os.pread(self._held.fd, 8, 0), "little")
+        assert self._open_flocks is not None
+        return int.from_bytes(os.pread(self._open_flocks.fd, 8, 0), "little")
 
     @number.setter
     def number(self, value: int) -> None:
-        assert self._held is not None
-        os.pwrite(self._held.fd, value.to_bytes(8, "little"), 0)
+        assert self._open_flocks is not None
+        os.pwrite(self._open_flocks.fd, value.to_bytes(8, "little"), 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.border import theirs
+from onlap.boundary import mark_callers_own
 
 # A callback more often than this is no use to a reader, and would cost more than the work on small files.
 _INTERVAL = 0.1
@@ -79,5 +79,5 @@ class Reporter:
         try:
             self._callback(report)
         except Exception as error:
-            theirs(error)
+            mark_callers_own(error)
             raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_path
-from onlap.border import public, public_class
+from onlap.boundary import public, public_class
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
 from onlap.progress import Callback, Progress, Reporter
@@ -280,7 +280,7 @@ class Store:
         Raises:
             OnlapError: the filesystem refuses.
         """
-        return self.snapshotter.catalog.garbage.with_room(self._collect)
+        return self.snapshotter.catalog.garbage.with_space(self._collect)
 
     def _collect(self) -> int:
         from onlap.catalog import runs

@@ -14,7 +14,7 @@ import pytest
 import onlap
 from onlap import errors
 from onlap.catalog.disk.staging import Staging
-from onlap.locks import Held
+from onlap.locks import Flock
 from onlap.mounts import kernel
 from onlap.mounts.unmount import unmount
 from onlap.store import Store
@@ -338,7 +338,7 @@ def test_cleanup_does_not_wait_for_ever_for_who_holds_a_tree(root: Path, store: 
     store.prepare("key")
     tree = store.snapshotter.catalog.layout.snapshot(store.snapshotter.record("key").id)
     store.close()
-    with onlap.open(root, snapshotter="overlay", sync="none", timeout=0.05) as impatient, Held(tree) as held:
+    with onlap.open(root, snapshotter="overlay", sync="none", timeout=0.05) as impatient, Flock(tree) as held:
         held.lock()
         impatient.remove("key", force=True)
         assert impatient.snapshotter.catalog.garbage.cleanup() == 0

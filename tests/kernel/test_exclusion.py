@@ -17,7 +17,7 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.locks import Held
+from onlap.locks import Flock
 from onlap.mounts import temporary
 from onlap.snapshots import exclusion
 from onlap.store import Store
@@ -43,7 +43,7 @@ def layer(name: str = "new") -> bytes:
 def test_a_tree_that_another_program_has_locked_is_not_lost(store: Store) -> None:
     """Whoever removes one deletes its record first, so that a lock is no sign of that."""
     place = store.snapshotter.catalog.layout.snapshot(store.snapshotter.record("base").id)
-    with Held(place) as held:
+    with Flock(place) as held:
         assert held.lock()
         with pytest.raises(errors.Unavailable, match="locked by another program"):
             list(store.diff("base"))
@@ -385,7 +385,7 @@ def test_who_holds_a_tree_is_told_though_its_name_is_gone(store: Store) -> None:
     store.prepare("key")
     layout = store.snapshotter.catalog.layout
     identifier = store.snapshotter.record("key").id
-    with Held(layout.tree(identifier)) as held:
+    with Flock(layout.tree(identifier)) as held:
         assert held.lock(shared=True)
         os.rename(layout.snapshot(identifier), f"{layout.trash}/{identifier}")
         assert any(f"pid {os.getpid()} " in line for line in exclusion._lockers(held.fd, b"READ"))

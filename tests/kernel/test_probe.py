@@ -329,7 +329,7 @@ def test_an_option_without_its_effect_is_a_no(root: Path, monkeypatch: pytest.Mo
 @pytest.mark.needs("overlay")
 def test_an_unknown_option_is_a_no_in_the_kernels_words(root: Path) -> None:
     case = trial.Case(trial.detect(str(root)), "case")
-    with pytest.raises(trial.No, match=r"cannot mount the overlay: Invalid argument \(.*Unknown parameter"):
+    with pytest.raises(trial.Unsupported, match=r"cannot mount the overlay: Invalid argument \(.*Unknown parameter"):
         trial.mounted(case.plan("no_such_option"), case.path("merged")).__enter__()
 
 

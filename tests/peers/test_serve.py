@@ -197,7 +197,7 @@ def test_sigint_ends_it_too(server: Onlap) -> None:
 
 SIGNALLED = """
 import os, random, signal, time
-from onlap.serve.life import _signals
+from onlap.serve.lifecycle import _signals
 
 for number in range(1500):
     ready, say = os.pipe()

@@ -62,7 +62,7 @@ def test_an_interrupt_as_a_lock_is_given_back(root: Path, monkeypatch: pytest.Mo
     assert held is not None
     with monkeypatch.context() as patch:
         if step == "forgotten":
-            patch.setattr(locks, "_held", Interrupted())
+            patch.setattr(locks, "_open_flocks", Interrupted())
         else:
             patch.setattr(locks, "fcntl", SimpleNamespace(flock=unlock, LOCK_UN=fcntl.LOCK_UN))
         with pytest.raises(KeyboardInterrupt):

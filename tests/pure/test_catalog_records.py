@@ -16,7 +16,7 @@ import onlap
 from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.disk.staging import Staging
-from onlap.locks import Held
+from onlap.locks import Flock
 from onlap.store import SnapshotterKind, Store, open_snapshotter
 
 PATIENCE = 30.0
@@ -256,15 +256,15 @@ def test_a_cleanup_between_mkdir_and_lock_is_survived(root: Path, monkeypatch: p
         subject = store.snapshotter.catalog.staging
         times = iter([True])
         name = "__init__" if moment == "before it is open" else "lock"
-        real = getattr(Held, name)
+        real = getattr(Flock, name)
 
-        def after_a_cleanup(self: Held, *arguments: object) -> object:
+        def after_a_cleanup(self: Flock, *arguments: object) -> object:
             if next(times, False):
-                monkeypatch.setattr(Held, name, real)
+                monkeypatch.setattr(Flock, name, real)
                 os.rmdir(next((root / "staging").iterdir()))
             return real(self, *arguments)
 
-        monkeypatch.setattr(Held, name, after_a_cleanup)
+        monkeypatch.setattr(Flock, name, after_a_cleanup)
         path = subject.new()
         assert os.path.isdir(path)
         subject.discard(path)

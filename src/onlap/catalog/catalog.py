@@ -31,7 +31,7 @@ from onlap.catalog.log import warn
 from onlap.catalog.records import Condition, Kind, Record
 from onlap.catalog.usages import Usages
 from onlap.errors import shown
-from onlap.locks import Held, claim_directory, lock_directory
+from onlap.locks import Flock, claim_directory, lock_directory
 
 
 class Catalog:
@@ -84,7 +84,7 @@ class Catalog:
                     self.layout, self.database, self.staging, self.trash, self._janitor.wake, timeout
                 )
                 self.usages = Usages(self.layout, self.database)
-                self.garbage.with_room(lambda: self.database.set_up(self._may_bring_up))
+                self.garbage.with_space(lambda: self.database.set_up(self._may_bring_up))
                 waits = bool(self.trash.names())
             on_error.pop_all()
         _opened.add(self)
@@ -105,7 +105,7 @@ class Catalog:
         self.usages.measure(stop)
         return again
 
-    def _take_lease(self) -> Held:
+    def _take_lease(self) -> Flock:
         # Whoever has the root open holds its staging directory shared; a migration needs it alone.
         held = lock_directory(self.layout.staging, shared=True)
         if held is None:
@@ -314,7 +314,7 @@ class Catalog:
             records.delete(connection, found.id)
             return found.id
 
-        identifier = self.garbage.with_room(lambda: self.database.write(operation))
+        identifier = self.garbage.with_space(lambda: self.database.write(operation))
         # It is removed: what goes wrong from here on is only that its space is freed later.
         try:
             self.trash.put(self.layout.snapshot(identifier))

@@ -50,7 +50,7 @@ class Garbage:
         self._wake = wake
         self._timeout = timeout
 
-    def with_room(self, action: Callable[[], T]) -> T:
+    def with_space(self, action: Callable[[], T]) -> T:
         """Do what makes room or is needed for that, also on a full disk.
 
         The write-ahead log needs a page or two, which a full disk does not have: then the reserve is given up, and if
@@ -95,7 +95,7 @@ class Garbage:
 
     def _collect_orphans(self) -> None:
         numbers = [int(name) for name in os.listdir(self.layout.snapshots) if re.fullmatch("[0-9]+", name)]
-        known = self.with_room(lambda: self.database.read(records.ids))
+        known = self.with_space(lambda: self.database.read(records.ids))
         suspects = [number for number in numbers if number not in known]
         if not suspects:
             return
@@ -108,7 +108,7 @@ class Garbage:
                 if identifier not in now:
                     self.trash.put(self.layout.snapshot(identifier))
 
-        self.with_room(lambda: self.database.write(operation))
+        self.with_space(lambda: self.database.write(operation))
 
     def sweep(self, *, wait: bool = False) -> int:
         """Delete what waits in the trash and nobody uses; returns how many trees.

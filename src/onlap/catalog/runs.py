@@ -32,8 +32,8 @@ from onlap.catalog.catalog import Catalog
 from onlap.catalog.log import warn
 from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
 from onlap.errors import shown
-from onlap.forks import only_here
-from onlap.locks import Held, claim_directory, lock_directory
+from onlap.forks import unless_forked
+from onlap.locks import Flock, claim_directory, lock_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
@@ -70,7 +70,7 @@ class Run:
     def __init__(self, root: str) -> None:
         with errors.translated("make a directory for the work", key=root):
             self.id, self.directory, self._held = _claim(_place(root))
-        self._end = only_here(_end)
+        self._end = unless_forked(_end)
 
     def __enter__(self) -> Run:
         return self
@@ -243,7 +243,7 @@ def _names(place: str) -> list[str]:
         return []
 
 
-def _claim(place: str) -> tuple[str, str, Held]:
+def _claim(place: str) -> tuple[str, str, Flock]:
     while True:
         identifier = os.urandom(6).hex()
         path = f"{place}/{identifier}"
@@ -256,7 +256,7 @@ def _claim(place: str) -> tuple[str, str, Held]:
             return identifier, path, held
 
 
-def _end(directory: str, held: Held) -> None:
+def _end(directory: str, held: Flock) -> None:
     if held.fd < 0:  # left
         return
     # What is still mounted, or cannot be removed now, the next sweep finds; nothing is wrong with the work itself.

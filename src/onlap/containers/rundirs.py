@@ -25,7 +25,7 @@ from onlap.catalog import runs
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.runs import Run
 from onlap.containers import mount_points, orphans, runtime
-from onlap.forks import only_here
+from onlap.forks import unless_forked
 from onlap.mounts import mountinfo
 from onlap.snapshots.recorded import RecordedSnapshotter
 
@@ -57,7 +57,7 @@ def claimed(snapshotter: RecordedSnapshotter) -> Iterator[Run]:
         ):
             os.mkdir(rootfs(run.directory), 0o700)
         with contextlib.ExitStack() as stack:
-            stack.callback(only_here(_over), catalog, run)
+            stack.callback(unless_forked(_over), catalog, run)
             yield run
 
 

@@ -11,7 +11,7 @@ from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.log import warn
 from onlap.catalog.runs import Run, forget
-from onlap.forks import only_here
+from onlap.forks import unless_forked
 from onlap.trees.whole import Note
 
 
@@ -40,7 +40,7 @@ class Lease:
         self.owner = self.run.owner(purpose, resumed=resumed)
         self.digests: set[str] = set()
         self.over = False
-        self._leave = only_here(self._left)
+        self._leave = unless_forked(self._left)
 
     def __enter__(self) -> Lease:
         return self

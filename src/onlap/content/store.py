@@ -19,14 +19,14 @@ from sqlite3 import Connection
 from typing import BinaryIO
 
 from onlap import errors
-from onlap.border import public_class
+from onlap.boundary import public_class
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
 from onlap.content.lease import Lease, reading
 from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
-from onlap.locks import Held
+from onlap.locks import Flock
 from onlap.trees.walk import opened
 from onlap.trees.whole import Note
 
@@ -315,7 +315,7 @@ class ContentStore:
         if self._catalog.database.read(lambda c: pins.holders(c, digest=PREFIX + name)):
             return
         try:
-            held = Held(f"{self._ingest}/{name}", os.O_RDWR)
+            held = Flock(f"{self._ingest}/{name}", os.O_RDWR)
         except FileNotFoundError:
             return
         with held:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.catalog.disk.staging import Staging
 from onlap.content.lease import Lease
-from onlap.forks import only_here
+from onlap.forks import unless_forked
 from onlap.layers.stream.digests import PREFIX
-from onlap.locks import Held
+from onlap.locks import Flock
 from onlap.syscalls.files import write_all
 
 _CHUNK = 1 << 20
@@ -48,7 +48,7 @@ class Writer:
 
     def __init__(self, staging: Staging, publish: Callable[[str, str], None]) -> None:
         self._directory = staging.new()
-        self._discard = only_here(staging.discard)
+        self._discard = unless_forked(staging.discard)
         self._publish = publish
         self._path = f"{self._directory}/blob"
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -223,10 +223,10 @@ def check_same(found: str, found_size: int, digest: str | None, size: int | None
         raise errors.DigestMismatch(f"the content is {found}, not {digest}", key=digest, hint="fetch it again")
 
 
-def _open_locked(path: str, present: Callable[[], bool]) -> Held | None:
+def _open_locked(path: str, present: Callable[[], bool]) -> Flock | None:
     """The partial, locked; None when the blob came while another process wrote it."""
     while True:
-        held = Held(path, os.O_RDWR | os.O_CREAT)
+        held = Flock(path, os.O_RDWR | os.O_CREAT)
         if held.lock() and held.is_at(path):
             return held
         held.release()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from onlap import errors
 from onlap.arguments import check_path
-from onlap.border import public
+from onlap.boundary import public
 from onlap.errors import shown
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED, Change, DiffDriver, Driver, ProtoDriver
 from onlap.graphdrivers.ids import IdMap

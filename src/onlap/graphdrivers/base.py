@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from onlap import errors
 from onlap.arguments import as_name, check_mapping, check_text, check_texts
-from onlap.border import public_class
+from onlap.boundary import public_class
 from onlap.catalog.disk.sync import Syncer
 from onlap.errors import shown
 from onlap.graphdrivers import checks
@@ -26,7 +26,7 @@ from onlap.graphdrivers.counter import Counter, Locks
 from onlap.graphdrivers.diff.naive import NaiveDiffer
 from onlap.graphdrivers.diff.stacks import layer_changes, layer_size, write_diff
 from onlap.graphdrivers.ids import IdMap
-from onlap.locks import Held, abandoned
+from onlap.locks import Flock, abandoned
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
 
@@ -182,7 +182,7 @@ class StackDriver(Driver):
                     self._try_to_discard(staged)
                     raise
 
-    def _stage(self, staged: str) -> Held:
+    def _stage(self, staged: str) -> Flock:
         """An empty directory to build a layer in."""
         path = os.path.join(self.home, staged)
         while True:

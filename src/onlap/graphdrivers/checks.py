@@ -16,7 +16,7 @@ from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xattr, set_opaque
 from onlap.overlayfs.options import without_index
 from onlap.probing.files import d_type
-from onlap.probing.trial import No
+from onlap.probing.trial import Unsupported
 from onlap.syscalls.files import filesystem_magic
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.walk import OPEN_DIRECTORY, opened
@@ -81,8 +81,8 @@ def examine(home: str) -> Facts:
 def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -> Facts:
     try:
         d_type(base)
-    except No as no:
-        raise errors.Unimplemented(f"OverlayFS does not work on this {filesystem}: {no}", key=base) from no
+    except Unsupported as error:
+        raise errors.Unimplemented(f"OverlayFS does not work on this {filesystem}: {error}", key=base) from error
     bottom, middle, upper, work, merged = (os.path.join(base, name) for name in ("b", "m", "u", "w", "merged"))
     for directory in (bottom, middle, upper, work, merged, f"{bottom}/d", f"{middle}/d"):
         os.mkdir(directory, 0o755)

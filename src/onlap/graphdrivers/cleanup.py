@@ -7,7 +7,7 @@ import os
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.locks import Held, claim_directory
+from onlap.locks import Flock, claim_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.holders import holders
 from onlap.mounts.unmount import attempts, busy
@@ -24,7 +24,7 @@ CHECKING = ".onlap-check-"
 UNFINISHED = (STAGING, CHECKING)
 
 
-def claim(path: str) -> Held:
+def claim(path: str) -> Flock:
     """Make one of these directories, or take over an abandoned one, and hold it.
 
     Raises:

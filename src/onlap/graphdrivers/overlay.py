@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
-from onlap.border import public_class
+from onlap.boundary import public_class
 from onlap.errors import shown
 from onlap.graphdrivers.base import MERGED, WORK, StackDriver
 from onlap.graphdrivers.cleanup import STAGING, UNFINISHED, claim, remove_tree

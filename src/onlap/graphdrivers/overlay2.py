@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from onlap import errors
-from onlap.border import public_class
+from onlap.boundary import public_class
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.base import StackDriver

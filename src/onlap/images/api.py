@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from onlap import errors
 from onlap.arguments import check_path, check_texts
-from onlap.border import public_class
+from onlap.boundary import public_class
 from onlap.images import records
 from onlap.images.index import Image, Index
 from onlap.images.spec import platforms

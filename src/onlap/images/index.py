@@ -8,7 +8,7 @@ from sqlite3 import Connection
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.border import public_class
+from onlap.boundary import public_class
 from onlap.catalog import pins
 from onlap.catalog import records as snapshots
 from onlap.content.lease import Lease
@@ -192,7 +192,7 @@ class Index:
             records.delete(connection, found[0].name)
             return found[0]
 
-        record = self.snapshotter.catalog.garbage.with_room(lambda: self._database.write(operation))
+        record = self.snapshotter.catalog.garbage.with_space(lambda: self._database.write(operation))
         try:
             self._remove_layers(self._image(record))
         except errors.OnlapError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.errors import shown
-from onlap.forks import kept_from_children, only_here
+from onlap.forks import closed_in_children, unless_forked
 from onlap.mounts import kernel, mountinfo
 from onlap.mounts.holders import holders, holders_of_mount
 from onlap.mounts.plan import Mount
@@ -107,7 +107,7 @@ def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: flo
 
         where = tempfile.mkdtemp(prefix="onlap-")
         # rmdir, never a recursive delete: if the unmount failed, that would delete the tree through the mount.
-        stack.callback(only_here(_remove_if_empty), where)
+        stack.callback(unless_forked(_remove_if_empty), where)
     else:
         where = os.path.abspath(check_path(at, "mount point"))
     for mount in plan:
@@ -139,7 +139,7 @@ def _unmounting(target: str, timeout: float) -> Callable[[], None]:
                 raise busy(now, [f"mount {shown(now)}, above it"], "unmount that first")
         unmount(now, timeout=timeout)
 
-    return only_here(end)
+    return unless_forked(end)
 
 
 def _mounted_at(path: str) -> int | None:
@@ -174,9 +174,9 @@ def _detached(plan: list[Mount], timeout: float, stack: ExitStack) -> str:
 
         fd = userns.detached(plan[0])
     if not plan[0].readonly:
-        stack.callback(only_here(_await_nobody), plan[0], mount_id(fd), os.fstat(fd).st_dev, timeout)
+        stack.callback(unless_forked(_await_nobody), plan[0], mount_id(fd), os.fstat(fd).st_dev, timeout)
     # Children come to it through us, as long as we have it.
-    stack.callback(kept_from_children(fd))
+    stack.callback(closed_in_children(fd))
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 

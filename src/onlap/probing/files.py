@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from onlap.overlayfs import markers
-from onlap.probing.trial import NEEDS_PRIVILEGE, No, expect, read, said, write
+from onlap.probing.trial import NEEDS_PRIVILEGE, Unsupported, expect, read, said, write
 from onlap.syscalls import files
 from onlap.trees.walk import opened
 
@@ -33,7 +33,7 @@ def trusted_xattr(base: str) -> str:
     try:
         return _xattr(base, "trusted.overlay.opaque")
     except PermissionError as error:
-        raise No(NEEDS_PRIVILEGE) from error
+        raise Unsupported(NEEDS_PRIVILEGE) from error
 
 
 def _xattr(base: str, name: str) -> str:
@@ -70,7 +70,7 @@ def fuse(_base: str) -> str:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        raise No(f"cannot open /dev/fuse: {said(error)}") from error
+        raise Unsupported(f"cannot open /dev/fuse: {said(error)}") from error
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Trials that mount: what OverlayFS can do here. Each takes a bench and gives a note, or raises :class:`No`.
+"""Trials that mount: what OverlayFS can do here. Each takes a scratch and gives a note, or raises :class:`Unsupported`.
 
 A trial of a mount option looks at the option's *effect*, since the kernel turns some options off by itself:
 ``index``, ``xino`` and ``metacopy`` where the upper filesystem has no file handles or xattrs.
@@ -20,9 +20,9 @@ from onlap.overlayfs import markers
 from onlap.probing.trial import (
     NEEDS_PRIVILEGE,
     TRUSTED,
-    Bench,
     Case,
-    No,
+    Scratch,
+    Unsupported,
     attached,
     doing,
     expect,
@@ -36,16 +36,16 @@ from onlap.probing.trial import (
 from onlap.trees.walk import opened
 
 
-def overlay(bench: Bench) -> str:
+def overlay(scratch: Scratch) -> str:
     """A writable overlay of two lower layers, with its upper layer here, used in earnest."""
-    case = Case(bench, "overlay")
+    case = Case(scratch, "overlay")
     populate(case)
     with mounted(case.plan(), case.path("merged")) as merged:
         use(merged, case)
     return "by mount(2)" if kernel.layers_by() == kernel.LAYERS_BY_STRING else ""
 
 
-def lowerdir_fd(_bench: Bench) -> str:
+def lowerdir_fd(_bench: Scratch) -> str:
     """Layers as descriptors; where that does not work, the reason tells what does."""
     way = kernel.layers_by()
     expect(way != kernel.LAYERS_BY_PROC, "Linux 6.13 takes them; by /proc/self/fd strings it works")
@@ -53,9 +53,9 @@ def lowerdir_fd(_bench: Bench) -> str:
     return ""
 
 
-def redirect_dir(bench: Bench) -> str:
+def redirect_dir(scratch: Scratch) -> str:
     """``redirect_dir=on``: a directory of a lower layer can be renamed, where it else gives EXDEV."""
-    case = Case(bench, "redirect_dir")
+    case = Case(scratch, "redirect_dir")
     os.mkdir(case.path("bottom", "old"))
     write(case.path("bottom", "old", "file"), "bottom")
     with mounted(case.plan("redirect_dir=on"), case.path("merged")) as merged:
@@ -67,9 +67,9 @@ def redirect_dir(bench: Bench) -> str:
     return ""
 
 
-def metacopy(bench: Bench) -> str:
+def metacopy(scratch: Scratch) -> str:
     """``metacopy=on``: a change of metadata does not copy the content."""
-    case = Case(bench, "metacopy")
+    case = Case(scratch, "metacopy")
     write(case.path("bottom", "file"), "bottom")
     with mounted(case.plan("metacopy=on"), case.path("merged")) as merged:
         os.chmod(os.path.join(merged, "file"), 0o640)
@@ -79,9 +79,9 @@ def metacopy(bench: Bench) -> str:
     return ""
 
 
-def index(bench: Bench) -> str:
+def index(scratch: Scratch) -> str:
     """``index=on``: hard links of a lower layer stay hard links when one is changed."""
-    case = Case(bench, "index")
+    case = Case(scratch, "index")
     write(case.path("bottom", "one"), "bottom")
     os.link(case.path("bottom", "one"), case.path("bottom", "two"))
     with mounted(case.plan("index=on"), case.path("merged")) as merged:
@@ -91,9 +91,9 @@ def index(bench: Bench) -> str:
     return ""
 
 
-def volatile(bench: Bench) -> str:
+def volatile(scratch: Scratch) -> str:
     """``volatile``: nothing is written out, and a directory in the workdir says so."""
-    case = Case(bench, "volatile")
+    case = Case(scratch, "volatile")
     with mounted(case.plan("volatile"), case.path("merged")) as merged:
         write(os.path.join(merged, "file"), "new")
         marked = os.path.isdir(case.path("work", "work", "incompat", "volatile"))
@@ -101,9 +101,9 @@ def volatile(bench: Bench) -> str:
     return ""
 
 
-def data_only(bench: Bench) -> str:
+def data_only(scratch: Scratch) -> str:
     """Data-only layers (``datadir+``, Linux 6.8): a file has its content in a layer that is else not seen."""
-    case = Case(bench, "data_only", "data")
+    case = Case(scratch, "data_only", "data")
     write(case.path("data", "blob"), "content")
     write(case.path("top", "file"), "")
     os.truncate(case.path("top", "file"), len("content"))
@@ -120,9 +120,9 @@ def data_only(bench: Bench) -> str:
     return ""
 
 
-def xattr_whiteout(bench: Bench) -> str:
+def xattr_whiteout(scratch: Scratch) -> str:
     """A whiteout that is an empty file with an xattr (Linux 6.7), in a directory that is marked for it."""
-    case = Case(bench, "xattr_whiteout")
+    case = Case(scratch, "xattr_whiteout")
     for part in ("top", "bottom"):
         os.mkdir(case.path(part, "dir"))
         write(case.path(part, "dir", "gone"), "")
@@ -136,9 +136,9 @@ def xattr_whiteout(bench: Bench) -> str:
     return ""
 
 
-def idmapped(bench: Bench) -> str:
+def idmapped(scratch: Scratch) -> str:
     """A lower layer by an idmapped mount: its files have other owners."""
-    case = Case(bench, "idmapped")
+    case = Case(scratch, "idmapped")
     write(case.path("top", "file"), "top")
     # Some other user: 1, since 65534 also stands for one that is not mapped.
     maps = (f"uidmap={os.geteuid()}:1:1", f"gidmap={os.getegid()}:1:1")
@@ -148,17 +148,17 @@ def idmapped(bench: Bench) -> str:
     return ""
 
 
-def tmpfs(bench: Bench) -> str:
+def tmpfs(scratch: Scratch) -> str:
     """A tmpfs can be mounted."""
-    case = Case(bench, "tmpfs")
+    case = Case(scratch, "tmpfs")
     try:
         fd = kernel.detached(Mount("tmpfs", "tmpfs"))
     except OnlapError as error:
         cause = error.__cause__
         if isinstance(cause, PermissionError):
-            raise No(NEEDS_PRIVILEGE) from error
+            raise Unsupported(NEEDS_PRIVILEGE) from error
         if not isinstance(cause, OSError) or cause.errno != errno.ENOSYS:
-            raise No(str(error)) from error
+            raise Unsupported(str(error)) from error
         with attached(Mount("tmpfs", "tmpfs"), case.path("merged")):
             write(case.path("merged", "file"), "new")
         return ""
@@ -173,9 +173,9 @@ def tmpfs(bench: Bench) -> str:
 # kernels before 6.15 (fs/namespace.c, clone_private_mount asks whether it is in the caller's namespace).
 
 
-def xino(bench: Bench) -> str:
+def xino(scratch: Scratch) -> str:
     """``xino=on``: with layers on two filesystems, all files have the overlay's own st_dev."""
-    case = Case(bench, "xino")
+    case = Case(scratch, "xino")
     with attached(Mount("tmpfs", "tmpfs"), case.path("top")):
         write(case.path("top", "file"), "top")
         with mounted(case.plan("xino=on"), case.path("merged")) as merged:
@@ -184,24 +184,24 @@ def xino(bench: Bench) -> str:
     return "matters only for layers on several filesystems"
 
 
-def overlay_on_overlay(bench: Bench) -> str:
+def overlay_on_overlay(scratch: Scratch) -> str:
     """An overlay can be a lower layer of another."""
-    case = Case(bench, "overlay_on_overlay")
+    case = Case(scratch, "overlay_on_overlay")
     write(case.path("bottom", "file"), "bottom")
     with contextlib.ExitStack() as stack:
         lowers = None
         # OverlayFS stacks two deep; where the directory is on an overlay, that one is the first.
-        if not is_overlay(bench.base):
+        if not is_overlay(scratch.base):
             stack.enter_context(attached(case.plan(writable=False), case.path("merged")))
             lowers = (case.path("merged"), case.path("upper"))
-        outer = Case(bench, "overlay_on_overlay.outer")
+        outer = Case(scratch, "overlay_on_overlay.outer")
         plan = (outer if lowers else case).plan(lowers=lowers, writable=False)
         merged = stack.enter_context(mounted(plan, outer.path("merged")))
         expect(read(os.path.join(merged, "file")) == "bottom", "a file of the overlay below is not in it")
     return "as a lower layer, two deep; never as the upper"
 
 
-Trial = Callable[[Bench], str]
+Trial = Callable[[Scratch], str]
 
 # Trials that need the privilege to mount, and an overlay that works.
 ON_OVERLAY: dict[str, Trial] = {

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from onlap import errors
 from onlap.arguments import check_path
-from onlap.border import public
+from onlap.boundary import public
 from onlap.locks import abandoned, claim_directory
 from onlap.mounts import kernel, mountinfo
 from onlap.probing import files as plain
@@ -21,12 +21,12 @@ from onlap.probing import overlays
 from onlap.probing.trial import (
     NEEDS_PRIVILEGE,
     OVERLAYFS_MAGIC,
-    Bench,
     Feature,
-    No,
+    Scratch,
+    Unsupported,
     attempt,
     detect,
-    with_upper_in_mind,
+    with_nesting_in_mind,
 )
 from onlap.syscalls import files
 from onlap.trees.remove import remove_at
@@ -157,8 +157,8 @@ def probe(directory: StrPath) -> Probe:
         on = _filesystem(base)
         free = os.statvfs(base)
         found = {name: attempt(trial, base) for name, trial in plain.PLAIN.items()}
-        bench, found["overlay"] = _overlay(base)
-        found |= _rest(bench, found["overlay"], base)
+        scratch, found["overlay"] = _overlay(base)
+        found |= _rest(scratch, found["overlay"], base)
         mode, why = _mode(found["overlay"], found["unprivileged"])
     features = MappingProxyType({name: found[name] for name in FEATURES})
     return Probe(where, features, on, free.f_bavail * free.f_frsize, mode, why)
@@ -184,12 +184,12 @@ def overlay_mode(directory: StrPath) -> tuple[str, str]:
         OnlapError: as :func:`probe`.
     """
     with _scratch(directory) as (_, base):
-        bench, overlay = _overlay(base)
+        scratch, overlay = _overlay(base)
         if overlay.ok:
             return _mode(overlay, None)
-        from onlap.probing.process import UNPRIVILEGED, Running
+        from onlap.probing.process import UNPRIVILEGED, TrialProcess
 
-        with Running(bench or Bench(base), [UNPRIVILEGED], drop=False) as running:
+        with TrialProcess(scratch or Scratch(base), [UNPRIVILEGED], drop=False) as running:
             return _mode(overlay, running.results()[UNPRIVILEGED])
 
 
@@ -204,33 +204,33 @@ def _mode(overlay: Feature, unprivileged: Feature | None) -> tuple[str, str]:
     return NATIVE, f"no overlay here: {overlay.reason}; in a user namespace: {other}"
 
 
-def _overlay(base: str) -> tuple[Bench | None, Feature]:
+def _overlay(base: str) -> tuple[Scratch | None, Feature]:
     """Try an overlay; with how it goes, None where it cannot be mounted at all."""
     try:
-        bench = detect(base)
-    except No as no:
-        return None, Feature(False, str(no))
+        scratch = detect(base)
+    except Unsupported as error:
+        return None, Feature(False, str(error))
     if kernel.layers_by() != kernel.LAYERS_BY_STRING:
-        overlay = attempt(overlays.overlay, bench)
+        overlay = attempt(overlays.overlay, scratch)
     else:
-        from onlap.probing.process import Running
+        from onlap.probing.process import TrialProcess
 
-        with Running(bench, ["overlay"], drop=False) as running:
+        with TrialProcess(scratch, ["overlay"], drop=False) as running:
             overlay = running.results()["overlay"]
-    return bench, with_upper_in_mind(base, overlay)
+    return scratch, with_nesting_in_mind(base, overlay)
 
 
-def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature]:
+def _rest(scratch: Scratch | None, overlay: Feature, base: str) -> dict[str, Feature]:
     """All that needs the privilege to mount, or a process of its own."""
-    from onlap.probing.process import UNPRIVILEGED, USER_NAMESPACES, Running
+    from onlap.probing.process import UNPRIVILEGED, USER_NAMESPACES, TrialProcess
 
     ordinary = [USER_NAMESPACES, UNPRIVILEGED]
-    if bench is None or overlay.reason == NEEDS_PRIVILEGE:
+    if scratch is None or overlay.reason == NEEDS_PRIVILEGE:
         found = dict.fromkeys([*overlays.ON_OVERLAY, *overlays.ATTACHING, "tmpfs"], Feature(False, overlay.reason))
-        detached = Bench(base)
+        detached = Scratch(base)
         if overlay.reason != NEEDS_PRIVILEGE:
             found["tmpfs"] = attempt(overlays.tmpfs, detached)
-        with Running(detached, ordinary, drop=False) as running:
+        with TrialProcess(detached, ordinary, drop=False) as running:
             return found | running.results()
     found = {}
     here = {"tmpfs": overlays.tmpfs}
@@ -245,8 +245,8 @@ def _rest(bench: Bench | None, overlay: Feature, base: str) -> dict[str, Feature
         elsewhere += here
         here = {}
     # Root in full becomes somebody else to try what others can; who cannot mount is an ordinary user himself.
-    with Running(bench, elsewhere + ordinary, drop=overlay.ok and os.geteuid() == 0) as running:
-        found |= {name: attempt(trial, bench) for name, trial in here.items()}
+    with TrialProcess(scratch, elsewhere + ordinary, drop=overlay.ok and os.geteuid() == 0) as running:
+        found |= {name: attempt(trial, scratch) for name, trial in here.items()}
         return found | running.results()
 
 

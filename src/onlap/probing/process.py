@@ -27,17 +27,17 @@ from onlap.overlayfs import markers
 from onlap.probing import overlays
 from onlap.probing.trial import (
     NEEDS_PRIVILEGE,
-    Bench,
     Case,
     Feature,
-    No,
+    Scratch,
+    Unsupported,
     attempt,
     detect,
     doing,
     populate,
     said,
     use,
-    with_upper_in_mind,
+    with_nesting_in_mind,
 )
 from onlap.syscalls import mount as api
 from onlap.syscalls import namespaces
@@ -52,25 +52,25 @@ UNPRIVILEGED = "unprivileged"
 _TIMEOUT = 60.0
 
 
-class Running:
-    """A process that tries some features in ``bench.base``, which it is given for itself.
+class TrialProcess:
+    """A process that tries some features in ``scratch.base``, which it is given for itself.
 
     Args:
-        bench: where and how.
+        scratch: where and how.
         names: of features.
         drop: become :data:`ORDINARY` before the trials of an ordinary user.
     """
 
     __slots__ = ("_failure", "_names", "_process")
 
-    def __init__(self, bench: Bench, names: Iterable[str], *, drop: bool) -> None:
+    def __init__(self, scratch: Scratch, names: Iterable[str], *, drop: bool) -> None:
         self._names = tuple(names)
         self._process: subprocess.Popen[bytes] | None = None
-        arguments = [",".join(bench.quick), "drop" if drop else "stay", ",".join(self._names)]
+        arguments = [",".join(scratch.quick), "drop" if drop else "stay", ",".join(self._names)]
         try:
             self._process = subprocess.Popen(
                 forks.python("-m", __name__, *arguments),
-                cwd=bench.base,
+                cwd=scratch.base,
                 env=forks.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -79,7 +79,7 @@ class Running:
         except OSError as error:
             self._failure = f"cannot start a process to try it: {said(error)}"
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> TrialProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,13 +110,13 @@ class Running:
 
 
 def _main(quick: str, drop: str, names: str) -> None:
-    bench = Bench(".", tuple(filter(None, quick.split(","))))
+    scratch = Scratch(".", tuple(filter(None, quick.split(","))))
     wanted = names.split(",")
     privileged = [name for name in wanted if name in overlays.PRIVILEGED]
     if privileged:
         refused = _own_mounts()
         for name in privileged:
-            _tell(name, refused or attempt(overlays.PRIVILEGED[name], bench))
+            _tell(name, refused or attempt(overlays.PRIVILEGED[name], scratch))
     if USER_NAMESPACES in wanted or UNPRIVILEGED in wanted:
         for name, feature in _as_ordinary_user(drop == "drop").items():
             _tell(name, feature)
@@ -152,7 +152,7 @@ def _as_ordinary_user(drop: bool) -> dict[str, Feature]:
         except OSError as error:
             no = Feature(False, f"cannot become user {ORDINARY} to try it: {said(error)}")
             return {USER_NAMESPACES: no, UNPRIVILEGED: no}
-    case = Case(Bench("."), "case")
+    case = Case(Scratch("."), "case")
     populate(case)
     has_namespace, reason, fds = _mount_in_namespace(case)
     if not has_namespace:
@@ -167,7 +167,7 @@ def _as_ordinary_user(drop: bool) -> dict[str, Feature]:
         unprivileged = Feature(False, reason)
     return {
         USER_NAMESPACES: Feature(True, note),
-        UNPRIVILEGED: with_upper_in_mind(".", unprivileged),
+        UNPRIVILEGED: with_nesting_in_mind(".", unprivileged),
     }
 
 
@@ -219,7 +219,7 @@ def _mount_and_send(channel: socket.socket, case: Case) -> None:
         flags = [*markers.Markers(markers.USER).mount_flags, *detect(".").quick]
         with doing("mount the overlay"):
             socket.send_fds(channel, [step], [kernel.detached(case.plan(*flags))])
-    except (No, OnlapError, OSError) as error:
+    except (Unsupported, OnlapError, OSError) as error:
         channel.sendall(step + str(error).encode("utf-8", "surrogateescape"))
     finally:
         os._exit(0)

@@ -30,11 +30,11 @@ class Feature(NamedTuple):
     reason: str
 
 
-class No(Exception):
+class Unsupported(Exception):
     """A trial's answer is no; its text is the reason."""
 
 
-class Bench(NamedTuple):
+class Scratch(NamedTuple):
     """Where and how trials run.
 
     Attributes:
@@ -51,8 +51,8 @@ def attempt(trial: Callable[..., str], *arguments: object) -> Feature:
     """Run a trial, which gives a note or "" when it went well; what the kernel refuses becomes the reason."""
     try:
         return Feature(True, trial(*arguments))
-    except No as no:
-        return Feature(False, str(no))
+    except Unsupported as error:
+        return Feature(False, str(error))
     except OSError as error:
         return Feature(False, said(error))
 
@@ -70,14 +70,14 @@ def doing(what: str) -> Iterator[None]:
     except OnlapError as error:
         # Without the path, which is that of a scratch directory.
         cause = error.__cause__
-        raise No(f"cannot {what}: {said(cause)}" if isinstance(cause, OSError) else str(error)) from error
+        raise Unsupported(f"cannot {what}: {said(cause)}" if isinstance(cause, OSError) else str(error)) from error
     except OSError as error:
-        raise No(f"cannot {what}: {said(error)}") from error
+        raise Unsupported(f"cannot {what}: {said(error)}") from error
 
 
 def expect(truth: bool, otherwise: str) -> None:
     if not truth:
-        raise No(otherwise)
+        raise Unsupported(otherwise)
 
 
 def write(path: str, text: str) -> None:
@@ -93,29 +93,29 @@ def read(path: str) -> str:
 # Overlays
 
 
-def detect(base: str) -> Bench:
+def detect(base: str) -> Scratch:
     """How an overlay can be tried in a directory; nothing is mounted.
 
     Raises:
-        No: there is no OverlayFS, or no privilege to mount it.
+        Unsupported: there is no OverlayFS, or no privilege to mount it.
     """
     try:
         if kernel.layers_by() == kernel.LAYERS_BY_STRING:
-            return Bench(base)
+            return Scratch(base)
         fs = api.fsopen("overlay")
     except OSError as error:
         if error.errno == errno.EPERM:
-            raise No(NEEDS_PRIVILEGE) from error
+            raise Unsupported(NEEDS_PRIVILEGE) from error
         if error.errno == errno.ENODEV:
-            raise No("this kernel has no OverlayFS (modprobe overlay)") from error
-        raise No(f"cannot open a mount context: {said(error)}") from error
+            raise Unsupported("this kernel has no OverlayFS (modprobe overlay)") from error
+        raise Unsupported(f"cannot open a mount context: {said(error)}") from error
     try:
         api.fsconfig_flag(fs, "volatile")
     except OSError:  # EINVAL before Linux 5.10
-        return Bench(base)
+        return Scratch(base)
     finally:
         os.close(fs)
-    return Bench(base, ("volatile",))
+    return Scratch(base, ("volatile",))
 
 
 class Case:
@@ -123,9 +123,9 @@ class Case:
 
     __slots__ = ("directory", "quick")
 
-    def __init__(self, bench: Bench, name: str, *more: str) -> None:
-        self.directory = os.path.join(bench.base, name)
-        self.quick = bench.quick
+    def __init__(self, scratch: Scratch, name: str, *more: str) -> None:
+        self.directory = os.path.join(scratch.base, name)
+        self.quick = scratch.quick
         os.mkdir(self.directory)
         for part in ("top", "bottom", "upper", "work", "merged", *more):
             os.mkdir(self.path(part))
@@ -151,7 +151,7 @@ def mounted(plan: Mount, where: str) -> Iterator[str]:
         where: used where this kernel has no detached overlays, in a mount namespace of our own.
 
     Raises:
-        No: the kernel does not mount it.
+        Unsupported: the kernel does not mount it.
     """
     if kernel.layers_by() == kernel.LAYERS_BY_STRING:
         with attached(plan, where):
@@ -184,7 +184,7 @@ def is_overlay(directory: str) -> bool:
         return files.filesystem_magic(fd) == OVERLAYFS_MAGIC
 
 
-def with_upper_in_mind(directory: str, found: Feature) -> Feature:
+def with_nesting_in_mind(directory: str, found: Feature) -> Feature:
     """The answer for an overlay whose upper layer is in ``directory``, with the plain reason if that is one.
 
     The kernel says so in the mount context's log, or in dmesg only; the call answers EINVAL.
@@ -210,7 +210,7 @@ def use(merged: str, case: Case) -> None:
     """Read, create, change, delete, rename, and make a directory where one was deleted, as programs do.
 
     Raises:
-        No: one of these does not work, or does the wrong thing.
+        Unsupported: one of these does not work, or does the wrong thing.
     """
     with doing("read a file in it"):
         expect(read(os.path.join(merged, "kept")) == "top", "the upper of two lower layers does not win")

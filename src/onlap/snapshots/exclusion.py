@@ -18,7 +18,7 @@ from onlap.catalog.catalog import look_up
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import is_empty_layer
-from onlap.locks import Held
+from onlap.locks import Flock
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import attempts
 
@@ -74,7 +74,7 @@ def mounting_plan(root: str, plan: list[Mount]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for tree in [mount.upper or mount.source for mount in plan if not mount.readonly]:
             with errors.translated("mount a snapshot", key=tree):
-                held = stack.enter_context(Held(tree))
+                held = stack.enter_context(Flock(tree))
                 if not held.lock(shared=True):
                     raise errors.Busy(
                         f"the snapshot at {shown(tree)} is being committed, removed or written to",
@@ -157,13 +157,13 @@ def _locked(
     hint: str = "unmount it first, or end that program",
 ) -> Iterator[None]:
     with snapshotter.translated("use snapshot", record.name):
-        held = Held(snapshotter.catalog.layout.tree(record.id))
+        held = Flock(snapshotter.catalog.layout.tree(record.id))
     with held:
         _take(snapshotter, record, held, shared, hint)
         yield
 
 
-def _take(snapshotter: RecordedSnapshotter, record: Record, held: Held, shared: bool, hint: str) -> None:
+def _take(snapshotter: RecordedSnapshotter, record: Record, held: Flock, shared: bool, hint: str) -> None:
     # Asked for again and again: a thread that waits in the kernel cannot be called back.
     for last in attempts(snapshotter.catalog.timeout):
         if held.lock(shared=shared):
@@ -188,7 +188,7 @@ def _only_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[
     "Sharing and copying layers"). Binds of one directory do no harm.
     """
     with snapshotter.translated("mount snapshot", record.name):
-        held = Held(snapshotter.catalog.layout.work(record.id))
+        held = Flock(snapshotter.catalog.layout.work(record.id))
     with held:
         first = held.lock()
         found = _mounts_of(snapshotter, record, writable=True) or ([] if first else _lockers(held.fd, b"WRITE"))

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 from onlap import errors
 from onlap.arguments import check_text
-from onlap.border import public
+from onlap.boundary import public
 from onlap.catalog import records, recovery
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
@@ -477,7 +477,7 @@ class RecordedSnapshotter(ABC):
         if force:
             self.catalog.remove(self._owner, key, wait=wait)
             return
-        self.catalog.garbage.with_room(lambda: self._remove_unused(key, wait))
+        self.catalog.garbage.with_space(lambda: self._remove_unused(key, wait))
 
     def _remove_unused(self, key: str, wait: bool) -> None:
         record = self.record(key)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.arguments import check_number, check_path
-from onlap.border import public
+from onlap.boundary import public
 from onlap.catalog.runs import Run, begin, begun, root_of
 from onlap.errors import shown
-from onlap.forks import only_here
+from onlap.forks import unless_forked
 from onlap.mounts import temporary
 from onlap.mounts.plan import Mount
 from onlap.mounts.temporary import may_mount
@@ -148,7 +148,7 @@ def _prepared(snapshotter: RecordedSnapshotter, parent: str | None, what: str, r
     key = f"{what}-{run.id}"
     snapshotter.prepare(key, parent, run.labels)
     with contextlib.ExitStack() as stack:
-        stack.callback(only_here(_drop), snapshotter, key)
+        stack.callback(unless_forked(_drop), snapshotter, key)
         yield key
 
 
@@ -178,8 +178,8 @@ def build(
     with begin(snapshotter.catalog) as run, contextlib.ExitStack() as dropped:
         key = f"build-{run.id}"
         snapshotter.prepare(key, parent, run.labels)
-        dropped.callback(only_here(_drop), snapshotter, key)
-        leave, commit = only_here(temporary.await_leaving), only_here(snapshotter.commit)
+        dropped.callback(unless_forked(_drop), snapshotter, key)
+        leave, commit = unless_forked(temporary.await_leaving), unless_forked(snapshotter.commit)
         try:
             with _mounted(snapshotter, run, key) as tree:
                 yield tree

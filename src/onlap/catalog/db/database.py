@@ -22,8 +22,8 @@ from sqlite3 import Connection
 from typing import TYPE_CHECKING, TypeVar
 
 from onlap import errors
-from onlap.catalog.db import dormant, schema
-from onlap.catalog.db.room import check_room
+from onlap.catalog.db import readonly, schema
+from onlap.catalog.db.space import check_space
 from onlap.catalog.db.writer import (
     COMMITS_TO_GROW,
     POLL,
@@ -131,19 +131,19 @@ class Database:
             self._check()
             try:
                 return self._query(query)
-            except _Later:
+            except _ForkInProgress:
                 time.sleep(POLL)
             except sqlite3.Error as error:
                 if not is_of_files(error):
                     raise translated(error, self._path) from error
-                return self._read_dormant(query, error)
+                return self._read_readonly(query, error)
 
     def _query(self, query: Callable[[Connection], T]) -> T:
         # Whoever closes the connections sees by the threads' stacks whether somebody is in here (_somebody_reads): an
         # interrupt could leave a count wrong. A thread that enters after that look finds one of these set.
         if self._closed or forks.lock.locked():
-            raise _Later
-        check_room(self._path)
+            raise _ForkInProgress
+        check_space(self._path)
         connection = self._readers.pop() if self._readers else self._writer.connect()
         try:
             result = query(connection)
@@ -156,7 +156,7 @@ class Database:
         self._readers.append(connection)
         return result
 
-    def _read_dormant(self, query: Callable[[Connection], T], error: sqlite3.Error) -> T:
+    def _read_readonly(self, query: Callable[[Connection], T], error: sqlite3.Error) -> T:
         """Read without the files that SQLite could not make; raises what ``error`` means where that is no help."""
 
         def read() -> T:
@@ -164,7 +164,7 @@ class Database:
                 # As it closes the file it would drop the POSIX locks that the others have on it.
                 raise _Unreadable
             try:
-                return dormant.read(self._path, query)
+                return readonly.read(self._path, query)
             except (sqlite3.Error, OSError) as failure:
                 raise _Unreadable from failure
 
@@ -253,7 +253,7 @@ class _Unreadable(Exception):
     """The catalog cannot be read even without SQLite's other files."""
 
 
-class _Later(Exception):
+class _ForkInProgress(Exception):
     """A fork is going on."""
 
 

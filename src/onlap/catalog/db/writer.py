@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from onlap import errors
 from onlap.catalog.db import schema
-from onlap.catalog.db.room import check_room, try_files
+from onlap.catalog.db.space import check_space, try_files
 from onlap.catalog.helper import Helper, Job
 from onlap.catalog.log import warn
 from onlap.locks import FileLock
@@ -146,7 +146,7 @@ class Writer:
         Raises:
             sqlite3.Error: what SQLite says.
         """
-        check_room(self._path, fresh=not self.open)
+        check_space(self._path, fresh=not self.open)
         connection = sqlite3.connect(
             self._path,
             timeout=self.timeout,
@@ -253,7 +253,7 @@ class Writer:
             self._count()
 
     def _commit(self, batch: list[Operation[object]]) -> bool:
-        check_room(self._path)
+        check_space(self._path)
         if self._connection is None:
             self._connection = self.connect()
         writer = self._connection
@@ -313,7 +313,7 @@ class Writer:
 
     def close_now(self, connection: Connection) -> None:
         """Close a connection, under the lock; without room it stays open until all are closed."""
-        if self._is_cramped():
+        if self._lacks_space():
             return
         if connection is self._connection:
             self._connection = None
@@ -335,16 +335,16 @@ class Writer:
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL)
-        if self._is_cramped():
+        if self._lacks_space():
             return False
         readers.clear()
         for connection in list(self.open):
             self.close_now(connection)
         return True
 
-    def _is_cramped(self) -> bool:
+    def _lacks_space(self) -> bool:
         try:
-            check_room(self._path)
+            check_space(self._path)
         except sqlite3.Error:
             return True
         return False

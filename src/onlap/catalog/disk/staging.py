@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable
 
-from onlap.locks import Held, abandoned, claim_directory
+from onlap.locks import Flock, abandoned, claim_directory
 from onlap.trees.remove import remove_at
 
 _OWN = "own"
@@ -27,7 +27,7 @@ class Staging:
     def _fresh(self) -> None:
         self._numbers = itertools.count(1)
         # One entry at most, made in a single step: there is no lock that an interrupt could leave taken.
-        self._claimed: dict[str, tuple[str, Held]] = {}
+        self._claimed: dict[str, tuple[str, Flock]] = {}
 
     def after_fork(self) -> None:
         """In the child: the parent goes on using its directory, we take one of our own."""

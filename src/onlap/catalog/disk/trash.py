@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from onlap.locks import Held
+from onlap.locks import Flock
 from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.unmount import attempts
 from onlap.overlayfs.options import layer_paths
@@ -125,7 +125,7 @@ class Trash:
 
     def _delete(self, top: int, name: str, pace: _Pace, *, wait: float = 0) -> bool:
         try:
-            held = Held(name, dir_fd=top)
+            held = Flock(name, dir_fd=top)
         except FileNotFoundError:
             return True  # another process was faster
         except OSError as error:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from onlap import errors
-from onlap.forks import only_here
+from onlap.forks import unless_forked
 from onlap.graphdrivers.contract import DELETED, Change, ProtoDriver
 from onlap.graphdrivers.diff.apply import apply_archive
 from onlap.graphdrivers.diff.stacks import layer_changes, write_diff
@@ -44,7 +44,7 @@ class NaiveDiffer:
             yield []
             return
         directory = self._driver.get(id)
-        put = only_here(self._driver.put)
+        put = unless_forked(self._driver.put)
         try:
             yield [directory]
         finally:

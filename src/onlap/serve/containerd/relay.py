@@ -15,7 +15,7 @@ import socket
 import threading
 from contextlib import ExitStack
 
-from onlap.serve.life import PAUSE
+from onlap.serve.lifecycle import PAUSE
 
 _log = logging.getLogger("onlap.serve")
 
@@ -36,21 +36,21 @@ class Relay:
         # Another server may accept on it, too, in the moment when one follows the other.
         self._listener.setblocking(False)
         self._inner = inner
-        self._told, self._tell = os.pipe()
+        self._stop_read, self._stop_write = os.pipe()
         self._thread = threading.Thread(target=self._accept, name="onlap-accept", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Accept no more: who connects from now on waits for the next server. What is connected stays so."""
-        os.close(self._tell)
+        os.close(self._stop_write)
         self._thread.join()
-        os.close(self._told)
+        os.close(self._stop_read)
         self._listener.close()
 
     def _accept(self) -> None:
         while True:
-            ready, _, _ = select.select([self._listener.fileno(), self._told], [], [])
-            if self._told in ready:
+            ready, _, _ = select.select([self._listener.fileno(), self._stop_read], [], [])
+            if self._stop_read in ready:
                 return
             try:
                 self._take()
@@ -59,7 +59,7 @@ class Relay:
             except (OSError, RuntimeError) as error:
                 # No descriptor or no thread is left: who connects waits, until somebody else has gone.
                 _log.warning("cannot take a connection", extra={"fields": {"error": error}})
-                select.select([self._told], [], [], PAUSE)
+                select.select([self._stop_read], [], [], PAUSE)
 
     def _take(self) -> None:
         """Take one connection; raises OSError, and RuntimeError where no thread can be had."""

@@ -12,7 +12,7 @@ from onlap.serve.containerd.calls import Calls, Observer
 from onlap.serve.containerd.relay import Relay
 from onlap.serve.containerd.service import Service, check_root
 from onlap.serve.containerd.transport import Transport
-from onlap.serve.life import GRACE, Life
+from onlap.serve.lifecycle import GRACE, BaseServer
 from onlap.snapshots.recorded import RecordedSnapshotter
 
 _log = logging.getLogger("onlap.serve")
@@ -22,7 +22,7 @@ _log = logging.getLogger("onlap.serve")
 _SWITCH_INTERVAL = 0.0002
 
 
-class Server(Life):
+class Server(BaseServer):
     """The snapshotter of one owner, on one socket; a context manager.
 
     Args:

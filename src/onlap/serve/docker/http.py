@@ -23,7 +23,7 @@ from onlap import errors
 from onlap.errors import shown
 from onlap.serve.docker.bodies import ChunkWriter, drain, request_body
 from onlap.serve.docker.service import Service
-from onlap.serve.life import PAUSE
+from onlap.serve.lifecycle import PAUSE
 
 _log = logging.getLogger("onlap.serve")
 

@@ -14,7 +14,7 @@ from onlap.serve import sockets
 from onlap.serve.docker.http import HttpServer
 from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import StateFile
-from onlap.serve.life import GRACE, Life
+from onlap.serve.lifecycle import GRACE, BaseServer
 
 # Where dockerd looks for plugins by name (pkg/plugins/discovery.go).
 SOCKET_DIRECTORY = "/run/docker/plugins"
@@ -22,7 +22,7 @@ SOCKET_DIRECTORY = "/run/docker/plugins"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-class Server(Life):
+class Server(BaseServer):
     """A graph driver on one socket; a context manager.
 
     It must run in the mount namespace of dockerd, which uses the mounts that the driver makes; when it is closed, they

@@ -23,7 +23,7 @@ PAUSE = 0.5
 GRACE = 60.0
 
 
-class Life(ABC):
+class BaseServer(ABC):
     """A server's, on one socket: a context manager that stops it.
 
     Args:
@@ -73,11 +73,11 @@ class Life(ABC):
         Raises:
             OnlapError: as :meth:`start`.
         """
-        with _signals(signal.SIGTERM, signal.SIGINT) as told:  # before anybody can see the socket
+        with _signals(signal.SIGTERM, signal.SIGINT) as signalled:  # before anybody can see the socket
             self.start()
             systemd.notify("READY=1")
             _log.info("serving", extra={"fields": {"socket": shown(self.socket), "pid": os.getpid()}})
-            os.read(told, 1)
+            os.read(signalled, 1)
         systemd.notify("STOPPING=1")
         _log.info("stopping")
         return 0
@@ -91,14 +91,14 @@ def _signals(*numbers: int) -> Iterator[int]:
     a signal in the moment before it goes to wait does not wake it (3 of 3,000 tries hung). The byte is written by the
     C handler, in whichever thread the kernel interrupts.
     """
-    told, telling = os.pipe()
-    os.set_blocking(telling, False)
-    signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
+    signalled, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     try:
         for number in numbers:
             signal.signal(number, lambda *_: None)
-        yield told
+        yield signalled
     finally:
         signal.set_wakeup_fd(-1)
-        os.close(told)
-        os.close(telling)
+        os.close(signalled)
+        os.close(write_end)

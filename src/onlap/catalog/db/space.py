@@ -21,14 +21,14 @@ _ENOUGH = 1 << 20
 _SHARED_MEMORY = 32768
 
 
-class NoRoom(sqlite3.OperationalError):
+class NoSpace(sqlite3.OperationalError):
     """SQLite must not be let at its shared memory now; the cause says why."""
 
     sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
 
 
-def check_room(path: str, *, fresh: bool = False) -> None:
-    """Raise NoRoom where SQLite might be killed as it uses the catalog at ``path``, rather than fail.
+def check_space(path: str, *, fresh: bool = False) -> None:
+    """Raise NoSpace where SQLite might be killed as it uses the catalog at ``path``, rather than fail.
 
     Args:
         path: catalog.db.
@@ -44,7 +44,7 @@ def check_room(path: str, *, fresh: bool = False) -> None:
             try_files(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoRoom("no room for shared memory") from error
+            raise NoSpace("no room for shared memory") from error
 
 
 def try_files(path: str) -> None:

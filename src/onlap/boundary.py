@@ -19,7 +19,7 @@ C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _RAW = (OSError, ImportError, MemoryError, RuntimeError, AssertionError)
-_THEIRS = "_onlap_theirs"
+_CALLERS_OWN = "_onlap_callers_own"
 
 # What those do whose names are no verbs.
 _DOING = {
@@ -37,9 +37,9 @@ _DOING = {
 }
 
 
-def theirs(error: BaseException) -> None:
+def mark_callers_own(error: BaseException) -> None:
     """Mark what a caller's own function raised: it goes up as it is."""
-    setattr(error, _THEIRS, True)
+    setattr(error, _CALLERS_OWN, True)
 
 
 def public_class(cls: type[C]) -> type[C]:
@@ -64,7 +64,7 @@ def public(function: F) -> F:
         try:
             found = function(*arguments, **named)
         except _RAW as error:
-            if hasattr(error, _THEIRS):
+            if hasattr(error, _CALLERS_OWN):
                 raise
             raise _translated(error, doing) from error
         if isinstance(found, GeneratorType):
@@ -84,7 +84,7 @@ def _steps(inner: Generator[Any, Any, Any], doing: str) -> Iterator[Any]:
             except StopIteration:
                 return
             except _RAW as error:
-                if hasattr(error, _THEIRS):
+                if hasattr(error, _CALLERS_OWN):
                     raise
                 raise _translated(error, doing) from error
             yield step
@@ -109,7 +109,7 @@ class _Block(AbstractContextManager[Any]):
         try:
             return self._inner.__exit__(kind, raised, traceback)
         except _RAW as error:
-            if error is raised or hasattr(error, _THEIRS):
+            if error is raised or hasattr(error, _CALLERS_OWN):
                 raise
             raise _translated(error, self._doing) from error
 
