@@ -108,7 +108,7 @@ def test_demo_that_must_not_fall_back(place: Path) -> None:
 
 
 @pytest.mark.needs("overlay", "mount")
-def test_demo_passes_over_a_directory_on_overlayfs(root: Path, tmp_path: Path) -> None:
+def test_demo_skips_a_directory_on_overlayfs(root: Path, tmp_path: Path) -> None:
     merged = root / "merged"
     for name in ("lower", "upper", "work", "merged"):
         (root / name).mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,65 +9,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import capabilities
+from commandline import Command
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
-class Command:
-    """``onlap`` on one root; temporary directories are made in ``scratch``."""
-
-    def __init__(self, root: Path, scratch: Path, prefix: tuple[str, ...] = ()) -> None:
-        self.root = root
-        self.scratch = scratch
-        self.prefix = prefix
-
-    @property
-    def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in {"SHELL", "ONLAP_KEY"}}
-        return {**kept, "PYTHONPATH": str(SOURCE), "ONLAP_ROOT": str(self.root), "TMPDIR": str(self.scratch)}
-
-    def line(self, *arguments: str | Path) -> list[str | Path]:
-        return [*self.prefix, sys.executable, "-S", "-m", "onlap", *arguments]
-
-    def run(self, *arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.line(*arguments), input=input, capture_output=True, text=True, env=self.environment, errors="replace"
-        )
-
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.line(*arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment,
-        )
-
-    def __call__(self, *arguments: str | Path) -> str:
-        done = self.run(*arguments)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    def json(self, *arguments: str | Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self("--json", *arguments).splitlines()]
-
-    def fails(self, status: int, *arguments: str | Path) -> str:
-        done = self.run(*arguments)
-        assert (done.returncode, done.stdout) == (status, ""), done.stderr
-        assert done.stderr.startswith("onlap: ")
-        assert done.stderr.count("\n") == 1
-        return done.stderr
-
-
 def make(root: Path, scratch: Path, source: Path, prefix: tuple[str, ...] = ()) -> Command:
     """A root with a committed ``base`` and an active ``work`` on it."""
-    onlap = Command(root / "store", scratch, prefix)
+    onlap = Command(root / "store", prefix=prefix, TMPDIR=str(scratch))
     source.mkdir()
     (source / "f").write_text("content")
     (source / "d").mkdir()
@@ -219,7 +171,7 @@ def test_enter_of_a_committed_snapshot_is_read_only_and_leaves_nothing(onlap: Co
 
 @pytest.mark.needs("overlay", "mount")
 def test_enter_without_a_command_is_a_shell(onlap: Command) -> None:
-    done = onlap.run("enter", "work", input="cat f\nexit 7\n")
+    done = onlap.run("enter", "work", input=b"cat f\nexit 7\n")
     assert (done.returncode, done.stdout) == (7, "content")
 
 
@@ -240,10 +192,8 @@ def test_enter_ends_as_its_command(onlap: Command, command: tuple[str, ...], sta
 
 @pytest.mark.needs("overlay", "mount")
 def test_enter_when_the_command_does_not_run(onlap: Command) -> None:
-    assert onlap.fails(127, "enter", "work", "--", "no\x1b[31m") == (
-        "onlap: cannot run no\\e[31m: No such file or directory\n"
-    )
-    assert onlap.fails(126, "enter", "work", "--", "/etc") == "onlap: cannot run /etc: Permission denied\n"
+    assert onlap.fails(127, "enter", "work", "--", "no\x1b[31m") == ("cannot run no\\e[31m: No such file or directory")
+    assert onlap.fails(126, "enter", "work", "--", "/etc") == "cannot run /etc: Permission denied"
     assert "there is no snapshot none" in onlap.fails(125, "enter", "none", "--", "true")
     assert "unrecognized arguments" in onlap.fails(125, "enter", "work", "--frob", "--", "true")
 
@@ -255,16 +205,22 @@ def test_enter_hands_on_clean_signals_and_limits(onlap: Command) -> None:
     script = f'ulimit -Sn {limit}; exec "$@"'
     line = onlap.line("enter", "work", "--", "sh", "-c", "ulimit -Sn; yes | head -n 1; ls /proc/self/fd | wc -l")
     done = subprocess.run(
-        ["sh", "-c", script, "sh", *line], capture_output=True, text=True, env=onlap.environment, timeout=30
+        ["sh", "-c", script, "sh", *line], capture_output=True, text=True, env=onlap.environment(), timeout=30
     )
     # ls: three standard streams and the directory that it reads.
     assert done.stdout.split() == [limit, "y", "4"]
 
 
 @pytest.mark.needs("overlay", "mount")
-def test_enter_passes_a_signal_on_and_waits(onlap: Command) -> None:
+def test_enter_forwards_a_signal_and_waits(onlap: Command) -> None:
     script = "trap 'kill $!; echo got; exit 9' TERM; sleep 30 & echo up; wait"
-    process = onlap.start("enter", "work", "--", "sh", "-c", script)
+    process = subprocess.Popen(
+        onlap.line("enter", "work", "--", "sh", "-c", script),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=onlap.environment(),
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     said = onlap.fails(125, "enter", "work", "--", "true")
@@ -302,9 +258,9 @@ def test_an_ordinary_user_enters(user: Command) -> None:
 
 
 @pytest.mark.needs("userns", "overlay")
-def test_an_ordinary_user_is_told_that_enter_does_what_mount_cannot(user: Command) -> None:
-    said = user.fails(7, "mount", "work", user.scratch)
-    assert said == "onlap: only root may mount (CAP_SYS_ADMIN); work in it without: onlap enter work\n"
+def test_mount_refers_an_ordinary_user_to_enter(user: Command) -> None:
+    said = user.fails(7, "mount", "work", user.root.parent / "scratch")
+    assert said == "only root may mount (CAP_SYS_ADMIN); work in it without: onlap enter work"
 
 
 @pytest.mark.needs("userns", "overlay")
@@ -312,7 +268,11 @@ def test_native_needs_no_namespace(user: Command, tmp_path: Path) -> None:
     """In a user namespace that maps nobody no other can be made, and nothing be mounted."""
     unshare = capabilities.find_program("unshare")
     assert unshare is not None
-    native = Command(user.root.parent / "native", user.scratch, (*user.prefix, unshare, "--user"))
+    native = Command(
+        user.root.parent / "native",
+        prefix=(*user.prefix, unshare, "--user"),
+        TMPDIR=str(user.root.parent / "scratch"),
+    )
     native("init", "--snapshotter", "native")
     native("prepare", "work")
     assert native("enter", "work", "--", "sh", "-c", "echo > f; ls") == "f\n"

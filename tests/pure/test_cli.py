@@ -347,7 +347,7 @@ def on_terminal(native: Path, **env: str) -> str:
         os.close(ours)
 
 
-def test_colour_on_a_terminal_that_wants_it(native: Path) -> None:
+def test_colour_on_a_terminal_that_shows_it(native: Path) -> None:
     assert on_terminal(native, TERM="xterm") == "\x1b[32mA\x1b[0m /f\r\n"
     assert on_terminal(native, TERM="xterm", NO_COLOR="1") == "A /f\r\n"
     assert on_terminal(native, TERM="dumb") == "A /f\r\n"

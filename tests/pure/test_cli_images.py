@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from commandline import Command
 from pure.image_makers import Made, layer
-from pure.installed import SOURCE
-from pure.test_cli_snapshots import Command
 
 SETTINGS = {
     "User": "web",
@@ -77,7 +76,7 @@ def test_what_ls_prints_is_a_reference(onlap: Command) -> None:
     assert onlap("cleanup") == "deleted 4 blobs\n"
 
 
-def test_verbs_of_several_images_go_on_after_a_failure(onlap: Command) -> None:
+def test_verbs_of_several_images_continue_after_a_failure(onlap: Command) -> None:
     for verb in ("inspect", "digest"):
         done = onlap.run("--json", "image", verb, "missing", "app:1")
         assert done.returncode == 3
@@ -85,7 +84,7 @@ def test_verbs_of_several_images_go_on_after_a_failure(onlap: Command) -> None:
         assert json.loads(done.stderr)["error"]["kind"] == "NotFound"
 
 
-def test_what_is_no_name_is_an_invalid_argument(onlap: Command) -> None:
+def test_an_invalid_name_is_an_invalid_argument(onlap: Command) -> None:
     for name in ("host:99999/a", "[:::]/a", f"{'x' * 64}.example/a"):
         onlap.fails(6, "image", "pull", name)
     onlap.fails(6, "image", "inspect", "host:0/a")
@@ -105,20 +104,15 @@ def test_commit_knows_source_date_epoch(onlap: Command, tmp_path: Path, monkeypa
 
 def test_export_to_standard_output(onlap: Command, tmp_path: Path) -> None:
     onlap("-q", "image", "export", "app:1", tmp_path / "x.tar", "--format", "docker")
-    line = [
-        *onlap.python,
-        "-m",
-        "onlap",
-        "--root",
-        str(onlap.root),
+    line = onlap.line(
         "image",
         "export",
         "app:1",
         "-",
         "--format",
         "docker",
-    ]
-    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, check=True)
+    )
+    done = subprocess.run(line, env=onlap.environment(), capture_output=True, check=True)
     assert done.stdout == (tmp_path / "x.tar").read_bytes()
 
 
@@ -147,8 +141,8 @@ def test_standard_output_that_is_closed_or_ends(onlap: Command, words: list[str]
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "file").write_bytes(bytes(1 << 20))
     onlap("import", tmp_path / "tree", "base")
-    line = [*onlap.python, "-m", "onlap", "--root", str(onlap.root), *words]
-    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    line = onlap.line(*words)
+    env = onlap.environment()
     shell = ["sh", "-c", 'exec "$@" >&-', "sh", *line]
     done = subprocess.run(shell, env=env, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, "standard output is closed" in done.stderr) == (5, True), done.stderr
@@ -161,26 +155,21 @@ def test_standard_output_that_is_closed_or_ends(onlap: Command, words: list[str]
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_an_empty_root_is_no_root(onlap: Command) -> None:
+def test_an_empty_root_is_refused(onlap: Command) -> None:
     assert "--root DIR" in onlap.fails(6, "ls", "--root", "")
 
 
 def test_import_from_a_pipe(onlap: Command, tmp_path: Path) -> None:
     onlap("-q", "image", "export", "app:1", tmp_path / "x.tar", "--format", "docker")
     onlap("image", "rm", "app:1")
-    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    line = [
-        *onlap.python,
-        "-m",
-        "onlap",
-        "--root",
-        str(onlap.root),
+    env = onlap.environment()
+    line = onlap.line(
         "-q",
         "image",
         "import",
         "--platform",
         "linux/amd64",
-    ]
+    )
     for source in ("-", "/dev/stdin"):
         with open(tmp_path / "x.tar", "rb") as file:
             sent = subprocess.run([*line, source], env=env, input=file.read(), capture_output=True, check=True)

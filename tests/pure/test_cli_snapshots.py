@@ -8,49 +8,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from commandline import Command
 from pure.installed import SOURCE
 
 ODD = b"a\xffb\nc\x1b[31m"
 ODD_SHOWN = "a\\xffb\\nc\\e[31m"
-
-
-class Command:
-    """``onlap`` on one root; ``bare``: with the standard library alone."""
-
-    def __init__(self, root: Path, *, bare: bool = True) -> None:
-        self.root = root
-        self.python = [sys.executable, *(["-S"] if bare else [])]
-
-    def run(self, *arguments: str | bytes | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self.python, "-m", "onlap", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(SOURCE), "ONLAP_ROOT": str(self.root), "TZ": "UTC"},
-            text=True,
-            errors="surrogateescape",
-        )
-
-    def __call__(self, *arguments: str | bytes | Path) -> str:
-        """The output of a command that must succeed and say nothing else."""
-        done = self.run(*arguments)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    def json(self, *arguments: str | bytes | Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self("--json", *arguments).splitlines()]
-
-    def fails(self, status: int, *arguments: str | bytes | Path) -> str:
-        """What a command says that must fail, in one line."""
-        done = self.run(*arguments)
-        assert (done.returncode, done.stdout) == (status, ""), done.stderr
-        assert done.stderr.startswith("onlap: ")
-        assert done.stderr.count("\n") == 1
-        return done.stderr.removeprefix("onlap: ").rstrip("\n")
 
 
 @pytest.fixture
@@ -80,7 +45,7 @@ def tree_of(onlap: Command, key: str) -> Path:
     return Path(onlap.json("info", key)[0]["layers"][0])
 
 
-def test_init_says_what_it_made_and_what_is_there(tmp_path: Path) -> None:
+def test_init_shows_what_it_made_and_what_exists(tmp_path: Path) -> None:
     onlap = Command(tmp_path / "root")
     assert onlap("init", "--snapshotter", "native") == f"made {onlap.root}, native\n"
     assert onlap("init") == f"found {onlap.root}, native\n"
@@ -163,7 +128,7 @@ def test_view(base: Command) -> None:
     assert base.json("usage", "look")[0]["usage"] == {"inodes": 0, "size": 0}
 
 
-def test_rm_goes_on_after_a_failure_and_ends_with_the_first(base: Command) -> None:
+def test_rm_continues_after_a_failure_and_ends_with_the_first_status(base: Command) -> None:
     base("prepare", "work", "base")
     done = base.run("rm", "none", "base", "work", "base")
     assert done.returncode == 3
@@ -293,7 +258,7 @@ def test_diff_in_json_and_as_an_answer(base: Command) -> None:
     assert things["/l"]["after"] is None
 
 
-def test_options_of_an_archive_that_nobody_writes(base: Command, tmp_path: Path) -> None:
+def test_options_of_an_archive_without_one(base: Command, tmp_path: Path) -> None:
     for options in (["--compress", "gzip"], ["--compress", "none"], ["--level", "0"], ["--content"], ["--sparse"]):
         assert "give its file with --tar" in base.fails(2, "diff", "base", *options)
     for options in (["--compress", "gzip"], ["--level", "3"], ["--sparse"]):
@@ -304,7 +269,7 @@ def test_options_of_an_archive_that_nobody_writes(base: Command, tmp_path: Path)
     assert "there is none" in base.fails(6, "diff", "base", "--tar", tmp_path / "x.tar", "--level", "1")
 
 
-def test_odd_names_reach_no_terminal(onlap: Command, source: Path) -> None:
+def test_odd_names_are_escaped(onlap: Command, source: Path) -> None:
     (source / os.fsdecode(ODD)).write_text("")
     (source / "t").symlink_to(os.fsdecode(ODD))
     onlap("import", source, "base")
@@ -339,7 +304,7 @@ def test_import_and_export(base: Command, source: Path, tmp_path: Path) -> None:
     assert list((base.root / "trash").iterdir()) == []
 
 
-def test_import_tells_what_it_did_not_keep(onlap: Command, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_warns_of_what_it_did_not_keep(onlap: Command, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(source)  # the address of a socket is short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import onlap
+from commandline import Command
 from onlap.images import disk_usage
 from onlap.images.disk_usage import Item
 from onlap.store import Store
 from onlap.trees import usage
 from pure.image_makers import Made, layer
-from pure.test_cli_snapshots import Command
 
 
 @pytest.fixture
