@@ -13,7 +13,7 @@ import urllib3
 from onlap import errors
 from onlap.containers.run import Source, find_source
 from onlap.images import Access, Credentials
-from onlap.images.registry.connections import drop
+from onlap.images.registry.connections import discard
 from onlap.store import Store
 from pure.image_makers import INDEX, MANIFEST, Faulty, Made, Reply, Request, digest_of, layer
 
@@ -182,7 +182,7 @@ class Endless:
 
 def test_what_says_nothing_is_not_read_to_its_end() -> None:
     body = Endless()
-    drop(urllib3.HTTPResponse(body, preload_content=False))  # type: ignore[arg-type]
+    discard(urllib3.HTTPResponse(body, preload_content=False))  # type: ignore[arg-type]
     assert body.closed
 
 

@@ -144,7 +144,7 @@ def test_tls_goes_through_a_tunnel(store: Store, registry: Faulty) -> None:
     """What is in it is none of the proxy's business: it sees the host's name alone, and no login."""
     with Tunnel(registry.host).running() as tunnel:
         access = Access(proxies=Proxies(https=tunnel.host))
-        with pytest.raises(errors.Unavailable, match="without TLS"):
+        with pytest.raises(errors.Unavailable, match="does not use TLS"):
             store.images.pull("r.example/some/image:1", access=access)
         assert tunnel.heads[0].startswith(b"CONNECT r.example:443 HTTP/1.")
 

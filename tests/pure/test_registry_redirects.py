@@ -1,4 +1,4 @@
-"""Where a registry leads to, and who is told who we are."""
+"""Redirects of registries, and which hosts get the login."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_url_is_read_as_the_connection_is_made(store: Store, registry: Faulty,
 
 @pytest.mark.parametrize("asks", ['Basic realm="r"', 'Bearer realm="{elsewhere}/token",service="s"'])
 def test_another_host_asks_in_vain(store: Store, registry: Faulty, made: Made, asks: str) -> None:
-    """CVE-2020-15157: whoever a registry leads to is answered no challenge, neither with a login nor with a token."""
+    """CVE-2020-15157: a host that a registry redirects to gets no answer to its challenges, neither login nor token."""
     with Faulty(made).running() as elsewhere:
         challenge = asks.format(elsewhere=f"http://{elsewhere.host}")
         elsewhere.answers.append(lambda _request: Reply(401, WWW_Authenticate=challenge))
@@ -95,7 +95,7 @@ def test_another_host_asks_in_vain(store: Store, registry: Faulty, made: Made, a
             return None
 
         registry.answers.append(guard)
-        with pytest.raises(errors.PermissionDenied, match=f"{elsewhere.host}, where {registry.host} leads to"):
+        with pytest.raises(errors.PermissionDenied, match=f"{elsewhere.host}, to which {registry.host} redirects"):
             pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
         assert {login_of(request) for request in elsewhere.requests} == {None}
         assert elsewhere.asked("token") == []
@@ -143,7 +143,7 @@ def test_a_wrong_password_is_told_once(store: Store, registry: Faulty) -> None:
         pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
     assert "secret" not in str(caught.value)
     assert len(registry.requests) <= 3
-    with pytest.raises(errors.PermissionDenied, match="who you are"):
+    with pytest.raises(errors.PermissionDenied, match="requires a login"):
         pull(store, registry)
 
 
@@ -186,7 +186,7 @@ def test_an_identity_token_stays_with_its_server(store: Store, registry: Faulty,
     with Faulty(made).running() as elsewhere, Faulty(made).running() as third:
         tokens(registry, elsewhere)
         elsewhere.answers.append(lambda _request: Reply(307, Location=f"http://{third.host}/token"))
-        with pytest.raises(errors.PermissionDenied, match="not told"):
+        with pytest.raises(errors.PermissionDenied, match="must not get"):
             pull(store, registry, credentials=Credentials(logins={registry.host: Login(identity_token="id")}))
         assert third.requests == []
 

@@ -1,1 +1,1 @@
-"""Images from and to registries: how they are reached, who we are to them, what they hold."""
+"""Registries: how to reach them and log in, pulls and pushes."""

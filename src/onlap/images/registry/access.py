@@ -1,6 +1,6 @@
-"""How registries are reached: with TLS or without, which certificates count, through which proxies, and as whom.
+"""How to reach registries: with TLS or without, with which certificates, through which proxies, and as whom.
 
-Nothing here reads the environment: the command does, and passes it to :func:`from_environment`.
+Only the command reads the environment, and passes it to :func:`from_environment`.
 
 Sources: containers-certs.d(5) and docs.docker.com/engine/security/certificates (``certs.d``); golang.org/x/net,
 ``http/httpproxy`` (the variables of proxies, as containerd and Docker read them); RFC 6761, section 6.3 (localhost).
@@ -27,12 +27,12 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class Proxies(NamedTuple):
-    """The proxies to go through.
+    """The proxies to use.
 
     Attributes:
         http: for HTTP without TLS, as ``"http://user:password@proxy.example:3128"``; None: no proxy.
-        https: for HTTP with TLS, likewise.
-        exceptions: hosts that are reached without one: a domain with all below it, ``.domain`` for those below it
+        https: for HTTP with TLS; likewise.
+        exceptions: hosts that are reached without a proxy: a domain and its subdomains, ``.domain`` for its subdomains
             only, an address, a network as ``10.0.0.0/8``, each with ``:port`` for that port only; ``*`` for all.
     """
 
@@ -41,10 +41,10 @@ class Proxies(NamedTuple):
     exceptions: tuple[str, ...] = ()
 
     def of(self, url: str) -> str | None:
-        """The proxy for a URL; None: it is reached without one, as this machine itself always is.
+        """The proxy for a URL; None where it is reached without one, as this machine always is.
 
         Raises:
-            InvalidArgument: the proxy is none that can be used.
+            InvalidArgument: the proxy cannot be used.
         """
         scheme, host, port = split(url)
         proxy = self.https if scheme == "https" else self.http
@@ -66,16 +66,16 @@ class Proxies(NamedTuple):
 
 
 class Access(NamedTuple):
-    """How registries are reached.
+    """How to reach registries.
 
     Attributes:
-        plain_http: without TLS; None: without it where a registry on this machine's loopback has none.
-        insecure: do not verify certificates, and do without TLS where the registry has none.
-        ca_file: certificates of authorities in PEM form, which count besides the system's.
-        certs_dirs: directories as ``/etc/docker/certs.d``, the first that knows the registry counts: in
-            ``HOST[:PORT]/`` each ``*.crt`` holds authorities, and ``*.cert`` with ``*.key`` is our own certificate.
-        proxies: to go through.
-        credentials: who we are.
+        plain_http: use no TLS; None: only where a registry on this machine's loopback has none.
+        insecure: do not verify certificates, and use no TLS where the registry has none.
+        ca_file: certificates of authorities in PEM form, trusted besides the system's.
+        certs_dirs: directories as ``/etc/docker/certs.d``, of which the first that has the registry counts: in
+            ``HOST[:PORT]/`` each ``*.crt`` holds authorities, and ``*.cert`` with ``*.key`` is a client certificate.
+        proxies: to use.
+        credentials: to log in with.
     """
 
     plain_http: bool | None = None
@@ -86,7 +86,7 @@ class Access(NamedTuple):
     credentials: Credentials = Credentials()
 
     def contexts(self, registry: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-        """What TLS needs to know, for the registry itself and for where it leads to, which is not shown who we are.
+        """The TLS contexts for the registry and for hosts that it redirects to, which get no client certificate.
 
         Args:
             registry: the host, with its port where names have one.
@@ -94,20 +94,21 @@ class Access(NamedTuple):
         Raises:
             NotFound, PermissionDenied, InvalidArgument: a file with certificates cannot be read, or holds none.
         """
-        itself, elsewhere = self._context(), self._context()
+        registry_context, other_context = self._context(), self._context()
         for path in self._certificates(registry):
             if path.endswith(".crt"):
-                for context in (itself, elsewhere):
+                for context in (registry_context, other_context):
                     _load(path, partial(context.load_verify_locations, path))
             elif path.endswith(".cert"):
-                # Without a password to try, OpenSSL would ask for it on the terminal.
-                _load(path, partial(itself.load_cert_chain, path, path.removesuffix(".cert") + ".key", ""))
-        return itself, elsewhere
+                # Without a password to try, OpenSSL would ask for one on the terminal.
+                key = path.removesuffix(".cert") + ".key"
+                _load(path, partial(registry_context.load_cert_chain, path, key, ""))
+        return registry_context, other_context
 
     def _context(self) -> ssl.SSLContext:
         context = ssl.create_default_context()
-        # Python's default since 3.13. Certificates of authorities that people made themselves often lack the key usage
-        # that it wants; Docker, Podman and curl take them.
+        # Python's default since 3.13. Self-made certificates of authorities often lack the key usage that it demands;
+        # Docker, Podman and curl accept them.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         if self.ca_file is not None:
             _load(self.ca_file, partial(context.load_verify_locations, self.ca_file))
@@ -122,7 +123,7 @@ class Access(NamedTuple):
             try:
                 return [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
             except (FileNotFoundError, NotADirectoryError, PermissionError):
-                continue  # the last of what is root's alone; Podman passes it over, too
+                continue  # the last where only root may read it; Podman skips it, too
             except OSError as error:
                 raise errors.from_oserror(error, doing="look for certificates", key=directory) from error
         return []
@@ -136,10 +137,10 @@ def from_environment(
     insecure: bool = False,
     ca_file: str | None = None,
 ) -> Access:
-    """The access that Docker's and Podman's users have configured.
+    """The access that is configured for Docker and Podman.
 
     Args:
-        environment: the variables; those of proxies count in either case, the lower case first.
+        environment: the variables; those of proxies in upper or lower case, lower case first.
         user: the ID of the user whose files count.
         plain_http, insecure, ca_file: see :class:`Access`.
     """
@@ -160,19 +161,19 @@ def from_environment(
 
 
 def split(url: str) -> tuple[str, str, int]:
-    """The scheme, the host and the port of a URL, as the connection is made to it.
+    """The scheme, the host and the port of a URL, as urllib3 connects to it.
 
-    Not by the standard library: of ``https://a\\@b/`` it says that ``b`` is the host, and urllib3 goes to ``a``.
+    The standard library differs: for ``https://a\\@b/`` its host is ``b``, and urllib3 connects to ``a``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a URL.
     """
     parts = parse_url(url)
     return parts.scheme or "", (parts.host or "").strip("[]"), parts.port or _PORTS.get(parts.scheme or "", 0)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine itself, where nobody else can listen in."""
+    """Whether a host is this machine, where nobody else can eavesdrop."""
     address = _address(host)
     return address.is_loopback if address is not None else host == "localhost" or host.endswith(".localhost")
 
@@ -194,7 +195,7 @@ def _matches(rule: str, host: str, port: int) -> bool:
             # An address is a network of one.
             return address in ipaddress.ip_network(rule, strict=False)
         except ValueError:
-            pass  # it has a port, or is a domain
+            pass  # the rule has a port, or is a domain
     try:
         parts = urlsplit(f"//{rule}")
         wanted, only = parts.hostname or "", parts.port
@@ -207,7 +208,7 @@ def _matches(rule: str, host: str, port: int) -> bool:
 
 
 def _without_password(url: str) -> str:
-    """A URL of a proxy as messages may show it."""
+    """The URL of a proxy as messages may show it."""
     start, at, rest = url.rpartition("@")
     return f"{start.partition('://')[0]}://...@{rest}" if at else url
 
@@ -219,7 +220,7 @@ def _load(path: str, load: Callable[[], None]) -> None:
         raise errors.InvalidArgument(
             f"no certificates in {shown(path)}: {error}",
             key=path,
-            hint="they are wanted in PEM form, keys without a password",
+            hint="they must be in PEM form, and keys without a password",
         ) from error
     except OSError as error:
         raise errors.from_oserror(error, doing=f"read the certificates of {shown(path)}", key=path) from error

@@ -1,4 +1,4 @@
-"""What a registry asks for before it answers.
+"""Challenges for authentication.
 
 Source: RFC 9110, section 11.6.1.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Challenge(NamedTuple):
-    """What a registry asks for.
+    """What a registry asks for before it answers.
 
     Attributes:
         scheme: in lower case, as ``"bearer"``.
@@ -28,7 +28,7 @@ _SCHEME = re.compile(rf"({_WORD})(?:\s+|$)")
 
 
 def challenges(headers: Sequence[str]) -> list[Challenge]:
-    """What the headers ``WWW-Authenticate`` say (RFC 9110, section 11.6.1); what cannot be understood is left out."""
+    """The challenges of the headers ``WWW-Authenticate``; those that cannot be parsed are left out."""
     found = []
     for header in headers:
         position = 0

@@ -1,4 +1,4 @@
-"""HTTP connections to a registry and to where it leads: TLS, proxies, and which errors pass."""
+"""HTTP connections to a registry and to hosts that it redirects to: TLS, proxies, and which errors are transient."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from onlap.errors import shown
 from onlap.images.registry.access import Access, is_loopback, split
 
 _TIMEOUT = urllib3.Timeout(connect=15.0, read=60.0)
-# Seconds for a registry on this machine to show whether it has TLS.
+# Seconds for a registry on this machine to answer whether it has TLS.
 _PROBE_TIMEOUT = 5.0
 _SIMULTANEOUS = 8
-# Bytes of a body that are read for the sake of its connection.
-_SHORT = 64 << 10
+# Bytes of an unwanted body that are read so that its connection can be used again.
+_MAX_DISCARDED = 64 << 10
 
 
 class TransientError(Exception):
-    """The connection broke, or the registry is too busy: the same request may succeed.
+    """The connection broke, or the registry is too busy: the same request may succeed later.
 
     Attributes:
-        after: seconds that the registry asks to wait; None where it does not.
+        after: seconds to wait, as the registry asks; None where it does not.
     """
 
     def __init__(self, why: str, after: float | None = None) -> None:
@@ -38,49 +38,49 @@ class TransientError(Exception):
         self.after = after
 
 
-# What is sent: bytes, or pieces that are made while they are sent, and so can be sent once.
+# Of a request: bytes, or pieces that are read while they are sent, and so can be sent only once.
 Body = bytes | Iterable[bytes] | None
 
 
 class Connections:
-    """Connections that are kept. Used by several threads.
+    """Persistent connections. Used by several threads.
 
     Args:
-        access: how to reach them.
-        name: of the registry, as the names of images and ``certs.d`` have it.
-        host: where it is, with the port where that is not its scheme's.
+        access: how to reach the registry.
+        name: of the registry, as in names of images and ``certs.d``.
+        host: of the registry, with its port where that is not the scheme's.
     """
 
     def __init__(self, access: Access, name: str, host: str) -> None:
         if access.insecure:
-            # Whoever asked for it need not be warned at each request.
+            # Whoever asked for it need not be warned of each request.
             urllib3.disable_warnings(InsecureRequestWarning)
         self._access = access
         self._name = name
         self.plain = _is_plain(access, host)
-        self._itself = split(f"{'http' if self.plain else 'https'}://{host}")
+        self._registry = split(f"{'http' if self.plain else 'https'}://{host}")
         self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
         self._pools: dict[tuple[str | None, bool], urllib3.PoolManager] = {}
         self._mutex = threading.Lock()
 
     def may_reach(self, scheme: str, host: str) -> bool:
-        """Whether a registry may lead to a host: without TLS only where nobody else can listen in, or we were told."""
-        told = self._access.plain_http or self._access.insecure
-        return scheme == "https" or (scheme == "http" and self.plain and (told or is_loopback(host)))
+        """Whether a registry may redirect to a host: without TLS only where nobody can eavesdrop, or by our options."""
+        allowed = self._access.plain_http or self._access.insecure
+        return scheme == "https" or (scheme == "http" and self.plain and (allowed or is_loopback(host)))
 
     def close(self) -> None:
-        """Close all."""
+        """Close all connections."""
         with self._mutex:
             for pool in self._pools.values():
                 pool.clear()
 
     def request(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> urllib3.BaseHTTPResponse:
-        """One request to one host, whose answer is still to be read.
+        """Send one request to one host; the body of the response is still to be read.
 
         Raises:
-            TransientError: it may succeed another time.
-            PermissionDenied: the host's certificate, or the proxy's, is not to be trusted.
-            Unavailable: the host does not talk TLS.
+            TransientError: it may succeed later.
+            PermissionDenied: the certificate of the host or of the proxy is not trusted.
+            Unavailable: the host has no TLS.
             FailedPrecondition: the URL cannot be used.
         """
         pool = self._pool(url)
@@ -99,23 +99,23 @@ class Connections:
             raise self._untrusted(error, url) from error
         except ProxyError as error:
             raise self._untrusted(error, self._access.proxies.of(url) or url) from error
-        except ValueError as error:  # of a host name that is none, from wherever it is looked at first
+        except ValueError as error:  # an invalid host name, from wherever it is parsed first
             raise errors.FailedPrecondition(
-                f"{self._name} leads to {shown(url)}, which cannot be used: {shown(error)}", key=self._name
+                f"{self._name} refers to {shown(url)}, which cannot be used: {shown(error)}", key=self._name
             ) from error
         except (HTTPError, OSError, http.client.HTTPException) as error:
             raise TransientError(reason(error)) from error
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         proxy = self._access.proxies.of(url)
-        itself = split(url) == self._itself
+        is_registry = split(url) == self._registry
         with self._mutex:
             if self._contexts is None:
                 self._contexts = self._access.contexts(self._name)
-            pool = self._pools.get((proxy, itself))
+            pool = self._pools.get((proxy, is_registry))
             if pool is None:
-                pool = _made(proxy, self._contexts[0 if itself else 1], self._contexts[1])
-                self._pools[proxy, itself] = pool
+                pool = _new_pool(proxy, self._contexts[0 if is_registry else 1], self._contexts[1])
+                self._pools[proxy, is_registry] = pool
             return pool
 
     def _untrusted(self, error: SSLError | ProxyError, url: str) -> Exception:
@@ -123,43 +123,48 @@ class Connections:
         host = shown(urlsplit(url).netloc.rpartition("@")[2])
         if "CERTIFICATE_VERIFY_FAILED" in said:
             return errors.PermissionDenied(
-                f"the certificate of {host} is not to be trusted: {shown(said)}",
+                f"the certificate of {host} is not trusted: {shown(said)}",
                 key=self._name,
-                hint="name its authority with --ca-file, or put that into /etc/containers/certs.d",
+                hint="give its authority with --ca-file, or put it into /etc/containers/certs.d",
             )
         if "WRONG_VERSION_NUMBER" in said and isinstance(error, SSLError):
             return errors.Unavailable(
-                f"{host} talks without TLS", key=self._name, hint="if you trust the network: --plain-http"
+                f"{host} does not use TLS", key=self._name, hint="if you trust the network: --plain-http"
             )
         return TransientError(reason(error))
 
 
-def whole(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
-    """A body, of which no more than ``limit`` bytes and one are read.
+def read_body(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
+    """The body of a response, of which at most ``limit`` bytes and one more are read.
 
     Raises:
-        HTTPError, OSError: it does not come, or not all of it.
+        HTTPError, OSError: it cannot be read, or ends too early.
     """
     data = response.read(limit + 1, decode_content=False)
-    # Where the connection ended too early, the end is what says so.
+    # Only a read at the end reports a connection that ended too early.
     return data if len(data) > limit else data + response.read(1, decode_content=False)
 
 
-def drop(response: urllib3.BaseHTTPResponse) -> None:
-    """Be done with an answer whose body says nothing: a short one is read for its connection, one may be endless."""
+def discard(response: urllib3.BaseHTTPResponse) -> None:
+    """Close a response without its body; a short body is read, so that the connection can be used again."""
     with suppress(HTTPError, OSError):
-        whole(response, _SHORT)
+        read_body(response, _MAX_DISCARDED)
+    close(response)
+
+
+def close(response: urllib3.BaseHTTPResponse) -> None:
+    """Close a response and its connection, unless all of the body was read."""
     response.close()
     response.release_conn()
 
 
 def reason(error: Exception) -> str:
-    """What an error of urllib3 says in the end."""
+    """The message of the innermost error of urllib3."""
     inner = error.reason if isinstance(error, MaxRetryError) and error.reason is not None else error
     return str(inner) or type(inner).__name__
 
 
-def _made(proxy: str | None, context: ssl.SSLContext, to_proxy: ssl.SSLContext) -> urllib3.PoolManager:
+def _new_pool(proxy: str | None, context: ssl.SSLContext, to_proxy: ssl.SSLContext) -> urllib3.PoolManager:
     if proxy is None:
         return urllib3.PoolManager(maxsize=_SIMULTANEOUS, timeout=_TIMEOUT, ssl_context=context)
     parts = urlsplit(proxy)
@@ -186,13 +191,13 @@ def _is_plain(access: Access, host: str) -> bool:
 
 
 def _answers_plain_http(name: str, port: int, host: str) -> bool:
-    """Whether an HTTP server without TLS is there.
+    """Whether an HTTP server without TLS answers.
 
-    One with TLS answers a request in plain text with a TLS alert, or as nginx and Go's net/http do with status 400.
+    One with TLS answers a request in plain text with a TLS alert or, like nginx and Go's net/http, with status 400.
     """
     request = f"GET /v2/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
     answer = b""
-    # Whatever goes wrong here goes wrong again, and with a better message, in the first request.
+    # Whatever fails here fails again, with a better message, in the first request.
     with suppress(OSError), socket.create_connection((name, port), _PROBE_TIMEOUT) as connection:
         connection.sendall(request.encode())
         while len(answer) < len(b"HTTP/1.1 200") and (data := connection.recv(64)):

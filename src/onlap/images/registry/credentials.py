@@ -1,6 +1,6 @@
-"""Who we are to a registry: from the files of Docker and Podman, and their helpers.
+"""Logins for registries: from the files of Docker and Podman, and their credential helpers.
 
-Nothing here reads the environment: the command does, and passes it in.
+Only the command reads the environment, and passes it in.
 
 Sources: docs.docker.com/reference/cli/docker/login ("Credential stores", "Credential helper protocol");
 containers-auth.json(5).
@@ -27,18 +27,18 @@ _HUB_SERVER = "https://index.docker.io/v1/"
 _TOKEN_USER = "<token>"
 _HELPER = re.compile(r"[A-Za-z0-9_.-]+")
 _NOT_FOUND = "credentials not found"
-# A helper may ask its keychain, which may ask a person.
+# Seconds. A helper may ask a keychain, which may ask a person.
 _HELPER_TIMEOUT = 120.0
 _MAX_FILE = 8 << 20
 
 
 class Login(NamedTuple):
-    """What proves who we are.
+    """A login.
 
     Attributes:
-        username: empty with an identity token.
-        password: empty likewise.
-        identity_token: what an OAuth2 server gave at a login before.
+        username: empty where there is an identity token.
+        password: empty where there is an identity token.
+        identity_token: from an OAuth2 server, at an earlier login.
     """
 
     username: str = ""
@@ -46,11 +46,11 @@ class Login(NamedTuple):
     identity_token: str = ""
 
     def __repr__(self) -> str:
-        return f"Login({self.username!r}, ...)"  # a traceback must not show the rest
+        return f"Login({self.username!r}, ...)"  # a traceback must not show the secrets
 
     @property
     def basic(self) -> str:
-        """The value of an Authorization header."""
+        """The value of the header ``Authorization``."""
         return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode("utf-8", "replace")).decode()
 
 
@@ -58,9 +58,9 @@ class Credentials:
     """Finds the login for a registry.
 
     Args:
-        files: configuration files, the first that knows the registry wins; those that do not exist are skipped.
-        environment: of credential helpers, with a PATH to find them on; None: helpers are not run.
-        logins: by registry; before all files.
+        files: configuration files, of which the first that has the registry counts; missing ones are skipped.
+        environment: of credential helpers, with the PATH to find them; None: helpers are not run.
+        logins: by registry; they take precedence over all files.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Credentials:
         """The login for a repository; None where there is none.
 
         Raises:
-            InvalidArgument: a file cannot be understood.
+            InvalidArgument: a file cannot be parsed.
             FailedPrecondition: a credential helper failed.
         """
         if registry in self._logins:
@@ -99,7 +99,7 @@ class Credentials:
             if isinstance(helper, str) and helper:
                 return self._ask(helper, host, path)
         auths = {_key(key): value for key, value in _table(document, "auths", path).items()}
-        # containers-auth.json(5): the longest path that leads to the repository counts.
+        # containers-auth.json(5): the entry with the longest path to the repository counts.
         for host in hosts:
             parts = [host, *repository.split("/")] if repository else [host]
             for length in range(len(parts), 0, -1):
@@ -118,7 +118,9 @@ class Credentials:
         if self._environment is None:
             return None
         if not _HELPER.fullmatch(helper):
-            raise errors.InvalidArgument(f"{shown(path)}: no name of a credential helper: {shown(helper)}", key=path)
+            raise errors.InvalidArgument(
+                f"{shown(path)}: {shown(helper)} is not a name of a credential helper", key=path
+            )
         program = f"docker-credential-{helper}"
         try:
             done = subprocess.run(
@@ -131,7 +133,7 @@ class Credentials:
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise errors.FailedPrecondition(
-                f"{program} cannot be run: {error}", key=program, hint=f"install it, or take it out of {shown(path)}"
+                f"{program} cannot be run: {error}", key=program, hint=f"install it, or remove it from {shown(path)}"
             ) from error
         output = done.stdout.decode("utf-8", "replace")
         if done.returncode:
@@ -144,14 +146,14 @@ class Credentials:
             answer = json.loads(output)
             username, secret = str(answer["Username"]), str(answer["Secret"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise errors.FailedPrecondition(f"{program} gave no credentials", key=program) from error
+            raise errors.FailedPrecondition(f"{program} printed no credentials", key=program) from error
         if username == _TOKEN_USER:
             return Login(identity_token=secret)
         return Login(username, secret)
 
 
 def default_files(environment: Mapping[str, str], user: int) -> list[str]:
-    """Where Podman and Docker keep credentials, in the order in which Podman looks (containers-auth.json(5)).
+    """The files in which Podman and Docker keep credentials, in Podman's order (containers-auth.json(5)).
 
     Args:
         environment: the variables.
@@ -163,7 +165,7 @@ def default_files(environment: Mapping[str, str], user: int) -> list[str]:
     files = []
     home = environment.get("HOME", "")
     runtime = environment.get("XDG_RUNTIME_DIR")
-    # Podman as root, and whoever has no session, writes the second.
+    # The second is written by Podman as root, and for users without a session.
     files += [os.path.join(runtime, "containers/auth.json")] if runtime else []
     files.append(f"/run/containers/{user}/auth.json")
     configuration = environment.get("XDG_CONFIG_HOME") or (os.path.join(home, ".config") if home else "")
@@ -179,10 +181,10 @@ def _read(path: str) -> dict[str, Any] | None:
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_FILE)
-    except (FileNotFoundError, NotADirectoryError):  # the latter of who has /dev/null for a home
+    except (FileNotFoundError, NotADirectoryError):  # the latter where the home is /dev/null
         return None
     except OSError as error:
-        if isinstance(error, PermissionError) and not _can_be_seen(path):
+        if isinstance(error, PermissionError) and not _is_visible(path):
             return None
         raise errors.from_oserror(error, doing="read the credentials", key=path) from error
     try:
@@ -194,9 +196,9 @@ def _read(path: str) -> dict[str, Any] | None:
     return document
 
 
-def _can_be_seen(path: str) -> bool:
-    """Whether we may know that there is a file. What lies in another's closed directory, as root's "podman login" makes
-    /run/containers, is not ours.
+def _is_visible(path: str) -> bool:
+    """Whether the file can be seen. One in another user's closed directory, such as the /run/containers that root's
+    "podman login" makes, is not for us.
     """
     try:
         os.stat(path)
@@ -215,7 +217,7 @@ def _table(document: dict[str, Any], name: str, path: str) -> dict[str, Any]:
 
 
 def _key(key: str) -> str:
-    """A registry as files name it, ``https://index.docker.io/v1/``, without what says nothing."""
+    """A registry's key in a file, as ``https://index.docker.io/v1/``, without scheme and version."""
     key = key.removeprefix("https://").removeprefix("http://").rstrip("/")
     return key.removesuffix("/v1").removesuffix("/v2")
 

@@ -29,7 +29,7 @@ def push(
     reference = names.parse(target)
     if reference.digest is not None and reference.digest != image.digest:
         raise errors.InvalidArgument(
-            f"{image.name} is {image.digest}, which {target} is not", key=target, hint="push to a tag"
+            f"{image.name} has the digest {image.digest}, and {target} another", key=target, hint="push to a tag"
         )
     sources = _sources(images, reference)
     content = images.content
@@ -53,7 +53,7 @@ def push(
 
 
 def _sources(images: Index, target: Reference) -> dict[str, list[str]]:
-    """The repositories of the target's registry that are known to have a blob, since images of ours came from there."""
+    """Repositories of the target's registry that have a layer, by its digest: images here have their names."""
     found: dict[str, list[str]] = {}
     for image in images.list():
         reference = names.parse(image.name)

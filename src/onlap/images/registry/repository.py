@@ -1,4 +1,4 @@
-"""What a repository holds: manifests and blobs, read and written.
+"""The manifests and blobs of a repository, read and written.
 
 Source: the OCI distribution specification 1.1 ("Pull", "Push").
 """
@@ -21,17 +21,17 @@ from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.digests import digest_of
 
 _PIECE = 256 * 1024
-# Bytes of a chunk, for a registry that takes no larger requests: proxies before registries let 100 MB through at most
-# (Cloudflare), or 1 MB where nobody configured nginx, which no registry works with.
+# Bytes of a chunk, for a registry that accepts no larger requests: proxies before registries accept up to 100 MB
+# (Cloudflare), or 1 MB where nginx is not configured, with which no registry works.
 CHUNK = 8 << 20
-# The largest chunk that a registry may ask for, since one is held in memory.
+# The largest chunk that a registry may ask for, since a chunk is held in memory.
 _MAX_CHUNK = 64 << 20
 # A size has at most 19 digits; int() refuses more than 4,300.
 _RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,19})")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/(?:[0-9]{1,19}|\*)")
 _SIZE = re.compile(r"[0-9]{1,19}")
 
-_AS_IT_IS = {"Accept-Encoding": "identity"}
+_UNENCODED = {"Accept-Encoding": "identity"}
 _NO_BODY = {"Content-Length": "0"}
 
 OnProgress = Callable[[int], None]
@@ -41,7 +41,7 @@ class Repository:
     """Manifests and blobs of one repository.
 
     Args:
-        session: the way to it; left open.
+        session: for the repository; left open.
     """
 
     def __init__(self, session: RegistrySession) -> None:
@@ -59,7 +59,7 @@ class Repository:
 
         Raises:
             NotFound: there is none.
-            DigestMismatch: it is another one.
+            DigestMismatch: it does not have the digest.
             OnlapError: see :meth:`RegistrySession.request`.
         """
         accept = {"Accept": ", ".join(media.ACCEPT)}
@@ -73,8 +73,8 @@ class Repository:
         return answer.data, answer.headers.get("Content-Type", "").partition(";")[0].strip()
 
     def small_blob(self, digest: str, limit: int) -> bytes:
-        """All of a small blob; errors as of :meth:`manifest`."""
-        request = Request("GET", f"blobs/{digest}", self._pull, (200,), f"read {digest}", _AS_IT_IS, limit=limit)
+        """All of a small blob; raises as :meth:`manifest` does."""
+        request = Request("GET", f"blobs/{digest}", self._pull, (200,), f"read {digest}", _UNENCODED, limit=limit)
         answer = self._session.request(request)
         check_same(digest_of(answer.data), len(answer.data), digest, None)
         return answer.data
@@ -90,7 +90,7 @@ class Repository:
         Raises:
             NotFound: there is none.
             DigestMismatch: the registry sent something else; nothing is kept.
-            Unavailable: the connection kept breaking; what has come is kept.
+            Unavailable: the connection kept breaking; what was received is kept.
             OnlapError: of another kind, as :meth:`RegistrySession.request`.
         """
         doing = f"fetch {blob.digest}"
@@ -129,34 +129,34 @@ class Repository:
         if partial.offset == blob.size:
             return
         rest = {"Range": f"bytes={partial.offset}-"} if partial.offset else {}
-        request = Request("GET", f"blobs/{blob.digest}", self._pull, (200, 206, 416), doing, {**_AS_IT_IS, **rest})
+        request = Request("GET", f"blobs/{blob.digest}", self._pull, (200, 206, 416), doing, {**_UNENCODED, **rest})
         with self._session.opened(request) as (response, _):
             if response.status == 416:
                 partial.restart()
-                raise TransientError("it has not the rest of what came before")
+                raise TransientError("it does not have the rest of what was received")
             match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
             if response.status == 200:
                 if partial.offset:
-                    partial.restart()  # it does not know ranges
+                    partial.restart()  # it does not support ranges
             elif match is None or int(match[1]) != partial.offset:
                 partial.restart()
-                raise TransientError("it sent another part than was asked for")
+                raise TransientError("it sent another part than it was asked for")
             while data := response.read(_PIECE, decode_content=False):
                 try:
                     partial.write(data)
-                except OSError as error:  # of the disk; the connection's would mean to try again
+                except OSError as error:  # of the disk; one of the connection is transient
                     raise errors.from_oserror(error, doing=doing, key=blob.digest) from error
                 on_progress(partial.offset)
             if partial.offset < blob.size:
                 if response.status == 200:
-                    self._short(partial, response.headers, blob.size)
+                    self._check_length(partial, response.headers, blob.size)
                 raise TransientError("the connection ended too early")
 
-    def _short(self, partial: Partial, headers: Mapping[str, str], size: int) -> None:
-        """A whole answer that is too short is no accident: the registry has something else."""
+    def _check_length(self, partial: Partial, headers: Mapping[str, str], size: int) -> None:
+        """Fail where a complete response is too short: the registry has something else."""
         length = headers.get("Content-Length", "")
         if _SIZE.fullmatch(length) and int(length) < size and partial.offset == int(length):
-            partial.commit()  # raises, and drops what came
+            partial.commit()  # raises, and deletes what was received
 
     # Writing
 
@@ -166,10 +166,10 @@ class Repository:
         return self._session.request(request).status == 200
 
     def send(self, file: BinaryIO, blob: Descriptor, sources: list[str], on_progress: OnProgress) -> None:
-        """Send a blob, unless it is there, or can be taken from another repository.
+        """Send a blob, unless it is there, or can be mounted from another repository.
 
         Args:
-            file: to read from; it can seek.
+            file: to read from; seekable.
             blob: which.
             sources: repositories of the same registry that may have it.
             on_progress: called with the bytes sent; what it raises ends the work.
@@ -179,7 +179,7 @@ class Repository:
         """
         doing = f"send {blob.digest}"
         for number in range(1, ATTEMPTS + 1):
-            # After a connection that broke, too: the registry may have all, and only its answer was lost.
+            # Also after a broken connection: the registry may have all, and only its answer was lost.
             if self.has_blob(blob.digest):
                 break
             upload = self._start(blob.digest, sources, doing)
@@ -195,7 +195,7 @@ class Repository:
         on_progress(blob.size)
 
     def _upload(self, upload: Answer, file: BinaryIO, blob: Descriptor, on_progress: OnProgress, doing: str) -> None:
-        """Send a blob in one request, as every registry takes it; in chunks where it is too large for this one.
+        """Send a blob in one request, which every registry supports; in chunks where this registry finds it too large.
 
         Amazon's and Google's registries refuse more than one PATCH (distribution specification, "Pushing blobs
         monolithically").
@@ -206,7 +206,7 @@ class Repository:
             self._put(location, blob.digest, headers, _pieces(file, on_progress), doing)
         except errors.ResourceExhausted:
             again = self._start(blob.digest, [], doing)
-            assert again is not None  # without a source there is nothing to take it from
+            assert again is not None  # without a source it cannot be mounted
             location = self._send_chunks(self._location(again), _chunk_size(again), file, blob.size, on_progress, doing)
             self._put(location, blob.digest, _NO_BODY, b"", doing)
 
@@ -216,24 +216,24 @@ class Repository:
         try:
             self._session.once(Request("PUT", where, self._push, (201, 204), doing, headers, body))
         except errors.NotFound as error:
-            raise TransientError(str(error)) from error  # it forgot the upload, as it may: that is begun again
+            raise TransientError(str(error)) from error  # it forgot the upload, as it may: start again
 
     def _start(self, digest: str, sources: list[str], doing: str) -> Answer | None:
-        """Begin an upload; None when the registry took the blob from another repository."""
+        """Start an upload; None where the registry mounted the blob from another repository."""
         for source in sources:
             where = f"blobs/uploads/?mount={quote(digest)}&from={quote(source)}"
             scope = f"{self._push} repository:{source}:pull"
             try:
                 answer = self._session.request(Request("POST", where, scope, (201, 202), doing, _NO_BODY))
             except (errors.PermissionDenied, errors.NotFound):
-                continue  # not ours to read, or gone: then it is sent
+                continue  # it may not be read, or is gone: the blob is sent
             return None if answer.status == 201 else answer
         return self._session.request(Request("POST", "blobs/uploads/", self._push, (202,), doing, _NO_BODY))
 
     def _send_chunks(
         self, location: str, chunk: int, file: BinaryIO, size: int, on_progress: OnProgress, doing: str
     ) -> str:
-        """Send a blob chunk by chunk; where the upload ends."""
+        """Send a blob chunk by chunk; returns the location where the upload ends."""
         offset = failures = 0
         while offset < size:
             file.seek(offset)
@@ -248,7 +248,7 @@ class Repository:
                     Request("PATCH", location, self._push, (202, 204, 416), doing, headers, data)
                 )
                 if answer.status == 416:
-                    raise TransientError("it has another part than we think")
+                    raise TransientError("it has received another part than was sent")
             except errors.NotFound as error:
                 raise TransientError(str(error)) from error
             except TransientError as error:
@@ -256,7 +256,7 @@ class Repository:
                 if failures >= ATTEMPTS:
                     raise
                 self._session.wait(failures, error)
-                location, offset = self._where(location, doing)
+                location, offset = self._offset(location, doing)
                 continue
             failures = 0
             location = self._location(answer)
@@ -264,11 +264,11 @@ class Repository:
             on_progress(offset)
         return location
 
-    def _where(self, location: str, doing: str) -> tuple[str, int]:
-        """How far an interrupted upload is."""
+    def _offset(self, location: str, doing: str) -> tuple[str, int]:
+        """The location of an interrupted upload, and the bytes that the registry has."""
         answer = self._session.request(Request("GET", location, self._push, (204,), doing))
         match = _RANGE.fullmatch(answer.headers.get("Range", ""))
-        # "0-0" is what an upload without a byte says, and what one with a single byte would.
+        # "0-0" stands for an upload without a byte, and also for one with a single byte.
         end = int(match[1]) if match is not None else 0
         return self._location(answer) if answer.headers.get("Location") else location, end + 1 if end else 0
 
@@ -276,7 +276,7 @@ class Repository:
         location = answer.headers.get("Location")
         if not location:
             raise errors.FailedPrecondition(
-                f"{shown(self._session.registry)} does not say where to send to", key=self._session.registry
+                f"{shown(self._session.registry)} does not say where to send the blob", key=self._session.registry
             )
         return self._session.absolute(answer.url, location)
 
@@ -284,7 +284,7 @@ class Repository:
         """Write a manifest under a tag or its digest; returns the digest.
 
         Raises:
-            DigestMismatch: the registry understood something else.
+            DigestMismatch: the registry has another digest for it.
             OnlapError: see :meth:`RegistrySession.request`.
         """
         headers = {"Content-Type": media_type}
@@ -298,13 +298,13 @@ class Repository:
 
 
 def _chunk_size(upload: Answer) -> int:
-    """Bytes of a chunk that a registry takes (distribution specification, "Pushing a blob in chunks")."""
+    """Bytes of a chunk for an upload (distribution specification, "Pushing a blob in chunks")."""
     least = upload.headers.get("OCI-Chunk-Min-Length", "")
     return min(max(CHUNK, int(least)), _MAX_CHUNK) if _SIZE.fullmatch(least) else CHUNK
 
 
 def _pieces(file: BinaryIO, on_progress: OnProgress) -> Iterator[bytes]:
-    """A whole file, piece by piece; reporting how much was taken."""
+    """A whole file, piece by piece, with progress."""
     file.seek(0)
     sent = 0
     while data := file.read(_PIECE):

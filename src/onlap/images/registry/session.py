@@ -1,4 +1,4 @@
-"""Requests to one repository of a registry: authentication, redirects, and trying again.
+"""Requests to one repository of a registry: authentication, redirects and retries.
 
 Sources: the OCI distribution specification 1.1; RFC 9110 (redirects, ranges); distribution.github.io, "Token
 Authentication Specification" and "OAuth2 Token Authentication".
@@ -24,12 +24,12 @@ from onlap.arguments import check_kind
 from onlap.errors import shown
 from onlap.images.registry.access import Access, split
 from onlap.images.registry.challenges import Challenge, challenges
-from onlap.images.registry.connections import Body, Connections, TransientError, drop, reason, whole
+from onlap.images.registry.connections import Body, Connections, TransientError, close, discard, read_body, reason
 from onlap.images.registry.credentials import Login
 from onlap.images.spec.names import DOCKER_HUB, Reference
 
 _HUB_HOST = "registry-1.docker.io"
-# Attempts at one request, and at one blob without a byte of progress.
+# Attempts at one request, and at one blob without progress.
 ATTEMPTS = 5
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 15.0
@@ -37,24 +37,24 @@ _MAX_REDIRECTS = 5
 _MAX_ANSWER = 1 << 20
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# Whatever is longer says nothing, and int() refuses more than 4,300 digits.
+# Longer numbers are ignored, and int() refuses more than 4,300 digits.
 _SECONDS = re.compile(r"[0-9]{1,9}")
-# RFC 6750, section 2.1. What else a server sends as a token could end the header that it is put into.
+# RFC 6750, section 2.1. Other characters in a token could end the header that it is put into.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")
 
 
 class Request(NamedTuple):
-    """What is asked of a registry.
+    """A request to a registry.
 
     Attributes:
         method: of HTTP.
-        where: below the repository, or a whole URL.
-        scope: what it needs to be allowed, as ``"repository:a:pull"``.
-        good: statuses that are no error.
+        where: a path below the repository, or a whole URL.
+        scope: the permission that it needs, as ``"repository:a:pull"``.
+        good: the statuses that are not errors.
         doing: for messages, as ``"read the manifest"``.
         headers: more of them.
         body: to send.
-        limit: bytes of an answer that are read.
+        limit: bytes of the response that are read.
     """
 
     method: str
@@ -72,9 +72,9 @@ class Answer(NamedTuple):
 
     Attributes:
         status: of HTTP.
-        headers: by name, whatever the case.
+        headers: by name, in upper or lower case.
         data: the body.
-        url: that answered, after redirects.
+        url: of the response, after redirects.
     """
 
     status: int
@@ -88,29 +88,29 @@ class _Reply(NamedTuple):
 
     Attributes:
         response: of urllib3.
-        url: that answered, after redirects.
-        itself: whether it is the registry's own, and no other host's to which it led.
+        url: of the response, after redirects.
+        from_registry: whether the registry itself responded, and not a host that it redirected to.
     """
 
     response: urllib3.BaseHTTPResponse
     url: str
-    itself: bool
+    from_registry: bool
 
 
 class RegistrySession:
-    """The way to one repository. Used by several threads.
+    """A session with one repository. Used by several threads.
 
-    Only the registry itself is told who we are, and only its own challenges are answered: where it leads to is
-    somebody else's, who could ask for our login otherwise (CVE-2020-15157).
+    The login is sent only to the registry itself, and only its challenges are answered: a host that it redirects to
+    could otherwise ask for the login (CVE-2020-15157).
 
     Args:
-        registry: the host, as names have it.
-        repository: in it.
-        access: how to reach it.
+        registry: its host, as in names of images.
+        repository: its path in the registry.
+        access: how to reach the registry.
         halt: set when the work is given up; by default never.
 
     Raises:
-        InvalidArgument: the host is none.
+        InvalidArgument: it is not a host.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class RegistrySession:
         self._halt = halt or threading.Event()
         self._mutex = threading.Lock()
         self._login: Login | None = None
-        self._looked = False
-        # What worked: the header for requests with a scope.
+        self._login_known = False
+        # The header ``Authorization``, by the scope of requests.
         self._authorization: dict[str, str] = {}
 
     def close(self) -> None:
@@ -144,11 +144,11 @@ class RegistrySession:
     # Requests
 
     def request(self, request: Request) -> Answer:
-        """The answer to a request, which is small; tried again while that may help.
+        """Send a request whose response is small, with retries.
 
         Raises:
-            NotFound, PermissionDenied, FailedPrecondition, Unavailable: what the registry says.
-            ResourceExhausted: the answer is larger than the request's limit.
+            NotFound, PermissionDenied, FailedPrecondition, Unavailable: as the registry says.
+            ResourceExhausted: the response is larger than the request's limit, or the request than the registry's.
         """
         for number in range(1, ATTEMPTS + 1):
             try:
@@ -160,14 +160,14 @@ class RegistrySession:
         raise AssertionError("unreachable")
 
     def once(self, request: Request) -> Answer:
-        """One attempt at a request whose answer is small; see :meth:`request`.
+        """Send a request whose response is small, once; see :meth:`request`.
 
         Raises:
-            TransientError: it may succeed another time.
+            TransientError: it may succeed later.
             OnlapError: see :meth:`request`.
         """
         with self.opened(request) as (response, url):
-            data = b"" if request.method == "HEAD" else whole(response, request.limit)
+            data = b"" if request.method == "HEAD" else read_body(response, request.limit)
             if len(data) > request.limit:
                 raise errors.ResourceExhausted(
                     f"cannot {request.doing}: the answer has more than {request.limit} bytes"
@@ -185,49 +185,47 @@ class RegistrySession:
             raise errors.Canceled("the work was stopped")
 
     def unavailable(self, doing: str, error: TransientError) -> errors.Unavailable:
-        """The error for a registry that kept failing."""
+        """The error where a registry keeps failing."""
         return errors.Unavailable(
             f"cannot {doing} at {self.registry}: {shown(error)}",
             key=self.registry,
-            hint="try again; what has come already is kept",
+            hint="try again; what was received is kept",
         )
 
     @contextmanager
     def opened(self, request: Request) -> Iterator[tuple[urllib3.BaseHTTPResponse, str]]:
-        """One attempt at a request, whose body is read inside the block; see :meth:`request`.
+        """Send a request once, and read the body of the response inside the block; see :meth:`request`.
 
         Raises:
-            TransientError: it may succeed another time.
+            TransientError: it may succeed later.
             OnlapError: see :meth:`request`.
         """
         url = self.absolute(self._base, request.where)
         known = self._authorization.get(request.scope)
         reply = self._send(request, url)
         try:
-            if reply.response.status == 401 and reply.itself:
-                drop(reply.response)
+            if reply.response.status == 401 and reply.from_registry:
+                discard(reply.response)
                 self._authenticate(reply.response, request.scope, known, request.doing)
                 if not _repeatable(request):
                     raise TransientError("its token has expired")
                 reply = self._send(request, url)
-                if reply.response.status == 401 and reply.itself:
-                    raise self._stranger(request.doing)
+                if reply.response.status == 401 and reply.from_registry:
+                    raise self._unauthorized(request.doing)
             if reply.response.status not in request.good:
-                self._refuse(reply, request.doing)
+                self._raise_for_status(reply, request.doing)
             yield reply.response, reply.url
         except (HTTPError, OSError) as error:
             raise TransientError(reason(error)) from error
         finally:
-            # A connection with an unread body cannot be used again.
-            reply.response.close()
-            reply.response.release_conn()
+            close(reply.response)  # a connection with an unread body cannot be used again
 
     def absolute(self, url: str, location: str) -> str:
-        """Where something that the registry said leads, unless that gives up TLS.
+        """The URL of a location that the registry gave, relative to ``url``.
 
         Raises:
-            PermissionDenied: it does.
-            FailedPrecondition: it leads nowhere.
+            PermissionDenied: it does not use TLS, and must.
+            FailedPrecondition: it is not a URL.
         """
         try:
             found = urljoin(url, location)
@@ -236,101 +234,101 @@ class RegistrySession:
             scheme, host, found = "", "", location
         if not host:
             raise errors.FailedPrecondition(
-                f"{self.registry} leads to {shown(found[:200])!r}, which is not a URL", key=self.registry
+                f"{self.registry} refers to {shown(found[:200])!r}, which is not a URL", key=self.registry
             )
         if not self._connections.may_reach(scheme, host):
             raise errors.PermissionDenied(
-                f"{self.registry} leads to {shown(found)}, which has no TLS",
+                f"{self.registry} refers to {shown(found)}, which has no TLS",
                 key=self.registry,
                 hint="if you trust the network: --plain-http",
             )
         return found
 
     def _send(self, request: Request, url: str) -> _Reply:
-        """Send a request, and where it is redirected send it there."""
+        """Send a request with what authorizes it, and follow redirects."""
         secret = {}
         if split(url) == self._origin and request.scope in self._authorization:
             secret = {"Authorization": self._authorization[request.scope]}
         return self._follow(request, url, secret)
 
     def _follow(self, request: Request, url: str, secret: Mapping[str, str]) -> _Reply:
-        """Send a request and follow redirects; from the first that leaves the host of ``url`` without ``secret``.
+        """Send a request and follow redirects; after the first that leaves the host of ``url`` without ``secret``.
 
-        What leads back gets no secret either: then another host would have chosen what we ask for with it.
+        Requests that are redirected back do not get the secret either: another host would have chosen their URL.
         """
         first = split(url)
-        itself = first == self._origin
+        from_registry = first == self._origin
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._connections.request(request.method, url, {**request.headers, **secret}, request.body)
             if response.status not in _REDIRECTS or not _can_follow(request, response.status):
-                return _Reply(response, url, itself)
+                return _Reply(response, url, from_registry)
             location = response.headers.get("Location", "")
-            drop(response)
+            discard(response)
             url = self.absolute(url, location)
             if split(url) != first:
                 if request.body is not None:
                     raise errors.PermissionDenied(
-                        f"{self.registry} leads to {shown(url)}, which is not told what is sent", key=self.registry
+                        f"{self.registry} redirects to {shown(url)}, which must not get what is sent", key=self.registry
                     )
-                secret, itself = {}, False
+                secret, from_registry = {}, False
         raise errors.FailedPrecondition(
             f"{self.registry} redirects more than {_MAX_REDIRECTS} times", key=self.registry
         )
 
-    def _refuse(self, reply: _Reply, doing: str) -> None:
+    def _raise_for_status(self, reply: _Reply, doing: str) -> None:
         response, status = reply.response, reply.response.status
         if status in _TRANSIENT:
             after = response.headers.get("Retry-After", "")
             raise TransientError(f"status {status}", float(after) if _SECONDS.fullmatch(after) else None)
         said = ""
-        # Who refuses a large body may close while it comes, and so cut the answer; its status is what counts.
+        # A server that refuses a large body may close the connection, and so cut its answer; only the status counts.
         with suppress(HTTPError, OSError):
             said = _message(response.read(_MAX_ANSWER, decode_content=False))
         host = self.registry
-        if not reply.itself:
-            host = f"{shown(urlsplit(reply.url).netloc)}, where {self.registry} leads to"
+        if not reply.from_registry:
+            host = f"{shown(urlsplit(reply.url).netloc)}, to which {self.registry} redirects"
         text = f"cannot {doing} at {host}: {shown(said or f'status {status}')}"
         if status == 404:
             raise errors.NotFound(text, key=f"{self.registry}/{self.repository}")
         if status in (401, 403):
-            hint = "log in with docker login or podman login, or check what you may do there" if reply.itself else None
-            raise errors.PermissionDenied(text, key=self.registry, hint=hint)
+            hint = "log in with docker login or podman login, or check your rights there"
+            raise errors.PermissionDenied(text, key=self.registry, hint=hint if reply.from_registry else None)
         if status == 413:
             raise errors.ResourceExhausted(f"{text} (status 413)", key=self.registry)
         raise errors.FailedPrecondition(f"{text} (status {status})", key=self.registry)
 
     # Authentication
 
-    def _who(self) -> Login | None:
+    def _find_login(self) -> Login | None:
         with self._mutex:
-            if not self._looked:
+            if not self._login_known:
                 self._login = self._credentials.find(self.registry, self.repository)
-                self._looked = True
+                self._login_known = True
             return self._login
 
     def _authenticate(self, response: urllib3.BaseHTTPResponse, scope: str, known: str | None, doing: str) -> None:
-        """Learn the header that a scope needs, where ``known`` was refused.
+        """Get a header for a scope, where the one that is ``known`` was refused.
 
         Raises:
-            PermissionDenied: there is none.
+            PermissionDenied: no login helps.
         """
         if self._authorization.get(scope) != known:
-            return  # another thread has learned it meanwhile
-        login = self._who()
+            return  # another thread has got it meanwhile
+        login = self._find_login()
         for challenge in challenges(response.headers.getlist("WWW-Authenticate")):
             if challenge.scheme == "bearer":
                 self._authorization[scope] = f"Bearer {self._token(challenge, scope, login, doing)}"
                 return
             if challenge.scheme == "basic" and login is not None and login.username:
                 if known == login.basic:
-                    break  # it knows us, and says no
+                    break  # the login was refused
                 self._authorization[scope] = login.basic
                 return
-        raise self._stranger(doing)
+        raise self._unauthorized(doing)
 
-    def _stranger(self, doing: str) -> errors.PermissionDenied:
-        login = self._who()
-        why = "wants to know who you are"
+    def _unauthorized(self, doing: str) -> errors.PermissionDenied:
+        login = self._find_login()
+        why = "requires a login"
         if login is not None:
             why = f"refuses the login of {shown(login.username or 'an identity token')}"
         hint = f"log in with: docker login {self.registry}"
@@ -354,12 +352,11 @@ class RegistrySession:
                 secret["Authorization"] = login.basic
         response = self._follow(request, request.where, secret).response
         try:
-            data = whole(response, _MAX_ANSWER)
+            data = read_body(response, _MAX_ANSWER)
         except (HTTPError, OSError) as error:
             raise TransientError(reason(error)) from error
         finally:
-            response.close()
-            response.release_conn()
+            close(response)
         if response.status in _TRANSIENT:
             raise TransientError(f"status {response.status} for a token")
         try:
@@ -386,17 +383,17 @@ def session_for(reference: Reference, access: Access | None, halt: threading.Eve
 
 
 def _repeatable(request: Request) -> bool:
-    """Whether its body can be sent once more: one of pieces has been read."""
+    """Whether its body can be sent again: one of pieces has been read."""
     return request.body is None or isinstance(request.body, bytes)
 
 
 def _can_follow(request: Request, status: int) -> bool:
-    """Whether a request may be sent to where a redirect leads (RFC 9110, section 15.4)."""
+    """Whether a request may follow a redirect (RFC 9110, section 15.4)."""
     return request.method in ("GET", "HEAD") or (status in (307, 308) and _repeatable(request))
 
 
 def _message(data: bytes) -> str:
-    """What an error answer says (distribution specification, "Error Codes")."""
+    """The message of an error response (distribution specification, "Error Codes")."""
     try:
         found = json.loads(data)
         return "; ".join(
