@@ -372,10 +372,10 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
         go.set()
 
     class Gated(Copier):
-        def _content(self, source: int, target: int, status: os.stat_result) -> int:
+        def content(self, source: int, target: int, status: os.stat_result) -> int:
             inside.set()
             assert go.wait(PATIENCE)
-            return super()._content(source, target, status)
+            return super().content(source, target, status)
 
     for allow in (False, True):
         inside.clear()

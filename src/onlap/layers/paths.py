@@ -1,6 +1,6 @@
-"""Names in a layer's archive: made relative and plain, and what of them are whiteouts.
+"""Paths in a layer's archive: normalising them, whiteouts, and sets of them.
 
-Sources: OCI image specification, layer.md, "Whiteouts"; Go's path.Clean, which containerd runs every name through.
+Sources: OCI image specification, layer.md, "Whiteouts"; Go's path.Clean, which containerd applies to every name.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ WHITEOUT_PREFIX = ".wh."
 AUFS_PREFIX = ".wh..wh."
 OPAQUE = ".wh..wh..opq"
 
-# A string of this length may have more bytes than a path: four a character.
+# A longer string may have more bytes than a path may: up to four per character.
 _MAYBE_LONG = tar.MAX_PATH // 4
 
 
 def clean(name: str) -> str:
-    """``name`` without a slash at either end, without ``.`` and ``..``; empty for the top directory.
+    """``name`` without leading and trailing slashes, ``.`` and ``..``; empty for the top directory.
 
-    A leading slash means the top, as it does to every extractor. ``..`` takes away the name before it, whatever that
-    is in the tree.
+    A leading slash means the top, as for every extractor. ``..`` removes the name before it, whatever that is in the
+    tree.
 
     Raises:
-        ValueError: it leads above the top, or is longer than a layer's paths are.
+        ValueError: it leads above the top, or is longer than a path in a layer may be.
     """
     name = name.removeprefix("./")
     name = name.removesuffix("/")
@@ -49,26 +49,26 @@ def _cleaned(name: str) -> str:
 
 
 def check_length(path: str) -> None:
-    """Raise ValueError for what is longer than the paths of a layer are."""
+    """Raise ValueError for a path longer than a layer may have."""
     if len(path) > _MAYBE_LONG and len(os.fsencode(path)) > tar.MAX_PATH:
         raise ValueError(f"a path in a layer has at most {tar.MAX_PATH} bytes")
 
 
 def join(directory: str, name: str) -> str:
-    """``name`` below ``directory``, which is empty for the top."""
+    """The path of ``name`` in ``directory``, which is empty for the top."""
     return f"{directory}/{name}" if directory else name
 
 
 def is_below(path: str, directory: str) -> bool:
-    """Whether ``path`` is ``directory`` or in it."""
+    """Whether ``path`` is ``directory`` or below it."""
     return not directory or path == directory or path.startswith(directory + "/")
 
 
 def whited_out(base: str) -> str:
-    """The name that a whiteout stands for.
+    """The name that a whiteout removes.
 
     Raises:
-        ValueError: there is no file of that name to remove (containerd, archive.validateWhiteout).
+        ValueError: no file can have that name (containerd, archive.validateWhiteout).
     """
     name = base[len(WHITEOUT_PREFIX) :]
     if name in ("", ".", ".."):
@@ -77,17 +77,17 @@ def whited_out(base: str) -> str:
 
 
 class PathSet:
-    """Paths, so that those above and below another are found without a look at all the rest.
+    """A set of paths that finds those above and below a given path without visiting the others.
 
-    From one path to the next below, above or beside it is a step, however deep they are.
+    Going from one path to its parent, a child or a sibling is one step, however deep it is.
     """
 
     __slots__ = ("_covered", "_nodes", "_path")
 
     def __init__(self) -> None:
-        # The path asked for last, as far as there are nodes: those from the top down to it, and whether one of them, or
-        # one above it, is in the set. A node has by name what is below; no name is empty, and that one says that the
-        # path itself is in the set.
+        # The last path that was looked up, as far as it has nodes; its nodes from the top down; and for each of them,
+        # whether it or one above it is in the set. A node maps names to the nodes below. The empty name, which no file
+        # has, marks a path that is in the set.
         self._path = ""
         self._nodes: list[dict[str, Any]] = [{}]
         self._covered = [False]
@@ -99,7 +99,7 @@ class PathSet:
         return self._go(path) and "" in self._nodes[-1]
 
     def add(self, path: str) -> None:
-        """Put a path in."""
+        """Add a path."""
         left = "" if self._go(path) else path[len(self._path) :].removeprefix("/")
         for name in left.split("/") if left else ():
             node = self._nodes[-1][name] = {}
@@ -109,13 +109,13 @@ class PathSet:
         self._nodes[-1][""] = self._covered[-1] = True
 
     def discard(self, path: str) -> None:
-        """Take out a path, but not what is below it."""
+        """Remove a path, but not those below it."""
         if self._go(path):
             self._nodes[-1].pop("", None)
             self._covered[-1] = any(self._covered[-2:-1])
 
     def discard_below(self, path: str) -> None:
-        """Take out a path and all below it."""
+        """Remove a path and all below it."""
         directory, _, name = path.rpartition("/")
         if path and self._go(directory):
             self._nodes[-1].pop(name, None)
@@ -126,7 +126,7 @@ class PathSet:
         return self._covered[-1]
 
     def first_below(self, path: str) -> str | None:
-        """One of those in the set that are the path or below it; None where nothing was ever put in there."""
+        """The path itself or one below it, whichever is in the set; None if none was ever added."""
         node: dict[str, Any] | None = self._nodes[-1] if self._go(path) else None
         while node is not None and "" not in node:
             name, node = next(iter(node.items()), ("", None))
@@ -134,7 +134,7 @@ class PathSet:
         return None if node is None else path
 
     def _go(self, path: str) -> bool:
-        """Go to a path's node, or as near as there are nodes; whether it is there."""
+        """Go to a path's node, or as near as possible; return whether the node exists."""
         here = self._path
         if not is_below(path, here):
             above = path if is_below(here, path) else path.rpartition("/")[0]

@@ -15,7 +15,7 @@ from typing import NamedTuple, Unpack
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Info, Kind, Record
 from onlap.errors import shown
-from onlap.layers.apply.invented import inherit
+from onlap.layers.apply.implicit import inherit
 from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount

@@ -20,7 +20,7 @@ from onlap.overlayfs.markers import is_marker
 from onlap.syscalls import files
 from onlap.trees.meta import OVERRIDE_XATTR, drop_acls, format_override, list_xattrs
 from onlap.trees.remove import remove
-from onlap.trees.walk import OPEN_DIRECTORY, Descent, open_on_mount, opened, path_of
+from onlap.trees.walk import NEW_FILE, OPEN_DIRECTORY, OPEN_FILE, Descent, open_on_mount, opened, path_of
 
 _CHUNK = 256 * 1024
 # Bytes per copy_file_range(2): enough that the cost of the call does not matter, little enough that a signal or a
@@ -28,8 +28,7 @@ _CHUNK = 256 * 1024
 _RANGE = 64 * 1024 * 1024
 # Files of this size may have holes even if they have as many blocks as bytes.
 _MAY_HAVE_HOLES = 1 << 20
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = OPEN_FILE | os.O_NONBLOCK
 _NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 _NO_XATTR = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
@@ -278,9 +277,9 @@ class Copier:
             before = os.fstat(source)
             if not os.path.samestat(before, status) and not self._allow_changes:
                 raise _changed(path)
-            target = os.open(target_name, _CREATE, 0o600, dir_fd=target_dir)
+            target = os.open(target_name, NEW_FILE, 0o600, dir_fd=target_dir)
             try:
-                self._size += self._content(source, target, before)
+                self._size += self.content(source, target, before)
                 self._attributes(source, target, before)
             finally:
                 os.close(target)
@@ -290,7 +289,8 @@ class Copier:
         finally:
             os.close(source)
 
-    def _content(self, source: int, target: int, status: os.stat_result) -> int:
+    def content(self, source: int, target: int, status: os.stat_result) -> int:
+        """Copy the content of an open file into an empty one, with its holes; return how many bytes."""
         if status.st_size == 0:
             return 0
         if self._clone:

@@ -1,7 +1,7 @@
 """Writing the entries of an archive into a layer's directory, one after the other.
 
-The layer, with those below it, is what the next entry sees: names lead through directories and symlinks of the merged
-tree, never out of it, and never through anything by the kernel's own following of symlinks.
+Each entry sees the layer merged with those below it: its path may lead through directories and symlinks of the merged
+tree, but never out of it, and the kernel itself never follows a symlink.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from onlap.layers.format import tar
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.tar import Entry
 from onlap.overlayfs.markers import Markers
+from onlap.trees.walk import NEW_FILE, opened, path_of
 
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _EXACT = 0o777
 
-# include/linux/kdev_t.h: a device number in the kernel has 12 bits for the driver and 20 for its device.
+# include/linux/kdev_t.h: a device number in the kernel has 12 bits for the major and 20 for the minor number.
 _MAX_MAJOR = (1 << 12) - 1
 _MAX_MINOR = (1 << 20) - 1
 
 
 class Applier:
-    """An archive being written into a layer.
+    """Writes one archive into a layer.
 
     Args:
-        reader: gives the entries.
+        reader: provides the data of the entries.
         layer: a descriptor of the layer's top directory, open for reading.
         lowers: the layers below, topmost first.
-        markers: how whiteouts are written; None: the layer is a whole tree, and whiteouts remove from it.
+        markers: how whiteouts are written; None: the layer is a whole tree, and whiteouts remove files from it.
         recorded: whether owners that cannot be set are recorded in an xattr.
 
     Attributes:
@@ -54,7 +54,7 @@ class Applier:
         self._whiteouts = Whiteouts(self.upper)
         self._parent_path: str | None = None
         self._parent = self.upper.top
-        # Modes with none of these bits are those that open(2) and mkdir(2) make.
+        # open(2) and mkdir(2) set modes without these bits exactly.
         self._inexact = self.attributes.umask | 0o7000
         self._handlers: dict[str, Callable[[Directory, str, str, Entry], None]] = {
             tar.FILE: self._file,
@@ -72,7 +72,7 @@ class Applier:
         Raises:
             InvalidArgument: the entry cannot be what an honest archive holds.
             DataLoss: the archive ends in its data.
-            OnlapError: of another kind, for what the kernel says.
+            OnlapError: of another kind, for other errors of the kernel.
         """
         try:
             self._entry(entry)
@@ -84,16 +84,16 @@ class Applier:
             raise tar.bad(str(error), entry.name, entry.offset) from error
 
     def finish(self) -> None:
-        """Give all directories their times.
+        """Give all directories their final attributes.
 
         Raises:
-            OnlapError: for what the kernel says.
+            OnlapError: they cannot be set.
         """
         with errors.translated("finish the layer"):
             self.upper.finish()
 
     def close(self) -> None:
-        """Close what is open; the layer stays as it is."""
+        """Close everything; the layer stays as it is."""
         self.upper.close()
 
     def _entry(self, entry: Entry) -> None:
@@ -109,10 +109,10 @@ class Applier:
         if not path:
             if entry.type != tar.DIRECTORY:
                 raise ValueError("only a directory can be the top")
-            self.upper.name_top(entry)
+            self.upper.describe_top(entry)
             return
         if entry.type == tar.CHAR and not entry.devmajor and not entry.devminor:
-            # A whiteout as OverlayFS has it.
+            # A whiteout in OverlayFS's form.
             self._parent_path = None
             self._whiteouts.whiteout(parent_path, base)
             return
@@ -129,7 +129,7 @@ class Applier:
             self.upper.own(path)
 
     def _whiteout(self, path: str, parent: str, base: str) -> bool:
-        """Handle a name with ``.wh.`` in it; False when it is an ordinary one after all."""
+        """Handle a path with ``.wh.`` in it; return False if it is not a whiteout."""
         names = path.split("/")
         if base == paths.OPAQUE and not any(name.startswith(paths.WHITEOUT_PREFIX) for name in names[:-1]):
             self._parent_path = None
@@ -146,9 +146,17 @@ class Applier:
         return True
 
     def _make_room(self, parent: Directory, base: str, path: str) -> None:
-        # The directory that entries go to may be in what is removed, or its name may lead elsewhere now.
+        # The cached parent may be in what is removed, or its path may lead elsewhere now.
         self._parent_path = None
         self.upper.remove(parent, base, path)
+
+    def _replacing(self, parent: Directory, base: str, path: str, make: Callable[[], None]) -> None:
+        """Make a file; remove what is in its place first, if anything is."""
+        try:
+            make()
+        except FileExistsError:
+            self._make_room(parent, base, path)
+            make()
 
     # Types
 
@@ -156,14 +164,14 @@ class Applier:
         mode = entry.mode
         attributes = self.attributes
         own = entry.uid == attributes.uid and entry.gid == attributes.gid
-        # Writing an xattr takes a file that its owner may write.
+        # Setting an xattr needs a file that its owner may write to.
         plain = not entry.xattrs and (own or attributes.may_chown)
         create = mode & _EXACT if plain else 0o600
         try:
-            fd = os.open(base, _CREATE, create, dir_fd=parent.fd)
+            fd = os.open(base, NEW_FILE, create, dir_fd=parent.fd)
         except FileExistsError:
             self._make_room(parent, base, path)
-            fd = os.open(base, _CREATE, create, dir_fd=parent.fd)
+            fd = os.open(base, NEW_FILE, create, dir_fd=parent.fd)
         try:
             if entry.sparse is not None:
                 self._write_sparse(fd, entry)
@@ -214,11 +222,7 @@ class Applier:
     def _symlink(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
         if not entry.linkname:
             raise ValueError("a symlink to nothing")
-        try:
-            os.symlink(entry.linkname, base, dir_fd=parent.fd)
-        except FileExistsError:
-            self._make_room(parent, base, path)
-            os.symlink(entry.linkname, base, dir_fd=parent.fd)
+        self._replacing(parent, base, path, lambda: os.symlink(entry.linkname, base, dir_fd=parent.fd))
         self._finish_node(parent, base, entry)
 
     def _hardlink(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
@@ -250,11 +254,12 @@ class Applier:
             raise ValueError("a hard link to a directory")
         if paths.is_below(source.path, path):
             raise ValueError("a hard link that would replace the directory of its target")
-        try:
-            os.link(source_base, base, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
-        except FileExistsError:
-            self._make_room(parent, base, path)
-            os.link(source_base, base, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
+        self._replacing(
+            parent,
+            base,
+            path,
+            lambda: os.link(source_base, base, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False),
+        )
 
     def _device(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
         major, minor = entry.devmajor, entry.devminor
@@ -273,28 +278,21 @@ class Applier:
         self._finish_node(parent, base, entry)
 
     def _make_node(self, parent: Directory, base: str, path: str, mode: int, device: int) -> None:
-        try:
-            os.mknod(base, mode, device, dir_fd=parent.fd)
-        except FileExistsError:
-            self._make_room(parent, base, path)
-            os.mknod(base, mode, device, dir_fd=parent.fd)
+        self._replacing(parent, base, path, lambda: os.mknod(base, mode, device, dir_fd=parent.fd))
 
     def _finish_node(self, parent: Directory, base: str, entry: Entry) -> None:
-        """The attributes of what is not opened: owner, xattrs, mode, times, in an order that keeps each."""
+        """Set the attributes of a file that is not opened: owner, xattrs, mode, times, in an order that keeps each."""
         attributes = self.attributes
         if not attributes.is_own(entry):
-            attributes.chown_at(parent, base, entry)
+            attributes.chown(base, entry, dir_fd=parent.fd)
         elif not parent.plain_group:
             os.chown(base, entry.uid, entry.gid, dir_fd=parent.fd, follow_symlinks=False)
         if entry.xattrs:
-            attributes.set_xattrs(f"/proc/self/fd/{parent.fd}/{base}", entry)
+            attributes.set_xattrs(path_of(parent.fd, base), entry)
         if entry.type != tar.SYMLINK and entry.mode & self._inexact:
-            # fchmodat(2) follows symlinks before Linux 6.6; a descriptor of the file itself cannot lead elsewhere.
-            fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd)
-            try:
+            # Before Linux 6.6, fchmodat(2) follows symlinks; a descriptor of the file itself cannot lead elsewhere.
+            with opened(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd) as fd:
                 os.chmod(f"/proc/self/fd/{fd}", entry.mode)
-            finally:
-                os.close(fd)
         mtime = entry.mtime_ns
         atime = mtime if entry.atime_ns is None else entry.atime_ns
         os.utime(base, ns=(atime, mtime), dir_fd=parent.fd, follow_symlinks=False)

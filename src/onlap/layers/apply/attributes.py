@@ -1,4 +1,4 @@
-"""Giving files the owners, modes and xattrs that an archive says, as far as this process may; the rest is counted."""
+"""Setting the owners, modes and xattrs in an archive, as far as this process may; what it may not is counted."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ IMPLICIT_MODE = 0o755
 
 
 class Attributes:
-    """What this process may set, and what it could not.
+    """Sets attributes, and counts those that it could not.
 
     Args:
-        recorded: record the owner that could not be set (see :data:`~onlap.trees.meta.OVERRIDE_XATTR`). Then no archive
-            may bring such a record; else it is an xattr like any other.
+        recorded: record owners that cannot be set (see :data:`~onlap.trees.meta.OVERRIDE_XATTR`). Then no archive may
+            contain such a record; otherwise it is an ordinary xattr.
 
     Attributes:
-        uid: the owner of what this process makes.
-        gid: its group.
-        umask: the bits that the kernel takes away from what this process makes.
+        uid: the owner of this process's new files.
+        gid: their group.
+        umask: the bits that the kernel clears in their modes.
         skipped: how often each kind could not be kept: ``owner`` (recorded in an xattr where the file can have one),
             ``xattr``, ``acl`` (in a text form), ``device``.
     """
@@ -42,57 +42,51 @@ class Attributes:
         self.gid = os.getegid()
         self.umask = _umask()
         self.skipped: Counter[str] = Counter()
-        # Without privilege chown(2) can at most choose among the user's groups: the owner is recorded instead.
+        # Without privilege, chown(2) can at most choose among the user's groups, so the owner is recorded instead.
         self.may_chown = self.uid == 0
 
-    def chown(self, fd: int, entry: Entry) -> None:
-        """Give an open file or directory its owner, which is not this process."""
+    def chown(self, file: int | str, entry: Entry, *, dir_fd: int | None = None) -> None:
+        """Give a file its owner, which is not this process.
+
+        Args:
+            file: a descriptor; or in ``dir_fd``, the name of a symlink, a device or a FIFO, which can have no ``user.``
+                xattr.
+            entry: has the owner.
+            dir_fd: the directory of a name.
+        """
         if self.may_chown:
             try:
-                os.chown(fd, entry.uid, entry.gid)
+                os.chown(file, entry.uid, entry.gid, dir_fd=dir_fd, follow_symlinks=dir_fd is None)
             except OSError as error:
-                self._refused(error)
+                if error.errno == errno.EPERM:
+                    self.may_chown = False
+                elif error.errno != errno.EINVAL:  # EINVAL: this id is outside the map of the user namespace
+                    raise
             else:
                 return
         self.skipped["owner"] += 1
-        if not self._recorded:
+        if not self._recorded or dir_fd is not None:
             return
         try:
-            os.setxattr(fd, OVERRIDE_XATTR, format_override(entry.uid, entry.gid, entry.mode))
+            os.setxattr(file, OVERRIDE_XATTR, format_override(entry.uid, entry.gid, entry.mode))
         except OSError as error:
             if error.errno not in _NO_XATTR:
                 raise
 
-    def chown_at(self, directory: Directory, name: str, entry: Entry) -> None:
-        """The same for what is not opened: a symlink, a device, a FIFO. They take no ``user.`` xattr."""
-        if self.may_chown:
-            try:
-                os.chown(name, entry.uid, entry.gid, dir_fd=directory.fd, follow_symlinks=False)
-            except OSError as error:
-                self._refused(error)
-            else:
-                return
-        self.skipped["owner"] += 1
-
-    def _refused(self, error: OSError) -> None:
-        if error.errno == errno.EPERM:
-            self.may_chown = False
-        elif error.errno != errno.EINVAL:  # EINVAL: this id is outside the map of the user namespace
-            raise error
-
     def is_own(self, entry: Entry) -> bool:
-        """Whether an entry's owner is that of what this process makes."""
+        """Whether an entry's owner is that of this process's new files."""
         return entry.uid == self.uid and entry.gid == self.gid
 
     def set_xattrs(self, target: int | str, entry: Entry) -> None:
-        """Set an entry's xattrs, but for those that must not come from an archive.
+        """Set an entry's xattrs, except those that must not come from an archive.
 
         Args:
-            target: a descriptor, or a path through ``/proc/self/fd`` to what is not a symlink to follow.
+            target: a descriptor, or a path through ``/proc/self/fd``; a symlink is not followed.
+            entry: has the xattrs.
 
         Raises:
             ValueError: an xattr has an impossible name or value.
-            OSError: it cannot be set for another reason than that it must not.
+            OSError: an xattr cannot be set, and not because it is not permitted or supported.
         """
         for name, value in (entry.xattrs or {}).items():
             if not name or len(os.fsencode(name)) > _MAX_XATTR_NAME or "\0" in name:
@@ -105,10 +99,7 @@ class Attributes:
                 self.skipped["xattr"] += 1
                 continue
             try:
-                if isinstance(target, int):
-                    os.setxattr(target, name, value)
-                else:
-                    os.setxattr(target, name, value, follow_symlinks=False)
+                os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     raise ValueError(f"the kernel refuses the value of its xattr {shown(name)}") from error
@@ -117,17 +108,19 @@ class Attributes:
                 self.skipped["xattr"] += 1
 
     def _is_safe(self, name: str) -> bool:
-        """Whether an xattr may come from an archive: not what steers OverlayFS, or Onlap's own record of owners."""
+        """Whether an xattr may come from an archive: not OverlayFS's markers, nor Onlap's own record of owners."""
         if name.startswith("user."):
             return not is_marker(name) and not (self._recorded and name == OVERRIDE_XATTR)
         return name.startswith("security.") or name in (ACCESS_ACL, DEFAULT_ACL)
 
     def set_directory(self, directory: Directory, entry: Entry, *, fresh: bool, own: bool = False) -> None:
-        """Give a directory the attributes of an entry; its times, and what would be in our way, when it is closed.
+        """Give a directory the attributes of an entry; its times, and what would hinder us, when it is closed.
 
         Args:
-            fresh: it was just made, and has no attributes that must go.
-            own: it surely has this process's owner and group.
+            directory: the directory.
+            entry: has the attributes.
+            fresh: it was just made, and has no xattrs to remove.
+            own: it is known to have this process's owner and group.
         """
         fd = directory.fd
         directory.dirty = True
@@ -154,30 +147,27 @@ class Attributes:
         directory.times = (atime, entry.mtime_ns)
 
     def reset_directory(self, directory: Directory) -> None:
-        """Make a directory as one that nobody described: root's, 0755, without xattrs, with the time of its making."""
+        """Give a directory the attributes of one that no archive describes: root's, 0755, without xattrs or times."""
         self.set_directory(directory, Entry("", mode=IMPLICIT_MODE), fresh=False)
         directory.times = None
 
     def clear_xattrs(self, directory: Directory) -> None:
-        """Remove all xattrs of a directory but OverlayFS's own."""
+        """Remove all xattrs of a directory except OverlayFS's own."""
         for name in list_xattrs(directory.fd):
-            if not is_marker(name) and not name.startswith("security.selinux"):
-                _remove_xattr(directory.fd, name)
+            if is_marker(name) or name.startswith("security.selinux"):
+                continue
+            try:
+                os.removexattr(directory.fd, name)
+            except OSError as error:
+                if error.errno not in (errno.ENODATA, *_NO_XATTR):
+                    raise
         directory.acl = None
 
 
-def _remove_xattr(fd: int, name: str) -> None:
-    try:
-        os.removexattr(fd, name)
-    except OSError as error:
-        if error.errno not in (errno.ENODATA, *_NO_XATTR):
-            raise
-
-
 def _umask() -> int:
-    """This process's umask; os.umask() would change it for a moment, for all threads."""
+    """This process's umask; os.umask() would briefly change it for all threads."""
     with open("/proc/self/status", "rb") as status:
         for line in status:
             if line.startswith(b"Umask:"):
                 return int(line.split()[1], 8)
-    return 0o777  # before Linux 4.7: nothing is known, so every mode is set
+    return 0o777  # before Linux 4.7 it is unknown, so every mode is set

@@ -1,4 +1,4 @@
-"""What lies below the layer that is written: looked up only when it matters."""
+"""The layers below the one being written; read only when needed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from onlap.layers import paths
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 
-# What is remembered of directories, in parts of some 200 bytes each; a path may be of many.
+# The size of the cache of directories, in parts of some 200 bytes each; a path may count as many.
 _MAX_PARTS = 1 << 16
 _PART = 200
 
 
 class Lowers:
-    """The merged view of the layers below, with what the new layer hides of it.
+    """The merged view of the layers below, without what the new layer hides.
 
     Args:
-        layers: their top directories, topmost first; there may be none.
+        layers: their top directories, topmost first; may be empty.
         markers: the flavour of the markers in them.
 
     Raises:
@@ -44,18 +44,18 @@ class Lowers:
             self._stack = None
 
     def hide(self, path: str) -> None:
-        """From now on nothing shows at ``path`` and below: the new layer has an opaque directory there."""
+        """Hide everything at ``path`` and below: the new layer has an opaque directory there."""
         self._hidden.add(path)
 
     def show(self, path: str) -> None:
-        """What the new layer had at ``path`` and below was removed, and its opaque marks with it."""
+        """Undo this at ``path`` and below: the new layer's opaque directories there were removed."""
         self._hidden.discard_below(path)
 
     def directory(self, path: str) -> MergedDirectory | None:
-        """The merged directory at ``path``; None where there is none."""
+        """The merged directory at ``path``; None if there is none."""
         if self._stack is None or (self._hidden and self._hidden.covers(path)):
             return None
-        # From the nearest directory that is known: one step mostly, however deep the path is.
+        # From the nearest directory in the cache: usually one step, however deep the path is.
         here, names = path, []
         while here and here not in self._known:
             here, _, name = here.rpartition("/")
@@ -73,7 +73,7 @@ class Lowers:
         return directory
 
     def lookup(self, directory: str, name: str) -> Found | None:
-        """What ``name`` is in ``directory``."""
+        """The file ``name`` in ``directory``; None if there is none."""
         if self._stack is None or (self._hidden and self._hidden.covers(paths.join(directory, name))):
             return None
         merged = self.directory(directory)

@@ -1,8 +1,8 @@
 """The layer that an archive is written into, as the archive's entries see it: part of the merged tree.
 
-It is known of everything in the layer whether the archive put it there, since whiteouts must not remove that. In a
-layer that was empty at the start that is all but the little that is made here on the way; in one that was not, the
-paths of the archive's entries are kept in memory.
+Whiteouts must not remove what the archive itself put there, so that is known of every file. In a layer that was empty
+at the start, it is everything except the few files that are made here implicitly; in any other layer, the paths of the
+archive's entries are kept in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from onlap import errors
 from onlap.errors import shown
@@ -20,16 +21,13 @@ from onlap.layers.apply.directories import Directories, Directory
 from onlap.layers.apply.lowers import Lowers
 from onlap.layers.format.tar import Entry
 from onlap.overlayfs.markers import OPAQUE_YES, Markers, get_xattr, is_whiteout, set_opaque
-from onlap.overlayfs.merged import Found
 from onlap.syscalls import files
-from onlap.trees.copy import Copier, copy_range, data_ranges
+from onlap.trees.copy import Copier
 from onlap.trees.remove import remove as remove_tree
-from onlap.trees.walk import path_of, walk
+from onlap.trees.walk import NEW_FILE, OPEN_FILE, path_of, walk
 
-# path_resolution(7): the kernel follows as many.
+# path_resolution(7): the kernel's limit.
 _MAX_SYMLINKS = 40
-
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Upper:
@@ -39,16 +37,16 @@ class Upper:
         layer: a descriptor of its top directory, open for reading; left open.
         lowers: the layers below, topmost first.
         markers: how whiteouts are written; None: the layer is a whole tree, and whiteouts only remove from it.
-        attributes: what may be set.
+        attributes: sets attributes.
 
     Attributes:
-        directories: those that are open.
-        top: the top one.
-        lowers: what lies below.
-        attributes: what may be set.
-        tracking: whether the layer was not empty at the start, so that :meth:`own` must be told of every entry.
+        directories: the open directories.
+        top: the top directory.
+        lowers: the layers below.
+        attributes: sets attributes.
+        tracking: whether the layer was not empty at the start, so that :meth:`own` must be called for every entry.
         top_named: whether the archive describes the top directory.
-        followed: symlinks that were there before the archive and that entries were put through.
+        followed: symlinks from before the archive on the paths of its entries.
     """
 
     def __init__(self, layer: int, lowers: Sequence[str], markers: Markers | None, attributes: Attributes) -> None:
@@ -62,13 +60,14 @@ class Upper:
         self.attributes = attributes
         self._copier = Copier()
         self.top_named = False
-        # Not empty at the start: what the archive made. Else: what it did not, apart from whiteouts.
+        # If the layer was not empty at the start: what the archive made. Otherwise: what it did not make, except
+        # whiteouts.
         self._own = paths.PathSet()
-        self._borrowed = paths.PathSet()
+        self._implied = paths.PathSet()
         self.followed = paths.PathSet()
 
     def _note_markers(self, layer: int) -> None:
-        """Learn what a layer that was written already hides of those below."""
+        """Find out what a layer that was not empty hides of those below."""
         assert self._markers is not None
         for found in walk(layer, ordered=False):
             if not stat.S_ISDIR(found.status.st_mode):
@@ -76,20 +75,20 @@ class Upper:
             path = path_of(found.dir_fd, found.name)
             if get_xattr(path, self._markers.redirect) is not None:
                 raise errors.Unimplemented(
-                    f"{shown(found.path)} of the layer was renamed, and nothing can be applied onto that",
+                    f"{shown(found.path)} in the layer was renamed, and nothing can be applied on top of that",
                     key=found.path,
-                    hint="commit the layer, and apply onto a new one",
+                    hint="commit the layer, and apply to a new one",
                 )
             if get_xattr(path, self._markers.opaque) == OPAQUE_YES:
                 self.lowers.hide(found.path)
 
     def close(self) -> None:
-        """Close what is open; after an error directories get back, as far as can be, what was taken from them."""
+        """Close everything; after an error, restore the directories' attributes as far as possible."""
         self.directories.close(forget=True)
         self.lowers.close()
 
     def finish(self) -> None:
-        """Give all directories the attributes that they must have."""
+        """Give all directories their final attributes."""
         self.directories.close()
         for kind, count in self._copier.skipped.items():
             self.attributes.skipped[kind] += count
@@ -97,37 +96,37 @@ class Upper:
     # What the archive made
 
     def own(self, path: str) -> None:
-        """The archive made what is at ``path``."""
+        """Note that the archive made the file at ``path``."""
         self._own.add(path)
 
     def named(self, path: str) -> None:
-        """The archive describes the directory at ``path``."""
-        self._borrowed.discard(path)
+        """Note that the archive describes the directory at ``path``."""
+        self._implied.discard(path)
 
     def is_own(self, path: str) -> bool:
-        """Whether the archive made what the layer has at ``path``, which is not a whiteout."""
-        return path in self._own if self.tracking else path not in self._borrowed
+        """Whether the archive made the layer's file at ``path``, which is not a whiteout."""
+        return path in self._own if self.tracking else path not in self._implied
 
     def forget(self, path: str) -> None:
-        """Nothing is left at ``path`` and below."""
+        """Note that ``path`` and everything below it was removed."""
         self._own.discard_below(path)
-        self._borrowed.discard_below(path)
+        self._implied.discard_below(path)
         self.lowers.show(path)
 
-    def name_top(self, entry: Entry) -> None:
-        """The archive describes the top directory."""
+    def describe_top(self, entry: Entry) -> None:
+        """Give the top directory the attributes of an entry."""
         self.attributes.set_directory(self.top, entry, fresh=False)
         if self.top.acl is not None:
             self.directories.check_acl = True
         self.top_named = True
 
-    # The way to an entry
+    # Finding the place of an entry
 
     def parent(self, path: str) -> Directory:
-        """The directory that an entry whose parent is called ``path`` goes to, made if need be.
+        """The directory for entries whose parent is called ``path``; made if missing.
 
         Raises:
-            ValueError: there is no way to it.
+            ValueError: the path cannot be resolved.
             OSError: it cannot be made.
         """
         found = self.directories.find(path)
@@ -140,10 +139,10 @@ class Upper:
         return found
 
     def link_source(self, target: str) -> tuple[Directory, str] | None:
-        """Where a hard link's target is in the layer; copied up when only a layer below has it.
+        """The target of a hard link in the layer; copied up if only a layer below has it.
 
         Raises:
-            ValueError: there is no way to it.
+            ValueError: the path cannot be resolved.
             OSError: it cannot be copied.
         """
         parent_path, _, base = target.rpartition("/")
@@ -163,16 +162,16 @@ class Upper:
         return parent, base
 
     def _resolve(self, path: str, *, create: bool) -> str | None:
-        """Where the directory called ``path`` is in the merged tree, as a path without symlinks.
+        """Resolve the path of a directory in the merged tree to one without symlinks.
 
-        Absolute symlinks start at the tree's top, and ``..`` ends there, as for a process whose root the tree is.
+        Absolute symlinks start at the tree's top, and ``..`` ends there, as for a process with the tree as its root.
 
         Args:
-            path: its name.
-            create: make what is missing; else None is the answer to it.
+            path: the path in the archive.
+            create: make missing directories; otherwise the result is None if one is missing.
         """
         pending = path.split("/")[::-1]
-        here = self._passed("", pending)
+        here = self._skip_existing("", pending)
         links = 0
         while pending:
             name = pending.pop()
@@ -190,18 +189,18 @@ class Upper:
                 continue
             links += 1
             if links > _MAX_SYMLINKS:
-                raise ValueError("too many symlinks on the way to it")
+                raise ValueError("too many symlinks on its path")
             pending += target.split("/")[::-1]
-            here = self._passed("" if target.startswith("/") else here, pending)
+            here = self._skip_existing("" if target.startswith("/") else here, pending)
         return here
 
-    def _passed(self, here: str, pending: list[str]) -> str:
-        """Take from the end of ``pending`` the names that lead through directories of the layer; where they lead.
+    def _skip_existing(self, here: str, pending: list[str]) -> str:
+        """Remove the names of existing directories of the layer from the end of ``pending``; return their path.
 
-        By halves, so that a name of very many directories costs as much as its length, not as the square of it.
+        By bisection, so that the cost of a very deep path grows with its length, not with the square of it.
 
         Raises:
-            ValueError: what is left is longer than a path may be.
+            ValueError: the rest is longer than a path may be.
         """
         names = list(itertools.takewhile(lambda name: name not in ("", ".", ".."), reversed(pending)))
         low, high = 0, len(names)
@@ -219,11 +218,11 @@ class Upper:
         return here
 
     def _step(self, here: str, name: str, child: str, create: bool) -> str | None:
-        """One name on the way.
+        """Resolve one name.
 
         Returns:
-            The target of a symlink; nothing for a directory, also one that was made; None when there is none and none
-            is to be made.
+            The target of a symlink; an empty string for an existing or new directory; None if the directory is missing
+            and not to be made.
         """
         if isinstance(self.directories.find(child), Directory):
             return ""
@@ -247,13 +246,13 @@ class Upper:
         if not create:
             return None
         if not is_whiteout(status) and self.is_own(child):
-            raise ValueError(f"{shown(child)} on the way to it is not a directory")
+            raise ValueError(f"{shown(child)} on its path is not a directory")
         directory, _ = self.replace_by_directory(upper, name, child)
         self._make_implicit(directory, None)
         return ""
 
     def ensure(self, path: str) -> Directory:
-        """The directory at ``path``, which is one in the merged tree; made in the layer if need be."""
+        """The directory at ``path``, which exists in the merged tree; made in the layer if missing."""
         found = self.directories.find(path)
         if isinstance(found, Directory):
             return found
@@ -266,13 +265,13 @@ class Upper:
         return directory
 
     def _implicit(self, parent: Directory, name: str) -> Directory:
-        """Make a directory that the archive has not named: like the one below, else root's."""
+        """Make a directory that the archive does not describe: like the one below, otherwise root's."""
         if name.startswith(paths.WHITEOUT_PREFIX):
             raise ValueError(f"a directory cannot be called {shown(name)}")
         path = paths.join(parent.path, name)
         paths.check_length(path)
         below = self.lowers.directory(path)
-        # A descriptor of our own: making the directory may close others.
+        # A duplicate: making the directory may close other descriptors.
         source = os.dup(below.parts[0].fd) if below is not None else None
         try:
             directory = self.directories.make(parent, name, IMPLICIT_MODE)
@@ -283,14 +282,14 @@ class Upper:
         return directory
 
     def _make_implicit(self, directory: Directory, source: int | None) -> None:
-        self._borrowed.add(directory.path)
+        self._implied.add(directory.path)
         if source is None:
             self.attributes.reset_directory(directory)
-            return
-        self._copy_attributes(source, directory)
+        else:
+            self._copy_attributes(source, directory)
 
     def inherit_top(self) -> None:
-        """Give the top directory the attributes of the one below, as a snapshot's has them from the start."""
+        """Give the top directory the attributes of the one below, as a new snapshot has them from the start."""
         below = self.lowers.directory("")
         if below is not None:
             self._copy_attributes(below.parts[0].fd, self.top)
@@ -309,42 +308,31 @@ class Upper:
             self.directories.check_acl = True
 
     def _copy_up(self, parent: Directory, base: str) -> None:
-        """Bring a file of a layer below into this one, as writing to it through a mount would."""
+        """Copy a file of a layer below into this one, as writing to it through a mount would."""
         path = paths.join(parent.path, base)
         below = self.lowers.directory(parent.path)
         found = None if below is None else below.lookup(base)
         if below is None or found is None:
             raise ValueError(f"{shown(path)} vanished from the layers below")
         parent.dirty = True
-        self._borrowed.add(path)
+        self._implied.add(path)
         if not stat.S_ISREG(found.status.st_mode):
             self._copier.entry(found.dir_fd, base, parent.fd, base)
             return
-        meta = os.open(base, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.dir_fd)
-        try:
+        with ExitStack() as stack:
+            meta = os.open(base, OPEN_FILE, dir_fd=found.dir_fd)
+            stack.callback(os.close, meta)
             data = below.data(found, path)
-            try:
-                self._copy_file(data, meta, found, parent, base)
-            finally:
-                os.close(data)
-        finally:
-            os.close(meta)
-
-    def _copy_file(self, data: int, meta: int, found: Found, parent: Directory, base: str) -> None:
-        target = os.open(base, _CREATE, 0o600, dir_fd=parent.fd)
-        try:
-            size = found.status.st_size
-            for start, end in data_ranges(data, size):
-                copy_range(data, target, start, end)
-            os.ftruncate(target, size)
+            stack.callback(os.close, data)
+            target = os.open(base, NEW_FILE, 0o600, dir_fd=parent.fd)
+            stack.callback(os.close, target)
+            self._copier.content(data, target, os.fstat(data))
             self._copier.directory_attributes(meta, target)
-        finally:
-            os.close(target)
 
-    # Room for an entry
+    # Making room for an entry
 
     def remove(self, parent: Directory, base: str, path: str) -> None:
-        """Remove what the layer has at ``path``, with all below it."""
+        """Remove the layer's file or directory at ``path`` with its contents."""
         status = parent.status(base)
         if status is None:
             return
@@ -358,18 +346,18 @@ class Upper:
         self.forget(path)
 
     def replace_by_directory(self, parent: Directory, base: str, path: str) -> tuple[Directory, bool]:
-        """Make a directory where something is, or open it if it is one; says whether it was made."""
+        """Replace a file by a directory, or open an existing directory; return whether it was made."""
         found = self.directories.find(path)
         if isinstance(found, Directory):
             return found, False
         self.remove(parent, base, path)
         directory = self.directories.make(parent, base, IMPLICIT_MODE)
-        # What stood here hid a directory below, and so must this.
+        # The replaced file hid a directory below, and so must this.
         self.make_opaque(directory)
         return directory, True
 
     def make_opaque(self, directory: Directory) -> None:
-        """Make a directory hide what the layers below have there, if they have a directory there."""
+        """Make a directory hide the layers' directory at its path, if there is one."""
         if self._markers is not None and self.lowers.directory(directory.path) is not None:
             set_opaque(directory.fd, self._markers)
             self.lowers.hide(directory.path)

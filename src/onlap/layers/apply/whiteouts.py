@@ -1,11 +1,11 @@
-"""What an archive removes: whiteouts and opaque marks.
+"""The removals in an archive: whiteouts and opaque markers.
 
-They act on what was there before the archive, in whatever order they come among its entries (OCI image specification,
-layer.md): on the layers below, and on what the layer itself held. What the archive itself puts there stays.
+They act on what was there before the archive, wherever they are among its entries (OCI image specification, layer.md):
+on the layers below, and on the layer's earlier contents. The archive's own files stay.
 
-No symlink leads them, other than entries: who compares two trees goes through none. Where ``lib`` was a symlink to
-``usr/lib`` and is a directory now, Docker's overlay2 writes ``lib/`` and ``lib/.wh..wh..opq``, and neither Docker nor
-containerd takes anything out of ``usr/lib`` for that.
+Unlike entries, they follow no symlinks, since comparing two trees follows none. If ``lib`` was a symlink to ``usr/lib``
+and is a directory now, Docker's overlay2 writes ``lib/`` and ``lib/.wh..wh..opq``, and neither Docker nor containerd
+removes anything from ``usr/lib`` for that.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Whiteouts:
     """The removals of one archive.
 
     Args:
-        upper: the layer that is written.
+        upper: the layer being written.
     """
 
     def __init__(self, upper: Upper) -> None:
         self._upper = upper
         self._directories = upper.directories
         self._lowers = upper.lowers
-        # Of what there was before the archive nothing is left: at these paths, and in these directories.
+        # What was there before the archive is removed: at these paths, and in these directories.
         self._removed = paths.PathSet()
         self._emptied = paths.PathSet()
 
@@ -40,7 +40,7 @@ class Whiteouts:
         """Remove what was at ``base`` in ``parent`` before the archive.
 
         Raises:
-            ValueError: an entry was put through the symlink that goes.
+            ValueError: the symlink to be removed is on the path of an entry.
             OSError: it cannot be removed.
         """
         where = self._before(parent)
@@ -48,14 +48,14 @@ class Whiteouts:
             self._remove_before(where, base)
 
     def _is_empty(self, path: str) -> bool:
-        """Whether all that was in the directory ``path`` before the archive is removed already."""
+        """Whether everything that was in the directory ``path`` before the archive is already removed."""
         return self._emptied.covers(path) or self._removed.covers(path)
 
     def opaque(self, path: str) -> None:
-        """Remove all that was in the directory ``path`` before the archive.
+        """Remove everything that was in the directory ``path`` before the archive.
 
         Raises:
-            ValueError: an entry was put through a symlink that goes.
+            ValueError: a symlink to be removed is on the path of an entry.
             OSError: it cannot be removed.
         """
         where = self._before(path)
@@ -78,7 +78,7 @@ class Whiteouts:
             self._upper.make_opaque(directory)
 
     def _clear_top(self) -> None:
-        # fs/overlayfs/super.c merges the tops of all layers, whatever their xattrs say: each name needs a whiteout.
+        # fs/overlayfs/super.c merges the tops of all layers and ignores their xattrs, so each name needs a whiteout.
         below = self._lowers.directory("")
         names = set(below.names()) if below is not None else set()
         if self._upper.tracking:
@@ -87,9 +87,9 @@ class Whiteouts:
             self._remove_before("", name)
 
     def _before(self, path: str) -> str | None:
-        """Where the directory called ``path`` was before the archive; None when there was none, or it is hidden."""
+        """The path of the directory ``path`` before the archive; None if there was none, or it is hidden."""
         if self._lowers.directory(path) is not None and not isinstance(self._directories.find(path), Blocked):
-            return path  # as mostly: nothing on the way is, or was, anything but a directory
+            return path  # the usual case: all names on the path are, and were, directories
         here = ""
         for name in path.split("/") if path else ():
             if not self._was_directory(here, name):
@@ -111,13 +111,13 @@ class Whiteouts:
         return found is not None and stat.S_ISDIR(found.status.st_mode)
 
     def _remove_before(self, where: str, base: str) -> None:
-        """Remove what was at a path without symlinks, and hide what is below; the archive's own entries stay."""
+        """Remove what was at a path without symlinks, and hide the layers below; the archive's own entries stay."""
         path = paths.join(where, base)
         if self._is_empty(where) or path in self._removed:
             return
         upper = self._directories.find(where)
         if isinstance(upper, Blocked):
-            return  # hidden already: by a whiteout, or by a file of the archive
+            return  # already hidden by a whiteout or a file of the archive
         self._check_followed(path)
         self._removed.add(path)
         if upper is not None:
@@ -130,7 +130,7 @@ class Whiteouts:
             make_whiteout(base, dir_fd=directory.fd)
 
     def _kept(self, upper: Directory, base: str, path: str, status: os.stat_result) -> bool:
-        """Remove what of ``path`` the archive did not make; whether anything is left."""
+        """Remove what the archive did not make at ``path`` and below; return whether anything is left."""
         if not stat.S_ISDIR(status.st_mode):
             if self._upper.is_own(path):
                 return True
@@ -160,14 +160,14 @@ class Whiteouts:
         self._upper.forget(path)
 
     def _prune(self, top: str) -> bool:
-        """Remove from a directory of the layer what the archive did not make; whether anything is left in it.
+        """Remove from a directory of the layer what the archive did not make; return whether anything is left in it.
 
-        Directories that stay and that the archive did not name lose what they had from the layers below.
+        Remaining directories that the archive does not describe lose their attributes from the layers below.
         """
-        # One frame per directory: its path, those in it that are still to be visited, whether anything is left.
-        frames: list[tuple[str, list[str]]] = []
+        # The directories that are not empty afterwards.
         left: set[str] = set()
-        frames.append((top, self._prune_files(top, left)))
+        # One frame per directory: its path, and the directories in it that are still to be visited.
+        frames = [(top, self._prune_files(top, left))]
         while frames:
             path, below = frames[-1]
             if below:
@@ -189,7 +189,7 @@ class Whiteouts:
         return top in left
 
     def _is_pruned(self, path: str, left: set[str]) -> bool:
-        """Whether only the archive's own entries are left in a directory, as an earlier removal saw to."""
+        """Whether an earlier removal left only the archive's own entries in a directory."""
         if path not in self._emptied and path not in self._removed:
             return False
         directory = self._directories.find(path)
@@ -198,7 +198,7 @@ class Whiteouts:
         return True
 
     def _prune_files(self, path: str, left: set[str]) -> list[str]:
-        """Remove what is not a directory; the directories in it, as paths."""
+        """Remove files from a directory; return the paths of the directories in it."""
         directory = self._directories.find(path)
         if not isinstance(directory, Directory):
             return []
@@ -223,6 +223,6 @@ class Whiteouts:
         followed = self._upper.followed.first_below(path)
         if followed is not None:
             raise ValueError(
-                f"it removes the symlink {shown(followed)} after entries that were put through it; "
+                f"it removes the symlink {shown(followed)}, which is on the path of earlier entries; "
                 "such an archive must have its whiteouts first"
             )

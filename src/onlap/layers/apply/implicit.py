@@ -1,11 +1,11 @@
-"""Directories that an applier had to invent, since its archive does not name them, get what those below them have.
+"""Implicit directories, which an archive needs but does not describe, get the attributes of those below them.
 
-An applier that has the layers below looks there (:meth:`onlap.layers.apply.upper.Upper.ensure`; containerd v2.2,
-pkg/archive/tar.go, mkparent). One that unpacks a layer before it has a parent makes them root's, 0755, and so takes its
-sticky bit from ``/tmp`` as soon as a layer adds a file there.
+An applier that has the layers below reads them there (:meth:`onlap.layers.apply.upper.Upper.ensure`; containerd v2.2,
+pkg/archive/tar.go, mkparent). One that unpacks a layer without a parent makes them root's, 0755, so that ``/tmp`` would
+lose its sticky bit as soon as a layer adds a file there.
 
-An archive may name a directory with these same attributes. What tells the two apart is the time: a named directory gets
-that of the archive, which was written before it is unpacked; an invented one has that of its last change.
+An archive may describe a directory with the same attributes. The mtime distinguishes them: a described directory has
+that of the archive, which was written before it was unpacked; an implicit one has that of its last change.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from onlap.trees.walk import OPEN_DIRECTORY, Descent
 
 
 def inherit(layer: str, below: Sequence[str], markers: Markers, since_ns: int) -> None:
-    """Give the invented directories of a layer, its top among them, the attributes and times of those below.
+    """Give the implicit directories of a layer, including its top, the attributes and times of those below.
 
-    The cost is that of the directories that the layer shares with those below. It may be done again, also after it was
-    broken off.
+    The cost is that of the directories that the layer shares with those below. It can be repeated, also after an
+    interruption.
 
     Args:
         layer: its directory, which nobody writes to.
-        below: the layers that it is put on, topmost first.
+        below: the layers below it, topmost first.
         markers: the flavour of the markers in them.
         since_ns: when the layer was made, by the filesystem's clock.
 
@@ -58,9 +58,9 @@ def inherit(layer: str, below: Sequence[str], markers: Markers, since_ns: int) -
                     left.append((inside, iter(()) if opaque else _directories(fd)))
                     break
             else:
-                # After all that is in it: its new mode may forbid us to go there.
+                # After its contents: its new mode may deny us access.
                 model = lowers.directory(path)
-                if model is not None and _is_invented(descent.fd, model.parts[0].fd, since_ns):
+                if model is not None and _is_implicit(descent.fd, model.parts[0].fd, since_ns):
                     copier.directory_attributes(model.parts[0].fd, descent.fd)
                 left.pop()
                 if left:
@@ -71,8 +71,8 @@ def _directories(fd: int) -> Iterator[str]:
     return iter([entry.name for entry in files.list_directory(fd) if entry.is_dir(follow_symlinks=False)])
 
 
-def _is_invented(fd: int, model: int, since_ns: int) -> bool:
-    """Whether a directory is as an applier makes it by itself, or half of what it is to become already."""
+def _is_implicit(fd: int, model: int, since_ns: int) -> bool:
+    """Whether a directory has the attributes of an implicit one, or already some of those that it gets here."""
     status = os.fstat(fd)
     if not since_ns <= status.st_mtime_ns <= status.st_ctime_ns:
         return False
