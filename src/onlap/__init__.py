@@ -1,7 +1,7 @@
 """Onlap: OverlayFS for Python.
 
-A snapshot engine for file trees: stacks of read-only layers, a writable view on top in about a millisecond, and what
-was written there becomes the next layer.
+A snapshot engine for file trees. It keeps stacks of read-only layers and puts a writable view on top in about a
+millisecond. What is written there becomes the next layer.
 
 >>> import onlap, tempfile
 >>> directory = tempfile.TemporaryDirectory()
@@ -42,46 +42,36 @@ if TYPE_CHECKING:
     from onlap.mounts.plan import Mount
     from onlap.probing.probe import Probe, probe
     from onlap.probing.trial import Feature
+    from onlap.snapshots.contexts import mounted
     from onlap.snapshots.contract import Cleaner, Differ, Info, Snapshotter
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
-    from onlap.snapshots.working import mounted
     from onlap.store import Exported, Imported, Progress, Store, open
     from onlap.trees.compare import Change
     from onlap.trees.meta import Meta
     from onlap.trees.usage import Usage
 
-# PEP 562: each name is loaded when somebody asks for it, so that a short command does not pay for what it never uses.
-_ERRORS = (
-    "AlreadyExists Busy Canceled DataLoss DigestMismatch FailedPrecondition Internal InvalidArgument NotFound "
-    "OnlapError PermissionDenied ResourceExhausted Unavailable Unimplemented"
-)
-_WHERE = {
-    **dict.fromkeys(_ERRORS.split(), "onlap.errors"),
-    "Applied": "onlap.layers.apply.archive",
-    "Change": "onlap.trees.compare",
-    "Cleaner": "onlap.snapshots.contract",
-    "Differ": "onlap.snapshots.contract",
-    "Exported": "onlap.store",
-    "Feature": "onlap.probing.trial",
-    "Imported": "onlap.store",
-    "Info": "onlap.snapshots.contract",
-    "Limits": "onlap.layers.apply.archive",
-    "Meta": "onlap.trees.meta",
-    "Mount": "onlap.mounts.plan",
-    "NativeSnapshotter": "onlap.snapshots.native",
-    "OverlaySnapshotter": "onlap.snapshots.overlay",
-    "Probe": "onlap.probing.probe",
-    "Progress": "onlap.store",
-    "Properties": "onlap.snapshots.overlay",
-    "Snapshotter": "onlap.snapshots.contract",
-    "Store": "onlap.store",
-    "Usage": "onlap.trees.usage",
-    "Written": "onlap.layers.diff.write",
-    "mounted": "onlap.snapshots.working",
-    "open": "onlap.store",
-    "probe": "onlap.probing.probe",
+# PEP 562: a name is loaded when it is first used, so that a short command does not pay for what it never uses.
+_MODULES = {
+    "onlap.errors": (
+        "AlreadyExists Busy Canceled DataLoss DigestMismatch FailedPrecondition Internal InvalidArgument NotFound "
+        "OnlapError PermissionDenied ResourceExhausted Unavailable Unimplemented"
+    ),
+    "onlap.layers.apply.archive": "Applied Limits",
+    "onlap.layers.diff.write": "Written",
+    "onlap.mounts.plan": "Mount",
+    "onlap.probing.probe": "Probe probe",
+    "onlap.probing.trial": "Feature",
+    "onlap.snapshots.contexts": "mounted",
+    "onlap.snapshots.contract": "Cleaner Differ Info Snapshotter",
+    "onlap.snapshots.native": "NativeSnapshotter",
+    "onlap.snapshots.overlay": "OverlaySnapshotter Properties",
+    "onlap.store": "Exported Imported Progress Store open",
+    "onlap.trees.compare": "Change",
+    "onlap.trees.meta": "Meta",
+    "onlap.trees.usage": "Usage",
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "AlreadyExists",
@@ -126,12 +116,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    where = _WHERE.get(name)
-    if where is None:
+    module = _MODULE_OF.get(name)
+    if module is None:
         raise AttributeError(f"module 'onlap' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(where), name)
+    value = getattr(import_module(module), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The facade: one root, and all that can be done with it."""
+"""The facade: one root and everything that can be done with it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onlap.arguments import check_path
 from onlap.boundary import public, public_class
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
-from onlap.progress import Callback, Progress, Reporter
-from onlap.snapshots import working
+from onlap.progress import Callback, Progress
+from onlap.snapshots import contexts
 from onlap.snapshots.contract import Info
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter, Sync
 from onlap.trees.compare import Change
@@ -41,9 +41,10 @@ class Imported(NamedTuple):
 
     Attributes:
         info: the new snapshot.
-        entries: files, directories and links taken in.
+        entries: number of files, directories and links imported.
         size: bytes of content.
-        skipped: how many of each kind could not be kept, as ``{"socket": 1}``; see :class:`onlap.trees.copy.Copied`.
+        skipped: how many entries of each kind could not be kept, as ``{"socket": 1}``; see
+            :class:`onlap.trees.copy.Copied`.
     """
 
     info: Info
@@ -56,10 +57,11 @@ class Exported(NamedTuple):
     """What :meth:`Store.export` did.
 
     Attributes:
-        entries: files, directories and links written.
-        size: bytes of content; of an archive, its own bytes.
-        skipped: how many of each kind could not be kept, as ``{"socket": 1}``; see :class:`onlap.trees.copy.Copied`.
-        archive: more of an archive; None for a directory.
+        entries: number of files, directories and links written.
+        size: bytes of content; for an archive, the size of the archive.
+        skipped: how many entries of each kind could not be kept, as ``{"socket": 1}``; see
+            :class:`onlap.trees.copy.Copied`.
+        archive: details of an archive; None for a directory.
     """
 
     entries: int
@@ -77,21 +79,21 @@ def open(
     sync: Sync | None = None,
     timeout: float = 30.0,
 ) -> Store:
-    """Open a root, or make it.
+    """Open a root, or make one.
 
     Args:
-        root: its path.
-        snapshotter: ``"overlay"``, ``"native"``, or ``"auto"``: what the root is for, and for a new one overlay where
-            that can be mounted here and native copies elsewhere.
-        create: make it when it does not exist.
+        root: the path of the root.
+        snapshotter: ``"overlay"``, ``"native"`` or ``"auto"``. ``"auto"`` is the one that an existing root is for. A
+            new root gets overlay if overlays can be mounted there, else native copies.
+        create: make the root if it does not exist.
         sync: ``"layer"`` (the default): a commit is durable with its content; ``"none"``: only its record is.
         timeout: how many seconds to wait for other processes.
 
     Raises:
         NotFound: there is no root and ``create`` is false.
-        FailedPrecondition: the root is for another snapshotter, or is not to be trusted; the error says why.
-        InvalidArgument: another word for ``snapshotter`` or ``sync``.
-        OnlapError: of another kind, for what the filesystem or the catalog says.
+        FailedPrecondition: the root is for another snapshotter, or is not trustworthy; the error says why.
+        InvalidArgument: ``snapshotter`` or ``sync`` is another word.
+        OnlapError: of another kind, for an error of the filesystem or the catalog.
     """
     return Store(open_snapshotter(root, snapshotter=snapshotter, create=create, sync=sync, timeout=timeout))
 
@@ -107,7 +109,7 @@ def open_snapshotter(
     owner: str = "",
     overlay_options: Mapping[str, object] | None = None,
 ) -> RecordedSnapshotter:
-    """The snapshotter of a root, for the owner who asks.
+    """The snapshotter of a root, for one owner.
 
     Args:
         root: see :func:`open`, as for the next four.
@@ -115,8 +117,8 @@ def open_snapshotter(
         create: likewise.
         sync: likewise.
         timeout: likewise.
-        owner: whose snapshots it sees and makes.
-        overlay_options: more for :class:`OverlaySnapshotter`, if the root is for that one.
+        owner: the owner whose snapshots it sees and makes.
+        overlay_options: more arguments of :class:`OverlaySnapshotter`, if the root is for that one.
 
     Raises:
         OnlapError: see :func:`open`.
@@ -137,11 +139,12 @@ def open_snapshotter(
 
 
 def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | None]:
-    """The kind of an existing root, or the best one for a new; and the flavour of a new overlay root."""
+    """The kind of an existing root, or the best kind for a new one; and the flavour of a new overlay root."""
     from onlap.catalog.catalog import Catalog
+    from onlap.probing.probe import existing_above, overlay_mode
     from onlap.snapshots import properties
 
-    closed = os.path.isdir(root) and not os.access(root, os.X_OK)  # somebody else's, which says so when it is opened
+    closed = os.path.isdir(root) and not os.access(root, os.X_OK)  # opening it reports whose it is
     if closed or os.path.lexists(os.path.join(os.fspath(root), "catalog.db")):
         catalog = Catalog(root, create=create, timeout=timeout)
         try:
@@ -151,24 +154,17 @@ def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | Non
         if kind is not None:
             return kind, None
     if not create:
-        return "overlay", None  # which finds that there is no root, and says so
-    return best_snapshotter(root)
-
-
-def best_snapshotter(root: StrPath) -> tuple[str, str | None]:
-    """What a new root can be: ``("overlay", flavour)`` or ``("native", None)``, found by trial where it will lie."""
-    from onlap.probing.probe import existing_above, overlay_mode
-
+        return "overlay", None  # opening it reports that there is no root
     mode, _ = overlay_mode(existing_above(os.fspath(root)))
     return {"overlay": ("overlay", "trusted"), "overlay-userxattr": ("overlay", "user")}.get(mode, ("native", None))
 
 
 @public_class
 class Store:
-    """A root and its snapshotter: the contract's methods, and what is built from them. A context manager.
+    """A root: the contract's methods, and operations built from them. A context manager that closes the root.
 
     Attributes:
-        snapshotter: what keeps the snapshots.
+        snapshotter: the snapshotter of the root.
     """
 
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
@@ -183,19 +179,19 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Let go of everything; idempotent."""
+        """Release all resources; idempotent."""
         self.snapshotter.close()
 
     @property
     def root(self) -> Path:
-        """Where the root is."""
+        """The path of the root."""
         from pathlib import Path
 
         return Path(self.snapshotter.root)
 
     @property
     def content(self) -> ContentStore:
-        """The blobs of the images."""
+        """The blobs of images, by digest."""
         if self._content is None:
             from onlap.content.store import ContentStore
 
@@ -204,7 +200,7 @@ class Store:
 
     @property
     def images(self) -> Images:
-        """The images."""
+        """The images of the root."""
         if self._images is None:
             from onlap.images.api import Images
 
@@ -265,17 +261,17 @@ class Store:
         return self.snapshotter.walk(*filters)
 
     def cleanup(self) -> None:
-        """See :meth:`Cleaner.cleanup`; what :meth:`collect` finds goes, too."""
+        """Delete everything that belongs to no snapshot, including what :meth:`collect` finds."""
         self.collect()
         self.snapshotter.cleanup()
 
     def collect(self) -> int:
-        """Let go of what nobody needs: what killed programs left, blobs that no image has, and their layers' snapshots.
+        """Remove what killed programs left, blobs that no image needs, and the snapshots of their layers.
 
-        The log says what a killed program left that cannot be taken away now.
+        What a killed program left and cannot be removed now is logged.
 
         Returns:
-            How many blobs were deleted.
+            The number of blobs deleted.
 
         Raises:
             OnlapError: the filesystem refuses.
@@ -297,10 +293,10 @@ class Store:
         """See :meth:`Differ.diff`."""
         return self.snapshotter.diff(key, base=base)
 
-    # More
+    # Work in a tree
 
     def label(self, key: str, changes: Mapping[str, str | None]) -> Info:
-        """Set some labels of a snapshot and leave the others; None takes one away.
+        """Set some labels of a snapshot and leave the others; None removes a label.
 
         Raises:
             NotFound: there is no such snapshot.
@@ -308,7 +304,7 @@ class Store:
         return self.snapshotter.label(key, changes)
 
     def mounted(self, key: str, at: StrPath | None = None, *, detached: bool = False) -> AbstractContextManager[Path]:
-        """Mount a snapshot for the time of a ``with`` block; a committed one read-only, through a view.
+        """Mount a snapshot for the duration of a ``with`` block; a committed one read-only.
 
         Args:
             key: a snapshot of any kind.
@@ -318,41 +314,41 @@ class Store:
         Raises:
             NotFound: there is no such snapshot.
             Busy: an overlay of it is mounted read-write already, or it is being committed, removed or applied to.
-            DataLoss: a layer of it is lost.
+            DataLoss: one of its layers is lost.
             OnlapError: see :func:`onlap.mounted`.
         """
-        return working.mounted_snapshot(self.snapshotter, key, at, detached=detached)
+        return contexts.mounted_snapshot(self.snapshotter, key, at, detached=detached)
 
     def scratch(self, parent: str | None = None) -> AbstractContextManager[Path]:
-        """A writable view of a committed snapshot, or an empty tree; dropped at the end.
+        """Work in a writable view of a committed snapshot, or in an empty tree; it is discarded at the end.
 
         Raises:
             NotFound: there is no such parent.
             InvalidArgument: the parent is not committed.
             OnlapError: see :func:`onlap.mounted`.
         """
-        return working.scratch(self.snapshotter, parent)
+        return contexts.scratch(self.snapshotter, parent)
 
     def build(
         self, name: str, parent: str | None = None, labels: Mapping[str, str] | None = None
     ) -> AbstractContextManager[Path]:
-        """A writable view that is committed as ``name`` at the end, or dropped when the body raises.
+        """Work in a writable view that is committed as ``name`` at the end, or discarded if the block raises.
 
-        When the end fails, since a program still works in the tree or the disk is full, nothing that was written is
-        lost: the error says under which key it is kept, to be committed later.
+        If the commit fails, because a program still works in the tree or the disk is full, nothing that was written is
+        lost. The error names the key under which it is kept, so that it can be committed later.
 
         Args:
-            name: what to commit it as.
-            parent: what it stands on.
+            name: the name to commit it as.
+            parent: the parent.
             labels: of the committed snapshot.
 
         Raises:
             AlreadyExists: the name is taken.
             NotFound, InvalidArgument: the parent does not exist, or is not committed.
-            Busy: at the end, somebody still used the tree; ``.key`` is the snapshot that was kept.
-            OnlapError: see :func:`onlap.mounted` and :meth:`commit`; likewise.
+            Busy: at the end, a process still used the tree; ``.key`` is the snapshot that was kept.
+            OnlapError: see :func:`onlap.mounted` and :meth:`commit`; ``.key`` likewise.
         """
-        return working.build(self.snapshotter, name, parent, labels)
+        return contexts.build(self.snapshotter, name, parent, labels)
 
     # Trees and layers, in and out
 
@@ -368,45 +364,39 @@ class Store:
         labels: Mapping[str, str] | None = None,
         progress: Callback | None = None,
     ) -> Imported:
-        """Take a directory or an archive in, as a committed snapshot.
+        """Import a directory or an archive as a committed snapshot.
 
-        Of a directory owners, modes, times, xattrs, hard links and holes are kept, and content is shared where the
-        filesystem can (reflink). It stays on the source's filesystem and never enters a root of Onlap that lies inside
-        it. An archive is a tar, plain or compressed; over a parent its whiteouts count.
+        From a directory, owners, modes, times, xattrs, hard links and holes are kept, and content is shared if the
+        filesystem can do that (reflink). The import does not cross into other filesystems, nor into a root of Onlap
+        inside the directory. An archive is a tar, plain or compressed. With a parent, its whiteouts take effect.
 
         Args:
             source: a directory, an archive, or a binary file to read one from.
-            name: what to call the snapshot.
-            parent: what it stands on; the source's files are laid over it.
-            format: what ``source`` is, ``"directory"`` or ``"tar"``; by default what is there.
-            exclude: for a directory: patterns as :mod:`fnmatch` has them, against the path from the top and against the
+            name: the name of the snapshot.
+            parent: the parent; the source's files are laid over it.
+            format: what ``source`` is, ``"directory"`` or ``"tar"``; by default what exists there.
+            exclude: for a directory: :mod:`fnmatch` patterns, matched against the path from the top and against the
                 last name.
-            allow_changes: take a directory's files as they are read, even though somebody writes to them meanwhile.
+            allow_changes: accept that files of a directory change while they are read.
             labels: of the snapshot.
-            progress: called with what is done, at most ten times a second.
+            progress: called with reports, at most ten times per second.
 
         Raises:
             NotFound: there is no such directory or archive.
-            InvalidArgument: it is neither, or lies inside the root; or it is a directory with the name of an archive,
-                and ``format`` does not say which is meant.
+            InvalidArgument: it is neither, or lies inside the root; or it is a directory with the name of an archive
+                and no ``format`` is given.
             AlreadyExists: the name is taken.
             FailedPrecondition: a file changed while it was read.
-            OnlapError: of another kind, for what the filesystem says.
+            OnlapError: of another kind, for an error of the filesystem.
         """
         self.snapshotter.check_free(name)
         from onlap.snapshots import archives
 
-        directory = None
-        if isinstance(source, (str, os.PathLike)):
-            source = check_path(source, "path to import")
-            if archives.format_of(source, format) == "directory":
-                directory = source
-        elif format == "directory":
-            raise errors.InvalidArgument("an open file is not a directory", hint="give the path of one")
+        directory = archives.directory_of(source, format, "path to import")
         if exclude and directory is None:
             raise errors.InvalidArgument("nothing can be excluded from an archive", hint="unpack it first")
         done: tuple[int, int, Mapping[str, int]]
-        with working.prepared(self.snapshotter, parent, "import") as key:
+        with contexts.prepared(self.snapshotter, parent, "import") as key:
             if directory is not None:
                 done = archives.copy_in(
                     self.snapshotter, key, directory, exclude, allow_changes=allow_changes, progress=progress
@@ -429,58 +419,43 @@ class Store:
         sparse: bool = False,
         progress: Callback | None = None,
     ) -> Exported:
-        """Write the whole tree of a snapshot, its parents' layers included, into a directory or as an archive.
+        """Write the whole tree of a snapshot, including its parents' layers, into a directory or an archive.
 
         Args:
             key: a snapshot of any kind.
-            out: a new or empty directory; the path of an archive, which appears there only when it is whole; or an open
-                binary file.
-            format: what ``out`` is, ``"directory"`` or ``"tar"``. By default a file is an archive, as is a new path
-                that ends in ``.tar``, ``.tar.gz``, ``.tgz``, ``.tar.zst`` or ``.tzst``; all else is a directory.
+            out: a new or empty directory; the path of an archive, which appears there only when it is complete; or an
+                open binary file.
+            format: what ``out`` is, ``"directory"`` or ``"tar"``. By default a file is an archive, and so is a new path
+                that ends in ``.tar``, ``.tar.gz``, ``.tgz``, ``.tar.zst`` or ``.tzst``; other paths are directories.
             compression: of an archive; see :meth:`write_diff`, as for the next three.
             level: likewise.
             epoch: likewise; a directory keeps its times.
             sparse: likewise.
-            progress: called with what is done, at most ten times a second.
+            progress: called with reports, at most ten times per second.
 
         Raises:
             NotFound: there is no such snapshot.
             InvalidArgument: ``out`` is a directory with the name of an archive; or an option of an archive was given
                 for a directory.
             FailedPrecondition: the directory is not empty.
-            OnlapError: of another kind, for what the filesystem or the mount says.
+            OnlapError: of another kind, for an error of the filesystem or the mount.
         """
         from onlap.snapshots import archives
 
-        if isinstance(out, (str, os.PathLike)):
-            out = check_path(out, "path to export to")
-            if archives.format_of(out, format) == "directory":
-                if compression is not None or level is not None or sparse:
-                    raise errors.InvalidArgument(
-                        f"{shown(out)} is a directory, and the options given are an archive's",
-                        key=out,
-                        hint="let the path end in .tar, or say that the format is tar",
-                    )
-                return self._export_directory(key, out, progress)
-        elif format == "directory":
-            raise errors.InvalidArgument("an open file is not a directory", hint="give the path of one")
+        directory = archives.directory_of(out, format, "path to export to")
+        if directory is not None:
+            if compression is not None or level is not None or sparse:
+                raise errors.InvalidArgument(
+                    f"{shown(directory)} is a directory, and the options given are an archive's",
+                    key=directory,
+                    hint="let the path end in .tar, or say that the format is tar",
+                )
+            copied = archives.copy_out(self.snapshotter, key, directory, progress=progress)
+            return Exported(*copied, archive=None)
         pair = Pair(None, self.snapshotter.record(key))
         encoding = archives.encoding_for(out, compression, level, epoch, sparse=sparse)
         done = archives.write_diff(self.snapshotter, pair, out, encoding, doing="export", progress=progress)
         return Exported(done.entries, done.size, done.skipped, done)
-
-    def _export_directory(self, key: str, directory: str, progress: Callback | None) -> Exported:
-        from onlap.catalog.runs import writing
-        from onlap.mounts.temporary import may_detach
-        from onlap.trees.transfer import export_directory
-
-        report = Reporter(progress, "export", "files")
-        # An interrupt may leave a descriptor open, which would keep a mount at a path busy.
-        mounted = working.mounted_snapshot(self.snapshotter, key, detached=may_detach(), reading=True)
-        with mounted as tree, writing(self.snapshotter.catalog) as note:
-            copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries), note)
-        report.finish(copied.entries)
-        return Exported(*copied, archive=None)
 
     def apply(
         self,
@@ -495,19 +470,20 @@ class Store:
         """Write the archive of a layer into an active snapshot.
 
         Args:
-            key: the snapshot; not mounted anywhere.
+            key: the snapshot; it must not be mounted.
             layer: a path, or a binary file: a tar, plain or compressed with gzip, zstd, bzip2 or xz.
-            digest: what the digest of the archive must be, ``"sha256:..."``.
-            diff_id: what the digest of the uncompressed archive must be.
-            limits: how much it may hold; none by default.
-            progress: called with the bytes read, at most ten times a second.
+            digest: the expected digest of the archive, ``"sha256:..."``.
+            diff_id: the expected digest of the uncompressed archive.
+            limits: limits on what it may contain; none by default.
+            progress: called with the bytes read, at most ten times per second.
 
         Raises:
             NotFound: there is no such snapshot.
             FailedPrecondition: it is not active, or mounted read-write.
-            InvalidArgument: it is not an archive, or an attack; the error names the entry.
-            DataLoss: it is truncated or damaged. DigestMismatch: it is another one.
-            OnlapError: of another kind, for what the filesystem says.
+            InvalidArgument: the source is not an archive, or an attack; the error names the entry.
+            DataLoss: the archive is truncated or damaged.
+            DigestMismatch: it does not have the expected digest.
+            OnlapError: of another kind, for an error of the filesystem.
         """
         from onlap.snapshots import archives
 
@@ -528,25 +504,25 @@ class Store:
         sparse: bool = False,
         progress: Callback | None = None,
     ) -> Written:
-        """Write :meth:`diff` as a layer: applied to ``base``, it makes ``key`` of it.
+        """Write the difference of two snapshots as a layer; applied to ``base``, it gives ``key``.
 
         Args:
             key: a snapshot of any kind.
-            out: the path of an archive, which appears there only when it is whole; or an open binary file.
-            base: what it starts from; by default the parent of ``key``.
-            compression: ``"none"``, ``"gzip"`` or ``"zstd"``; by default what the path's ending says, else none.
-            level: of the compression, its own default when None.
+            out: the path of an archive, which appears there only when it is complete; or an open binary file.
+            base: where the difference starts; by default at the parent of ``key``.
+            compression: ``"none"``, ``"gzip"`` or ``"zstd"``; by default what the path's suffix says, else none.
+            level: of the compression; None for its own default.
             epoch: seconds since 1970; later times become this one (SOURCE_DATE_EPOCH).
-            content: read files whose attributes are the same on both sides.
-            sparse: leave holes out: a file of 2 GiB with 4 KiB of data takes about as much. The archive then depends on
-                where the filesystem has holes, and not every reader of layers knows such entries: it is for
-                :meth:`apply`, GNU tar and the like, not for images.
-            progress: called with the bytes of the uncompressed archive, at most ten times a second.
+            content: also compare the content of files whose attributes are the same on both sides.
+            sparse: leave out holes: of a file of 2 GiB with 4 KiB of data, only the data is written. The archive then
+                depends on where the filesystem has holes, and some readers of layers do not know such entries. It is
+                for :meth:`apply`, GNU tar and the like, not for images.
+            progress: called with the bytes of the uncompressed archive, at most ten times per second.
 
         Raises:
             NotFound: there is no such snapshot.
             InvalidArgument: there is no such compression or level.
-            OnlapError: of another kind, for what the filesystem says.
+            OnlapError: of another kind, for an error of the filesystem.
         """
         from onlap.snapshots import archives
 
@@ -554,24 +530,24 @@ class Store:
         return archives.write_diff(self.snapshotter, self.snapshotter.pair(key, base), out, encoding, progress=progress)
 
     def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
-        """Make one layer of those above ``base`` up to ``top``, as a new committed snapshot on ``base``.
+        """Merge the layers above ``base`` up to ``top`` into one, as a new committed snapshot on ``base``.
 
         Args:
             top: a snapshot of any kind.
-            name: what to call the new one.
-            base: what stays below; None to make one layer of everything.
-            labels: of the new one.
+            name: the name of the new snapshot.
+            base: the ancestor of ``top`` that stays below; None to merge all layers.
+            labels: of the new snapshot.
 
         Raises:
             NotFound: there is no such snapshot.
-            InvalidArgument: ``top`` does not stand on ``base``.
+            InvalidArgument: ``base`` is not an ancestor of ``top``.
             AlreadyExists: the name is taken.
-            OnlapError: of another kind, for what the filesystem says.
+            OnlapError: of another kind, for an error of the filesystem.
         """
         from onlap.snapshots import archives
 
         self.stat(top)
-        with working.prepared(self.snapshotter, base, "squash") as key:
+        with contexts.prepared(self.snapshotter, base, "squash") as key:
             archives.squash(self.snapshotter, top, key, base)
             self.commit(name, key, labels)
         return self.stat(name)

@@ -21,7 +21,7 @@ from onlap.layers.format.tar import Entry
 from onlap.layers.format.writer import TarWriter
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import Markers, is_marker
-from onlap.snapshots.working import mounted
+from onlap.snapshots.contexts import mounted
 from onlap.trees.copy import copy_attributes
 
 TRUSTED = Markers("trusted")

@@ -27,7 +27,7 @@ from onlap.layers.diff.write import Encoding, Written, write_layer
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import is_whiteout
 from onlap.progress import Callback
-from onlap.snapshots.working import mounted
+from onlap.snapshots.contexts import mounted
 from onlap.testing import Tree, assert_same_tree, read_tree
 
 WHITEOUT = "whiteout"

@@ -177,7 +177,7 @@ def test_a_commit_beside_an_apply_that_does_not_end_is_busy(root: Path, store: S
         tree = store.snapshotter.catalog.layout.tree(store.snapshotter.record("key").id)
         fd = os.open(tree, os.O_RDONLY)
         try:
-            while not exclusion._lockers(fd, b"WRITE"):
+            while not exclusion._lock_holders(fd, b"WRITE"):
                 assert applying.is_alive()
         finally:
             os.close(fd)
@@ -388,4 +388,4 @@ def test_who_holds_a_tree_is_told_though_its_name_is_gone(store: Store) -> None:
     with Flock(layout.tree(identifier)) as held:
         assert held.lock(shared=True)
         os.rename(layout.snapshot(identifier), f"{layout.trash}/{identifier}")
-        assert any(f"pid {os.getpid()} " in line for line in exclusion._lockers(held.fd, b"READ"))
+        assert any(f"pid {os.getpid()} " in line for line in exclusion._lock_holders(held.fd, b"READ"))

@@ -20,7 +20,7 @@ from onlap.mounts import kernel, plan, userns
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import MAX_DATA, MAX_LOWERS
-from onlap.snapshots.working import mounted
+from onlap.snapshots.contexts import mounted
 
 ODD = [b"a:b", b"a,b", b"a\\b", b"\\", b"a b", b"line\nfeed", b"caf\xe9", b"tab\t", b"#'\"$", b"\\054\\072"]
 WAYS = [kernel.LAYERS_BY_FD, kernel.LAYERS_BY_PROC, kernel.LAYERS_BY_STRING]

@@ -1,4 +1,4 @@
-"""Snapshots and archives: a layer applied to a snapshot, a snapshot written as a layer, layers made into one."""
+"""Trees and layers in and out: apply a layer, copy a directory, write an archive or a directory, squash layers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from onlap.layers.apply.archive import Applied, Limits, apply
 from onlap.layers.diff.changes import stack_items
 from onlap.layers.diff.write import Encoding, Written, piped, write_layer
 from onlap.layers.stream.compression import BZIP2, GZIP, NONE, XZ, ZSTD, Compression
+from onlap.mounts.temporary import may_detach
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import exclusion
+from onlap.snapshots.contexts import mounted_snapshot
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
 from onlap.trees import whole
 from onlap.trees.copy import Copied
-from onlap.trees.transfer import import_directory
+from onlap.trees.transfer import export_directory, import_directory
 from onlap.trees.walk import OPEN_DIRECTORY
 
 StrPath = str | os.PathLike[str]
 Source = BinaryIO | StrPath | bytes
 Format = Literal["directory", "tar"]
 
-# What the ending of an archive's name says of its compression, as GNU tar's --auto-compress has it.
+# The compression that the suffix of an archive's name stands for, as with GNU tar's --auto-compress.
 _ENDINGS = {
     ".tar": NONE,
     ".tar.gz": GZIP,
@@ -45,17 +47,17 @@ _ENDINGS = {
 
 
 def compression_of(path: str) -> str | None:
-    """The compression that the ending of an archive's name stands for; None where it is not an archive's."""
+    """The compression that an archive's suffix stands for; None if the path has no such suffix."""
     return next((found for ending, found in _ENDINGS.items() if path.endswith(ending)), None)
 
 
 def format_of(path: str, given: Format | None) -> Format:
-    """Whether a path to import or export is that of a directory or of an archive.
+    """Whether a path to import or export is a directory or an archive.
 
-    It is what the caller says; else what is there; else what its ending says, and without one a directory.
+    The caller's choice comes first, then what exists at the path, then its suffix; without one it is a directory.
 
     Raises:
-        InvalidArgument: there is no such format; or it is a directory with the ending of an archive.
+        InvalidArgument: there is no such format; or it is a directory with the suffix of an archive.
     """
     if given is not None:
         if given not in ("directory", "tar"):
@@ -73,6 +75,25 @@ def format_of(path: str, given: Format | None) -> Format:
     return "tar" if archive or os.path.lexists(path) else "directory"
 
 
+def directory_of(place: StrPath | BinaryIO, given: Format | None, what: str) -> str | None:
+    """The path of the directory that a caller wants to import or export; None if it is an archive.
+
+    Args:
+        place: a path, or an open binary file.
+        given: the format, if the caller says it.
+        what: what the path is, for errors.
+
+    Raises:
+        InvalidArgument: see :func:`format_of`; or an open file is said to be a directory.
+    """
+    if isinstance(place, (str, os.PathLike)):
+        path = check_path(place, what)
+        return path if format_of(path, given) == "directory" else None
+    if given == "directory":
+        raise errors.InvalidArgument("an open file is not a directory", hint="give the path of one")
+    return None
+
+
 def encoding_for(
     out: StrPath | BinaryIO,
     compression: Compression | None,
@@ -81,7 +102,7 @@ def encoding_for(
     content: bool = False,
     sparse: bool = False,
 ) -> Encoding:
-    """How an archive is written to ``out``, whose name says the compression where the caller does not.
+    """How to encode an archive written to ``out``; without ``compression`` its suffix decides.
 
     Raises:
         InvalidArgument: there is no such compression or level.
@@ -93,7 +114,7 @@ def encoding_for(
     if chosen not in (NONE, GZIP, ZSTD):
         raise errors.InvalidArgument(f"layers are not written as {shown(chosen)}", hint="use gzip, zstd or none")
     if level is not None and chosen == NONE:
-        raise errors.InvalidArgument("the level is that of a compression, and there is none", hint="use gzip or zstd")
+        raise errors.InvalidArgument("a level was given without a compression", hint="use gzip or zstd")
     return Encoding(cast("Compression", chosen), level, epoch, content, sparse)
 
 
@@ -107,7 +128,7 @@ def apply_layer(
     limits: Limits | None = None,
     progress: Callback | None = None,
 ) -> Applied:
-    """Write the archive of a layer into an active snapshot, straight into its directory.
+    """Write the archive of a layer into the directory of an active snapshot.
 
     Raises:
         NotFound: there is no such snapshot.
@@ -117,13 +138,13 @@ def apply_layer(
     record = snapshotter.record(key)
     if record.kind != ACTIVE:
         raise errors.FailedPrecondition(
-            f"snapshot {shown(key)} is {record.kind}, and a layer is applied to an active one", key=key
+            f"snapshot {shown(key)} is {record.kind}, and layers are applied only to active ones", key=key
         )
     tree, *lowers = snapshotter.layers(record)
     markers = snapshotter.markers if isinstance(snapshotter, OverlaySnapshotter) else None
     ancestors = snapshotter.ancestors(record)
     with ExitStack() as stack:
-        stack.enter_context(exclusion.alone(snapshotter, record))
+        stack.enter_context(exclusion.changing(snapshotter, record))
         stack.enter_context(snapshotter.catalog.hold([record.id, *ancestors]))
         stack.enter_context(snapshotter.translated("apply a layer to", key))
         fd = os.open(tree, OPEN_DIRECTORY)
@@ -150,7 +171,7 @@ def copy_in(
     allow_changes: bool = False,
     progress: Callback | None = None,
 ) -> Copied:
-    """Copy a directory into an active snapshot, straight into its directory.
+    """Copy a directory into the directory of an active snapshot.
 
     Raises:
         NotFound: there is no such snapshot.
@@ -159,7 +180,7 @@ def copy_in(
     """
     report = Reporter(progress, "import", "files")
     record = snapshotter.record(key)
-    with exclusion.alone(snapshotter, record):
+    with exclusion.changing(snapshotter, record):
         copied = import_directory(
             source,
             snapshotter.layers(record)[0],
@@ -168,6 +189,23 @@ def copy_in(
             allow_changes=allow_changes,
             progress=lambda entries, _size: report(entries),
         )
+    report.finish(copied.entries)
+    return copied
+
+
+def copy_out(snapshotter: RecordedSnapshotter, key: str, directory: str, *, progress: Callback | None = None) -> Copied:
+    """Copy the whole tree of a snapshot of any kind into a new or empty directory.
+
+    Raises:
+        NotFound: there is no such snapshot.
+        FailedPrecondition: the directory is not empty.
+        OnlapError: see :func:`onlap.trees.transfer.export_directory`.
+    """
+    report = Reporter(progress, "export", "files")
+    # An interrupt may leave a descriptor open, which would keep a mount at a path busy.
+    mounted = mounted_snapshot(snapshotter, key, detached=may_detach(), reading=True)
+    with mounted as tree, writing(snapshotter.catalog) as note:
+        copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries), note)
     report.finish(copied.entries)
     return copied
 
@@ -181,7 +219,7 @@ def write_diff(
     doing: str = "write the layer of",
     progress: Callback | None = None,
 ) -> Written:
-    """Write what makes one snapshot out of another as a layer; nothing is mounted.
+    """Write the difference between two snapshots as a layer; nothing is mounted.
 
     Raises:
         OnlapError: see :func:`onlap.layers.diff.write.write_layer`.
@@ -195,28 +233,28 @@ def write_diff(
 
 @contextlib.contextmanager
 def _opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterator[BinaryIO]:
-    """Where an archive goes; a file appears under its name only when it is whole."""
+    """The file that an archive is written to; a new file gets its name only when it is complete."""
     if not isinstance(out, (str, os.PathLike)):
         yield out
         return
     path = check_path(out, "path to write to")
     with errors.translated("write the archive", key=path):
-        if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe is written to
+        if os.path.exists(path) and not os.path.isfile(path):  # written to directly: a device or a pipe
             with open(path, "wb", buffering=0) as device:
                 yield cast("BinaryIO", device)
         else:
-            # Through a symlink, as a shell's ">" goes.
+            # Follows a symlink, as a shell's ">" does.
             with writing(snapshotter.catalog) as note, whole.new_file(os.path.realpath(path), note) as file:
                 yield file
 
 
 def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) -> None:
-    """Give what an active snapshot changed the times that its layer has, written with this epoch.
+    """Give the files that an active snapshot changed the times that they have in a layer written with this epoch.
 
-    Where directories are renamed (redirect_dir), a layer holds files of the snapshots below, too; those stay.
+    With renamed directories (redirect_dir) a layer also contains files of snapshots below; those are left alone.
 
     Raises:
-        OnlapError: a file refuses.
+        OnlapError: the time of a file cannot be set.
     """
     latest = epoch * 1_000_000_000
     pair = Pair(snapshotter.parent(record), record)
@@ -232,15 +270,15 @@ def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) ->
 
 
 def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | None) -> None:
-    """Write the layers above ``base`` up to ``top`` into the active snapshot ``key``, which stands on ``base``.
+    """Write the layers above ``base`` up to ``top`` into the active snapshot ``key``, whose parent is ``base``.
 
-    The layers are written as one archive into a pipe and applied from it: whiteouts come out right against what lies
-    below, and nothing is mounted.
+    The layers are written as one archive into a pipe and applied from it. So whiteouts are right for what lies below,
+    and nothing is mounted.
 
     Raises:
         NotFound: there is no such snapshot.
-        InvalidArgument: ``top`` does not stand on ``base``.
-        OnlapError: of another kind, for what the filesystem says.
+        InvalidArgument: ``base`` is not an ancestor of ``top``.
+        OnlapError: of another kind, for an error of the filesystem.
     """
     record = snapshotter.record(top)
     below = snapshotter.record(base) if base is not None else None
@@ -248,7 +286,7 @@ def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | Non
         raise errors.InvalidArgument(
             f"{shown(top)} does not stand on {shown(base)}", key=top, hint="see with: onlap tree"
         )
-    # Copies (native) tell an edit that put size and time back only by content; overlays look anyhow.
+    # In native copies only content shows an edit that restored size and time; overlays compare content anyway.
     encoding = Encoding(content=True, sparse=True)
     with (
         snapshotter.comparing(Pair(below, record), "squash") as (before, after, _),

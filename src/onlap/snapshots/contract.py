@@ -1,20 +1,20 @@
-"""The contract that every snapshotter keeps: containerd's, in Python.
+"""The contract of every snapshotter: containerd's, in Python.
 
-A *snapshot* is the state of a file tree. There are three kinds. An *active* one can be written to; a *view* is the same
-but read-only; a *committed* one never changes again, and can be the parent of others. A *key* names an active snapshot
-or a view, a *name* a committed one; both live in one space, so that no key is also a name. A *parent* is always the
-name of a committed snapshot, and the empty string or None means none.
+A *snapshot* is the state of a file tree. There are three kinds. An *active* snapshot can be written to. A *view* is
+read-only. A *committed* snapshot never changes again, and can be the parent of others. A *key* names an active snapshot
+or a view, a *name* a committed one. Keys and names share one namespace: no key is also a name. A *parent* is always the
+name of a committed snapshot; the empty string or None means no parent.
 
-A snapshotter never mounts. It answers with :class:`onlap.Mount` values, and the caller mounts them
-(:func:`onlap.mounted`), prints them or sends them elsewhere.
+A snapshotter never mounts. It returns :class:`onlap.Mount` values, which the caller mounts (:func:`onlap.mounted`),
+prints or sends elsewhere.
 
-Source: containerd v1.7.24, snapshots/snapshotter.go, whose three scenarios these are:
+Source: containerd v1.7.24, snapshots/snapshotter.go. The three scenarios are from there:
 
 Importing a layer
 -----------------
 
 A layer is unpacked into an active snapshot without a parent, which is then committed under the layer's name. The key is
-any word that nobody else uses at the time.
+any word that is not in use.
 
 >>> import tempfile, onlap
 >>> from onlap.snapshots.memory import MemorySnapshotter
@@ -27,7 +27,7 @@ any word that nobody else uses at the time.
 ...     _ = (tree / "etc" / "hostname").write_text("base")
 >>> snapshotter.commit("layer-1", key)
 
-The key is free again, and the name has what was written:
+The key is free again, and the name refers to what was written:
 
 >>> key in [info.name for info in snapshotter.walk()]
 False
@@ -37,7 +37,7 @@ False
 Importing the next layer
 ------------------------
 
-The next layer is the same with the first as the parent: the new snapshot begins with the parent's content.
+The next layer is imported likewise, with the first as the parent: the new snapshot starts with the parent's content.
 
 >>> mounts = snapshotter.prepare("unpack-2", "layer-1")
 >>> with onlap.mounted(mounts) as tree:
@@ -51,8 +51,8 @@ The next layer is the same with the first as the parent: the new snapshot begins
 Running a container
 -------------------
 
-A container gets an active snapshot of the topmost layer as its root. It is committed to keep what the container wrote,
-or removed to forget it; what stands on something else goes first.
+A container gets an active snapshot of the topmost layer as its root. Commit it to keep what the container wrote, or
+remove it to discard that. Snapshots are removed children first.
 
 >>> mounts = snapshotter.prepare("container-1", "layer-2")
 >>> with onlap.mounted(mounts) as tree:
@@ -96,69 +96,69 @@ __all__ = [
 
 
 class Snapshotter(Protocol):
-    """What keeps snapshots; a context manager that closes it. Its methods may be called from many threads."""
+    """A store of snapshots, and a context manager that closes it. Methods may be called from many threads."""
 
     def stat(self, key: str) -> Info:
-        """What is known of a snapshot of any kind.
+        """Information about a snapshot of any kind.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such snapshot.
         """
         ...
 
     def update(self, info: Info, *fieldpaths: str) -> Info:
-        """Change the labels of the snapshot that ``info`` names; nothing else of it can change.
+        """Change the labels of the snapshot that ``info`` names; only labels can change.
 
         Args:
-            info: ``.name`` says which, ``.labels`` what to.
-            fieldpaths: ``"labels.KEY"`` sets that label to ``info.labels[KEY]``, or takes it away where that is absent
-                or empty; KEY is all that follows the first dot. ``"labels"``, or no path, replaces all of them.
+            info: ``.name`` names the snapshot, ``.labels`` has the new labels.
+            fieldpaths: ``"labels.KEY"`` sets that label to ``info.labels[KEY]``, or removes it if that is absent or
+                empty; KEY is everything after the first dot. ``"labels"``, or no path, replaces all labels.
 
         Returns:
-            The snapshot after it, with ``updated_ns`` set to now.
+            The changed snapshot, with ``updated_ns`` set to now.
 
         Raises:
-            NotFound: there is none.
-            InvalidArgument: another path.
+            NotFound: there is no such snapshot.
+            InvalidArgument: a path is neither of these.
         """
         ...
 
     def usage(self, key: str) -> Usage:
-        """What a snapshot takes without its parents: of an active one now, of a committed one as it was committed.
+        """The space that a snapshot takes without its parents; of a committed one, as it was when committed.
 
         A view takes nothing.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such snapshot.
         """
         ...
 
     def mounts(self, key: str) -> list[Mount]:
-        """The plan of an active snapshot or view, the same that ``prepare`` or ``view`` gave.
+        """The plan of an active snapshot or view, as ``prepare`` or ``view`` returned it.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such snapshot.
             FailedPrecondition: it is committed; make a view of it.
         """
         ...
 
     def prepare(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
-        """A new active snapshot, which begins with the parent's content.
+        """Make an active snapshot, which starts with the parent's content.
 
         Args:
-            key: what to call it.
+            key: the key of the new snapshot.
             parent: the name of a committed snapshot; None or empty for an empty tree.
-            labels: to note on it.
+            labels: the labels of the new snapshot.
 
         Raises:
             NotFound: there is no such parent.
-            InvalidArgument: the parent is not committed, or the key cannot be one.
+            InvalidArgument: the parent is not committed, or the key is not valid.
             AlreadyExists: the key is taken. The three are checked in this order.
         """
         ...
 
     def view(self, key: str, parent: str | None = None, labels: Mapping[str, str] | None = None) -> list[Mount]:
-        """The same, read-only; it can be removed, but not committed."""
+        """Make a read-only snapshot, otherwise as :meth:`prepare`; it can be removed, but not committed."""
         ...
 
     def commit(
@@ -167,42 +167,42 @@ class Snapshotter(Protocol):
         """Turn an active snapshot into a committed one; its key is free afterwards.
 
         Args:
-            name: what to call it from now on.
+            name: the name of the committed snapshot.
             key: the active snapshot.
-            labels: of the committed one; those of the active one are not inherited.
-            parent: for a snapshot that was prepared without one: what it shall stand on ("rebase"). Directories that
-                were made in it with no attributes of their own (root's, 0755) get those of the parent's.
+            labels: the labels of the committed snapshot; it does not inherit those of the active one.
+            parent: for a snapshot that was prepared without a parent, the parent that it gets ("rebase"). Directories
+                in it that have default attributes (root's, 0755) get those of the parent's.
 
         Raises:
-            NotFound: there is no such key.
+            NotFound: there is no such key, or no such parent.
             AlreadyExists: the name is taken.
             FailedPrecondition: it is not active; or ``parent`` is not committed.
-            InvalidArgument: ``parent`` is not the one that it has. And NotFound: there is no such parent.
+            InvalidArgument: it already has another parent.
         """
         ...
 
     def remove(self, key: str) -> None:
-        """Forget a snapshot of any kind, and its tree.
+        """Remove a snapshot of any kind and its tree.
 
         Raises:
-            NotFound: there is none.
-            FailedPrecondition: others stand on it, or something keeps it.
+            NotFound: there is no such snapshot.
+            FailedPrecondition: it has children, or something keeps it.
         """
         ...
 
     def walk(self, *filters: str) -> Iterator[Info]:
-        """Every snapshot that one of the filters matches; all without a filter.
+        """All snapshots that at least one filter matches; without a filter, all snapshots.
 
-        No transaction is open while the caller looks at one: it may call any method meanwhile, and what it changes may
-        or may not be seen by the rest of the walk.
+        No transaction is open between two steps, so the caller may call any method meanwhile. The rest of the walk may
+        or may not see the changes.
 
         Raises:
-            InvalidArgument: a filter is not of containerd's language (:mod:`onlap.snapshots.filters`).
+            InvalidArgument: a filter is not valid in containerd's language (:mod:`onlap.snapshots.filters`).
         """
         ...
 
     def close(self) -> None:
-        """Let go of everything; idempotent. Nothing that was answered is lost."""
+        """Release all resources; idempotent. No call that has returned is undone."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -212,10 +212,10 @@ class Snapshotter(Protocol):
 
 @runtime_checkable
 class Cleaner(Protocol):
-    """A snapshotter that deletes removed trees later, and can be asked to do it now."""
+    """A snapshotter that deletes removed trees later, and on request now."""
 
     def cleanup(self) -> None:
-        """Delete what belongs to no snapshot.
+        """Delete everything that belongs to no snapshot.
 
         Raises:
             OnlapError: the filesystem refuses.
@@ -225,14 +225,14 @@ class Cleaner(Protocol):
 
 @runtime_checkable
 class Differ(Protocol):
-    """A snapshotter that can tell what a snapshot changed."""
+    """A snapshotter that can compare snapshots."""
 
     def diff(self, key: str, *, base: str | None = None) -> Iterator[Change]:
-        """What makes the tree of ``key`` out of the tree of ``base``.
+        """The changes that turn the tree of ``base`` into the tree of ``key``.
 
         Args:
             key: a snapshot of any kind.
-            base: another, which need not be related to it; by default its parent, or an empty tree if it has none.
+            base: another snapshot, which need not be related; by default the parent, or an empty tree without one.
 
         Raises:
             NotFound: there is no such snapshot.
@@ -241,7 +241,7 @@ class Differ(Protocol):
 
 
 def check_name(name: str, what: str = "key") -> None:
-    """Raise InvalidArgument unless ``name`` can be a key or name: some text, valid as UTF-8, without NUL."""
+    """Raise InvalidArgument unless ``name`` is a valid key or name: not empty, valid as UTF-8, without NUL."""
     check_text(name, what)
     if not name:
         raise errors.InvalidArgument(f"the {what} is empty", hint="give it a name")
@@ -254,7 +254,7 @@ def check_name(name: str, what: str = "key") -> None:
 
 
 def check_labels(labels: Mapping[str, str | None]) -> None:
-    """Raise InvalidArgument for a label whose key is empty, or that is not valid as UTF-8 or holds NUL."""
+    """Raise InvalidArgument for a label with an empty key, or one that is not valid as UTF-8 or contains NUL."""
     check_mapping(labels, "labels")
     for key, value in labels.items():
         check_name(key, "key of a label")

@@ -1,8 +1,8 @@
 """Who may use a snapshot's tree at the same time: a flock on its ``fs`` directory, held from the check to the end.
 
-Whoever mounts a snapshot holds it shared, as long as the mount may be used. Whoever commits or removes it, or writes
-into its directory itself, holds it exclusively. Mounts that were made without Onlap hold nothing: they are looked for
-in mountinfo once the lock is held. So nothing is mounted between the look and the end of what was looked for.
+A program that mounts a snapshot holds the lock shared while the mount is in use. One that commits or removes the
+snapshot, or writes into its directory, holds it exclusively. Mounts that were made without Onlap hold no lock, so
+mountinfo is searched for them after the lock is taken. Nothing is mounted between that check and the end of the work.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from onlap.mounts.unmount import attempts
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter
 
-_REMOVE = "unmount it first, or remove it all the same with --force"
+_REMOVE = "unmount it first, or remove it anyway with --force"
 
 
 @contextlib.contextmanager
 def mounting(
     snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True, reading: bool = False
 ) -> Iterator[list[Mount]]:
-    """The plan of a snapshot of any kind, for whoever mounts it and uses that mount inside the block.
+    """The plan of a snapshot of any kind, to be mounted and used inside the block.
 
-    Of a committed one it is that of a view; of an active one on a read-only filesystem likewise.
+    A committed snapshot gets the plan of a view, and so does an active one on a read-only filesystem.
 
     Args:
-        snapshotter: whose record it is.
-        record: what to mount.
-        hidden: no mountinfo shows the mount, so that its layers are to be held, too; else they are kept by that.
-        reading: an overlay is to be read-only.
+        snapshotter: the snapshotter that the record belongs to.
+        record: the snapshot to mount.
+        hidden: mountinfo does not show the mount, so its layers are locked too. Layers that mountinfo shows are kept
+            for that reason alone.
+        reading: mount an overlay read-only.
 
     Raises:
         NotFound: it was removed or committed meanwhile.
         Busy: it is mounted read-write already, and two overlays must not share an upper layer; or it is being
             committed, removed or written to for longer than the store's timeout.
-        DataLoss: a layer of it is lost.
+        DataLoss: one of its layers is lost.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(snapshotter, record, shared=True))
-        record = _again(snapshotter, record)
+        record = _reread(snapshotter, record)
         ancestors = snapshotter.ancestors(record)
         stack.enter_context(snapshotter.catalog.hold([record.id, *(ancestors if hidden else ())]))
         readonly = os.statvfs(snapshotter.root).f_flag & os.ST_RDONLY
@@ -64,11 +65,11 @@ def mounting(
 
 @contextlib.contextmanager
 def mounting_plan(root: str, plan: list[Mount]) -> Iterator[None]:
-    """The same for who has only the plan of a snapshot, which may have been committed or removed since.
+    """The same for a caller that has only the plan; the snapshot may have been committed or removed since.
 
     Raises:
         NotFound: it was removed.
-        FailedPrecondition: it was committed, and is not to be written to.
+        FailedPrecondition: it was committed, and must not be written to.
         Busy: it is being committed, removed or applied to.
     """
     with contextlib.ExitStack() as stack:
@@ -80,7 +81,7 @@ def mounting_plan(root: str, plan: list[Mount]) -> Iterator[None]:
                         f"the snapshot at {shown(tree)} is being committed, removed or written to",
                         key=tree,
                         hint="ask for its mounts again",
-                        holders=_lockers(held.fd, b"WRITE"),
+                        holders=_lock_holders(held.fd, b"WRITE"),
                     )
             _check_active(root, tree)
         yield
@@ -92,35 +93,35 @@ def _check_active(root: str, tree: str) -> None:
         raise errors.NotFound(f"the snapshot at {shown(tree)} was removed", key=tree, hint="see: onlap ls")
     if record.kind == COMMITTED:
         raise errors.FailedPrecondition(
-            f"the snapshot at {shown(tree)} was committed as {shown(record.name)}, and is not written to any more",
+            f"the snapshot at {shown(tree)} was committed as {shown(record.name)}, and can no longer be written to",
             key=record.name,
             hint=f"prepare another on it: onlap prepare KEY {shown(record.name)}",
         )
 
 
 @contextlib.contextmanager
-def alone(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
-    """Keep everybody else from an active snapshot's tree, for whoever commits it or writes into its directory.
+def changing(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
+    """Lock an active snapshot's tree in order to commit it or to write into its directory.
 
     Raises:
-        Busy: it is mounted read-write; or others write to it for longer than the store's timeout.
+        Busy: it is mounted read-write; or another program writes to it for longer than the store's timeout.
         NotFound: it was removed or committed meanwhile.
     """
     with _locked(snapshotter, record, shared=False):
-        _again(snapshotter, record)
+        _reread(snapshotter, record)
         found = _mounts_of(snapshotter, record, writable=True)
         if found:
-            hint = "unmount it first; what is open there would go on writing into the layer"
+            hint = "unmount it first; programs with open files there would continue to write into the layer"
             raise _busy(record, "is mounted read-write", found, hint)
         yield
 
 
 @contextlib.contextmanager
-def unused(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
-    """Keep everybody from a snapshot of any kind, for whoever removes it; one whose tree is lost needs nothing.
+def removing(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
+    """Lock a snapshot of any kind in order to remove it; a lost tree needs no lock.
 
     Raises:
-        Busy: it is mounted; or others write to it for longer than the store's timeout.
+        Busy: it is mounted; or another program writes to it for longer than the store's timeout.
     """
     with contextlib.ExitStack() as stack:
         found = []
@@ -128,21 +129,21 @@ def unused(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
             stack.enter_context(_locked(snapshotter, record, shared=False, hint=_REMOVE))
             found = _mounts_of(snapshotter, record, writable=False)
         except (errors.NotFound, errors.DataLoss):
-            pass  # the transaction that follows says which
+            pass  # the transaction that follows raises the right one
         if found:
             raise _busy(record, "is mounted", found, _REMOVE)
         yield
 
 
-def _again(snapshotter: RecordedSnapshotter, record: Record) -> Record:
-    """The record as it is now that its tree is held."""
+def _reread(snapshotter: RecordedSnapshotter, record: Record) -> Record:
+    """The record as it is now, read again while its tree is locked."""
     now = snapshotter.catalog.database.read(lambda c: records.by_id(c, record.id))
     if now is not None and now.name == record.name and now.kind == record.kind:
         return now
     if now is None or now.kind != COMMITTED:
         raise records.not_found(record.name)
     raise errors.NotFound(
-        f"there is no snapshot {shown(record.name)} any more",
+        f"snapshot {shown(record.name)} no longer exists",
         key=record.name,
         hint=f"it was committed as {shown(now.name)} meanwhile",
     )
@@ -159,45 +160,45 @@ def _locked(
     with snapshotter.translated("use snapshot", record.name):
         held = Flock(snapshotter.catalog.layout.tree(record.id))
     with held:
-        _take(snapshotter, record, held, shared, hint)
+        _acquire(snapshotter, record, held, shared, hint)
         yield
 
 
-def _take(snapshotter: RecordedSnapshotter, record: Record, held: Flock, shared: bool, hint: str) -> None:
-    # Asked for again and again: a thread that waits in the kernel cannot be called back.
+def _acquire(snapshotter: RecordedSnapshotter, record: Record, held: Flock, shared: bool, hint: str) -> None:
+    # Polled, since a thread that waits in flock(2) cannot be interrupted.
     for last in attempts(snapshotter.catalog.timeout):
         if held.lock(shared=shared):
             return
-        # A commit, a removal or an apply ends by itself, and is waited for; a mount does not.
-        mounted = [] if shared else _lockers(held.fd, b"READ")
+        # A commit, a removal or an apply ends by itself, so wait for it; a mount does not.
+        mounted = [] if shared else _lock_holders(held.fd, b"READ")
         if mounted:
             active = record.kind == ACTIVE
             found = _mounts_of(snapshotter, record, writable=True) if active else []
             what = "is mounted read-write" if active else "is mounted"
             raise _busy(record, what, found or mounted, hint)
         if last:
-            found = _lockers(held.fd, b"READ") + _lockers(held.fd, b"WRITE")
+            found = _lock_holders(held.fd, b"READ") + _lock_holders(held.fd, b"WRITE")
             raise _busy(record, "is in use", found or ["a process that /proc does not show"], "try again")
 
 
 @contextlib.contextmanager
 def _only_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
-    """Be the only one who mounts an overlay with this upper layer.
+    """Make sure that no other overlay with this upper layer is mounted.
 
-    The kernel only warns of a second one and calls what follows undefined (Documentation/filesystems/overlayfs.rst,
-    "Sharing and copying layers"). Binds of one directory do no harm.
+    The kernel only warns of a second one, and calls the behaviour undefined (Documentation/filesystems/overlayfs.rst,
+    "Sharing and copying layers"). Several binds of one directory do no harm.
     """
     with snapshotter.translated("mount snapshot", record.name):
         held = Flock(snapshotter.catalog.layout.work(record.id))
     with held:
         first = held.lock()
-        found = _mounts_of(snapshotter, record, writable=True) or ([] if first else _lockers(held.fd, b"WRITE"))
+        found = _mounts_of(snapshotter, record, writable=True) or ([] if first else _lock_holders(held.fd, b"WRITE"))
         if found or not first:
             raise _busy(
                 record,
                 "is mounted read-write already",
                 found,
-                "use that one, or unmount it; two overlays must not share an upper layer",
+                "use that mount, or unmount it; two overlays must not share an upper layer",
             )
         yield
 
@@ -205,16 +206,16 @@ def _only_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[
 def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bool) -> list[str]:
     """Where a snapshot is mounted, as text.
 
-    To read every namespace's mounts takes milliseconds, which who works with snapshots that nobody ever mounted shall
-    not pay: see :func:`onlap.snapshots.mounted.mounts_of`.
+    Reading the mounts of every namespace takes milliseconds. A snapshot that was never mounted must not cost that: see
+    :func:`onlap.snapshots.where_mounted.mounts_of`.
     """
-    from onlap.snapshots.mounted import mounts_of, mounts_of_plan
+    from onlap.snapshots.where_mounted import mounts_of, mounts_of_plan
 
     layout = snapshotter.catalog.layout
     if record.kind == VIEW:
         with snapshotter.translated("look for mounts of", record.name):
             found = mounts_of_plan(snapshotter.plan(record))
-        # A view is mounted as every other of the same parent is, and one of them need not be this one.
+        # All views of one parent are mounted alike, so a mount that is found may be that of another view.
         alike = snapshotter.catalog.database.read(lambda c: records.count_views(c, record.parent_id, record.id))
         return found if len(found) > alike else []
     tree, work = layout.tree(record.id), layout.work(record.id)
@@ -229,14 +230,14 @@ def _busy(record: Record, state: str, holders: list[str], hint: str) -> errors.B
     return errors.Busy(f"snapshot {shown(record.name)} {state}{where}", key=record.name, hint=hint, holders=holders)
 
 
-def _lockers(fd: int, how: bytes) -> list[str]:
-    """Who holds the flock of an open directory shared (READ) or exclusively (WRITE), a line each.
+def _lock_holders(fd: int, how: bytes) -> list[str]:
+    """Who holds the flock of an open directory, shared (READ) or exclusive (WRITE): one line per process.
 
-    Source: proc_locks(5): ``1: FLOCK ADVISORY READ 4711 fe:01:1234 0 EOF``, a ``->`` before the kind of who waits.
+    Source: proc_locks(5): ``1: FLOCK ADVISORY READ 4711 fe:01:1234 0 EOF``, with ``->`` before the kind for a waiter.
     """
     from onlap.mounts import holders, mountinfo
 
-    # A subvolume of btrfs has a device number of its own; the lock shows that of its filesystem, as mountinfo does.
+    # A btrfs subvolume has its own device number; /proc/locks shows that of the filesystem, as mountinfo does.
     mount = mountinfo.mount_of(fd)
     major, minor = mount.device.split(b":") if mount is not None else (b"0", b"0")
     wanted = b"%02x:%02x:%d" % (int(major), int(minor), os.fstat(fd).st_ino)

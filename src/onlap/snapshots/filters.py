@@ -9,14 +9,14 @@
 Fields are `name`, `parent`, `kind` (active, view, committed) and `labels.KEY`; any other is never present.
 Several filters are alternatives (OR); none at all, or an empty one, matches everything.
 
-An operator takes an absent field for the empty string, but `==` never holds for it (filters/filter.go).
+Operators treat an absent field as the empty string, except that `==` never holds for it (filters/filter.go).
 So without a label a, `labels.a!=b` and `labels.a~=b?` hold, and `labels.a!=""` does not. `parent` is never
-absent, even when there is none.
+absent, even if a snapshot has none.
 
-Three differences are meant. Regular expressions are those of Python's `re` with ASCII classes, not Go's: they may take
-exponential time, ``$`` matches before a last newline too, and Go's ``\\pL``, ``\\Q..\\E`` and ``[[:alpha:]]`` are
-refused. One that cannot be compiled is InvalidArgument; the peer logs it and matches nothing. And ``\\U80000000`` and
-above is refused; the peer overflows there and takes the low byte.
+Three differences are intended. Regular expressions are those of Python's `re` with ASCII classes, not Go's: they may
+take exponential time, ``$`` also matches before a final newline, and Go's ``\\pL``, ``\\Q..\\E`` and ``[[:alpha:]]``
+are refused. An expression that cannot be compiled is InvalidArgument; containerd logs it and matches nothing. And
+``\\U80000000`` and above are refused; containerd overflows there and takes the low byte.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _SURROGATES = "[\ud800-\udfff]"  # in a str of surrogateescape: bytes that are n
 _HEX = "[0-9a-fA-F]"
 _CONTROLS = dict(zip("abfnrtv", "\a\b\f\n\r\t\v", strict=True))
 _SPACES = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"  # Go's unicode.IsSpace
-_ILLEGAL = "[\0\ufffd\ud800-\udfff]"  # what the peer's scanner refuses anywhere, quoted or not
+_ILLEGAL = "[\0\ufffd\ud800-\udfff]"  # what containerd's scanner refuses anywhere, quoted or not
 _FIELD = "[A-Za-z0-9_]+"
 _ESCAPE = rf"\\(?:([abfnrtv])|x({_HEX}{{2}})|([0-7]{{3}})|u({_HEX}{{4}})|U({_HEX}{{8}})|(.))"
 _KINDS = ("active", "view", "committed")
-_MOST_TERMS = 200  # SQLite limits the depth of an expression to 1000; a longer filter is evaluated here alone
+_MOST_TERMS = 200  # SQLite limits the depth of an expression to 1000; longer filters are evaluated only in Python
 
 
 class Record(Protocol):
-    """What a filter looks at: `onlap.Info`, or anything of its shape."""
+    """What a filter is applied to: `onlap.Info`, or anything with the same attributes."""
 
     @property
     def name(self) -> str: ...
@@ -55,9 +55,9 @@ class Record(Protocol):
 class Selector(NamedTuple):
     """One condition of a filter."""
 
-    field: str  # "name", "parent", "kind", "labels", or anything else, which no record has
-    label: str  # the key, where field is "labels"
-    operator: str  # "==", "!=", "~=", or "": is it present?
+    field: str  # "name", "parent", "kind", "labels", or another word, which no record has
+    label: str  # the key, if field is "labels"
+    operator: str  # "==", "!=", "~=", or "" for presence
     value: str
     regexp: re.Pattern[str] | None  # the value of "~="
 
@@ -86,7 +86,7 @@ class Selector(NamedTuple):
     def indexable(self) -> bool:
         """Whether an index can answer it: an equality, or the presence of a label."""
         if re.search(_SURROGATES, self.label + self.value):
-            return False  # SQLite's text is UTF-8: such a parameter cannot be bound
+            return False  # SQLite's text is UTF-8, so such a parameter cannot be bound
         if self.field == "labels":
             return self.operator in ("==", "")
         return self.operator == "==" and self.field in ("name", "parent", "kind")
@@ -105,15 +105,15 @@ class Filter:
 
     @property
     def equalities(self) -> tuple[tuple[Selector, ...], ...]:
-        """For each alternative the selectors that an index can answer: necessary conditions, perhaps none."""
+        """For each alternative, the selectors that an index can answer: necessary conditions, perhaps none."""
         return tuple(tuple(s for s in selectors if s.indexable) for selectors in self.alternatives)
 
     def where(self, terms: Mapping[str, str]) -> tuple[str, tuple[str | None, ...]]:
-        """The equalities as an SQL condition and its parameters. It lets every record through that matches,
-        and perhaps others: call `matches` on what comes back.
+        """The equalities as an SQL condition and its parameters. It selects every record that matches,
+        and perhaps others: call `matches` on the results.
 
-        `terms` says how the catalog states each: "name", "parent" and "kind" with one `?`, "label" with two
-        (key, value), "labelled" with one (key). No parent is NULL, so the term must be `parent IS ?`.
+        `terms` has the SQL of each: "name", "parent" and "kind" with one `?`, "label" with two (key, value),
+        "labelled" with one (key). A missing parent is NULL, so the term for it must be `parent IS ?`.
         """
         equalities = self.equalities
         if not all(equalities) or sum(map(len, equalities)) > _MOST_TERMS:
@@ -141,7 +141,7 @@ def parse(*filters: str) -> Filter:
 
 
 def quote(text: str) -> str:
-    """`text` as a quoted field or value of a filter. What is not UTF-8 (surrogateescape) becomes \\xNN."""
+    """`text` as a quoted field or value of a filter. Bytes that are not UTF-8 (surrogateescape) become \\xNN."""
     plain = re.sub(r'["\\]', r"\\\g<0>", text)
     return '"' + re.sub("[\0-\x1f\x7f\ufffd\ud800-\udfff]", lambda m: _as_bytes(m[0]), plain) + '"'
 
@@ -151,21 +151,21 @@ def _as_bytes(text: str) -> str:
 
 
 def _as_go_reads(text: str) -> str:
-    """Go's regexp takes each byte that is not UTF-8 for U+FFFD."""
+    """`text` with U+FFFD for each byte that is not UTF-8, as Go's regexp reads it."""
     return re.sub(_SURROGATES, "\ufffd", text)
 
 
 def _compiled(text: str) -> re.Pattern[str]:
     if re.search(_SURROGATES, text):
         raise re.error("not UTF-8")
-    # What Python warns of, since it may mean a set of sets one day; Go's [[:alpha:]] is among it.
+    # Python warns of these, since they may mean a set of sets one day; Go's [[:alpha:]] is one of them.
     if re.search(r"\[\^?\[|\[[^]]*(?:\[|--|&&|~~|\|\|)", text):
         raise re.error(r"write \[, \-, \&, \~ or \| inside [...]")
     return re.compile(text, re.ASCII)
 
 
 class _Parser:
-    """One filter, by recursive descent. As in the peer, spaces may stand before a field, an operator and a
+    """One filter, by recursive descent. As in containerd, spaces are allowed before a field, an operator and a
     value, but not before "." and ",", nor at the end (filters/scanner.go, scan and peek).
     """
 
@@ -226,7 +226,7 @@ class _Parser:
         first = self.text[start : start + 1]
         if first == '"' or (first in ("/", "|") and operator == "~="):
             return start, self.quoted()
-        # The peer takes anything else as the first character, even a control; then what is printable but ",".
+        # containerd accepts any other first character, even a control, and then what is printable except ",".
         if first in ("", *",.=!~/|"):
             self.fail("a value, or one in double quotes" + (", // or ||" if operator == "~=" else ""))
         end = start + 1
@@ -236,7 +236,7 @@ class _Parser:
         return start, self.text[start:end]
 
     def quoted(self) -> str:
-        """A Go string between its first character and the next like it. \\xNN and \\NNN are bytes."""
+        """A Go string, delimited by the character that it starts with. \\xNN and \\NNN are bytes."""
         mark = re.escape(self.text[self.at])
         legal = rf"[abfnrtv\\{mark}]|x{_HEX}{{2}}|[0-3][0-7]{{2}}|u{_HEX}{{4}}|U00(?:0{_HEX}|10){_HEX}{{4}}"
         body = self.take(rf"{mark}(?:[^\\{mark}\n]|\\(?:{legal}))*{mark}")
@@ -245,7 +245,7 @@ class _Parser:
         return re.sub(_ESCAPE.encode(), _unescape, body[1:-1].encode()).decode("utf-8", "surrogateescape")
 
     def take(self, pattern: str) -> str:
-        """What `pattern` matches here, consumed; the empty string if it does not match."""
+        """Consume what `pattern` matches here and return it; the empty string if it does not match."""
         found = re.compile(pattern).match(self.text, self.at)
         if not found:
             return ""

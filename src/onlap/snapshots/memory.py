@@ -1,6 +1,6 @@
 """A snapshotter whose records are plain objects in memory and whose trees are full copies: the model for tests.
 
-It is written to be plainly right, not fast: every other implementation is compared with it. Nothing of it survives the
+It is written to be obviously right, not fast: every other implementation is compared with it. Nothing survives the
 process.
 """
 
@@ -29,7 +29,7 @@ from onlap.trees.walk import OPEN_FILE, opened, walk
 
 
 class MemorySnapshotter:
-    """The contract, as simply as it can be kept.
+    """The contract in its simplest form.
 
     Args:
         directory: an existing directory for the trees.
@@ -49,7 +49,7 @@ class MemorySnapshotter:
         self.close()
 
     def close(self) -> None:
-        """Nothing to let go of; idempotent."""
+        """Does nothing; idempotent."""
 
     def stat(self, key: str) -> Info:
         """See :meth:`Snapshotter.stat`."""
@@ -76,7 +76,7 @@ class MemorySnapshotter:
             return self._infos[info.name]
 
     def usage(self, key: str) -> Usage:
-        """See :meth:`Snapshotter.usage`; of the whole tree, as with every snapshotter that copies."""
+        """See :meth:`Snapshotter.usage`. It measures the whole tree, as every snapshotter that copies does."""
         with self._mutex:
             kind = self.stat(key).kind
             if kind == VIEW:
@@ -105,7 +105,7 @@ class MemorySnapshotter:
             if parent and self.stat(parent).kind != COMMITTED:
                 raise errors.InvalidArgument(f"the parent {parent} is not committed", key=parent)
             if key in self._infos:
-                raise errors.AlreadyExists(f"there already is a snapshot {key}", key=key)
+                raise errors.AlreadyExists(f"snapshot {key} already exists", key=key)
             tree = tempfile.mkdtemp(dir=self._directory)
             os.chmod(tree, 0o755)
             if parent:
@@ -124,16 +124,16 @@ class MemorySnapshotter:
         *,
         parent: str | None = None,
     ) -> None:
-        """See :meth:`Snapshotter.commit`; a tree that gets a parent only now is not laid over it."""
+        """See :meth:`Snapshotter.commit`; a tree cannot get its parent at the commit."""
         check_name(name, "name")
         with self._mutex:
             info = self.stat(key)
             if name in self._infos:
-                raise errors.AlreadyExists(f"there already is a snapshot {name}", key=name)
+                raise errors.AlreadyExists(f"snapshot {name} already exists", key=name)
             if info.kind != ACTIVE:
                 raise errors.FailedPrecondition(f"snapshot {key} is not active", key=key)
             if parent and info.parent is None:
-                raise errors.Unimplemented("a copy cannot be put on a parent afterwards", key=key)
+                raise errors.Unimplemented("a copy cannot get a parent afterwards", key=key)
             if parent and info.parent != parent:
                 raise errors.InvalidArgument(f"snapshot {key} stands on {info.parent}", key=key)
             now = time.time_ns()
@@ -173,7 +173,7 @@ class MemorySnapshotter:
 
 
 def compare(one: str | None, other: str, *, recorded: bool = False) -> Iterator[Change]:
-    """How a tree differs from another, or from an empty one: both are read whole, so plainly that it can be believed.
+    """How a tree differs from another, or from an empty one. Both are read completely, in the simplest way.
 
     Args:
         one: a directory, or None.
@@ -191,11 +191,11 @@ def compare(one: str | None, other: str, *, recorded: bool = False) -> Iterator[
         if old is None:
             found[path] = Change(ADDED, path, None, new)
         elif new is None:
-            if above is not None and above.is_dir:  # else it went with the directory that held it
+            if above is not None and above.is_dir:  # else it was deleted with its directory
                 found[path] = Change(DELETED, path, old, None)
         else:
             what = differences(old, new) or ({"content"} if old_content != new_content else set())
-            # The top's time moves with every file that is made or removed right below.
+            # The top's mtime changes whenever a file directly below it is created or removed.
             if what - ({"mtime"} if path == "." else set()):
                 found[path] = Change(MODIFIED, path, old, new, frozenset(what))
     if one is None:
@@ -211,7 +211,7 @@ _NOTHING: tuple[Meta | None, bytes] = (None, b"")
 
 
 def _read(top: str, recorded: bool) -> dict[str, tuple[Meta | None, bytes]]:
-    """Every file of a tree by its path, with its content."""
+    """Every file of a tree, with its content, by path."""
     with opened(top) as fd:
         found: dict[str, tuple[Meta | None, bytes]] = {".": (read_directory_meta(fd, recorded=recorded), b"")}
         for entry in walk(fd):

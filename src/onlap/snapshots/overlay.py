@@ -1,7 +1,7 @@
 """The overlay snapshotter: a snapshot is one layer, and the kernel merges it with its parents.
 
-Laid out and mounted as containerd's own (v1.7.24, snapshots/overlay/overlay.go), so that what looks for an ``upperdir``
-in a plan goes on working; durable and exact where that one is not (docs/adr/).
+Layout and mounts are those of containerd's overlay snapshotter (v1.7.24, snapshots/overlay/overlay.go), so programs
+that look for an ``upperdir`` in a plan still work. Where that one is not durable or exact, this one is (docs/adr/).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.overlayfs.options import without_index
-from onlap.snapshots.properties import settle
+from onlap.snapshots.properties import load_or_create
 from onlap.snapshots.recorded import Options, RecordedSnapshotter, is_fresh
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.copy import copy_attributes
@@ -36,12 +36,12 @@ LABEL_UPPERDIR = "containerd.io/snapshot/overlay.upperdir"
 
 
 class Properties(NamedTuple):
-    """What is fixed when a root is made.
+    """The properties of a root, fixed when it is made.
 
     Attributes:
-        flavour: of OverlayFS's markers: ``"trusted"``, or ``"user"`` where nobody may set those.
-        redirect_dir: let directories of lower layers be renamed (the kernel then writes redirects into the layers,
-            which containerd, BuildKit and Docker cannot read; such a root is not served to them).
+        flavour: the xattr namespace of OverlayFS's markers: ``"trusted"``, or ``"user"`` if those cannot be set.
+        redirect_dir: allow directories of lower layers to be renamed. The kernel then writes redirects into the layers,
+            which containerd, BuildKit and Docker cannot read, so such a root is not served to them.
     """
 
     flavour: str
@@ -52,16 +52,17 @@ class OverlaySnapshotter(RecordedSnapshotter):
     """Snapshots as overlays.
 
     Args:
-        root: the root; made when it does not exist.
-        properties: of a new root; an existing one has its own, and others are refused. By default the flavour that
-            this process may write.
+        root: the path of the root; it is made if it does not exist.
+        properties: the properties of a new root, by default with the flavour that this process may write. An existing
+            root must have the same.
         upperdir_label: show the upperdir of a snapshot as its label ``containerd.io/snapshot/overlay.upperdir``.
-        mount_options: more options for every overlay, as ``"volatile"``.
-        remap_ids: let the labels ``containerd.io/snapshot/uidmapping`` and ``.../gidmapping`` ask for an ID-mapped
+        mount_options: more mount options for every overlay, such as ``"volatile"``.
+        remap_ids: let the labels ``containerd.io/snapshot/uidmapping`` and ``.../gidmapping`` request an ID-mapped
             mount (Linux 5.19).
-        unpacked: says of a key whether a layer is unpacked into it that may get a parent only at its commit. Then it is
-            an overlay over an empty directory rather than a bind, so that whiteouts are written as OverlayFS has them.
-        options: those of :class:`RecordedSnapshotter`.
+        unpacked: tells, by the key, whether a layer is unpacked that may get its parent only at the commit. Such a
+            snapshot is an overlay over an empty directory and not a bind, so that whiteouts are written in OverlayFS's
+            form.
+        options: see :class:`RecordedSnapshotter`.
 
     Raises:
         FailedPrecondition: the root has other properties, or is of another kind.
@@ -79,12 +80,12 @@ class OverlaySnapshotter(RecordedSnapshotter):
         unpacked: Callable[[str], bool] = lambda _key: False,
         **options: Unpack[Options],
     ) -> None:
-        # Before a root is made for what cannot be.
+        # Checked before a root is made.
         if properties is not None and not isinstance(properties, Properties):
             raise errors.InvalidArgument(f"properties is {shown(repr(properties))}", hint="it must be Properties")
         if properties is not None and properties.redirect_dir and properties.flavour == USER:
             raise errors.InvalidArgument(
-                "redirect_dir needs trusted xattrs: the kernel takes it not together with userxattr"
+                "redirect_dir needs trusted xattrs: the kernel does not allow it together with userxattr"
             )
         self._wanted = properties
         self._upperdir_label = upperdir_label
@@ -95,28 +96,26 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     # Properties of the root
 
-    def _settle(self) -> None:
+    def _load_properties(self) -> None:
         wanted = self._wanted
-        found = settle(self.catalog.database, KIND, lambda: _as_settings(wanted or Properties(default_flavour())))
+        new = wanted or Properties(default_flavour())
+        found = load_or_create(self.catalog.database, KIND, _as_settings(new))
         properties = Properties(found["flavour"], found["redirect_dir"] == "on")
         if wanted is not None and wanted != properties:
             raise errors.FailedPrecondition(
                 f"the root {shown(self.root)} has {_as_settings(properties)}, not {_as_settings(wanted)}",
                 key=self.root,
-                hint="open it without saying so, or make another root",
+                hint="open it without properties, or make another root",
             )
         self.properties = properties
         self.markers = Markers(properties.flavour)
-        self._flags = self._overlay_flags()
-
-    def _overlay_flags(self) -> tuple[str, ...]:
         flags = list(self._mount_options)
-        if not any(flag.startswith("index=") for flag in flags):  # a user's own choice stays
+        if not any(flag.startswith("index=") for flag in flags):  # the user's own choice has precedence
             flags += without_index()
         flags += self.markers.mount_flags
-        if self.properties.redirect_dir:
+        if properties.redirect_dir:
             flags.append("redirect_dir=on")
-        return tuple(flags)
+        self._flags = tuple(flags)
 
     # Trees and plans
 
@@ -125,18 +124,18 @@ class OverlaySnapshotter(RecordedSnapshotter):
         os.mkdir(tree, 0o755)
         if kind == ACTIVE:
             os.mkdir(f"{staged}/work", 0o711)
-            os.utime(tree)  # not before the time of the snapshot's own directory, by which _rebase judges
+            os.utime(tree)  # must not be before the time of the snapshot's directory, which _rebase compares with
         self._inherit(tree, parent, labels)
 
     def _inherit(self, tree: str, parent: Record | None, labels: Mapping[str, str]) -> None:
         """Give a new layer's top directory the attributes of the parent's.
 
-        The top directory of the merged tree shows those of the uppermost layer. containerd copies the owner only, and
-        so loses the mode of an image's root (containers/storage#743).
+        The merged tree's top directory has the attributes of the uppermost layer's. containerd copies only the owner,
+        and so loses the mode of an image's root (containers/storage#743).
         """
         owner = _mapped_root(labels)
         if parent is None:
-            os.chmod(tree, 0o755)  # whatever the umask took away
+            os.chmod(tree, 0o755)  # the umask may have removed bits
             if owner is not None:
                 os.chown(tree, *owner)
             return
@@ -144,7 +143,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
         status = os.stat(above)
         if list_xattrs(above):
             copy_attributes(above, tree)
-        # After that, which copies the owner too: the mapped root owns the top whatever the parent's says.
+        # After copy_attributes, which copies the owner too: the top belongs to the mapped root.
         uid, gid = owner or (status.st_uid, status.st_gid)
         if (uid, gid) != (os.geteuid(), os.getegid()):
             os.chown(tree, uid, gid)
@@ -153,16 +152,16 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     def _rebase(self, record: Record, parent: Record) -> None:
         layout = self.catalog.layout
-        # Nothing is made in it after its fs and work.
+        # Nothing is created in that directory after fs and work.
         since = os.stat(layout.snapshot(record.id)).st_mtime_ns
         with self.catalog.hold([parent.id, *self.ancestors(parent)]):
             inherit(layout.tree(record.id), self.layers(parent), self.markers, since)
 
-    def _is_as_made(self, record: Record) -> bool:
+    def _is_unchanged(self, record: Record) -> bool:
         tree = self.catalog.layout.tree(record.id)
         if not is_empty_layer(tree):
             return False
-        # Nothing is in it; but its own attributes are a change as well, which an archive may have brought.
+        # The layer is empty, but its own attributes may have changed, for instance by an archive.
         owner = _mapped_root(record.labels)
         if record.parent_id is None:
             return is_fresh(tree, owner or (os.geteuid(), os.getegid()), record.created_ns)
@@ -174,10 +173,10 @@ class OverlaySnapshotter(RecordedSnapshotter):
             and read_xattrs(tree) == read_xattrs(above)
         )
 
-    def _remake(self, record: Record) -> bool:
-        whole = super()._remake(record)
+    def _recreate(self, record: Record) -> bool:
+        whole = super()._recreate(record)
         if whole and record.kind == ACTIVE:
-            # Not with its parents, which would begin anew what was removed meanwhile.
+            # Only this directory, without its parents: those may have been removed meanwhile.
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.catalog.layout.work(record.id), 0o711)
         return whole
@@ -194,7 +193,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
             return [bind._replace(flags=self._mapping_flags(record) + bind.flags)]
         lowers = tuple(layout.tree(identifier) for identifier in ancestors) or (layout.empty,)
         if record.kind == VIEW and len(lowers) == 1:
-            # OverlayFS wants two lower layers where there is no upper.
+            # Without an upper layer OverlayFS needs two lower layers.
             return [plan.bind(lowers[0], readonly=True)]
         flags = self._flags + self._mapping_flags(record)
         if record.kind == VIEW:
@@ -213,13 +212,11 @@ class OverlaySnapshotter(RecordedSnapshotter):
             return info
         return info._replace(labels={**info.labels, LABEL_UPPERDIR: self.catalog.layout.tree(record.id)})
 
-    # Changes
-
 
 def default_flavour() -> str:
     """The flavour that this process may write.
 
-    The kernel reads and writes ``trusted.*`` for CAP_SYS_ADMIN in the machine's first user namespace alone (xattr(7)).
+    The kernel allows ``trusted.*`` only with CAP_SYS_ADMIN in the initial user namespace (xattr(7)).
     """
     from onlap.mounts.temporary import may_mount
 
@@ -231,7 +228,7 @@ def _as_settings(properties: Properties) -> dict[str, str]:
 
 
 def _mapped_root(labels: Mapping[str, str]) -> tuple[int, int] | None:
-    """The host's owner of container root, where the labels map it."""
+    """The host's user and group that the labels map the container's root to; None without such labels."""
     uids, gids = labels.get(LABEL_UIDS), labels.get(LABEL_GIDS)
     if uids is None or gids is None:
         return None

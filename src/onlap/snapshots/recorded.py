@@ -1,4 +1,4 @@
-"""What all snapshotters with a catalog share: records, names, labels, walks; trees and mounts are their own."""
+"""What all snapshotters with a catalog share: records, names, labels, walks. Each makes its own trees and mounts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from sqlite3 import Connection
-from typing import Literal, NamedTuple, TypedDict, TypeVar
+from typing import Literal, NamedTuple, Self, TypedDict
 
 from onlap import errors
 from onlap.arguments import check_text
@@ -28,13 +28,10 @@ from onlap.trees.compare import NEVER, Change, Since
 from onlap.trees.meta import read_xattrs
 from onlap.trees.usage import Usage, usage
 
-Self = TypeVar("Self", bound="RecordedSnapshotter")
-
-
-# From the mkdir of a layer to its record: a transaction that others hold up at most.
+# The longest time from the mkdir of a layer to its record: the transaction may wait for others.
 _BUILT_WITHIN_NS = 60 * 10**9
 
-# How the catalog states what an index can answer of a filter (filters.Filter.where).
+# SQL for those conditions of a filter that an index can answer (filters.Filter.where).
 _TERMS = {
     "name": "s.name = ?",
     "kind": "s.kind = ?",
@@ -42,7 +39,6 @@ _TERMS = {
     "label": HAS_LABEL,
     "labelled": "EXISTS (SELECT 1 FROM labels l WHERE l.snapshot = s.id AND l.key = ?)",
 }
-
 
 Sync = Literal["layer", "none"]
 
@@ -58,7 +54,7 @@ class Options(TypedDict, total=False):
 
 
 class Pair(NamedTuple):
-    """Two snapshots that are compared; ``before`` is None for an empty tree."""
+    """Two snapshots to compare; ``before`` is None for an empty tree."""
 
     before: Record | None
     after: Record
@@ -68,16 +64,16 @@ class RecordedSnapshotter(ABC):
     """A snapshotter whose records are in a root's catalog.
 
     Args:
-        root: the root; made when it does not exist and ``create`` is set.
-        owner: whose snapshots it sees and makes; empty for library and command, else a server's name.
-        sync: ``"layer"``: a commit is durable with its content, when it returns; ``"none"``: only its record is, as
-            with containerd's own snapshotters.
-        asynchronous_remove: delete removed trees in the background; else ``remove`` returns when they are deleted.
-        create: make the root when it does not exist.
+        root: the path of the root.
+        owner: the owner whose snapshots it sees and makes: empty for the library and the command, else a server's name.
+        sync: ``"layer"``: when a commit returns, its content is durable; ``"none"``: only its record is, as with
+            containerd's own snapshotters.
+        asynchronous_remove: delete removed trees in the background. Otherwise ``remove`` returns after the deletion.
+        create: make the root if it does not exist.
         timeout: how many seconds to wait for other processes.
 
     Raises:
-        InvalidArgument: ``sync`` is another word.
+        InvalidArgument: ``sync`` is neither of these.
         NotFound, FailedPrecondition, Unavailable, DataLoss: the root cannot be opened; the error says why.
     """
 
@@ -101,8 +97,8 @@ class RecordedSnapshotter(ABC):
         self._ancestors: dict[int, tuple[int, ...]] = {}
         self.catalog = Catalog(root, create=create, timeout=timeout)
         try:
-            self._settle()
-            recovery.recover(self.catalog, self._remake)
+            self._load_properties()
+            recovery.recover(self.catalog, self._recreate)
         except BaseException:
             self.catalog.close()
             raise
@@ -110,22 +106,22 @@ class RecordedSnapshotter(ABC):
     # For subclasses
 
     @abstractmethod
-    def _settle(self) -> None:
-        """Check that the root is of this kind, with these properties, or make a new one so."""
+    def _load_properties(self) -> None:
+        """Check that the root has this kind and these properties, and set them in a new root."""
 
     @abstractmethod
     def _build(self, staged: str, kind: Kind, parent: Record | None, labels: Mapping[str, str]) -> None:
-        """Fill a staging directory with what a new snapshot begins with; raises OSError."""
+        """Fill a staging directory with the initial content of a snapshot; raises OSError."""
 
     @abstractmethod
-    def _is_as_made(self, record: Record) -> bool:
-        """Whether nothing was ever changed in an active snapshot, so that it can be made again after a power cut."""
+    def _is_unchanged(self, record: Record) -> bool:
+        """Whether an active snapshot was never changed, so that it can be recreated after a power cut."""
 
-    def _remake(self, record: Record) -> bool:
-        """After a power cut: make what is missing of a snapshot's directory; whether it is whole now.
+    def _recreate(self, record: Record) -> bool:
+        """After a power cut, recreate what a snapshot's directory lacks; returns whether it is complete now.
 
-        It is built in staging, synced and put in its place at once: whoever opens the root beside us, or after the next
-        power cut, finds all of it or nothing. Raises OSError.
+        It is built in staging, synced and moved into place in one step: a process that opens the root meanwhile, or
+        after the next power cut, finds all of it or nothing. Raises OSError.
         """
         layout = self.catalog.layout
         if os.path.isdir(layout.tree(record.id)):
@@ -135,7 +131,7 @@ class RecordedSnapshotter(ABC):
         parent, parent_id = None, record.parent_id
         if parent_id is not None:
             parent = self.catalog.database.read(lambda c: records.by_id(c, parent_id))
-            # A parent comes first in the walk by id, so that it has been made again already, or is lost itself.
+            # The walk is by id, so the parent came first: it has been recreated already, or is lost.
             if parent is not None and not os.path.isdir(layout.tree(parent.id)):
                 parent = None
         staged = self.catalog.staging.new()
@@ -153,10 +149,10 @@ class RecordedSnapshotter(ABC):
 
     @abstractmethod
     def _rebase(self, record: Record, parent: Record) -> None:
-        """Make the tree of a snapshot that has no parent ready to stand on this one; raises OSError.
+        """Prepare the tree of a snapshot without a parent to get this parent; raises OSError.
 
         Raises:
-            Unimplemented: that cannot be done.
+            Unimplemented: the snapshotter cannot do this.
         """
 
     @abstractmethod
@@ -164,7 +160,7 @@ class RecordedSnapshotter(ABC):
         """The directories that make up a snapshot's tree, topmost first."""
 
     def since(self, one: Record | None, other: Record) -> Since:
-        """From when on files of the trees of two snapshots may have been edited, where one is a copy of the other.
+        """Since when files of two snapshots' trees may have been edited, if one is a copy of the other.
 
         For :func:`onlap.trees.compare.may_differ`; ``one`` is None for an empty tree. Raises OSError.
         """
@@ -172,20 +168,20 @@ class RecordedSnapshotter(ABC):
 
     @property
     def syncs(self) -> bool:
-        """Whether content is on the disk before a record speaks of it."""
+        """Whether content is synced before the record that refers to it."""
         return self._sync == "layer"
 
-    # The flavour of OverlayFS's markers in this root's layers; a layer that has none does not care.
+    # How this root's layers write OverlayFS's markers; it does not matter for layers without markers.
     markers = Markers(TRUSTED)
 
     @property
     def owner(self) -> str:
-        """Whose snapshots it sees and makes; empty for library and command."""
+        """The owner whose snapshots it sees and makes; empty for the library and the command."""
         return self._owner
 
     # Context manager
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,7 +189,7 @@ class RecordedSnapshotter(ABC):
 
     @public
     def close(self) -> None:
-        """Let go of everything; idempotent."""
+        """Release all resources; idempotent."""
         self.catalog.close()
 
     @property
@@ -201,7 +197,7 @@ class RecordedSnapshotter(ABC):
         """The root's absolute path."""
         return self.catalog.layout.root
 
-    # Looking
+    # Reading
 
     @public
     def stat(self, key: str) -> Info:
@@ -225,7 +221,7 @@ class RecordedSnapshotter(ABC):
     @public
     def walk(self, *filters: str) -> Iterator[Info]:
         """See :meth:`Snapshotter.walk`."""
-        # Parsed now, so that a wrong filter raises where it is given rather than at the first step of the walk.
+        # Parsed now, so that an invalid filter raises at the call and not at the first step of the walk.
         parsed = language.parse(*filters)
         sql, parameters = parsed.where(_TERMS)
         found = map(self._info, self.catalog.walk(self._owner, Condition(sql, parameters)))
@@ -237,7 +233,7 @@ class RecordedSnapshotter(ABC):
         return self.usage_of(self.record(key))
 
     def usage_of(self, record: Record) -> Usage:
-        """The same by the record, whoever owns it."""
+        """The same by the record, for any owner."""
         if record.kind == VIEW:
             return Usage()
         with self.translated("measure snapshot", record.name):
@@ -258,26 +254,26 @@ class RecordedSnapshotter(ABC):
         return self.plan(record)
 
     def plan(self, record: Record) -> list[Mount]:
-        """The mounts of an active snapshot or view, by its record; of a committed one, those that a view has."""
+        """The mounts of a snapshot, by its record; a committed one has those of a view of it."""
         if record.kind == COMMITTED:
             return self.readonly_plan(record)
         return self._plan(record, self.ancestors(record))
 
     def readonly_plan(self, record: Record) -> list[Mount]:
-        """The mounts that a view of it would have."""
+        """The mounts that a view of the snapshot would have."""
         if record.kind == VIEW:
             return self.plan(record)
         view = record._replace(kind=VIEW, parent_id=record.id, parent=record.name)
         return self._plan(view, (record.id, *self.ancestors(record)))
 
     def ancestors(self, record: Record) -> tuple[int, ...]:
-        """The ids below a snapshot, parent first.
+        """The ids of a snapshot's ancestors, parent first.
 
-        A committed snapshot never gets another parent, and ids are never used again. So what was found from the parent
-        up is true of the record whenever that was read, and stays so.
+        A committed snapshot never gets another parent, and ids are never reused. So the chain from a parent can be
+        cached: it holds for every record with that parent, whenever the record was read.
 
         Raises:
-            NotFound: it was removed meanwhile, and its parent too.
+            NotFound: the snapshot and its parent were removed meanwhile.
         """
         parent = record.parent_id
         if parent is None:
@@ -294,7 +290,7 @@ class RecordedSnapshotter(ABC):
 
     @public
     def diff(self, key: str, *, base: str | None = None) -> Iterator[Change]:
-        """See :meth:`Differ.diff`; trees are compared through the layers' directories, and nothing is mounted."""
+        """See :meth:`Differ.diff`. The directories of the layers are compared; nothing is mounted."""
         return self._diff(self.pair(key, base))
 
     def _diff(self, pair: Pair) -> Iterator[Change]:
@@ -311,7 +307,7 @@ class RecordedSnapshotter(ABC):
         return Pair(self.parent(record) if base is None else self.record(base), record)
 
     def parent(self, record: Record) -> Record | None:
-        """The snapshot that another stands on.
+        """The parent of a snapshot; None if it has none.
 
         Raises:
             NotFound: both were removed meanwhile.
@@ -319,7 +315,7 @@ class RecordedSnapshotter(ABC):
         parent_id = record.parent_id
         if parent_id is None:
             return None
-        # By its id: its name may belong to another one by now, if both have been removed meanwhile.
+        # By id: if both have been removed meanwhile, the name may belong to another snapshot.
         parent = self.catalog.database.read(lambda c: records.by_id(c, parent_id))
         if parent is None:
             raise records.not_found(record.name)
@@ -327,15 +323,15 @@ class RecordedSnapshotter(ABC):
 
     @contextlib.contextmanager
     def comparing(self, pair: Pair, doing: str) -> Iterator[tuple[list[str], list[str], Since]]:
-        """The layers of both sides, topmost first, and since when files of theirs may differ; held in the block.
+        """The layers of both sides, topmost first, and :meth:`since`; the layers stay locked during the block.
 
         Args:
-            pair: what is compared.
-            doing: what fails, in an error; for instance ``"compare snapshot"``.
+            pair: the snapshots to compare.
+            doing: what the caller does, for errors; for instance ``"compare snapshot"``.
 
         Raises:
             NotFound: one of them was removed meanwhile.
-            DataLoss: a layer of theirs is lost.
+            DataLoss: one of their layers is lost.
         """
         sides = [record for record in pair if record is not None]
         ids = {identifier for record in sides for identifier in (record.id, *self.ancestors(record))}
@@ -343,14 +339,14 @@ class RecordedSnapshotter(ABC):
             before = self.layers(pair.before) if pair.before is not None else []
             yield before, self.layers(pair.after), self.since(*pair)
 
-    # Changing
+    # Writing
 
     @public
     def update(self, info: Info, *fieldpaths: str) -> Info:
         """See :meth:`Snapshotter.update`."""
         if not isinstance(info, Info):
             raise errors.InvalidArgument(
-                f"{shown(repr(info))} is not an onlap.Info", hint="give what stat(key) answers"
+                f"{shown(repr(info))} is not an onlap.Info", hint="pass the result of stat(key)"
             )
         changes: dict[str, str | None] = {}
         whole = not fieldpaths
@@ -380,7 +376,7 @@ class RecordedSnapshotter(ABC):
 
     @public
     def label(self, key: str, changes: Mapping[str, str | None]) -> Info:
-        """Set some labels and leave the others; None takes one away."""
+        """Set some labels and leave the others; None removes a label."""
         check_labels(changes)
         return self._info(
             self.catalog.update(self._owner, key, lambda c, record: records.set_labels(c, record.id, changes))
@@ -400,15 +396,15 @@ class RecordedSnapshotter(ABC):
         check_name(key)
         check_labels(labels)
 
-        def look(connection: Connection) -> Record | None:
+        def check(connection: Connection) -> Record | None:
             above = check_parent(connection, self._owner, parent)
-            # Looked up here already, though the transaction will again: not to build a tree for nothing.
+            # The transaction checks this again; checked here too, so that no tree is built in vain.
             if records.exists(connection, self._owner, key):
                 raise records.already_exists(key)
             return above
 
-        above = self.catalog.database.read(look)
-        # Looked up before, since nothing may fail when there is the snapshot.
+        above = self.catalog.database.read(check)
+        # Read first, since nothing may fail once the snapshot exists.
         below = () if above is None else (above.id, *self.ancestors(above))
         with self.translated("prepare snapshot", key):
             staged = self.catalog.staging.new()
@@ -417,7 +413,7 @@ class RecordedSnapshotter(ABC):
                 self._build(staged, kind, above, labels)
                 record = self.catalog.create(self._owner, key, kind, above, labels, staged)
         except BaseException:
-            # Renamed away already when the transaction failed late; then it is an orphan, and cleanup's.
+            # If the transaction failed late, the tree has been renamed: it is an orphan, which cleanup deletes.
             with contextlib.suppress(OSError):
                 self.catalog.staging.discard(staged)
             raise
@@ -436,27 +432,27 @@ class RecordedSnapshotter(ABC):
         """See :meth:`Snapshotter.commit`.
 
         Args:
-            name: what to call it from now on.
+            name: the name of the committed snapshot.
             key: the active snapshot.
-            labels: of the committed one.
-            parent: what it shall stand on, when it was prepared without a parent.
-            allow_mounted: commit it even though it is mounted read-write somewhere, as containerd does; who has it
-                mounted goes on writing into the committed layer.
+            labels: of the committed snapshot.
+            parent: the parent that it gets, if it was prepared without one.
+            allow_mounted: commit it even if it is mounted read-write, as containerd does. Programs that have it mounted
+                then continue to write into the committed layer.
 
         Raises:
-            Busy: it is mounted read-write; ``.holders`` says where. For all else see :meth:`Snapshotter.commit`.
+            Busy: it is mounted read-write; ``.holders`` says where. For other errors see :meth:`Snapshotter.commit`.
         """
         check_name(name, "name")
         check_labels(labels or {})
         record = self.catalog.database.read(lambda c: check_commit(c, self._owner, name, key, parent))
-        with contextlib.nullcontext() if allow_mounted else exclusion.alone(self, record):
+        with contextlib.nullcontext() if allow_mounted else exclusion.changing(self, record):
             with self.translated("commit snapshot", key):
                 made = record
                 if parent and record.parent_id is None:
                     above = self.catalog.database.read(lambda c: check_rebase(c, self._owner, parent))
                     self._rebase(record, above)
-                    made = record._replace(parent_id=above.id)  # what it would be made of after a power cut
-                empty = self._is_as_made(made)
+                    made = record._replace(parent_id=above.id)  # what a power cut would recreate it from
+                empty = self._is_unchanged(made)
                 if self.syncs and not empty:
                     self.catalog.sync()
             self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)
@@ -467,11 +463,11 @@ class RecordedSnapshotter(ABC):
 
         Args:
             key: a snapshot of any kind.
-            force: remove it even though it is mounted somewhere, as containerd does; its tree is deleted once it is
-                mounted nowhere any more.
+            force: remove it even if it is mounted, as containerd does. Its tree is deleted once it is no longer
+                mounted.
 
         Raises:
-            Busy: it is mounted; ``.holders`` says where. For all else see :meth:`Snapshotter.remove`.
+            Busy: it is mounted; ``.holders`` says where. For other errors see :meth:`Snapshotter.remove`.
         """
         wait = not self._asynchronous_remove
         if force:
@@ -481,7 +477,7 @@ class RecordedSnapshotter(ABC):
 
     def _remove_unused(self, key: str, wait: bool) -> None:
         record = self.record(key)
-        with exclusion.unused(self, record):
+        with exclusion.removing(self, record):
             self.catalog.remove(self._owner, key, wait=wait, only=record.id)
 
     @public
@@ -491,7 +487,7 @@ class RecordedSnapshotter(ABC):
 
     @contextlib.contextmanager
     def translated(self, doing: str, key: str) -> Iterator[None]:
-        """Turn an OSError in a ``with`` block into an error that says what was being done, and to what."""
+        """Translate an OSError in a ``with`` block into an error that names the operation and the snapshot."""
         try:
             yield
         except FileNotFoundError as error:
@@ -500,11 +496,11 @@ class RecordedSnapshotter(ABC):
             raise errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key) from error
         except RecursionError as error:
             raise errors.ResourceExhausted(
-                f"cannot {doing} {shown(key)}: its directories are nested too deep", key=key
+                f"cannot {doing} {shown(key)}: its directories are nested too deeply", key=key
             ) from error
 
     def missing(self, doing: str, key: str, error: FileNotFoundError) -> errors.OnlapError:
-        """What it means that something of a tree is not there: it was removed meanwhile, or it is lost."""
+        """The error for a missing part of a tree: the snapshot was removed meanwhile, or its tree is lost."""
         path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
         inside = path.removeprefix(self.catalog.layout.snapshots + "/")
         number = inside.split("/", 1)[0]
@@ -515,13 +511,13 @@ class RecordedSnapshotter(ABC):
 
 
 def is_fresh(tree: str, owner: tuple[int, int], created_ns: int) -> bool:
-    """Whether the top of a layer without a parent has the attributes that it was made with.
+    """Whether the top directory of a layer without a parent still has the attributes that it was created with.
 
     Args:
         tree: the directory.
-        owner: user and group that it was given.
-        created_ns: when its record was made, which was after the directory. One that was touched later has another
-            time, and one that an archive gave a time has mostly a time long before.
+        owner: the user and group that it was created with.
+        created_ns: when its record was made, shortly after the directory. A directory that was changed since has a
+            later time, and one that got its time from an archive usually has a much earlier one.
     """
     now = os.stat(tree)
     return (

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from onlap import errors
 from onlap.mounts.plan import Mount
+from onlap.snapshots.contexts import mounted
 from onlap.snapshots.contract import Info, Snapshotter
-from onlap.snapshots.working import mounted
 from onlap.testing.trees import Tree
 
 if TYPE_CHECKING:

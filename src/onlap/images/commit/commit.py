@@ -67,7 +67,7 @@ def commit(
         )
     base = _base(images, record, base)
     with (
-        exclusion.alone(snapshotter, record),
+        exclusion.changing(snapshotter, record),
         images.content.lease(f"commit of {full}") as lease,
         images.content.writer() as writer,
     ):

@@ -20,7 +20,7 @@ from onlap.images.unpack.intake import OnProgress, Transfer, take_in
 from onlap.layers.stream import compression
 from onlap.layers.stream.pipeline import Pipeline
 from onlap.progress import Callback, Reporter
-from onlap.snapshots import working
+from onlap.snapshots import contexts
 from onlap.snapshots.archives import copy_in
 
 
@@ -159,7 +159,7 @@ def _import_tree(request: _Request) -> Image:
     """A directory becomes a snapshot, and the snapshot an image."""
     full = request.name or _named_as(request.source)
     snapshotter = request.images.snapshotter
-    with working.prepared(snapshotter, None, "import") as key:
+    with contexts.prepared(snapshotter, None, "import") as key:
         copy_in(snapshotter, key, request.source, progress=request.progress)
         return commit.commit(
             request.images,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 
-from onlap.snapshots.working import mounted
+from onlap.snapshots.contexts import mounted
 from onlap.testing.same import assert_same_tree
 from onlap.testing.site import Site, change, check, equal
 from onlap.testing.snapshotters import case

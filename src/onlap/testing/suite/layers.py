@@ -9,7 +9,7 @@ import errno
 import os
 
 from onlap import errors
-from onlap.snapshots.working import mounted
+from onlap.snapshots.contexts import mounted
 from onlap.testing.same import assert_same_tree, read_tree
 from onlap.testing.site import Site, change, check, equal, invariants, raises
 from onlap.testing.snapshotters import case

@@ -1,7 +1,7 @@
-"""Work in a snapshot's tree for the time of a ``with`` block: mounted, as a scratch copy, or to make another of it.
+"""Context managers that give the tree of a snapshot as a directory: mounted, as scratch space, or to build another.
 
-Everything here belongs to a run (:mod:`onlap.catalog.runs`): when the program is killed, the next sweep takes its
-mounts and its snapshots away. A child that is forked in a block and leaves it changes nothing.
+Each belongs to a run (:mod:`onlap.catalog.runs`): when the program is killed, the next sweep removes its mounts and
+snapshots. A child that is forked inside a block and leaves the block changes nothing.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ StrPath = str | os.PathLike[str]
 def mounted(
     mounts: Mount | Sequence[Mount], at: StrPath | None = None, *, detached: bool = False, timeout: float = 5.0
 ) -> Iterator[Path]:
-    """Mount a plan for the time of a ``with`` block, and always clean up.
+    """Mount a plan for the duration of a ``with`` block, and always clean up.
 
-    Without the privilege to mount, a read-write bind is its own source, and everything else becomes a detached mount
-    that a helper in a user namespace makes.
+    Without the privilege to mount, a read-write bind yields its own source. Everything else becomes a detached mount,
+    which a helper makes in a user namespace.
 
     Args:
-        mounts: the plan, as a snapshotter's ``mounts`` gives it; the first is mounted first.
-        at: an existing directory to mount at; by default one below the root, or a temporary one where the plan is not
-            of a root.
-        detached: mount it nowhere: the path is ``/proc/<pid>/fd/<n>`` of this process, which sees it as long as the
-            block runs, as do other processes of the same user. Nothing is left behind even by SIGKILL. ``getcwd()``
-            fails inside it.
-        timeout: how many seconds to wait at the end for those who still use it.
+        mounts: the plan, as a snapshotter's ``mounts`` returns it; the first is mounted first.
+        at: an existing directory to mount at. By default a directory below the root, or a temporary one if the plan
+            belongs to no root.
+        detached: attach the mount to no path. The tree is then at ``/proc/<pid>/fd/<n>`` of this process, for this
+            process and others of the same user, until the block ends. Nothing is left behind even after SIGKILL.
+            ``getcwd()`` fails inside it.
+        timeout: how many seconds to wait, at the end, for processes that still use the mount.
 
     Yields:
-        Where the tree is.
+        The path of the tree.
 
     Raises:
         InvalidArgument: it is not a plan.
-        NotFound, FailedPrecondition: the snapshot was removed, or committed, since its plan was given.
-        Busy: it is being committed, removed or applied to; or, at the end, somebody still used it: ``.holders`` says
-            who, and the mount is left to the next cleanup, as is one that another is mounted above.
+        NotFound, FailedPrecondition: the snapshot was removed or committed after the plan was made.
+        Busy: the snapshot is being committed, removed or applied to. Or, at the end, a process still uses the mount
+            (``.holders`` says which), or another mount lies above it; then the next cleanup unmounts it.
         PermissionDenied: mounting is not allowed here, not even in a user namespace.
-        OnlapError: of another kind, for what the kernel says.
+        OnlapError: of another kind, for an error of the kernel.
     """
     plan = temporary.check_plan(mounts)
     check_number(timeout, "timeout")
@@ -67,19 +67,19 @@ def mounted(
         if root is not None:
             stack.enter_context(exclusion.mounting_plan(root, plan))
             run = stack.enter_context(Run(root))
-        yield stack.enter_context(_placed(run, plan, at, detached, timeout))
+        yield stack.enter_context(_mounted_for(run, plan, at, detached, timeout))
 
 
 def _layer(plan: list[Mount]) -> str:
-    """A layer of the plan, by which its mount is known again."""
+    """A layer of the plan, which identifies its mount."""
     return plan[0].upper or (plan[0].lowers[0] if plan[0].lowers else plan[0].source)
 
 
 @contextlib.contextmanager
-def _placed(
+def _mounted_for(
     run: Run | None, plan: list[Mount], at: StrPath | None, detached: bool, timeout: float = 5.0
 ) -> Iterator[Path]:
-    """Mount where whoever sweeps behind a dead run will find it."""
+    """Mount where a sweep finds it once the run is dead."""
     if run is not None and not detached:
         if at is not None:
             run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
@@ -98,10 +98,10 @@ def mounted_snapshot(
     detached: bool = False,
     reading: bool = False,
 ) -> Iterator[Path]:
-    """See :meth:`onlap.store.Store.mounted`; with ``reading`` it is not to be written to."""
+    """See :meth:`onlap.store.Store.mounted`; with ``reading`` the mount is read-only."""
     snapshotter.record(key)  # NotFound comes first
     with begun(snapshotter.catalog) as run:
-        # On a read-only or full disk what is there can still be read. A detached mount ends with the process.
+        # A read-only or full disk has no run, but can still be read: a detached mount ends with the process.
         detached = detached or (run is None and at is None)
         with _mounted(snapshotter, run, key, at, detached, reading) as tree:
             yield tree
@@ -116,13 +116,13 @@ def _mounted(
     detached: bool = False,
     reading: bool = False,
 ) -> Iterator[Path]:
-    # A detached mount shows in no mountinfo, so that only a lock keeps its layers from being deleted.
+    # No mountinfo shows a detached mount, so only a lock keeps its layers from being deleted.
     hidden = detached or not may_mount()
     with contextlib.ExitStack() as stack:
         mounting = exclusion.mounting(snapshotter, snapshotter.record(key), hidden=hidden, reading=reading)
         mounts = stack.enter_context(mounting)
         try:
-            tree = stack.enter_context(_placed(run, mounts, at, detached))
+            tree = stack.enter_context(_mounted_for(run, mounts, at, detached))
         except errors.NotFound as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise snapshotter.missing("mount", key, error.__cause__) from error
@@ -132,40 +132,38 @@ def _mounted(
 
 @contextlib.contextmanager
 def prepared(snapshotter: RecordedSnapshotter, parent: str | None, what: str) -> Iterator[str]:
-    """The key of an active snapshot, removed at the end unless it was committed.
+    """The key of an active snapshot, which is removed at the end unless it was committed.
 
     Args:
         snapshotter: of the root.
-        parent: what it stands on.
-        what: what for, in one word that its key begins with.
+        parent: the parent of the snapshot.
+        what: the purpose, as one word that the key begins with.
     """
-    with begin(snapshotter.catalog) as run, _prepared(snapshotter, parent, what, run) as key:
-        yield key
+    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
+        yield _prepare(snapshotter, parent, what, run, stack)
 
 
-@contextlib.contextmanager
-def _prepared(snapshotter: RecordedSnapshotter, parent: str | None, what: str, run: Run) -> Iterator[str]:
+def _prepare(
+    snapshotter: RecordedSnapshotter, parent: str | None, what: str, run: Run, stack: contextlib.ExitStack
+) -> str:
+    """The key of a new active snapshot, which the stack removes."""
     key = f"{what}-{run.id}"
     snapshotter.prepare(key, parent, run.labels)
-    with contextlib.ExitStack() as stack:
-        stack.callback(unless_forked(_drop), snapshotter, key)
-        yield key
+    stack.callback(unless_forked(_drop), snapshotter, key)
+    return key
 
 
 def _drop(snapshotter: RecordedSnapshotter, key: str) -> None:
-    with contextlib.suppress(errors.NotFound):  # it was committed, or removed by others
+    with contextlib.suppress(errors.NotFound):  # it was committed, or another process removed it
         snapshotter.remove(key, force=True)
 
 
 @contextlib.contextmanager
 def scratch(snapshotter: RecordedSnapshotter, parent: str | None) -> Iterator[Path]:
     """See :meth:`onlap.store.Store.scratch`."""
-    with (
-        begin(snapshotter.catalog) as run,
-        _prepared(snapshotter, parent, "scratch", run) as key,
-        _mounted(snapshotter, run, key) as tree,
-    ):
-        yield tree
+    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
+        key = _prepare(snapshotter, parent, "scratch", run, stack)
+        yield stack.enter_context(_mounted(snapshotter, run, key))
 
 
 @contextlib.contextmanager
@@ -175,33 +173,31 @@ def build(
     """See :meth:`onlap.store.Store.build`."""
     snapshotter.check_free(name)
     finished = False
-    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as dropped:
-        key = f"build-{run.id}"
-        snapshotter.prepare(key, parent, run.labels)
-        dropped.callback(unless_forked(_drop), snapshotter, key)
+    with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
+        key = _prepare(snapshotter, parent, "build", run, stack)
         leave, commit = unless_forked(temporary.await_leaving), unless_forked(snapshotter.commit)
         try:
             with _mounted(snapshotter, run, key) as tree:
                 yield tree
                 finished = True
             if os.fspath(tree).startswith(f"{snapshotter.catalog.layout.snapshots}/"):
-                leave(tree)  # its own directory, whose end as a mount did not wait for anybody
+                leave(tree)  # the snapshot's own directory: no unmount has waited for the processes in it
             commit(name, key, labels)
         except BaseException as error:
             if finished and run.keep(snapshotter.catalog):
-                # The work is done, and can be committed once what was in the way is gone.
-                dropped.pop_all()
-                _tell(error, name, key)
+                # The work is done, and can be committed once the obstacle is gone.
+                stack.pop_all()
+                _add_hint(error, name, key)
             raise
-        dropped.pop_all()
+        stack.pop_all()
 
 
-def _tell(error: BaseException, name: str, key: str) -> None:
+def _add_hint(error: BaseException, name: str, key: str) -> None:
     kept = f"what was written is kept as snapshot {shown(key)}"
     do = f"onlap commit {shown(name)} {shown(key)}"
     if isinstance(error, errors.OnlapError):
         error.message = f"cannot finish {shown(name)}: {error.message}; {kept}"
-        error.hint = f"{error.hint or 'mend that'}; then commit it: {do}"
+        error.hint = f"{error.hint or 'fix the cause'}; then commit it: {do}"
         error.key = key
     else:
         error.add_note(f"{kept}; commit it with: {do}")

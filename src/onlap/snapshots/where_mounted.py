@@ -1,4 +1,4 @@
-"""Where a snapshot is mounted, asked before it is committed or removed."""
+"""Where a snapshot is mounted, according to mountinfo. This is checked before a commit and a removal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
     Args:
         tree: the snapshot's ``fs`` directory.
         work: its workdir.
-        bound: whether its plan is a bind; else it is an overlay, and only those count that the kernel made: it makes
-            ``work/work`` when it mounts one read-write, and leaves it there (fs/overlayfs/super.c).
-        everywhere: look for binds in other mount namespaces too. To read them all takes milliseconds, which the commit
-            of a snapshot that nobody ever wrote to does not have to pay.
-        writable: only where it can be written through.
+        bound: whether its plan is a bind. If it is an overlay, only one that was ever mounted read-write counts: the
+            kernel then makes ``work/work``, and leaves it there (fs/overlayfs/super.c).
+        everywhere: look for binds in other mount namespaces too. Reading all of them takes milliseconds, which the
+            commit of a snapshot that was never written to need not pay.
+        writable: only read-write mounts.
 
     Raises:
-        OSError: what is mounted here cannot be read.
+        OSError: mountinfo cannot be read.
     """
     overlaid = os.path.lexists(f"{work}/work")
     if not overlaid and not bound:
@@ -48,7 +48,7 @@ def mounts_of_plan(plan: list[Mount]) -> list[str]:
     """Where a plan without an upper layer is mounted, as text: the same layers in the same order, or the same bind.
 
     Raises:
-        OSError: what is mounted here cannot be read.
+        OSError: mountinfo cannot be read.
     """
     mount = plan[0]
     layers = [os.fsencode(layer) for layer in mount.lowers]
@@ -67,19 +67,19 @@ def mounts_of_plan(plan: list[Mount]) -> list[str]:
 
 
 def _place(tree: str) -> mountinfo.Place | None:
-    # Of the directory above, since something may be mounted on the tree itself.
+    # By the directory above, since something may be mounted on the tree itself.
     snapshot, name = os.path.split(tree)
     above = mountinfo.place_of(snapshot)
     return above and mountinfo.Place(above.device, above.path + b"/" + os.fsencode(name))
 
 
 def _needle(tree: str) -> bytes:
-    """What a line that names the tree holds, in an overlay's options as in the root of a bind: no byte is escaped."""
+    """The part of a line that names the tree, both in an overlay's options and in a bind's root: no byte is escaped."""
     return os.fsencode("/".join(tree.split("/")[-2:]))
 
 
 def _is(table: mountinfo.Table, path: bytes, tree: bytes, place: mountinfo.Place | None) -> bool:
-    """Whether a path of a mount table is that directory; a root may be bound to another place there."""
+    """Whether a path in a mount table is that directory; the root may be bound to another place there."""
     if path == tree:
         return True
     return place is not None and table.place(path) == place
@@ -90,7 +90,7 @@ def _covers(mounted: bytes, root: bytes) -> bool:
 
 
 def _upperdirs(super_options: bytes) -> list[bytes]:
-    """What an overlay's upperdir may be: the kernel shows it with or without the escapes that mount(2) was given."""
+    """The possible upperdirs of an overlay: the kernel shows mount(2)'s escapes in some versions and not in others."""
     for option in super_options.split(b","):
         key, _, value = option.partition(b"=")
         if key == b"upperdir":
