@@ -221,14 +221,14 @@ def test_an_edit_that_puts_size_and_time_back_is_found(root: Path, ns: int) -> N
             os.utime(tree / "edited", ns=(ns, ns))
         wanted = [("C", "edited", {"content"})]
 
-        def told(*keys: str) -> list[tuple[str, str, set[str]]]:
-            return [(change.kind, change.path, set(change.what)) for change in store.diff(*keys)]
+        def changes(key: str, base: str | None = None) -> list[tuple[str, str, set[str]]]:
+            return [(change.kind, change.path, set(change.what)) for change in store.diff(key, base=base)]
 
-        assert told("key") == wanted
-        assert told("base", "key") == wanted
-        assert told("key", "base") == wanted
-        assert told("key", "sibling") == wanted
-        assert told("sibling", "key") == wanted
+        assert changes("key") == wanted
+        assert changes("key", "base") == wanted
+        assert changes("base", "key") == wanted
+        assert changes("sibling", "key") == wanted
+        assert changes("key", "sibling") == wanted
         layer = io.BytesIO()
         store.write_diff("key", layer)
         layer.seek(0)
@@ -237,9 +237,9 @@ def test_an_edit_that_puts_size_and_time_back_is_found(root: Path, ns: int) -> N
         # By way of a commit, and of another copy.
         store.commit("next", "key")
         store.prepare("last", "next")
-        assert told("last") == []
-        assert told("base", "last") == wanted
-        assert told("next") == wanted
+        assert changes("last") == []
+        assert changes("last", "base") == wanted
+        assert changes("next") == wanted
 
 
 def test_only_what_may_have_been_edited_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
