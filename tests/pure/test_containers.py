@@ -225,7 +225,7 @@ def test_the_command_line() -> None:
     assert bundle.arguments(IMAGE, Options()) == ("/entry", "a", "b")
     assert bundle.arguments(IMAGE, Options(command=("c",))) == ("/entry", "c")
     assert bundle.arguments(Defaults(command=("a",)), Options()) == ("a",)
-    with pytest.raises(errors.InvalidArgument, match="nothing says what to run"):
+    with pytest.raises(errors.InvalidArgument, match="there is no command to run"):
         bundle.arguments(Defaults(), Options())
 
 

@@ -1,8 +1,8 @@
-"""A container as the OCI runtime specification describes it: the content of ``config.json``.
+"""The configuration of a container, ``config.json`` of the OCI runtime specification.
 
-The defaults are Docker's and containerd's, so that an image does here what it does there: fourteen capabilities, parts
-of /proc and /sys hidden or read-only, few devices, namespaces of its own. There is no user namespace: root in the
-container is root outside, with less power.
+The defaults are Docker's and containerd's, so that images behave as they do there: fourteen capabilities, parts of
+/proc and /sys hidden or read-only, few devices, namespaces of its own. There is no user namespace: root in the
+container is root outside, with fewer capabilities.
 
 Sources: OCI runtime specification 1.2, config.md and config-linux.md; moby v27, oci/defaults.go; containerd v1.7.24,
 oci/spec.go.
@@ -39,17 +39,17 @@ _MOUNTS = (
     ("cgroup", "/sys/fs/cgroup", "cgroup", ("nosuid", "noexec", "nodev", "relatime", "ro")),
 )
 
-# What lies in /dev and /sys is made in the filesystems that are mounted there.
+# Mount points in /dev and /sys are made in the filesystems that are mounted there.
 OWN_MOUNT_POINTS = tuple(target for _, target, _, _ in _MOUNTS if target.count("/") == 1)
 
-# What a program that knows no better gets; who needs more may raise it to the hard limit, which stays ours.
+# The soft limit; a program that needs more may raise it to the hard limit, which is that of this process.
 _OPEN_FILES = 1024
-# Microseconds: what the kernel divides time into for a quota; its own default.
+# Microseconds: the period of a quota; the kernel's default.
 _CPU_PERIOD = 100_000
 
 
 class Defaults(NamedTuple):
-    """What an image says of its containers; the fields of the image configuration, config.md.
+    """An image's defaults for its containers; the fields of the image configuration, config.md.
 
     Attributes:
         entrypoint: the words before the command.
@@ -69,22 +69,22 @@ class Defaults(NamedTuple):
 def arguments(image: Defaults, options: Options) -> tuple[str, ...]:
     """The command line of the container's process: the entrypoint, then the caller's command, else the image's.
 
-    An entrypoint of the caller's is without the image's command, which was made for the image's own.
+    With an entrypoint of the caller the image's command does not count, since it is made for the image's entrypoint.
 
     Raises:
-        InvalidArgument: nobody says what to run.
+        InvalidArgument: there is no command.
     """
     if options.entrypoint is not None:
         found = (*options.entrypoint, *options.command)
     else:
         found = (*image.entrypoint, *(options.command or image.command))
     if not found:
-        raise errors.InvalidArgument("nothing says what to run", hint="give a command behind the name")
+        raise errors.InvalidArgument("there is no command to run", hint="give a command after the name")
     return found
 
 
 def environment(image: Defaults, options: Options, user: User, hostname: str) -> dict[str, str]:
-    """The variables of the container's process: Docker's few, over them the image's, over them the caller's."""
+    """The variables of the container's process: Docker's few, overridden by the image's, and these by the caller's."""
     found = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, "HOME": user.home}
     if options.terminal:
         found["TERM"] = "xterm"
@@ -96,7 +96,7 @@ def environment(image: Defaults, options: Options, user: User, hostname: str) ->
 
 
 def working_directory(image: Defaults, options: Options) -> str:
-    """Where the process starts: an absolute path. A relative one of the caller's starts at the image's own."""
+    """The working directory of the process, absolute; a relative one of the caller starts at the image's."""
     return posixpath.normpath(posixpath.join("/", image.workdir, options.workdir or ""))
 
 
@@ -121,21 +121,21 @@ def specification(
         env: the variables.
         cwd: the working directory.
         user: who it runs as.
-        hostname: its name for itself.
-        options: what the caller says of its mounts, network, terminal, capabilities and limits.
-        binds: mounted before the volumes: files that we make for it.
-        seccomp: the system calls that it may make, as the runtime has it; None: all.
+        hostname: of the container.
+        options: the caller's, for mounts, network, terminal, capabilities and limits.
+        binds: files made for it, mounted before the volumes.
+        seccomp: the system calls that it may make, in the runtime's form; None: all.
         open_files: the hard limit of open files.
 
     Raises:
-        InvalidArgument: some text is not UTF-8, which the runtime would change silently, or holds a NUL.
+        InvalidArgument: a text is not valid UTF-8, which the runtime would silently change, or holds a NUL.
     """
     bounding = capabilities.chosen(options.cap_add, options.cap_drop)
-    # Without a user number of 0 the kernel would take these away at the exec anyhow (capabilities(7)).
+    # For a user other than 0 the kernel would drop these at the exec anyway (capabilities(7)).
     held = bounding if user.uid == 0 else []
     process = {
         "terminal": options.terminal,
-        # With its own group among them: what the group is denied is denied then to whoever changes his group, too
+        # With its own group among them, so that what is denied to the group stays denied after a change of group
         # (CVE-2022-36109).
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": [user.gid, *user.groups]},
         "args": list(args),
@@ -147,20 +147,20 @@ def specification(
     }
     namespaces = ["pid", "ipc", "uts", "mount", "cgroup", *(["network"] if options.network == "none" else [])]
     result: dict[str, object] = {
-        "ociVersion": "1.0.2",  # what every runc and crun knows; what is newer here is but options of mounts
+        "ociVersion": "1.0.2",  # every runc and crun supports it; only options of mounts are newer here
         "process": process,
         "root": {"path": rootfs, "readonly": options.read_only},
         "hostname": hostname,
         "mounts": [
             *(_mount(source, target, kind, flags) for source, target, kind, flags in _MOUNTS),
-            # What is mounted in another mount comes after it, whatever the order of the caller's words.
+            # A mount inside of another comes after it, whatever the order of the caller's options.
             *sorted([*map(_tmpfs, options.tmpfs), *map(_bind, (*binds, *options.volumes))], key=_depth),
         ],
         "linux": {
             "namespaces": [{"type": kind} for kind in namespaces],
             "maskedPaths": _MASKED,
             "readonlyPaths": _READONLY,
-            # The runtime adds what every container has: null, zero, full, random, urandom, tty, and terminals.
+            # The runtime adds the devices of every container: null, zero, full, random, urandom, tty, and terminals.
             "resources": {"devices": [{"allow": False, "access": "rwm"}], **_resources(options.limits)},
             **({"seccomp": seccomp} if seccomp is not None else {}),
         },
@@ -174,14 +174,14 @@ def _mount(source: str, target: str, kind: str, flags: Sequence[str]) -> dict[st
 
 
 def _bind(volume: Volume) -> dict[str, object]:
-    # "ro" would leave what is mounted below the source writable; "rro" takes Linux 5.12, runc 1.1 or crun 1.4, and
-    # fails with others.
+    # "ro" would leave mounts below the source writable; "rro" needs Linux 5.12 and runc 1.1 or crun 1.4, and fails
+    # with older ones.
     flags = ["rbind", "rprivate", "rro" if volume.readonly else "rw"]
     return _mount(volume.source, volume.target, "bind", flags)
 
 
 def _tmpfs(tmpfs: Tmpfs) -> dict[str, object]:
-    # Docker's; what the caller says comes later, and so wins.
+    # Docker's defaults; the caller's options come later, and so take precedence.
     return _mount("tmpfs", tmpfs.target, "tmpfs", ["nosuid", "nodev", "noexec", *tmpfs.options])
 
 
@@ -192,7 +192,7 @@ def _depth(mount: Mapping[str, object]) -> int:
 def _resources(limits: Limits) -> dict[str, object]:
     found: dict[str, object] = {}
     if limits.memory is not None:
-        # Not of swap: a kernel that does not account for that refuses the container.
+        # Not of swap: a kernel that does not account for swap would refuse the container.
         found["memory"] = {"limit": limits.memory}
     if limits.cpus is not None:
         found["cpu"] = {"period": _CPU_PERIOD, "quota": round(limits.cpus * _CPU_PERIOD)}

@@ -1,4 +1,4 @@
-"""Which of root's powers a container has.
+"""The capabilities of a container.
 
 Sources: capabilities(7); linux/capability.h; moby v27, oci/caps/defaults.go and oci/caps/utils.go.
 """
@@ -16,7 +16,7 @@ DEFAULT = (
     "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
 )  # fmt: skip
 
-# By number, from 0 on.
+# By number, from 0.
 _KNOWN = (
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
     "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
@@ -30,7 +30,7 @@ _ALL = "ALL"
 
 
 def chosen(add: Sequence[str], drop: Sequence[str]) -> list[str]:
-    """The capabilities of a container: the default ones without ``drop``, and ``add``.
+    """The capabilities of a container: the defaults without ``drop``, and with ``add``.
 
     Args:
         add: names, with or without ``CAP_``, in either case, or ``ALL``.
@@ -60,14 +60,16 @@ def _names(given: Sequence[str]) -> set[str]:
             full = full if full.startswith("CAP_") else f"CAP_{full}"
             if full not in _KNOWN:
                 raise errors.InvalidArgument(
-                    f"there is no capability {shown(name)}", key=name, hint="see capabilities(7); as NET_ADMIN, or ALL"
+                    f"there is no capability {shown(name)}",
+                    key=name,
+                    hint="see capabilities(7); write one as NET_ADMIN, or ALL",
                 )
         found.add(full)
     return found
 
 
 def _supported() -> Sequence[str]:
-    """What we have ourselves (the bounding set): no runtime gives a container more, and not all machines have all."""
-    with errors.translated("see what capabilities there are"), open("/proc/self/status", "rb") as file:
+    """Those of this process (its bounding set): no runtime can give a container more, and not all machines have all."""
+    with errors.translated("read the capabilities of this process"), open("/proc/self/status", "rb") as file:
         mask = next(int(line.split()[1], 16) for line in file if line.startswith(b"CapBnd:"))
     return [name for number, name in enumerate(_KNOWN) if mask >> number & 1]

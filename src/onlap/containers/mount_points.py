@@ -1,10 +1,10 @@
-"""The places of a tree that something is mounted at, where it has none: made before a container, removed after it.
+"""Mount points that a tree lacks: made before a container starts, removed after it.
 
-The runtime would make them as well, but leave them; and in a snapshot that stays they would be changes, and part of
-the layer that is made of it. The directories that they are made in get back the times that they had, unless the
-container wrote to them: else each would be a change, too.
+The runtime would make them as well, but not remove them; in a snapshot that stays they would be changes, and part of a
+layer made from it. The directories around them get back their modification times, unless the container wrote to them:
+else each would be a change, too.
 
-A file in the directory of the run says what was made, so that it can be removed after a crash.
+A file in the directory of the run records what was made, so that it can be removed after a crash.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from onlap.containers import tree_files
@@ -24,8 +24,8 @@ class MountPoint(NamedTuple):
     """Where something will be mounted.
 
     Attributes:
-        path: an absolute path in the tree; symlinks on the way are followed as in the container.
-        is_directory: whether it is a directory that is mounted there, and not a file.
+        path: an absolute path in the tree; its symlinks are followed as in the container.
+        is_directory: whether a directory is mounted there, and not a file.
     """
 
     path: str
@@ -37,7 +37,7 @@ class _Made(NamedTuple):
 
     Attributes:
         paths: the deepest first.
-        before: of each directory that something was made in: its time of change in ns.
+        before: the modification times, in ns, of the directories that something was made in.
         after: the same once all was made; empty before that.
     """
 
@@ -48,15 +48,15 @@ class _Made(NamedTuple):
 
 @contextlib.contextmanager
 def made(directory: str, top: str, wanted: Sequence[MountPoint]) -> Iterator[None]:
-    """Make mount points, and take them away at the end.
+    """Make mount points, and remove them at the end.
 
     Args:
         directory: of the run.
         top: of the tree, mounted.
-        wanted: those that there shall be.
+        wanted: the mount points that there must be.
 
     Raises:
-        OSError: the tree, or the directory, refuses.
+        OSError: they cannot be made, or not recorded.
     """
     try:
         _make(directory, top, wanted)
@@ -75,19 +75,19 @@ def _make(directory: str, top: str, wanted: Sequence[MountPoint]) -> None:
         outside = {os.path.dirname(part) for part in missing} - set(missing)
         for parent in outside:
             tree_files.check_directory(root, parent)
-        before = {parent: _changed_ns(root, parent) for parent in outside}
+        before = _mtimes(root, outside)
         deepest_first = sorted(missing, key=lambda path: path.count("/"), reverse=True)
         _write(directory, _Made(deepest_first, before, {}))
         for part in reversed(deepest_first):
             tree_files.make(root, part, is_directory=missing[part])
-        _write(directory, _Made(deepest_first, before, {parent: _changed_ns(root, parent) for parent in before}))
+        _write(directory, _Made(deepest_first, before, _mtimes(root, before)))
 
 
 def remove(directory: str, top: str) -> None:
-    """Take away the mount points that a run made, unless something is in them now.
+    """Remove the mount points that a run made, unless they hold something now.
 
     Raises:
-        OSError: the tree refuses.
+        OSError: they cannot be removed.
     """
     try:
         with open(f"{directory}/{_RECORD}", encoding="utf-8", errors="surrogateescape") as file:
@@ -95,19 +95,17 @@ def remove(directory: str, top: str) -> None:
     except (FileNotFoundError, ValueError):  # ValueError: a crash while it was written, before anything was made
         return
     with tree_files.opened_top(top) as root:
-        now = {
-            parent: _changed_ns(root, parent) for parent in found.before if tree_files.status(root, parent) is not None
-        }
+        now = _mtimes(root, found.before)
         for path in found.paths:
             tree_files.remove_if_empty(root, path)
         for parent, changed in now.items():
             untouched = changed == found.after.get(parent, changed)
-            tree_files.set_changed(root, parent, found.before[parent] if untouched else changed)
+            tree_files.set_mtime(root, parent, found.before[parent] if untouched else changed)
 
 
-def _changed_ns(root: int, path: str) -> int:
-    found = tree_files.status(root, path)
-    return found.st_mtime_ns if found is not None else 0
+def _mtimes(root: int, paths: Iterable[str]) -> dict[str, int]:
+    """The modification times, in ns, of those that there are."""
+    return {path: found.st_mtime_ns for path in paths if (found := tree_files.status(root, path)) is not None}
 
 
 def _write(directory: str, what: _Made) -> None:

@@ -1,4 +1,4 @@
-"""What the caller says of a container, and how Docker's users write it.
+"""The caller's options for a container, and Docker's way to write them.
 
 Sources: docs.docker.com/reference/cli/docker/container/run; docker/cli v27, opts/ and cli/command/container/opts.go.
 """
@@ -18,7 +18,7 @@ NETWORKS = ("none", "host")
 
 _SIZE = re.compile(r"([0-9]{1,12})(?:([bkmgt])(?:i?b)?)?", re.IGNORECASE)
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-# Below that nothing starts; runc's own least.
+# With less nothing starts; runc's own minimum.
 _MIN_MEMORY = 6 << 20
 _MAX_TEXT = 8 << 20
 
@@ -28,8 +28,8 @@ class Volume(NamedTuple):
 
     Attributes:
         source: its absolute path on the host.
-        target: where it shows in the container, an absolute path.
-        readonly: whether the container may not write to it, nor to what is mounted below it.
+        target: its absolute path in the container.
+        readonly: whether the container may not write to it, nor to mounts below it.
     """
 
     source: str
@@ -41,7 +41,7 @@ class Tmpfs(NamedTuple):
     """An empty filesystem in memory that the container gets.
 
     Attributes:
-        target: where it shows, an absolute path.
+        target: its absolute path in the container.
         options: of the mount, as ``"size=64m"``.
     """
 
@@ -50,10 +50,10 @@ class Tmpfs(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a container may use; None: all there is.
+    """What a container may use; None: without limit.
 
     Attributes:
-        memory: bytes; what of it is swapped out does not count.
+        memory: bytes; memory that is swapped out does not count.
         cpus: how many processors, as 1.5.
         pids: how many processes and threads.
     """
@@ -64,23 +64,23 @@ class Limits(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the caller says.
+    """Options for a container.
 
     Attributes:
-        command: what to run; the image's own command when it is empty.
+        command: what to run; the image's command when it is empty.
         entrypoint: instead of the image's, whose command then does not count either; ``()`` for none.
-        env: variables over those of the image.
+        env: variables that override the image's.
         user: instead of the image's.
         workdir: instead of the image's.
-        volumes: what the container sees of the host.
-        tmpfs: what it gets in memory.
-        read_only: whether its root can be written to.
-        network: ``"none"``: nothing but a loopback of its own; ``"host"``: the host's.
-        terminal: give it a terminal of its own.
+        volumes: files and directories of the host that the container sees.
+        tmpfs: filesystems in memory.
+        read_only: whether its root is read-only.
+        network: ``"none"``: only a loopback of its own; ``"host"``: the host's.
+        terminal: whether it gets a terminal of its own.
         limits: what it may use.
         cap_add: more capabilities; see :func:`onlap.containers.capabilities.chosen`.
         cap_drop: fewer of them.
-        seccomp: the path of a profile, or ``"unconfined"``; None: this machine's, where it has one.
+        seccomp: the path of a profile, or ``"unconfined"``; None: this machine's profile, where there is one.
     """
 
     command: tuple[str, ...] = ()
@@ -132,24 +132,22 @@ def _target(target: str, text: str) -> str:
         raise errors.InvalidArgument(f"{shown(target)!r} in {shown(text)} is not absolute", key=text)
     target = posixpath.normpath("/" + target.lstrip("/"))
     if target == "/":
-        raise errors.InvalidArgument(f"{shown(text)} would take the place of the whole tree", key=text)
+        raise errors.InvalidArgument(f"{shown(text)} would hide the whole tree", key=text)
     return target
 
 
 def parse_memory(text: str) -> int:
-    """Bytes from a number with ``b``, ``k``, ``m``, ``g`` or ``t`` behind it, which count by 1,024.
+    """Bytes from a number, perhaps with the unit ``b``, ``k``, ``m``, ``g`` or ``t``, in steps of 1,024.
 
     Raises:
         InvalidArgument: it is of another form, or less than a container needs.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise errors.InvalidArgument(f"{shown(text)} is not a size", key=text, hint="give it as 512m or 2g")
+        raise errors.InvalidArgument(f"{shown(text)} is not a size", key=text, hint="write it as 512m or 2g")
     size = int(match[1]) * _UNITS[(match[2] or "b").lower()]
     if not _MIN_MEMORY <= size < 1 << 63:
-        raise errors.InvalidArgument(
-            f"{shown(text)} is not a size of memory that works", key=text, hint="6m is the least"
-        )
+        raise errors.InvalidArgument(f"{shown(text)} of memory is not possible", key=text, hint="the minimum is 6m")
     return size
 
 
@@ -157,30 +155,30 @@ def parse_cpus(text: str) -> float:
     """A number of processors, as ``1.5``.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: it is not one.
     """
     if not re.fullmatch(r"[0-9]{0,5}(\.[0-9]{1,9})?", text) or not text or float(text) < 0.01:
         raise errors.InvalidArgument(
-            f"{shown(text)} is not a number of processors", key=text, hint="give it as 0.5 or 2"
+            f"{shown(text)} is not a number of processors", key=text, hint="write it as 0.5 or 2"
         )
     return float(text)
 
 
 def parse_pids(text: str) -> int | None:
-    """A number of processes; ``-1``: any, which is None.
+    """A number of processes; None for ``-1``, which sets no limit.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: it is not one.
     """
     if text == "-1":
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        raise errors.InvalidArgument(f"{shown(text)} is not a number of processes", key=text, hint="-1 for any")
+        raise errors.InvalidArgument(f"{shown(text)} is not a number of processes", key=text, hint="-1 sets no limit")
     return int(text)
 
 
 def parse_variable(text: str, ours: Mapping[str, str]) -> dict[str, str]:
-    """A variable from ``NAME=VALUE``, or ``NAME`` as it is in ``ours``; empty where that lacks it.
+    """A variable from ``NAME=VALUE``, or from ``NAME`` with its value in ``ours``; empty where it has none there.
 
     Raises:
         InvalidArgument: it has no name.
@@ -194,7 +192,7 @@ def parse_variable(text: str, ours: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_variables(path: str, ours: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a file, one a line as :func:`parse_variable` takes it; no quotes, ``#`` begins a comment line.
+    """The variables of a file, one per line as for :func:`parse_variable`; no quotes; ``#`` starts a comment line.
 
     Raises:
         NotFound: there is no such file.

@@ -1,9 +1,9 @@
-"""What a runtime leaves when it was killed before it knew its own container: processes, and control groups.
+"""Processes and control groups that a runtime leaves when it is killed before it has written its container's state.
 
-It writes its state last. Before that, ``delete`` knows nothing; and a runtime that outlives the Onlap that started it
-goes on, and makes mount points in a tree that is being cleaned up. The container's name, which no other has, is last
-on the runtime's command line, and the name of the container's control groups. Everybody can see that name, and use
-it for things of his own; only what is ours counts, so that nobody else can keep us here.
+It writes the state last. Before that, ``delete`` finds no container; and a runtime that outlives the Onlap that started
+it continues, and makes mount points in a tree that is being cleaned up. The container's name is unique; it is the last
+word of the runtime's command line, and the name of the container's control groups. Other users can see that name and
+use it, too: only processes and groups of this user count, so that nobody else can delay us.
 
 Sources: runc v1.2, libcontainer/process_linux.go (``start``: into the control groups before all else); cgroups(7).
 """
@@ -50,7 +50,7 @@ def _is_runtime(pid: int, identifier: str) -> bool:
 
 
 def _groups(identifier: str) -> list[str]:
-    """The control groups of a container in all hierarchies, with those inside of them, the deepest first."""
+    """The control groups of a container in all hierarchies, with their subgroups, the deepest first."""
     found = [os.path.join(above, name) for above, names, _ in os.walk(_CGROUPS) for name in names if identifier in name]
     return [inside for path in found if _is_ours(path) for inside, _, _ in os.walk(path, topdown=False)]
 
@@ -72,7 +72,7 @@ def _empty(path: str) -> None:
         except FileNotFoundError:
             return
         except OSError:
-            # EBUSY also for a moment after the last one has ended; there is no event that all kernels have.
+            # EBUSY also for a moment after the last process has ended; no event for that exists on all kernels.
             if time.monotonic() >= deadline:
                 raise
             time.sleep(_PAUSE)

@@ -1,8 +1,8 @@
-"""A container in the foreground: prepare, mount, run, and take everything away again.
+"""A container in the foreground: prepare, mount, run, and clean up.
 
-What is taken away at the end, in this order: the container, the mount points that the runtime made in a tree that
-stays, the mount, the snapshot, the directory of the run. Where this process is killed, :mod:`onlap.catalog.runs` does
-the same later; each run begins with it.
+The cleanup removes, in this order: the container, the mount points that were made in a tree that stays, the mount, the
+snapshot, the directory of the run. Where this process is killed, :mod:`onlap.catalog.runs` does the same later, at the
+start of the next run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 if TYPE_CHECKING:
     from onlap.images import Image, Images
 
-# What finds an image that is not here.
+# Fetches an image.
 Pull = Callable[[str], "Image"]
 
 _LOCAL_HOSTS = """\
@@ -47,12 +47,13 @@ _LOCAL_HOSTS = """\
 
 
 class Source(NamedTuple):
-    """What a container begins with.
+    """What a container starts with.
 
     Attributes:
-        snapshot: a committed one, which it gets a writable view of; an active one, which it works in; or a view.
-        defaults: what the image says of its containers.
-        labels: of the view: which image it is, if it is one.
+        snapshot: a committed one, on which the container gets a snapshot of its own; an active one, in which it runs;
+            or a view.
+        defaults: the image's, for its containers.
+        labels: of the container's snapshot: the image, if there is one.
     """
 
     snapshot: str
@@ -64,8 +65,8 @@ class Ended(NamedTuple):
     """How a container ended.
 
     Attributes:
-        status: that of its command, 128 plus the number of the signal that ended it; 126 and 127 as env(1).
-        problem: why the command could not be run.
+        status: of its command, or 128 plus the number of the signal that ended it; 126 and 127 as of env(1).
+        problem: why the command could not be run; None where it was run.
     """
 
     status: int
@@ -81,15 +82,15 @@ def find_source(
     pull: Pull | None = None,
     newest: bool = False,
 ) -> Source:
-    """What a name means: the snapshot of exactly that name, else the image, which is unpacked where it is not yet.
+    """The snapshot of exactly this name, else the image, which is unpacked if need be.
 
     Args:
         snapshotter: of the root.
         images: gives the root's images; called only when they are needed.
         name: of a snapshot or an image.
         progress: called with what is unpacked.
-        pull: fetches an image that is not here.
-        newest: fetch it also when it is here, since the registry may have another one by now.
+        pull: fetches an image that the root does not have.
+        newest: fetch it even where the root has it, since the registry may have a newer one.
 
     Raises:
         NotFound: there is neither.
@@ -102,7 +103,7 @@ def find_source(
     if LABEL_IMAGE in record.labels:
         found = images()
         image = found.labelled(record.labels)
-        if image is not None:  # else it went meanwhile; the tree is all there
+        if image is not None:  # else it was removed; the tree is complete without it
             return _source(found, name, image)
     return Source(name)
 
@@ -111,12 +112,12 @@ def _image_source(images: Images, name: str, progress: Callback | None, pull: Pu
     try:
         image = images.get(name)
     except (errors.NotFound, errors.InvalidArgument) as error:
-        # What is not a name of an image may be one of a snapshot.
+        # A name that no image can have may be that of a snapshot.
         if pull is None or not isinstance(error, errors.NotFound):
             raise errors.NotFound(
                 f"there is no snapshot and no image {shown(name)}",
                 key=name,
-                hint=f"see: onlap ls, onlap image ls; or get it: onlap image pull {shown(name)}",
+                hint=f"see: onlap ls, onlap image ls; or fetch it: onlap image pull {shown(name)}",
             ) from error
         newest = True
     if newest and pull is not None:
@@ -155,21 +156,21 @@ def run(
     keep: str | None = None,
     search: str = "",
 ) -> Ended:
-    """Run a container, and wait for its end. Its standard streams are ours, and our signals are its.
+    """Run a container, and wait for its end. It gets this process's standard streams and signals.
 
     Args:
         snapshotter: of the root.
-        source: what it begins with.
-        options: what the caller says.
-        keep: leave the snapshot under this key; else what it wrote goes with it. An active snapshot stays anyhow.
-        search: directories to look for a runtime in before the usual ones, as PATH has them.
+        source: what it starts with.
+        options: the caller's.
+        keep: keep its snapshot under this key; else it is removed. An active snapshot always stays.
+        search: directories to look for a runtime in before the usual ones, in the form of PATH.
 
     Raises:
-        PermissionDenied: we may not mount.
+        PermissionDenied: this process may not mount.
         Unimplemented: no runtime is installed.
-        AlreadyExists: ``keep`` is taken.
+        AlreadyExists: the key ``keep`` exists.
         FailedPrecondition: the active snapshot is in use, or no runtime could make the container.
-        InvalidArgument, NotFound: an option cannot be; the error says which.
+        InvalidArgument, NotFound: an option is invalid; the error says which.
         OnlapError: of another kind, for what the filesystem or the kernel says.
     """
     if options.network not in NETWORKS:
@@ -180,7 +181,7 @@ def run(
             hint="run it with sudo, or work in the tree without a container: onlap enter",
         )
     runtimes = runtime.candidates(search)
-    # What cannot be is said before a snapshot is made that stays.
+    # Invalid options are reported before a snapshot is made that stays.
     args = bundle.arguments(source.defaults, options)
     profile = _seccomp(options)
     with contextlib.ExitStack() as stack:
@@ -206,7 +207,7 @@ def run(
 def _prepare(
     snapshotter: RecordedSnapshotter, source: Source, options: Options, keep: str | None, run: Run
 ) -> tuple[Record, Options]:
-    """The snapshot to run in, and the options that it forces."""
+    """The snapshot to run in, and the options, with those that it requires."""
     found = snapshotter.record(source.snapshot)
     if found.kind == ACTIVE:
         if keep is not None:
@@ -218,7 +219,7 @@ def _prepare(
         return found, options
     parent: str | None = found.name
     if found.kind == VIEW:
-        # Nothing can be made in it, and the runtime makes mount points: it runs in a read-only root beside it.
+        # The runtime cannot make mount points in a view: it gets a snapshot beside it, as a read-only root.
         parent, options = found.parent, options._replace(read_only=True)
     labels = dict(source.labels)
     if keep is None:
@@ -229,9 +230,9 @@ def _prepare(
 
 
 def _host_files(directory: str, options: Options, hostname: str) -> list[Volume]:
-    """Files without which a program does not find its own name, or its way in the host's network.
+    """Files by which a program resolves its own host name, and names in the host's network.
 
-    Copies of the host's, since the container may write to them.
+    Those of the host are copied, since the container may write to them.
     """
     contents = {"hostname": f"{hostname}\n".encode(), "hosts": _LOCAL_HOSTS.format(hostname=hostname).encode()}
     for name in ("hosts", "resolv.conf") if options.network == "host" else ():
@@ -259,7 +260,7 @@ def _configure(
     args: Sequence[str],
     profile: Mapping[str, object] | None,
 ) -> Failure | None:
-    """Write the container's configuration, or say why its command cannot be run."""
+    """Write the container's configuration, or return why its command cannot be run."""
     user = find_user(root, image.user if options.user is None else options.user)
     env = bundle.environment(image, options, user, hostname)
     cwd = bundle.working_directory(image, options)
@@ -298,9 +299,9 @@ def _seccomp(options: Options) -> dict[str, object] | None:
 def find_problem(
     root: int, command: str, env: Mapping[str, str], cwd: str, volumes: Sequence[Volume] = ()
 ) -> Failure | None:
-    """Why a command cannot be run in a tree, where that shows before it is tried; raises OSError.
+    """Why a command cannot be run in a tree, where that can be known in advance; raises OSError.
 
-    The runtime would say it too, on the standard error that is the container's.
+    The runtime would report it as well, but to the standard error of the container.
     """
     if "/" in command:
         places = [posixpath.join(cwd, command)]
@@ -315,7 +316,7 @@ def find_problem(
             denied = True
         elif there is not None and "/" in command:
             denied = True
-    # What lies in a volume or in /proc is not there yet.
+    # Files in volumes and in /proc are not there yet.
     if volumes or command.startswith(("/proc/", "/dev/")):
         return None
     if denied:
@@ -326,7 +327,7 @@ def find_problem(
 def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
     """Run the container with the first runtime that can make it.
 
-    What one could not do is not remembered: it may have been this container's volume, and the next one's is another.
+    A failure is not remembered for later runs: the reason may be a volume of this container.
     """
     said = []
     for each in runtimes:
@@ -336,10 +337,10 @@ def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
         if failure.status is not None:
             return Ended(failure.status, failure.message)
         if ended.status > 128:
-            return ended  # a signal ended it before it came to anything: nobody wants another try
+            return ended  # a signal ended it before it had started: that is not a failure to retry
         said.append(f"{each.name}: {shown(failure.message)}")
     raise errors.FailedPrecondition(
-        f"the container cannot be made: {'; '.join(said)}", hint="another runtime may do it: runc, crun"
+        f"the container cannot be made: {'; '.join(said)}", hint="another runtime may be able to: runc, crun"
     )
 
 
@@ -354,12 +355,12 @@ def _run_with(each: Runtime, directory: str) -> tuple[Ended, Failure | None]:
     forwarder = Forwarder()
     with forwarder.installed():
         try:
-            # No environment: the runtime needs none, and LISTEN_FDS in it would hand descriptors to the container.
+            # No environment: the runtime needs none, and LISTEN_FDS would pass descriptors to the container.
             process = subprocess.Popen(line, env={})
             forwarder.attach(process)
             status = forwarder.wait(process)
         finally:
-            # It does so itself, unless it was killed.
+            # The runtime does so itself, unless it was killed.
             runtime.delete(each.path, directory, identifier)
     if status < 0:
         orphans.end(identifier)

@@ -1,7 +1,7 @@
-"""The program that makes containers: runc or crun, whichever works here.
+"""The OCI runtime, which makes containers: runc or crun, whichever works here.
 
-That is found by trial, which is the container that was asked for: a runtime may be installed and still not work, as
-crun on hybrid cgroups (libcrun, "cgroups in hybrid mode not supported").
+The container that was asked for is the trial: a runtime may be installed and still not work, as crun on hybrid
+cgroups (libcrun, "cgroups in hybrid mode not supported").
 
 Sources: runc(8), runc-run(8), runc-delete(8); crun(1).
 """
@@ -18,12 +18,12 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.errors import shown
 
-# runc first: it takes every kind of cgroup hierarchy.
+# runc first: it supports every kind of cgroup hierarchy.
 NAMES = ("runc", "crun")
-# Debian keeps runc where an ordinary user's PATH does not look.
+# Debian installs runc outside of an ordinary user's PATH.
 _USUAL_PLACES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# What runc and crun say when the container was made, and its command could not be run in it.
+# In what runc and crun log when a container was made, but its command could not be run.
 _OF_THE_COMMAND = re.compile(r'exec: "|executable')
 _NOT_THERE = re.compile(r"not found|no such file", re.IGNORECASE)
 
@@ -43,7 +43,7 @@ class Runtime(NamedTuple):
     path: str
 
     def line(self, directory: str, *words: str) -> list[str]:
-        """A command line of it, with its state and its log in the directory of a run."""
+        """A command line for it, with its state and log in the directory of a run."""
         return [self.path, "--root", state(directory), "--log", log(directory), "--log-format", "json", *words]
 
 
@@ -51,8 +51,8 @@ class Failure(NamedTuple):
     """Why a container did not run.
 
     Attributes:
-        message: the runtime's own words.
-        status: 126 or 127 (as env(1)) where it is the command's fault; None where the runtime does not work.
+        message: in the runtime's words.
+        status: 126 or 127 (as of env(1)) where the command cannot be run; None where the runtime does not work.
     """
 
     message: str
@@ -60,17 +60,17 @@ class Failure(NamedTuple):
 
 
 def state(directory: str) -> str:
-    """Where the runtime keeps its state of a run."""
+    """Where the runtime keeps its state."""
     return f"{directory}/state"
 
 
 def log(directory: str) -> str:
-    """Where it says what went wrong."""
+    """Where it logs what went wrong."""
     return f"{directory}/log"
 
 
 def pid_file(directory: str) -> str:
-    """Where it writes the number of the container's first process."""
+    """Where it writes the PID of the container's first process."""
     return f"{directory}/pid"
 
 
@@ -78,7 +78,7 @@ def candidates(search: str = "") -> list[Runtime]:
     """The runtimes to try, in order.
 
     Args:
-        search: directories to look into before the usual ones, as PATH has them.
+        search: directories before the usual ones, in the form of PATH.
 
     Raises:
         Unimplemented: none is installed.
@@ -99,12 +99,12 @@ def read_failure(directory: str) -> Failure | None:
     Raises:
         OSError: the log cannot be read.
     """
-    # Written when the container is made. What the kernel says of the exec behind it is the command's own exit status.
+    # It is written when the container is made. A failure of the exec after that is in the command's exit status.
     if os.path.exists(pid_file(directory)):
         return None
     try:
         with open(log(directory), encoding="utf-8", errors="replace") as file:
-            lines = file.read().split("\n")  # JSON may hold what splitlines() cuts at, as U+2028
+            lines = file.read().split("\n")  # JSON may contain characters that splitlines() splits at, as U+2028
     except FileNotFoundError:
         return None
     message = ""
@@ -124,12 +124,12 @@ def read_failure(directory: str) -> Failure | None:
 
 
 def delete(runtime: str, directory: str, identifier: str) -> None:
-    """Kill what is left of a container, and let the runtime forget it; nothing happens when there is none.
+    """Kill what is left of a container, and delete its state; does nothing where there is none.
 
     Args:
         runtime: the path of its program.
-        directory: that of the run.
-        identifier: the container's.
+        directory: of the run.
+        identifier: of the container.
 
     Raises:
         Unavailable: the runtime cannot do it.

@@ -1,6 +1,6 @@
-"""Which system calls a container may make: the profile that containers/common installs for Podman.
+"""The system calls that a container may make, by the profile that containers/common installs for Podman.
 
-It says what is allowed with which capabilities on which machine; a runtime wants what that comes to.
+A profile has rules for capabilities, machines and kernels; a runtime needs the result for one container.
 
 Sources: containers/common v0.62, pkg/seccomp/seccomp_linux.go and filter.go; OCI runtime specification 1.2,
 config-linux.md, "Seccomp".
@@ -18,11 +18,11 @@ from typing import Any
 from onlap import errors
 from onlap.errors import shown
 
-# The administrator's own before the distribution's, as Podman looks (containers.conf(5), seccomp_profile).
+# The administrator's before the distribution's, in Podman's order (containers.conf(5), seccomp_profile).
 PLACES = ("/etc/containers/seccomp.json", "/usr/share/containers/seccomp.json")
 UNCONFINED = "unconfined"
 
-# What uname(2) says, to Go's name, which profiles have in their filters, and libseccomp's.
+# From the machine as uname(2) has it to Go's name, which filters of profiles use, and libseccomp's.
 _MACHINES = {
     "aarch64": ("arm64", "SCMP_ARCH_AARCH64"),
     "armv7l": ("arm", "SCMP_ARCH_ARM"),
@@ -43,7 +43,7 @@ def default_profile() -> str | None:
 
 
 def load(path: str, capabilities: Collection[str]) -> dict[str, object]:
-    """A profile as the runtime takes it, for this machine and a container with these capabilities.
+    """A profile in the runtime's form, for this machine and a container with these capabilities.
 
     Raises:
         NotFound: there is no such file.
@@ -58,7 +58,7 @@ def load(path: str, capabilities: Collection[str]) -> dict[str, object]:
         raise errors.InvalidArgument(
             f"{shown(path)} is not a seccomp profile: {type(error).__name__}: {shown(error)}",
             key=path,
-            hint="it is JSON as in /usr/share/containers/seccomp.json",
+            hint="it must be JSON, as /usr/share/containers/seccomp.json is",
         ) from error
 
 
@@ -81,7 +81,7 @@ def _specification(profile: Mapping[str, Any], machine: str, capabilities: Colle
 
 
 def _architectures(table: Sequence[Mapping[str, Any]], native: str) -> list[str]:
-    """This machine's, with what else its kernel runs."""
+    """This machine's architecture, and others that its kernel runs."""
     return next(
         ([native, *(row.get("subArchitectures") or ())] for row in table if row["architecture"] == native),
         [],
@@ -107,7 +107,7 @@ def _is_excluded(filters: Mapping[str, Any], architecture: str, capabilities: Co
 def _kernel_is_at_least(version: str) -> bool:
     wanted, ours = (_VERSION.match(text) for text in (version, os.uname().release))
     if wanted is None:
-        raise ValueError(f"no version of a kernel: {version}")
+        raise ValueError(f"{version} is not a version of a kernel")
     return ours is not None and (int(ours[1]), int(ours[2])) >= (int(wanted[1]), int(wanted[2]))
 
 
@@ -124,12 +124,12 @@ def _rule(call: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _errno(table: Mapping[str, Any], number: str, name: str) -> dict[str, object]:
-    """What a refused call returns: Docker's profiles have the number, Podman's the name as well."""
+    """The error of a refused call: Docker's profiles have its number, Podman's its name as well."""
     if table.get(number) is not None:
         return {number: int(table[number])}
     if not table.get(name):
         return {}
     value = getattr(errno, table[name], None)
     if not isinstance(value, int):
-        raise ValueError(f"no error of system calls: {table[name]}")
+        raise ValueError(f"there is no error {table[name]}")
     return {number: value}

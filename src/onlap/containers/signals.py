@@ -1,8 +1,8 @@
-"""Signals on their way to a container's process, which shall end as it would outside of a container.
+"""Signals for a container's process, which must end as it would outside of a container.
 
-There it is number 1 of its namespace, and the kernel drops every signal for it that it has no handler for
+It is process 1 of its PID namespace, and the kernel drops every signal for it that it has no handler for
 (pid_namespaces(7)): ``sleep`` would not end at Ctrl-C. So a signal that ends a process by default, and that this one
-neither handles nor ignores nor blocks, is made a SIGKILL, and the exit status is that of the signal.
+does not handle, ignore or block, becomes a SIGKILL, and the exit status is that of the signal.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from types import FrameType
 
 from onlap import errors
 from onlap.mounts import namespaces
+from onlap.trees.walk import opened
 
-# What a terminal sends to all processes of its foreground, the runtime among them, which hands it on.
+# A terminal sends these to all processes of its foreground, among them the runtime, which forwards them.
 _FROM_TERMINALS = (signal.SIGINT, signal.SIGQUIT)
-_HANDED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-# Seconds. A signal between the last look of the interpreter and a system call does not interrupt that call, and then
-# Python's handler waits for its end; another thread that takes the interpreter's lock just then makes the gap wide.
+# Seconds. A signal between the interpreter's last check and a system call does not interrupt that call, and Python's
+# handler runs only after it; another thread that takes the interpreter's lock just then widens the gap.
 _PATIENCE = 0.2
 
 
 class Forwarder:
-    """Hands signals of this process on to a runtime and its container.
+    """Forwards signals of this process to a runtime and its container.
 
     Attributes:
-        ended_by: the signal that a SIGKILL stood for, None when there was none.
+        ended_by: the signal that a SIGKILL replaced; None where none was.
     """
 
     def __init__(self) -> None:
@@ -42,12 +43,12 @@ class Forwarder:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle signals for the time of a block; only the main thread of a process can."""
+        """Handle signals for the time of a block, in the main thread of a process; other threads cannot."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (*_FROM_TERMINALS, *_HANDED_ON)}
-        # SIG_IGN was somebody's wish (nohup), and None is a handler that is not Python's.
+        before = {number: signal.getsignal(number) for number in (*_FROM_TERMINALS, *_FORWARDED)}
+        # SIG_IGN was set on purpose (nohup), and None is a handler that is not Python's.
         ours = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
         for number in ours:
             signal.signal(number, self._handle)
@@ -58,51 +59,44 @@ class Forwarder:
                 signal.signal(number, before[number])
 
     def attach(self, process: subprocess.Popen[bytes]) -> None:
-        """The runtime runs; what came before goes to it now."""
+        """Forward to this runtime, also the signals that came before it ran."""
         self._process = process
         early, self._early = self._early, []
         for number in early:
-            self._pass_on(process, number)
+            self._forward(process, number)
 
     def wait(self, process: subprocess.Popen[bytes]) -> int:
-        """The exit status of the runtime, when it ends; signals are handed on meanwhile."""
-        with contextlib.closing(_Ended(process.pid)) as ended:
-            while not ended.wait(_PATIENCE):
+        """Wait for the runtime, while signals are forwarded; returns its exit status."""
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            while not _has_ended(pidfd, _PATIENCE):
                 pass  # Python's handlers have run
+        finally:
+            os.close(pidfd)
         return process.wait()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._process is None:
             self._early.append(number)
         else:
-            self._pass_on(self._process, number)
+            self._forward(self._process, number)
 
-    def _pass_on(self, process: subprocess.Popen[bytes], number: int) -> None:
+    def _forward(self, process: subprocess.Popen[bytes], number: int) -> None:
         if _end(process.pid, number):
             self.ended_by = number
         elif number not in _FROM_TERMINALS or not _in_foreground():
             process.send_signal(number)
 
 
-class _Ended:
-    """The end of a child that nobody has waited for yet, as a descriptor (pidfd_open(2), Linux 5.3)."""
-
-    def __init__(self, pid: int) -> None:
-        self._fd = os.pidfd_open(pid)
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it comes within a time."""
-        return bool(self._poll.poll(seconds * 1000))
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._fd)
+def _has_ended(pidfd: int, seconds: float) -> bool:
+    """Whether a process ends within a time (pidfd_open(2), Linux 5.3)."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def _end(parent: int, number: int) -> bool:
-    """Kill the container's process, a child of the runtime, if the kernel would drop the signal; whether it was done.
+    """Kill the container's process, a child of the runtime, if the kernel would drop the signal; True if it was killed.
 
     The runtime writes its pid file only after the start.
     """
@@ -115,18 +109,18 @@ def _end(parent: int, number: int) -> bool:
     return False
 
 
-def kill(pid: int, is_one: Callable[[int], bool], *, patience: float = 0.0) -> bool:
-    """Kill a process, if it is the one that is meant; whether it was done.
+def kill(pid: int, is_right: Callable[[int], bool], *, patience: float = 0.0) -> bool:
+    """Kill a process if it is the right one; True if it was killed.
 
     Args:
         pid: its number.
-        is_one: whether the process of that number is meant.
-        patience: how many seconds to wait for its end, if at all.
+        is_right: whether the process with this number is the right one.
+        patience: seconds to wait for its end; 0: do not wait.
 
     Raises:
         Busy: it does not end.
     """
-    if not is_one(pid):
+    if not is_right(pid):
         return False
     try:
         process = os.pidfd_open(pid)
@@ -134,12 +128,10 @@ def kill(pid: int, is_one: Callable[[int], bool], *, patience: float = 0.0) -> b
         return False
     try:
         # Behind pidfd_open again: if it is of the right process, so is the descriptor.
-        if not is_one(pid):
+        if not is_right(pid):
             return False
         signal.pidfd_send_signal(process, signal.SIGKILL)
-        waiting = select.poll()
-        waiting.register(process, select.POLLIN)
-        if patience and not waiting.poll(patience * 1000):
+        if patience and not _has_ended(process, patience):
             raise errors.Busy(f"process {pid} of a container does not end", hint="see: onlap cleanup")
     except ProcessLookupError:
         return False
@@ -149,7 +141,7 @@ def kill(pid: int, is_one: Callable[[int], bool], *, patience: float = 0.0) -> b
 
 
 def _is_dropped(fields: Mapping[str, str], number: int) -> bool:
-    """Whether a process is the first of a namespace of its own, and does nothing about the signal."""
+    """Whether a process is the first of its own PID namespace, and does not handle, ignore or block the signal."""
     numbers = fields["NSpid"].split()
     if len(numbers) < 2 or numbers[-1] != "1":
         return False
@@ -158,14 +150,9 @@ def _is_dropped(fields: Mapping[str, str], number: int) -> bool:
 
 
 def _in_foreground() -> bool:
-    """Whether a terminal's keys send their signals to us, and so to the runtime too."""
+    """Whether a terminal's keys send their signals to this process, and so to the runtime, too."""
     try:
-        fd = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+        with opened("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC) as fd:
+            return os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
-        return False  # ENXIO: we have no terminal
-    try:
-        return os.tcgetpgrp(fd) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
+        return False  # ENXIO: there is no terminal

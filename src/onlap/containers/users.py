@@ -1,4 +1,4 @@
-"""Who a container's process runs as: a user of the tree's own account files.
+"""The user that a container's process runs as, from the tree's account files.
 
 Source: the OCI image specification 1.1, config.md, "User"; moby v27, vendor/github.com/moby/sys/user/user.go.
 """
@@ -12,18 +12,18 @@ from onlap import errors
 from onlap.containers import tree_files
 from onlap.errors import shown
 
-# uid_t and gid_t have 32 bits, and all ones mean "none".
+# uid_t and gid_t have 32 bits, and all ones mean "no ID".
 _LAST_ID = 2**32 - 2
 
 
 class User(NamedTuple):
-    """A user as the kernel knows him.
+    """A user.
 
     Attributes:
-        uid: his number.
-        gid: that of his group.
-        groups: those of his further groups.
-        home: his directory, ``"/"`` where the tree does not say.
+        uid: the user ID.
+        gid: the group ID.
+        groups: the IDs of supplementary groups.
+        home: the home directory, ``"/"`` where the tree does not say.
     """
 
     uid: int = 0
@@ -51,7 +51,7 @@ def find_user(root: int, text: str) -> User:
     Args:
         root: a descriptor of the top of the tree.
         text: ``user``, ``uid``, ``user:group``, ``uid:gid``, ``uid:group`` or ``user:gid``; empty for root. A number
-            need not be in the account files. With a group named, the user's further groups do not count.
+            need not be in the account files. Where a group is given, the user gets no supplementary groups.
 
     Raises:
         InvalidArgument: the tree has no such user or group, or a number is out of range.
@@ -70,12 +70,12 @@ def find_user(root: int, text: str) -> User:
     groups = list(_groups(root))
     if colon and group_name:
         return User(account.uid, _find_group(groups, group_name, text), (), account.home)
-    further = {group.gid for group in groups if account.name and account.name in group.members} - {account.gid}
-    return User(account.uid, account.gid, tuple(sorted(further)), account.home)
+    supplementary = {group.gid for group in groups if account.name and account.name in group.members} - {account.gid}
+    return User(account.uid, account.gid, tuple(sorted(supplementary)), account.home)
 
 
 def _find_account(accounts: list[_Account], name: str) -> _Account | None:
-    """By name before by number: useradd(8) allows names of digits."""
+    """The account of a name, else of a number: useradd(8) allows names of digits."""
     named = next((account for account in accounts if account.name == name), None)
     if named is not None:
         return named
@@ -100,12 +100,14 @@ def _number(text: str, what: str) -> int | None:
         return None
     number = int(text[:20])
     if number > _LAST_ID:
-        raise errors.InvalidArgument(f"{text} is not the number of a {what}", key=text, hint=f"they end at {_LAST_ID}")
+        raise errors.InvalidArgument(
+            f"{text} is not the number of a {what}", key=text, hint=f"the highest is {_LAST_ID}"
+        )
     return number
 
 
 def _accounts(root: int) -> Iterator[_Account]:
-    """passwd(5): ``name:password:uid:gid:comment:home:shell``; lines of another form are passed over."""
+    """passwd(5): ``name:password:uid:gid:comment:home:shell``; lines of another form are ignored."""
     for fields in _lines(root, "/etc/passwd", 6):
         uid, gid = _field(fields[2]), _field(fields[3])
         if uid is not None and gid is not None:
