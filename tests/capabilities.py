@@ -4,7 +4,7 @@ Root in a container may not mount; an ordinary user in a namespace of his own ma
 tried: this file runs as a program in a child process, where a trial can enter namespaces and mount, and all
 of that goes away with the child. It imports nothing of Onlap: a defect there must not turn tests into skips.
 
-Names: `mount`, `overlay`, `userns`, `ordinary_user`, `loop`, `ext4`, `xfs`, `btrfs`, `peer:PROGRAM`,
+Names: `mount`, `overlay`, `userns`, `ordinary_user`, `loop`, `fuse`, `ext4`, `xfs`, `btrfs`, `peer:PROGRAM`,
 `gopkg:IMPORT_PATH`.
 """
 
@@ -215,6 +215,13 @@ def _try_loop(scratch: str) -> None:
     _run("losetup", "--detach", device)
 
 
+def _try_fuse(scratch: str) -> None:
+    _private_mounts()
+    # Gone with this process, which answers nothing: nobody may look into it.
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    _mount("trial", scratch, "fuse", 0, f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}")
+
+
 def _try_filesystem(kind: str, scratch: str) -> None:
     _private_mounts()
     image = os.path.join(scratch, "image")
@@ -233,6 +240,7 @@ TRIALS: dict[str, Callable[[str], None]] = {
     "userns": _try_userns,
     "ordinary_user": _try_ordinary_user,
     "loop": _try_loop,
+    "fuse": _try_fuse,
     **{kind: functools.partial(_try_filesystem, kind) for kind in FILESYSTEMS},
 }
 

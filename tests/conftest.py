@@ -64,6 +64,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         require(name)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have counted: their property "counted", a line each."""
+    lines = [
+        str(value)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for name, value in report.user_properties
+        if name == "counted"
+    ]
+    if lines:
+        terminalreporter.section("counted")
+        terminalreporter.write_line("\n".join(lines))
+
+
 def _needs(item: pytest.Item) -> list[str]:
     return [name for marker in item.iter_markers("needs") for name in marker.args]
 

@@ -1,0 +1,93 @@
+"""Lives recorded and power cuts made of them, until so many have been looked at."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from crash import aftermath
+from crash.filesystems import Filesystem, states
+from crash.lives import FOUNDED, Life, sequences
+from crash.powerdisk import Disk
+from onlap.snapshots.recorded import Sync
+
+
+class Campaign:
+    """A filesystem, and how its stores are opened.
+
+    Args:
+        disk: whose power is cut.
+        kind: the filesystem that is made on it.
+        sync: of the stores.
+        top: an empty directory to mount it at.
+        seed: of all that is chosen.
+
+    Attributes:
+        states: how many have been looked at.
+        checks: how many trees and blobs were compared.
+        lost: how many of those were not whole, of which that had not been promised.
+        lives: how many were recorded.
+    """
+
+    def __init__(self, disk: Disk, kind: str, sync: Sync, top: Path, seed: int) -> None:
+        self._disk = disk
+        self._sync = sync
+        self._rng = random.Random(seed)
+        self._filesystem = Filesystem(disk, kind, top)
+        disk.keep()
+        self._founded: Life | None = None
+        self.states = self.checks = self.lost = self.lives = 0
+
+    def run(self, count: int, part: int = 0, parts: int = 1) -> None:
+        """Look at so many states: of a root that is made, then of one that is there and gets on."""
+        self.look("build", "settle", "fill", "commit", limit=count // 10)
+        self.found()
+        for verbs in sequences(self._rng, part, parts):
+            if self.states >= count:
+                break
+            self.look(*verbs, limit=min(25, count - self.states))
+
+    def found(self) -> None:
+        """From now on lives begin with a root in which there is something already, all of it on the disk."""
+        assert self._founded is None
+        self._disk.record()
+        with self._filesystem.mounted() as top:
+            self._founded = Life(top / "root", "layer", None)
+            self._founded.run(*FOUNDED)
+        self._disk.keep()
+
+    def look(self, *verbs: str, limit: int) -> None:
+        """Record a life in which this is done, and look at so many of its states at most.
+
+        Raises:
+            AssertionError: something is wrong in one, which its note names.
+        """
+        self._disk.record()
+        with self._filesystem.mounted() as top:
+            life = Life(top / "root", self._sync, self._disk.mark, self._founded)
+            life.run(*verbs)
+        entries = self._disk.log()
+        self.lives += 1
+        all_states = list(states(entries, self._rng, 2, self._filesystem.kind))
+        chosen = sorted(self._rng.sample(range(len(all_states)), min(limit, len(all_states))))
+        # What was on the disk before the life began is promised also where nothing else is.
+        promised = None
+        if self._sync == "none":
+            promised = frozenset(self._founded.model.snapshots) if self._founded is not None else frozenset()
+        for number in chosen:
+            state = all_states[number]
+            self._disk.become(state)
+            before, after = aftermath.allowed(life.models, entries, state)
+            self.states += 1
+            try:
+                with self._filesystem.mounted() as top:
+                    found = aftermath.check(top / "root", before, after, promised, self._rng)
+            except Exception as error:
+                error.add_note(f"after {', '.join(verbs)}: {state}")
+                raise
+            self.checks += found.checks
+            self.lost += found.lost
+
+    def __str__(self) -> str:
+        lost = f", {self.lost} lost of what was not promised" if self._sync == "none" else ""
+        return f"{self.states} states of {self.lives} lives, {self.checks} trees and blobs compared, 0 losses{lost}"
