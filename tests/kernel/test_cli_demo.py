@@ -1,4 +1,4 @@
-"""The main job, as a newcomer runs it."""
+"""The demo, as a newcomer runs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAST = "Nothing is left in {}: no mount, no directory, no record. "
 
 @pytest.fixture
 def place(root: Path) -> Iterator[Path]:
-    """A directory for it, in which nothing may be left, no mount either."""
+    """A directory for the demo, which must leave nothing there, and no mount."""
     yield root
     assert list(root.iterdir()) == []
     where = os.fsencode(root)
@@ -42,7 +42,7 @@ def demo(place: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> subproce
 
 
 def without_namespaces() -> tuple[str, ...]:
-    """A command in front: in a user namespace that maps nobody no other can be made, and nothing be mounted."""
+    """A prefix for a command line: in a user namespace that maps no user, no other one and no mount can be made."""
     unshare = capabilities.find_program("unshare")
     if unshare is None:
         pytest.skip("unshare is not installed")
@@ -84,7 +84,7 @@ def test_demo_in_json(place: Path) -> None:
     assert things[-1]["left"] == {"mounts": [], "directories": [], "records": []}
     steps = [thing for thing in things if "step" in thing]
     assert all(thing["ms"] >= 0 for thing in steps)
-    # Thousands of files, of the real thing.
+    # Thousands of files, as in a real tree.
     entries = int(steps[0]["text"].split(" as base: ")[1].split()[0].replace(",", ""))
     assert entries > 1000
 

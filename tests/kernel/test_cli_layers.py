@@ -151,7 +151,7 @@ def test_diff_between_two_snapshots(onlap: Command, tmp_path: Path) -> None:
     data = onlap.raw("diff", "base", "--base", "top", "--tar", "-")
     onlap("prepare", "back", "top")
     onlap("apply", "back", "-", input=data)
-    # A name in a layer that both have is not looked at: the link between it and one that changed is two files.
+    # Names in a layer that both have are skipped: a hard link between one of them and a changed one becomes two files.
     one, other = tree_of(onlap, "base", tmp_path / "one"), tree_of(onlap, "back", tmp_path / "other")
     assert_same_tree(one, other, ignore={"links"})
 
@@ -239,7 +239,7 @@ def test_a_signal_leaves_no_partial_file(onlap: Command) -> None:
 
 
 def test_pipes_and_devices_are_written_to(onlap: Command, layer: Path) -> None:
-    """A pipe, as of a shell's process substitution, and a device: none of them is replaced."""
+    """A pipe, as from a shell's process substitution, and a device: neither is replaced."""
     expected = layer.read_bytes()
     os.mkfifo(onlap.directory / "pipe")
     with (onlap.directory / "copy").open("wb") as copy:
@@ -379,7 +379,7 @@ def test_import_refuses(onlap: Command, layer: Path) -> None:
 
 
 def test_round_trips_through_gnu_tar(onlap: Command, tmp_path: Path) -> None:
-    """What tar unpacks of ours is the tree, and what it packs comes back."""
+    """tar unpacks an exported tree, and what tar packs is imported."""
     unpacked, packed = tmp_path / "unpacked", tmp_path / "packed.tar"
     unpacked.mkdir()
     tar = ["tar", "--xattrs", "--xattrs-include=*", "--numeric-owner", "--same-permissions"]

@@ -32,7 +32,7 @@ def make(root: Path, scratch: Path, source: Path, prefix: tuple[str, ...] = ()) 
 
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
-    """Where the command makes its temporary directories, of which it leaves none."""
+    """Where the command makes its temporary directories; it must leave none."""
     directory = tmp_path / "scratch"
     directory.mkdir()
     yield directory
@@ -46,7 +46,7 @@ def onlap(root: Path, scratch: Path, tmp_path: Path) -> Command:
 
 @pytest.fixture
 def user(tmp_path: Path) -> Iterator[Command]:
-    """The command as somebody without the privilege to mount, on a root of his own."""
+    """The command as a user without the privilege to mount, with a root of that user."""
     if os.geteuid() != 0:
         with tempfile.TemporaryDirectory(dir=capabilities.overlay_directory()[0]) as name:
             (Path(name) / "scratch").mkdir()
@@ -57,7 +57,7 @@ def user(tmp_path: Path) -> Iterator[Command]:
         pytest.skip("setpriv is not installed")
     prefix = (setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
-        # The interpreter and our program may lie where only root can look.
+        # The interpreter and the checkout may lie where only root can read.
         looked = subprocess.run([*prefix, sys.executable, "-S", "-c", ""], capture_output=True, cwd="/")
         readable = subprocess.run([*prefix, "test", "-r", str(SOURCE / "onlap" / "store.py")], cwd="/")
         if looked.returncode or readable.returncode:
@@ -152,7 +152,7 @@ def test_enter(onlap: Command) -> None:
 
 @pytest.mark.needs("overlay", "mount")
 def test_enter_takes_a_command_as_it_is(onlap: Command) -> None:
-    """With or without ``--``; the options behind its first word are its own."""
+    """With or without ``--``; options behind the command's first word belong to it."""
     assert onlap("enter", "work", "echo", "-q", "--", "--chroot") == "-q -- --chroot\n"
     assert onlap("enter", "work", "--", "echo", "--", "--json") == "-- --json\n"
     assert onlap("enter", "work", "-q", "--", "echo", "-v") == "-v\n"
@@ -199,8 +199,8 @@ def test_enter_when_the_command_does_not_run(onlap: Command) -> None:
 
 
 @pytest.mark.needs("overlay", "mount")
-def test_enter_hands_on_clean_signals_and_limits(onlap: Command) -> None:
-    """A pipe whose reader left ends the writer, and the soft limit of open files is what it was."""
+def test_enter_restores_signals_and_limits(onlap: Command) -> None:
+    """A pipe whose reader left ends the writer, and the soft limit of open files is the original one."""
     limit = "256"
     script = f'ulimit -Sn {limit}; exec "$@"'
     line = onlap.line("enter", "work", "--", "sh", "-c", "ulimit -Sn; yes | head -n 1; ls /proc/self/fd | wc -l")
@@ -233,7 +233,7 @@ def test_enter_forwards_a_signal_and_waits(onlap: Command) -> None:
 
 @pytest.mark.needs("overlay", "mount")
 def test_chroot(onlap: Command, tmp_path: Path) -> None:
-    # A program that needs no library: the dynamic loader of the machine's shell and what that asks for.
+    # The machine's shell with its dynamic loader and libraries.
     found = subprocess.run(["ldd", "/bin/sh"], capture_output=True, text=True).stdout.split()
     onlap.run("enter", "work", "--", "sh", "-c", "mkdir -p bin; cp /bin/sh bin/")
     for file in (word for word in found if word.startswith("/")):
@@ -265,7 +265,7 @@ def test_mount_refers_an_ordinary_user_to_enter(user: Command) -> None:
 
 @pytest.mark.needs("userns", "overlay")
 def test_native_needs_no_namespace(user: Command, tmp_path: Path) -> None:
-    """In a user namespace that maps nobody no other can be made, and nothing be mounted."""
+    """In a user namespace that maps no user, no other one and no mount can be made."""
     unshare = capabilities.find_program("unshare")
     assert unshare is not None
     native = Command(

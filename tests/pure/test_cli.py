@@ -1,4 +1,4 @@
-"""The command as such: its line, its streams, its exit statuses."""
+"""The command in general: its arguments, streams and exit statuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pure.installed import SOURCE
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours without what would change the command's words."""
+    """The environment without what would change the command's output."""
     dropped = {"ONLAP_ROOT", "NO_COLOR", "XDG_DATA_HOME"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "PYTHONPATH": str(SOURCE), **more}
@@ -64,7 +64,7 @@ def native(tmp_path: Path) -> Path:
     return root
 
 
-# The line
+# Arguments
 
 
 def test_version() -> None:
@@ -135,7 +135,7 @@ def test_usage_errors_are_one_line(arguments: tuple[str, ...], said: str) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
-def test_units_are_printed_for_where_it_is(tmp_path: Path) -> None:
+def test_units_are_printed_for_this_program_and_root(tmp_path: Path) -> None:
     for kind in ("containerd", "docker"):
         done = onlap("--root", str(tmp_path), "serve", kind, "--print-unit", "service")
         (command,) = [line for line in done.stdout.splitlines() if line.startswith("ExecStart=")]
@@ -229,8 +229,8 @@ def test_a_missing_root_is_not_made(arguments: tuple[str, ...], tmp_path: Path) 
     assert not root.exists()
 
 
-def test_a_root_that_is_not_ours_is_permission_denied(native: Path) -> None:
-    """As root: after giving up root's power over files, in a process that has loaded all it needs."""
+def test_another_users_root_is_permission_denied(native: Path) -> None:
+    """As root: after dropping root's privileges, in a process that has loaded all it needs."""
     drop = "os.setgroups([]); os.setegid(65534); os.seteuid(65534)" if os.geteuid() == 0 else "None"
     code = f"import os, sys; from onlap.cli import main; main(['ls']); {drop}; sys.exit(main(['ls']))"
     if os.geteuid() != 0:
@@ -377,7 +377,7 @@ def test_open_files_are_raised_and_given_back() -> None:
 
 
 def test_ls_loads_what_it_needs(native: Path) -> None:
-    """The cold start is 60 ms at most; a time would depend on the machine, modules do not."""
+    """The cold start takes 60 ms at most; times depend on the machine, modules do not."""
     code = "import sys; from onlap.cli import main; main(['ls']); print('\\n'.join(sys.modules), file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment(ONLAP_ROOT=str(native))

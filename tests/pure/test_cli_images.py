@@ -1,4 +1,4 @@
-"""The verbs of images, on a root of native copies: what they print, as text and as JSON, and what they refuse."""
+"""The verbs for images, on a root of native copies: what they print, as text and as JSON, and what they refuse."""
 
 from __future__ import annotations
 

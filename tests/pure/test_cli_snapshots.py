@@ -145,7 +145,7 @@ def test_rm_in_json(base: Command) -> None:
     assert base.json("rm", "base") == [{"removed": "base"}]
 
 
-# Looking
+# Listing
 
 
 def test_ls(base: Command) -> None:
@@ -284,7 +284,7 @@ def test_odd_names_are_escaped(onlap: Command, source: Path) -> None:
     assert "k\\n\\e[31m" in onlap.fails(4, "prepare", "k\n\x1b[31m")
 
 
-# In and out
+# Import and export
 
 
 def test_import_and_export(base: Command, source: Path, tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_probe(onlap: Command, tmp_path: Path) -> None:
     lines = text.splitlines()
     assert lines[0] == f"directory   {tmp_path}"
     assert [line.split()[0] for line in lines[6:]] == list(FEATURES)
-    # Each no has its reason.
+    # Each "no" has its reason.
     assert [line for line in lines[6:] if line.split()[1] == "no" and len(line.split()) < 3] == []
     found = onlap.json("probe", tmp_path)[0]
     assert set(found["features"]) == set(FEATURES)

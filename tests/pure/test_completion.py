@@ -22,7 +22,7 @@ from onlap.cli.terminal.output import Output
 from pure.image_makers import Made, layer
 from pure.installed import SOURCE
 
-# Each would leave a file in the working directory if a shell ran it, or be taken for something else.
+# Each would make a file in the working directory if a shell ran it, or would be taken for something else.
 HOSTILE = [
     "a0$(touch pwned)`touch pwned`",
     "b0;touch pwned & touch pwned|touch pwned>pwned",
@@ -36,7 +36,7 @@ HOSTILE = [
     "~root",
     ";touch pwned",
 ]
-# Never offered: an option to the command, or what a terminal acts on.
+# Never offered: the command would take it for an option, or a terminal would act on it.
 HIDDEN = ["-rf", "--all", "z0\nnew", "z0\ttab", "z0\x1b[31m", "z0\u202e", "z0\x85"]
 
 
@@ -62,7 +62,7 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-# What "onlap" is in the shells: for completion the command, else something that notes what it is given.
+# What "onlap" is in the shells: for completion the command, else a function that records its arguments.
 FUNCTION = f"""\
 onlap() {{
     if [ "$1" = __complete ]; then
@@ -76,7 +76,7 @@ onlap() {{
 
 
 class Terminal:
-    """An interactive shell, to which is typed."""
+    """An interactive shell that is typed to."""
 
     def __init__(self, shell: str, root: Path, directory: Path) -> None:
         found = find_program(shell)
@@ -117,7 +117,7 @@ class Terminal:
         os.close(theirs)
 
     def given(self, typed: str) -> list[str]:
-        """The arguments that a typed line gives to the command."""
+        """The arguments that the command gets from a typed line."""
         os.write(self._fd, typed.encode() + b"\r")
         seen = b""
         while b"GIVEN" not in seen:
@@ -139,7 +139,7 @@ def test_what_is_inserted_is_the_name_itself(shell: str, root: Path, tmp_path: P
     terminal = Terminal(shell, root, directory)
     try:
         for name in HOSTILE[:6]:
-            # By the verb's argument, by an option's value, and with something that was typed already.
+            # As an argument, as an option's value, and after something already typed.
             assert terminal.given(f"onlap rm {name[:2]}\t") == ["rm", name]
         assert terminal.given("onlap squash --base a0\t") == ["squash", "--base", HOSTILE[0]]
         assert terminal.given("onlap squash --base=a0\t") == ["squash", f"--base={HOSTILE[0]}"]
@@ -249,7 +249,7 @@ def test_positions(ask: Ask, words: tuple[str, ...], wanted: list[str]) -> None:
     assert ask(*words) == wanted
 
 
-def test_a_store_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_root(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-m", "onlap", "__complete", "bash", "rm", ""],
         env=environment(tmp_path / "none"),
