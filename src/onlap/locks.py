@@ -1,7 +1,7 @@
 """flock(2): locks that end with their process, however it ends.
 
-A lock belongs to an open file description: two opens of one file exclude each other also inside a process, and a
-rename of the file changes nothing.
+A lock belongs to an open file description: two opens of one file exclude each other within one process as well, and
+renaming the file changes nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from contextlib import ExitStack
 
 from onlap.trees.meta import drop_acls
 
-# Never through a symlink, and never inherited by a program that is started.
+# Never through a symlink, and never inherited by a new program.
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
 
 class Flock:
-    """An open file or directory and this process's flock on it; a context manager that lets both go.
+    """An open file or directory and this process's flock on it; a context manager that releases both.
 
-    A forked child shares the open file and would keep the lock for as long as it lives. So every one of a process is
-    known, and a child closes what it inherited: there ``fd`` is -1, and :meth:`release` does nothing.
+    A forked child shares the open file and would keep the lock for as long as it lives. So a process knows all of its
+    locks, and a child closes those that it inherited: there ``fd`` is -1, and :meth:`release` does nothing.
 
     Args:
         path: what to open; a directory unless ``flags`` say otherwise.
@@ -40,8 +40,8 @@ class Flock:
     def __init__(self, path: str | os.PathLike[str], flags: int = _DIRECTORY, *, dir_fd: int | None = None) -> None:
         self._pid = os.getpid()
         self.fd = fd = os.open(path, flags | _FLAGS, 0o600, dir_fd=dir_fd)
-        # An exception (KeyboardInterrupt) may come before anybody could let go of it. Not __del__, which runs also for
-        # those that were let go of, and in which Python drops what a signal's handler raises.
+        # An exception (KeyboardInterrupt) may come before anyone can release it. Not __del__, which also runs for
+        # released ones, and in which Python drops what a signal handler raises.
         _open_flocks[fd] = weakref.ref(self, lambda _: _close_forgotten(fd))
 
     def __enter__(self) -> Flock:
@@ -51,11 +51,11 @@ class Flock:
         self.release()
 
     def lock(self, *, shared: bool = False, wait: bool = False) -> bool:
-        """Take the lock, or change it to the other kind; False when somebody holds one that excludes it.
+        """Take the lock, or change it to the other kind; False if a conflicting lock is held.
 
         Args:
-            shared: with others that share it.
-            wait: until it can be had, however long that takes.
+            shared: take a shared lock.
+            wait: wait for it, however long that takes.
 
         Raises:
             OSError: the filesystem refuses (ENOLCK).
@@ -67,7 +67,7 @@ class Flock:
         return True
 
     def unlock(self) -> None:
-        """Give the lock back and keep the file open.
+        """Release the lock and keep the file open.
 
         Raises:
             OSError: the filesystem refuses (ENOLCK).
@@ -75,19 +75,19 @@ class Flock:
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def release(self) -> None:
-        """Give the lock back and close; idempotent, and never fails."""
+        """Release the lock and close the file; idempotent, and never fails."""
         fd = self.fd
         if fd < 0:
             return
-        # An interrupt comes as a call begins or ends: none of them lies outside of this.
+        # An interrupt comes as a call begins or ends: all calls are inside this block.
         try:
             _open_flocks.pop(fd, None)
-            # Not by the close alone: a child between fork and exec has the same open file, and would keep the lock. But
-            # a child that was forked behind Python's back must not give its parent's away.
+            # The close alone is not enough: a child between fork and exec has the same open file, and would keep the
+            # lock. But a child that was forked behind Python's back must not release its parent's.
             if self._pid == os.getpid():
                 fcntl.flock(fd, fcntl.LOCK_UN)
         except OSError:
-            pass  # ENOLCK: the close gives it back as well
+            pass  # ENOLCK: the close releases it as well
         finally:
             self.fd = -1
             try:
@@ -96,7 +96,7 @@ class Flock:
                 pass  # EIO, EINTR: it is closed all the same (close(2))
 
     def is_at(self, path: str) -> bool:
-        """Whether the path still leads to it: whoever had the lock before may have moved it away."""
+        """Whether the path still leads to it: the previous holder of the lock may have moved it away."""
         try:
             return os.path.samestat(os.lstat(path), os.fstat(self.fd))
         except FileNotFoundError:
@@ -109,7 +109,7 @@ class Flock:
             os.close(fd)
 
 
-# By descriptor. Weak: one that nobody holds any more is closed, which gives its lock back.
+# By descriptor. Weak: an unreferenced one is closed, which releases its lock.
 _open_flocks: dict[int, weakref.ref[Flock]] = {}
 
 
@@ -122,7 +122,7 @@ def _after_fork_in_child() -> None:
     try:
         _forget_all()
     except BaseException:
-        # A signal, whose exception Python only prints.
+        # A signal, whose exception Python only prints, as it does those of all such hooks.
         _forget_all()
         raise
 
@@ -139,7 +139,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def lock_directory(path: str, *, shared: bool = False) -> Flock | None:
-    """Open a directory and take its lock; None when somebody holds one that excludes it.
+    """Open a directory and take its lock; None if a conflicting lock is held.
 
     Raises:
         OSError: it cannot be opened, or the filesystem refuses.
@@ -152,9 +152,9 @@ def lock_directory(path: str, *, shared: bool = False) -> Flock | None:
 
 
 def claim_directory(path: str) -> Flock | None:
-    """Make a directory and hold its lock; None when somebody holds it already.
+    """Make a directory and take its lock; None if the lock is held.
 
-    Whoever takes the directory away for dead takes its lock first.
+    Whoever removes an abandoned directory takes its lock first.
 
     Raises:
         OSError: it cannot be made, or the filesystem refuses.
@@ -172,9 +172,9 @@ def claim_directory(path: str) -> Flock | None:
             on_error.callback(held.release)
             if not held.lock():
                 return None
-            # Between mkdir and flock somebody may have taken it for a dead one's: then the name is gone, or another's.
+            # Between mkdir and flock it may have been removed as abandoned: then the name is gone, or another's.
             if held.is_at(path):
-                # The trees that are built in it are to inherit none.
+                # Trees built in it must not inherit any.
                 drop_acls(held.fd)
                 os.chmod(held.fd, 0o700)
                 on_error.pop_all()
@@ -182,9 +182,9 @@ def claim_directory(path: str) -> Flock | None:
 
 
 def abandoned(directory: str, prefixes: tuple[str, ...] = ("",)) -> Iterator[str]:
-    """The names in ``directory`` that begin with one of ``prefixes`` and that nobody holds.
+    """The names in ``directory`` that begin with one of ``prefixes`` and are not locked.
 
-    A directory among them is held until the next name is asked for. Whatever is not a directory is nobody's.
+    A directory among them is locked until the next name is requested. What is not a directory cannot be locked.
 
     Raises:
         OSError: the directory, or one in it, cannot be opened.
@@ -195,7 +195,7 @@ def abandoned(directory: str, prefixes: tuple[str, ...] = ("",)) -> Iterator[str
         try:
             held = lock_directory(f"{directory}/{name}")
         except FileNotFoundError:
-            continue  # whoever had it has removed it
+            continue  # its owner has removed it
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
@@ -212,17 +212,17 @@ def _open(path: str) -> Flock:
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
-        # To lock a file it need not be open for writing; only the number in it cannot change.
+        # A file need not be open for writing to be locked; only its number cannot change.
         return Flock(path, os.O_RDONLY)
 
 
 class FileLock:
-    """An exclusive lock on a file, for one thread at a time; the kernel keeps a queue of those that wait.
+    """An exclusive lock on a file, for one thread at a time; the kernel queues the waiting processes.
 
-    The file's first bytes hold a number for whoever has the lock; a crash may lose it.
+    The file's first bytes hold a number for the holder of the lock; a crash may lose it.
 
     Args:
-        path: the file; made when it does not exist.
+        path: the file; created if it does not exist.
     """
 
     def __init__(self, path: str) -> None:
@@ -230,11 +230,11 @@ class FileLock:
         self._open_flocks: Flock | None = None
 
     def acquire(self, *, wait: bool) -> bool:
-        """Take the lock; False when another process has it.
+        """Take the lock; False if another process has it.
 
         Args:
-            wait: until it can be had, however long that takes. To ask again and again instead would let others overtake
-                us (16 processes behind SQLite's busy handler: a wait of 2.1 s at worst; queued in the kernel: 88 ms).
+            wait: wait for it, however long that takes. Polling would let others overtake us (16 processes behind
+                SQLite's busy handler waited 2.1 s at worst; queued in the kernel, 88 ms).
 
         Raises:
             OSError: the filesystem refuses.
@@ -244,23 +244,23 @@ class FileLock:
         return self._open_flocks.lock(wait=wait)
 
     def release(self) -> None:
-        """Give it back; never fails."""
+        """Release the lock; never fails."""
         if self._open_flocks is None:
             return
         try:
             self._open_flocks.unlock()
         except OSError:
-            self.close()  # ENOLCK: the close of the file gives it back as well
+            self.close()  # ENOLCK: closing the file releases it as well
 
     def close(self) -> None:
-        """Give it back and close the file, which the next :meth:`acquire` opens again."""
+        """Release the lock and close the file, which the next :meth:`acquire` opens again."""
         held, self._open_flocks = self._open_flocks, None
         if held is not None:
             held.release()
 
     @property
     def number(self) -> int:
-        """The number in the file; 0 when there is none. Only with the lock."""
+        """The number in the file, 0 if there is none; only for the holder of the lock."""
         assert self._open_flocks is not None
         return int.from_bytes(os.pread(self._open_flocks.fd, 8, 0), "little")
 

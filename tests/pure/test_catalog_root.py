@@ -59,7 +59,7 @@ def test_somebody_elses_root_is_refused(root: Path) -> None:
 
 def test_a_directory_of_something_else_is_refused(root: Path) -> None:
     (root / "thesis.txt").write_text("all of it")
-    with pytest.raises(errors.FailedPrecondition, match=r"holds something else \(thesis.txt\)"):
+    with pytest.raises(errors.FailedPrecondition, match=r"holds other files \(thesis.txt\)"):
         onlap.open(root, snapshotter="native")
     assert [path.name for path in root.iterdir()] == ["thesis.txt"]
 
@@ -201,7 +201,7 @@ def test_nobody_opens_a_root_that_is_brought_to_a_newer_format(root: Path) -> No
     lease = os.open(root / "staging", os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lease, fcntl.LOCK_EX)
-        with pytest.raises(errors.Unavailable, match="is being brought to a newer format"):
+        with pytest.raises(errors.Unavailable, match="is being migrated to a newer format"):
             onlap.open(root)
     finally:
         os.close(lease)

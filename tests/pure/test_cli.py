@@ -225,7 +225,7 @@ def test_a_missing_root_is_not_made(arguments: tuple[str, ...], tmp_path: Path) 
     root = tmp_path / "none"
     done = onlap("--root", str(root), *arguments)
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr == f"onlap: there is no root at {root}; make one with: onlap init\n"
+    assert done.stderr == f"onlap: there is no root at {root}; create one with: onlap init\n"
     assert not root.exists()
 
 

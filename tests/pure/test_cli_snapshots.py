@@ -96,10 +96,8 @@ def test_prepare_makes_a_root(tmp_path: Path) -> None:
 
 def test_refusals(base: Command) -> None:
     base("prepare", "work", "base")
-    assert base.fails(4, "prepare", "work") == (
-        "there already is a snapshot work; take another name, or remove it first"
-    )
-    assert "there is no snapshot none to be the parent" in base.fails(3, "prepare", "x", "none")
+    assert base.fails(4, "prepare", "work") == ("snapshot work already exists; choose another name, or remove it first")
+    assert "there is no parent snapshot none" in base.fails(3, "prepare", "x", "none")
     assert "the parent work is active, not committed" in base.fails(6, "view", "x", "work")
     assert "did you swap the two?" in base.fails(3, "commit", "work", "next")
     assert "only an active one can be committed" in base.fails(5, "commit", "next", "base")
@@ -318,7 +316,7 @@ def test_import_warns_of_what_it_did_not_keep(onlap: Command, source: Path, monk
 
 
 def test_import_refuses(base: Command, source: Path, tmp_path: Path) -> None:
-    assert "there already is a snapshot base" in base.fails(4, "import", source, "base")
+    assert "snapshot base already exists" in base.fails(4, "import", source, "base")
     assert "No such file or directory" in base.fails(3, "import", tmp_path / "none", "x")
     assert "lies inside the root" in base.fails(6, "import", base.root / "snapshots", "x")
     assert [thing["name"] for thing in base.json("ls")] == ["base"]

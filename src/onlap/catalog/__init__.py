@@ -1,4 +1,4 @@
-"""ROOT: where it keeps what, its records in SQLite, its locks, pins, staging and trash.
+"""ROOT: its layout, its records in SQLite, its locks, pins, staging and trash.
 
-Nothing here knows what kind of snapshotter uses it.
+Nothing here depends on the kind of snapshotter that uses it.
 """

@@ -1,9 +1,9 @@
 """The catalog: records and the directories that belong to them, changed together.
 
-Order (so that a crash at any point loses nothing that was acknowledged, and leaves at most garbage):
+The order of steps makes a crash at any point lose nothing that was acknowledged, and leave at most garbage:
 
-- *create*: the tree is built in staging; in the write transaction the row is inserted and the tree renamed to its
-  place; then it commits. A directory already at that place has no record, since we hold the lock: it goes to the trash.
+- *create*: the tree is built in staging; the write transaction inserts the row, renames the tree to its place and
+  commits. A directory already at that place has no record, since we hold the lock: it is moved to the trash.
 - *remove*: the row is deleted and durable first, then the tree is renamed to the trash.
 - No walk, copy, delete, sync or mkdir inside the write transaction.
 """
@@ -35,21 +35,21 @@ from onlap.locks import Flock, claim_directory, lock_directory
 
 
 class Catalog:
-    """One root, opened.
+    """An open root.
 
     Args:
         root: its path.
-        create: make it when it does not exist.
+        create: create it if it does not exist.
         timeout: how many seconds to wait for other processes.
 
     Attributes:
-        layout: where what is.
+        layout: the paths below the root.
         database: the records.
         staging: where trees are built.
-        trash: where they go.
-        garbage: finds what belongs to nobody, and makes room.
-        usages: how much committed snapshots take.
-        lost: snapshots whose trees a power cut took (:mod:`onlap.catalog.recovery`).
+        trash: where removed trees wait for deletion.
+        garbage: finds what belongs to nobody, and frees space.
+        usages: the disk usage of committed snapshots.
+        lost: snapshots whose trees were lost in a power cut (:mod:`onlap.catalog.recovery`).
 
     Raises:
         NotFound, FailedPrecondition, Unavailable, DataLoss: see :meth:`Layout.prepare` and :meth:`Database.set_up`.
@@ -84,15 +84,15 @@ class Catalog:
                     self.layout, self.database, self.staging, self.trash, self._janitor.wake, timeout
                 )
                 self.usages = Usages(self.layout, self.database)
-                self.garbage.with_space(lambda: self.database.set_up(self._may_bring_up))
-                waits = bool(self.trash.names())
+                self.garbage.with_space(lambda: self.database.set_up(self._check_migration))
+                has_trash = bool(self.trash.names())
             on_error.pop_all()
         _opened.add(self)
-        if waits:
+        if has_trash:
             self._janitor.wake()
 
     def close(self) -> None:
-        """Stop the background and close everything; idempotent, and can be called again when it was interrupted."""
+        """Stop the background work and close everything; idempotent, also after an interrupted call."""
         _opened.discard(self)
         self._janitor.stop()
         self.staging.close()
@@ -106,18 +106,18 @@ class Catalog:
         return again
 
     def _take_lease(self) -> Flock:
-        # Whoever has the root open holds its staging directory shared; a migration needs it alone.
+        # Every process that has the root open holds its staging directory shared; a migration needs it exclusively.
         held = lock_directory(self.layout.staging, shared=True)
         if held is None:
             raise errors.Unavailable(
-                f"the root {shown(self.layout.root)} is being brought to a newer format",
+                f"the root {shown(self.layout.root)} is being migrated to a newer format",
                 key=self.layout.root,
                 hint="try again in a moment",
             )
         return held
 
-    def _may_bring_up(self, found: int) -> None:
-        """Raise when a catalog of an older format must not be brought to ours now; 0 is that of a new one."""
+    def _check_migration(self, found: int) -> None:
+        """Raise when a catalog of an older format cannot be migrated to ours now; a new one has format 0."""
         if not found:
             self.layout.check_new()
             return
@@ -125,7 +125,7 @@ class Catalog:
             raise errors.Unavailable(
                 f"the root {shown(self.layout.root)} has an older format, and other processes have it open",
                 key=self.layout.root,
-                hint="end them, then open it again to bring it to this Onlap's format",
+                hint="end them, then open it again to migrate it to this Onlap's format",
             )
         self._lease.lock(shared=True)
 
@@ -145,11 +145,11 @@ class Catalog:
     # Reading
 
     def get(self, owner: str, name: str) -> Record:
-        """The record of a key or name; NotFound if there is none."""
+        """The record of a key or name; NotFound if it does not exist."""
         return self.database.read(lambda c: records.get(c, owner, name))
 
     def walk(self, owner: str | None, condition: Condition | None = None) -> Iterator[Record]:
-        """Records in the order of their making, one transaction per page, and none open between two of them."""
+        """Records in the order of their creation, one transaction per page; none is open between two pages."""
         after = 0
         while True:
             start = after
@@ -164,10 +164,10 @@ class Catalog:
         """Keep trees from being deleted while they are read.
 
         Raises:
-            NotFound: one of them was removed meanwhile.
+            NotFound: one of them has been removed in the meantime.
             DataLoss: one of them is lost.
             Unavailable: another program has locked one of them.
-            ResourceExhausted: there are no descriptors for so many.
+            ResourceExhausted: there are not enough descriptors for all of them.
         """
         with contextlib.ExitStack() as stack:
             for identifier in identifiers:
@@ -185,7 +185,7 @@ class Catalog:
 
     def _gone(self, identifier: int, *, locked: bool = False) -> errors.OnlapError:
         record = self.database.read(lambda c: records.by_id(c, identifier))
-        if record is not None and locked:  # not for its deletion, which comes after that of the record
+        if record is not None and locked:  # not to delete it: its record would be gone by then
             return errors.Unavailable(
                 f"the tree of snapshot {shown(record.name)} is locked by another program",
                 key=record.name,
@@ -193,16 +193,16 @@ class Catalog:
             )
         if record is not None:
             return lost(record)
-        return errors.NotFound("the snapshot was removed meanwhile", hint="see what there is with: onlap ls")
+        return errors.NotFound("the snapshot has been removed in the meantime", hint="see the names with: onlap ls")
 
     @contextlib.contextmanager
     def serve(self, owner: str) -> Iterator[None]:
-        """Be the one server of an owner's snapshots.
+        """Be the only server of an owner's snapshots.
 
         Raises:
-            FailedPrecondition: there is another.
+            FailedPrecondition: another server runs.
         """
-        # A directory in staging, held by its lock: when the server is dead, it is what every dead process leaves.
+        # A locked directory in staging: a dead server leaves the same there as any dead process, and cleanup takes it.
         path = f"{self.layout.staging}/server-{owner.encode().hex()}"
         held = claim_directory(path)
         if held is None:
@@ -214,8 +214,8 @@ class Catalog:
         try:
             yield
         finally:
-            if held.fd >= 0:  # else this is a forked child, and the server is its parent
-                with contextlib.suppress(OSError):  # cleanup takes what is left
+            if held.fd >= 0:  # else this is a forked child, and its parent is the server
+                with contextlib.suppress(OSError):  # cleanup takes it
                     os.rmdir(path)
                 held.release()
 
@@ -233,7 +233,7 @@ class Catalog:
         """Record an active snapshot or view, and move its tree from staging to its place.
 
         Raises:
-            NotFound: there is no such parent.
+            NotFound: the parent does not exist.
             InvalidArgument: the parent is not committed.
             AlreadyExists: the name is taken.
         """
@@ -243,8 +243,7 @@ class Catalog:
                 raise no_parent(parent.name)
             identifier = records.next_id(connection, self._floor)
             while os.path.lexists(self.layout.snapshot(identifier)):
-                # Its transaction never committed. The number is not used a second time: its tree waits in the trash
-                # under it.
+                # Its transaction never committed. Its number is not used again: the tree keeps it in the trash.
                 self.trash.put(self.layout.snapshot(identifier))
                 identifier += 1
             record = records.insert(connection, identifier, owner, name, parent, kind, labels)
@@ -265,17 +264,17 @@ class Catalog:
         """Turn an active snapshot into a committed one; the caller has synced its tree.
 
         Raises:
-            NotFound: it is gone, or is another one by now, or there is no such parent.
+            NotFound: it is gone or has been replaced, or the parent does not exist.
             AlreadyExists: the name is taken.
             FailedPrecondition: it is not active, or the parent is not committed.
-            InvalidArgument: it has another parent already.
+            InvalidArgument: it already has another parent.
         """
 
         def operation(connection: Connection) -> None:
             above = check_rebase(connection, owner, parent) if parent else None
             under = above.id if above else record.parent_id
             if not records.make_committed(connection, record, name, under, labels, empty):
-                # It is no longer what it was when it was looked at.
+                # It has changed since it was read.
                 check_commit(connection, owner, name, record.name, parent)
                 raise records.not_found(record.name)
 
@@ -284,17 +283,17 @@ class Catalog:
         self._janitor.wake()
 
     def remove(self, owner: str, name: str, *, wait: bool, only: int | None = None) -> None:
-        """Forget a snapshot, and delete its tree.
+        """Remove a snapshot, and delete its tree.
 
         Args:
             owner: whose it is.
             name: its key or name.
-            wait: delete it at once, else behind.
+            wait: delete the tree now; otherwise in the background.
             only: the id that it must have.
 
         Raises:
-            NotFound: there is none, or it has another id.
-            FailedPrecondition: others stand on it, or it is pinned.
+            NotFound: it does not exist, or has another id.
+            FailedPrecondition: it has children, or is pinned.
         """
 
         def operation(connection: Connection) -> int:
@@ -315,7 +314,7 @@ class Catalog:
             return found.id
 
         identifier = self.garbage.with_space(lambda: self.database.write(operation))
-        # It is removed: what goes wrong from here on is only that its space is freed later.
+        # The snapshot is removed: a failure from here on only delays the release of its space.
         try:
             self.trash.put(self.layout.snapshot(identifier))
             if wait:
@@ -326,7 +325,7 @@ class Catalog:
             self._janitor.wake()
 
     def update(self, owner: str, name: str, change: Callable[[Connection, Record], None]) -> Record:
-        """Change a snapshot's labels in one transaction; returns the record after it."""
+        """Change a snapshot's labels in one transaction; returns the new record."""
 
         def operation(connection: Connection) -> Record:
             record = records.get(connection, owner, name)
@@ -338,17 +337,17 @@ class Catalog:
 
     @property
     def failed_syncs(self) -> int:
-        """How many have failed in this process: for :meth:`sync`, to be read before anything is written."""
+        """How many syncs have failed in this process: for :meth:`sync`, to be read before anything is written."""
         return self._syncer.failures
 
     def sync(self, since: int | None = None) -> None:
-        """Return when every file written so far is on the disk; shared with others that wait.
+        """Return when every file written so far is on the disk; shared with other callers.
 
-        After a failure, snapshots that were active then cannot be committed any more, by any process: the kernel tells
-        of lost pages once, and the next sync succeeds without them.
+        After a failure, snapshots that were active then can no longer be committed, by any process: the kernel reports
+        lost pages once, and the next sync succeeds without them.
 
         Args:
-            since: the :attr:`failed_syncs` of when the caller began to write what has no record yet.
+            since: the value of :attr:`failed_syncs` when the caller began to write what has no record yet.
 
         Raises:
             OnlapError: the write-back failed.
@@ -364,10 +363,10 @@ class Catalog:
         try:
             self._note_loss()
         except errors.OnlapError as error:
-            warn(f"cannot note that the disk failed to take what was written: {error}")
+            warn(f"cannot record that writes to the disk failed: {error}")
 
     def _note_loss(self) -> None:
-        # Until it is noted no sync of this process succeeds.
+        # Until this is recorded, no sync of this process succeeds.
         self.database.write(records.note_loss)
         self._loss_to_note = False
 
@@ -376,7 +375,7 @@ _opened: weakref.WeakSet[Catalog] = weakref.WeakSet()
 
 
 def look_up(root: str, identifier: int) -> Record | None:
-    """The record of an id, for who has no catalog of the root at hand; one that this process has open is asked.
+    """The record of an id, for callers without a catalog of the root; a catalog that this process has open is used.
 
     Raises:
         OnlapError: the root cannot be opened.

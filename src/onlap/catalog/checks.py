@@ -1,4 +1,4 @@
-"""What the contract of snapshots asks before something changes, and the errors that say so."""
+"""The checks that the snapshotter contract demands before a change, and their errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onlap.errors import shown
 
 
 def check_parent(connection: Connection, owner: str, parent: str | None) -> Record | None:
-    """The record of a parent that something new may stand on."""
+    """The record of the parent of a new snapshot; None without one."""
     if not parent:
         return None
     record = records.find(connection, owner, parent)
@@ -28,13 +28,11 @@ def check_parent(connection: Connection, owner: str, parent: str | None) -> Reco
 
 def no_parent(name: str) -> errors.NotFound:
     """The error for a parent that does not exist."""
-    return errors.NotFound(
-        f"there is no snapshot {shown(name)} to be the parent", key=name, hint="see the names with: onlap ls"
-    )
+    return errors.NotFound(f"there is no parent snapshot {shown(name)}", key=name, hint="see the names with: onlap ls")
 
 
 def check_commit(connection: Connection, owner: str, name: str, key: str, parent: str | None) -> Record:
-    """The record that is to be committed, or the error of the contract, in the contract's order."""
+    """The record to commit, or an error; the checks are in the contract's order."""
     record = records.find(connection, owner, key)
     if record is None:
         other = records.find(connection, owner, name)
@@ -49,7 +47,7 @@ def check_commit(connection: Connection, owner: str, name: str, key: str, parent
         )
     if parent and record.parent is not None and record.parent != parent:
         raise errors.InvalidArgument(
-            f"snapshot {shown(key)} stands on {shown(record.parent)} already, not on {shown(parent)}", key=key
+            f"the parent of snapshot {shown(key)} is {shown(record.parent)}, not {shown(parent)}", key=key
         )
     return record
 
@@ -69,9 +67,9 @@ def _kind(record: Record) -> str:
 
 
 def lost(record: Record) -> errors.DataLoss:
-    """The error for a snapshot whose record is there and whose tree is not."""
+    """The error for a snapshot that has a record and no tree."""
     return errors.DataLoss(
         f"the tree of snapshot {shown(record.name)} is lost",
         key=record.name,
-        hint="a crash took it, or somebody deleted it; remove the snapshot, leaf first, and make it again",
+        hint="it was lost in a crash or deleted; remove the snapshot, children first, and create it again",
     )

@@ -1,4 +1,4 @@
-"""What belongs to nobody: found, moved to the trash, deleted; and the room that it gives back."""
+"""What belongs to nobody: found, moved to the trash, deleted; and the space that this frees."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from onlap.catalog.disk.trash import Trash
 
 T = TypeVar("T")
 
-# Files a second that the background deletes at most: about a tenth of what a disk of this decade manages, so that it
-# is not felt; a layer of 30,000 files is gone in ten seconds.
+# Files per second that the background deletes at most: about a tenth of what a disk of this decade manages, so that
+# nobody notices; a layer of 30,000 files is gone in ten seconds.
 _BACKGROUND_RATE = 3000.0
 
 
 class Garbage:
-    """What has to go from a root.
+    """The garbage of a root.
 
     Args:
         layout: of the root.
-        database: its records, which say what belongs to somebody.
+        database: its records; a tree without one is garbage.
         staging: where dead processes leave what they were building.
-        trash: where it waits.
-        wake: has :meth:`work` done in the background.
+        trash: where garbage waits for deletion.
+        wake: runs :meth:`work` in the background.
         timeout: how many seconds to wait for others who delete a tree.
     """
 
@@ -51,21 +51,21 @@ class Garbage:
         self._timeout = timeout
 
     def with_space(self, action: Callable[[], T]) -> T:
-        """Do what makes room or is needed for that, also on a full disk.
+        """Run an action that frees space, or is needed to free some, also on a full disk.
 
-        The write-ahead log needs a page or two, which a full disk does not have: then the reserve is given up, and if
-        that is not enough, the trash is emptied.
+        The write-ahead log needs a page or two, which a full disk does not have: then the reserve is freed, and if that
+        is not enough, the trash is emptied.
 
         Raises:
-            ResourceExhausted: there is no room even so.
+            ResourceExhausted: there still is no space.
             OnlapError: what ``action`` raises.
         """
-        make_room: Callable[[], object]
-        for make_room in (self.layout.drop_reserve, self._empty_trash):
+        free_space: Callable[[], object]
+        for free_space in (self.layout.drop_reserve, self._empty_trash):
             try:
                 return action()
             except errors.ResourceExhausted:
-                make_room()
+                free_space()
         return action()
 
     def _empty_trash(self) -> None:
@@ -73,7 +73,7 @@ class Garbage:
             self.trash.sweep(wait=self._timeout)
 
     def cleanup(self) -> int:
-        """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read wait."""
+        """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read are left."""
         self.collect()
         return self.sweep(wait=True)
 
@@ -81,10 +81,10 @@ class Garbage:
         """Move what belongs to nobody to the trash: orphans in ``snapshots/``, staging of dead processes.
 
         Args:
-            wake: let the background delete it, and all that waits in the trash.
+            wake: have everything in the trash deleted in the background.
 
         Raises:
-            OnlapError: the filesystem refuses.
+            OnlapError: an error of the filesystem.
         """
         with errors.translated("clean up", key=self.layout.root):
             self.staging.collect(lambda path: self.trash.put(path, locked=True))
@@ -101,8 +101,8 @@ class Garbage:
             return
 
         def operation(connection: Connection) -> None:
-            # Under the lock: a tree without a record now has none because its transaction failed, not because that
-            # is still going on.
+            # Under the lock: a tree without a record now has none because its transaction failed, not because it is
+            # still running.
             now = records.ids(connection)
             for identifier in suspects:
                 if identifier not in now:
@@ -111,10 +111,10 @@ class Garbage:
         self.with_space(lambda: self.database.write(operation))
 
     def sweep(self, *, wait: bool = False) -> int:
-        """Delete what waits in the trash and nobody uses; returns how many trees.
+        """Delete what is in the trash and not in use; returns how many trees.
 
         Args:
-            wait: for others, perhaps of another process, who delete something already.
+            wait: wait for other threads or processes that are deleting something.
         """
         with errors.translated("delete a removed tree", key=self.layout.root):
             removed = self.trash.sweep(wait=self._timeout if wait else 0).removed
@@ -122,7 +122,7 @@ class Garbage:
         return removed
 
     def work(self, stop: Callable[[], bool]) -> bool:
-        """Delete what waits, slowly, until there is nothing or ``stop`` says so; whether something is in use still."""
+        """Empty the trash slowly, until ``stop`` returns True; returns whether something in it is still in use."""
         if not self.trash.names():
             return False
         swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE)

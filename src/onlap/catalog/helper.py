@@ -1,10 +1,9 @@
-"""Threads that do for others what must not be interrupted.
+"""Threads for work that must not be interrupted.
 
-A signal's handler runs in the main thread, between any two bytecodes, and what it raises (KeyboardInterrupt) may leave
-a lock taken, a count wrong or a turn never passed on: for all other threads and, where it is a flock, for all other
-processes. So whoever shares something does not touch it: a :class:`Helper` does, in a thread where nothing is raised.
-The caller only puts a :class:`Job` into a queue, which one call in C does, and waits at a lock of the job's own, which
-nobody else needs.
+A signal handler runs in the main thread, between any two bytecodes, and what it raises (KeyboardInterrupt) may leave a
+lock taken, a count wrong or a turn never passed on: for all other threads and, in the case of a flock, for all other
+processes. So callers do not touch shared state themselves: a :class:`Helper` does, in a thread where no handler runs.
+The caller only puts a :class:`Job` into a queue, with one call in C, and waits at a lock that belongs to the job alone.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Seconds that an idle thread waits for more: to start one takes as long as a few jobs (60 us), and one that stays for
-# ever keeps the process from what only a single thread may do (unshare(2), CLONE_NEWUSER).
+# Seconds that an idle thread waits for more work: starting one takes as long as a few jobs (60 us), and one that stays
+# for ever keeps the process from what only single-threaded processes may do (unshare(2), CLONE_NEWUSER).
 _LINGER = 1.0
 
 
 class Job(Generic[T]):
-    """Something that a helper does and somebody waits for.
+    """A piece of work that a helper does while the caller waits.
 
     Args:
-        action: what; its argument is the helper's choice.
+        action: the work; the helper chooses its arguments.
 
     Attributes:
         result: what the action returned.
-        error: what it raised, or why it was not done.
-        finished: whether there will be no more of it.
+        error: what it raised, or why it was not run.
+        finished: whether it has ended.
     """
 
     __slots__ = ("_begun", "_done", "action", "error", "finished", "result")
@@ -41,58 +40,58 @@ class Job(Generic[T]):
         self.result: T
         self.error: BaseException | None = None
         self.finished = False
-        # Plain locks: to take or to release one is a single step, whatever interrupts.
+        # Plain locks: taking or releasing one is a single step, which no interrupt can split.
         self._begun = allocate_lock()
         self._done = allocate_lock()
         self._done.acquire()
 
-    # The helper's side
+    # For the helper
 
     def begin(self) -> bool:
-        """Whether it is to be done: nobody has given it up, and nobody can any more."""
+        """Claim the job; False if the caller has given it up."""
         return self._begun.acquire(blocking=False)
 
     def perform(self, *arguments: object) -> None:
-        """Do it, and keep what comes of it."""
+        """Run the action, and keep its result or error."""
         try:
             self.result = self.action(*arguments)
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for it, whatever it is
+        except BaseException as error:  # noqa: BLE001 - raised in the waiting thread, whatever it is
             self.error = error
 
     def finish(self) -> None:
-        """Let the caller go on."""
+        """Wake the caller."""
         self.finished = True
         self._done.release()
 
-    # The caller's side
+    # For the caller
 
     def wait(self, seconds: float = -1) -> bool:
-        """Wait until it is finished; False when that has not come in time."""
+        """Wait until it is finished; False after a timeout."""
         return self.finished or self._done.acquire(timeout=seconds)
 
     def give_up(self) -> bool:
-        """See to it that it is not done; False when it has begun."""
+        """Cancel the job; False if it has begun."""
         return self._begun.acquire(blocking=False)
 
     def check(self) -> None:
-        """Raise the error of a finished one, if it has any."""
+        """Raise the error of a finished job, if it has one."""
         if self.error is not None:
             raise self.error
 
 
 def nothing() -> None:
-    """The action of a job that only calls the helper, or waits for it."""
+    """The action of a job that only wakes the helper, or waits for it."""
 
 
 class Helper:
-    """A thread, started when there is something to do, and ended when there has been nothing for a while.
+    """A thread that starts when there is work, and ends after a second without any.
 
     Args:
         serve: does jobs. It gets the first, takes more with :meth:`waiting`, and finishes all that it took. Its second
-            argument says that no thread could be started, so that it runs in a caller's and must not wait long.
+            argument says whether it runs in a caller's thread, since none could be started, and must not wait long.
 
     Attributes:
-        jobs: those that wait.
+        jobs: the waiting jobs.
     """
 
     def __init__(self, serve: Callable[[Job[object], bool], None]) -> None:
@@ -101,18 +100,18 @@ class Helper:
         self._running = allocate_lock()
 
     def put(self, job: Job[T]) -> None:
-        """Have a job done, soon."""
+        """Queue a job."""
         self.jobs.put(job)  # type: ignore[arg-type]
         if not self._running.locked():
             try:
-                # Not threading.Thread, whose start() may be interrupted with a lock taken that the new thread needs.
+                # Not threading.Thread: its start() may be interrupted while it holds a lock that the new thread needs.
                 start_new_thread(self._run, (_LINGER, False))
             except RuntimeError:
-                # The limit of threads is reached (ulimit -u, pids.max), or the interpreter ends.
+                # The limit of threads is reached (ulimit -u, pids.max), or the interpreter is shutting down.
                 self._run(0, True)
 
     def ask(self, job: Job[T]) -> None:
-        """Have a job done, and wait for it; when the wait is interrupted it goes on.
+        """Queue a job, and wait for it; an interrupt ends the wait, not the job.
 
         Raises:
             BaseException: its error.
@@ -122,11 +121,11 @@ class Helper:
         job.check()
 
     def is_idle(self) -> bool:
-        """Whether nothing is being done, nor waits."""
+        """Whether no job is running or waiting."""
         return self.jobs.empty() and not self._running.locked()
 
     def waiting(self) -> list[Job[object]]:
-        """Take what has been put meanwhile."""
+        """Take the jobs that have been queued in the meantime."""
         found = []
         try:
             while True:
@@ -135,23 +134,23 @@ class Helper:
             return found
 
     def await_more(self, seconds: float) -> list[Job[object]]:
-        """Take what has been put, and wait so long when that is nothing."""
+        """Take the queued jobs; wait up to ``seconds`` if there are none."""
         try:
             return [self.jobs.get(timeout=seconds), *self.waiting()]
         except Empty:
             return []
 
-    def _run(self, linger: float, alone: bool) -> None:
-        if not alone:
-            # While the main thread has a signal pending, the kernel gives the next one to any thread that takes it.
-            # Python's handlers run in the main thread, which would sleep on in its system call.
+    def _run(self, linger: float, in_caller: bool) -> None:
+        if not in_caller:
+            # While the main thread has a signal pending, the kernel gives the next one to any thread that accepts it.
+            # Python's handlers run in the main thread, which would go on sleeping in its system call.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self.jobs.empty() and self._running.acquire(blocking=False):
             try:
                 while True:
-                    self._serve(self.jobs.get(timeout=linger) if linger else self.jobs.get_nowait(), alone)
+                    self._serve(self.jobs.get(timeout=linger) if linger else self.jobs.get_nowait(), in_caller)
             except Empty:
                 pass
             finally:
                 self._running.release()
-            # Whoever put something before that saw a thread, and started none.
+            # A caller that queued a job before the release saw a running thread, and started none.

@@ -63,11 +63,11 @@ class Janitor:
     def _is_stopping(self) -> bool:
         return self._stopping
 
-    def _serve(self, first: Job[object], alone: bool) -> None:
+    def _serve(self, first: Job[object], in_caller: bool) -> None:
         calls = [first]
         try:
             # In the caller's thread it would delay whoever has just committed something.
-            if not alone:
+            if not in_caller:
                 self._work_off(calls)
         finally:
             for call in calls:

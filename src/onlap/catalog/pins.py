@@ -1,4 +1,4 @@
-"""Pins: what says that a snapshot or a blob must stay, until it is taken away or expires."""
+"""Pins, each of which protects a snapshot or a blob until it is removed or expires."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onlap import errors
 from onlap.catalog.records import Record
 from onlap.errors import shown
 
-# Nothing is kept by the clock for longer: what says more was written while the clock was wrong.
+# The longest time until a pin expires: a longer one was written while the clock was wrong.
 _LONGEST_NS = 24 * 3600 * 1_000_000_000
 _IS_VALID = "(expires_ns IS NULL OR expires_ns BETWEEN ? AND ?)"
 
@@ -26,7 +26,7 @@ def pin(
 
     Args:
         connection: inside a write transaction.
-        owner: who wants it, in words that an error can show, as ``"image debian:13"``.
+        owner: who needs it, in words that an error can show, as ``"image debian:13"``.
         snapshot: its id; or
         digest: of the blob.
     """
@@ -35,7 +35,7 @@ def pin(
 
 
 def unpin(connection: Connection, owner: str, *, snapshot: int | None = None, digest: str | None = None) -> None:
-    """Take the owner's pin on a snapshot or a blob away."""
+    """Remove the owner's pin on a snapshot or a blob."""
     if snapshot is not None:
         connection.execute("DELETE FROM pins WHERE owner = ? AND snapshot = ?", (owner, snapshot))
     else:
@@ -43,25 +43,25 @@ def unpin(connection: Connection, owner: str, *, snapshot: int | None = None, di
 
 
 def lasting(connection: Connection, pattern: str) -> list[str]:
-    """The owners of pins that do not expire, which a pattern of LIKE matches."""
+    """The owners of pins that do not expire, where a LIKE pattern matches them."""
     sql = "SELECT DISTINCT owner FROM pins WHERE expires_ns IS NULL AND owner LIKE ?"
     return [row[0] for row in connection.execute(sql, (pattern,))]
 
 
 def postpone(connection: Connection, owner: str, seconds: float) -> None:
-    """Let an owner's blobs go so many seconds from now, and its snapshots at once."""
+    """Let an owner's pins on blobs expire after so many seconds, and remove those on snapshots."""
     expires = time.time_ns() + int(seconds * 1e9)
     connection.execute("DELETE FROM pins WHERE owner = ? AND snapshot IS NOT NULL", (owner,))
     connection.execute("UPDATE pins SET expires_ns = ? WHERE owner = ?", (expires, owner))
 
 
 def unpin_all(connection: Connection, owner: str) -> None:
-    """Take every pin of an owner away."""
+    """Remove all pins of an owner."""
     connection.execute("DELETE FROM pins WHERE owner = ?", (owner,))
 
 
 class Pin(NamedTuple):
-    """A row: who keeps what, a snapshot by its id or a blob by its digest."""
+    """A row: the owner, and the id of a snapshot or the digest of a blob."""
 
     owner: str
     snapshot: int | None
@@ -69,13 +69,13 @@ class Pin(NamedTuple):
 
 
 def valid(connection: Connection) -> list[Pin]:
-    """All that have not expired, by owner."""
+    """All pins that have not expired, by owner."""
     sql = f"SELECT owner, snapshot, digest FROM pins WHERE {_IS_VALID} ORDER BY owner"
     return [Pin(*row) for row in connection.execute(sql, _times())]
 
 
 def holders(connection: Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
-    """Who keeps a snapshot or a blob now; what has expired keeps nothing."""
+    """The owners of the pins on a snapshot or a blob that have not expired."""
     column, value = ("snapshot", snapshot) if snapshot is not None else ("digest", digest)
     rows = connection.execute(
         f"SELECT owner FROM pins WHERE {column} = ? AND {_IS_VALID} ORDER BY owner", (value, *_times())
@@ -89,7 +89,7 @@ def _times() -> tuple[int, int]:
 
 
 def check_unpinned(connection: Connection, record: Record) -> None:
-    """Raise FailedPrecondition when somebody keeps the snapshot."""
+    """Raise FailedPrecondition if the snapshot is pinned."""
     owners = holders(connection, snapshot=record.id)
     if owners:
         raise errors.FailedPrecondition(

@@ -21,21 +21,21 @@ VIEW: Final = "view"
 ACTIVE: Final = "active"
 COMMITTED: Final = "committed"
 
-# Rows that one page of a walk holds, as containerd's proxy sends them; no transaction is open between two pages.
+# Rows per page of a walk, as in containerd's proxy; no transaction is open between two pages.
 PAGE = 100
 
 
 class Info(NamedTuple):
-    """A snapshot as everybody may see it.
+    """A snapshot, as callers see it.
 
     Attributes:
         name: the key of an active snapshot or view, the name of a committed one.
-        parent: the name of its parent, None where it has none.
+        parent: the name of its parent, None if it has none.
         kind: ``"active"``, ``"view"`` or ``"committed"``.
-        labels: what its users noted on it.
-        created_ns: nanoseconds since the epoch; a commit makes a new one.
-        updated_ns: when its labels changed last, likewise.
-        owner: empty for library and command, else the server that made it.
+        labels: its labels.
+        created_ns: nanoseconds since the epoch; a commit sets it anew.
+        updated_ns: when its labels last changed, likewise.
+        owner: empty for the library and the command, otherwise the server that created it.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Info(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A row: what :class:`Info` shows, and what only we use."""
+    """A row: the fields of :class:`Info`, and internal ones."""
 
     id: int
     owner: str
@@ -98,7 +98,7 @@ def get(connection: Connection, owner: str, name: str) -> Record:
 
 
 def is_text(name: str) -> bool:
-    """Whether SQLite can store it, whose text is UTF-8; InvalidArgument for what is not text at all."""
+    """Whether SQLite can store it, whose text is UTF-8; InvalidArgument if it is not a str."""
     check_text(name, "key or name of a snapshot")
     try:
         name.encode()
@@ -157,8 +157,8 @@ def page(connection: Connection, owner: str | None, after: int, condition: Condi
     """The next records after an id, in the order of their ids; of every owner when ``owner`` is None."""
     sql, parameters = "WHERE s.id > ?", [after]  # type: tuple[str, list[object]]
     if owner is not None:
-        # "+" keeps SQLite from the index on owner and name, out of which it would sort every row of the owner for each
-        # page; it is what is wanted where the name is given as well.
+        # "+" keeps SQLite from the index on owner and name, with which it would sort all rows of the owner for each
+        # page; with a name as well, the index is right.
         named = condition is not None and "s.name" in condition.sql
         sql += " AND s.owner = ?" if named else " AND +s.owner = ?"
         parameters.append(owner)
@@ -170,13 +170,13 @@ def page(connection: Connection, owner: str | None, after: int, condition: Condi
 
 
 def next_id(connection: Connection, floor: int) -> int:
-    """An id that no snapshot had; ``floor`` is the highest that directories on disk have."""
+    """An id that no snapshot ever had; ``floor`` is the highest id of a directory on disk."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
     return max(int(row[0]) if row else 0, floor) + 1
 
 
 def is_committed(connection: Connection, record: Record) -> bool:
-    """Whether a record that was committed when it was read still is there under its name; by its id, and so quick."""
+    """Whether a record that was committed when it was read is unchanged; looked up by its id, which is quick."""
     row = connection.execute("SELECT owner, name, kind FROM snapshots WHERE id = ?", (record.id,)).fetchone()
     return bool(row == (record.owner, record.name, COMMITTED))
 
@@ -212,7 +212,7 @@ def insert(
 def already_exists(name: str) -> errors.AlreadyExists:
     """The error for a taken name."""
     return errors.AlreadyExists(
-        f"there already is a snapshot {shown(name)}", key=name, hint="take another name, or remove it first"
+        f"snapshot {shown(name)} already exists", key=name, hint="choose another name, or remove it first"
     )
 
 
@@ -227,7 +227,7 @@ def make_committed(
     """Turn an active snapshot into a committed one under another name; its labels are replaced.
 
     Returns:
-        Whether it was still what the record says; else nothing was changed.
+        Whether the snapshot still was as in ``record``; otherwise nothing was changed.
     """
     now = time.time_ns()
     try:
@@ -247,21 +247,21 @@ def make_committed(
     return bool(changed)
 
 
-# The highest id when the write-back of some file failed: nobody knows which, and the kernel says it once.
+# The highest id when the write-back of some file failed; the kernel does not say which, and reports it once.
 _LOST_UP_TO = "lost_up_to"
 
 
 def note_loss(connection: Connection) -> None:
-    """Note that what was written to any active snapshot may not be on the disk, and never will be."""
+    """Record that what was written to any active snapshot may not be on the disk, and never will be."""
     put_setting(connection, _LOST_UP_TO, str(next_id(connection, 0) - 1))
 
 
 def _check_kept(connection: Connection, record: Record) -> None:
     if record.id <= int(setting(connection, _LOST_UP_TO) or 0):
         raise errors.DataLoss(
-            f"snapshot {shown(record.name)} may lack content: it was active when the disk failed to take writes",
+            f"snapshot {shown(record.name)} may lack content: it was active when writes to the disk failed",
             key=record.name,
-            hint="see dmesg; then remove the snapshot, prepare another, and write or apply it anew",
+            hint="see dmesg; then remove the snapshot, prepare another, and write or apply the content again",
         )
 
 
@@ -272,7 +272,7 @@ def replace_labels(connection: Connection, identifier: int, labels: Mapping[str,
 
 
 def set_labels(connection: Connection, identifier: int, changes: Mapping[str, str | None]) -> None:
-    """Set some labels; None or an empty value takes one away, as containerd does (boltutil.writeMap)."""
+    """Set some labels; None or an empty value removes one, as in containerd (boltutil.writeMap)."""
     gone = [(identifier, key) for key, value in changes.items() if not value]
     connection.executemany("DELETE FROM labels WHERE snapshot = ? AND key = ?", gone)
     _put_labels(connection, identifier, {key: value for key, value in changes.items() if value})
@@ -285,12 +285,12 @@ def _put_labels(connection: Connection, identifier: int, labels: Mapping[str, st
 
 
 def touch(connection: Connection, identifier: int) -> None:
-    """Note that a snapshot was updated now."""
+    """Record that a snapshot was updated now."""
     connection.execute("UPDATE snapshots SET updated_ns = ? WHERE id = ?", (time.time_ns(), identifier))
 
 
 class Removable(NamedTuple):
-    """What has to be known to remove a snapshot."""
+    """What must be known to remove a snapshot."""
 
     id: int
     has_children: bool
@@ -298,7 +298,7 @@ class Removable(NamedTuple):
 
 
 def removable(connection: Connection, owner: str, name: str) -> Removable:
-    """The same in one look; NotFound if there is none. An expired pin counts here, and has to be looked at."""
+    """What must be known to remove a snapshot, in one query; NotFound if it does not exist. Expired pins count."""
     if not is_text(name):
         raise not_found(name)
     row = connection.execute(
@@ -315,13 +315,13 @@ def removable(connection: Connection, owner: str, name: str) -> Removable:
 
 
 def children(connection: Connection, identifier: int) -> list[str]:
-    """The names of up to three snapshots that stand on this one."""
+    """The names of up to three children."""
     rows = connection.execute("SELECT name FROM snapshots WHERE parent = ? LIMIT 3", (identifier,))
     return [row[0] for row in rows]
 
 
 def count_views(connection: Connection, parent: int | None, but: int) -> int:
-    """How many views of a parent there are besides the one with the id ``but``."""
+    """How many views of a parent there are, except the one with the id ``but``."""
     row = connection.execute(
         "SELECT count(*) FROM snapshots WHERE parent = ? AND kind = 'view' AND id <> ?", (parent, but)
     ).fetchone()
@@ -329,27 +329,24 @@ def count_views(connection: Connection, parent: int | None, but: int) -> int:
 
 
 def delete(connection: Connection, identifier: int) -> None:
-    """Forget a snapshot; its labels go with it, and its expired pins."""
+    """Delete a snapshot's row, with its labels and expired pins."""
     connection.execute("DELETE FROM labels WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM pins WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
 
 
 def unmeasured(connection: Connection) -> list[int]:
-    """Committed snapshots whose usage nobody has measured yet; looks at every record."""
+    """Committed snapshots whose usage has not been measured; reads every record."""
     return [row[0] for row in connection.execute("SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL")]
 
 
-def set_usage(connection: Connection, identifier: int, inodes: int, size: int) -> None:
-    """Note a committed snapshot's usage."""
-    connection.execute(
-        "UPDATE snapshots SET inodes = ?, size = ? WHERE id = ? AND kind = 'committed'",
-        (inodes, size, identifier),
-    )
+def set_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:
+    """Record inodes and bytes of committed snapshots, each with its id behind them."""
+    connection.executemany("UPDATE snapshots SET inodes = ?, size = ? WHERE id = ? AND kind = 'committed'", measured)
 
 
 def totals(connection: Connection) -> list[tuple[str, str, int, float, float]]:
-    """By kind and owner: how many snapshots there are, and the inodes and bytes of those that were measured."""
+    """By kind and owner: how many snapshots there are, and the inodes and bytes of the measured ones."""
     return connection.execute(
         "SELECT kind, owner, count(*), total(inodes), total(size) FROM snapshots GROUP BY kind, owner"
     ).fetchall()
@@ -361,11 +358,11 @@ def ids(connection: Connection) -> set[int]:
 
 
 def setting(connection: Connection, key: str) -> str | None:
-    """A property of the root."""
+    """A property of the root, None if it is not set."""
     row = connection.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
     return str(row[0]) if row is not None else None
 
 
 def put_setting(connection: Connection, key: str, value: str) -> None:
-    """Note a property of the root."""
+    """Set a property of the root."""
     connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))

@@ -1,19 +1,19 @@
-"""What belongs to a running program, and what is left when it was killed.
+"""What belongs to a running program, and the cleanup after a killed one.
 
 ::
 
-    ROOT/runs/<id>/   0700; its flock is held by the program, for as long as the work takes
+    ROOT/runs/<id>/   0700; the program holds its flock for as long as the work takes
       tree/           where a snapshot is mounted
       at, layer       symlinks, for a mount elsewhere: its mount point, and one of the layers mounted there
-      partial         a symlink to what is being written elsewhere, under a name of nobody's
-      ...             what else the work needs: a container's files
-    ROOT/runs/<id>.kept   the work is over, and what it made stays, but the catalog could not be told
+      partial         a symlink to what is being written elsewhere, under a temporary name
+      ...             whatever else the work needs, as a container's files
+    ROOT/runs/<id>.kept   the work is over and its results stay, but this could not be written to the catalog
 
-A snapshot that goes with the run has the label :data:`LABEL`, and the owners of its pins end with its id
-(:meth:`Run.owner`). Whoever gets the flock of such a directory knows that its program is dead, however it ended and
-whatever the clock says; then mounts, pins and snapshots go, and the directory last, so that a crash on the way leaves
-something that the next one finds. What names a run without a directory is dead as well: a power cut may take the
-directory and leave the row.
+A snapshot that ends with the run has the label :data:`LABEL`, and the owners of the run's pins end with its id
+(:meth:`Run.owner`). A process that gets the flock of such a directory knows that its program is dead, however it ended
+and whatever the clock says; then mounts, pins and snapshots are removed, and the directory last, so that the next sweep
+finds what a crash interrupts. A run that is named in the catalog and has no directory is dead as well: a power cut may
+lose the directory and keep the row.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ CONTAINER = "runtime"
 
 _KEPT = ".kept"
 _OWNER = re.compile(r"run ([0-9a-f]{12})\)$")
-# Seconds. What an interrupted pull has fetched stays for so long, to go on with.
+# Seconds for which the blobs of an interrupted pull are kept, to be resumed.
 RESUMED = 3600.0
-# Where no directory can be made.
+# Errors where no directory can be created.
 _NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class Run:
-    """One piece of work, held; a context manager. In a forked child it ends without a trace.
+    """One piece of work, with the lock of its directory; a context manager. In a forked child its end does nothing.
 
     Args:
         root: of the catalog.
 
     Attributes:
         id: twelve hexadecimal digits, never used again.
-        directory: its own.
+        directory: its path.
 
     Raises:
-        OnlapError: the filesystem refuses.
+        OnlapError: an error of the filesystem.
     """
 
     def __init__(self, root: str) -> None:
-        with errors.translated("make a directory for the work", key=root):
+        with errors.translated("create a directory for the work", key=root):
             self.id, self.directory, self._held = _claim(_place(root))
         self._end = unless_forked(_end)
 
@@ -79,24 +79,24 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """End it; the directory goes."""
+        """End the run, and remove its directory."""
         self._end(self.directory, self._held)
 
     def leave(self) -> None:
-        """End it, and leave what there is of it to the next sweep."""
+        """End the run, and leave its directory to the next sweep."""
         self._held.release()
 
     @property
     def labels(self) -> dict[str, str]:
-        """Of a snapshot that goes with it."""
+        """The labels of a snapshot that ends with the run."""
         return {LABEL: self.id}
 
     def owner(self, purpose: str, *, resumed: bool = False) -> str:
-        """Of its pins, in words that an error can show.
+        """The owner of its pins, in words that an error can show.
 
         Args:
             purpose: what they are for.
-            resumed: whether another run may go on with blobs that they keep: these stay for :data:`RESUMED` after it.
+            resumed: whether another run may resume with the pinned blobs, which are kept for :data:`RESUMED` after it.
         """
         return f"{purpose} ({_resumed(self.id) if resumed else _of(self.id)})"
 
@@ -105,18 +105,18 @@ class Run:
         return self._new("tree", os.mkdir, 0o700)
 
     def mounts_at(self, target: str, layer: str) -> None:
-        """Say, before it is done, that a layer is being mounted elsewhere."""
+        """Record, in advance, that a layer is being mounted elsewhere."""
         self._new("layer", lambda path: os.symlink(layer, path))
         self._new("at", lambda path: os.symlink(target, path))
 
     def writes(self, path: str) -> None:
-        """Say, before it is made, that a file or a directory is being written elsewhere, to be renamed in the end."""
-        with contextlib.suppress(OSError):  # a full disk is to be exported from
+        """Record, in advance, that a file or directory is being written elsewhere, to be renamed in the end."""
+        with contextlib.suppress(OSError):  # an export from a full disk has to work
             os.symlink(path, f"{self.directory}/partial")
 
     def _new(self, name: str, make: Callable[..., object], *args: object) -> str:
         path = f"{self.directory}/{name}"
-        with errors.translated("make a place to mount at", key=self.directory):
+        with errors.translated("create a mount point", key=self.directory):
             make(path, *args)
         return path
 
@@ -127,7 +127,7 @@ class Run:
         try:
             return _unlabel(catalog, self.id) > 0
         except errors.OnlapError:
-            # A full disk takes no transaction; a rename it takes, and says the same to whoever sweeps.
+            # A full disk has no space for a transaction, but a rename works, and tells the next sweep the same.
             with contextlib.suppress(OSError):
                 os.rename(self.directory, self.directory + _KEPT)
             return True
@@ -137,10 +137,10 @@ _swept: weakref.WeakSet[Catalog] = weakref.WeakSet()
 
 
 def begin(catalog: Catalog) -> Run:
-    """A new run; before the first one after a root was opened, a sweep.
+    """A new run. The first one after a root was opened sweeps before.
 
     Raises:
-        OnlapError: the filesystem refuses.
+        OnlapError: an error of the filesystem.
     """
     if catalog not in _swept:
         _swept.add(catalog)
@@ -148,7 +148,7 @@ def begin(catalog: Catalog) -> Run:
     try:
         return Run(catalog.layout.root)
     except errors.ResourceExhausted:
-        # A full disk must not keep anybody from going into a tree and removing what fills it.
+        # On a full disk it has to be possible to enter a tree and remove what fills it.
         if not catalog.layout.drop_reserve():
             raise
         return Run(catalog.layout.root)
@@ -156,10 +156,10 @@ def begin(catalog: Catalog) -> Run:
 
 @contextlib.contextmanager
 def begun(catalog: Catalog) -> Iterator[Run | None]:
-    """A new run for the time of a block; None on a disk that takes no directory, being read-only or full.
+    """A new run for the duration of a block; None on a disk that is read-only or full.
 
     Raises:
-        OnlapError: the filesystem refuses otherwise.
+        OnlapError: another error of the filesystem.
     """
     try:
         run = begin(catalog)
@@ -174,21 +174,21 @@ def begun(catalog: Catalog) -> Iterator[Run | None]:
 
 @contextlib.contextmanager
 def writing(catalog: Catalog) -> Iterator[Callable[[str], None]]:
-    """Gives :meth:`Run.writes` of a run for the time of a block, where there can be one."""
+    """Yields :meth:`Run.writes` of a new run, or a function that does nothing where there can be no run."""
     with begun(catalog) as run:
         yield run.writes if run is not None else lambda _path: None
 
 
 def sweep(catalog: Catalog, end_container: Callable[[str], None] | None = None) -> int:
-    """Clean up behind dead runs. What cannot be cleaned up stays for the next sweep, and the log says why.
+    """Clean up after dead runs. What cannot be cleaned up is left to the next sweep, and the log says why.
 
     Args:
         catalog: of the root.
-        end_container: ends what there may be of a container, given the run's directory; may raise an OnlapError. When
-            None, runs that had one are left alone.
+        end_container: ends what remains of a container, given the run's directory; may raise an OnlapError. If None,
+            runs with a container are skipped.
 
     Returns:
-        How many there were.
+        How many dead runs there were.
     """
     place = _place(catalog.layout.root)
     count = 0
@@ -199,22 +199,22 @@ def sweep(catalog: Catalog, end_container: Callable[[str], None] | None = None) 
         try:
             count += _sweep_one(catalog, path, end_container)
         except errors.OnlapError as error:
-            warn(f"cannot clean up behind a program that was killed, in {shown(path)}: {error}")
+            warn(f"cannot clean up after a killed program, in {shown(path)}: {error}")
     try:
-        count += _sweep_nameless(catalog, place)
+        count += _sweep_missing(catalog, place)
     except errors.OnlapError as error:
-        warn(f"cannot look for what programs that were killed have left: {error}")
+        warn(f"cannot look for the remains of killed programs: {error}")
     return count
 
 
 def root_of(path: str) -> str | None:
-    """The root whose snapshot's tree a path is, if it is one of ours that can be written to."""
+    """The root to which a snapshot's tree belongs, if it is a root of this user and writable; otherwise None."""
     match = re.match(r"(.*)/snapshots/[0-9]+/fs$", path, re.DOTALL)
     if match is None:
         return None
     root = match[1]
     try:
-        # Root must not put things of its own into another user's.
+        # root must not write files of its own into another user's root.
         ours = os.stat(f"{root}/catalog.db").st_uid == os.geteuid()
     except OSError:
         return None
@@ -239,7 +239,7 @@ def _names(place: str) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        warn(f"cannot look for programs that were killed: {error}")
+        warn(f"cannot look for the remains of killed programs: {error}")
         return []
 
 
@@ -259,7 +259,7 @@ def _claim(place: str) -> tuple[str, str, Flock]:
 def _end(directory: str, held: Flock) -> None:
     if held.fd < 0:  # left
         return
-    # What is still mounted, or cannot be removed now, the next sweep finds; nothing is wrong with the work itself.
+    # What is still mounted, or cannot be removed now, is left to the next sweep; the work itself is done.
     with contextlib.suppress(OSError):
         if not (os.path.lexists(f"{directory}/at") and _mounted(directory)):
             _remove_partial(directory)  # that of an export whose own end was interrupted
@@ -269,7 +269,7 @@ def _end(directory: str, held: Flock) -> None:
 
 def _remove(path: str) -> None:
     """Remove the directory of a run, and nothing that is mounted in it; raises OSError."""
-    for inside in ("", "tree"):  # what it mostly has; what there is more, and why it stays, the walk below finds
+    for inside in ("", "tree"):  # mostly there is no more in it; otherwise remove_at() does it, or says why not
         with contextlib.suppress(OSError):
             if inside:
                 os.rmdir(f"{path}/{inside}")
@@ -284,7 +284,7 @@ def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None]
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise errors.from_oserror(error, doing="look at it") from error
+        raise errors.from_oserror(error, doing="lock it") from error
     if held is None:
         return False
     with held:
@@ -293,7 +293,7 @@ def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None]
         identifier, kept, _ = os.path.basename(path).partition(_KEPT)
         if kept:
             _unlabel(catalog, identifier)
-        # Whoever goes on writing to what stays would go on after a lazy unmount, where no commit could see it.
+        # Lazily only if the snapshot is removed: a process could go on writing to one that stays, unseen by a commit.
         lazy = any(True for _ in _labelled(catalog, identifier))
         for target in _mounted(path):
             unmount(target, timeout=0, lazy=lazy)
@@ -311,12 +311,12 @@ def _remove_partial(path: str) -> None:
     except OSError:
         return  # it wrote nothing
     if partial.endswith(PARTIAL):
-        with contextlib.suppress(FileNotFoundError):  # it was done, or the directory above is gone
+        with contextlib.suppress(FileNotFoundError):  # it was finished, or the directory above is gone
             remove_at(partial)
 
 
 def _mounted(path: str) -> list[str]:
-    """What a run has mounted, the deepest first."""
+    """The mount points of a run, the deepest first."""
     found = mountinfo.below(os.fsencode(path))
     try:
         at, layer = os.fsencode(os.readlink(f"{path}/at")), os.readlink(f"{path}/layer")
@@ -339,8 +339,8 @@ def _shows(entry: mountinfo.Entry, layer: str) -> bool:
         return False  # the layer is gone, and something else is mounted there
 
 
-def _sweep_nameless(catalog: Catalog, place: str) -> int:
-    """Clean up behind runs whose directory is gone; returns how many there were."""
+def _sweep_missing(catalog: Catalog, place: str) -> int:
+    """Clean up after runs whose directory is gone; returns how many there were."""
 
     def named(connection: Connection) -> set[str]:
         labels = connection.execute("SELECT DISTINCT value FROM labels WHERE key = ?", (LABEL,))
@@ -350,7 +350,7 @@ def _sweep_nameless(catalog: Catalog, place: str) -> int:
         )
         return found | {match[1] for row in owners if (match := _OWNER.search(row[0]))}
 
-    # A run has its directory before anything names it, and loses it last: who is named and has none is dead.
+    # A run has its directory before anything names it, and loses it last: one that is named without one is dead.
     dead = [
         identifier
         for identifier in catalog.database.read(named)
@@ -364,17 +364,17 @@ def _sweep_nameless(catalog: Catalog, place: str) -> int:
 
 
 def _labelled(catalog: Catalog, identifier: str) -> Iterator[Record]:
-    # Of library and command alone: a server's snapshots go when its client says so, whatever labels that has set.
+    # Only those of the library and the command: a server's snapshots end when its client says so.
     for record in catalog.walk("", Condition(HAS_LABEL, (LABEL, identifier))):
         if record.kind != COMMITTED:
             yield record
 
 
 def forget(catalog: Catalog, identifier: str) -> None:
-    """Let the pins and the snapshots of a run go that is over.
+    """Remove the pins and the snapshots of a run that is over.
 
     Raises:
-        OnlapError: the catalog refuses.
+        OnlapError: an error of the catalog.
     """
 
     def pinned(connection: Connection) -> bool:
@@ -390,12 +390,12 @@ def forget(catalog: Catalog, identifier: str) -> None:
     if catalog.database.read(pinned):
         catalog.database.write(unpin)
     for record in list(_labelled(catalog, identifier)):
-        with contextlib.suppress(errors.NotFound):  # its owner was faster
+        with contextlib.suppress(errors.NotFound):  # its user was faster
             catalog.remove(record.owner, record.name, wait=False)
 
 
 def _unlabel(catalog: Catalog, identifier: str) -> int:
-    """Let the snapshots of a run stay; returns how many there are."""
+    """Keep the snapshots of a run; returns how many there are."""
     found = list(_labelled(catalog, identifier))
     for record in found:
         with contextlib.suppress(errors.NotFound):

@@ -1,11 +1,10 @@
-"""How much committed snapshots take: measured once, in the background or when somebody asks."""
+"""The disk usage of committed snapshots: measured once, in the background or on request."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 from collections.abc import Callable
-from sqlite3 import Connection
 
 from onlap import errors
 from onlap.catalog import records
@@ -15,7 +14,7 @@ from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.trees.usage import usage
 
-# Measured in one go between two transactions of the background.
+# How many are measured between two transactions.
 _MEASURED_AT_ONCE = 64
 
 
@@ -24,7 +23,7 @@ class Usages:
 
     Args:
         layout: of the root.
-        database: its records, which keep what was measured.
+        database: its records, which keep the results.
     """
 
     def __init__(self, layout: Layout, database: Database) -> None:
@@ -33,24 +32,24 @@ class Usages:
         self._unmeasured: list[int] | None = None
 
     def committed(self, identifier: int) -> None:
-        """A snapshot was committed, and is to be measured."""
+        """Have a newly committed snapshot measured."""
         if self._unmeasured is not None:
             self._unmeasured.append(identifier)
 
     def of(self, record: Record) -> tuple[int, int]:
-        """Inodes and bytes of a committed snapshot; measured now if nobody has done it yet."""
+        """Inodes and bytes of a committed snapshot; measured now unless they are known."""
         if record.inodes is not None and record.size is not None:
             return record.inodes, record.size
         measured = usage(self.layout.tree(record.id))
-        # To know it does not need a place to note it: on a full or read-only disk it is measured again the next time.
+        # The answer does not depend on recording it: on a full or read-only disk it is measured again the next time.
         with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
-            self.database.write(lambda c: records.set_usage(c, record.id, *measured))
+            self.database.write(lambda c: records.set_usages(c, [(*measured, record.id)]))
         return measured
 
     def measure(self, stop: Callable[[], bool]) -> None:
-        """Measure what nobody has measured yet, until ``stop`` says so."""
+        """Measure what has not been measured, until ``stop`` returns True."""
         if self._unmeasured is None:
-            # Once: what others left. What they commit from now on they measure, or whoever asks first.
+            # Once: what other processes left. What they commit from now on they measure, or whoever asks first.
             self._unmeasured = self.database.read(records.unmeasured)
         while self._unmeasured:
             due = self._unmeasured[:_MEASURED_AT_ONCE]
@@ -59,14 +58,9 @@ class Usages:
                 if stop():
                     return
                 try:
-                    measured.append((identifier, *usage(self.layout.tree(identifier))))
+                    measured.append((*usage(self.layout.tree(identifier)), identifier))
                 except OSError as error:
-                    if error.errno != errno.ENOENT:  # else it was removed meanwhile, or is lost: others tell
+                    if error.errno != errno.ENOENT:  # else it was removed in the meantime, or is reported as lost
                         warn(f"cannot measure a layer: {error}")
-            self.database.write(lambda c: _note_usages(c, measured))  # noqa: B023 - run at once
+            self.database.write(lambda c: records.set_usages(c, measured))  # noqa: B023 - run at once
             del self._unmeasured[: len(due)]
-
-
-def _note_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:
-    for identifier, inodes, size in measured:
-        records.set_usage(connection, identifier, inodes, size)

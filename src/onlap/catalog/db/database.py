@@ -6,7 +6,7 @@ Facts that force this (sqlite.org/wal.html, sqlite.org/howtocorrupt.html):
   ("WAL-reset bug"). So all writes and all checkpoints, also the one of the last close, run under ``catalog.lock``.
 - No connection may cross a fork: a child that opens a new one while the parent holds one loses acknowledged commits.
   So all are closed before a fork and opened again after it, on both sides.
-- Closing *any* descriptor of the file drops the process's POSIX locks on it. So nothing but SQLite opens it.
+- Closing *any* descriptor of the file drops the process's POSIX locks on it. So only SQLite opens it.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ __all__ = ["Connection", "Database"]
 
 T = TypeVar("T")
 
-# A commit appends about six pages of 4 KiB to the write-ahead log. In a file that grows, its fdatasync has to write the
-# file's new size too, and takes twice as long (467 us against 220 us). So the log is made large once, and emptied by a
-# checkpoint before it would outgrow that size; SQLite then begins it anew.
+# A commit appends about six pages of 4 KiB to the write-ahead log. In a growing file, its fdatasync has to write the
+# new size too, and takes twice as long (467 us against 220 us). So the log is enlarged once, and emptied by a
+# checkpoint before it would outgrow that size; SQLite then reuses it from the start.
 LOG_SIZE = 8 << 20
 
 
 class Database:
-    """The catalog's connections: any number of readers, and one writer that commits for all who wait.
+    """The catalog's connections: any number of readers, and one writer that commits for all waiting callers.
 
     Args:
         path: catalog.db.
         lock_path: catalog.lock.
         timeout: how many seconds to wait for other processes.
-        upkeep_due: called, by a thread that has just written, when :meth:`upkeep` has something to do; never fails.
-        after_fork: called in a forked child, before anything can be done there.
+        upkeep_due: called by a thread that has just written, when :meth:`upkeep` has something to do; never fails.
+        after_fork: called in a forked child, before it can use the database.
     """
 
     def __init__(
@@ -83,36 +83,36 @@ class Database:
         self._grown = False
         self._readers: list[Connection] = []
         self._writer = Writer(self._path, self._lock_path, self._timeout)
-        # For one that is forgotten rather than closed. Not __del__, which runs also for those that were closed, at any
-        # moment, and in which Python drops what a signal's handler raises.
-        self._forgotten = weakref.finalize(self, self._writer.close, self._readers, _nobody_reads)
+        # For one that is dropped without being closed. Not __del__, which also runs for closed ones, at any moment, and
+        # in which Python drops what a signal handler raises.
+        self._forgotten = weakref.finalize(self, self._writer.close, self._readers, lambda: False)
         self._forgotten.atexit = False  # see _close_all
-        # The last step: a child in which an interrupt ended this half-way still has its parent's pid here.
+        # The last step: a child in which an interrupt ended this halfway still has its parent's pid here.
         self._pid = os.getpid()
 
-    def set_up(self, may_migrate: Callable[[int], None]) -> None:
-        """Make the tables, or bring them to our format.
+    def set_up(self, check_migration: Callable[[int], None]) -> None:
+        """Create the tables, or migrate them to our format.
 
         Args:
-            may_migrate: raises when a catalog of the format that it is given must not be changed now; 0 is a new one.
+            check_migration: raises if a catalog of the given format cannot be migrated now; a new one has format 0.
 
         Raises:
             FailedPrecondition: a newer Onlap wrote it.
-            OnlapError: what ``may_migrate`` raises, or what SQLite says.
+            OnlapError: what ``check_migration`` raises, or an error of SQLite.
         """
         if os.path.lexists(self._path) and self.read(schema.version) == schema.VERSION:
-            return  # as it mostly is: without the lock, so that opening waits for nobody
+            return  # the usual case: without the lock, so that opening waits for nobody
         self._check()
-        self._writer.do(Job(lambda: self._bring_up(may_migrate)))
+        self._writer.do(Job(lambda: self._migrate(check_migration)))
 
-    def _bring_up(self, may_migrate: Callable[[int], None]) -> None:
+    def _migrate(self, check_migration: Callable[[int], None]) -> None:
         connection = self._writer.connect()
         try:
             found = schema.version(connection)
             if found > schema.VERSION:
                 raise other_version(found, self._path)
             if found < schema.VERSION:
-                may_migrate(found)
+                check_migration(found)
                 connection.execute("BEGIN IMMEDIATE")
                 schema.migrate(connection, found)
                 connection.execute("COMMIT")
@@ -122,10 +122,10 @@ class Database:
     # Reading and writing
 
     def read(self, query: Callable[[Connection], T]) -> T:
-        """Run ``query`` on a connection of its own; several statements may see several states, unless it begins.
+        """Run ``query`` on its own connection; its statements may see different states, unless it begins a transaction.
 
         Raises:
-            OnlapError: what SQLite says.
+            OnlapError: an error of SQLite, or one that ``query`` raises.
         """
         while True:
             self._check()
@@ -139,8 +139,8 @@ class Database:
                 return self._read_readonly(query, error)
 
     def _query(self, query: Callable[[Connection], T]) -> T:
-        # Whoever closes the connections sees by the threads' stacks whether somebody is in here (_somebody_reads): an
-        # interrupt could leave a count wrong. A thread that enters after that look finds one of these set.
+        # Closing the connections waits for the threads whose stacks show this function (_is_any_reading): an interrupt
+        # could leave a count of them wrong. A thread that enters after that check finds one of these set.
         if self._closed or forks.lock.locked():
             raise _ForkInProgress
         check_space(self._path)
@@ -157,11 +157,11 @@ class Database:
         return result
 
     def _read_readonly(self, query: Callable[[Connection], T], error: sqlite3.Error) -> T:
-        """Read without the files that SQLite could not make; raises what ``error`` means where that is no help."""
+        """Read without the files that SQLite could not create; raises ``error``, translated, if that fails too."""
 
         def read() -> T:
             if any(d._writer.open for d in list(_databases) if (d._path, d._pid) == (self._path, self._pid)):
-                # As it closes the file it would drop the POSIX locks that the others have on it.
+                # Closing the file would drop the POSIX locks of the other connections on it.
                 raise _Unreadable
             try:
                 return readonly.read(self._path, query)
@@ -176,11 +176,11 @@ class Database:
     def write(self, operation: Callable[[Connection], T]) -> T:
         """Run ``operation`` in a transaction and return when it is durable.
 
-        It runs in another thread, perhaps together with others, and must not take long: every process waits for it.
+        It runs in another thread, possibly in one transaction with others, and must be quick: every process waits.
 
         Raises:
             Unavailable: another process held the lock too long.
-            OnlapError: what the operation raises, or what SQLite says; nothing of it is kept then.
+            OnlapError: what the operation raises, or an error of SQLite; its changes are rolled back.
         """
         self._check()
         result = self._writer.do(Operation(operation))
@@ -190,13 +190,13 @@ class Database:
         return result
 
     def upkeep(self) -> None:
-        """Make the write-ahead log large once, and empty it after a number of commits.
+        """Enlarge the write-ahead log once, and empty it after a number of commits.
 
-        An fdatasync that fails here is no failure of what was committed: what the log holds was synced by its own
-        commit, and a checkpoint empties the log only after the database is on the disk.
+        A failed fdatasync loses no commit here: each commit has synced its part of the log, and a checkpoint empties
+        the log only after the database is on the disk.
 
         Raises:
-            OnlapError: what SQLite or the filesystem says.
+            OnlapError: an error of SQLite or the filesystem.
         """
         self._check()
         if self._writer.commits >= COMMITS_TO_GROW and not self._grown:
@@ -209,13 +209,13 @@ class Database:
 
         def grow() -> None:
             size = os.fstat(fd).st_size
-            # Written, not only allocated: to write into an unwritten extent changes metadata as well.
+            # Written, not only allocated: writing into an unwritten extent changes metadata as well.
             os.pwrite(fd, bytes(max(0, LOG_SIZE - size)), size)
 
-        with errors.translated("make room in the catalog's log", key=self._path):
+        with errors.translated("enlarge the catalog's log", key=self._path):
             try:
-                # Not the database itself, whose POSIX locks a close would drop; the log has none. What lies behind its
-                # last frame means nothing to SQLite (sqlite.org/fileformat2.html, "The Write-Ahead Log").
+                # Not the database itself, whose POSIX locks a close would drop; the log has none. SQLite ignores what
+                # follows the log's last frame (sqlite.org/fileformat2.html, "The Write-Ahead Log").
                 fd = os.open(self._path + "-wal", os.O_WRONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return
@@ -231,7 +231,7 @@ class Database:
             return
         self._closed = True
         self._forgotten.detach()
-        job = self._writer.close(self._readers, _somebody_reads)
+        job = self._writer.close(self._readers, _is_any_reading)
         if not job.wait(self._writer.timeout):
             self._writer.leak()  # another process holds the lock
         elif job.error is not None:
@@ -250,15 +250,15 @@ class Database:
 
 
 class _Unreadable(Exception):
-    """The catalog cannot be read even without SQLite's other files."""
+    """The catalog cannot be read without SQLite's other files either."""
 
 
 class _ForkInProgress(Exception):
-    """A fork is going on."""
+    """A fork is in progress."""
 
 
-def _somebody_reads() -> bool:
-    """Whether a thread is inside :meth:`Database._query`, of whichever database."""
+def _is_any_reading() -> bool:
+    """Whether a thread is inside :meth:`Database._query`, of any database."""
     for innermost in sys._current_frames().values():
         frame: FrameType | None = innermost
         while frame is not None:
@@ -268,14 +268,10 @@ def _somebody_reads() -> bool:
     return False
 
 
-def _nobody_reads() -> bool:
-    return False
-
-
 # Forks
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
-# Those whose connections are all closed, so that a child may go on with them.
+# Those whose connections are all closed, so that a child can use them.
 _frozen: list[Database] = []
 
 
@@ -283,17 +279,17 @@ def _before_fork() -> None:
     try:
         _freeze_all()
     except BaseException:
-        # A signal, whose exception Python prints and then forks all the same.
+        # A signal, whose exception Python prints before it forks all the same.
         _freeze_all()
         raise
 
 
 def _freeze_all() -> None:
-    # A second attempt counts as another fork: the threads wait for the end of the one whose number they have.
+    # A second attempt counts as another fork: the threads wait for the end of the fork whose number they have.
     forks.number += 1
     _frozen.clear()
     ours = [database for database in list(_databases) if database._pid == os.getpid() and not database._closed]
-    jobs = [(database, database._writer.freeze(database._readers, _somebody_reads)) for database in ours]
+    jobs = [(database, database._writer.freeze(database._readers, _is_any_reading)) for database in ours]
     for database, job in jobs:
         if not job.wait(database._writer.timeout) and not job.give_up():
             job.wait()
@@ -313,12 +309,12 @@ def _after_fork_in_child() -> None:
 
 
 def _close_all() -> None:
-    # A connection that the interpreter closes as it ends would checkpoint without the lock.
+    # A connection that the interpreter closes at its end would checkpoint without the lock.
     for database in list(_databases):
         database.close()
 
 
 atexit.register(_close_all)
 os.register_at_fork(before=_before_fork, after_in_parent=_frozen.clear, after_in_child=_after_fork_in_child)
-# Before a fork the hooks run in the reverse order of their registration, so this one first. One fork at a time.
+# Hooks before a fork run in the reverse order of their registration, so this one is first. One fork at a time.
 os.register_at_fork(before=forks.lock.acquire, after_in_parent=forks.lock.release, after_in_child=forks.lock.release)

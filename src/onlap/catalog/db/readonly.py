@@ -1,8 +1,8 @@
-"""Read a catalog where SQLite cannot make its files: on a read-only filesystem, or one without room for them.
+"""Read a catalog where SQLite cannot create its files: on a read-only filesystem, or one without space for them.
 
-As a connection opens, SQLite makes ``catalog.db-wal`` and ``catalog.db-shm`` unless they are there, and maps the
-latter; the last one that closes deletes both. So a root that nobody has open can be opened only where there is room.
-But all writes and checkpoints run under ``catalog.lock``: who holds it may read the files as they are.
+When a connection opens, SQLite creates ``catalog.db-wal`` and ``catalog.db-shm`` if they are missing, and maps the
+latter; the last connection deletes both. So opening a root that no process has open takes disk space.
+But all writes and checkpoints run under ``catalog.lock``: its holder may read the files as they are.
 
 Sources: sqlite.org/uri.html, sqlite.org/wal.html ("Read-Only Databases", "Use of WAL Without Shared-Memory").
 """
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 
 def read(path: str, query: Callable[[Connection], T]) -> T:
-    """Run ``query`` on a connection of its own, which makes and locks nothing; the caller holds ``catalog.lock``.
+    """Run ``query`` on its own connection, which creates and locks nothing; the caller holds ``catalog.lock``.
 
     Raises:
-        sqlite3.Error: it cannot be read even so.
+        sqlite3.Error: it cannot be read this way either.
     """
     uri = "file:" + "".join(f"%{byte:02x}" for byte in os.fsencode(path))
     if _is_empty(path + "-wal"):
         connection = sqlite3.connect(f"{uri}?immutable=1", uri=True, isolation_level=None)
     else:
-        # A log that a killed process, or a power cut, has left. Its index is kept in memory in this mode, which would
-        # lock the file exclusively, for which it would have to be open for writing; the lock that is held does instead.
+        # The log of a killed process, or from before a power cut. Here its index is kept in memory. SQLite would
+        # lock the file exclusively, which requires write access; unix-none does not, and catalog.lock replaces it.
         connection = sqlite3.connect(f"{uri}?mode=ro&vfs=unix-none", uri=True, isolation_level=None)
     try:
         connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()

@@ -1,7 +1,7 @@
-"""The tables of catalog.db, and how an older format becomes the newest.
+"""The tables of catalog.db, and the migration of older formats.
 
-The references between tables are kept by the operations themselves, which check for children and pins anyhow; SQLite is
-not asked to check them again at each commit (7 % of a cycle), but knows them, for ``PRAGMA foreign_key_check``.
+The operations themselves keep the references between tables consistent, since they check for children and pins anyway;
+SQLite does not check them again at each commit (7 % of a cycle), but knows them, for ``PRAGMA foreign_key_check``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from sqlite3 import Connection
 
-# "Onlp", so that file(1) and we can tell a catalog from another database.
+# "Onlp", by which file(1) tells a catalog from another database.
 APPLICATION_ID = 0x4F6E6C70
 
 _VERSION_1 = """
@@ -18,8 +18,7 @@ CREATE TABLE settings (
     value TEXT NOT NULL
 ) WITHOUT ROWID;
 
--- AUTOINCREMENT: the id of a removed snapshot is never given again, since its tree may still wait in the trash, or
--- be mounted somewhere.
+-- AUTOINCREMENT: the id of a removed snapshot is never used again, since its tree may still be in the trash or mounted.
 CREATE TABLE snapshots (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     owner      TEXT NOT NULL,
@@ -30,7 +29,7 @@ CREATE TABLE snapshots (
     updated_ns INTEGER NOT NULL,
     inodes     INTEGER,          -- NULL: not measured yet
     size       INTEGER,          -- bytes, likewise
-    empty      INTEGER NOT NULL DEFAULT 0,  -- committed with nothing in it: can be made again after a crash
+    empty      INTEGER NOT NULL DEFAULT 0,  -- committed with nothing in it: can be recreated after a crash
     UNIQUE (owner, name)
 );
 CREATE INDEX snapshots_by_parent ON snapshots (parent) WHERE parent IS NOT NULL;
@@ -43,18 +42,18 @@ CREATE TABLE labels (
 ) WITHOUT ROWID;
 CREATE INDEX labels_by_value ON labels (key, value);
 
--- What keeps a snapshot, or a blob, from being removed.
+-- What protects a snapshot or a blob from removal.
 CREATE TABLE pins (
     owner      TEXT NOT NULL,
     snapshot   INTEGER REFERENCES snapshots (id),
     digest     TEXT,
-    expires_ns INTEGER,          -- NULL: until it is taken away
+    expires_ns INTEGER,          -- NULL: never
     CHECK ((snapshot IS NULL) <> (digest IS NULL))
 );
 CREATE UNIQUE INDEX pins_by_snapshot ON pins (snapshot, owner) WHERE snapshot IS NOT NULL;
 CREATE UNIQUE INDEX pins_by_digest ON pins (digest, owner) WHERE digest IS NOT NULL;
 
--- An image: a name for a manifest. What it needs is pinned by the owner "image NAME".
+-- An image: a name for a manifest. The owner "image NAME" pins what it needs.
 CREATE TABLE images (
     name       TEXT PRIMARY KEY,
     digest     TEXT NOT NULL,    -- of the manifest
@@ -77,7 +76,7 @@ def version(connection: Connection) -> int:
 
 
 def migrate(connection: Connection, current: int) -> None:
-    """Bring a catalog from format ``current`` to the newest, inside the caller's transaction."""
+    """Migrate a catalog from format ``current`` to the newest, inside the caller's transaction."""
     for step in _STEPS[current:]:
         # Not executescript(), which would commit the caller's transaction first.
         for statement in _statements(step):

@@ -1,8 +1,8 @@
-"""All that happens under catalog.lock, in one thread: transactions for all who wait, checkpoints, closes.
+"""All work under catalog.lock, in one thread: transactions for all waiting callers, checkpoints, closes.
 
-That thread is a :class:`~onlap.catalog.helper.Helper`: no interrupt comes between the taking of the lock and its
-release, or between a COMMIT and the news of it to those who wait. It waits for other processes as long as that takes;
-a caller gives up after its timeout, and its job is not done then.
+That thread is a :class:`~onlap.catalog.helper.Helper`: no interrupt comes between taking the lock and releasing it, or
+between a COMMIT and its report to the waiting callers. It waits for other processes as long as that takes; a caller
+gives up after its timeout, and then its job is not done.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 # Commits since the last checkpoint are counted in the lock's file, since those of many short commands add up.
 COMMITS_TO_CHECKPOINT = 300
-# A process that writes less than this is a short command, which would only pay for a large log.
+# A process with fewer commits is a short command, for which enlarging the log does not pay.
 COMMITS_TO_GROW = 10
 
 
@@ -34,9 +34,9 @@ class _Forks:
     """The forks of this process, one at a time.
 
     Attributes:
-        lock: held during a fork, by hooks that are calls in C alone: whatever interrupts the fork, those that wait for
-            its end go on afterwards.
-        number: of the latest one, counted.
+        lock: held during a fork, by hooks that are single calls in C: whatever interrupts the fork, the threads that
+            wait for its end continue afterwards.
+        number: how many there have been.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class _Forks:
 
 
 forks = _Forks()
-# Seconds between two looks at what announces its end to nobody: a fork, another thread's reading.
+# Seconds between two checks for the end of what does not announce it: a fork, another thread's reading.
 POLL = 0.0005
 
 
@@ -64,11 +64,11 @@ class Writer:
         timeout: how many seconds to wait for other processes.
 
     Attributes:
-        timeout: the same, within the range that a lock takes.
-        open: every connection that is open, readers' too.
-        commits: transactions so far.
-        upkeep_due: whether enough has been committed for a look at the log's size.
-        shut: whether all is closed for good.
+        timeout: the same, within the range that a lock accepts.
+        open: all open connections, those of readers included.
+        commits: how many transactions there have been.
+        upkeep_due: whether enough has been committed to check the size of the log.
+        shut: whether everything is closed for good.
     """
 
     def __init__(self, path: str, lock_path: str, timeout: float) -> None:
@@ -76,7 +76,7 @@ class Writer:
         self._lock_path = lock_path
         self.timeout = min(max(timeout, POLL), TIMEOUT_MAX)
         self._lock = FileLock(lock_path)
-        self._helper = Helper(self._serve)  # never refers to the Database, which could not be collected else
+        self._helper = Helper(self._serve)  # never refers to the Database, which could not be collected otherwise
         self._connection: Connection | None = None
         self._queues = False
         self._frozen_for = 0
@@ -85,25 +85,25 @@ class Writer:
         self.upkeep_due = False
         self.shut = False
 
-    # The caller's side
+    # For callers
 
     def do(self, job: Job[T]) -> T:
-        """Have a job done under the lock, and return what it returned.
+        """Have a job done under the lock, and return its result.
 
         Raises:
             Unavailable: another process held the lock too long.
-            OnlapError: what the job raises, or what SQLite or the filesystem says; nothing of an operation is kept.
+            OnlapError: what the job raises, or an error of SQLite or the filesystem; an operation is rolled back.
         """
         given_up = False
         try:
             self._helper.put(job)
             while not job.wait(self.timeout):
-                # Only other processes are given up on: what is slow in this one (the disk) is waited for.
+                # Only waiting for other processes is given up: what is slow in this one (the disk) is waited for.
                 if self._queues and job.give_up():
                     given_up = True
                     break
         except BaseException:
-            # A signal (KeyboardInterrupt). Who cleans up behind an operation must know how it ended.
+            # A signal (KeyboardInterrupt). The caller that cleans up after an operation must know how it ended.
             if not job.give_up():
                 job.wait()
             raise
@@ -116,35 +116,35 @@ class Writer:
         return job.result
 
     def discard(self, connection: Connection) -> None:
-        """Close a connection soon, under the lock: the last close of all checkpoints."""
+        """Close a connection soon, under the lock: the last close checkpoints."""
         self._helper.put(Job(lambda: self.close_now(connection)))
 
     def freeze(self, readers: list[Connection], is_reading: Callable[[], bool]) -> Job[bool]:
-        """Put a job that closes all connections, and after which no other is done until the fork is over."""
+        """Queue a job that closes all connections, after which no other is done until the fork is over."""
         number = forks.number
         job = _Freeze(lambda: self._freeze(number, readers, is_reading))
         self._helper.put(job)
         return job
 
     def close(self, readers: list[Connection], is_reading: Callable[[], bool]) -> Job[None]:
-        """Put a job that closes all connections for good."""
+        """Queue a job that closes all connections for good."""
         job = Job(lambda: self._shut(readers, is_reading))
         self._helper.put(job)
         return job
 
     def leak(self) -> None:
-        """Keep connections that could not be closed from the garbage collector, which would do it without the lock.
+        """Keep connections that could not be closed from being collected, which would close them without the lock.
 
-        The kernel closes the files when the process ends, which checkpoints nothing.
+        The kernel closes the files when the process ends, without a checkpoint.
         """
         for connection in list(self.open):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
     def connect(self) -> Connection:
-        """A new connection, which :attr:`open` knows; for any thread.
+        """A new connection, listed in :attr:`open`; for any thread.
 
         Raises:
-            sqlite3.Error: what SQLite says.
+            sqlite3.Error: from SQLite.
         """
         check_space(self._path, fresh=not self.open)
         connection = sqlite3.connect(
@@ -167,12 +167,12 @@ class Writer:
             raise
         return connection
 
-    # The thread's side
+    # In the helper's thread
 
-    def _serve(self, first: Job[object], alone: bool) -> None:
+    def _serve(self, first: Job[object], in_caller: bool) -> None:
         done: list[Job[object]] = []
         try:
-            refusal = self._take_lock(alone)
+            refusal = self._take_lock(in_caller)
             jobs = [first, *self._helper.waiting()]
             if refusal is None:
                 jobs = self._perform(jobs, done)
@@ -183,18 +183,18 @@ class Writer:
                     job.error = refusal
                     done.append(job)
         finally:
-            self._give_lock_back()
+            self._release_lock()
             for job in done:
                 job.finish()
 
-    def _take_lock(self, alone: bool) -> errors.OnlapError | None:
+    def _take_lock(self, in_caller: bool) -> errors.OnlapError | None:
         while self._frozen_for == forks.number and forks.lock.locked():
             time.sleep(POLL)
         if self.shut:
             return closed(self._path)
         try:
             if not self._lock.acquire(wait=False):
-                if alone:
+                if in_caller:
                     return self._unavailable()
                 self._queues = True
                 self._lock.acquire(wait=True)
@@ -204,7 +204,7 @@ class Writer:
             self._queues = False
         return None
 
-    def _give_lock_back(self) -> None:
+    def _release_lock(self) -> None:
         if self.shut:
             self._lock.close()
         else:
@@ -213,11 +213,11 @@ class Writer:
     def _unavailable(self) -> errors.Unavailable:
         return errors.Unavailable(
             f"another process has held {self._lock_path} for {self.timeout:g} s",
-            hint="see who with: fuser -v, then try again",
+            hint="find out which with: fuser -v, then try again",
         )
 
     def _perform(self, jobs: list[Job[object]], done: list[Job[object]]) -> list[Job[object]]:
-        """Do jobs in their order, operations that follow each other in one transaction; what is left for later."""
+        """Do jobs in order, consecutive operations in one transaction; returns those that have to wait for a fork."""
         batch: list[Operation[object]] = []
         for index, job in enumerate(jobs):
             if not job.begin():
@@ -241,9 +241,9 @@ class Writer:
             if self.shut:
                 raise closed(self._path)
             committed = self._commit(batch)
-        except Exception as error:  # noqa: BLE001 - each of the batch gets it
-            # BEGIN or COMMIT failed: nothing of the batch is kept. And nothing is sure of the connection's transaction:
-            # SQLite may have rolled it back.
+        except Exception as error:  # noqa: BLE001 - each job of the batch gets it
+            # BEGIN or COMMIT failed: nothing of the batch is kept. The state of the connection's transaction is
+            # unknown: SQLite may have rolled it back.
             for job in batch:
                 job.error = translated(error, self._path) if isinstance(error, sqlite3.Error) else error
             if self._connection is not None:
@@ -276,7 +276,7 @@ class Writer:
         return True
 
     def _count(self) -> None:
-        # After the COMMIT: what goes wrong here is no failure of those who asked for it.
+        # After the COMMIT: a failure here is not one of the operations.
         self.commits += 1
         try:
             since_checkpoint = self._lock.number + 1
@@ -291,7 +291,7 @@ class Writer:
         """Empty the log after a number of commits; under the lock.
 
         Raises:
-            OSError, sqlite3.Error: what the filesystem or SQLite says; the log keeps all then.
+            OSError, sqlite3.Error: from the filesystem or SQLite; the log keeps everything then.
         """
         if self._lock.number >= COMMITS_TO_CHECKPOINT:
             self.checkpoint()
@@ -300,19 +300,19 @@ class Writer:
         """Empty the log; under the lock.
 
         Raises:
-            OSError, sqlite3.Error: what the filesystem or SQLite says; the log keeps all then.
+            OSError, sqlite3.Error: from the filesystem or SQLite; the log keeps everything then.
         """
         connection = self.connect()
         try:
-            # PASSIVE waits for no reader; what it cannot take now, the next one does. Not TRUNCATE: the log shall stay
-            # large.
+            # PASSIVE does not wait for readers; what it cannot copy now is left to the next one. Not TRUNCATE: the log
+            # is to keep its size.
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             self._lock.number = 0
         finally:
             self.close_now(connection)
 
     def close_now(self, connection: Connection) -> None:
-        """Close a connection, under the lock; without room it stays open until all are closed."""
+        """Close a connection, under the lock; without disk space it stays open until all are closed."""
         if self._lacks_space():
             return
         if connection is self._connection:
@@ -329,7 +329,7 @@ class Writer:
         return self._close_all(readers, is_reading)
 
     def _close_all(self, readers: list[Connection], is_reading: Callable[[], bool]) -> bool:
-        """Close every connection as soon as nobody reads; whether that came in time."""
+        """Close every connection as soon as no thread reads; False after a timeout."""
         deadline = time.monotonic() + self.timeout
         while is_reading():
             if time.monotonic() > deadline:
@@ -354,10 +354,10 @@ class Writer:
             return
         try:
             if self.commits:
-                # Short commands have no background that would do it.
+                # A short command ends before its background work would do it.
                 self.checkpoint_if_due()
         except (OSError, sqlite3.Error) as error:
-            # A failed fdatasync among them loses nothing: the log is emptied only after the database is on the disk.
+            # A failed fdatasync loses nothing here: the log is emptied only after the database is on the disk.
             warn(f"cannot empty the log of {self._path}: {error}")
         if not self._close_all(readers, is_reading):
             self.leak()
@@ -371,11 +371,11 @@ class _Freeze(Job[bool]):
 
 
 def _run(job: Operation[object], connection: Connection) -> bool:
-    """Run one operation; what it raises is its own, unless the database itself failed, and the batch with it."""
+    """Run one operation. Its errors stay with it, unless the database itself failed, and with it the whole batch."""
     job.perform(connection)
     error = job.error
-    # SQLite ends the whole transaction after some errors (sqlite.org/lang_transaction.html): a full disk, no memory.
-    # After others only the statement is undone: it was refused for what it said.
+    # SQLite rolls back the whole transaction after some errors (sqlite.org/lang_transaction.html): a full disk, no
+    # memory. After others, as a violated constraint, only the statement is undone.
     if isinstance(error, sqlite3.Error) and (not connection.in_transaction or _primary_code(error) in _OF_THE_DATABASE):
         raise error
     return error is None
@@ -388,11 +388,10 @@ def closed(path: str) -> errors.FailedPrecondition:
 
 def other_version(found: int, path: str) -> errors.FailedPrecondition:
     """The error for a catalog of another format than ours."""
-    newer = "newer" if found > schema.VERSION else "older"
     return errors.FailedPrecondition(
         f"the catalog has format {found}, this Onlap writes format {schema.VERSION}",
         key=path,
-        hint=f"it is a {newer} one: " + ("upgrade Onlap" if newer == "newer" else "open the store again"),
+        hint="upgrade Onlap" if found > schema.VERSION else "open the store again",
     )
 
 
@@ -404,16 +403,16 @@ _BY_CODE: dict[int, tuple[type[errors.OnlapError], str]] = {
     _SQLITE_FULL: (errors.ResourceExhausted, "free some space there"),
     sqlite3.SQLITE_CORRUPT: (errors.DataLoss, "restore a backup"),
     sqlite3.SQLITE_NOTADB: (errors.DataLoss, "restore a backup"),
-    sqlite3.SQLITE_IOERR: (errors.DataLoss, "look into the kernel's log (dmesg)"),
-    sqlite3.SQLITE_CANTOPEN: (errors.PermissionDenied, "see that it exists and is yours"),
+    sqlite3.SQLITE_IOERR: (errors.DataLoss, "see the kernel's log (dmesg)"),
+    sqlite3.SQLITE_CANTOPEN: (errors.PermissionDenied, "check that it exists and is yours"),
     sqlite3.SQLITE_READONLY: (errors.PermissionDenied, "the filesystem or the file is read-only"),
-    sqlite3.SQLITE_PERM: (errors.PermissionDenied, "see that it is yours"),
+    sqlite3.SQLITE_PERM: (errors.PermissionDenied, "check that it is yours"),
 }
 
 
 _OF_THE_DATABASE = frozenset(_BY_CODE)
 
-# SQLite keeps the errno to itself when it cannot make or open its log and its shared memory, or make them larger.
+# SQLite does not report the errno when it cannot create, open or enlarge its log and its shared memory.
 _OF_ITS_FILES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
 
@@ -422,12 +421,12 @@ def _primary_code(error: sqlite3.Error) -> int:
 
 
 def is_of_files(error: sqlite3.Error) -> bool:
-    """Whether SQLite could not make its other files, or open them, for whatever reason."""
+    """Whether SQLite could not create or open its other files, for whatever reason."""
     return _primary_code(error) in _OF_ITS_FILES
 
 
 def translated(error: sqlite3.Error, path: str) -> errors.OnlapError:
-    """What SQLite says, as one of our errors."""
+    """An error of SQLite as one of ours."""
     code = _primary_code(error)
     cls, hint = _BY_CODE.get(code, (errors.Internal, ""))
     if is_of_files(error):

@@ -1,1 +1,1 @@
-"""What else is in ROOT: its layout, staging, trash, and what has reached the disk."""
+"""The rest of ROOT: its layout, staging, trash, and what has reached the disk."""

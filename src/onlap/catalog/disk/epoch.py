@@ -1,4 +1,4 @@
-"""Whether the machine, or the filesystem, may have crashed since a root was last looked at."""
+"""Whether the machine or the filesystem may have crashed since a root was last checked."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from onlap.trees.walk import opened
 
 
 def epoch(directory: str) -> str:
-    """A word that changes with every boot, and with every mount of the filesystem that ``directory`` is on.
+    """A string that changes with every boot, and with every mount of the filesystem that ``directory`` is on.
 
-    The kernel gives a mount an id that is not used again until the next boot (Linux 6.8, statx(2)); before that the
-    boot alone decides. A word that changed without a crash, as in another mount namespace, costs one look at every
-    snapshot's directory.
+    The kernel gives a mount an id that is not used again until the next boot (Linux 6.8, statx(2)); on older kernels
+    only the boot counts. A change without a crash, as in another mount namespace, costs one look at every snapshot's
+    directory.
     """
     with opened(directory) as fd:
         try:
@@ -22,6 +22,6 @@ def epoch(directory: str) -> str:
 
 
 def boot_id() -> str:
-    """What this boot of the machine is called (random(4))."""
+    """The id of this boot of the machine (random(4))."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()

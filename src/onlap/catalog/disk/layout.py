@@ -1,18 +1,18 @@
-"""ROOT on disk: its places and the checks before anybody trusts it.
+"""ROOT on disk: its layout, and the checks before it is used.
 
 ::
 
     ROOT/                     0700, owned by us
-      catalog.db              SQLite; only SQLite ever opens it
+      catalog.db              SQLite; only SQLite opens it
       catalog.lock            flock: all writes and checkpoints, of all processes
       staging/<process>/<n>   trees being built; the process holds its directory's flock
       snapshots/<id>/fs       the tree; the upperdir while active
       snapshots/<id>/work     the workdir, while active
       trash/<id>              removed trees, deleted later
       empty                   0755, never written: a lower layer where the kernel wants one
-      reserve, reserve.<n>    1 MiB and some inodes, given up when a remove meets a full disk
+      reserve, reserve.<n>    1 MiB and some inodes, freed when a remove meets a full disk
       content/blobs/sha256/   blobs of images
-      content/ingest/         blobs that are being fetched
+      content/ingest/         blobs being fetched
       runs/<id>               what belongs to a running program, held by its flock (onlap.catalog.runs)
 """
 
@@ -28,20 +28,20 @@ from onlap.errors import shown
 from onlap.syscalls.files import BTRFS, filesystem_magic
 from onlap.trees.meta import drop_acls
 
-# SQLite's DELETE fails on a full disk, where rename still works; a few pages of the write-ahead log are enough for it,
-# and 1 MiB is hundreds of them.
+# SQLite's DELETE fails on a full disk, where rename still works; it needs a few pages of the write-ahead log, and 1 MiB
+# is hundreds of them.
 RESERVE_SIZE = 1 << 20
-# SQLite makes two files as it opens the catalog, its log and its shared memory; and one to spare for each.
+# SQLite creates two files when it opens the catalog, its log and its shared memory; with one to spare for each.
 RESERVE_INODES = 4
-# Btrfs keeps what it knows of files apart from what is in them. Where there is no room for that, nothing can be made or
-# renamed, and a transaction asks for much more of it than it uses in the end: 256 KiB an item (fs/btrfs/fs.h,
-# btrfs_calc_insert_metadata_size). So the reserve has extended attributes there, which lie in it.
+# Btrfs keeps metadata apart from data. Without space for metadata nothing can be created or renamed, and a transaction
+# reserves far more than it uses in the end: 256 KiB per item (fs/btrfs/fs.h, btrfs_calc_insert_metadata_size). So the
+# reserve has extended attributes there, which are metadata.
 RESERVE_METADATA = 4 << 20
-_ATTRIBUTE_SIZE = 3500  # what fits a node of any size
+_ATTRIBUTE_SIZE = 3500  # fits into a node of any size
 
 
 class Layout:
-    """The places below one root.
+    """The paths below one root.
 
     Args:
         root: its path; made absolute.
@@ -50,7 +50,7 @@ class Layout:
     __slots__ = ("content", "database", "empty", "lock", "reserve", "root", "snapshots", "staging", "trash")
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        # The directories above may be reached through symlinks; what mountinfo shows of our trees is the real path.
+        # The directories above may be reached through symlinks; mountinfo shows the real paths of our trees.
         above, name = os.path.split(os.path.abspath(check_path(root, "path of the root")))
         self.root = os.path.join(os.path.realpath(above), name)
         self.database = self._place("catalog.db")
@@ -78,15 +78,15 @@ class Layout:
         return f"{self.snapshots}/{identifier}/work"
 
     def prepare(self, *, create: bool) -> None:
-        """Check the root, and make what it lacks.
+        """Check the root, and create what is missing in it.
 
         Args:
-            create: make the root itself when it does not exist.
+            create: create the root itself if it does not exist.
 
         Raises:
             NotFound: there is no root and ``create`` is false.
-            FailedPrecondition: it is a symlink, somebody else's, open to others, or a directory of something else.
-            OnlapError: of another kind, for what the filesystem says.
+            FailedPrecondition: it is a symlink, belongs to another user, is writable by others, or holds other files.
+            OnlapError: of another kind, for errors of the filesystem.
         """
         with errors.translated("prepare the root", key=self.root):
             self._make_root(create)
@@ -108,7 +108,7 @@ class Layout:
 
     def _missing(self) -> errors.NotFound:
         return errors.NotFound(
-            f"there is no root at {shown(self.root)}", key=self.root, hint="make one with: onlap init"
+            f"there is no root at {shown(self.root)}", key=self.root, hint="create one with: onlap init"
         )
 
     def _check_root(self) -> None:
@@ -125,10 +125,10 @@ class Layout:
             from onlap.probing.probe import SCRATCH
 
             self.remove_probes()
-            # Somebody else may be trying out what can be done here, to make the root as well.
+            # Another process may be probing here, to create the root as well.
             strangers = sorted(name for name in os.listdir(self.root) if name not in _OURS and SCRATCH not in name)
             if strangers:
-                raise self._refused(f"holds something else ({shown(strangers[0])})", "give an empty or new directory")
+                raise self._refused(f"holds other files ({shown(strangers[0])})", "give an empty or new directory")
         if not _has_content(self.database):
             self.check_new()
 
@@ -139,23 +139,23 @@ class Layout:
         remove_abandoned(self.root)
 
     def check_new(self) -> None:
-        """Refuse to begin a catalog where there are trees: each would be one without a record, which cleanup deletes.
+        """Refuse to create a catalog where there are trees: cleanup would delete them, since none would have a record.
 
         Raises:
-            DataLoss: there are.
+            DataLoss: there are trees.
         """
         if os.path.isdir(self.snapshots) and os.listdir(self.snapshots):
             raise errors.DataLoss(
                 f"the root {shown(self.root)} has trees and no catalog of them",
                 key=self.root,
-                hint="restore catalog.db from a backup; or, to begin anew, move the root away",
+                hint="restore catalog.db from a backup; or, to start over, move the root away",
             )
 
     def _refused(self, why: str, hint: str) -> errors.FailedPrecondition:
         return errors.FailedPrecondition(f"the root {shown(self.root)} {why}", key=self.root, hint=hint)
 
     def make_reserve(self) -> None:
-        """Allocate the reserve when it is not all there; a disk too full for it, or read-only, is not an error."""
+        """Allocate what is missing of the reserve; a disk that is too full for it, or read-only, is not an error."""
         try:
             for name in self._reserved_inodes:
                 if not os.path.lexists(name):
@@ -180,7 +180,7 @@ class Layout:
             os.close(fd)
 
     def drop_reserve(self) -> bool:
-        """Give the reserve's space and inodes back to the filesystem; whether there was any."""
+        """Free the reserve's space and inodes; whether there were any."""
         dropped = False
         for path in (self.reserve, *self._reserved_inodes):
             try:
@@ -203,7 +203,7 @@ def _is_allocated(path: str) -> bool:
 
 
 def _is_there(path: str) -> bool:
-    """As os.path.lexists, which says no also where we are only not allowed to look."""
+    """As os.path.lexists, which also returns False where permission is denied."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -212,7 +212,7 @@ def _is_there(path: str) -> bool:
 
 
 def _has_content(path: str) -> bool:
-    """Whether it can be a database at all: looked at before SQLite opens it, which deletes the log of an empty one."""
+    """Whether it can be a database at all: checked before SQLite opens it, which deletes the log of an empty one."""
     try:
         return os.stat(path).st_size >= _SMALLEST_DATABASE
     except FileNotFoundError:

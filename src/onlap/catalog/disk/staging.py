@@ -1,4 +1,4 @@
-"""Where trees are built before they have a record: one directory per process, held by its flock."""
+"""Where trees are built before they have a record: one directory per process, which holds its flock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DISCARDED = ".discarded"
 
 
 class Staging:
-    """This process's part of ROOT/staging, made when it is first needed.
+    """This process's part of ROOT/staging, created when it is first needed.
 
     Args:
         directory: ROOT/staging.
@@ -26,18 +26,18 @@ class Staging:
 
     def _fresh(self) -> None:
         self._numbers = itertools.count(1)
-        # One entry at most, made in a single step: there is no lock that an interrupt could leave taken.
+        # One entry at most, added in a single step: there is no lock that an interrupt could leave taken.
         self._claimed: dict[str, tuple[str, Flock]] = {}
 
     def after_fork(self) -> None:
-        """In the child: the parent goes on using its directory, we take one of our own."""
+        """In the child: the parent keeps using its directory, and the child creates another."""
         self._fresh()
 
     def new(self) -> str:
         """A new empty directory, 0700.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: it cannot be created.
         """
         path = f"{self._own or self._claim()}/{next(self._numbers)}"
         os.mkdir(path, 0o700)
@@ -60,25 +60,25 @@ class Staging:
                 return own
 
     def discard(self, path: str) -> None:
-        """Remove a directory that :meth:`new` gave, if it is still there.
+        """Remove a directory that :meth:`new` returned, if it is still there.
 
         Raises:
             OSError: it cannot be removed.
         """
         try:
-            # One step decides: a transaction that is still going on gets it whole, or not at all.
+            # A single step decides: a transaction that is still running gets all of it or nothing.
             os.rename(path, path + _DISCARDED)
         except FileNotFoundError:
             return
         remove_at(path + _DISCARDED)
 
     def collect(self, put: Callable[[str], None]) -> None:
-        """Hand what dead processes left to ``put``, which moves it away."""
+        """Call ``put``, which moves it away, for everything that dead processes left."""
         for name in abandoned(self._directory):
             put(f"{self._directory}/{name}")
 
     def close(self) -> None:
-        """Remove our own directory when it is empty, and give its lock back."""
+        """Remove our own directory if it is empty, and release its lock."""
         claimed = self._claimed.pop(_OWN, None)
         if claimed is None:
             return
@@ -86,6 +86,6 @@ class Staging:
         try:
             os.rmdir(path)
         except OSError:
-            # ENOTEMPTY: something that is being built was given up; cleanup takes it once the lock is free.
+            # ENOTEMPTY: a tree being built was abandoned; cleanup takes it once the lock is free.
             pass
         held.release()

@@ -1,4 +1,4 @@
-"""One syncfs(2) for all who wait together."""
+"""One syncfs(2) for all waiting callers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from collections.abc import Callable
 from onlap.catalog.helper import Helper, Job, nothing
 from onlap.syscalls.files import syncfs
 
-# What syncfs(2) says when it has not been done at all: nothing is known to be lost.
+# Errors of a syncfs(2) that was not run at all: nothing is known to be lost.
 _NOT_DONE = (errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EINTR, errno.EAGAIN)
 
 
 class Syncer:
     """Writes a filesystem to the disk, for many threads at once.
 
-    A caller may join only a syncfs that starts after it came: one that is under way has perhaps passed the caller's
-    pages already. Those who wait while one runs share the next, and each is told how that one ended.
+    A caller may only join a syncfs that starts after its call: a running one may have passed the caller's pages
+    already. Callers that wait while one runs share the next, and each gets its result.
 
-    The kernel reports an error of write-back once to each open file, and the pages that it could not write count as
-    clean from then on (Linux, Documentation/core-api/errseq.rst): the next syncfs succeeds without them. So a failure
-    is everybody's who had written before it, also if they ask later.
+    The kernel reports a write-back error once to each open file, and considers the pages that it could not write clean
+    from then on (Linux, Documentation/core-api/errseq.rst): the next syncfs succeeds without them. So a failure
+    concerns every caller that had written before it, also one that asks later.
 
     Args:
-        directory: on the filesystem; opened now, so that errors of write-back from now on are seen (Linux 5.8).
-        failed: called after each failure, before anybody is told of that or of a later run.
+        directory: on the filesystem; opened now, so that write-back errors from now on are seen (Linux 5.8).
+        failed: called after each failure, before any caller learns of that run or a later one.
 
     Attributes:
         failures: how many there have been.
@@ -38,7 +38,7 @@ class Syncer:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """In the child: forget whom the parent's threads waited for."""
+        """In the child: the helper stayed with the parent."""
         self._helper = Helper(self._serve)
 
     def close(self) -> None:
@@ -48,19 +48,19 @@ class Syncer:
             os.close(fd)
 
     def sync(self, since: int | None = None) -> None:
-        """Return when all that was written before the call is on the disk.
+        """Return when everything written before the call is on the disk.
 
         Args:
-            since: the number of :attr:`failures` when the caller began to write, if it can begin anew.
+            since: the value of :attr:`failures` when the caller began to write, if it can start over.
 
         Raises:
             OSError: EIO or ENOSPC of the write-back, in this run or, with ``since``, in an earlier one.
         """
         self._helper.ask(Job(nothing))
         if since is not None and since != self.failures:
-            raise OSError(errno.EIO, "what was written before may be lost: an earlier sync failed")
+            raise OSError(errno.EIO, "earlier writes may be lost: an earlier sync failed")
 
-    def _serve(self, first: Job[object], _alone: bool) -> None:
+    def _serve(self, first: Job[object], _in_caller: bool) -> None:
         jobs = [first, *self._helper.waiting()]
         try:
             syncfs(self._fd)

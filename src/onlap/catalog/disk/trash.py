@@ -1,4 +1,4 @@
-"""Removed trees: moved away in one rename, deleted later, and never while somebody still reads or mounts them."""
+"""Removed trees: moved away in one rename, deleted later, and never while they are still read or mounted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Swept(NamedTuple):
 
     Attributes:
         removed: trees deleted.
-        waiting: trees that are still mounted or read by somebody; a later pass takes them.
+        waiting: trees that are still mounted or read, which a later pass takes.
     """
 
     removed: int
@@ -49,16 +49,16 @@ class Trash:
         self._hurry = False
 
     def put(self, directory: str, *, locked: bool = False) -> None:
-        """Move a snapshot's directory away; nothing happens when it is not there.
+        """Move a snapshot's directory away; does nothing if it does not exist.
 
-        Where there is no room to rename it, as on btrfs without room for metadata, it is deleted at once.
+        If there is no space to rename it, as on btrfs without space for metadata, it is deleted at once.
 
         Args:
-            directory: which.
+            directory: its path.
             locked: whether the caller holds its lock.
 
         Raises:
-            OSError: it cannot be moved, nor deleted.
+            OSError: it can be neither moved nor deleted.
         """
         name = os.path.basename(directory)
         for attempt in range(1000):
@@ -70,12 +70,12 @@ class Trash:
             except OSError as error:
                 if error.errno in _NO_ROOM and self._delete_there(directory, locked):
                     return
-                # An unfinished tree of the same number waits there already.
+                # An unfinished tree with the same number is there already.
                 if error.errno not in _TAKEN:
                     raise
             else:
                 return
-        raise OSError(errno.EEXIST, "a thousand trees of one number wait in the trash", directory)
+        raise OSError(errno.EEXIST, "a thousand trees with one number are in the trash", directory)
 
     def _delete_there(self, directory: str, locked: bool) -> bool:
         above, name = os.path.split(directory)
@@ -86,19 +86,19 @@ class Trash:
         return True
 
     def names(self) -> list[str]:
-        """What waits."""
+        """What waits for deletion."""
         return os.listdir(self._directory)
 
     def sweep(self, *, stop: Callable[[], bool] = lambda: False, rate: float | None = None, wait: float = 0) -> Swept:
-        """Delete what nobody uses.
+        """Delete the trees that are not in use.
 
         Args:
-            stop: asked between files; when it says yes, the rest is left for later.
-            rate: files a second, as long as nobody waits for it; None for no limit.
-            wait: how many seconds for others who delete a tree already; one that is locked longer is left for later.
+            stop: called between files; once it returns True, the rest is left for later.
+            rate: files per second, as long as nobody waits for it; None for no limit.
+            wait: how many seconds to wait for others who are deleting a tree; one locked for longer is left for later.
 
         Raises:
-            OSError: a tree cannot be deleted, for another reason than that it is in use; the others were.
+            OSError: a tree cannot be deleted for a reason other than being in use; the others were deleted.
         """
         names = self.names()
         if not names:
@@ -131,15 +131,15 @@ class Trash:
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
-            # No directory: nobody mounts or reads it as a tree, however it came here.
+            # Not a directory: it cannot be mounted or read as a tree, however it got here.
             os.unlink(name, dir_fd=top)
             return True
         with held:
-            # Readers hold it shared, by the open directory itself, so that the rename changed nothing for them.
+            # Readers hold a shared lock on the open directory itself, which the rename did not affect.
             if not held.lock():
                 if not wait or held.lock(shared=True):
                     return False
-                # Somebody deletes it, perhaps our own background, which takes its time.
+                # It is being deleted, perhaps by our own background work, which is slow.
                 self._hurry = True
                 if not any(held.lock() for _ in attempts(wait)):
                     return False
@@ -148,7 +148,7 @@ class Trash:
             try:
                 remove(top, name, pace=pace)
             except OSError as error:
-                # EXDEV, EBUSY: mounted since we looked.
+                # EXDEV, EBUSY: mounted since the check.
                 if error.errno in (errno.EXDEV, errno.EBUSY):
                     return False
                 if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
@@ -157,14 +157,14 @@ class Trash:
             return True
 
     def _in_use(self) -> set[str]:
-        """The numbers of the trees that are mounted in any namespace that we can see and believe.
+        """The numbers of the trees that are mounted in any namespace that we can see and trust.
 
         An overlay's options keep the path that a layer had when it was mounted, ``ROOT/snapshots/<id>/``; a bind shows
-        where its directory is now, ``ROOT/trash/<id>``, from the root of its filesystem.
+        where its directory is now, ``ROOT/trash/<id>``, relative to the root of its filesystem.
         """
         root = os.fsencode(self._root)
         by_path = _numbers_below(root)
-        # Where no table shows our root, no other mount can be told to be of it: no device is called "".
+        # If no table shows our root, no other mount can be recognized as one of it: no device is called "".
         place = mountinfo.place_of(self._root) or mountinfo.Place(b"", root)
         by_place = _numbers_below(place.path)
         used: set[str] = set()
@@ -184,7 +184,7 @@ class Trash:
                 for path in layer_paths(entry.super_options):
                     if note(by_path.match(path)) or note(_RELATIVE.fullmatch(path)):
                         continue
-                    # Our root may be bound to another place there.
+                    # Our root may be bound to another path there.
                     if b"/snapshots/" in path and path.startswith(b"/"):
                         lies = table.place(path)
                         if lies is not None and lies.device == place.device:
@@ -194,8 +194,8 @@ class Trash:
 
 _NEEDLES = (b" - overlay ", b"/snapshots/", b"/trash/")
 
-# How a layer is shown that was given to mount(2) relative to ROOT/snapshots, since all of them together did not fit its
-# page (containerd does so too). Whose it is cannot be told; to wait costs less than to delete a layer that is in use.
+# A layer that was given to mount(2) relative to ROOT/snapshots, since all paths together did not fit into its page
+# (containerd does so too). Whose it is cannot be told; waiting costs less than deleting a layer that is in use.
 _RELATIVE = re.compile(rb"([0-9]+)/(?:fs|work)")
 
 
@@ -204,13 +204,13 @@ def _numbers_below(root: bytes) -> re.Pattern[bytes]:
 
 
 class _Stopped(Exception):
-    """The sweep was asked to stop, in the middle of a tree."""
+    """The sweep has to stop in the middle of a tree."""
 
 
 class _Pace:
     """Called after every deleted file."""
 
-    # Sleeping takes about 60 us too long, so that a rest is worth it only after a number of files.
+    # A sleep takes about 60 us too long, so it pays only after a number of files.
     _BURST = 50
 
     def __init__(self, stop: Callable[[], bool], rate: Callable[[], float | None]) -> None:
