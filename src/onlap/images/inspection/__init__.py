@@ -1,1 +1,1 @@
-"""What is in an image: its history, its files by layer, how two differ."""
+"""An image's history, its files by layer, and how two images differ."""

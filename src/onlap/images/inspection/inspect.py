@@ -1,6 +1,6 @@
-"""Looking into images: what a step did, how two differ, where each file comes from and what it hides.
+"""The history of an image, how two images differ, where each file of an image comes from and what it hides.
 
-All of it is read from the layers' directories; nothing is mounted. Layers have numbers, from 1 for the lowest.
+All of it is read from the layers' directories; nothing is mounted. Layers are numbered from 1 for the lowest.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.images.inspection import origins
 from onlap.images.inspection.origins import Hidden, Tree
-from onlap.overlayfs.merged import MergedDirectory, Stack
+from onlap.layers.apply.lowers import Lowers
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.compare import ADDED, DELETED, MODIFIED, Change
 from onlap.trees.meta import Meta
@@ -27,19 +28,19 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """One step of an image's making.
+    """One step of an image's history.
 
     Attributes:
-        command: what was done, in the words of the tool that did it; empty where nothing is said.
-        created: when, as RFC 3339 has it.
+        command: what was done, in the words of the tool that did it; empty where the history does not say.
+        created: when, in the form of RFC 3339.
         author: who did it.
-        comment: what else is said.
-        layer: the number of the layer that it made; None where it made none. The next four likewise.
+        comment: further remarks.
+        layer: the number of the layer that it made; None where it made none. So are the next five.
         digest: of the layer's blob.
         size: of the blob, in bytes.
         added: files, directories and links that the layer added.
-        changed: of which it changed anything.
-        deleted: that it removed; of a directory only the directory counts.
+        changed: those that it changed.
+        deleted: those that it removed; of a directory only the directory counts.
     """
 
     command: str
@@ -59,9 +60,9 @@ class Difference(NamedTuple):
 
     Attributes:
         change: how.
-        before: bytes of content that went with it; of a removed directory with all that was in it. Of a file with
-            several names they count once, and only when all of them are changed or gone.
-        after: bytes that came with it, likewise.
+        before: bytes of content that went; of a removed directory with all that was in it. Those of a file with several
+            names count once, and only when all of them have changed or are gone.
+        after: bytes of content that came; likewise.
     """
 
     change: Change
@@ -70,13 +71,13 @@ class Difference(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file of an image, or one that some layer has and the image does not show.
+    """A file of an image, or one that a layer has and the image does not show.
 
     Attributes:
         path: from the top, without ``/`` before the first name.
-        layer: the layer that it comes from; None where a later one removed it.
+        layer: the layer that it comes from; None where a later layer removed it.
         size: its bytes of content.
-        hid: what lies below it, unseen, the lowest first.
+        hid: the files that it hides in the layers below, the lowest first.
     """
 
     path: str
@@ -86,18 +87,18 @@ class File(NamedTuple):
 
     @property
     def wasted(self) -> int:
-        """Bytes that are stored and transferred, and that nobody sees."""
+        """Bytes that are stored and transferred, but never visible."""
         return sum(each.size for each in self.hid)
 
 
 class LayerTotal(NamedTuple):
-    """One layer in figures.
+    """The totals of one layer.
 
     Attributes:
         layer: its number.
-        files: how many it holds that are not directories.
-        size: their bytes of content; another name of the same file counts nothing.
-        wasted: how many of them layers above hide.
+        files: how many files it has that are not directories.
+        size: their bytes of content; further names of a file do not count.
+        wasted: how many of these bytes the layers above hide.
     """
 
     layer: int
@@ -114,12 +115,14 @@ class Files(NamedTuple):
 
 
 def history(snapshotter: RecordedSnapshotter, image: Image, config: Config) -> Iterator[Step]:
-    """The steps of an image's making, the first one first.
+    """The steps of an image's history, the first one first.
 
     Raises:
         NotFound: a layer is not unpacked.
-        OnlapError: of another kind, for what the filesystem says.
+        OnlapError: of another kind: the filesystem failed.
     """
+    from onlap.images.spec.model import History
+
     number = 0
     for said in config.history or ():
         if said.empty_layer or number >= len(image.layers):
@@ -127,34 +130,21 @@ def history(snapshotter: RecordedSnapshotter, image: Image, config: Config) -> I
         else:
             number += 1
             yield _layer_step(snapshotter, image, number, said)
-    # Nothing forces a history to be there, or to be whole (config.md: "history ... OPTIONAL").
+    # The history is optional, and may be incomplete (config.md: "history ... OPTIONAL").
     while number < len(image.layers):
         number += 1
-        yield _layer_step(snapshotter, image, number, None)
+        yield _layer_step(snapshotter, image, number, History())
 
 
-def _layer_step(snapshotter: RecordedSnapshotter, image: Image, number: int, said: History | None) -> Step:
+def _layer_step(snapshotter: RecordedSnapshotter, image: Image, number: int, said: History) -> Step:
     counts = {ADDED: 0, MODIFIED: 0, DELETED: 0}
     for change in snapshotter.diff(image.chain_ids[number - 1]):
-        # A directory that is only on the way to a change is none itself.
+        # A directory on the way to a change has not changed itself.
         if change.kind != MODIFIED or change.what:
             counts[change.kind] += 1
     layer = image.layers[number - 1]
-    command, created, author, comment = "", None, "", ""
-    if said is not None:
-        command, created, author, comment = said.created_by, said.created, said.author, said.comment
-    return Step(
-        command,
-        created,
-        author,
-        comment,
-        number,
-        layer.digest,
-        layer.size,
-        counts[ADDED],
-        counts[MODIFIED],
-        counts[DELETED],
-    )
+    made = counts[ADDED], counts[MODIFIED], counts[DELETED]
+    return Step(said.created_by, said.created, said.author, said.comment, number, layer.digest, layer.size, *made)
 
 
 def diff(snapshotter: RecordedSnapshotter, one: str, other: str) -> Iterator[Difference]:
@@ -167,10 +157,10 @@ def diff(snapshotter: RecordedSnapshotter, one: str, other: str) -> Iterator[Dif
 
     Raises:
         NotFound: there is no such snapshot.
-        OnlapError: of another kind, for what the filesystem says.
+        OnlapError: of another kind: the filesystem failed.
     """
     changed = _Changed(snapshotter, one, other)
-    with _Side(snapshotter, one, changed) as before, _Side(snapshotter, other, changed) as after:
+    with closing(_Side(snapshotter, one, changed)) as before, closing(_Side(snapshotter, other, changed)) as after:
         for change in snapshotter.diff(other, base=one):
             gone = change.before if not _is_replaced(change) else None
             size = before.below(change.path) if gone is None and change.before else before.at(change.path, gone)
@@ -178,12 +168,12 @@ def diff(snapshotter: RecordedSnapshotter, one: str, other: str) -> Iterator[Dif
 
 
 def _is_replaced(change: Change) -> bool:
-    """Whether it was a directory, whose content the change does not name."""
+    """Whether it was a directory, and its content has no changes of its own."""
     return change.before is not None and change.before.is_dir and not (change.after is not None and change.after.is_dir)
 
 
 class _Changed:
-    """Which paths differ between two snapshots; found out when the first file with several names is met.
+    """The paths that differ between two snapshots; compared when the first file with several names comes.
 
     Args:
         snapshotter: of the root.
@@ -208,14 +198,15 @@ class _Changed:
 
 
 class _Side:
-    """The content on one side of a difference; a file with several names counts once, and not while one of them stays.
-
-    A context manager; raises NotFound when there is no such snapshot.
+    """The content on one side of a difference; a file with several names counts once, unless one stays the same.
 
     Args:
         snapshotter: of the root.
         name: of the snapshot.
         changed: the paths that differ.
+
+    Raises:
+        NotFound: there is no such snapshot.
     """
 
     def __init__(self, snapshotter: RecordedSnapshotter, name: str, changed: _Changed) -> None:
@@ -226,28 +217,23 @@ class _Side:
         self._names: defaultdict[tuple[int, int], list[str]] | None = None
         layers = snapshotter.layers(snapshotter.record(name))
         with snapshotter.translated("measure snapshot", name):
-            self._stack = Stack(layers, snapshotter.markers)
-            self._top = self._here = self._stack.top()
-        self._path = ""
+            self._tree = Lowers(layers, snapshotter.markers)
 
-    def __enter__(self) -> _Side:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-        self._stack.close()
+    def close(self) -> None:
+        """Close all layers."""
+        self._tree.close()
 
     def at(self, path: str, meta: Meta | None) -> int:
-        """Bytes of the file at ``path`` that came or went with it."""
+        """Bytes of the file at ``path`` that came or went."""
         if meta is None or not stat.S_ISREG(meta.mode) or not meta.size:
             return 0
         with self._snapshotter.translated("measure snapshot", self._name):
             directory, _, name = path.rpartition("/")
-            found = self._open(directory).lookup(name)
+            found = self._tree.lookup(directory, name)
             return 0 if found is None else self._own(path, found.status)
 
     def below(self, path: str) -> int:
-        """The same of all files in the directory at ``path``."""
+        """Bytes of all files below the directory at ``path`` that came or went."""
         with self._snapshotter.translated("measure snapshot", self._name):
             return sum(self._own(each, status) for each, status in self._files(path))
 
@@ -272,11 +258,13 @@ class _Side:
         return self._names[file]
 
     def _files(self, path: str) -> Iterator[tuple[str, os.stat_result]]:
-        """All below a directory that are none, without recursion: a tree may be deeper than Python's stack."""
+        """All files below a directory, without recursion: a tree may be deeper than Python's stack."""
         left = [path]
         while left:
             above = left.pop()
-            here = self._open(above)
+            here = self._tree.directory(above)
+            if here is None:
+                raise FileNotFoundError(errno.ENOENT, "the directory vanished", above)
             for found in [here.lookup(name) for name in here.names()]:
                 if found is None:
                     continue
@@ -286,32 +274,12 @@ class _Side:
                 else:
                     yield inside, found.status
 
-    def _open(self, path: str) -> MergedDirectory:
-        """A directory, valid until another is asked for: most questions are about neighbours."""
-        if path != self._path:
-            here = self._top
-            for name in path.split("/") if path else ():
-                above, below = here, here.open(name)
-                if above is not self._top:
-                    above.close()
-                if below is None:
-                    raise FileNotFoundError(errno.ENOENT, "the directory vanished", path)
-                here = below
-            self._close()
-            self._path, self._here = path, here
-        return self._here
-
-    def _close(self) -> None:
-        if self._here is not self._top:
-            self._here.close()
-        self._path, self._here = "", self._top
-
 
 def files(snapshotter: RecordedSnapshotter, layers: Sequence[str], path: str | None = None) -> Files:
     """Where each file of an image comes from, and what it hides.
 
-    On a root of native copies a file that a layer holds once more without any change does not show; on an overlay root
-    it does, as what it is: wasted.
+    A file that a layer repeats without any change counts as wasted on an overlay root; on a root of native copies it is
+    not found.
 
     Args:
         snapshotter: of the root.
@@ -319,8 +287,8 @@ def files(snapshotter: RecordedSnapshotter, layers: Sequence[str], path: str | N
         path: only this file, or what is in this directory.
 
     Raises:
-        NotFound: a layer is not unpacked; or there is nothing at the path, and never was.
-        OnlapError: of another kind, for what the filesystem says.
+        NotFound: a layer is not unpacked; or no layer has anything at the path.
+        OnlapError: of another kind: the filesystem failed.
     """
     tree = Tree()
     for number, name in enumerate(layers, 1):

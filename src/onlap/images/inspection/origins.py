@@ -1,7 +1,7 @@
-"""Layers laid on one another in memory: which layer shows each file, and what it hides.
+"""Layers merged in memory: which layer each visible file comes from, and what it hides.
 
-An overlay's layers are walked as they lie there, so that a copy without any change is seen too. Where directories were
-renamed (redirect_dir), and on native roots, whose layers are whole trees, what changed from layer to layer is used.
+An overlay's layers are walked as they are, so that copies without any change are found. Where directories were renamed
+(redirect_dir), and on native roots, whose layers are whole trees, the differences between layers are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Hidden(NamedTuple):
 
     Attributes:
         layer: the number of the layer that has it.
-        size: its bytes of content; 0 for another name of a file that counts already.
+        size: its bytes of content; 0 for a further name of a file that is counted already.
         by: the layer that hides it.
     """
 
@@ -32,12 +32,12 @@ class Hidden(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """A file that shows.
+    """A visible file.
 
     Attributes:
         layer: where it comes from.
         size: its bytes of content.
-        own: the same; 0 for another name of a file that counts already.
+        own: the same; 0 for a further name of a file that is counted already.
     """
 
     layer: int
@@ -46,7 +46,7 @@ class Origin(NamedTuple):
 
 
 class Count(NamedTuple):
-    """How much a layer holds: names of files, and bytes of content."""
+    """How much a layer has: names of files, and bytes of content."""
 
     files: int = 0
     size: int = 0
@@ -56,7 +56,7 @@ class Tree:
     """The merged tree, layer by layer from the lowest.
 
     Attributes:
-        hidden: what lies unseen at each path.
+        hidden: the hidden files, by path.
         counts: of each layer.
     """
 
@@ -66,7 +66,7 @@ class Tree:
         self._top: _Directory = {}
 
     def put(self, path: str, layer: int, size: int, own: int) -> None:
-        """A layer has a file here that is not a directory."""
+        """Add a layer's file that is not a directory."""
         directory, name = self._parent(path, layer)
         self._hide(directory, name, path, layer)
         directory[name] = Origin(layer, size, own)
@@ -74,19 +74,19 @@ class Tree:
         self.counts[layer] = Count(count.files + 1, count.size + own)
 
     def put_directory(self, path: str, layer: int, *, opaque: bool = False) -> None:
-        """A layer has a directory here; an opaque one shows nothing of those below."""
+        """Add a layer's directory; an opaque one hides those below."""
         directory, name = self._parent(path, layer)
         if opaque or not isinstance(directory.get(name), dict):
             self._hide(directory, name, path, layer)
             directory[name] = {}
 
     def remove(self, path: str, layer: int) -> None:
-        """A layer removes what is here, with all that is in it."""
+        """Remove what is at ``path``, with all below it, as a layer does."""
         directory, name = self._parent(path, layer)
         self._hide(directory, name, path, layer)
 
     def files(self) -> dict[str, Origin]:
-        """Every file that shows and is not a directory, by its path."""
+        """Every visible file that is not a directory, by its path."""
         found: dict[str, Origin] = {}
         todo: list[tuple[str, _Directory]] = [("", self._top)]
         while todo:
@@ -99,7 +99,7 @@ class Tree:
         return found
 
     def has_directory(self, path: str) -> bool:
-        """Whether a directory shows at ``path``."""
+        """Whether a directory is visible at ``path``."""
         here: _Node | None = self._top
         for name in path.split("/"):
             if name in ("", "."):
@@ -115,7 +115,7 @@ class Tree:
         for number, step in enumerate(above):
             below = here.get(step)
             if not isinstance(below, dict):
-                # A layer names the directories on the way first, so this is a file that its directory replaces.
+                # A layer has the directories above a file first: this is a file that its directory replaces.
                 self._hide(here, step, "/".join(above[: number + 1]), layer)
                 below = here[step] = {}
             here = below
@@ -137,17 +137,17 @@ _Node = Origin | _Directory
 
 
 def add_layer(tree: Tree, snapshotter: RecordedSnapshotter, name: str, number: int) -> None:
-    """Lay the layer of a committed snapshot on a tree that has all layers below it.
+    """Merge the layer of a committed snapshot into a tree that has all layers below it.
 
     Args:
-        tree: changed.
+        tree: the tree.
         snapshotter: of the root.
         name: of the snapshot.
         number: of the layer.
 
     Raises:
         NotFound: there is no such snapshot.
-        OnlapError: of another kind, for what the filesystem says.
+        OnlapError: of another kind: the filesystem failed.
     """
     if isinstance(snapshotter, OverlaySnapshotter) and not snapshotter.properties.redirect_dir:
         record = snapshotter.record(name)
