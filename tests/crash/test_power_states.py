@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from crash import powerdisk
 from crash.aftermath import Loss
 from crash.campaign import Campaign
 from crash.filesystems import SIZES
@@ -41,11 +40,6 @@ each_kind = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return powerdisk.build(tmp_path_factory.mktemp("powerdisk"))
-
-
 Start = Callable[..., Campaign]
 
 
@@ -64,35 +58,29 @@ def start(program: Path, tmp_path: Path) -> Iterator[Start]:
         disk.close()
 
 
-def tell(record_property: Callable[[str, object], None], campaign: Campaign, kind: str, sync: str, seed: int) -> None:
-    record_property("counted", f"power cuts on {kind}, sync={sync}, seed {seed}: {campaign}")
-
-
 @each_kind
-def test_nothing_acknowledged_is_lost(
-    start: Start, kind: str, sync: Sync, record_property: Callable[[str, object], None]
-) -> None:
+def test_nothing_acknowledged_is_lost(start: Start, kind: str, sync: Sync, counted: Callable[[str], None]) -> None:
     campaign = start(kind, sync)
     campaign.run(SHARES[kind, sync])
     assert campaign.states == SHARES[kind, sync]
     assert campaign.checks > campaign.states
     # Else the states would not be those of a power cut: without a sync layers are lost.
     assert bool(campaign.lost) == (sync == "none")
-    tell(record_property, campaign, kind, sync, SEED)
+    counted(f"power cuts on {kind}, sync={sync}, seed {SEED}: {campaign}")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(PARTS))
 @each_kind
 def test_nothing_acknowledged_is_lost_of_very_many(
-    start: Start, kind: str, sync: Sync, part: int, record_property: Callable[[str, object], None]
+    start: Start, kind: str, sync: Sync, part: int, counted: Callable[[str], None]
 ) -> None:
     seed = SEED * 1000 + part
     campaign = start(kind, sync, seed)
     count = SHARES[kind, sync] * 50 // PARTS
     campaign.run(count, part, PARTS)
     assert campaign.states == count
-    tell(record_property, campaign, kind, sync, seed)
+    counted(f"power cuts on {kind}, sync={sync}, seed {seed}: {campaign}")
 
 
 def _no_syncfs(patch: pytest.MonkeyPatch) -> None:
