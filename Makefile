@@ -74,7 +74,7 @@ peers: ## install what Onlap is tested against (as root; Debian, Ubuntu)
 peers-soft:
 	@tools/peers --soft
 
-lint: $(STAMP) ## ruff, mypy, the layers of the house
+lint: $(STAMP) ## ruff, mypy, the direction of imports
 	@status=0; \
 	$(BIN)/ruff check --quiet . || status=1; \
 	$(BIN)/ruff format --check --quiet --diff . || status=1; \

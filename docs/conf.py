@@ -1,4 +1,4 @@
-"""Sphinx: ``make docs`` builds the site from the pages here, the docstrings and the command's parsers."""
+"""Sphinx: ``make docs`` builds the site from these pages, the docstrings and the command's parsers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ copyright = author
 version = release = onlap.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-suppress_warnings = ["ref.python"]  # short names in annotations: several rooms have a Change
+suppress_warnings = ["ref.python"]  # short names in annotations: several packages have a Change
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
@@ -37,7 +37,7 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True  # "Attributes:" next to the attributes themselves would describe them twice
+napoleon_use_ivar = True  # else they would be described under "Attributes:" and again one by one
 
 html_theme = "furo"
 html_title = f"Onlap {release}"
@@ -46,23 +46,25 @@ html_show_sphinx = False
 
 
 def modules() -> str:
-    """All modules by room, with the first line of each docstring; nothing is imported."""
-    rooms: dict[str, list[str]] = {}
+    """All modules by package, with the first line of each docstring; nothing is imported."""
+    packages: dict[str, list[str]] = {}
     for path in sorted((TOP / "src" / "onlap").rglob("*.py")):
         name = ".".join(path.relative_to(TOP / "src").with_suffix("").parts).removesuffix(".__init__")
         text = ast.get_docstring(ast.parse(path.read_bytes()))
         if text and "._" not in name:
             first = text.partition("\n\n")[0].replace("\n", " ").replace("``", "`").replace("|", "\\|")
-            room = name.split(".")[1] if name.count(".") > 1 or (path.name == "__init__.py" and name != "onlap") else ""
-            rooms.setdefault(room, []).append(f"| `{name}` | {re.sub(r':[a-z]+:`[~!]?', '`', first)} |")
+            package = (
+                name.split(".")[1] if name.count(".") > 1 or (path.name == "__init__.py" and name != "onlap") else ""
+            )
+            packages.setdefault(package, []).append(f"| `{name}` | {re.sub(r':[a-z]+:`[~!]?', '`', first)} |")
     return "\n".join(
         line
-        for room, rows in sorted(rooms.items())
-        for line in (f"## {room or 'onlap'}", "", "| module | |", "|---|---|", *rows, "")
+        for package, rows in sorted(packages.items())
+        for line in (f"## {package or 'onlap'}", "", "| module | |", "|---|---|", *rows, "")
     )
 
 
-# A comment in a page, and what the build puts into its place.
+# A comment in a page, and what the build replaces it with.
 GENERATED = {
     "<!-- generated: verbs -->": manual.markdown,
     "<!-- generated: statuses -->": manual.statuses,
@@ -77,7 +79,7 @@ def fill_in(_app: Sphinx, _page: str, source: list[str]) -> None:
 
 
 def skip(_app: Sphinx, _what: str, _name: str, member: object, _skip: bool, _options: object) -> bool | None:
-    """Leave out fields of a NamedTuple: its docstring has them under "Attributes:"."""
+    """Skip the fields of a NamedTuple: its docstring lists them under "Attributes:"."""
     return True if str(getattr(member, "__doc__", "")).startswith("Alias for field number") else None
 
 

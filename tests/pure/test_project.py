@@ -20,8 +20,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_LINES = 600
 
-# Dependencies, each with the rooms that may import it.
-ROOMS = {
+# Dependencies, each with the packages that may import it.
+PACKAGES_OF = {
     "isal": {"layers"},
     "backports": {"layers"},
     "rich": {"cli"},
@@ -120,14 +120,14 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_id)
-def test_dependencies_stay_in_their_rooms(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_dependencies_stay_in_their_packages(path: Path) -> None:
+    package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     names = set(imported_names(ast.parse(path.read_bytes())))
     foreign = names - sys.stdlib_module_names - {"onlap", "compression"}  # compression: standard from 3.14
-    assert {name for name in foreign if room not in ROOMS.get(name, set())} == set()
+    assert {name for name in foreign if package not in PACKAGES_OF.get(name, set())} == set()
 
 
-def test_every_declared_dependency_has_its_room() -> None:
+def test_every_declared_dependency_has_its_package() -> None:
     import tomllib
 
     project = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -139,4 +139,4 @@ def test_every_declared_dependency_has_its_room() -> None:
         "protobuf": "google",
         "prometheus-client": "prometheus_client",
     }
-    assert {top_level.get(name, name) for name in names} == set(ROOMS)
+    assert {top_level.get(name, name) for name in names} == set(PACKAGES_OF)
