@@ -177,8 +177,8 @@ def parse_pids(text: str) -> int | None:
     return int(text)
 
 
-def parse_variable(text: str, ours: Mapping[str, str]) -> dict[str, str]:
-    """A variable from ``NAME=VALUE``, or from ``NAME`` with its value in ``ours``; empty where it has none there.
+def parse_variable(text: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """A variable from ``NAME=VALUE``, or from ``NAME`` with its value in ``environment``; empty where that has none.
 
     Raises:
         InvalidArgument: it has no name.
@@ -188,10 +188,10 @@ def parse_variable(text: str, ours: Mapping[str, str]) -> dict[str, str]:
         raise errors.InvalidArgument(f"a variable is NAME=VALUE or NAME, not {shown(text)}", key=text)
     if equals:
         return {name: value}
-    return {name: ours[name]} if name in ours else {}
+    return {name: environment[name]} if name in environment else {}
 
 
-def read_variables(path: str, ours: Mapping[str, str]) -> dict[str, str]:
+def read_variables(path: str, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of a file, one per line as for :func:`parse_variable`; no quotes; ``#`` starts a comment line.
 
     Raises:
@@ -208,5 +208,5 @@ def read_variables(path: str, ours: Mapping[str, str]) -> dict[str, str]:
     for line in lines:
         line = line.removesuffix("\r").lstrip()
         if line and not line.startswith("#"):
-            found |= parse_variable(line, ours)
+            found |= parse_variable(line, environment)
     return found

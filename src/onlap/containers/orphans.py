@@ -83,6 +83,6 @@ def _empty(path: str) -> None:
 def _processes(path: str) -> list[int]:
     try:
         with open(f"{path}/cgroup.procs", "rb") as file:
-            return [pid for pid in map(int, file.read().split()) if pid]  # 0: not in our pid namespace
+            return [pid for pid in map(int, file.read().split()) if pid]  # 0: not in this PID namespace
     except OSError:
         return []  # ENODEV, ENOENT: it is gone

@@ -137,13 +137,13 @@ def _pulled(name: str, pull: Pull) -> Image:
 
 
 def _source(images: Images, snapshot: str, image: Image) -> Source:
-    said = images.config(image).execution
+    execution = images.config(image).execution
     defaults = Defaults(
-        entrypoint=tuple(said.entrypoint or ()),
-        command=tuple(said.cmd or ()),
-        env=tuple(said.env or ()),
-        user=said.user,
-        workdir=said.working_dir,
+        entrypoint=tuple(execution.entrypoint or ()),
+        command=tuple(execution.cmd or ()),
+        env=tuple(execution.env or ()),
+        user=execution.user,
+        workdir=execution.working_dir,
     )
     return Source(snapshot, defaults, {LABEL_IMAGE: image.name, LABEL_IMAGE_DIGEST: image.digest})
 
@@ -329,7 +329,7 @@ def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
 
     A failure is not remembered for later runs: the reason may be a volume of this container.
     """
-    said = []
+    failures = []
     for each in runtimes:
         ended, failure = _run_with(each, directory)
         if failure is None:
@@ -338,9 +338,9 @@ def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
             return Ended(failure.status, failure.message)
         if ended.status > 128:
             return ended  # a signal ended it before it had started: that is not a failure to retry
-        said.append(f"{each.name}: {shown(failure.message)}")
+        failures.append(f"{each.name}: {shown(failure.message)}")
     raise errors.FailedPrecondition(
-        f"the container cannot be made: {'; '.join(said)}", hint="another runtime may be able to: runc, crun"
+        f"the container cannot be made: {'; '.join(failures)}", hint="another runtime may be able to: runc, crun"
     )
 
 

@@ -105,10 +105,10 @@ def _is_excluded(filters: Mapping[str, Any], architecture: str, capabilities: Co
 
 
 def _kernel_is_at_least(version: str) -> bool:
-    wanted, ours = (_VERSION.match(text) for text in (version, os.uname().release))
+    wanted, running = (_VERSION.match(text) for text in (version, os.uname().release))
     if wanted is None:
         raise ValueError(f"{version} is not a version of a kernel")
-    return ours is not None and (int(ours[1]), int(ours[2])) >= (int(wanted[1]), int(wanted[2]))
+    return running is not None and (int(running[1]), int(running[2])) >= (int(wanted[1]), int(wanted[2]))
 
 
 def _rule(call: Mapping[str, Any]) -> dict[str, object]:

@@ -49,13 +49,13 @@ class Forwarder:
             return
         before = {number: signal.getsignal(number) for number in (*_FROM_TERMINALS, *_FORWARDED)}
         # SIG_IGN was set on purpose (nohup), and None is a handler that is not Python's.
-        ours = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-        for number in ours:
+        handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        for number in handled:
             signal.signal(number, self._handle)
         try:
             yield
         finally:
-            for number in ours:
+            for number in handled:
                 signal.signal(number, before[number])
 
     def attach(self, process: subprocess.Popen[bytes]) -> None:

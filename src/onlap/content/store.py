@@ -188,7 +188,7 @@ class ContentStore:
         Args:
             source: read to its end.
             digest: what it must have.
-            size: likewise, in bytes.
+            size: what it must have, in bytes.
             lease: pins it before it could be collected.
             progress: called with the bytes of every chunk.
 

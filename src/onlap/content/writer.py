@@ -83,7 +83,7 @@ class Writer:
 
         Args:
             digest: what it must have.
-            size: likewise, in bytes.
+            size: what it must have, in bytes.
             lease: pins it before it could be collected.
 
         Raises:
@@ -107,7 +107,7 @@ class Partial:
     Args:
         path: of the partial; waited for while another process writes it.
         digest: what the blob must have.
-        size: likewise, in bytes.
+        size: what it must have, in bytes.
         present: whether the blob is in the store by now.
         publish: moves the finished file to its place, by its digest.
 

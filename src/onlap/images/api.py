@@ -51,7 +51,7 @@ class Images(Index):
             platform: of the image, as ``linux/arm64``; by default this machine's.
             access: how to reach the registry, and as whom; by default anonymously, without a proxy.
             unpack: make snapshots of the layers.
-            progress: told of the stages ``fetch`` and ``unpack``, in bytes.
+            progress: called with reports of the stages ``fetch`` and ``unpack``, in bytes.
 
         Raises:
             NotFound: the registry has no such image, or none for the platform.
@@ -79,7 +79,7 @@ class Images(Index):
             name: of the image.
             target: where to, as ``registry.example/team/app:1``; by default as its name says.
             access: how to reach the registry, and as whom; by default anonymously, without a proxy.
-            progress: told of the stage ``push``, in bytes.
+            progress: called with reports of the stage ``push``, in bytes.
 
         Returns:
             The digest of the manifest that the registry has now.
@@ -113,7 +113,8 @@ class Images(Index):
             platform: of the image, where there are several.
             unpack: make snapshots of the layers.
             epoch: of a root filesystem: see :meth:`commit`. The archive of one is stored as it is, with its times.
-            progress: told of the stages ``fetch`` and ``unpack``, in bytes; of a directory, ``import`` in files.
+            progress: called with reports of the stages ``fetch`` and ``unpack``, in bytes; of a directory,
+                of ``import`` in files.
 
         Raises:
             NotFound: there is no such file, or it has no image for the platform.
@@ -148,7 +149,7 @@ class Images(Index):
                 archive, or a binary file to write it to.
             format: ``"oci"``: a layout; ``"docker"``: a layout that ``docker load``, Podman and skopeo read as well,
                 as an archive only.
-            progress: told of the stage ``export``, in bytes.
+            progress: called with reports of the stage ``export``, in bytes.
 
         Raises:
             NotFound: there is no such image.
@@ -166,7 +167,7 @@ class Images(Index):
 
         Args:
             image: the image, or its name.
-            progress: told of the stage ``unpack``, in bytes.
+            progress: called with reports of the stage ``unpack``, in bytes.
 
         Returns:
             The name of the topmost snapshot, as a parent for others.
@@ -226,7 +227,7 @@ class Images(Index):
             epoch: seconds since 1970: the time of the image; later times in the layer and its snapshot become this one
                 (SOURCE_DATE_EPOCH).
             labels: more labels of the image.
-            progress: told of the stage ``diff``, in bytes.
+            progress: called with reports of the stage ``diff``, in bytes.
 
         Raises:
             NotFound: there is no such snapshot, or no such base.

@@ -40,15 +40,15 @@ class Entry(Struct, rename="pascal"):
 
 def is_saved(source: Files) -> bool:
     """Whether the files are those of ``docker save``, and not of a root filesystem with files of these names."""
-    said = source.peek(MANIFEST_FILE, list[dict[str, Any]])
-    return any("Config" in entry and "Layers" in entry for entry in said) or _is_oldest(source)
+    entries = source.peek(MANIFEST_FILE, list[dict[str, Any]])
+    return any("Config" in entry and "Layers" in entry for entry in entries) or _is_oldest(source)
 
 
 def _is_oldest(source: Files) -> bool:
     if source.has(MANIFEST_FILE):
         return False
-    said = source.peek("repositories", dict[str, dict[str, str]])
-    return any(source.has(f"{identifier}/layer.tar") for tags in said.values() for identifier in tags.values())
+    repositories = source.peek("repositories", dict[str, dict[str, str]])
+    return any(source.has(f"{identifier}/layer.tar") for tags in repositories.values() for identifier in tags.values())
 
 
 def images(

@@ -74,7 +74,7 @@ class _Exporter:
         content: has the blobs.
         documents: the other files, by path.
         sizes: the blobs to write, by digest, with their bytes.
-        report: told of the bytes of blobs.
+        report: called with the bytes of blobs.
     """
 
     def __init__(

@@ -141,8 +141,8 @@ def _import_tar(request: _Request, lease: Lease) -> Image:
     report.finish(blob.size)
     diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)
     descriptor = Descriptor(media.layer_type(docker=False, compression=kind), blob.digest, blob.size)
-    said = f"imported from {shown(os.path.basename(source))}"
-    image = images.keep(lease, full, _documents(request.platform, descriptor, diff_id, created, said))
+    created_by = f"imported from {shown(os.path.basename(source))}"
+    image = images.keep(lease, full, _documents(request.platform, descriptor, diff_id, created, created_by))
     take_in(images, lease, image, None, unpack=request.unpack, progress=request.progress)
     images.record(image)
     return image

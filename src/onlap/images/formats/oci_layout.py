@@ -7,19 +7,17 @@ full name).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
 
 from onlap import errors
-from onlap.content.writer import check_same
 from onlap.errors import shown
 from onlap.images.formats.files import Files
 from onlap.images.index import Image
 from onlap.images.spec import media, model, names, resolve
 from onlap.images.spec.model import Descriptor, Documents, Index, Platform
-from onlap.layers.stream.digests import check_digest, digest_of
+from onlap.layers.stream.digests import check_digest
 
 LAYOUT_FILE = "oci-layout"
 INDEX_FILE = "index.json"
@@ -84,7 +82,10 @@ def images(source: Files, wanted: Platform, name: str | None, fallback: str | No
         raise errors.InvalidArgument(
             f"there are {len(groups)} images: {shown(', '.join(map(str, groups)))}", key=name, hint="give no name"
         )
-    get = reader(source)
+
+    def get(descriptor: Descriptor, limit: int) -> bytes:
+        return source.read(blob_path(descriptor.digest), limit)
+
     found = []
     for own, descriptors in groups.items():
         try:
@@ -101,17 +102,6 @@ def images(source: Files, wanted: Platform, name: str | None, fallback: str | No
     if not found:
         raise errors.NotFound(f"the layout has no image for {wanted}", hint="choose with --platform")
     return found
-
-
-def reader(source: Files) -> Callable[[Descriptor, int], bytes]:
-    """Reads small blobs of a layout, verified."""
-
-    def get(descriptor: Descriptor, limit: int) -> bytes:
-        data = source.read(blob_path(descriptor.digest), limit)
-        check_same(digest_of(data), len(data), descriptor.digest, descriptor.size)
-        return data
-
-    return get
 
 
 def name_of(descriptor: Descriptor, fallback: str | None) -> str | None:

@@ -124,19 +124,19 @@ def history(snapshotter: RecordedSnapshotter, image: Image, config: Config) -> I
     from onlap.images.spec.model import History
 
     number = 0
-    for said in config.history or ():
-        if said.empty_layer or number >= len(image.layers):
-            yield Step(said.created_by, said.created, said.author, said.comment)
+    for step in config.history or ():
+        if step.empty_layer or number >= len(image.layers):
+            yield Step(step.created_by, step.created, step.author, step.comment)
         else:
             number += 1
-            yield _layer_step(snapshotter, image, number, said)
+            yield _layer_step(snapshotter, image, number, step)
     # The history is optional, and may be incomplete (config.md: "history ... OPTIONAL").
     while number < len(image.layers):
         number += 1
         yield _layer_step(snapshotter, image, number, History())
 
 
-def _layer_step(snapshotter: RecordedSnapshotter, image: Image, number: int, said: History) -> Step:
+def _layer_step(snapshotter: RecordedSnapshotter, image: Image, number: int, step: History) -> Step:
     counts = {ADDED: 0, MODIFIED: 0, DELETED: 0}
     for change in snapshotter.diff(image.chain_ids[number - 1]):
         # A directory on the way to a change has not changed itself.
@@ -144,7 +144,7 @@ def _layer_step(snapshotter: RecordedSnapshotter, image: Image, number: int, sai
             counts[change.kind] += 1
     layer = image.layers[number - 1]
     made = counts[ADDED], counts[MODIFIED], counts[DELETED]
-    return Step(said.created_by, said.created, said.author, said.comment, number, layer.digest, layer.size, *made)
+    return Step(step.created_by, step.created, step.author, step.comment, number, layer.digest, layer.size, *made)
 
 
 def diff(snapshotter: RecordedSnapshotter, one: str, other: str) -> Iterator[Difference]:

@@ -119,15 +119,15 @@ class Connections:
             return pool
 
     def _untrusted(self, error: SSLError | ProxyError, url: str) -> Exception:
-        said = str(error)
+        text = str(error)
         host = shown(urlsplit(url).netloc.rpartition("@")[2])
-        if "CERTIFICATE_VERIFY_FAILED" in said:
+        if "CERTIFICATE_VERIFY_FAILED" in text:
             return errors.PermissionDenied(
-                f"the certificate of {host} is not trusted: {shown(said)}",
+                f"the certificate of {host} is not trusted: {shown(text)}",
                 key=self._name,
                 hint="give its authority with --ca-file, or put it into /etc/containers/certs.d",
             )
-        if "WRONG_VERSION_NUMBER" in said and isinstance(error, SSLError):
+        if "WRONG_VERSION_NUMBER" in text and isinstance(error, SSLError):
             return errors.Unavailable(
                 f"{host} does not use TLS", key=self._name, hint="if you trust the network: --plain-http"
             )

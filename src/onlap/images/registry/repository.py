@@ -291,9 +291,9 @@ class Repository:
         doing = f"write the manifest {version}"
         answer = self._session.request(Request("PUT", f"manifests/{version}", self._push, (201,), doing, headers, data))
         digest = digest_of(data)
-        said = answer.headers.get("Docker-Content-Digest")
-        if said is not None and said.startswith("sha256:"):
-            check_same(said, len(data), digest, None)
+        confirmed = answer.headers.get("Docker-Content-Digest")
+        if confirmed is not None and confirmed.startswith("sha256:"):
+            check_same(confirmed, len(data), digest, None)
         return digest
 
 

@@ -280,14 +280,14 @@ class RegistrySession:
         if status in _TRANSIENT:
             after = response.headers.get("Retry-After", "")
             raise TransientError(f"status {status}", float(after) if _SECONDS.fullmatch(after) else None)
-        said = ""
+        message = ""
         # A server that refuses a large body may close the connection, and so cut its answer; only the status counts.
         with suppress(HTTPError, OSError):
-            said = _message(response.read(_MAX_ANSWER, decode_content=False))
+            message = _message(response.read(_MAX_ANSWER, decode_content=False))
         host = self.registry
         if not reply.from_registry:
             host = f"{shown(urlsplit(reply.url).netloc)}, to which {self.registry} redirects"
-        text = f"cannot {doing} at {host}: {shown(said or f'status {status}')}"
+        text = f"cannot {doing} at {host}: {shown(message or f'status {status}')}"
         if status == 404:
             raise errors.NotFound(text, key=f"{self.registry}/{self.repository}")
         if status in (401, 403):

@@ -183,15 +183,15 @@ def decode_document(data: bytes, media_type: str, digest: str) -> Manifest | Ind
         Unimplemented: it is of a kind that is not supported; the message says which.
     """
     document = decode(data, dict[str, Any], digest)
-    said = document.get("mediaType")
-    if said is not None and not isinstance(said, str):
+    own_type = document.get("mediaType")
+    if own_type is not None and not isinstance(own_type, str):
         raise _bad(digest, "its media type is not a string")
     # Two readers must not find two different images in the same bytes (CVE-2021-41190).
     if "manifests" in document and ("layers" in document or "config" in document):
         raise _bad(digest, "it is a manifest and an index at once")
-    if media_type and said and media_type != said and media.is_document(media_type):
-        raise _bad(digest, f"its descriptor says {shown(media_type)}, and it says {shown(said)}")
-    kind = said or media_type
+    if media_type and own_type and media_type != own_type and media.is_document(media_type):
+        raise _bad(digest, f"its descriptor says {shown(media_type)}, and it says {shown(own_type)}")
+    kind = own_type or media_type
     if kind in media.SCHEMA_1 or document.get("schemaVersion") == 1:
         raise errors.Unimplemented(
             f"{digest} is a Docker manifest of schema 1, which registries no longer support",

@@ -25,7 +25,7 @@ class Unpacking(ABC):
         lease: pins the snapshots until the image has them.
         image: whose layers.
         loop: runs what the threads that unpack hand over.
-        progress: told of the stage ``unpack``, in bytes.
+        progress: called with reports of the stage ``unpack``, in bytes.
 
     Attributes:
         start: how many of the lowest layers are unpacked already.

@@ -45,7 +45,7 @@ def take_in(
         image: whose documents are in the content store.
         fetch: fetches a blob that is not there; None when all are.
         unpack: make snapshots of the layers.
-        progress: told of two stages, ``fetch`` and ``unpack``, in bytes.
+        progress: called with reports of two stages, ``fetch`` and ``unpack``, in bytes.
         verify: read the blobs that are there, and fetch those again that are damaged.
         halt: set when the work is given up, so that whatever ``fetch`` waits for is waited for no longer.
 
@@ -99,7 +99,7 @@ class Transfers:
         transfer: fetches or sends one blob.
         blobs: which, of different digests; in this order.
         stage: its name.
-        progress: told of it, in bytes.
+        progress: called with reports of it, in bytes.
         on_arrival: called in the thread that waits, for each blob that was transferred.
     """
 

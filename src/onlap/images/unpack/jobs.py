@@ -63,8 +63,8 @@ def perform(job: Job, progress: Callable[[int], None]) -> Outcome:
     """
     markers = Markers(job.flavour)
 
-    def report(said: Progress) -> None:
-        progress(said.done)
+    def report(reached: Progress) -> None:
+        progress(reached.done)
 
     with errors.translated("unpack a layer", key=job.digest), opened(job.tree) as fd:
         if job.lowers is not None:

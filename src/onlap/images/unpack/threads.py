@@ -104,7 +104,7 @@ class Stage:
     """Progress of one stage that several blobs go through at once, in bytes.
 
     Args:
-        progress: told of it.
+        progress: called with reports of it.
         name: of the stage.
         blobs: by number.
     """
