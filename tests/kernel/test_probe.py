@@ -406,7 +406,7 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_takes_no_files() -> None:
-    with pytest.raises(errors.OnlapError, match="cannot try out that directory"):
+    with pytest.raises(errors.OnlapError, match="cannot probe the directory"):
         probe("/proc/self")
 
 

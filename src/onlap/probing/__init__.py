@@ -1,4 +1,4 @@
 """What this kernel and a directory can do, found by trial with the functions that Onlap mounts with.
 
-Not called ``probe``: that is the function, which a package of its name would hide in ``onlap``.
+Not called ``probe``: a package of that name would hide the function in ``onlap``.
 """

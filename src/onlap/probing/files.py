@@ -1,4 +1,4 @@
-"""Trials of a filesystem alone, no mount. Each takes a directory to work in and gives a note, or raises."""
+"""Trials of a filesystem, without mounts. Each takes a directory to work in and returns a note, or raises."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 from collections.abc import Callable
 
 from onlap.overlayfs import markers
-from onlap.probing.trial import NEEDS_PRIVILEGE, Unsupported, expect, read, said, write
+from onlap.probing.trial import NEEDS_PRIVILEGE, Unsupported, expect, read, reason_of, write
 from onlap.syscalls import files
 from onlap.trees.walk import opened
 
 
 def d_type(base: str) -> str:
-    """readdir(3) tells the types of files, as OverlayFS wants of an upper; XFS with ftype=0 does not."""
+    """readdir(3) returns file types, which OverlayFS requires of an upper; XFS with ftype=0 does not."""
     directory = os.path.join(base, "d_type")
     os.makedirs(os.path.join(directory, "dir"))
     with os.scandir(directory) as entries:
         (entry,) = entries
-    # os.scandir asks with lstat where readdir did not tell. It knows what is gone only when readdir told.
+    # os.scandir calls lstat where readdir returned no type. For a deleted directory only readdir's answer is left.
     os.rmdir(entry.path)
-    expect(entry.is_dir(follow_symlinks=False), "readdir does not tell file types (XFS: mkfs.xfs -n ftype=1)")
+    expect(entry.is_dir(follow_symlinks=False), "readdir returns no file types (XFS: mkfs.xfs -n ftype=1)")
     return ""
 
 
@@ -40,7 +40,7 @@ def _xattr(base: str, name: str) -> str:
     directory = os.path.join(base, name)
     os.mkdir(directory)
     os.setxattr(directory, name, b"y")
-    expect(os.getxattr(directory, name) == b"y", "what was set reads otherwise")
+    expect(os.getxattr(directory, name) == b"y", "the value read is not the one set")
     return ""
 
 
@@ -50,7 +50,7 @@ def reflink(base: str) -> str:
     write(path, "content" * 1000)
     with open(path, "rb") as source, open(path + ".clone", "wb") as target:
         files.clone_file(source.fileno(), target.fileno())
-    expect(read(path + ".clone") == read(path), "the clone has another content")
+    expect(read(path + ".clone") == read(path), "the clone has different content")
     return ""
 
 
@@ -70,7 +70,7 @@ def fuse(_base: str) -> str:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        raise Unsupported(f"cannot open /dev/fuse: {said(error)}") from error
+        raise Unsupported(f"cannot open /dev/fuse: {reason_of(error)}") from error
     return ""
 
 

@@ -1,6 +1,6 @@
-"""Trials that mount: what OverlayFS can do here. Each takes a scratch and gives a note, or raises :class:`Unsupported`.
+"""Trials of OverlayFS, with mounts. Each takes a scratch directory and returns a note, or raises :class:`Unsupported`.
 
-A trial of a mount option looks at the option's *effect*, since the kernel turns some options off by itself:
+A trial of a mount option checks the option's *effect*, since the kernel turns some options off by itself:
 ``index``, ``xino`` and ``metacopy`` where the upper filesystem has no file handles or xattrs.
 
 Source: the kernel's Documentation/filesystems/overlayfs.rst; fs/overlayfs/params.c.
@@ -37,7 +37,7 @@ from onlap.trees.walk import opened
 
 
 def overlay(scratch: Scratch) -> str:
-    """A writable overlay of two lower layers, with its upper layer here, used in earnest."""
+    """A writable overlay of two lower layers, with its upper layer here, and all kinds of changes in it."""
     case = Case(scratch, "overlay")
     populate(case)
     with mounted(case.plan(), case.path("merged")) as merged:
@@ -46,15 +46,15 @@ def overlay(scratch: Scratch) -> str:
 
 
 def lowerdir_fd(_bench: Scratch) -> str:
-    """Layers as descriptors; where that does not work, the reason tells what does."""
+    """Layers as descriptors; otherwise, the reason says how layers are passed instead."""
     way = kernel.layers_by()
-    expect(way != kernel.LAYERS_BY_PROC, "Linux 6.13 takes them; by /proc/self/fd strings it works")
-    expect(way != kernel.LAYERS_BY_STRING, "Linux 6.13 takes them; by the options of mount(2) it works")
+    expect(way != kernel.LAYERS_BY_PROC, "needs Linux 6.13; /proc/self/fd strings are used instead")
+    expect(way != kernel.LAYERS_BY_STRING, "needs Linux 6.13; the options of mount(2) are used instead")
     return ""
 
 
 def redirect_dir(scratch: Scratch) -> str:
-    """``redirect_dir=on``: a directory of a lower layer can be renamed, where it else gives EXDEV."""
+    """``redirect_dir=on``: a directory of a lower layer can be renamed, which otherwise fails with EXDEV."""
     case = Case(scratch, "redirect_dir")
     os.mkdir(case.path("bottom", "old"))
     write(case.path("bottom", "old", "file"), "bottom")
@@ -80,7 +80,7 @@ def metacopy(scratch: Scratch) -> str:
 
 
 def index(scratch: Scratch) -> str:
-    """``index=on``: hard links of a lower layer stay hard links when one is changed."""
+    """``index=on``: hard links of a lower layer remain hard links when one is changed."""
     case = Case(scratch, "index")
     write(case.path("bottom", "one"), "bottom")
     os.link(case.path("bottom", "one"), case.path("bottom", "two"))
@@ -92,7 +92,7 @@ def index(scratch: Scratch) -> str:
 
 
 def volatile(scratch: Scratch) -> str:
-    """``volatile``: nothing is written out, and a directory in the workdir says so."""
+    """``volatile``: nothing is synced, and a directory in the workdir marks this."""
     case = Case(scratch, "volatile")
     with mounted(case.plan("volatile"), case.path("merged")) as merged:
         write(os.path.join(merged, "file"), "new")
@@ -102,7 +102,7 @@ def volatile(scratch: Scratch) -> str:
 
 
 def data_only(scratch: Scratch) -> str:
-    """Data-only layers (``datadir+``, Linux 6.8): a file has its content in a layer that is else not seen."""
+    """Data-only layers (``datadir+``, Linux 6.8): a file has its content in a layer that is otherwise invisible."""
     case = Case(scratch, "data_only", "data")
     write(case.path("data", "blob"), "content")
     write(case.path("top", "file"), "")
@@ -116,12 +116,12 @@ def data_only(scratch: Scratch) -> str:
         with mounted(plan, case.path("merged")) as merged:
             with doing("read a file by its redirect"):
                 expect(read(os.path.join(merged, "file")) == "content", "the redirect leads elsewhere")
-            expect(not os.path.exists(os.path.join(merged, "blob")), "the layer is seen by itself")
+            expect(not os.path.exists(os.path.join(merged, "blob")), "the layer itself is visible")
     return ""
 
 
 def xattr_whiteout(scratch: Scratch) -> str:
-    """A whiteout that is an empty file with an xattr (Linux 6.7), in a directory that is marked for it."""
+    """Whiteouts as empty files with an xattr (Linux 6.7), in a directory that is marked for them."""
     case = Case(scratch, "xattr_whiteout")
     for part in ("top", "bottom"):
         os.mkdir(case.path(part, "dir"))
@@ -137,10 +137,10 @@ def xattr_whiteout(scratch: Scratch) -> str:
 
 
 def idmapped(scratch: Scratch) -> str:
-    """A lower layer by an idmapped mount: its files have other owners."""
+    """A lower layer as an idmapped mount: its files show other owners."""
     case = Case(scratch, "idmapped")
     write(case.path("top", "file"), "top")
-    # Some other user: 1, since 65534 also stands for one that is not mapped.
+    # User 1, since 65534 also stands for unmapped users.
     maps = (f"uidmap={os.geteuid()}:1:1", f"gidmap={os.getegid()}:1:1")
     with mounted(case.plan(*maps, writable=False), case.path("merged")) as merged:
         status = os.stat(os.path.join(merged, "file"))
@@ -169,12 +169,12 @@ def tmpfs(scratch: Scratch) -> str:
     return ""
 
 
-# Trials that attach a mount, for a process in a mount namespace of its own. A detached mount as a layer is EINVAL in
-# kernels before 6.15 (fs/namespace.c, clone_private_mount asks whether it is in the caller's namespace).
+# Trials that attach a mount, for a process in its own mount namespace. A detached mount as a layer is EINVAL before
+# Linux 6.15 (fs/namespace.c: clone_private_mount checks that it is in the caller's namespace).
 
 
 def xino(scratch: Scratch) -> str:
-    """``xino=on``: with layers on two filesystems, all files have the overlay's own st_dev."""
+    """``xino=on``: with layers on two filesystems, all files have the overlay's st_dev."""
     case = Case(scratch, "xino")
     with attached(Mount("tmpfs", "tmpfs"), case.path("top")):
         write(case.path("top", "file"), "top")
@@ -190,20 +190,20 @@ def overlay_on_overlay(scratch: Scratch) -> str:
     write(case.path("bottom", "file"), "bottom")
     with contextlib.ExitStack() as stack:
         lowers = None
-        # OverlayFS stacks two deep; where the directory is on an overlay, that one is the first.
+        # OverlayFS stacks two deep; if the directory is on an overlay, that is the first.
         if not is_overlay(scratch.base):
             stack.enter_context(attached(case.plan(writable=False), case.path("merged")))
             lowers = (case.path("merged"), case.path("upper"))
         outer = Case(scratch, "overlay_on_overlay.outer")
         plan = (outer if lowers else case).plan(lowers=lowers, writable=False)
         merged = stack.enter_context(mounted(plan, outer.path("merged")))
-        expect(read(os.path.join(merged, "file")) == "bottom", "a file of the overlay below is not in it")
+        expect(read(os.path.join(merged, "file")) == "bottom", "a file of the lower overlay is missing")
     return "as a lower layer, two deep; never as the upper"
 
 
 Trial = Callable[[Scratch], str]
 
-# Trials that need the privilege to mount, and an overlay that works.
+# Trials that need the privilege to mount, and a working overlay.
 ON_OVERLAY: dict[str, Trial] = {
     "redirect_dir": redirect_dir,
     "metacopy": metacopy,

@@ -1,7 +1,7 @@
 """What this kernel and a directory can do, found by trial.
 
-:func:`probe` tries everything; :func:`overlay_mode` tries only what decides how a root is to keep its
-snapshots. Both work in a scratch directory inside the one they are asked about, and leave nothing behind.
+:func:`probe` tries everything; :func:`overlay_mode` tries only what decides how a root keeps its snapshots. Both work
+in a scratch directory inside the given one, and leave nothing behind.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from onlap.arguments import check_path
 from onlap.boundary import public
 from onlap.locks import abandoned, claim_directory
 from onlap.mounts import kernel, mountinfo
-from onlap.probing import files as plain
 from onlap.probing import overlays
+from onlap.probing.files import PLAIN
 from onlap.probing.trial import (
     NEEDS_PRIVILEGE,
     OVERLAYFS_MAGIC,
@@ -26,7 +26,7 @@ from onlap.probing.trial import (
     Unsupported,
     attempt,
     detect,
-    with_nesting_in_mind,
+    explain_nesting,
 )
 from onlap.syscalls import files
 from onlap.trees.remove import remove_at
@@ -36,7 +36,7 @@ __all__ = ["FEATURES", "MODES", "Feature", "Probe", "overlay_mode", "probe"]
 
 StrPath = str | os.PathLike[str]
 
-# Of the directories in which something is tried out.
+# The prefix of scratch directories.
 SCRATCH = ".onlap-probe-"
 
 # Every name in Probe.features, in its order.
@@ -68,8 +68,8 @@ OVERLAY_USERXATTR = "overlay-userxattr"
 NATIVE = "native"
 MODES = (OVERLAY, OVERLAY_USERXATTR, NATIVE)
 
-# include/uapi/linux/magic.h, and the filesystems' own sources; for a directory whose mount
-# /proc/self/mountinfo does not show (a chroot into the middle of a mount, a detached mount).
+# include/uapi/linux/magic.h, and the filesystems' own sources; for a directory whose mount is not in
+# /proc/self/mountinfo (in a chroot into the middle of a mount, or in a detached mount).
 _MAGIC = {
     OVERLAYFS_MAGIC: "overlay",
     0xEF53: "ext4",
@@ -85,18 +85,18 @@ _MAGIC = {
     0x01021997: "9p",
 }
 
-# sqlite.org/wal.html, "WAL-reset bug": the branches it was in, each from its first version to its fixed one.
+# sqlite.org/wal.html, "WAL-reset bug": the affected branches, each from its first version to its fixed one.
 _WAL_BUG = (((3, 7, 0), (3, 44, 6)), ((3, 45, 0), (3, 50, 7)), ((3, 51, 0), (3, 51, 3)))
 
 
 class Probe:
-    """What was found.
+    """The results.
 
     Attributes:
-        directory: absolute.
-        features: each of :data:`FEATURES` with whether it works and why not.
-        kernel: its release, as ``uname -r`` has it; nothing is decided by it.
-        filesystem: the type of the directory's, as ``"ext4"``.
+        directory: its absolute path.
+        features: each of :data:`FEATURES`, with whether it works and why not.
+        kernel: its release, as from ``uname -r``; nothing is decided by it.
+        filesystem: the type of the directory's filesystem, as ``"ext4"``.
         free: bytes that an ordinary user can still write there.
         mode: how a root here keeps its snapshots, one of :data:`MODES`.
         why: the reason for ``mode``, in one line.
@@ -121,7 +121,7 @@ class Probe:
     @property
     def sqlite(self) -> str:
         """The version of SQLite that this Python uses."""
-        # Here, and not at the top: it takes longer to load than most trials take.
+        # Not at the top: loading it takes longer than most trials.
         import sqlite3
 
         return sqlite3.sqlite_version
@@ -142,8 +142,7 @@ def has_wal_bug(version: str) -> bool:
 def probe(directory: StrPath) -> Probe:
     """Find out what this kernel, with this process's privilege, can do in ``directory``.
 
-    It takes about a tenth of a second. What does not work is an answer, with the kernel's words as the
-    reason, and no error.
+    It takes about a tenth of a second. A feature that does not work is not an error; the reason is the kernel's.
 
     Args:
         directory: exists, and we can write in it.
@@ -151,12 +150,12 @@ def probe(directory: StrPath) -> Probe:
     Raises:
         NotFound: it does not exist.
         PermissionDenied: we cannot write in it.
-        OnlapError: of another kind, when nothing can be written in it for another reason.
+        OnlapError: of another kind, if it cannot be written to for another reason.
     """
     with _scratch(directory) as (where, base):
         on = _filesystem(base)
         free = os.statvfs(base)
-        found = {name: attempt(trial, base) for name, trial in plain.PLAIN.items()}
+        found = {name: attempt(trial, base) for name, trial in PLAIN.items()}
         scratch, found["overlay"] = _overlay(base)
         found |= _rest(scratch, found["overlay"], base)
         mode, why = _mode(found["overlay"], found["unprivileged"])
@@ -173,7 +172,7 @@ def existing_above(path: str) -> str:
 
 
 def overlay_mode(directory: StrPath) -> tuple[str, str]:
-    """How a root in ``directory`` is to keep its snapshots, by trying only what decides it.
+    """How a root in ``directory`` should keep its snapshots, by trying only what decides it.
 
     With the privilege to mount it takes a few milliseconds, without it a tenth of a second.
 
@@ -205,7 +204,7 @@ def _mode(overlay: Feature, unprivileged: Feature | None) -> tuple[str, str]:
 
 
 def _overlay(base: str) -> tuple[Scratch | None, Feature]:
-    """Try an overlay; with how it goes, None where it cannot be mounted at all."""
+    """Try an overlay; returns how trials run (None if no overlay can be mounted at all) and the answer."""
     try:
         scratch = detect(base)
     except Unsupported as error:
@@ -217,11 +216,11 @@ def _overlay(base: str) -> tuple[Scratch | None, Feature]:
 
         with TrialProcess(scratch, ["overlay"], drop=False) as running:
             overlay = running.results()["overlay"]
-    return scratch, with_nesting_in_mind(base, overlay)
+    return scratch, explain_nesting(base, overlay)
 
 
 def _rest(scratch: Scratch | None, overlay: Feature, base: str) -> dict[str, Feature]:
-    """All that needs the privilege to mount, or a process of its own."""
+    """All features that need the privilege to mount, or a separate process."""
     from onlap.probing.process import UNPRIVILEGED, USER_NAMESPACES, TrialProcess
 
     ordinary = [USER_NAMESPACES, UNPRIVILEGED]
@@ -244,7 +243,7 @@ def _rest(scratch: Scratch | None, overlay: Feature, base: str) -> dict[str, Fea
     if kernel.layers_by() == kernel.LAYERS_BY_STRING:
         elsewhere += here
         here = {}
-    # Root in full becomes somebody else to try what others can; who cannot mount is an ordinary user himself.
+    # Fully privileged root becomes an ordinary user to try what one can do; a process that cannot mount is one already.
     with TrialProcess(scratch, elsewhere + ordinary, drop=overlay.ok and os.geteuid() == 0) as running:
         found |= {name: attempt(trial, scratch) for name, trial in here.items()}
         return found | running.results()
@@ -252,10 +251,10 @@ def _rest(scratch: Scratch | None, overlay: Feature, base: str) -> dict[str, Fea
 
 @contextlib.contextmanager
 def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
-    """A new directory inside ``directory`` for the time of a block; yields both, absolute."""
-    where = os.path.abspath(check_path(directory, "directory to try out"))
+    """A new directory inside ``directory`` for the duration of a block; yields both, absolute."""
+    where = os.path.abspath(check_path(directory, "directory to probe"))
     held = None
-    with errors.translated("try out that directory", key=where):
+    with errors.translated("probe the directory", key=where):
         while held is None:  # another process may take it for abandoned before it is held
             base = os.path.join(where, f"{SCRATCH}{os.getpid()}-{os.urandom(4).hex()}")
             held = claim_directory(base)
@@ -263,7 +262,7 @@ def _scratch(directory: StrPath) -> Iterator[tuple[str, str]]:
         try:
             yield where, base
         finally:
-            with errors.translated("remove what was tried out", key=base):
+            with errors.translated("remove the scratch directory", key=base):
                 remove_at(base)
 
 

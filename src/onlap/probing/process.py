@@ -1,12 +1,11 @@
-"""Trials in a process of their own: those that attach mounts, and those of an ordinary user.
+"""Trials in a separate process: those that attach mounts, and those of an ordinary user.
 
-The process has a mount namespace of its own, so that nothing which is attached in it shows elsewhere, and
-everything is gone with it. It is a new program rather than a fork: the caller may have threads. It sees all
-that it needs of the disk before it gives up its privilege, since an ordinary user may not be able to reach
-our program or the directory.
+The process has its own mount namespace, so that what it attaches is invisible elsewhere and ends with it. It is a new
+program rather than a fork: the caller may have threads. It reads all that it needs from the disk before it drops its
+privilege, since an ordinary user may not be able to reach our program or the directory.
 
-Its working directory is where it tries, its arguments say what, and it answers with one line per feature: name,
-yes or no, reason, parted by tabs.
+Its working directory is the scratch directory, its arguments are the trials, and it answers with one line per feature:
+name, yes or no, reason, separated by tabs.
 
 Sources: user_namespaces(7), mount_namespaces(7).
 """
@@ -34,30 +33,30 @@ from onlap.probing.trial import (
     attempt,
     detect,
     doing,
+    explain_nesting,
     populate,
-    said,
+    reason_of,
     use,
-    with_nesting_in_mind,
 )
 from onlap.syscalls import mount as api
 from onlap.syscalls import namespaces
 
-# The user whom root becomes to try what an ordinary user can do: nobody, by custom.
+# The user that root becomes to try what an ordinary user can do: nobody, by convention.
 ORDINARY = 65534
 
 USER_NAMESPACES = "user_namespaces"
 UNPRIVILEGED = "unprivileged"
 
-# Seconds; generous: it takes about a tenth of one, on a machine that is not loaded.
+# Seconds; generous: on an idle machine it takes about a tenth of one.
 _TIMEOUT = 60.0
 
 
 class TrialProcess:
-    """A process that tries some features in ``scratch.base``, which it is given for itself.
+    """A process that tries some features in ``scratch.base``, which it has to itself.
 
     Args:
         scratch: where and how.
-        names: of features.
+        names: of the features.
         drop: become :data:`ORDINARY` before the trials of an ordinary user.
     """
 
@@ -77,19 +76,19 @@ class TrialProcess:
                 stderr=subprocess.PIPE,
             )
         except OSError as error:
-            self._failure = f"cannot start a process to try it: {said(error)}"
+            self._failure = f"cannot start a process to try it: {reason_of(error)}"
 
     def __enter__(self) -> TrialProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # After results() this does nothing; before, the caller failed, and its directory is about to go.
+        # After results() this does nothing; before, the caller has failed, and its directory is about to be removed.
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             self._process.communicate()
 
     def results(self) -> dict[str, Feature]:
-        """Wait for the answers; what the process did not come to is a no, with the process's last words."""
+        """Wait for the answers; the reason of a missing one is the process's last line on stderr."""
         if self._process is None:
             return dict.fromkeys(self._names, Feature(False, self._failure))
         try:
@@ -116,32 +115,32 @@ def _main(quick: str, drop: str, names: str) -> None:
     if privileged:
         refused = _own_mounts()
         for name in privileged:
-            _tell(name, refused or attempt(overlays.PRIVILEGED[name], scratch))
+            _report(name, refused or attempt(overlays.PRIVILEGED[name], scratch))
     if USER_NAMESPACES in wanted or UNPRIVILEGED in wanted:
         for name, feature in _as_ordinary_user(drop == "drop").items():
-            _tell(name, feature)
+            _report(name, feature)
 
 
-def _tell(name: str, feature: Feature) -> None:
+def _report(name: str, feature: Feature) -> None:
     line = f"{name}\t{'yes' if feature.ok else 'no'}\t{feature.reason}\n"
     os.write(1, line.encode("utf-8", "surrogateescape"))
 
 
 def _own_mounts() -> Feature | None:
-    """Give this process mounts of its own; why not, if it cannot have them."""
+    """Give this process its own mount namespace; None, or the answer that says why it cannot have one."""
     try:
         namespaces.unshare(namespaces.CLONE_NEWNS)
-        # Where "/" is shared, as systemd has it, what is mounted in a copy would show in the original.
+        # Where "/" is shared, as under systemd, what is mounted in a copy would show in the original.
         api.mount("none", "/", None, api.MS_REC | api.MS_PRIVATE, None)
     except OSError as error:
-        reason = NEEDS_PRIVILEGE if error.errno == errno.EPERM else f"no mounts of its own: {said(error)}"
+        reason = NEEDS_PRIVILEGE if error.errno == errno.EPERM else f"no mount namespace: {reason_of(error)}"
         return Feature(False, reason)
     return None
 
 
 def _as_ordinary_user(drop: bool) -> dict[str, Feature]:
     os.mkdir("ordinary", 0o700)
-    # From here on by relative names: the way to here may be closed to another user.
+    # From here on by relative names: another user may not be able to reach the absolute path.
     os.chdir("ordinary")
     note = ""
     if drop:
@@ -150,7 +149,7 @@ def _as_ordinary_user(drop: bool) -> dict[str, Feature]:
             os.chown(".", ORDINARY, ORDINARY)
             _drop()
         except OSError as error:
-            no = Feature(False, f"cannot become user {ORDINARY} to try it: {said(error)}")
+            no = Feature(False, f"cannot become user {ORDINARY} to try it: {reason_of(error)}")
             return {USER_NAMESPACES: no, UNPRIVILEGED: no}
     case = Case(Scratch("."), "case")
     populate(case)
@@ -167,12 +166,12 @@ def _as_ordinary_user(drop: bool) -> dict[str, Feature]:
         unprivileged = Feature(False, reason)
     return {
         USER_NAMESPACES: Feature(True, note),
-        UNPRIVILEGED: with_nesting_in_mind(".", unprivileged),
+        UNPRIVILEGED: explain_nesting(".", unprivileged),
     }
 
 
 def _use(mount: int, case: Case, note: str) -> str:
-    # As an unchanged program does: from outside the namespace, by the descriptor's name.
+    # As an unmodified program does: from outside the namespace, by the descriptor's path.
     use(f"/proc/self/fd/{mount}", case)
     return note
 
@@ -181,19 +180,19 @@ def _drop() -> None:
     os.setgroups([])
     os.setresgid(ORDINARY, ORDINARY, ORDINARY)
     os.setresuid(ORDINARY, ORDINARY, ORDINARY)
-    # A process that changed its user is not dumpable, and /proc/self/uid_map stays root's (proc(5)). One that
-    # was started by that user, as the product is, does not have this.
+    # A process that changed its user is not dumpable, and /proc/self/uid_map still belongs to root (proc(5)). A process
+    # that the user started, as Onlap, does not have this problem.
     namespaces.set_dumpable()
 
 
 def _mount_in_namespace(case: Case) -> tuple[bool, str, list[int]]:
-    """Have a child mount an overlay in a user namespace, and hand it over.
+    """Have a child mount an overlay in a user namespace, and send back its descriptor.
 
-    A fork, where the product starts a new program (:func:`onlap.mounts.userns.detached`), which this user may not be
+    A fork, whereas Onlap itself starts a new program (:func:`onlap.mounts.userns.detached`), which this user may not be
     able to read.
 
     Returns:
-        Whether there is such a namespace, the reason if the child failed, the mount's descriptor.
+        Whether the child got a user namespace, the reason if it failed, and the descriptor if it did not.
     """
     ours, theirs = socket.socketpair()
     with ours:
@@ -211,7 +210,7 @@ def _mount_in_namespace(case: Case) -> tuple[bool, str, list[int]]:
 
 
 def _mount_and_send(channel: socket.socket, case: Case) -> None:
-    """A child's life: see :func:`_mount_in_namespace`."""
+    """The child of :func:`_mount_in_namespace`."""
     step = b"namespace\n"
     try:
         userns.enter_user_namespace()

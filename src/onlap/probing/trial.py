@@ -1,4 +1,4 @@
-"""What a trial answers, the directories that it is given, and an overlay of them for the time of a block."""
+"""The result of a trial, the directories that it works in, and an overlay of them for the duration of a block."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TRUSTED = markers.Markers(markers.TRUSTED)
 
 
 class Feature(NamedTuple):
-    """One answer: whether it works, and in one line why not; where it works, empty or a short note."""
+    """One answer: whether it works, and one line why not; if it works, the line is a short note or empty."""
 
     ok: bool
     reason: str
 
 
 class Unsupported(Exception):
-    """A trial's answer is no; its text is the reason."""
+    """The trial failed; the text is the reason."""
 
 
 class Scratch(NamedTuple):
@@ -39,8 +39,8 @@ class Scratch(NamedTuple):
 
     Attributes:
         base: an empty directory for them.
-        quick: ``("volatile",)`` where the kernel has that: the unmount of another writable overlay writes out
-            all of the upper's filesystem, which may be much.
+        quick: ``("volatile",)`` where the kernel has that option: unmounting another writable overlay writes out the
+            upper's whole filesystem, which may take long.
     """
 
     base: str
@@ -48,31 +48,31 @@ class Scratch(NamedTuple):
 
 
 def attempt(trial: Callable[..., str], *arguments: object) -> Feature:
-    """Run a trial, which gives a note or "" when it went well; what the kernel refuses becomes the reason."""
+    """Run a trial, which returns a note or ""; an error of the kernel becomes the reason."""
     try:
         return Feature(True, trial(*arguments))
     except Unsupported as error:
         return Feature(False, str(error))
     except OSError as error:
-        return Feature(False, said(error))
+        return Feature(False, reason_of(error))
 
 
-def said(error: OSError) -> str:
-    """The kernel's words, in one line."""
+def reason_of(error: OSError) -> str:
+    """The kernel's error message, in one line."""
     return shown(error.strerror or error)
 
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Turn what fails in a block into a no that says what it was."""
+    """Turn an error in a block into an Unsupported that says what failed."""
     try:
         yield
     except OnlapError as error:
-        # Without the path, which is that of a scratch directory.
+        # Without the path, which is in the scratch directory.
         cause = error.__cause__
-        raise Unsupported(f"cannot {what}: {said(cause)}" if isinstance(cause, OSError) else str(error)) from error
+        raise Unsupported(f"cannot {what}: {reason_of(cause)}" if isinstance(cause, OSError) else str(error)) from error
     except OSError as error:
-        raise Unsupported(f"cannot {what}: {said(error)}") from error
+        raise Unsupported(f"cannot {what}: {reason_of(error)}") from error
 
 
 def expect(truth: bool, otherwise: str) -> None:
@@ -94,7 +94,7 @@ def read(path: str) -> str:
 
 
 def detect(base: str) -> Scratch:
-    """How an overlay can be tried in a directory; nothing is mounted.
+    """Find out, without a mount, how an overlay can be tried in a directory.
 
     Raises:
         Unsupported: there is no OverlayFS, or no privilege to mount it.
@@ -108,7 +108,7 @@ def detect(base: str) -> Scratch:
             raise Unsupported(NEEDS_PRIVILEGE) from error
         if error.errno == errno.ENODEV:
             raise Unsupported("this kernel has no OverlayFS (modprobe overlay)") from error
-        raise Unsupported(f"cannot open a mount context: {said(error)}") from error
+        raise Unsupported(f"cannot open a mount context: {reason_of(error)}") from error
     try:
         api.fsconfig_flag(fs, "volatile")
     except OSError:  # EINVAL before Linux 5.10
@@ -144,11 +144,11 @@ class Case:
 
 @contextlib.contextmanager
 def mounted(plan: Mount, where: str) -> Iterator[str]:
-    """A mount for the time of a block; yields where its root is.
+    """A mount for the duration of a block; yields the path of its root.
 
     Args:
         plan: what to mount.
-        where: used where this kernel has no detached overlays, in a mount namespace of our own.
+        where: the mount point on kernels without detached overlays, in our own mount namespace.
 
     Raises:
         Unsupported: the kernel does not mount it.
@@ -167,14 +167,14 @@ def mounted(plan: Mount, where: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def attached(plan: Mount, where: str) -> Iterator[None]:
-    """The same, mounted at ``where``, in a mount namespace of our own."""
+    """As :func:`mounted`, always attached at ``where``, in our own mount namespace."""
     with doing(f"mount the {plan.type}"):
         kernel.attach(plan, where)
     try:
         yield
     finally:
-        # Lazily: an overlay that was just closed lets go of its layers a little later, and until then they are
-        # EBUSY. This is a mount namespace of our own: what is left in it ends with the process.
+        # Lazily: an overlay that was just closed releases its layers a little later, and until then they are EBUSY.
+        # This is our own mount namespace: what is left in it ends with the process.
         api.umount2(where, api.MNT_DETACH)
 
 
@@ -184,21 +184,21 @@ def is_overlay(directory: str) -> bool:
         return files.filesystem_magic(fd) == OVERLAYFS_MAGIC
 
 
-def with_nesting_in_mind(directory: str, found: Feature) -> Feature:
-    """The answer for an overlay whose upper layer is in ``directory``, with the plain reason if that is one.
+def explain_nesting(directory: str, found: Feature) -> Feature:
+    """The answer for an overlay with its upper layer in ``directory``; if that is itself on an overlay, say so.
 
-    The kernel says so in the mount context's log, or in dmesg only; the call answers EINVAL.
+    The kernel gives this reason in the mount context's log, or only in dmesg; the call fails with EINVAL.
     """
     if found.ok or found.reason == NEEDS_PRIVILEGE or not is_overlay(directory):
         return found
     return Feature(False, "this directory is itself on OverlayFS, which is not supported as upperdir")
 
 
-# What is done in an overlay
+# Working in an overlay
 
 
 def populate(case: Case) -> None:
-    """Fill the lower layers of an overlay that :func:`use` will work in."""
+    """Fill the lower layers of an overlay for :func:`use`."""
     for name in ("kept", "deleted", "moved"):
         write(case.path("bottom", name), "bottom")
     os.mkdir(case.path("bottom", "dir"))
@@ -207,10 +207,10 @@ def populate(case: Case) -> None:
 
 
 def use(merged: str, case: Case) -> None:
-    """Read, create, change, delete, rename, and make a directory where one was deleted, as programs do.
+    """Read, create, change, delete, rename, and recreate a deleted directory, as programs do.
 
     Raises:
-        Unsupported: one of these does not work, or does the wrong thing.
+        Unsupported: one of these fails, or has the wrong result.
     """
     with doing("read a file in it"):
         expect(read(os.path.join(merged, "kept")) == "top", "the upper of two lower layers does not win")
