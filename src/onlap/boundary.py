@@ -1,7 +1,8 @@
-"""The border to the caller: nothing but OnlapError leaves a public call, and what the caller raised himself.
+"""The boundary to the caller: only OnlapError leaves a public call, and exceptions of the caller's own functions.
 
-What is expected is translated where it happens, in words that name the thing (:func:`onlap.errors.from_oserror`). This
-is for the rest: a stat that nobody thought could fail, a module that cannot be loaded for want of descriptors.
+Expected errors are translated where they happen, with a message that names the object concerned
+(:func:`onlap.errors.from_oserror`). This is for the rest: a stat that was not expected to fail, a module that cannot be
+imported for lack of descriptors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _RAW = (OSError, ImportError, MemoryError, RuntimeError, AssertionError)
 _CALLERS_OWN = "_onlap_callers_own"
 
-# What those do whose names are no verbs.
+# What functions do whose names are not verbs, for messages.
 _DOING = {
     "__init__": "open the root",
     "put": "store a blob",
@@ -31,14 +32,14 @@ _DOING = {
     "usage": "measure",
     "changes": "compare",
     "diff": "compare",
-    "images": "look after images",
-    "content": "look after blobs",
+    "images": "use images",
+    "content": "use blobs",
     "bring": "take an image in",
 }
 
 
 def mark_callers_own(error: BaseException) -> None:
-    """Mark what a caller's own function raised: it goes up as it is."""
+    """Mark an exception of a caller's own function, which is raised unchanged."""
     setattr(error, _CALLERS_OWN, True)
 
 
@@ -55,7 +56,7 @@ def public_class(cls: type[C]) -> type[C]:
 
 
 def public(function: F) -> F:
-    """Guard a function; also what is done later in the iterator or context manager that it returns."""
+    """Guard a function, and the iterator or context manager that it returns."""
     name = function.__name__
     doing = _DOING.get(name) or name.strip("_").replace("_", " ")
 
@@ -118,11 +119,11 @@ def _translated(error: BaseException, doing: str) -> errors.OnlapError:
     if isinstance(error, OSError):
         return from_oserror(error, doing=doing)
     if isinstance(error, (MemoryError, RecursionError)):
-        return errors.ResourceExhausted(f"cannot {doing}: {str(error) or 'there is no memory left'}")
+        return errors.ResourceExhausted(f"cannot {doing}: {str(error) or 'out of memory'}")
     if isinstance(error, ImportError):
         return errors.Unavailable(
-            f"cannot {doing}: {error}", hint="is all of it installed? or are descriptors or memory used up?"
+            f"cannot {doing}: {error}", hint="check the installation, and the limits of descriptors and memory"
         )
     if "can't start new thread" in str(error):
-        return errors.ResourceExhausted(f"cannot {doing}: {error}", hint="raise the limit of threads (ulimit -u)")
+        return errors.ResourceExhausted(f"cannot {doing}: {error}", hint="raise the limit on threads (ulimit -u)")
     return errors.Internal(f"cannot {doing}: {type(error).__name__}: {error}", hint="please report it")

@@ -7,15 +7,15 @@
     ├ NotFound (LookupError)           no such snapshot, blob or file
     ├ AlreadyExists                    the key or name is taken
     ├ FailedPrecondition               right call, wrong state
-    │ └ Busy                           somebody holds it; .holders says who
+    │ └ Busy                           in use; .holders says by whom
     ├ PermissionDenied                 the kernel or the root's owner forbids it
     ├ ResourceExhausted                no space, inodes, descriptors or memory
     ├ Unavailable                      not now; the same call may succeed later
-    ├ Unimplemented                    this kernel, filesystem or snapshotter cannot
+    ├ Unimplemented                    this kernel, filesystem or snapshotter cannot do it
     ├ Canceled                         the caller's progress callback asked to stop
-    ├ Internal                         a bug of ours
-    └ DataLoss                         what was stored is gone or damaged
-      └ DigestMismatch                 content is not what its digest says
+    ├ Internal                         a bug in Onlap
+    └ DataLoss                         stored data is gone or damaged
+      └ DigestMismatch                 content does not match its digest
 
 The kinds are those of containerd's ``errdefs``, so that each maps to one gRPC code, one exit status and one ``Err``.
 """
@@ -47,11 +47,11 @@ __all__ = [
 
 
 class OnlapError(Exception):
-    """Something that Onlap could not do.
+    """The base class of all errors.
 
     Args:
-        message: what failed, in words that name the thing.
-        key: the snapshot, digest or path that it failed for, if there is one.
+        message: what failed, naming the object concerned.
+        key: the snapshot, digest or path concerned, if there is one.
         hint: what the reader can do about it.
     """
 
@@ -84,7 +84,7 @@ class InvalidArgument(OnlapError, ValueError):
 
 
 class NotFound(OnlapError, LookupError):
-    """There is no such thing."""
+    """It does not exist."""
 
     kind = "NotFound"
 
@@ -102,10 +102,10 @@ class FailedPrecondition(OnlapError):
 
 
 class Busy(FailedPrecondition):
-    """Somebody holds it.
+    """It is in use.
 
     Attributes:
-        holders: who, a line each, as ``"pid 4711 (bash): cwd"``; empty when /proc does not tell.
+        holders: by whom, one line each, as ``"pid 4711 (bash): cwd"``; empty if /proc does not show it.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Busy(FailedPrecondition):
 
 
 class PermissionDenied(OnlapError):
-    """The kernel, or the owner of the root, does not let us."""
+    """The kernel, or the owner of the root, forbids it."""
 
     kind = "PermissionDenied"
 
@@ -146,25 +146,25 @@ class Canceled(OnlapError):
 
 
 class Internal(OnlapError):
-    """A bug of ours."""
+    """A bug in Onlap."""
 
     kind = "Internal"
 
 
 class DataLoss(OnlapError):
-    """What was stored is gone or damaged."""
+    """Stored data is gone or damaged."""
 
     kind = "DataLoss"
 
 
 class DigestMismatch(DataLoss):
-    """Content is not what its digest says."""
+    """Content does not match its digest."""
 
 
 _NO_ROOM = "free some space or inodes there"
 
-# One row per errno: the class that it becomes, and what its reader can do. What is not here is Internal: an errno that
-# nobody thought of is our bug until somebody shows that it is the caller's.
+# One row per errno: its class, and what the reader can do. An errno that is not here is Internal: unforeseen, it is our
+# bug until proven the caller's.
 _BY_ERRNO: dict[int, tuple[type[OnlapError], str | None]] = {
     _errno.ENOENT: (NotFound, None),
     _errno.ESRCH: (NotFound, None),
@@ -179,41 +179,41 @@ _BY_ERRNO: dict[int, tuple[type[OnlapError], str | None]] = {
     _errno.ENOSPC: (ResourceExhausted, _NO_ROOM),
     _errno.EDQUOT: (ResourceExhausted, "raise the quota, or free some space"),
     _errno.ENOMEM: (ResourceExhausted, None),
-    _errno.EMFILE: (ResourceExhausted, "raise the limit of open files (ulimit -n)"),
+    _errno.EMFILE: (ResourceExhausted, "raise the limit on open files (ulimit -n)"),
     _errno.ENFILE: (ResourceExhausted, "the machine's table of open files is full (fs.file-max)"),
-    _errno.EMLINK: (ResourceExhausted, "the filesystem's limit of hard links to one file is reached"),
+    _errno.EMLINK: (ResourceExhausted, "the filesystem's limit on hard links to one file is reached"),
     _errno.EFBIG: (
         ResourceExhausted,
-        "the filesystem's or the process's limit of file size is reached (ulimit -f)",
+        "the filesystem's or the process's limit on file size is reached (ulimit -f)",
     ),
     _errno.EAGAIN: (Unavailable, "try again"),
-    _errno.ENOLCK: (Unavailable, "try again; the kernel, or the server of the filesystem, has no lock to give"),
+    _errno.ENOLCK: (Unavailable, "try again; the kernel, or the server of the filesystem, has no lock left"),
     _errno.EDEADLK: (Unavailable, "try again"),
     _errno.ETIMEDOUT: (Unavailable, "try again"),
     _errno.EINTR: (Unavailable, "try again"),
     _errno.EINVAL: (InvalidArgument, None),
-    _errno.ENOTDIR: (InvalidArgument, "a directory is wanted"),
-    _errno.EISDIR: (InvalidArgument, "a file is wanted, not a directory"),
-    _errno.ELOOP: (InvalidArgument, "too many symbolic links on the way"),
-    _errno.ENAMETOOLONG: (InvalidArgument, "names end at 255 bytes, paths at 4095"),
+    _errno.ENOTDIR: (InvalidArgument, "it must be a directory"),
+    _errno.EISDIR: (InvalidArgument, "it must be a file, not a directory"),
+    _errno.ELOOP: (InvalidArgument, "there are too many symbolic links in the path"),
+    _errno.ENAMETOOLONG: (InvalidArgument, "a name has at most 255 bytes, a path 4095"),
     _errno.ENOSYS: (Unimplemented, "this kernel does not have the system call"),
     _errno.EOPNOTSUPP: (Unimplemented, "this filesystem does not support it"),
     _errno.ENOTCONN: (Unavailable, "the program that serves the filesystem (FUSE) has ended; mount it again"),
-    _errno.EIO: (DataLoss, "look into the kernel's log (dmesg)"),
-    # What ext4, xfs and btrfs say of their own metadata: it contradicts itself, or has another checksum.
-    _errno.EUCLEAN: (DataLoss, "the filesystem is damaged; look into the kernel's log (dmesg), and check it (fsck)"),
-    _errno.EBADMSG: (DataLoss, "the filesystem is damaged; look into the kernel's log (dmesg), and check it (fsck)"),
+    _errno.EIO: (DataLoss, "see the kernel's log (dmesg)"),
+    # From ext4, xfs and btrfs, about their own metadata: it is inconsistent, or its checksum is wrong.
+    _errno.EUCLEAN: (DataLoss, "the filesystem is damaged; see the kernel's log (dmesg), and check it (fsck)"),
+    _errno.EBADMSG: (DataLoss, "the filesystem is damaged; see the kernel's log (dmesg), and check it (fsck)"),
     _errno.ESTALE: (DataLoss, None),
 }
 
 
 def from_oserror(error: OSError, *, doing: str, key: str | None = None) -> OnlapError:
-    """Translate an OSError; the one place that does so.
+    """Translate an OSError; the only place that does so.
 
     Args:
         error: what the system call raised.
         doing: what was being done, as ``"create the workdir"``.
-        key: the snapshot or path that it was done for.
+        key: the snapshot or path concerned.
 
     Returns:
         The error to raise, with ``error`` as its cause already set.
@@ -227,7 +227,7 @@ def from_oserror(error: OSError, *, doing: str, key: str | None = None) -> Onlap
 
 @_contextlib.contextmanager
 def translated(doing: str, *, key: str | None = None) -> Iterator[None]:
-    """A block whose OSErrors become ours; the arguments are those of :func:`from_oserror`."""
+    """A block whose OSErrors are translated; the arguments are those of :func:`from_oserror`."""
     try:
         yield
     except OSError as error:
@@ -235,7 +235,7 @@ def translated(doing: str, *, key: str | None = None) -> Iterator[None]:
 
 
 def shown(text: object) -> str:
-    """``text`` fit for a message: C escapes for what terminals act on, ``\\xNN`` for bytes that are not UTF-8."""
+    """``text`` for a message: C escapes for control characters, ``\\xNN`` for bytes that are not UTF-8."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
     return "".join(_shown_char(c) for c in str(text))
@@ -251,5 +251,5 @@ def _shown_char(c: str) -> str:
         return f"\\x{ord(c) - 0xDC00:02x}"
     if c.isprintable():
         return c
-    # "\x85" is the byte; the character U+0085 is two bytes in UTF-8, and shown as another escape.
+    # "\x85" is the byte; the character U+0085 is two bytes in UTF-8, and gets another escape.
     return f"\\x{ord(c):02x}" if ord(c) < 0x80 else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"

@@ -1,4 +1,4 @@
-"""How far a long operation is, told to whoever asked."""
+"""Progress of a long operation, reported to a callback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.boundary import mark_callers_own
 
-# A callback more often than this is no use to a reader, and would cost more than the work on small files.
+# Seconds. More frequent callbacks are of no use to a reader, and would cost more than the work on small files.
 _INTERVAL = 0.1
 
 
@@ -19,9 +19,9 @@ class Progress(NamedTuple):
     Attributes:
         stage: what is being done, as ``"import"``.
         done: how many units are done.
-        total: how many there will be, None where nobody knows.
+        total: how many there are in total, None if that is unknown.
         unit: ``"bytes"``, ``"files"`` or ``"layers"``.
-        item: what is being worked on, if it has a name.
+        item: the name of what is being worked on, if it has one.
     """
 
     stage: str
@@ -37,10 +37,10 @@ Callback = Callable[[Progress], None]
 class Reporter:
     """Calls a callback at most ten times a second, in the caller's thread, and once more at the end.
 
-    What the callback raises goes up through the operation, which cleans up and ends: that is how it is cancelled.
+    An exception of the callback passes through the operation, which cleans up and ends: this is how it is cancelled.
 
     Raises:
-        InvalidArgument: the callback cannot be called.
+        InvalidArgument: the callback is not callable.
     """
 
     def __init__(self, callback: Callback | None, stage: str, unit: str, total: int | None = None) -> None:
@@ -56,13 +56,13 @@ class Reporter:
         self._sum = 0
 
     def __call__(self, done: int, item: str | None = None) -> None:
-        """So much is done."""
+        """Report how much is done."""
         if self._callback is None:
             return
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _INTERVAL
-            self._tell(Progress(self._stage, done, self._total, self._unit, item))
+            self._report(Progress(self._stage, done, self._total, self._unit, item))
 
     def add(self, count: int) -> None:
         """So many more are done than before."""
@@ -70,10 +70,10 @@ class Reporter:
         self(self._sum)
 
     def finish(self, done: int) -> None:
-        """All is done."""
-        self._tell(Progress(self._stage, done, done, self._unit, None))
+        """Report that everything is done."""
+        self._report(Progress(self._stage, done, done, self._unit, None))
 
-    def _tell(self, report: Progress) -> None:
+    def _report(self, report: Progress) -> None:
         if self._callback is None:
             return
         try:

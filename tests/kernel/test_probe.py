@@ -346,7 +346,7 @@ def test_nothing_is_left(root: Path, function: Callable[[Path], object]) -> None
 def test_no_mount_appears_even_for_a_moment(attach: Callable[..., Path]) -> None:
     where = attach("tmpfs")
     # What a careless trial attaches in its own namespace would come through this mount into ours.
-    api.mount("none", str(where), None, api.MS_SHARED, None)
+    api.mount("none", str(where), None, 1 << 20, None)  # MS_SHARED
     with open("/proc/self/mountinfo", "rb") as file:
         watch = select.poll()
         watch.register(file, select.POLLPRI)

@@ -34,7 +34,7 @@ STRICTER = (
     "is not supported",  # types that containerd and Docker refuse, too
     "its owner .* is out of range",  # chown(2) has no such owner
     "its size -?[0-9]+ is impossible",  # of what has no data
-    "holds a NUL",  # in GNU.sparse.name
+    "contains a NUL",  # in GNU.sparse.name
     "a pax record does not start with its length",  # Go takes a sign and any number of zeros
     "its pax record .*: (not a number|not a time)",  # Go takes a plus sign
     "its sparse map is of",  # in a file that is too long to be read there

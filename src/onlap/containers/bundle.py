@@ -128,7 +128,7 @@ def specification(
         open_files: the hard limit of open files.
 
     Raises:
-        InvalidArgument: a text is not valid UTF-8, which the runtime would silently change, or holds a NUL.
+        InvalidArgument: a text is not valid UTF-8, which the runtime would silently change, or contains a NUL.
     """
     bounding = capabilities.chosen(options.cap_add, options.cap_drop)
     # For a user other than 0 the kernel would drop these at the exec anyway (capabilities(7)).
@@ -210,7 +210,7 @@ def _check_text(value: object) -> None:
                 f"{shown(value)} is not valid UTF-8, and the container's configuration is JSON", key=value
             ) from error
         if "\0" in value:
-            raise errors.InvalidArgument(f"{shown(value)} holds a NUL", key=value)
+            raise errors.InvalidArgument(f"{shown(value)} contains a NUL", key=value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             _check_text(key)

@@ -250,7 +250,7 @@ def check_name(name: str, what: str = "key") -> None:
     except UnicodeEncodeError as error:
         raise errors.InvalidArgument(f"the {what} {errors.shown(name)} is not valid UTF-8", key=name) from error
     if b"\0" in encoded:
-        raise errors.InvalidArgument(f"the {what} {errors.shown(name)} holds a NUL", key=name)
+        raise errors.InvalidArgument(f"the {what} {errors.shown(name)} contains a NUL", key=name)
 
 
 def check_labels(labels: Mapping[str, str | None]) -> None:

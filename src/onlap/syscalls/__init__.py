@@ -1,5 +1,5 @@
-"""The kernel, one thin typed function a call, without policy.
+"""The kernel: one thin, typed function per system call, without policy.
 
-Each function raises :class:`OSError` with the kernel's errno and the path that it was about. Constants are copied from
-the kernel's headers, which each module names. Higher-level behaviour does not belong here.
+Each function raises :class:`OSError` with the kernel's errno and the path concerned. Constants are copied from the
+kernel headers that each module names. Higher-level behaviour does not belong here.
 """

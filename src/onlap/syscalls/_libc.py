@@ -1,6 +1,6 @@
 """How a system call is made: libc through ctypes, errno turned into OSError.
 
-``use_errno`` keeps a private copy of errno a thread, so that a switch of threads between the call and its reading
+``use_errno`` keeps a private copy of errno per thread, so that a thread switch between the call and reading errno
 cannot mix them up. A call releases the GIL.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_libc = ctypes.CDLL(None, use_errno=True)
 
-# Numbers of system calls that came with or after Linux 5.0 are the same on all architectures
-# (arch/*/entry/syscalls: "unified" from 424 on).
+# System calls of Linux 5.0 and later have the same numbers on all architectures (arch/*/entry/syscalls: "unified" from
+# 424 on).
 OPEN_TREE = 428
 MOVE_MOUNT = 429
 FSOPEN = 430
@@ -23,16 +22,9 @@ OPENAT2 = 437
 MOUNT_SETATTR = 442
 
 
-def _symbol(name: str) -> ctypes._NamedFuncPointer:
-    if _libc is None:
-        raise OSError(38, "Onlap's system calls are Linux's")
-    return getattr(_libc, name)  # type: ignore[no-any-return]
-
-
 def call(name: str, *args: object, path: object = None) -> int:
-    """Call libc's ``name``; raise OSError about ``path`` when it answers -1."""
-    function = _symbol(name)
-    result: int = function(*args)
+    """Call libc's ``name``; raise OSError about ``path`` if it returns -1."""
+    result: int = getattr(_libc, name)(*args)
     if result == -1:
         raise _error(path)
     return result
@@ -40,12 +32,8 @@ def call(name: str, *args: object, path: object = None) -> int:
 
 def syscall(number: int, *args: object, path: object = None) -> int:
     """Make system call ``number``; every int argument is passed as a C long, as the kernel takes them."""
-    function = _symbol("syscall")
     converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    result: int = function(ctypes.c_long(number), *converted)
-    if result == -1:
-        raise _error(path)
-    return result
+    return call("syscall", ctypes.c_long(number), *converted, path=path)
 
 
 def _error(path: object) -> OSError:
@@ -54,7 +42,7 @@ def _error(path: object) -> OSError:
 
 
 def fspath(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> bytes:
-    """``path`` as the kernel takes it; ValueError when it holds a NUL, which C would cut at."""
+    """``path`` as the kernel takes it; ValueError if it contains a NUL, where C would cut it."""
     encoded = os.fsencode(path)
     if b"\0" in encoded:
         raise ValueError("embedded null byte")

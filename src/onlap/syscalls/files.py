@@ -54,10 +54,10 @@ def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int) -> int:
 
 
 def open_beneath(path: str, flags: int, *, dir_fd: int, resolve: int) -> int:
-    """Open what is at ``path`` below a directory, however long the path is; none of its names may be a symlink.
+    """Open ``path`` below a directory, however long the path is; none of its components may be a symlink.
 
     Raises:
-        OSError: ELOOP or ENOTDIR where a name on the way is a symlink or a file; else as :func:`openat2`.
+        OSError: ELOOP or ENOTDIR if a component is a symlink or a file; otherwise as :func:`openat2`.
     """
     resolve |= RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS
     left = os.fsencode(path)
@@ -85,7 +85,7 @@ def _open_part(path: bytes, flags: int, dir_fd: int, resolve: int) -> int:
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-    # Before Linux 5.6: one name after the other.
+    # Before Linux 5.6: one component after the other.
     *names, last = path.split(b"/")
     here = dir_fd
     try:
@@ -101,10 +101,10 @@ def _open_part(path: bytes, flags: int, dir_fd: int, resolve: int) -> int:
 
 
 def list_directory(fd: int) -> list[os.DirEntry[str]]:
-    """The entries of an open directory, as it is now; in no order.
+    """The current entries of an open directory, unordered.
 
-    Btrfs shows a descriptor only the names that were there when it was opened or last rewound (fs/btrfs/inode.c,
-    btrfs_opendir and btrfs_dir_llseek), and those that list it share its offset.
+    Btrfs shows a descriptor only the names that existed when it was opened or last rewound (fs/btrfs/inode.c,
+    btrfs_opendir and btrfs_dir_llseek), and all users of a descriptor share its offset.
     """
     os.lseek(fd, 0, os.SEEK_SET)
     with os.scandir(fd) as entries:
@@ -112,24 +112,23 @@ def list_directory(fd: int) -> list[os.DirEntry[str]]:
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write all of it: one write(2) may take less, as on a disk that is nearly full."""
+    """Write all of ``data``: one write(2) may write less, as on a disk that is nearly full."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 def clone_file(source_fd: int, target_fd: int) -> None:
-    """Make the target share all of the source's blocks (FICLONE); EOPNOTSUPP or EXDEV where that cannot be."""
-    # fcntl.ioctl instead of libc's: it does the same and is in the standard library.
+    """Make the target share all of the source's blocks (FICLONE); EOPNOTSUPP or EXDEV if that is impossible."""
     import fcntl
 
     fcntl.ioctl(target_fd, FICLONE, source_fd)
 
 
 def syncfs(fd: int) -> None:
-    """Write all of the filesystem that ``fd`` is on to the disk.
+    """Write the whole filesystem that ``fd`` is on to the disk.
 
-    Since Linux 5.8 it fails with an error of write-back that happened after ``fd`` was opened.
+    Since Linux 5.8 it reports write-back errors that happened after ``fd`` was opened.
     """
     _libc.call("syncfs", ctypes.c_int(fd))
 
@@ -148,7 +147,7 @@ def renameat2(source_dir_fd: int, source: str | bytes, target_dir_fd: int, targe
 
 
 def filesystem_magic(fd: int) -> int:
-    """The number of the type of filesystem that ``fd`` is on (statfs(2), ``f_type``; linux/magic.h)."""
+    """The type of the filesystem that ``fd`` is on, as a number (statfs(2), ``f_type``; linux/magic.h)."""
     buffer = ctypes.create_string_buffer(_STATFS_SIZE)
     _libc.call("fstatfs", ctypes.c_int(fd), buffer)
     # The first member is a long of 32 useful bits; a wider one may repeat their sign.
@@ -163,7 +162,7 @@ def mount_id(fd: int) -> int:
 
 
 def unique_mount_id(fd: int) -> int | None:
-    """The id of the mount that ``fd`` is on, never used again until reboot; None before Linux 6.8."""
+    """The id of the mount that ``fd`` is on, never reused until reboot; None before Linux 6.8."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     _libc.call(
         "statx",

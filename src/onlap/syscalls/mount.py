@@ -26,7 +26,7 @@ MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
-MS_SHARED = 1 << 20
+
 MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
 
@@ -56,7 +56,7 @@ MOUNT_ATTR_IDMAP = 0x100000
 
 # open_tree(2), move_mount(2)
 OPEN_TREE_CLONE = 1
-OPEN_TREE_CLOEXEC = os.O_CLOEXEC if hasattr(os, "O_CLOEXEC") else 0o2000000
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -64,7 +64,7 @@ AT_RECURSIVE = 0x8000
 
 
 def mount(source: str | bytes, target: Path, fstype: str | None, flags: int, data: bytes | None) -> None:
-    """mount(2). ``data`` of more than a page is *silently cut* by the kernel: the caller checks its length."""
+    """mount(2). The kernel *silently truncates* ``data`` of more than a page: the caller checks its length."""
     _libc.call(
         "mount",
         fspath(source),
@@ -82,12 +82,12 @@ def umount2(target: Path, flags: int = 0) -> None:
 
 
 def fsopen(fstype: str) -> int:
-    """A file descriptor to configure a new superblock of ``fstype`` with."""
+    """A file descriptor for configuring a new superblock of ``fstype``."""
     return _libc.syscall(_libc.FSOPEN, fspath(fstype), FSOPEN_CLOEXEC, path=fstype)
 
 
 def fsconfig_string(fs: int, key: str, value: str | bytes) -> None:
-    """Set an option to a string; the kernel takes 255 bytes at most and answers EINVAL above that."""
+    """Set an option to a string of at most 255 bytes; the kernel refuses more with EINVAL."""
     encoded = fspath(value)
     _libc.syscall(_libc.FSCONFIG, fs, FSCONFIG_SET_STRING, key.encode(), encoded, 0, path=value)
 
@@ -98,22 +98,22 @@ def fsconfig_fd(fs: int, key: str, fd: int) -> None:
 
 
 def fsconfig_flag(fs: int, key: str) -> None:
-    """Set an option that has no value."""
+    """Set an option without a value."""
     _libc.syscall(_libc.FSCONFIG, fs, FSCONFIG_SET_FLAG, key.encode(), None, 0, path=key)
 
 
 def fsconfig_create(fs: int) -> None:
-    """Make the superblock from what was configured."""
+    """Create the configured superblock."""
     _libc.syscall(_libc.FSCONFIG, fs, FSCONFIG_CMD_CREATE, None, None, 0)
 
 
 def fsmount(fs: int, attributes: int = 0) -> int:
-    """A detached mount of the superblock, as a file descriptor that opens its root; gone when the last one closes."""
+    """A detached mount of the superblock, as a file descriptor of its root; unmounted when the last one closes."""
     return _libc.syscall(_libc.FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes)
 
 
 def fs_context_log(fs: int) -> str:
-    """What the kernel says of a failed configuration, its messages joined; empty when it says nothing."""
+    """The kernel's messages about a failed configuration, joined; empty if there are none."""
     messages: list[str] = []
     while True:
         try:
@@ -148,7 +148,7 @@ class _MountAttr(ctypes.Structure):
 
 def mount_setattr(fd: int, *, set_attributes: int, userns_fd: int = 0, recursive: bool = False) -> None:
     """Change the attributes of the mount that ``fd`` is the root of (Linux 5.12)."""
-    # EINVAL where how times are kept is set without being cleared.
+    # EINVAL if a new atime setting does not clear the old one.
     cleared = MOUNT_ATTR__ATIME if set_attributes & MOUNT_ATTR__ATIME else 0
     attributes = _MountAttr(set_attributes, cleared, 0, userns_fd)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)

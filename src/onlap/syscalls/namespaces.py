@@ -1,4 +1,4 @@
-"""unshare(2), which the standard library has only from Python 3.12 on, and what goes with it.
+"""unshare(2), which the standard library has since Python 3.12, and related calls.
 
 Sources: unshare(2), user_namespaces(7), ioctl_nsfs(2); include/uapi/linux/{sched,nsfs}.h.
 """
@@ -21,14 +21,14 @@ _NS_GET_OWNER_UID = 0xB704  # Linux 4.11
 
 
 def unshare(flags: int) -> None:
-    """Give the calling thread namespaces (or, with CLONE_FS, a working directory) of its own."""
+    """Give the calling thread its own namespaces (or, with CLONE_FS, its own working directory)."""
     _libc.call("unshare", ctypes.c_int(flags))
 
 
 def in_user_namespace() -> bool:
-    """Whether this process is in another user namespace than the machine's first.
+    """Whether this process is in a user namespace other than the initial one.
 
-    The first one's map is all ids in one line (user_namespaces(7)); there is no other sign.
+    The initial one maps all ids in one line (user_namespaces(7)); there is no other sign.
     """
     try:
         with open("/proc/self/uid_map", "rb") as file:
@@ -38,10 +38,10 @@ def in_user_namespace() -> bool:
 
 
 def owner_of(fd: int) -> int:
-    """The user who made the user namespace that a namespace (an open ``/proc/<pid>/ns/mnt``) belongs to.
+    """The user who created the user namespace that owns a namespace (an open ``/proc/<pid>/ns/mnt``).
 
     Raises:
-        OSError: EPERM when that user namespace is not ours or one below it.
+        OSError: EPERM if that user namespace is neither ours nor below it.
     """
     import fcntl
 
@@ -54,7 +54,7 @@ def owner_of(fd: int) -> int:
 
 
 def set_dumpable() -> None:
-    """prctl(PR_SET_DUMPABLE): make /proc/self this process's user's; a change of user made it root's.
+    """prctl(PR_SET_DUMPABLE): give /proc/self back to this process's user, after a change of user gave it to root.
 
     Source: prctl(2), proc(5); include/uapi/linux/prctl.h.
     """

@@ -159,7 +159,7 @@ def piped(before: Sequence[str], after: Sequence[str], markers: Markers, encodin
         source.close()
         out.close()
         raise errors.ResourceExhausted(
-            f"cannot write a layer: {error}", hint="raise the limit of threads (ulimit -u)"
+            f"cannot write a layer: {error}", hint="raise the limit on threads (ulimit -u)"
         ) from error
     try:
         with source:

@@ -378,7 +378,7 @@ class TarReader:
         if not 0 <= entry.uid <= tar.MAX_ID or not 0 <= entry.gid <= tar.MAX_ID:
             raise bad(f"its owner {entry.uid}:{entry.gid} is out of range", name, entry.offset)
         if "\0" in name or "\0" in link:
-            raise bad("its name or its link holds a NUL", name, entry.offset)
+            raise bad("its name or its link contains a NUL", name, entry.offset)
 
     # Extended records
 

@@ -246,10 +246,10 @@ def parse_records(data: bytes) -> dict[str, bytes]:
         if not equals or not raw_key:
             raise ValueError("a pax record has no key")
         if b"\0" in raw_key:
-            raise ValueError("a key of a pax record holds a NUL")
+            raise ValueError("a key of a pax record contains a NUL")
         key = os.fsdecode(raw_key)
         if b"\0" in value and key in _TEXTS:
-            raise ValueError(f"the pax record {key} {shown(value)} holds a NUL")
+            raise ValueError(f"the pax record {key} {shown(value)} contains a NUL")
         if key in _SPARSE_PAIR:
             if key != _SPARSE_PAIR[len(sparse) % 2] or b"," in value:
                 raise ValueError("a sparse map whose offsets and lengths do not alternate")
