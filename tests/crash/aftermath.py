@@ -88,7 +88,12 @@ def _which(store: Store, before: Model, after: Model) -> Model:
     for model in (before, after):
         if same(model):
             return model
-    raise Loss(f"there are {snapshots} and {images}; right were {before} or {after}")
+    there = {name: (info.kind, info.parent, dict(info.labels)) for name, info in snapshots.items()}
+    raise Loss(f"there are {there} and {images}; right were {_shown(before)} or {_shown(after)}")
+
+
+def _shown(model: Model) -> str:
+    return f"{ {name: each[:3] for name, each in model.snapshots.items()} } and {dict(model.images)}"
 
 
 def _same(info: onlap.Info, known: Snapshot) -> bool:

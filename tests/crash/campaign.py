@@ -23,6 +23,8 @@ class Campaign:
         seed: of all that is chosen.
 
     Attributes:
+        disk: see there.
+        filesystem: the filesystem.
         states: how many have been looked at.
         checks: how many trees and blobs were compared.
         lost: how many of those were not whole, of which that had not been promised.
@@ -30,10 +32,10 @@ class Campaign:
     """
 
     def __init__(self, disk: Disk, kind: str, sync: Sync, top: Path, seed: int) -> None:
-        self._disk = disk
+        self.disk = disk
         self._sync = sync
         self._rng = random.Random(seed)
-        self._filesystem = Filesystem(disk, kind, top)
+        self.filesystem = Filesystem(disk, kind, top)
         disk.keep()
         self._founded: Life | None = None
         self.states = self.checks = self.lost = self.lives = 0
@@ -50,11 +52,11 @@ class Campaign:
     def found(self) -> None:
         """From now on lives begin with a root in which there is something already, all of it on the disk."""
         assert self._founded is None
-        self._disk.record()
-        with self._filesystem.mounted() as top:
+        self.disk.record()
+        with self.filesystem.mounted() as top:
             self._founded = Life(top / "root", "layer", None)
             self._founded.run(*FOUNDED)
-        self._disk.keep()
+        self.disk.keep()
 
     def look(self, *verbs: str, limit: int) -> None:
         """Record a life in which this is done, and look at so many of its states at most.
@@ -62,13 +64,13 @@ class Campaign:
         Raises:
             AssertionError: something is wrong in one, which its note names.
         """
-        self._disk.record()
-        with self._filesystem.mounted() as top:
-            life = Life(top / "root", self._sync, self._disk.mark, self._founded)
+        self.disk.record()
+        with self.filesystem.mounted() as top:
+            life = Life(top / "root", self._sync, self.disk.mark, self._founded)
             life.run(*verbs)
-        entries = self._disk.log()
+        entries = self.disk.log()
         self.lives += 1
-        all_states = list(states(entries, self._rng, 2, self._filesystem.kind))
+        all_states = list(states(entries, self._rng, 2, self.filesystem.kind))
         chosen = sorted(self._rng.sample(range(len(all_states)), min(limit, len(all_states))))
         # What was on the disk before the life began is promised also where nothing else is.
         promised = None
@@ -76,11 +78,11 @@ class Campaign:
             promised = frozenset(self._founded.model.snapshots) if self._founded is not None else frozenset()
         for number in chosen:
             state = all_states[number]
-            self._disk.become(state)
+            self.disk.become(state)
             before, after = aftermath.allowed(life.models, entries, state)
             self.states += 1
             try:
-                with self._filesystem.mounted() as top:
+                with self.filesystem.mounted() as top:
                     found = aftermath.check(top / "root", before, after, promised, self._rng)
             except Exception as error:
                 error.add_note(f"after {', '.join(verbs)}: {state}")

@@ -331,10 +331,11 @@ def image_remove(life: Life) -> None:
     image = life.store.images.get(name)
     images = {other: blobs for other, blobs in life.model.images.items() if other != name}
     after = life.model._replace(images=images)
-    if life.model.images[name] not in images.values():
-        stood_on = {each.parent for each in life.model.snapshots.values() if each.labels is not None}
-        if not stood_on.intersection(image.chain_ids):
-            after = after.without(*image.chain_ids)
+    needed = {chain_id for other in images for chain_id in life.store.images.get(other).chain_ids}
+    for chain_id in reversed(image.chain_ids):
+        if chain_id in needed or chain_id in {each.parent for each in after.snapshots.values()}:
+            break
+        after = after.without(chain_id)
     life.act(lambda: life.store.images.remove(name), after)
 
 
