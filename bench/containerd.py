@@ -84,10 +84,10 @@ def bench() -> None:
 
 NOTES = """\
 The peer is containerd's overlay snapshotter behind contrib/snapshotservice, with asynchronous remove (its plugin's
-default); the client is the same. `--sync none` has the peer's durability. `--sync layer` writes back the whole
-filesystem before a commit returns: in the cycles the layers are empty and so there is nothing to write; a layer of
-1 GiB that has just been written is the other end. There its peer is `sync -f` after the same writes: what it costs to
-have the layer on the disk, whoever asks for it.
+default). Both have the same client. `--sync none` has the peer's durability. `--sync layer` writes back the whole
+filesystem before a commit returns. In the cycles the layers are empty, so there is nothing to write. A layer of 1 GiB
+that has just been written is the other extreme. Its peer is `sync -f` after the same writes: the cost of having the
+layer on the disk.
 """
 
 

@@ -144,9 +144,9 @@ def bench() -> None:
 
 
 NOTES = """\
-`sync="none"` on our side, which is what the peers do: blobs are on the disk, what is unpacked of them need not be.
-containerd's commit is what its clients do for one: the diff of the snapshot, with gzip, and the commit of the snapshot.
-Ours are unpacked in worker processes, one a core; containerd unpacks one layer after the other, umoci likewise.
+Onlap runs with `sync="none"`, as the peers do: blobs are on the disk, but unpacked trees need not be. containerd's
+commit is what its clients do: the diff of the snapshot, with gzip, and the commit of the snapshot. Onlap unpacks layers
+in worker processes, one per core; containerd and umoci unpack one layer after the other.
 """
 
 

@@ -90,12 +90,11 @@ def bench() -> None:
 
 NOTES = """\
 "apply" is of a plain archive; "unpack" is of a compressed one, with the digests of the blob and of the archive
-in it. Onlap computes both digests always. containerd's unpack is its library: gzip through unpigz where that
-is installed, else in Go. umoci unpacks the same layer, in an image; its time has the start of a process, as
-that of GNU tar and bsdtar has. One layer keeps more than one core busy, with inflating and hashing beside the
-writing, which bounds what two at once can gain on two cores. The walking differ gets both trees mounted
-already. The rows of memory compare
-with 1 MiB, so that their ratio is a size.
+in it. Onlap always computes both digests. containerd's unpack is its library: gzip through unpigz if that is
+installed, else in Go. umoci unpacks the same layer, in an image. Its time includes the start of a process, as do
+those of GNU tar and bsdtar. One layer keeps more than one core busy, because decompression and hashing run beside
+the writing. This limits what two layers at once can gain on two cores. The walking differ gets trees that are
+already mounted. The memory rows compare with 1 MiB, so that their ratio is a size.
 """
 VERSIONS = (("tar", "--version"), ("bsdtar", "--version"), ("umoci", "--version"))
 

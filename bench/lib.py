@@ -374,9 +374,9 @@ def report(
 PREAMBLE = """\
 # Benchmarks
 
-Onlap beside its peers, by the programs in `bench/` (`make bench`), each of which writes its own section. Runs
-are interleaved, on one machine, on a fresh ext4 with a journal on a loop device. Figures are medians of the
-rounds, with the least and the greatest in brackets; a ratio's bracket holds the ratios of the single rounds.
+Onlap beside its peers, measured by the programs in `bench/` (`make bench`). Each program writes its own section.
+Runs are interleaved, on one machine, on a new ext4 with a journal on a loop device. Figures are medians of the
+rounds, with the smallest and the largest in brackets. The bracket of a ratio has the ratios of the single rounds.
 """
 
 

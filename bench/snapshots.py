@@ -100,10 +100,10 @@ def bench() -> None:
 
 NOTES = """\
 The peer is containerd's overlay snapshotter as a Go library, with asynchronous remove (its plugin's default)
-unless the row says otherwise; a thread of ours stands beside a goroutine of its own. `sync="none"` has the
-peer's durability: metadata only. A prepare counts as beside the commit until a second after it: what is put
-off counts too. The last row compares Onlap with itself: what remove costs must not grow with the number of
-snapshots.
+unless the row says otherwise. Each of our threads is compared with one of its goroutines. `sync="none"` has the
+peer's durability: metadata only. A prepare counts as beside the commit until one second after it, so that
+postponed work counts too. The last row compares Onlap with itself: the cost of remove must not grow with the
+number of snapshots.
 """
 
 CYCLES = {
