@@ -37,8 +37,8 @@ STRICTER = (
     "contains a NUL",  # in GNU.sparse.name
     "a pax record does not start with its length",  # Go takes a sign and any number of zeros
     "its pax record .*: (not a number|not a time)",  # Go takes a plus sign
-    "its sparse map is of",  # in a file that is too long to be read there
-    "sparse map: (not a number|.*pieces|a version .*|the size of the file is missing)",
+    "its sparse map has",  # in a file that is too long to be read there
+    "sparse map: (not a number|.*pieces|its version .*|the size of the file is missing)",
     "the archive ends at byte",  # after a header of the next entry
 )
 

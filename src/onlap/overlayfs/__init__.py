@@ -1,4 +1,4 @@
-"""OverlayFS itself: the form of its options, its markers on disk, and what this kernel can do.
+"""OverlayFS itself: its options, its markers on disk, and the merged view of layers in userspace.
 
 Source: the kernel's Documentation/filesystems/overlayfs.rst.
 """

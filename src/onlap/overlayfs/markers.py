@@ -1,7 +1,7 @@
-"""What OverlayFS writes into layers: whiteouts, opaque directories, redirects, metacopy.
+"""OverlayFS's markers in layers: whiteouts, opaque directories, redirects, metacopy.
 
-An overlay keeps its markers in ``trusted.overlay.*``, or in ``user.overlay.*`` when it was mounted with ``userxattr``;
-the *flavour* of a root says which, and all of its layers have the same.
+An overlay keeps its markers in ``trusted.overlay.*``, or in ``user.overlay.*`` if it was mounted with ``userxattr``.
+This *flavour* is the same for all layers of a root.
 
 Source: the kernel's Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories", "redirect_dir",
 "Metadata only copy up", "User xattr".
@@ -19,7 +19,6 @@ FLAVOURS = (TRUSTED, USER)
 
 # overlayfs.rst: a whiteout is a character device with number 0/0, or (Linux 6.7) an empty regular file with the xattr
 # overlay.whiteout in a directory whose overlay.opaque is "x".
-WHITEOUT_RDEV = 0
 OPAQUE_YES = b"y"
 OPAQUE_XATTR_WHITEOUTS = b"x"
 
@@ -29,8 +28,8 @@ class Markers:
 
     Args:
         flavour: ``"trusted"`` or ``"user"``.
-        recorded: whether the layers' files may have an owner that could not be set and is recorded in an xattr
-            (:data:`onlap.trees.meta.OVERRIDE_XATTR`); by default those of the user flavour.
+        recorded: whether owners that could not be set are recorded in an xattr of the layers' files
+            (:data:`onlap.trees.meta.OVERRIDE_XATTR`); by default only in the user flavour.
     """
 
     __slots__ = ("flavour", "metacopy", "opaque", "prefix", "recorded", "redirect", "whiteout")
@@ -48,31 +47,29 @@ class Markers:
 
     @property
     def mount_flags(self) -> tuple[str, ...]:
-        """What a mount must say for the kernel to read this flavour."""
+        """The mount options that make the kernel use this flavour."""
         return ("userxattr",) if self.flavour == USER else ()
 
 
 def is_marker(xattr: str) -> bool:
-    """Whether an xattr belongs to OverlayFS, whatever the flavour: it never leaves a layer, nor comes into one."""
+    """Whether an xattr is OverlayFS's, of any flavour: it is never copied into or out of a layer."""
     return xattr.startswith(("trusted.overlay.", "user.overlay."))
 
 
 def is_whiteout(status: os.stat_result) -> bool:
     """Whether a file of a layer is a whiteout device."""
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == WHITEOUT_RDEV
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
 def make_whiteout(name: str | bytes, *, dir_fd: int) -> None:
-    """Make a whiteout device; allowed also in a user namespace (Linux 5.8, device number 0/0 only)."""
+    """Make a whiteout device; also allowed in a user namespace (Linux 5.8, only device number 0/0)."""
     os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=dir_fd)
 
 
 def get_xattr(path: str | bytes | int, name: str) -> bytes | None:
-    """The value of an xattr, None where the file or the filesystem has none; symlinks are not followed."""
+    """The value of an xattr; None if the file or the filesystem has none. A symlink is not followed."""
     try:
-        if isinstance(path, int):
-            return os.getxattr(path, name)
-        return os.getxattr(path, name, follow_symlinks=False)
+        return os.getxattr(path, name, follow_symlinks=isinstance(path, int))
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
@@ -80,5 +77,5 @@ def get_xattr(path: str | bytes | int, name: str) -> bytes | None:
 
 
 def set_opaque(dir_fd: int, markers: Markers) -> None:
-    """Make a directory hide what the layers below have at its place."""
+    """Make a directory opaque: it hides the directories at its path in the layers below."""
     os.setxattr(dir_fd, markers.opaque, OPAQUE_YES)

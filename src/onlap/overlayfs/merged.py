@@ -1,7 +1,7 @@
 """The merged view of a stack of layers, read in userspace without a mount.
 
-What the kernel's lookup does (fs/overlayfs/namei.c), with the same answers: whiteouts in both forms, opaque
-directories, redirects. It needs no privilege but to read the markers (``trusted.*`` takes CAP_SYS_ADMIN).
+It gives the same results as the kernel's lookup (fs/overlayfs/namei.c): whiteouts in both forms, opaque directories,
+redirects. The only privilege it needs is to read the markers (``trusted.*`` needs CAP_SYS_ADMIN).
 
 Source: the kernel's Documentation/filesystems/overlayfs.rst, "Merging objects", "redirect_dir", "Metadata only
 copy up".
@@ -23,25 +23,25 @@ from onlap.syscalls import files
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Descriptors that stacks keep open: more than the kernel takes layers (fs/overlayfs/params.h, OVL_MAX_STACK: 500), so
-# that one directory of the highest stack is looked through without opening its parts again; but only a part of those
-# that the process may have, since two stacks may be open at once (a squash reads one and writes on another).
+# How many descriptors stacks keep open: more than the kernel's limit of layers (fs/overlayfs/params.h, OVL_MAX_STACK:
+# 500), so that a directory of the highest stack can be read without reopening its parts; but only a share of the
+# process's limit, since two stacks may be open at once (a squash reads one and writes on another).
 _MAX_OPEN = 512
 _SHARE = 4
 
-# A directory of a layer is listed only when names were looked up in vain, or nearly, more often than this, and than
-# there are names in those that were listed: many names in many layers cost their sum then, not their product.
+# A directory of a layer is listed only once more lookups were tried in it than this, and than there are names in the
+# listed ones: then many names in many layers cost their sum, not their product.
 _TRIES = 64
 
 
 class Part:
-    """One layer's directory that takes part in a merged one.
+    """One layer's directory that is part of a merged one.
 
     Attributes:
-        above: the directory of the same layer that holds it; None for the layer's top.
-        layer: the layer's number, the topmost being 0.
+        above: its parent directory in the same layer; None for the layer's top.
+        layer: the layer's number; the topmost is 0.
         identity: the directory's device and inode.
-        opaque: the value of its opaque mark.
+        opaque: the value of its opaque marker.
     """
 
     __slots__ = ("_name", "_stack", "above", "identity", "layer", "opaque")
@@ -56,11 +56,11 @@ class Part:
 
     @property
     def fd(self) -> int:
-        """A descriptor of the directory; it stays open until other parts need many."""
+        """A descriptor of the directory; it stays open until other parts need too many."""
         return self._stack.descriptor(self)
 
     def open(self) -> int:
-        """Open the directory; for the stack, which closes it."""
+        """Open the directory; called by the stack, which closes it."""
         if self.above is None:
             return os.open(self._name, _DIRECTORY)
         fd = self._stack.descriptor(self.above, only_open=True)
@@ -71,7 +71,7 @@ class Part:
         while part.above is not None:
             names.append(part._name)
             part = part.above
-        # Not kept: the roots of many layers would drive out what is looked at.
+        # Not cached: the roots of many layers would displace the directories in use.
         root = part.open()
         try:
             return files.open_beneath("/".join(reversed(names)), _DIRECTORY, dir_fd=root, resolve=0)
@@ -80,7 +80,7 @@ class Part:
 
 
 class Found(NamedTuple):
-    """A name as the topmost layer that has it shows it."""
+    """A name in the topmost layer that has it."""
 
     part: Part
     name: str
@@ -93,17 +93,17 @@ class Found(NamedTuple):
 
     @property
     def dir_fd(self) -> int:
-        """The directory that holds it; to be used at once, see :attr:`Part.fd`."""
+        """The directory that holds it; use it at once, see :attr:`Part.fd`."""
         return self.part.fd
 
 
 class MergedDirectory:
     """A directory of a stack, as the kernel merges it. Close it, or use it as a context manager.
 
-    However many there are, few descriptors are open: they are the stack's, which opens them again where need be.
+    The stack owns the descriptors, limits their number and reopens them as needed.
 
     Attributes:
-        parts: what each layer contributes, topmost first; nothing below an opaque part takes part.
+        parts: the directory in each layer, topmost first; none below an opaque one.
     """
 
     __slots__ = ("_entries", "_index", "_listed", "_stack", "_tried", "_whiteouts", "parts")
@@ -111,7 +111,7 @@ class MergedDirectory:
     def __init__(self, parts: Sequence[Part], stack: Stack) -> None:
         self.parts = tuple(parts)
         self._stack = stack
-        # How many of the uppermost parts were listed, which of those have a name, and what the first of them hides.
+        # How many of the uppermost parts are listed, which of those have a name, and which names are hidden there.
         self._listed = 0
         self._entries = 0
         self._tried = 0
@@ -131,11 +131,11 @@ class MergedDirectory:
 
     @property
     def status(self) -> os.stat_result:
-        """The attributes of the directory: those of its topmost part."""
+        """The status of the directory: that of its topmost part."""
         return os.fstat(self.parts[0].fd)
 
     def lookup(self, name: str) -> Found | None:
-        """What ``name`` is here, None where no layer has it or a whiteout hides it."""
+        """The file ``name``; None if no layer has it or a whiteout hides it."""
         for part in self._having(name):
             status = _status(part.fd, name)
             if status is None:
@@ -146,7 +146,7 @@ class MergedDirectory:
         return None
 
     def beneath(self, found: Found) -> Found | None:
-        """What the name would be here without the layer that shows it, and those above."""
+        """The file of the same name that would appear without the layer of ``found`` and those above it."""
         for part in self._having(found.name):
             status = _status(part.fd, found.name) if part.layer > found.layer else None
             if status is not None:
@@ -154,21 +154,20 @@ class MergedDirectory:
         return None
 
     def open(self, name: str) -> MergedDirectory | None:
-        """The directory ``name``, None where there is no such directory."""
+        """The directory ``name``; None if there is no such directory."""
         found: list[Part] = []
-        # Where the name continues below: a redirect sends the search in the layers beneath it to another place.
-        redirect: bytes | None = None
         for part in self._having(name):
             status = _status(part.fd, name)
             if status is None:
                 continue
             if not stat.S_ISDIR(status.st_mode):
-                break  # a whiteout or a file: it ends the merge, whatever lies below
+                break  # a whiteout or a file ends the merge, whatever lies below
             new = Part(self._stack, part, name, part.layer, (status.st_dev, status.st_ino))
             new.opaque = get_xattr(new.fd, self._stack.markers.opaque)
             found.append(new)
             if new.opaque == OPAQUE_YES:
                 break
+            # The layers below have the directory under another path.
             redirect = get_xattr(new.fd, self._stack.markers.redirect)
             if redirect is not None:
                 found += self._redirected(new.layer, redirect)
@@ -180,9 +179,9 @@ class MergedDirectory:
         return sorted(self.names_above(0) - self._whiteouts, key=os.fsencode)
 
     def names_above(self, lowest: int) -> set[str]:
-        """The names that the parts above the ``lowest`` ones have, whiteouts included.
+        """The names in all but the ``lowest`` parts, including whiteouts.
 
-        They are listed but once, and :meth:`lookup` and :meth:`open` need not try the parts that lack a name.
+        Each part is listed only once; :meth:`lookup` and :meth:`open` then skip parts that lack a name.
         """
         while self._listed < len(self.parts) - lowest:
             self._list_next()
@@ -194,8 +193,8 @@ class MergedDirectory:
         for entry in files.list_directory(part.fd):
             self._entries += 1
             having = self._index.setdefault(entry.name, [])
-            # The type from readdir spares a stat a name: only devices, and files where the directory says that it holds
-            # xattr whiteouts, can be one.
+            # The type from readdir saves a stat per name: only devices can be whiteouts, and files in a directory that
+            # is marked to hold xattr whiteouts.
             if (
                 not having
                 and not (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
@@ -207,7 +206,7 @@ class MergedDirectory:
             having.append(part)
 
     def _having(self, name: str) -> Iterator[Part]:
-        """The parts that may have ``name``; what was tried often enough to have been listed meanwhile is listed."""
+        """The parts that may have ``name``; lists parts once that pays off."""
         while self._tried > self._entries + _TRIES and self._listed < len(self.parts):
             self._list_next()
         yield from self._index.get(name, ())
@@ -216,19 +215,19 @@ class MergedDirectory:
             yield part
 
     def data(self, found: Found, path: str) -> int:
-        """Open a regular file's data for reading: that of a layer below where ``found`` has only the metadata.
+        """Open a regular file's data for reading; for a metacopy file, that of a layer below.
 
         Args:
-            found: what :meth:`lookup` gave.
+            found: a result of :meth:`lookup`.
             path: the file's path from the top of the stack, for the error.
 
         Raises:
-            OSError: ENOENT where no layer below has the data.
+            OSError: ENOENT: no layer below has the data.
         """
         fd = os.open(found.name, _FILE, dir_fd=found.dir_fd)
         layer, name = found.layer, found.name
-        # Where the data is looked for: beside the file, whose directory may be another one in the layers below, until
-        # an absolute redirect leads elsewhere (fs/overlayfs/namei.c, ovl_lookup).
+        # The data is searched beside the file, whose directory may have another path in the layers below, until an
+        # absolute redirect leads elsewhere (fs/overlayfs/namei.c, ovl_lookup).
         directory = self
         markers = self._stack.markers
         while get_xattr(fd, markers.metacopy) is not None:
@@ -237,13 +236,10 @@ class MergedDirectory:
             if redirect is not None:
                 above, slash, name = os.fsdecode(redirect).rpartition("/")
                 if slash:
-                    directory = self._absolute(layer, above)
+                    parts = self._redirected(layer, os.fsencode(above + "/"))
+                    directory = MergedDirectory(parts, self._stack)
             layer, fd = directory._data_below(layer, name, path)
         return fd
-
-    def _absolute(self, above: int, path: str) -> MergedDirectory:
-        """The directory at ``path`` in the layers below ``above``; without parts where there is none."""
-        return MergedDirectory(self._redirected(above, os.fsencode(path + "/")), self._stack)
 
     def _data_below(self, layer: int, name: str, path: str) -> tuple[int, int]:
         for part in self.parts:
@@ -267,7 +263,7 @@ class MergedDirectory:
     def _redirected(self, above: int, redirect: bytes) -> Sequence[Part]:
         """The parts of a renamed directory in the layers below ``above``.
 
-        An absolute redirect starts at the top of the stack, a relative one is a name beside this directory's own.
+        An absolute redirect starts at the top of the stack; a relative one is a name in this directory.
         """
         target = os.fsdecode(redirect)
         absolute = target.startswith("/")
@@ -284,11 +280,11 @@ class Stack:
 
     Args:
         layers: the layers' top directories, topmost first.
-        markers: the names of the markers in them.
-        beside: another stack, with which this one shares its number of descriptors.
+        markers: the flavour of the markers in them.
+        beside: another stack, with which this one shares the limit of open descriptors.
 
     Attributes:
-        markers: the names of the markers.
+        markers: the flavour of the markers.
         roots: the top directory of each layer.
 
     Raises:
@@ -309,7 +305,7 @@ class Stack:
                 root.identity = status.st_dev, status.st_ino
                 root.opaque = get_xattr(root.fd, markers.opaque)
                 if root.opaque == OPAQUE_YES:
-                    # fs/overlayfs/super.c merges the tops of all layers, whatever their marks say.
+                    # fs/overlayfs/super.c merges the tops of all layers and ignores their markers.
                     root.opaque = None
         except BaseException:
             self.close()
@@ -331,12 +327,12 @@ class Stack:
         """The merged top directory, valid while the stack is open.
 
         Args:
-            skip: leave out that many layers from the top.
+            skip: how many of the topmost layers to leave out.
         """
         return MergedDirectory(self.roots[skip:], self)
 
     def descriptor(self, part: Part, *, only_open: bool = False) -> int:
-        """A descriptor of a part, opened if need be; ``only_open``: -1 rather than that."""
+        """A descriptor of a part, opened if needed; with ``only_open``, -1 if it is not open."""
         fd = self._open.get(part)
         if fd is not None:
             self._open.move_to_end(part)
@@ -350,13 +346,13 @@ class Stack:
         return fd
 
     def release(self, part: Part) -> None:
-        """Close a part's descriptor, if it is open; the directory above it, which comes next in a walk, stays open."""
+        """Close a part's descriptor, if it is open; open its parent instead, which a walk needs next."""
         fd = self._open.pop(part, None)
         if fd is None:
             return
         try:
             if part.above is not None and part.above not in self._open:
-                # It is one step from here, and very many may be from the top.
+                # It is one step from here, and may be very many from the top.
                 above = os.open("..", _DIRECTORY, dir_fd=fd)
                 self._open[part.above] = above
                 status = os.fstat(above)

@@ -1,4 +1,4 @@
-"""The text form of overlay options: what mount(2) and /proc/self/mountinfo show.
+"""The text form of overlay options, for mount(2) and in /proc/self/mountinfo.
 
 Sources: the kernel's Documentation/filesystems/overlayfs.rst, fs/overlayfs/params.c, fs/proc_namespace.c.
 """
@@ -9,11 +9,11 @@ import os
 import re
 from collections.abc import Iterable
 
-# OVL_MAX_STACK, fs/overlayfs/params.h: the number of lower layers that one mount takes.
+# OVL_MAX_STACK, fs/overlayfs/params.h: the limit of lower layers per mount.
 MAX_LOWERS = 500
 
-# mount(2) copies one page of data and puts a NUL at its end; a longer string is cut without an error, so that the
-# mount has fewer layers than asked for. The page is 4096 bytes or more on every architecture.
+# mount(2) copies one page of data and puts a NUL at its end; a longer string is cut without an error, so the mount has
+# fewer layers than requested. The page has 4096 bytes or more on every architecture.
 MAX_DATA = 4096 - 1
 
 # params.c: a value of fsconfig(2) is at most 255 bytes, else EINVAL.
@@ -23,30 +23,22 @@ _INDEX_PARAMETER = "/sys/module/overlay/parameters/index"
 
 
 def without_index() -> tuple[str, ...]:
-    """The option that keeps the index off, which containerd and Docker give, too.
+    """The option that turns the index off, as containerd and Docker do.
 
-    With the index on, an upper that was mounted with other lowers before fails with ESTALE. A kernel whose module does
-    not know the option would refuse the mount for it, and has no index.
+    With the index on, mounting an upper that was mounted with other lowers before fails with ESTALE. A kernel whose
+    module does not know the option has no index, and would refuse the mount.
     """
     return ("index=off",) if os.path.exists(_INDEX_PARAMETER) else ()
 
 
 def escape(path: bytes) -> bytes:
-    """``path`` as a value in an option string: a backslash before ``\\``, ``:`` and ``,``."""
+    """``path`` as a value in an option string, with a backslash before ``\\``, ``:`` and ``,``."""
     return path.replace(b"\\", b"\\\\").replace(b":", b"\\:").replace(b",", b"\\,")
 
 
 def unescape(value: bytes) -> bytes:
-    """The opposite of :func:`escape`; a backslash gives the byte that follows it (params.c, ovl_unescape)."""
-    out = bytearray()
-    escaped = False
-    for byte in value:
-        if escaped or byte != 0x5C:
-            out.append(byte)
-            escaped = False
-        else:
-            escaped = True
-    return bytes(out)
+    """The opposite of :func:`escape`; a backslash stands for the byte after it (params.c, ovl_unescape)."""
+    return re.sub(rb"\\(.?)", rb"\1", value, flags=re.DOTALL)
 
 
 def split(value: bytes, separator: bytes) -> list[bytes]:
@@ -71,15 +63,15 @@ _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def octal_unescape(field: bytes) -> bytes:
-    """A field of /proc without the ``\\040`` that the kernel writes for what would end the field (mangle_path)."""
+    """A field of /proc without the ``\\040`` escapes that the kernel writes for separators (mangle_path)."""
     return _OCTAL.sub(lambda m: bytes((int(m[1], 8),)), field) if b"\\" in field else field
 
 
 def layer_paths(super_options: bytes) -> list[bytes]:
-    """Every path that an overlay's options name, as mountinfo shows them.
+    """Every path in an overlay's options, as mountinfo shows them.
 
-    A comma in a value is shown as an octal escape (seq_show_option), so that the commas left separate options.
-    ``lowerdir=`` is shown as it was given to mount(2), the others as the paths that they are.
+    A comma in a value is shown as an octal escape (seq_show_option), so plain commas separate options. ``lowerdir=`` is
+    shown as it was given to mount(2), the others as plain paths.
     """
     paths: list[bytes] = []
     for option in super_options.split(b","):
@@ -90,7 +82,7 @@ def layer_paths(super_options: bytes) -> list[bytes]:
         elif key in (b"lowerdir+", b"datadir+"):
             paths.append(value)
         elif key in (b"upperdir", b"workdir"):
-            # With or without the escapes that mount(2) was given, by the kernel's version; a path without a backslash
-            # is the same both ways.
+            # With or without the escapes given to mount(2), depending on the kernel's version; a path without a
+            # backslash is the same both ways.
             paths += dict.fromkeys((value, unescape(value)))
     return paths

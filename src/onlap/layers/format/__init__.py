@@ -1,1 +1,1 @@
-"""The tar format, read and written."""
+"""Reading and writing the tar format."""

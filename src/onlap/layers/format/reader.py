@@ -1,7 +1,7 @@
-"""Reading tar archives as a stream: ustar, pax, GNU, star and v7, sparse files in all their forms.
+"""Reading tar archives as a stream: ustar, pax, GNU, star and v7, and all forms of sparse files.
 
-Written for speed: a header costs one unpack and one checksum, data is handed out as views of the chunks that it came
-in, and nothing is kept of an entry once the next one is asked for.
+Written for speed: a header costs one unpack and one checksum, data is returned as views of the chunks read, and nothing
+about an entry is kept once the next one is requested.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from onlap.layers.format.tar import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal
 # name mode uid gid size mtime (checksum) type linkname magic+version (uname gname) devmajor devminor prefix trailer
 _HEADER = struct.Struct("100s8s8s8s12s12s8xc100s8s64x8s8s155s8x4s")
 
-# Go's archive/tar takes any version of ustar, and for GNU only its own; anything else is a header of v7, which ends
-# before the devices and the prefix.
+# Go's archive/tar accepts any version of ustar, but only one of GNU; anything else is a v7 header, which ends before
+# the devices and the prefix.
 _USTAR = b"ustar\0"
 _GNU = b"ustar  \0"
 _STAR_TRAILER = b"tar\0"
-# In a header of star, and in one of GNU: the times of access and change.
+# The access and change times in a star header, and in a GNU one.
 _STAR_TIMES = (slice(476, 488), slice(488, 500))
 _GNU_TIMES = (slice(345, 357), slice(357, 369))
 
-# Types that have no data whatever their size field says; Go's archive/tar, isHeaderOnly.
+# Types without data, whatever their size field says; Go's archive/tar, isHeaderOnly.
 _HEADER_ONLY = frozenset("123456")
 _LABEL = "V"
-# Contiguous files (7), GNU's directories with a list of names (D) and Solaris's own pax headers (X) are none: Go gives
-# them out as entries of unknown types, so that containerd and Docker refuse them and scanners do not see them.
+# Contiguous files (7), GNU's directories with a list of names (D) and Solaris's own pax headers (X) are not among them:
+# Go returns them as entries of unknown types, so containerd and Docker refuse them and scanners do not see them.
 _KNOWN = {
     b"\0": tar.FILE,
     b"0": tar.FILE,
@@ -43,16 +43,16 @@ _KNOWN = {
     b"4": tar.BLOCK_DEVICE,
     b"5": tar.DIRECTORY,
     b"6": tar.FIFO,
-    b"V": _LABEL,  # GNU: the volume's
+    b"V": _LABEL,  # GNU: a volume label
 }
 
-# Headers that are no entries: pax records, global ones, GNU's long names and links.
+# Headers that are not entries: pax records, global ones, GNU's long names and links.
 _META = b"xgLK"
 _GLOBAL, _LONG_NAME, _LONG_LINK, _OLD_SPARSE = b"gLKS"
 
 _MAX_NUMBERS = 4096
 
-# That of os.fsdecode(), which asks for more than is needed here.
+# That of os.fsdecode(), which does more than is needed here.
 _ENCODING = sys.getfilesystemencoding()
 
 
@@ -66,14 +66,14 @@ class TarReader:
                 ...
 
     Args:
-        next_chunk: gives the next bytes of the archive, at best 128 to 256 KiB, and none at its end. A chunk may be
-            overwritten once the next one is asked for.
-        start: how many bytes of the archive were passed over before.
+        next_chunk: returns the next bytes of the archive, ideally 128 to 256 KiB, and none at its end. A chunk may be
+            overwritten once the next one is requested.
+        start: how many bytes of the archive were skipped before.
 
     Attributes:
-        position: how many bytes of the archive were read or passed over so far.
-        marked_end: whether the archive's end marker was met. Without one, the archive ends after an entry, or in its
-            padding: umoci's ``insert`` writes such, and Go's archive/tar takes them.
+        position: how many bytes of the archive were read or skipped so far.
+        marked_end: whether the archive's end marker was found. Without one, the archive ends after an entry or in its
+            padding: umoci's ``insert`` writes such archives, and Go's archive/tar accepts them.
     """
 
     def __init__(self, next_chunk: Callable[[], bytes | memoryview], start: int = 0) -> None:
@@ -97,11 +97,11 @@ class TarReader:
             yield entry
 
     def next(self) -> Entry | None:
-        """The next entry; None at the end. Data of the current one that was not taken is passed over.
+        """The next entry; None at the end. Unread data of the current one is skipped.
 
         Raises:
-            InvalidArgument: what comes next is not a tar entry, or a malformed one.
-            DataLoss: the archive ends in the middle of an entry.
+            InvalidArgument: what follows is not a tar entry, or is malformed.
+            DataLoss: the archive ends within an entry.
         """
         records: Mapping[str, bytes] | None = None
         long_name = long_link = b""
@@ -130,13 +130,13 @@ class TarReader:
                 records = self._records(header, offset)
                 if flag != _GLOBAL:
                     continue
-            # Go's archive/tar gives global headers and labels out as entries: what came before them is theirs, and
-            # nothing in them is for others.
+            # Go's archive/tar returns global headers and labels as entries: headers before them belong to them, and
+            # they do not affect other entries.
             records = start = None
             long_name = long_link = b""
 
     def piece(self) -> memoryview:
-        """The next piece of the current entry's data, empty at its end; valid until the reader is used again."""
+        """The next piece of the current entry's data; empty at its end. Valid until the reader is used again."""
         left = self._left
         if not left:
             return self._chunk[:0]
@@ -152,14 +152,14 @@ class TarReader:
         return self._chunk[at:end]
 
     def drain(self) -> None:
-        """Read what follows the end of the archive; all of it belongs to its digest."""
+        """Read what follows the end of the archive; it is part of the digest."""
         while self._more():
             pass
 
     # Bytes
 
     def _more(self) -> bool:
-        """Whether anything follows; fetches the next chunk."""
+        """Fetch the next chunk; return whether there is one."""
         self._before += len(self._chunk)
         self._at = 0
         self._chunk = memoryview(self._next_chunk())
@@ -170,7 +170,7 @@ class TarReader:
             raise self._truncated(self._before)
 
     def _pass_entry(self) -> bool:
-        """Pass over the rest of the current entry; whether its padding is there, without which the archive ends."""
+        """Skip the rest of the current entry; return False if the archive ends within its padding."""
         left, padding = self._left, self._padding
         self._left = self._padding = 0
         if len(self._chunk) - self._at >= left + padding:
@@ -208,11 +208,8 @@ class TarReader:
             self._at = end
         return bytes(parts)
 
-    def _block(self) -> bytes:
-        return self._take(BLOCK)
-
     def _data_block(self) -> bytes:
-        """A block of the current entry's data, in which its sparse map is."""
+        """A block of the current entry's data, for the sparse map at its start."""
         if self._left < BLOCK:
             raise ValueError("it is longer than the data")
         self._left -= BLOCK
@@ -242,7 +239,7 @@ class TarReader:
         try:
             expected = parse_octal(header[148:156].tobytes())
         except ValueError:
-            pass  # not a number, so it is no sum either
+            pass  # neither a number nor, therefore, a checksum
         if tar.checksum(header) != expected and tar.signed_checksum(header) != expected:
             offset = self.position - BLOCK
             if offset == 0:
@@ -253,8 +250,8 @@ class TarReader:
         return header
 
     def _end(self) -> None:
-        # The marker is two blocks of zeros. As Go's archive/tar: one at the very end will do, and anything else behind
-        # it is an error.
+        # The marker is two blocks of zeros. As in Go's archive/tar, one at the very end is enough, and anything else
+        # after it is an error.
         self.marked_end = True
         if self._at == len(self._chunk) and not self._more():
             return
@@ -271,14 +268,14 @@ class TarReader:
         return value
 
     def _meta(self, header: memoryview, offset: int) -> bytes:
-        # Go refuses a header with a malformed field also where it uses none of them. Mostly all but the size are alike.
+        # Go also refuses a header for malformed fields that it does not use. Usually all fields but the size recur.
         fields = header[100:124].tobytes() + header[136:148].tobytes() + header[257:].tobytes()
         if fields != self._meta_fields:
             self._parse(header, offset)
             self._meta_fields = fields
         size = tar.parse_size(header[124:136].tobytes(), None, offset)
         if size > tar.MAX_META:
-            raise bad(f"{size} bytes of meta data; {tar.MAX_META} are the limit", None, offset)
+            raise bad(f"{size} bytes of metadata; the limit is {tar.MAX_META}", None, offset)
         self._padding = -size % BLOCK
         return self._take(size)
 
@@ -290,7 +287,7 @@ class TarReader:
             raise bad(str(error), None, offset) from None
 
     def _parse(self, header: memoryview, offset: int, long_name: bytes = b"", long_link: bytes = b"") -> Entry:
-        """What a header of any kind says; the type is empty where it is none of an entry."""
+        """The fields of any header; the type is empty if it is not that of an entry."""
         (
             raw_name,
             raw_mode,
@@ -311,7 +308,7 @@ class TarReader:
         known = self._numbers
         major = minor = 0
         try:
-            # Few modes and owners come again and again; a file's time is its own.
+            # A few modes and owners recur; mtimes do not.
             mode = (known[raw_mode] if raw_mode in known else number(raw_mode)) & 0o7777
             uid = known[raw_uid] if raw_uid in known else number(raw_uid)
             gid = known[raw_gid] if raw_gid in known else number(raw_gid)
@@ -355,7 +352,7 @@ class TarReader:
             raise bad(f"type {bytes([flag])!r} is not supported", entry.name, offset)
         sparse = records is not None and self._apply_records(entry, records, long_name, long_link)
         if not flag and entry.name.endswith("/"):
-            # Before directories had a type of their own, a slash told them apart. Since then it says nothing.
+            # Before directories had their own type, a trailing slash marked them. Since then it means nothing.
             entry.type = tar.DIRECTORY
         if entry.type in _HEADER_ONLY:
             entry.size = 0
@@ -364,7 +361,7 @@ class TarReader:
         if flag == _OLD_SPARSE:
             if header[257:265] != _GNU:
                 raise bad("a sparse file of star is not supported", entry.name, offset)
-            sparse_files.read_old(entry, header, self._block)
+            sparse_files.read_old(entry, header, lambda: self._take(BLOCK))
             sparse_files.check(entry)
         elif sparse and records is not None:
             self._sparse(entry, records)
@@ -395,21 +392,21 @@ class TarReader:
         sparse_files.check(entry)
 
     def _apply_records(self, entry: Entry, records: Mapping[str, bytes], long_name: bytes, long_link: bytes) -> bool:
-        """Let the records of an entry stand for its header; whether some of them are of a sparse file."""
+        """Apply the pax records of an entry over its header; return whether some are those of a sparse file."""
         xattrs: dict[str, bytes] = {}
         sparse = False
         skipped: list[str] = []
         key = ""
         try:
             for key, value in records.items():
-                if key == "mtime" and value:  # the one that most entries have
+                if key == "mtime" and value:  # the most common one
                     entry.mtime_ns = tar.parse_time(value)
                 elif key.startswith(tar.XATTR_PREFIX):
                     xattrs[key[len(tar.XATTR_PREFIX) :]] = value
                 elif key.startswith(("SCHILY.acl.", "RHT.security.", "SCHILY.fflags")):
                     skipped.append("acl" if "acl" in key else "xattr")
                 elif not value:
-                    continue  # without a value, the entry's own header stands
+                    continue  # without a value, the entry's own header applies
                 elif key == "path":
                     if not long_name:
                         entry.name = os.fsdecode(value)
@@ -419,7 +416,7 @@ class TarReader:
                 elif key == "atime":
                     entry.atime_ns = tar.parse_time(value)
                 elif key == "ctime":
-                    tar.parse_time(value)  # of no use; Go refuses what is no time
+                    tar.parse_time(value)  # only checked, as in Go
                 elif key == "size":
                     entry.size = parse_decimal(value)
                 elif key == "uid":
@@ -438,10 +435,10 @@ class TarReader:
 
 
 def _gnu_prefix(header: memoryview, prefix: bytes) -> bytes:
-    """The prefix of the name in a header of GNU tar, which has none.
+    """The prefix of the name in a GNU header, which normally has none.
 
-    Before Go 1.8, archive/tar wrote one over the times of access and change; it still reads it where these are no
-    numbers (reader.go, readHeader).
+    Before Go 1.8, archive/tar wrote one over the access and change times; it still reads it if these are not numbers
+    (reader.go, readHeader).
     """
     try:
         for field in _GNU_TIMES:

@@ -1,7 +1,7 @@
-"""The maps of sparse files in tar archives: where their data belongs, in all the forms that GNU tar has written.
+"""The maps of sparse files in tar archives: where their data belongs, in all of GNU tar's formats.
 
-Sources: GNU tar's manual, "Storing Sparse Files": the old GNU format, and pax 0.0, 0.1 and 1.0; Go's archive/tar,
-reader.go (1.24), which is followed where the manual leaves a choice.
+Sources: GNU tar's manual, "Storing Sparse Files": the old GNU format, and pax 0.0, 0.1 and 1.0; where the manual leaves
+a choice, Go's archive/tar, reader.go (1.24).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _OLD_REALSIZE = slice(483, 495)
 _EXTENSION_ENTRIES = 21
 _EXTENSION_EXTENDED = 504
 
-# A map of this many pieces is about 30 MB in memory. A file in more pieces than that is refused, and written whole.
+# A map of this many pieces takes about 30 MB of memory. A file with more is refused on reading, and written whole.
 MAX_PIECES = 1 << 18
 
-# Pax forms with their version in the records.
+# The pax formats with their version in the records.
 _VERSIONS = ((b"0", b"0"), (b"0", b"1"), (b"1", b"0"))
 
 Pieces = list[tuple[int, int]]
 
 
 def read_old(entry: Entry, header: memoryview, block: Callable[[], bytes]) -> None:
-    """Take the map of an old GNU sparse file from its header, and from the blocks that follow it.
+    """Read the map of an old GNU sparse file from its header and the blocks after it.
 
     Args:
-        entry: gets its ``size`` and ``sparse``.
-        header: of the entry.
-        block: gives the next block of the archive.
+        entry: its ``size`` and ``sparse`` are set.
+        header: the entry's header.
+        block: returns the next block of the archive.
 
     Raises:
         InvalidArgument: the map is malformed.
@@ -67,24 +67,24 @@ def is_pax(records: Mapping[str, bytes]) -> bool:
     """Whether the pax records of an entry make it a sparse file.
 
     Raises:
-        ValueError: they do, in a form that is not known. Go's archive/tar takes such a file as it is stored.
+        ValueError: they do, but the format is unknown. Go's archive/tar treats such a file as not sparse.
     """
     version = records.get("GNU.sparse.major", b""), records.get("GNU.sparse.minor", b"")
     if version in _VERSIONS:
         return True
     if any(version):
-        raise ValueError("a version of the sparse format that nobody knows")
-    # GNU tar says no version for 0.0 and 0.1.
+        raise ValueError("its version of the sparse format is unknown")
+    # GNU tar writes no version for 0.0 and 0.1.
     return bool(records.get(tar.SPARSE_MAP))
 
 
 def read_pax(entry: Entry, records: Mapping[str, bytes], block: Callable[[], bytes]) -> None:
-    """Take the map of a sparse file from its pax records, or from the start of its data where they say so.
+    """Read the map of a sparse file from its pax records, or in format 1.0, from the start of its data.
 
     Args:
-        entry: gets its ``name``, ``size`` and ``sparse``.
-        records: those of the entry, of which :func:`is_pax` is true.
-        block: gives the next block of the entry's data; raises ValueError where that ends.
+        entry: its ``name``, ``size`` and ``sparse`` are set.
+        records: the entry's records, for which :func:`is_pax` is true.
+        block: returns the next block of the entry's data; raises ValueError at its end.
 
     Raises:
         ValueError: the map is malformed.
@@ -107,7 +107,7 @@ def read_pax(entry: Entry, records: Mapping[str, bytes], block: Callable[[], byt
 
 
 def _read_1_0(block: Callable[[], bytes]) -> Pieces:
-    """The map at the start of the data: decimal numbers, a line each, the count of pieces first."""
+    """The map at the start of the data: decimal numbers, one per line, first the number of pieces."""
     text = b""
     numbers: list[int] = []
     wanted = 1
@@ -118,7 +118,7 @@ def _read_1_0(block: Callable[[], bytes]) -> Pieces:
                 raise ValueError("not a number")
             text += block()
             continue
-        # A block at a time, so that no line is looked for twice in a long map.
+        # Block by block, so that a long map is not searched repeatedly.
         lines = text.split(b"\n")
         text = lines.pop()
         for line in lines:
@@ -133,10 +133,10 @@ def _read_1_0(block: Callable[[], bytes]) -> Pieces:
 
 
 def pieces_of(ranges: Iterable[tuple[int, int]], size: int) -> Pieces:
-    """The pieces to store of a file that has data in these ranges, ``(start, end)``, ascending.
+    """The pieces to store of a file with data in these ranges, ``(start, end)``, ascending.
 
-    GNU tar reads and writes each piece in whole blocks (sparse.c, sparse_extract_region), so that only the last one may
-    end within a block: where the file does.
+    GNU tar reads and writes each piece in whole blocks (sparse.c, sparse_extract_region), so only the last piece may
+    end within a block, at the end of the file.
     """
     pieces: Pieces = []
     for start, end in ranges:
@@ -149,15 +149,15 @@ def pieces_of(ranges: Iterable[tuple[int, int]], size: int) -> Pieces:
 
 
 def format_1_0(pieces: Pieces, size: int) -> bytes:
-    """The map of a file in the form 1.0, up to the next block, for the start of its data."""
+    """The map of a file in format 1.0, padded to whole blocks, for the start of its data."""
     if not pieces or sum(pieces[-1]) < size:
-        pieces = [*pieces, (size, 0)]  # GNU tar gives the file its size by the last piece
+        pieces = [*pieces, (size, 0)]  # GNU tar takes the file's size from the last piece
     text = b"%d\n" % len(pieces) + b"".join(b"%d\n%d\n" % piece for piece in pieces)
     return text + bytes(-len(text) % tar.BLOCK)
 
 
 def check(entry: Entry) -> None:
-    """Check the map of a sparse file against its size and against what is stored of it; empty pieces are left out.
+    """Check the map of a sparse file against its size and its stored data; remove empty pieces.
 
     Raises:
         InvalidArgument: it does not fit.
@@ -172,7 +172,7 @@ def check(entry: Entry) -> None:
     if end > entry.size or entry.size > tar.MAX_INT64:
         raise bad("its sparse map reaches beyond the end of the file", entry.name, entry.offset)
     if total != entry.stored:
-        raise bad(f"its sparse map is of {total} bytes, its data of {entry.stored}", entry.name, entry.offset)
+        raise bad(f"its sparse map has {total} bytes, its data {entry.stored}", entry.name, entry.offset)
     entry.sparse = [(offset, length) for offset, length in pieces if length]
 
 

@@ -1,8 +1,8 @@
-"""The tar format: its blocks, numbers and extended records; what its reader and its writer share.
+"""The tar format: blocks, numbers and extended records, as shared by the reader and the writer.
 
 Sources: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar's manual, "Basic Tar Format" and
-"Storing Sparse Files"; FreeBSD's tar(5); Go's archive/tar, whose reading of doubtful headers is followed, since
-containerd and Docker read layers with it.
+"Storing Sparse Files"; FreeBSD's tar(5). Doubtful headers are read as by Go's archive/tar, since containerd and Docker
+read layers with it.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ FIFO = "6"
 
 XATTR_PREFIX = "SCHILY.xattr."
 
-# Records whose values Go's archive/tar refuses when they hold a NUL (validPAXRecord).
+# Go's archive/tar refuses values of these records that hold a NUL (validPAXRecord).
 _TEXTS = ("path", "linkpath", "uname", "gname")
 _SPARSE_PAIR = ("GNU.sparse.offset", "GNU.sparse.numbytes")
 SPARSE_MAP = "GNU.sparse.map"
 
-# Meta data of one entry (a long name, the records of a pax header) is read into memory; Go's archive/tar has the same
-# limit (maxSpecialFileSize).
+# The limit for the metadata of one entry (a long name, the records of a pax header), which is read into memory; as in
+# Go's archive/tar (maxSpecialFileSize).
 MAX_META = 1 << 20
 
-# A tree may be deeper than any path that the kernel takes at once (4095 bytes), and is carried; but a few bytes of an
-# archive must not make hundreds of thousands of directories in one another. What is written and what is read agree.
+# A tree may be deeper than any path that the kernel takes at once (4095 bytes). But a few bytes of an archive must not
+# make hundreds of thousands of nested directories. The limit is the same for reading and writing.
 MAX_PATH = (1 << 16) - 1
 
-
-# chown(2): an id of -1 means "leave it", so the largest 32-bit number is none.
+# chown(2): an id of -1 means "unchanged", so the largest 32-bit number is not an id.
 MAX_ID = 0xFFFFFFFE
 
-# The largest size of a file and number of seconds, in the kernel as in Go's archive/tar.
+# The largest size of a file and the largest number of seconds, in the kernel and in Go's archive/tar.
 MAX_INT64 = (1 << 63) - 1
 
 _SPACES = b"\0 "
@@ -63,13 +62,13 @@ class Entry:
         size: bytes of the file, holes included; 0 for all but files.
         stored: bytes in the archive: less than ``size`` for a sparse file.
         mtime_ns: nanoseconds since the epoch.
-        atime_ns: likewise, None when the archive does not say.
-        linkname: what a hard link or symlink points to.
+        atime_ns: likewise; None if the archive does not have it.
+        linkname: the target of a hard link or symlink.
         devmajor: of a device.
         devminor: of a device.
         xattrs: extended attributes by name.
         sparse: where a sparse file has data, as ``(offset, length)``, ascending; None for any other file.
-        skipped: attributes that the archive has in a form that cannot be used, by kind.
+        skipped: the kinds of attributes that the archive has in an unsupported form.
         offset: where the entry starts in the archive, in bytes.
     """
 
@@ -128,13 +127,13 @@ class Entry:
 
 
 def bad(message: str, name: str | None, offset: int) -> errors.InvalidArgument:
-    """The error about a malformed entry."""
+    """The error for a malformed entry."""
     where = f"entry {shown(name)} at byte {offset}" if name is not None else f"the header at byte {offset}"
     return errors.InvalidArgument(f"bad archive: {where}: {message}", key=name)
 
 
 def checksum(header: memoryview) -> int:
-    """The sum of a header's bytes, those of the checksum itself counted as spaces."""
+    """The sum of a header's bytes, with the checksum itself counted as spaces."""
     # Adler-32's low half is 1 plus the sum of the bytes modulo 65521: exact for 256 bytes (at most 65280), and many
     # times faster than sum().
     return (
@@ -147,21 +146,21 @@ def checksum(header: memoryview) -> int:
 
 
 def signed_checksum(header: memoryview) -> int:
-    """The same with bytes from -128 to 127, as old archivers on some machines summed them (GNU tar takes both)."""
+    """The same with signed bytes, as old archivers on some machines summed them (GNU tar accepts both)."""
     high = sum(byte >> 7 for byte in header[:148]) + sum(byte >> 7 for byte in header[156:512])
     return checksum(header) - 256 * high
 
 
 def parse_octal(field: bytes) -> int:
-    """An octal field: digits between spaces and NULs, nothing for 0.
+    """An octal field: digits between spaces and NULs; empty for 0.
 
     Raises:
-        ValueError: it is no such thing.
+        ValueError: it is anything else.
     """
     text = field.strip(_SPACES).partition(b"\0")[0]
     if not text:
         return 0
-    if not text.isdigit():  # int() would take signs, spaces, underscores and "0o"
+    if not text.isdigit():  # int() would accept signs, spaces, underscores and "0o"
         raise ValueError("not an octal number")
     return int(text, 8)
 
@@ -170,7 +169,7 @@ def parse_number(field: bytes) -> int:
     """A numeric field: octal, or GNU's base-256, which may be negative.
 
     Raises:
-        ValueError: it is neither, or does not fit 64 bits.
+        ValueError: it is neither, or does not fit in 64 bits.
     """
     first = field[0]
     if not first & 0x80:
@@ -189,8 +188,8 @@ def parse_size(field: bytes, name: str | None, offset: int) -> int:
 
     Args:
         field: a numeric field.
-        name: of the entry, for the error.
-        offset: of the entry in the archive, likewise.
+        name: the entry's name, for the error.
+        offset: the entry's offset in the archive, for the error.
 
     Raises:
         InvalidArgument: it is not a size.
@@ -205,7 +204,7 @@ def parse_size(field: bytes, name: str | None, offset: int) -> int:
 
 
 def format_number(value: int, width: int) -> bytes | None:
-    """``value`` in octal with a closing NUL, None where ``width`` does not hold it."""
+    """``value`` in octal with a closing NUL; None if it does not fit in ``width``."""
     if value < 0:
         return None
     text = b"%0*o" % (width - 1, value)
@@ -219,13 +218,13 @@ def cut(field: bytes) -> bytes:
 
 
 def parse_records(data: bytes) -> dict[str, bytes]:
-    """The records of a pax header: ``"LENGTH KEY=VALUE\\n"``; of a key that comes again, the last.
+    """The records of a pax header: ``"LENGTH KEY=VALUE\\n"``; of a repeated key, the last.
 
-    The map of a sparse file in the form 0.0, a record for each number, becomes that of 0.1 (Go's archive/tar,
+    The map of a sparse file in the form 0.0, with a record per number, becomes that of 0.1 (Go's archive/tar,
     parsePAX).
 
     Raises:
-        ValueError: they are malformed; its text says how.
+        ValueError: they are malformed; the text says how.
     """
     records: dict[str, bytes] = {}
     sparse: list[bytes] = []
@@ -252,7 +251,7 @@ def parse_records(data: bytes) -> dict[str, bytes]:
             raise ValueError(f"the pax record {key} {shown(value)} contains a NUL")
         if key in _SPARSE_PAIR:
             if key != _SPARSE_PAIR[len(sparse) % 2] or b"," in value:
-                raise ValueError("a sparse map whose offsets and lengths do not alternate")
+                raise ValueError("the offsets and lengths of a sparse map do not alternate")
             sparse.append(value)
         else:
             records[key] = value
@@ -276,7 +275,7 @@ def parse_time(text: bytes) -> int:
     """A pax time, ``"[-]SECONDS[.FRACTION]"``, as nanoseconds; digits beyond the ninth are dropped.
 
     Raises:
-        ValueError: it is no such thing, or its seconds do not fit 64 bits.
+        ValueError: it is anything else, or its seconds do not fit in 64 bits.
     """
     negative = text.startswith(b"-")
     seconds, _, fraction = text[negative:].partition(b".")
@@ -289,7 +288,7 @@ def parse_time(text: bytes) -> int:
 
 
 def format_time(nanoseconds: int) -> bytes:
-    """A pax time with no more digits than it needs."""
+    """A pax time with as few digits as possible."""
     seconds, fraction = divmod(abs(nanoseconds), 1_000_000_000)
     text = b"%d.%09d" % (seconds, fraction) if fraction else b"%d" % seconds
     return (b"-" if nanoseconds < 0 else b"") + (text.rstrip(b"0") if fraction else text)
@@ -299,7 +298,7 @@ def parse_decimal(text: bytes) -> int:
     """A pax number.
 
     Raises:
-        ValueError: it is negative, no number, or does not fit 64 bits.
+        ValueError: it is negative, not a number, or does not fit in 64 bits.
     """
     if not text.isdigit() or len(text) > 20 or (value := int(text)) > MAX_INT64:
         raise ValueError("not a number")

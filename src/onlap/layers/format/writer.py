@@ -1,8 +1,8 @@
-"""Writing tar archives as a stream: ustar, with a pax header where ustar cannot say it.
+"""Writing tar archives as a stream: ustar, with a pax header for what does not fit.
 
-The same entries give the same bytes. Owners are numbers without names. What goes into a pax header is what Go's
-archive/tar puts there (names that are long or not ASCII, large numbers, times below the second, xattrs), so that
-containerd and Docker read everything.
+The same entries give the same bytes. Owners are numbers without names. Pax headers hold the same as in Go's archive/tar
+(names that are long or not ASCII, large numbers, fractions of seconds, xattrs), so containerd and Docker read
+everything.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _MAX_OCTAL_TIME = 0o77777777777
 
 
 class TarWriter:
-    """One archive being written.
+    """Writes one archive.
 
     ::
 
         writer.begin(entry)
-        writer.write(data)  # as often as needed, entry.stored bytes in all
+        writer.write(data)  # as often as needed, entry.stored bytes in total
         writer.end()
 
     Args:
-        write: takes all of the bytes that it is given.
+        write: writes all of the bytes that it is given.
 
     Attributes:
         position: bytes written so far.
@@ -44,9 +44,9 @@ class TarWriter:
         self.position = 0
 
     def begin(self, entry: Entry) -> None:
-        """Start an entry; the data of the one before must be complete.
+        """Start an entry; the data of the previous one must be complete.
 
-        Of a sparse file only the pieces are data, one after the other.
+        The data of a sparse file is its pieces, one after the other.
 
         Raises:
             InvalidArgument: the entry has a value that no tar archive can hold.
@@ -64,7 +64,7 @@ class TarWriter:
         """Add data to the current entry.
 
         Raises:
-            Internal: it is more than the entry's size.
+            Internal: it exceeds the entry's size.
         """
         size = len(data)
         if size > self._left:
@@ -74,7 +74,7 @@ class TarWriter:
         self.position += size
 
     def end(self) -> None:
-        """Write the end marker: two blocks of zeros, as Go's archive/tar has it."""
+        """Write the end marker: two blocks of zeros, as in Go's archive/tar."""
         self._finish()
         self._write(ZERO_BLOCK + ZERO_BLOCK)
         self.position += 2 * BLOCK
@@ -89,7 +89,7 @@ class TarWriter:
 
 
 def encode(entry: Entry) -> bytes:
-    """The header of an entry, after its pax header where it needs one; of a sparse file also the map.
+    """The pax header of an entry, if it needs one, and its header; for a sparse file also the map.
 
     Raises:
         InvalidArgument: the entry has a value that no tar archive can hold.
@@ -97,7 +97,7 @@ def encode(entry: Entry) -> bytes:
     records: dict[str, bytes] = {}
     for text in (entry.name, entry.linkname):
         if "\0" in text:
-            raise errors.InvalidArgument(f"a name in a tar archive holds no NUL: {shown(text)}", key=entry.name)
+            raise errors.InvalidArgument(f"a name in a tar archive cannot hold a NUL: {shown(text)}", key=entry.name)
     size = entry.size if entry.type == tar.FILE else 0
     sparse_map = b""
     if entry.sparse is None:
@@ -119,7 +119,7 @@ def encode(entry: Entry) -> bytes:
     ]
     devices = b"\0" * 16
     if entry.type in (tar.CHAR, tar.BLOCK_DEVICE):
-        # No record says them so that Go reads it; the kernel's, of 12 and of 20 bits, have room.
+        # Go reads no pax record for them; the kernel's numbers, of 12 and 20 bits, fit.
         devices = _octal(entry.devmajor, 8, "major", None) + _octal(entry.devminor, 8, "minor", None)
     for xattr, value in (entry.xattrs or {}).items():
         if "=" in xattr or not xattr or "\0" in xattr:
@@ -138,7 +138,7 @@ def _name(entry: Entry, records: dict[str, bytes]) -> tuple[bytes, bytes]:
     if name.isascii():
         if len(name) <= 100:
             return name, b""
-        # The prefix ends at a slash, which is not stored; a directory's own slash stays in the name.
+        # The prefix ends at a slash, which is not stored; a directory's trailing slash stays in the name.
         cut = name.rfind(b"/", 0, min(156, len(name) - 1)) if len(name) <= 256 else -1
         if cut > 0 and 0 < len(name) - cut - 1 <= 100:
             return name[cut + 1 :], name[:cut]
@@ -147,10 +147,9 @@ def _name(entry: Entry, records: dict[str, bytes]) -> tuple[bytes, bytes]:
 
 
 def _sparse_name(entry: Entry, records: dict[str, bytes]) -> bytes:
-    """The name field of a sparse file, for readers that know none and would take the map for content; as GNU tar's.
+    """The name field of a sparse file, as in GNU tar: readers without support for it extract the map as content.
 
-    What is read is the form 1.0: by GNU tar, libarchive, Python's tarfile and Go's archive/tar, which is containerd's
-    and Docker's.
+    Format 1.0 is read by GNU tar, libarchive, Python's tarfile and Go's archive/tar, as used by containerd and Docker.
     """
     records["GNU.sparse.major"], records["GNU.sparse.minor"] = b"1", b"0"
     records["GNU.sparse.realsize"] = b"%d" % entry.size
@@ -159,7 +158,7 @@ def _sparse_name(entry: Entry, records: dict[str, bytes]) -> bytes:
 
 
 def _beside(entry: Entry, directory: bytes) -> bytes:
-    """A name in a directory that stands beside the entry, as far as the name field has room."""
+    """A name in a directory beside the entry, truncated to the name field."""
     parent, _, base = _ascii(os.fsencode(entry.name)).rstrip(b"/").rpartition(b"/")
     return b"/".join(part for part in (parent, directory, base) if part)[:100]
 
@@ -193,12 +192,12 @@ def _block(name: bytes, numbers: bytes, flag: bytes, link: bytes, devices: bytes
 
 
 def _pax(entry: Entry, records: dict[str, bytes]) -> bytes:
-    """The pax header of an entry; its records are sorted by their keys."""
+    """The pax header of an entry, with its records sorted by key."""
     texts = [value for key, value in records.items() if key in ("path", "linkpath", "GNU.sparse.name")]
     if any(not _is_utf8(text) for text in texts):
-        # POSIX: pax headers are UTF-8 unless they say otherwise.
+        # POSIX: pax headers are UTF-8 by default.
         records["hdrcharset"] = b"BINARY"
-    # The character set must be known before the names are read.
+    # The character set must come before the names.
     order = sorted(records, key=lambda key: (key != "hdrcharset", os.fsencode(key)))
     data = b"".join(format_record(key, records[key]) for key in order)
     if len(data) > tar.MAX_META:
