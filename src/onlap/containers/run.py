@@ -24,7 +24,7 @@ from onlap.containers import bundle, capabilities, mount_points, orphans, rundir
 from onlap.containers.bundle import Defaults
 from onlap.containers.mount_points import MountPoint
 from onlap.containers.options import NETWORKS, Options, Volume
-from onlap.containers.runtime import Failure, Runtime
+from onlap.containers.runtime import Failure
 from onlap.containers.signals import Forwarder
 from onlap.containers.users import find_user
 from onlap.errors import shown
@@ -194,9 +194,26 @@ def run(
             root = stack.enter_context(tree_files.opened_top(rundirs.rootfs(directory)))
             hostname = os.uname().nodename if options.network == "host" else os.path.basename(directory)
             binds = _host_files(directory, options, hostname)
-            problem = _configure(directory, root, source.defaults, options, binds, hostname, args, profile)
+            user = find_user(root, source.defaults.user if options.user is None else options.user)
+            env = bundle.environment(source.defaults, options, user, hostname)
+            cwd = bundle.working_directory(source.defaults, options)
+            problem = find_problem(root, args[0], env, cwd, options.volumes)
             if problem is not None:
                 return Ended(problem.status or runtime.CANNOT_RUN, problem.message)
+            configuration = bundle.specification(
+                rundirs.rootfs(directory),
+                args=args,
+                env=env,
+                cwd=cwd,
+                user=user,
+                hostname=hostname,
+                options=options,
+                binds=binds,
+                seccomp=profile,
+                open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+            )
+            with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
+                json.dump(configuration, file)
             stays = LABEL not in record.labels
             with mount_points.made(
                 directory, rundirs.rootfs(directory), _mount_points(options, binds) if stays else ()
@@ -250,40 +267,6 @@ def _host_files(directory: str, options: Options, hostname: str) -> list[Volume]
     return found
 
 
-def _configure(
-    directory: str,
-    root: int,
-    image: Defaults,
-    options: Options,
-    binds: Sequence[Volume],
-    hostname: str,
-    args: Sequence[str],
-    profile: Mapping[str, object] | None,
-) -> Failure | None:
-    """Write the container's configuration, or return why its command cannot be run."""
-    user = find_user(root, image.user if options.user is None else options.user)
-    env = bundle.environment(image, options, user, hostname)
-    cwd = bundle.working_directory(image, options)
-    problem = find_problem(root, args[0], env, cwd, options.volumes)
-    if problem is not None:
-        return problem
-    content = bundle.specification(
-        rundirs.rootfs(directory),
-        args=args,
-        env=env,
-        cwd=cwd,
-        user=user,
-        hostname=hostname,
-        options=options,
-        binds=binds,
-        seccomp=profile,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-    )
-    with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
-        json.dump(content, file)
-    return None
-
-
 def _mount_points(options: Options, binds: Sequence[Volume]) -> list[MountPoint]:
     directories = [*bundle.OWN_MOUNT_POINTS, *(tmpfs.target for tmpfs in options.tmpfs)]
     volumes = [MountPoint(volume.target, os.path.isdir(volume.source)) for volume in (*binds, *options.volumes)]
@@ -324,7 +307,7 @@ def find_problem(
     return Failure(f"there is no command {shown(command)} in the tree", runtime.NO_COMMAND)
 
 
-def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
+def _run_any(runtimes: list[str], directory: str) -> Ended:
     """Run the container with the first runtime that can make it.
 
     A failure is not remembered for later runs: the reason may be a volume of this container.
@@ -338,30 +321,30 @@ def _run_any(runtimes: list[Runtime], directory: str) -> Ended:
             return Ended(failure.status, failure.message)
         if ended.status > 128:
             return ended  # a signal ended it before it had started: that is not a failure to retry
-        failures.append(f"{each.name}: {shown(failure.message)}")
+        failures.append(f"{os.path.basename(each)}: {shown(failure.message)}")
     raise errors.FailedPrecondition(
         f"the container cannot be made: {'; '.join(failures)}", hint="another runtime may be able to: runc, crun"
     )
 
 
-def _run_with(each: Runtime, directory: str) -> tuple[Ended, Failure | None]:
+def _run_with(program: str, directory: str) -> tuple[Ended, Failure | None]:
     for path in (runtime.log(directory), runtime.pid_file(directory)):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
     with open(f"{directory}/runtime", "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(each.path)
+        file.write(program)
     identifier = rundirs.container_id(directory)
-    line = each.line(directory, "run", "--bundle", directory, "--pid-file", runtime.pid_file(directory), identifier)
+    words = "run", "--bundle", directory, "--pid-file", runtime.pid_file(directory), identifier
     forwarder = Forwarder()
     with forwarder.installed():
         try:
             # No environment: the runtime needs none, and LISTEN_FDS would pass descriptors to the container.
-            process = subprocess.Popen(line, env={})
+            process = subprocess.Popen(runtime.command(program, directory, *words), env={})
             forwarder.attach(process)
             status = forwarder.wait(process)
         finally:
             # The runtime does so itself, unless it was killed.
-            runtime.delete(each.path, directory, identifier)
+            runtime.delete(program, directory, identifier)
     if status < 0:
         orphans.end(identifier)
     failure = runtime.read_failure(directory) if status != 0 else None

@@ -31,22 +31,6 @@ NO_COMMAND = 127
 CANNOT_RUN = 126
 
 
-class Runtime(NamedTuple):
-    """A runtime.
-
-    Attributes:
-        name: ``"runc"`` or ``"crun"``.
-        path: of its program.
-    """
-
-    name: str
-    path: str
-
-    def line(self, directory: str, *words: str) -> list[str]:
-        """A command line for it, with its state and log in the directory of a run."""
-        return [self.path, "--root", state(directory), "--log", log(directory), "--log-format", "json", *words]
-
-
 class Failure(NamedTuple):
     """Why a container did not run.
 
@@ -74,8 +58,13 @@ def pid_file(directory: str) -> str:
     return f"{directory}/pid"
 
 
-def candidates(search: str = "") -> list[Runtime]:
-    """The runtimes to try, in order.
+def command(program: str, directory: str, *words: str) -> list[str]:
+    """A command line for a runtime, with its state and log in the directory of a run."""
+    return [program, "--root", state(directory), "--log", log(directory), "--log-format", "json", *words]
+
+
+def candidates(search: str = "") -> list[str]:
+    """The paths of the runtimes to try, in order.
 
     Args:
         search: directories before the usual ones, in the form of PATH.
@@ -84,7 +73,7 @@ def candidates(search: str = "") -> list[Runtime]:
         Unimplemented: none is installed.
     """
     path = os.pathsep.join(part for part in (search, _USUAL_PLACES) if part)
-    found = [Runtime(name, where) for name in NAMES if (where := shutil.which(name, path=path))]
+    found = [where for name in NAMES if (where := shutil.which(name, path=path))]
     if found:
         return found
     raise errors.Unimplemented(
@@ -123,11 +112,11 @@ def read_failure(directory: str) -> Failure | None:
     return Failure(message, NO_COMMAND if _NOT_THERE.search(message) else CANNOT_RUN)
 
 
-def delete(runtime: str, directory: str, identifier: str) -> None:
+def delete(program: str, directory: str, identifier: str) -> None:
     """Kill what is left of a container, and delete its state; does nothing where there is none.
 
     Args:
-        runtime: the path of its program.
+        program: the path of the runtime.
         directory: of the run.
         identifier: of the container.
 
@@ -140,14 +129,19 @@ def delete(runtime: str, directory: str, identifier: str) -> None:
         return
     if identifier not in known:
         return
-    line = Runtime("", runtime).line(directory, "delete", "--force", identifier)
     with errors.translated("end what is left of a container", key=identifier):
         done = subprocess.run(
-            line, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env={}, check=False
+            command(program, directory, "delete", "--force", identifier),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={},
+            check=False,
         )
     if done.returncode != 0:
         raise errors.Unavailable(
             f"cannot end what is left of container {identifier}: {shown(done.stderr.strip())}",
             key=identifier,
-            hint=f"see: {runtime} --root {shown(state(directory))} list",
+            hint=f"see: {program} --root {shown(state(directory))} list",
         )

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 from onlap import errors
 from onlap.catalog.records import Record
-from onlap.content.lease import Lease
-from onlap.content.store import ContentStore
-from onlap.images.index import Image
 from onlap.images.records import LABEL_LAYER
 from onlap.images.unpack.contract import Unpacking, drop_active, new_key
-from onlap.images.unpack.threads import EventLoop, ThreadPool
-from onlap.progress import Callback
+from onlap.images.unpack.threads import ThreadPool
 from onlap.snapshots.archives import apply_layer
-from onlap.snapshots.recorded import RecordedSnapshotter
 
 
 class CopiesUnpacking(Unpacking):
     """Layers unpacked into a root of copies."""
 
-    def __init__(
-        self,
-        snapshotter: RecordedSnapshotter,
-        content: ContentStore,
-        lease: Lease,
-        image: Image,
-        loop: EventLoop,
-        progress: Callback | None,
-    ) -> None:
-        super().__init__(snapshotter, content, lease, image, loop, progress)
+    def __enter__(self) -> Unpacking:
         self._offered: set[int] = set()
         self._active: Record | None = None
-        self._threads = ThreadPool(loop, "onlap-unpack", 1)
+        self._threads = ThreadPool(self._loop, "onlap-unpack", 1)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.halt.set()

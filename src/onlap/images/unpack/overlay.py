@@ -16,18 +16,13 @@ from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.checks import check_commit, check_parent
 from onlap.catalog.records import Record
-from onlap.content.lease import Lease
-from onlap.content.store import ContentStore
-from onlap.images.index import Image
 from onlap.images.records import LABEL_LAYER
 from onlap.images.unpack import jobs
 from onlap.images.unpack.contract import Unpacking, drop_active, new_key
 from onlap.images.unpack.jobs import Job, Outcome
-from onlap.images.unpack.threads import EventLoop, ThreadPool
+from onlap.images.unpack.threads import ThreadPool
 from onlap.images.unpack.worker import Workers
 from onlap.layers.diff.changes import is_empty_layer
-from onlap.progress import Callback
-from onlap.snapshots.recorded import RecordedSnapshotter
 
 # After these, what was unpacked is worth keeping for the next attempt.
 _RESUMABLE = (errors.Unavailable, errors.Canceled, errors.ResourceExhausted)
@@ -36,29 +31,19 @@ _RESUMABLE = (errors.Unavailable, errors.Canceled, errors.ResourceExhausted)
 class OverlayUnpacking(Unpacking):
     """Layers unpacked into an overlay root."""
 
-    def __init__(
-        self,
-        snapshotter: RecordedSnapshotter,
-        content: ContentStore,
-        lease: Lease,
-        image: Image,
-        loop: EventLoop,
-        progress: Callback | None,
-    ) -> None:
-        super().__init__(snapshotter, content, lease, image, loop, progress)
-        self._catalog = snapshotter.catalog
+    def __enter__(self) -> Unpacking:
+        self._catalog = self._snapshotter.catalog
         self._committed = self.start
-        self._lowers = [] if self._base is None else snapshotter.layers(self._base)
+        self._lowers: list[str] = []
         self._actives: dict[int, Record] = {}
         self._jobs: dict[int, Job] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._held = contextlib.ExitStack()
-        due = image.layers[self.start :]
+        due = self._image.layers[self.start :]
         self._workers = Workers(len(due), sum(layer.size for layer in due))
-        self._threads = ThreadPool(loop, "onlap-unpack", self._workers.threads)
-
-    def __enter__(self) -> Unpacking:
+        self._threads = ThreadPool(self._loop, "onlap-unpack", self._workers.threads)
         if self._base is not None:
+            self._lowers = self._snapshotter.layers(self._base)
             self._held.enter_context(self._catalog.hold([self._base.id, *self._snapshotter.ancestors(self._base)]))
         return self
 
