@@ -57,51 +57,32 @@ def find_user(root: int, text: str) -> User:
         InvalidArgument: the tree has no such user or group, or a number is out of range.
         OSError: its account files cannot be read.
     """
-    name, colon, group_name = text.partition(":")
+    name, _, group_name = text.partition(":")
     name = name or "0"
-    account = _find_account(list(_accounts(root)), name)
+    accounts, groups = list(_accounts(root)), list(_groups(root))
+    # By name before by number: useradd(8) allows names of digits.
+    account = next((account for account in accounts if account.name == name), None)
     if account is None:
-        number = _number(name, "user")
-        if number is None:
-            raise errors.InvalidArgument(
-                f"there is no user {shown(name)} in the tree", key=text, hint="give a number, or see its /etc/passwd"
-            )
-        account = _Account("", number, 0, "/")
-    groups = list(_groups(root))
-    if colon and group_name:
-        return User(account.uid, _find_group(groups, group_name, text), (), account.home)
+        number = _number(name, "user", "passwd", text)
+        account = next((account for account in accounts if account.uid == number), _Account("", number, 0, "/"))
+    if group_name:
+        gid = next((group.gid for group in groups if group.name == group_name), None)
+        gid = _number(group_name, "group", "group", text) if gid is None else gid
+        return User(account.uid, gid, (), account.home)
     supplementary = {group.gid for group in groups if account.name and account.name in group.members} - {account.gid}
     return User(account.uid, account.gid, tuple(sorted(supplementary)), account.home)
 
 
-def _find_account(accounts: list[_Account], name: str) -> _Account | None:
-    """The account of a name, else of a number: useradd(8) allows names of digits."""
-    named = next((account for account in accounts if account.name == name), None)
-    if named is not None:
-        return named
-    number = _number(name, "user")
-    return next((account for account in accounts if account.uid == number), None)
-
-
-def _find_group(groups: list[_Group], name: str, text: str) -> int:
-    named = next((group.gid for group in groups if group.name == name), None)
-    if named is not None:
-        return named
-    number = _number(name, "group")
-    if number is None:
+def _number(name: str, what: str, file: str, text: str) -> int:
+    """The number that stands for a user or group, where it is not a name in a file of /etc."""
+    if not name.isascii() or not name.isdigit():
         raise errors.InvalidArgument(
-            f"there is no group {shown(name)} in the tree", key=text, hint="give a number, or see its /etc/group"
+            f"there is no {what} {shown(name)} in the tree", key=text, hint=f"give a number, or see its /etc/{file}"
         )
-    return number
-
-
-def _number(text: str, what: str) -> int | None:
-    if not text.isascii() or not text.isdigit():
-        return None
-    number = int(text[:20])
+    number = int(name[:20])
     if number > _LAST_ID:
         raise errors.InvalidArgument(
-            f"{text} is not the number of a {what}", key=text, hint=f"the highest is {_LAST_ID}"
+            f"{name} is not the number of a {what}", key=name, hint=f"the highest is {_LAST_ID}"
         )
     return number
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from sqlite3 import Connection
 
 from onlap import errors
@@ -12,7 +12,6 @@ from onlap.catalog.catalog import Catalog
 from onlap.catalog.log import warn
 from onlap.catalog.runs import Run, forget
 from onlap.forks import unless_forked
-from onlap.trees.whole import Note
 
 
 class Lease:
@@ -93,30 +92,3 @@ class Lease:
 
     def _write(self, operation: Callable[[Connection], None]) -> None:
         self._catalog.database.write(operation)
-
-
-# The errors of a disk that is full or read-only.
-_NO_PLACE = (errors.ResourceExhausted, errors.FailedPrecondition)
-
-
-@contextlib.contextmanager
-def reading(catalog: Catalog, purpose: str, digests: Collection[str]) -> Iterator[Note]:
-    """Keep blobs while they are read; on a disk that takes no pins they are read without.
-
-    Args:
-        catalog: the root's.
-        purpose: see :class:`Lease`.
-        digests: which.
-
-    Yields:
-        A function to call with each path that is being written meanwhile.
-    """
-    with contextlib.ExitStack() as stack:
-        note: Note = lambda _path: None  # noqa: E731
-        with contextlib.suppress(*_NO_PLACE):
-            lease = stack.enter_context(Lease(catalog, purpose))
-            note = lease.run.writes
-            lease.over = True  # as long as it has no pins
-            lease.pin(*digests)
-            lease.over = False
-        yield note

@@ -11,10 +11,10 @@ decides under the catalog's lock, and whoever needs a blob pins it before checki
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from sqlite3 import Connection
 from typing import BinaryIO
 
@@ -22,7 +22,7 @@ from onlap import errors
 from onlap.boundary import public_class
 from onlap.catalog import pins
 from onlap.catalog.catalog import Catalog
-from onlap.content.lease import Lease, reading
+from onlap.content.lease import Lease
 from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
@@ -32,6 +32,8 @@ from onlap.trees.whole import Note
 
 # Files renamed in one transaction of the collector.
 _AT_ONCE = 64
+# The errors of a disk that is full or read-only.
+_NO_SPACE = (errors.ResourceExhausted, errors.FailedPrecondition)
 _CHUNK = 1 << 20
 
 
@@ -244,9 +246,26 @@ class ContentStore:
         """A context manager in which blobs and snapshots can be pinned; see :class:`onlap.content.lease.Lease`."""
         return Lease(self._catalog, purpose, resumed=resumed)
 
-    def reading(self, purpose: str, digests: Collection[str]) -> AbstractContextManager[Note]:
-        """A context manager in which blobs stay, to be read; see :func:`onlap.content.lease.reading`."""
-        return reading(self._catalog, purpose, digests)
+    @contextlib.contextmanager
+    def reading(self, purpose: str, digests: Collection[str]) -> Iterator[Note]:
+        """Keep blobs while they are read; on a disk that takes no pins they are read without.
+
+        Args:
+            purpose: see :class:`onlap.content.lease.Lease`.
+            digests: of the blobs.
+
+        Yields:
+            A function to call with each path that is being written meanwhile.
+        """
+        with contextlib.ExitStack() as stack:
+            note: Note = lambda _path: None  # noqa: E731
+            with contextlib.suppress(*_NO_SPACE):
+                lease = stack.enter_context(self.lease(purpose))
+                note = lease.run.writes
+                lease.over = True  # as long as it has no pins
+                lease.pin(*digests)
+                lease.over = False
+            yield note
 
     def delete(self, digest: str) -> None:
         """Remove a blob.

@@ -202,14 +202,14 @@ class RegistrySession:
         """
         url = self.absolute(self._base, request.where)
         known = self._authorization.get(request.scope)
-        reply = self._send(request, url)
+        reply = self._follow(request, url)
         try:
             if reply.response.status == 401 and reply.from_registry:
                 discard(reply.response)
                 self._authenticate(reply.response, request.scope, known, request.doing)
                 if not _repeatable(request):
                     raise TransientError("its token has expired")
-                reply = self._send(request, url)
+                reply = self._follow(request, url)
                 if reply.response.status == 401 and reply.from_registry:
                     raise self._unauthorized(request.doing)
             if reply.response.status not in request.good:
@@ -244,20 +244,21 @@ class RegistrySession:
             )
         return found
 
-    def _send(self, request: Request, url: str) -> _Reply:
-        """Send a request with what authorizes it, and follow redirects."""
-        secret = {}
-        if split(url) == self._origin and request.scope in self._authorization:
-            secret = {"Authorization": self._authorization[request.scope]}
-        return self._follow(request, url, secret)
+    def _follow(self, request: Request, url: str, login: str | None = None) -> _Reply:
+        """Send a request and follow redirects; after the first that leaves the host of ``url`` without authorization.
 
-    def _follow(self, request: Request, url: str, secret: Mapping[str, str]) -> _Reply:
-        """Send a request and follow redirects; after the first that leaves the host of ``url`` without ``secret``.
+        Requests that are redirected back do not get it either: another host would have chosen their URL.
 
-        Requests that are redirected back do not get the secret either: another host would have chosen their URL.
+        Args:
+            request: to send.
+            url: where to.
+            login: the header ``Authorization``, empty for none; by default the scope's, for URLs of the registry.
         """
         first = split(url)
         from_registry = first == self._origin
+        if login is None and from_registry:
+            login = self._authorization.get(request.scope)
+        secret = {"Authorization": login} if login else {}
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._connections.request(request.method, url, {**request.headers, **secret}, request.body)
             if response.status not in _REDIRECTS or not _can_follow(request, response.status):
@@ -337,7 +338,7 @@ class RegistrySession:
     def _token(self, challenge: Challenge, scope: str, login: Login | None, doing: str) -> str:
         realm = self.absolute(self._base, challenge.parameters.get("realm", ""))
         service = challenge.parameters.get("service")
-        secret: dict[str, str] = {}
+        header = ""
         if login is not None and login.identity_token:
             fields = {"grant_type": "refresh_token", "refresh_token": login.identity_token, "client_id": "onlap"}
             fields |= {"scope": scope} | ({"service": service} if service is not None else {})
@@ -349,8 +350,8 @@ class RegistrySession:
             where = realm + ("&" if "?" in realm else "?") + urlencode(pairs)
             request = Request("GET", where, scope, (200,), doing)
             if login is not None:
-                secret["Authorization"] = login.basic
-        response = self._follow(request, request.where, secret).response
+                header = login.basic
+        response = self._follow(request, request.where, header).response
         try:
             data = read_body(response, _MAX_ANSWER)
         except (HTTPError, OSError) as error:
