@@ -166,7 +166,7 @@ def test_source_date_epoch(onlap: Command) -> None:
     assert onlap.raw("export", "work", "-", SOURCE_DATE_EPOCH="1000") != onlap.raw("export", "work", "-")
     for wrong in ("yesterday", "-5", "1e9"):
         said = onlap.fails(6, "diff", "work", "--tar", "x.tar", SOURCE_DATE_EPOCH=wrong)
-        assert said == f"SOURCE_DATE_EPOCH is {wrong}; it is a number of seconds"
+        assert said == f"SOURCE_DATE_EPOCH is {wrong}; it must be a number of seconds"
 
 
 def test_a_skipped_socket_is_a_warning(onlap: Command, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def _values(parser: Parser, action: argparse.Action, options: Sequence[str], out
     if not images and not snapshots:
         return
     from onlap.cli.shared.images import images_of
-    from onlap.cli.shared.things import records
+    from onlap.cli.shared.snapshots import records
 
     only_root = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     only_root.add_argument("--root")

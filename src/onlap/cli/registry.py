@@ -33,12 +33,12 @@ class Verb(NamedTuple):
     @property
     def arguments(self) -> Callable[[Parser], None]:
         """The function that declares its arguments."""
-        return self._load("arguments" if self.name in _ALONE else f"{self._word}_arguments")
+        return self._load(f"{self._word}_arguments")
 
     @property
     def run(self) -> Callable[[Call], int | None]:
         """The function that runs it."""
-        return self._load("run" if self.name in _ALONE else f"{self._word}_" if iskeyword(self._word) else self._word)
+        return self._load(f"{self._word}_" if iskeyword(self._word) else self._word)
 
     @property
     def _word(self) -> str:
@@ -50,8 +50,6 @@ class Verb(NamedTuple):
         loaded: Callable[..., Any] = getattr(import_module(f"onlap.cli.verbs.{self.module}"), function)
         return loaded
 
-
-_ALONE = ("diff", "import", "export")
 
 # A hidden verb, for the scripts of "onlap completion".
 COMPLETE = "__complete"
@@ -81,10 +79,10 @@ VERBS = {
         Verb("mount", "mounting", _MOUNTING, "mount a snapshot at a directory"),
         Verb("umount", "mounting", _MOUNTING, "unmount a snapshot"),
         Verb("enter", "enter", _MOUNTING, "run a command in a snapshot's tree, in its own namespace"),
-        Verb("diff", "diff", _CONTENT, "show what a snapshot changed, or how two differ"),
-        Verb("apply", "apply", _CONTENT, "apply a layer archive to an active snapshot"),
-        Verb("import", "import_", _CONTENT, "import a directory or an archive as a committed snapshot"),
-        Verb("export", "export", _CONTENT, "export a snapshot's tree to a directory or an archive"),
+        Verb("diff", "content", _CONTENT, "show what a snapshot changed, or how two differ"),
+        Verb("apply", "content", _CONTENT, "apply a layer archive to an active snapshot"),
+        Verb("import", "content", _CONTENT, "import a directory or an archive as a committed snapshot"),
+        Verb("export", "content", _CONTENT, "export a snapshot's tree to a directory or an archive"),
         Verb("squash", "snapshots", _CONTENT, "merge several layers into one"),
         Verb("df", "root", _MAINTENANCE, "show what the root holds, who keeps it, and what cleanup would free"),
         Verb("cleanup", "root", _MAINTENANCE, "delete what belongs to no snapshot"),

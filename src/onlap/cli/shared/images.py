@@ -65,10 +65,10 @@ def image_as_json(image: Image) -> dict[str, object]:
 
 def show_image(out: Output, image: Image) -> None:
     """Print an image that was made or changed."""
-    out.say(image_as_json(image), f"{shown(image.name)} {image.digest}")
+    out.show(image_as_json(image), f"{shown(image.name)} {image.digest}")
 
 
-def access(call: Call) -> Access:
+def registry_access(call: Call) -> Access:
     """Access to registries: from the options of :func:`registry_arguments`, the environment, and its files."""
     from onlap.images.registry.access import from_environment
 

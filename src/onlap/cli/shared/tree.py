@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from onlap.catalog.records import Record
-from onlap.cli.shared.things import as_json, find, name_text, records, size_text
+from onlap.cli.shared.snapshots import as_json, find, name_text, records, size_text
 from onlap.cli.terminal.output import Output, can_draw
 from onlap.cli.terminal.text import age
 from onlap.errors import shown

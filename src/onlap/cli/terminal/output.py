@@ -46,7 +46,7 @@ class Output:
         """Print one thing as a line of JSON."""
         self._write(dumped(thing) + "\n")
 
-    def say(self, thing: Mapping[str, object], *lines: str) -> None:
+    def show(self, thing: Mapping[str, object], *lines: str) -> None:
         """Print one thing: as a line of JSON, or for people as any number of lines."""
         if self.json:
             self.item(thing)

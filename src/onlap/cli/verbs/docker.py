@@ -71,7 +71,7 @@ def tree(call: Call) -> None:
         usage = root.usage(layer.id)
         mounted = ", mounted" if layer.mounted else ""
         line = f"{'  ' * depth}{_short(layer.id)}  {size(usage.size)}  {layer.kind}{mounted}  {_owners(layer)}"
-        call.out.say({**layer._asdict(), **usage._asdict(), "depth": depth}, line)
+        call.out.show({**layer._asdict(), **usage._asdict(), "depth": depth}, line)
 
 
 def diff_arguments(parser: Parser) -> None:
@@ -91,7 +91,7 @@ def diff(call: Call) -> None:
     for change in root.changes(root.find(call.args.what).id):
         letter = _LETTERS[change.kind]
         line = f"{call.out.paint(letter, STYLES[letter])} {shown(change.path)}"
-        call.out.say({"kind": letter, "path": change.path}, line)
+        call.out.show({"kind": letter, "path": change.path}, line)
 
 
 def check_arguments(parser: Parser) -> None:
@@ -113,7 +113,7 @@ def check(call: Call) -> int:
         for problem in check(root):
             damaged = damaged or problem.kind == "damaged"
             line = f"{problem.kind}: {shown(problem.where)}: {shown(problem.what)}; {shown(problem.hint)}"
-            call.out.say(problem._asdict(), line)
+            call.out.show(problem._asdict(), line)
     return exits.NO if damaged else exits.DONE
 
 

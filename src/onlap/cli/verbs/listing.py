@@ -7,7 +7,7 @@ import time
 from onlap.catalog.records import Record
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.things import as_json, find, known_usage, name_text, records, size_text
+from onlap.cli.shared.snapshots import as_json, find, known_usage, name_text, records, size_text
 from onlap.cli.shared.tree import print_tree
 from onlap.cli.terminal.text import NOTHING, age, count, moment, size
 from onlap.errors import shown

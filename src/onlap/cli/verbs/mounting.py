@@ -9,7 +9,7 @@ from onlap import errors
 from onlap.catalog.records import COMMITTED
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.things import mount_as_json
+from onlap.cli.shared.snapshots import mount_as_json
 from onlap.cli.terminal.text import for_shell
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
@@ -29,7 +29,7 @@ def mounts_arguments(parser: Parser) -> None:
 def mounts(call: Call) -> None:
     with call.store() as store:
         for mount in store.mounts(call.args.key):
-            call.out.say(mount_as_json(mount), _command(mount))
+            call.out.show(mount_as_json(mount), _command(mount))
 
 
 def _command(mount: Mount) -> str:
@@ -68,7 +68,7 @@ def mount(call: Call) -> None:
             store.mounts(key)  # raises an error that says what to do
         with exclusion.mounting(store.snapshotter, record) as plan:
             _attach_all(plan, target)
-    call.out.say({"key": key, "target": target, "mounts": [mount_as_json(mount) for mount in plan]})
+    call.out.show({"key": key, "target": target, "mounts": [mount_as_json(mount) for mount in plan]})
 
 
 def _attach_all(plan: list[Mount], target: str) -> None:
@@ -99,4 +99,4 @@ def umount(call: Call) -> None:
 
     target = os.path.realpath(call.args.target)
     unmount(target, timeout=call.args.timeout, lazy=call.args.lazy)
-    call.out.say({"target": target})
+    call.out.show({"target": target})

@@ -81,7 +81,7 @@ def _show_root(call: Call, snapshotter: RecordedSnapshotter, made: bool, why: st
     details += ["redirect_dir"] if redirect_dir else []
     described = f"{kind} ({', '.join(details)})" if details else kind
     reason = f": {why}" if why and kind != "overlay" else ""
-    call.out.say(
+    call.out.show(
         {
             "root": snapshotter.root,
             "created": made,

@@ -11,7 +11,7 @@ from onlap import errors
 from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError, check_text
-from onlap.cli.shared.images import access, images_of, registry_arguments
+from onlap.cli.shared.images import images_of, registry_access, registry_arguments
 from onlap.errors import shown
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run(call: Call) -> int:
         with call.progress() as report:
 
             def pull(name: str) -> Image:
-                return images_of(store).pull(name, access=access(call), progress=report)
+                return images_of(store).pull(name, access=registry_access(call), progress=report)
 
             source = containers.find_source(
                 store.snapshotter,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, read_labels
-from onlap.cli.shared.things import as_json, measure, mount_as_json
+from onlap.cli.shared.snapshots import as_json, measure, mount_as_json
 from onlap.errors import shown
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def rm(call: Call) -> int:
 
         def remove(key: str) -> None:
             store.remove(key, force=call.args.force)
-            call.out.say({"removed": key})
+            call.out.show({"removed": key})
 
         return call.each(call.args.keys, remove)
 

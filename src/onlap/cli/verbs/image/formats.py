@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.archives import STANDARD_OUTPUT, source_date_epoch, target
+from onlap.cli.shared.archives import STANDARD_OUTPUT, destination, source_date_epoch
 from onlap.cli.shared.images import images_of, platform_argument, show_image
 from onlap.errors import shown
 
@@ -88,8 +88,8 @@ def export(call: Call) -> None:
     args, out = call.args, call.out
     with call.store() as store:
         images = images_of(store)
-        with call.progress() as report, target(args.target) as to:
-            images.export(args.names, to, format=args.format, progress=report)
+        with call.progress() as report, destination(args.target) as target:
+            images.export(args.names, target, format=args.format, progress=report)
     if args.target == STANDARD_OUTPUT:
         return
     if out.json:

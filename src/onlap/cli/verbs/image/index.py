@@ -124,7 +124,7 @@ def digest(call: Call) -> int:
 
         def show(name: str) -> None:
             image = images.get(name)
-            call.out.say({"name": image.name, "digest": image.digest}, image.digest)
+            call.out.show({"name": image.name, "digest": image.digest}, image.digest)
 
         return call.each(call.args.names, show)
 
@@ -141,7 +141,7 @@ def tag_arguments(parser: Parser) -> None:
 def tag(call: Call) -> None:
     with call.store() as store:
         image = images_of(store).tag(call.args.name, call.args.new)
-    call.out.say(image_as_json(image))
+    call.out.show(image_as_json(image))
 
 
 def rm_arguments(parser: Parser) -> None:
@@ -159,6 +159,6 @@ def rm(call: Call) -> int:
 
         def remove(name: str) -> None:
             images.remove(name)
-            call.out.say({"removed": name})
+            call.out.show({"removed": name})
 
         return call.each(call.args.names, remove)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
-from onlap.cli.shared.images import access, images_of, platform_argument, registry_arguments, show_image
+from onlap.cli.shared.images import images_of, platform_argument, registry_access, registry_arguments, show_image
 from onlap.errors import shown
 
 
@@ -24,7 +24,9 @@ def pull_arguments(parser: Parser) -> None:
 def pull(call: Call) -> None:
     args = call.args
     with call.store(create=True, sweep=True) as store, call.progress() as report:
-        image = images_of(store).pull(args.reference, platform=args.platform, access=access(call), progress=report)
+        image = images_of(store).pull(
+            args.reference, platform=args.platform, access=registry_access(call), progress=report
+        )
     show_image(call.out, image)
 
 
@@ -44,6 +46,6 @@ def push(call: Call) -> None:
     with call.store() as store, call.progress() as report:
         images = images_of(store)
         name = images.get(args.name).name
-        digest = images.push(name, args.target, access=access(call), progress=report)
+        digest = images.push(name, args.target, access=registry_access(call), progress=report)
     target = args.target or name
-    call.out.say({"name": name, "target": target, "digest": digest}, f"{shown(target)} {digest}")
+    call.out.show({"name": name, "target": target, "digest": digest}, f"{shown(target)} {digest}")
