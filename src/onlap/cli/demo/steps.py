@@ -70,10 +70,10 @@ class Report:
         if self.out.json:
             return
         # Not the directories that are only on the way to a change.
-        shown_first = [change for change in changes if change.what or change.kind != "C"]
-        shown_first.sort(key=lambda change: (change.kind, change.path.count("/")))
+        chosen = [change for change in changes if change.what or change.kind != "C"]
+        chosen.sort(key=lambda change: (change.kind, change.path.count("/")))
         seen: Counter[str] = Counter()
-        for change in shown_first:
+        for change in chosen:
             seen[change.kind] += 1
             if seen[change.kind] <= _SHOWN:
                 self.out.line(f"{'':<21}{self.out.paint(change.kind, STYLES[change.kind])} {shown(path_of(change))}")
@@ -90,8 +90,8 @@ class Report:
             nothing: dict[str, list[str]] = {"mounts": [], "directories": [], "records": []}
             self.out.item({"left": nothing, "seconds": round(seconds, 3)})
             return
-        said = f"Nothing is left in {shown(place.directory)}: no mount, no directory, no record."
-        self.out.line(f"{self.out.paint(said, 'green')} {seconds:.1f} s in all.")
+        text = f"Nothing is left in {shown(place.directory)}: no mount, no directory, no record."
+        self.out.line(f"{self.out.paint(text, 'green')} {seconds:.1f} s in all.")
 
 
 def run_steps(out: Output, place: Place, line: str, source: Source) -> None:
@@ -122,9 +122,12 @@ def run_steps(out: Output, place: Place, line: str, source: Source) -> None:
                 store.close()
                 store.snapshotter.catalog.garbage.sweep()
                 texts.append(" ".join(keys))
-        directories = _left_in(root)
+        places = (f"{root}/{name}" for name in ("snapshots", "trash", "staging"))
+        directories = [shown(f"{each}/{name}") for each in places for name in os.listdir(each)]
     finally:
-        _remove_scratch(scratch)
+        with errors.translated("remove what the demo made", key=scratch):
+            # By descriptors, never through a mount: after a failed unmount a recursive delete would empty the tree.
+            remove_at(scratch)
     _check(scratch, records, directories)
     report.gap()
     report.end(place)
@@ -185,28 +188,18 @@ def _run_in(report: Report, store: Store, key: str, wanted: _Programs) -> None:
 def _usage(store: Store) -> str:
     """The usage of the four snapshots, and what full copies would take."""
     taken = [store.snapshotter.usage_of(store.snapshotter.record(info.name)) for info in store.walk()]
-    said = f"{size(sum(one.size for one in taken))} in {count(sum(one.inodes for one in taken), 'inode')}"
+    total = f"{size(sum(one.size for one in taken))} in {count(sum(one.inodes for one in taken), 'inode')}"
     if isinstance(store.snapshotter, NativeSnapshotter):
-        return f"{said} for {len(taken)} trees, each a full copy"
-    return f"{said} for {len(taken)} trees; full copies would take {size(len(taken) * taken[0].size)}"
+        return f"{total} for {len(taken)} trees, each a full copy"
+    return f"{total} for {len(taken)} trees; full copies would take {size(len(taken) * taken[0].size)}"
 
 
 def _summary(changes: Iterable[Change]) -> str:
     return summary(Counter(change.kind for change in changes))
 
 
-def _left_in(root: str) -> list[str]:
-    places = (f"{root}/{name}" for name in ("snapshots", "trash", "staging"))
-    return [shown(f"{place}/{name}") for place in places for name in os.listdir(place)]
-
-
-def _remove_scratch(scratch: str) -> None:
-    with errors.translated("remove what the demo made", key=scratch):
-        # By descriptors, never through a mount: after a failed unmount a recursive delete would empty the tree.
-        remove_at(scratch)
-
-
 def _check(scratch: str, records: list[str], directories: list[str]) -> None:
+    """Raise Internal if anything is left."""
     where = os.fsencode(os.path.realpath(scratch))
     mounts = [
         shown(entry.mountpoint)
