@@ -1,6 +1,7 @@
-"""The command ``onlap``: one module per verb, each loaded only when it is asked for.
+"""The command ``onlap``.
 
-:mod:`onlap.cli.registry` lists the verbs; :mod:`onlap.cli.program` runs one and turns errors into exit statuses.
+:mod:`onlap.cli.registry` lists the verbs, whose modules are loaded only when they are used; :mod:`onlap.cli.program` runs
+one and turns errors into exit statuses.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: its arguments without the program's name; by default those of the process.
+        argv: the arguments without the program's name; by default those of the process.
 
     Returns:
         The exit status (:mod:`onlap.cli.exits`).
