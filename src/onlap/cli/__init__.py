@@ -1,7 +1,7 @@
 """The command ``onlap``.
 
-:mod:`onlap.cli.registry` lists the verbs, whose modules are loaded only when they are used; :mod:`onlap.cli.program` runs
-one and turns errors into exit statuses.
+:mod:`onlap.cli.registry` lists the verbs, whose modules are loaded only when they are used;
+:mod:`onlap.cli.program` runs one and turns errors into exit statuses.
 """
 
 from __future__ import annotations
