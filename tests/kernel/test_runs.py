@@ -475,7 +475,7 @@ def test_what_others_do_at_the_place_inside_the_block(store: Store) -> None:
         with other.mounted("base") as tree:
             moved.rename(store.root.with_name("again"))
     assert mountinfo() == before
-    with pytest.raises(errors.Busy, match="above it"), store.scratch("base") as tree:
+    with pytest.raises(errors.Busy, match="on top of it"), store.scratch("base") as tree:
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tree], check=True)
     assert os.path.ismount(tree)
     unmount(str(tree))

@@ -1,6 +1,6 @@
-"""Mounts: values that describe them, what gives them to the kernel, and who holds them.
+"""Mounts: the values that describe them, the calls that make them, and the processes that hold them.
 
-A snapshotter answers with :class:`Mount` values and never mounts; :func:`onlap.mounted` does, and cleans up.
+A snapshotter returns :class:`Mount` values and never mounts; :func:`onlap.mounted` does, and cleans up.
 """
 
 from __future__ import annotations

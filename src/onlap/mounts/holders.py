@@ -1,7 +1,7 @@
-"""Who keeps a mount busy, from /proc: by names alone, so that no filesystem of another can make us wait.
+"""The processes that keep a mount busy, from /proc: by names alone, so that no other user's filesystem can block us.
 
-What is read is up to those it is read of. A process may end, be hidden, have a working directory deeper than what
-readlink(2) gives, and any byte but NUL in its names; none of this stops the search.
+Other processes control what is read here. A process may end, be hidden, have a working directory that is too deep for
+readlink(2), and any byte but NUL in its names; none of this stops the search.
 
 Source: proc(5) and the pages it leads to.
 """
@@ -15,26 +15,26 @@ from itertools import islice
 from onlap.errors import shown
 from onlap.mounts import mountinfo, namespaces
 
-# Open files that are looked at of one process, which may have a million: half a second is better spent on others.
+# How many open files of one process are checked: it may have a million, which would take half a second.
 _MAX_FILES = 65536
 
 
 def holders(target: str) -> list[str]:
-    """Who holds the mount at ``target``, a line each, as ``"pid 4711 (bash): cwd /mnt/x"``.
+    """What holds the mount at ``target``, one line each, as ``"pid 4711 (bash): cwd /mnt/x"``.
 
-    Looks at the working directory, the root, the program, the open files and the mappings of every process that /proc
-    lets us see, and at mounts below ``target``. The mappings of other users are left out: a process can keep their
-    reader waiting (mmap_lock), and what it has mapped it mostly runs or has open as well.
+    Checks the working directory, the root, the program, the open files and the mappings of every process that /proc
+    shows us, and the mounts below ``target``. Mappings of other users' processes are left out: a process can block
+    their reader (mmap_lock), and it mostly also runs or has open what it has mapped.
     """
     path = os.path.realpath(target)
     prefix = os.fsencode(path)
     try:
         place = mountinfo.place_of(path)
     except OSError:
-        return []  # it is gone, or nobody could come to it
+        return []  # it is gone or unreachable
     found = [f"mount {shown(point)}" for point in mountinfo.below(prefix)]
-    # What /proc calls "/mnt/x" may be another mount in another namespace, so that a name alone could accuse the wrong
-    # one; the device number, which an overlay has to itself, has to be mounted there.
+    # What /proc calls "/mnt/x" may be another mount in another namespace. So the device number, which each overlay has
+    # to itself, has to be mounted there as well.
     sees: dict[str, bool] = {name: True for name in (namespaces.name_of("self"),) if name is not None}
     for pid in namespaces.pids():
         held = [
@@ -47,16 +47,16 @@ def holders(target: str) -> list[str]:
 
 
 def holders_of_mount(number: int, device: int) -> list[str]:
-    """Who holds a mount that is attached nowhere, so that its files have no paths, as :func:`holders`.
+    """What holds a detached mount, whose files have no paths; the result is as from :func:`holders`.
 
     Args:
-        number: of the mount, as mountinfo has it; no two namespaces have the same.
-        device: that of its filesystem, which nobody else mounts.
+        number: the id of the mount in mountinfo, which is unique across namespaces.
+        device: of its filesystem, which is mounted nowhere else.
     """
     line, of_device = b"mnt_id:\t%d\n" % number, b" %02x:%02x " % (os.major(device), os.minor(device))
     found: list[str] = []
     asked: set[int] = set()
-    # One that was forked meanwhile has what its parent had, which may have ended before we came to it.
+    # A new process has inherited from its parent, which may have ended before it was checked.
     while new := set(namespaces.pids()) - asked:
         asked |= new
         for pid in sorted(new):
@@ -66,14 +66,14 @@ def holders_of_mount(number: int, device: int) -> list[str]:
 
 
 def _files(pid: int) -> Iterator[tuple[str, bytes]]:
-    """What proc_pid_fdinfo(5) says of what a process has open, its working directory, root and program included."""
+    """What a process has open, its working directory, root and program included, as proc_pid_fdinfo(5) shows it."""
     base = f"/proc/{pid}"
     for name in ("cwd", "root", "exe"):
         try:
-            # Opened as a place only (O_PATH), of which its filesystem is not even told.
+            # With O_PATH, which does not involve the filesystem.
             fd = os.open(f"{base}/{name}", os.O_PATH | os.O_CLOEXEC)
         except PermissionError:
-            return  # another user's, who is not let into our tree; what else he has is hidden as well
+            return  # of another user, who cannot enter our tree; the rest of the process is hidden as well
         except OSError:
             continue  # it ended, or is a thread of the kernel
         try:
@@ -87,12 +87,12 @@ def _files(pid: int) -> Iterator[tuple[str, bytes]]:
         return
     for name in names:
         yield f"fd/{name}", _read(f"{base}/fdinfo/{name}")
-    # Of a mapping it says nothing; its line there has the number of the filesystem.
+    # fdinfo does not show mappings; their lines in maps have the device number.
     yield "maps a file", _maps(pid)
 
 
 def _read(path: str) -> bytes:
-    """A file of /proc; empty when it is hidden, or the process ended."""
+    """A file of /proc; empty if it is hidden or the process has ended."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -122,7 +122,7 @@ def _links(pid: int) -> Iterator[tuple[str, bytes]]:
         with os.scandir(f"{base}/fd") as files:
             names += [f"fd/{file.name}" for file in islice(files, _MAX_FILES)]
     except OSError:
-        pass  # it ended, or it is another user's: the other links may still say something
+        pass  # it ended, or belongs to another user: the other links may still be readable
     for name in names:
         try:
             yield name, os.readlink(os.fsencode(f"{base}/{name}"))
@@ -131,8 +131,8 @@ def _links(pid: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _maps(pid: int) -> bytes:
-    # "Uid:" has the real, effective, saved and filesystem user. (The owner of /proc/<pid> is root also for a process
-    # that made itself undumpable.)
+    # "Uid:" has the real, effective, saved and filesystem user. (/proc/<pid> also belongs to root if the process made
+    # itself undumpable.)
     if namespaces.status(pid).get("Uid", "").split("\t")[1:2] not in (["0"], [str(os.geteuid())]):
         return b""
     return _read(f"/proc/{pid}/maps")
@@ -147,7 +147,7 @@ def _mapped(pid: int, prefix: bytes) -> list[bytes]:
 
 
 def command(pid: int) -> str:
-    """The name of a process's program, fit for a message; ``?`` when it ended."""
+    """The name of a process's program, for a message; ``?`` if it has ended."""
     try:
         with open(f"/proc/{pid}/comm", "rb") as file:
             return shown(file.read().rstrip(b"\n"))

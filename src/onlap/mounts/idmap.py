@@ -1,7 +1,7 @@
-"""ID-mapped layers: a mount in which files show other owners than they have on disk.
+"""ID-mapped layers: mounts that show other owners than the files have on disk.
 
-The kernel takes the mapping from a user namespace, which lives as long as its descriptor. A child process makes one and
-waits; we write its maps, open it, and let the child go.
+The kernel takes the mapping from a user namespace, which lives as long as its descriptor. A child process creates one
+and waits; we write its maps, open it, and let the child end.
 
 Source: mount_setattr(2), "ID-mapped mounts" (Linux 5.12; as layers of an overlay since 5.19).
 """
@@ -30,17 +30,17 @@ os.read(0, 1)
 
 
 def mapping(flags: tuple[str, ...]) -> tuple[str, str] | None:
-    """The uid and gid maps among a plan's flags, in /proc's form; None where there are none.
+    """The uid and gid maps among a plan's flags, in the format of /proc; None if there are none.
 
     Raises:
-        InvalidArgument: there is only one, or it is not of the form ``container:host:length[,...]``.
+        InvalidArgument: there is only one, or it does not have the form ``container:host:length[,...]``.
     """
     uids = [flag.removeprefix(UID_OPTION) for flag in flags if flag.startswith(UID_OPTION)]
     gids = [flag.removeprefix(GID_OPTION) for flag in flags if flag.startswith(GID_OPTION)]
     if not uids and not gids:
         return None
     if not uids or not gids:
-        raise errors.InvalidArgument("uidmap and gidmap belong together", hint="give both, or none")
+        raise errors.InvalidArgument("uidmap and gidmap belong together", hint="give both, or neither")
     return _proc_form(uids[-1]), _proc_form(gids[-1])
 
 
@@ -56,7 +56,7 @@ def _proc_form(text: str) -> str:
 
 def user_namespace(uid_map: str, gid_map: str) -> int:
     """A descriptor of a new user namespace with these maps; raises OSError."""
-    import subprocess  # costs more than a short command may, and hardly one maps owners
+    import subprocess  # too slow to import for short commands, few of which map owners
 
     child = subprocess.Popen(
         forks.python("-c", _CHILD),
@@ -67,7 +67,7 @@ def user_namespace(uid_map: str, gid_map: str) -> int:
     with child:
         assert child.stdout is not None
         if child.stdout.read(1) != b"x":
-            raise errors.Unavailable("no user namespace could be made to map the layers' owners in")
+            raise errors.Unavailable("cannot create a user namespace for the mapping of the layers' owners")
         for name, text in (("uid_map", uid_map), ("gid_map", gid_map)):
             with open(f"/proc/{child.pid}/{name}", "w", encoding="ascii") as file:
                 file.write(text)
@@ -78,8 +78,8 @@ def mapped(directory: str, namespace: int) -> int:
     """A detached mount of ``directory`` in which the owners are mapped.
 
     Raises:
-        Unimplemented: this kernel maps none; a mount without the mapping would show the owners on the disk.
-        OSError: for whatever else the kernel says.
+        Unimplemented: this kernel has no ID-mapped mounts; an ordinary one would show the owners on the disk.
+        OSError: another error of the kernel.
     """
     try:
         fd = calls.open_tree(os.fsencode(directory))
@@ -93,6 +93,6 @@ def mapped(directory: str, namespace: int) -> int:
             raise
         raise errors.Unimplemented(
             f"cannot mount {shown(directory)} with other owners: this kernel has no ID-mapped mounts",
-            hint="Linux 5.12 has them, and as layers of an overlay 5.19; or do without the mapping",
+            hint="they need Linux 5.12, or 5.19 for the layers of an overlay; or leave out the mapping",
         ) from error
     return fd

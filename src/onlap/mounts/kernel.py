@@ -1,8 +1,8 @@
 """From a plan to the kernel: one mount, attached or detached.
 
-An overlay goes through the mount API of Linux 5.2 with one ``lowerdir+`` a layer, as a file descriptor (6.13) or as
-``/proc/self/fd/N`` (6.8): any path, 500 layers, no page. Elsewhere mount(2) takes an escaped string whose length is
-checked first, with relative paths where it is long, since the kernel cuts it silently at its page.
+An overlay goes through the mount API of Linux 5.2 with one ``lowerdir+`` per layer, as a file descriptor (6.13) or as
+``/proc/self/fd/N`` (6.8): any path, 500 layers, no size limit. On older kernels mount(2) takes an escaped string, with
+relative paths if it is long; its length is checked first, since the kernel silently cuts it at one page.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from onlap import errors
 from onlap.errors import shown
@@ -20,7 +20,7 @@ from onlap.mounts.plan import Mount
 from onlap.overlayfs import options
 from onlap.syscalls import mount as sys
 
-# Option names of mount(8) that are flags of mount(2); the second value is the flag's counterpart of fsmount(2).
+# Option names of mount(8) that are flags of mount(2); the second value is the counterpart for fsmount(2).
 _FLAGS: dict[str, tuple[int, int]] = {
     "ro": (sys.MS_RDONLY, sys.MOUNT_ATTR_RDONLY),
     "rw": (0, 0),
@@ -34,7 +34,7 @@ _FLAGS: dict[str, tuple[int, int]] = {
 }
 _BIND = ("bind", "rbind")
 
-# How this kernel takes the layers of an overlay; found by trial on first use, and a test may set it.
+# How this kernel takes the layers of an overlay: found by trial on first use; tests set it.
 LAYERS_BY_FD = "fd"  # 6.13
 LAYERS_BY_PROC = "proc"  # 6.8: a string of at most 255 bytes, so /proc/self/fd/N
 LAYERS_BY_STRING = "string"  # mount(2)
@@ -83,9 +83,9 @@ def attach(plan: Mount, target: str) -> None:
     """Mount ``plan`` at the existing directory ``target``.
 
     Raises:
-        InvalidArgument: more layers than OverlayFS stacks, or options that it does not take together.
-        PermissionDenied: no CAP_SYS_ADMIN here.
-        OnlapError: of another kind, for whatever else the kernel says; the kernel's own words are in it.
+        InvalidArgument: there are more layers than OverlayFS stacks, or options that exclude each other.
+        PermissionDenied: this process does not have CAP_SYS_ADMIN.
+        OnlapError: of another kind, for other errors of the kernel, whose message it contains.
     """
     _check(plan)
     with _translated(plan):
@@ -105,7 +105,7 @@ def attach(plan: Mount, target: str) -> None:
 
 
 def detached(plan: Mount) -> int:
-    """A mount of ``plan`` that is attached nowhere: a descriptor of its root, unmounted when it is closed.
+    """A detached mount of ``plan``: a descriptor of its root, unmounted when it is closed.
 
     Raises:
         Unimplemented: the kernel has no detached mounts (before 5.2; overlays before 6.8).
@@ -117,7 +117,7 @@ def detached(plan: Mount) -> int:
             if layers_by() == LAYERS_BY_STRING:
                 raise errors.Unimplemented(
                     "this kernel has no detached overlay mounts",
-                    hint="Linux 6.8 has them; give a mount point",
+                    hint="they need Linux 6.8; give a mount point",
                 )
             return _overlay_fd(plan)
         if plan.type == "bind" or _is_bind(plan):
@@ -128,7 +128,7 @@ def detached(plan: Mount) -> int:
 def _check(plan: Mount) -> None:
     maps = idmap.mapping(plan.flags)
     if plan.type == "bind" or _is_bind(plan):
-        # The kernel ignores what it does not know of a bind, as "rro" or "nosymfollow", and so would mount it without.
+        # The kernel ignores unknown options of a bind, as "rro" or "nosymfollow", and mounts without them.
         unknown = _split_flags(plan.flags)[2]
         if unknown:
             raise errors.InvalidArgument(
@@ -147,24 +147,17 @@ def _check(plan: Mount) -> None:
         )
 
 
-class _translated:
-    """Turns an OSError of mounting into an error that names the plan; a context manager."""
-
-    def __init__(self, plan: Mount) -> None:
-        self._plan = plan
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _cls: object, error: object, _trace: object) -> None:
-        if not isinstance(error, OSError):
-            return
-        plan = self._plan
+@contextmanager
+def _translated(plan: Mount) -> Iterator[None]:
+    """A block in which an OSError of mounting becomes an error that names the plan."""
+    try:
+        yield
+    except OSError as error:
         directory = plan.upper or (plan.lowers[0] if plan.lowers else plan.source)
         what = f"mount the {plan.type} of {shown(directory)}"
         if error.errno == errno.EPERM:
             raise errors.PermissionDenied(
-                f"cannot {what}: the kernel lets only CAP_SYS_ADMIN mount",
+                f"cannot {what}: the kernel requires CAP_SYS_ADMIN",
                 hint="run it as root, or use a detached mount",
             ) from error
         if error.errno == errno.ENODEV:
@@ -190,7 +183,7 @@ def _overlay_fd(plan: Mount) -> int:
                     fd = idmap.mapped(lower, namespace)
                     stack.callback(os.close, fd)
                     _add_fd(fs, "lowerdir+", fd)
-            # The upperdir must come before the workdir is looked at, and both by the same mount.
+            # The upperdir must be set before the workdir, and both must be on the same mount.
             if plan.upper is not None:
                 _add_layer(fs, "upperdir", plan.upper)
             if plan.work is not None:
@@ -215,8 +208,8 @@ def _add_layer(fs: int, key: str, directory: str) -> None:
         if len(path) > options.MAX_FSCONFIG_STRING:
             _add_fd(fs, key, fd)
         else:
-            # mountinfo shows the layer by the string that it was given; /proc/self/fd/N would say nothing to those
-            # who look there for our trees. "lowerdir+" is taken as it is, the others without their escapes.
+            # mountinfo shows the string that was given: by /proc/self/fd/N nobody could find our trees there.
+            # "lowerdir+" is taken literally, the others are unescaped.
             sys.fsconfig_string(fs, key, path if key == "lowerdir+" else options.escape(path))
     except OSError as error:
         raise OSError(error.errno, error.strerror, directory) from error
@@ -232,7 +225,7 @@ def _add_fd(fs: int, key: str, fd: int) -> None:
 
 
 def _mapping_namespace(plan: Mount, stack: ExitStack) -> int | None:
-    """The user namespace that maps the owners of the plan's layers, if its flags ask for that."""
+    """The user namespace that maps the owners of the plan's layers, if its flags have a mapping."""
     maps = idmap.mapping(plan.flags)
     if maps is None:
         return None
@@ -247,7 +240,7 @@ def _mapping_namespace(plan: Mount, stack: ExitStack) -> int | None:
 def _mount_by_string(plan: Mount, target: str) -> None:
     flags, _, rest = _split_flags(plan.flags)
     if idmap.mapping(plan.flags) is not None:
-        raise errors.Unimplemented("this kernel has no ID-mapped layers", hint="Linux 6.8 takes them as descriptors")
+        raise errors.Unimplemented("this kernel has no ID-mapped layers", hint="they need Linux 6.8")
     data = _data(plan, rest, None)
     if len(data) <= options.MAX_DATA:
         sys.mount(plan.source, target, "overlay", flags, data)
@@ -278,9 +271,9 @@ def _data(plan: Mount, rest: list[str], base: str | None) -> bytes:
 
 
 def _in_directory(directory: str, action: Callable[[], None]) -> None:
-    """Run ``action`` with ``directory`` as the working directory, of one thread that is then thrown away.
+    """Run ``action`` with ``directory`` as the working directory, in a new thread.
 
-    The working directory belongs to the whole process, unless a thread asks for its own with unshare(CLONE_FS).
+    The working directory belongs to the whole process, unless a thread gets its own with unshare(CLONE_FS).
     """
     from onlap.syscalls.namespaces import CLONE_FS, unshare
 
@@ -291,7 +284,7 @@ def _in_directory(directory: str, action: Callable[[], None]) -> None:
             unshare(CLONE_FS)
             os.chdir(directory)
             action()
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, whatever it is
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread, whatever it is
             failure.append(error)
 
     thread = threading.Thread(target=body, name="onlap-mount")
@@ -324,7 +317,7 @@ def _bind(plan: Mount, target: str) -> None:
     recursive = "rbind" in plan.flags
     sys.mount(os.fsencode(plan.source), target, None, sys.MS_BIND | (sys.MS_REC if recursive else 0), None)
     if flags:
-        # mount(2): the flags of a bind are ignored but for MS_REC; they take a remount.
+        # mount(2): of the flags of a bind only MS_REC counts; the others need a remount.
         try:
             _remount(os.fsencode(os.path.realpath(target)), flags, recursive=recursive)
         except OSError:
@@ -333,11 +326,11 @@ def _bind(plan: Mount, target: str) -> None:
 
 
 def _remount(target: bytes, flags: int, *, recursive: bool) -> None:
-    """Add flags to a bind, and to what came with it from below its source, each of which is a mount of its own."""
+    """Add flags to a bind, and with ``recursive`` to the mounts below it, which came with it from its source."""
     found = False
     for entry in mountinfo.parse(mountinfo.own()):
         if entry.mountpoint == target or (recursive and entry.mountpoint.startswith(target + b"/")):
-            # A remount takes away what it does not name: the source's own "nosuid" and the like.
+            # A remount clears the flags that it does not name, as the source's own "nosuid".
             kept = flags
             for option in os.fsdecode(entry.options).split(","):
                 kept |= _FLAGS.get(option, (0, 0))[0]
@@ -357,7 +350,7 @@ def _bind_fd(plan: Mount) -> int:
             fd = idmap.mapped(plan.source, namespace)
         try:
             if attributes:
-                # What came with it from below its source is not to stay writable when it is "ro".
+                # With "ro", the mounts that came with it from below its source must not stay writable.
                 sys.mount_setattr(fd, set_attributes=attributes, recursive="rbind" in plan.flags)
         except OSError:
             os.close(fd)
@@ -387,7 +380,7 @@ def _configure(fs: int, options_left: list[str]) -> None:
 
 
 def _split_flags(flags: tuple[str, ...]) -> tuple[int, int, list[str]]:
-    """Flags of mount(2), attributes of fsmount(2), and what is left for the filesystem."""
+    """Flags of mount(2), attributes of fsmount(2), and the remaining options, for the filesystem."""
     for_mount = attributes = 0
     rest = []
     for flag in flags:

@@ -1,8 +1,8 @@
 """What is mounted: /proc/<pid>/mountinfo, read as bytes.
 
-Another user's mount points, labels and options are in it, so that nothing in it may stop its reader: the kernel escapes
-space, tab, newline and backslash, and leaves every other byte as it is (fs/proc_namespace.c, mangle). Only ``b"\\n"``
-ends a line: ``splitlines`` and files in text mode would cut at a carriage return too.
+Other users' mount points, labels and options are in it, so nothing in it may stop the parser: the kernel escapes
+space, tab, newline and backslash, and leaves every other byte unchanged (fs/proc_namespace.c, mangle). Only ``b"\\n"``
+ends a line: ``splitlines`` and files in text mode would also split at a carriage return.
 
 Source: proc_pid_mountinfo(5).
 """
@@ -32,18 +32,18 @@ class Entry(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a file lies, whatever its paths are: its filesystem's device number, and the way from its root."""
+    """Where a file is, independent of mounts: its filesystem's device number, and the path from its root."""
 
     device: bytes
     path: bytes
 
 
 def parse(text: bytes, *needles: bytes) -> Iterator[Entry]:
-    """The entries of a mountinfo file, in its order; a line that is none is passed over.
+    """The entries of a mountinfo file, in its order; malformed lines are skipped.
 
     Args:
         text: the file.
-        needles: give only the lines that contain one of these; of a table of 20,000 mounts this costs milliseconds.
+        needles: parse only the lines that contain one of these; for 20,000 mounts this takes milliseconds.
     """
     for line in text.split(b"\n"):
         if needles and not any(needle in line for needle in needles):
@@ -72,18 +72,18 @@ def own() -> bytes:
 
 
 def below(directory: bytes) -> list[bytes]:
-    """Where something is mounted below a directory, in the order of mounting: what is deeper comes later."""
+    """The mount points below a directory, in the order of mounting: deeper ones come later."""
     return [entry.mountpoint for entry in parse(own()) if entry.mountpoint.startswith(directory + b"/")]
 
 
 def place_of(path: str) -> Place | None:
-    """Where a directory of this process lies; None where its mount is in no table (outside a chroot, or detached).
+    """Where a directory of this process is; None if its mount is in no table (outside a chroot, or detached).
 
     Args:
         path: absolute, without symlinks.
 
     Raises:
-        OSError: it is not there.
+        OSError: it does not exist.
     """
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -94,8 +94,8 @@ def place_of(path: str) -> Place | None:
 
 
 def mount_of(fd: int) -> Entry | None:
-    """The mount that an open file is on; None where this process's table does not have it."""
-    # By its number: one mounted on top of another, or hidden by it, has the same path.
+    """The mount that an open file is on; None if it is not in this process's table."""
+    # By its id: a mount on top of another, or hidden by it, has the same path.
     number = mount_id(fd)
     return next((entry for entry in parse(own(), b"%d " % number) if entry.id == number), None)
 
@@ -106,9 +106,9 @@ def _place(mount: Entry, path: bytes) -> Place:
 
 
 class Table:
-    """The mounts of a namespace, to find where a path lies there without touching it.
+    """The mounts of a namespace, for finding where a path leads there without touching it.
 
-    They are read when the first path is asked for, and once: there may be thousands, of which each names a path.
+    They are parsed once, for the first path: there may be thousands.
 
     Args:
         text: the mountinfo of a process in it.
@@ -128,7 +128,7 @@ class Table:
                 self._tops.setdefault(entry.mountpoint, entry)
 
     def place(self, path: bytes) -> Place | None:
-        """Where an absolute path lies, symlinks aside; None when no mount that is shown holds it."""
+        """Where an absolute path leads, ignoring symlinks; None if no mount in the table contains it."""
         if self._text is not None:
             self._read(self._text)
             self._text = None
@@ -136,7 +136,7 @@ class Table:
         mount = next((self._tops[point] for point in reversed(points) if point in self._tops), None)
         if mount is None:
             return None
-        # Down from mount to mount, as the kernel goes: one below a mount point that was covered later is not met.
+        # Down from mount to mount, as the kernel does: mounts below a mount point that was covered later are not met.
         passed = {mount.id}
         for point in points:
             while (upper := self._on.get((mount.id, point))) is not None and upper.id not in passed:

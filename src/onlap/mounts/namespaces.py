@@ -1,9 +1,9 @@
-"""The processes and mount namespaces of this machine, as far as their word can be taken.
+"""The processes and mount namespaces of this machine, as far as they can be trusted.
 
-Whoever makes a user namespace may mount in it, and so decides what is read of it: an overlay whose ``upperdir`` reads
-like one of ours, or 100,000 binds. Our trees can be mounted only by root and by ourselves (``ROOT`` is closed to
-others), so that the namespaces of all others are passed over. Nothing is ever looked up through ``/proc/<pid>/root``:
-a filesystem there may be another's FUSE, which need not answer.
+A user who creates a user namespace may mount in it, and so controls its mountinfo: an overlay whose ``upperdir`` looks
+like one of ours, or 100,000 binds. Our trees can only be mounted by root and by ourselves (``ROOT`` is closed to
+others), so the namespaces of all others are skipped. Nothing is looked up through ``/proc/<pid>/root``: a filesystem
+there may be another user's FUSE, which need not answer.
 
 Sources: ioctl_nsfs(2), user_namespaces(7), proc_pid_root(5).
 """
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 from onlap.syscalls.namespaces import owner_of
 
-# A mount table shows what lies below its process's root. Of a namespace in which all processes that we met have changed
-# theirs we read as many tables; more would let one who may call chroot(2) decide how long it takes.
+# A mount table shows only what is below its process's root. If all processes seen so far in a namespace have changed
+# theirs, at most this many tables are read: a process that may call chroot(2) could otherwise make it take for ever.
 _MAX_ROOTS = 16
 
 
@@ -27,8 +27,8 @@ def pids() -> list[int]:
 
 
 def status(pid: int) -> dict[str, str]:
-    """The fields of a process's status (proc_pid_status(5)), without their names' colons; empty when it is gone."""
-    # The process's own name is its choice, and a carriage return in it is no end of a line: so not as text.
+    """The fields of a process's status (proc_pid_status(5)); empty if it is gone."""
+    # Not in text mode: a process chooses its name, and a carriage return in it does not end the line.
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
             lines = file.read().decode("utf-8", "replace").split("\n")
@@ -38,7 +38,7 @@ def status(pid: int) -> dict[str, str]:
 
 
 def name_of(pid: int | str) -> str | None:
-    """The name of a process's mount namespace, as ``mnt:[4026531841]``; None when it ended or is hidden from us."""
+    """The name of a process's mount namespace, as ``mnt:[4026531841]``; None if it has ended or is hidden from us."""
     try:
         return os.readlink(f"/proc/{pid}/ns/mnt")
     except OSError:
@@ -46,7 +46,7 @@ def name_of(pid: int | str) -> str | None:
 
 
 def tables() -> Iterator[bytes]:
-    """The mountinfo of every mount namespace that belongs to root or to this process's user, and has a process."""
+    """The mountinfo of every mount namespace that has a process and belongs to root or to this process's user."""
     done: set[str] = set()
     roots: dict[str, set[bytes]] = {}
     for pid in pids():
@@ -68,20 +68,20 @@ def table(pid: int, seen: set[bytes] | None = None) -> tuple[str, bytes, bool] |
 
     Args:
         pid: the process.
-        seen: the roots of whom the tables were read already; its own is added, and its table read only if it is new.
+        seen: the process roots whose tables have been read; its own is added, and its table read only if it is new.
 
     Returns:
-        The name of its mount namespace; its mountinfo, empty where its word is not taken; whether no other process of
-        the namespace can tell more. None when it ended, or is hidden from us.
+        The name of its mount namespace; its mountinfo, empty if it is not trusted; whether the table is complete, so
+        that no other process of the namespace is needed. None if the process has ended or is hidden from us.
     """
     try:
         process = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        # The table is that of the namespace in which the process is when the file is opened. It may leave ours for one
-        # that it made, and not come back: so what it is in afterwards decides. The directory is of this process alone,
-        # also when its number is given to another.
+        # The table is that of the process's namespace when the file is opened. A process may move from our namespace
+        # into one that it created, but not back: so the namespace afterwards decides. The open directory belongs to
+        # this process, even if its pid is reused.
         mountinfo = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process)
         with open(mountinfo, "rb") as file:
             name = os.readlink("ns/mnt", dir_fd=process)
@@ -94,11 +94,11 @@ def table(pid: int, seen: set[bytes] | None = None) -> tuple[str, bytes, bool] |
                 seen.add(root)
             text = file.read()
     except OSError:
-        # Whatever keeps another's process from being read: it ended (ENOENT, ESRCH, EINVAL), it is hidden (EACCES).
+        # Whatever prevents reading another process: it ended (ENOENT, ESRCH, EINVAL), or it is hidden (EACCES).
         return None
     finally:
         os.close(process)
-    # Empty: its root lies outside the namespace, and what it is called says nothing.
+    # Empty: its root is outside the namespace, and its path says nothing.
     return name, text, bool(text) and root == b"/"
 
 
@@ -109,7 +109,7 @@ def _is_trusted(process: int, name: str) -> bool:
     try:
         owner = owner_of(fd)
     except OSError as error:
-        # EPERM: it belongs to a namespace above our own, and only our own user's processes of those are shown to us.
+        # EPERM: it belongs to a namespace above ours, of which we only see our own user's processes.
         return error.errno == errno.EPERM
     finally:
         os.close(fd)

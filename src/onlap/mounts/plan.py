@@ -1,6 +1,6 @@
-"""A mount as a value: what to mount, not the mounting.
+"""A mount as a value: what to mount, without mounting it.
 
-The legacy option string is a rendering of it, for mount(2), containerd and Docker.
+It can be rendered as the legacy option string, for mount(2), containerd and Docker.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Mount(NamedTuple):
     Attributes:
         type: ``"overlay"``, ``"bind"``, or another filesystem's name.
         source: what mount(2) gets as its source: the directory of a bind, ``"overlay"`` for an overlay.
-        target: a directory below the place where the plan is mounted; usually empty.
+        target: a directory below the mount point of the plan; usually empty.
         lowers: an overlay's lower layers, topmost first.
-        upper: an overlay's upperdir, None when it is read-only.
+        upper: an overlay's upperdir, None if it is read-only.
         work: an overlay's workdir, on the same mount as ``upper``.
         flags: every other option, as ``"ro"``, ``"rbind"``, ``"index=off"``.
     """
@@ -54,7 +54,7 @@ class Mount(NamedTuple):
 
     @property
     def needs_no_mount(self) -> bool:
-        """Whether its source already is the tree: a read-write bind of a directory."""
+        """Whether its source is the tree itself: a read-write bind of a directory."""
         return self.type == "bind" and not self.readonly and not self.target
 
 

@@ -41,33 +41,33 @@ def mounted(
 
 
 def await_leaving(directory: Path) -> None:
-    """Wait until nobody uses a directory that :func:`mounted` gave as it is, without a mount.
+    """Wait until a directory is no longer used that :func:`mounted` yielded without a mount.
 
     Raises:
-        Busy: somebody still does.
+        Busy: it is still in use.
     """
     where = os.fspath(directory)
     await_nobody(where, lambda: holders(where))
 
 
 def check_plan(mounts: object) -> list[Mount]:
-    """The mounts of a plan; InvalidArgument for what is none."""
+    """The mounts of a plan; InvalidArgument if it is not one."""
     if isinstance(mounts, Mount):
         return [mounts]
     if isinstance(mounts, (str, bytes, os.PathLike)):
         raise errors.InvalidArgument(
             f"{shown(repr(mounts))} is not a plan to mount",
-            hint="give what mounts(key) or prepare(key) answers; or use a store: store.mounted(key)",
+            hint="give the result of mounts(key) or prepare(key); or use a store: store.mounted(key)",
         )
     plan: list[Mount] = []
     for mount in mounts if isinstance(mounts, Iterable) else [mounts]:
         if not isinstance(mount, Mount):
             raise errors.InvalidArgument(
-                f"{shown(repr(mount))} is not an onlap.Mount", hint="give what mounts(key) or prepare(key) answers"
+                f"{shown(repr(mount))} is not an onlap.Mount", hint="give the result of mounts(key) or prepare(key)"
             )
         plan.append(mount)
     if not plan:
-        raise errors.InvalidArgument("an empty plan mounts nothing")
+        raise errors.InvalidArgument("the plan is empty")
     return plan
 
 
@@ -75,7 +75,7 @@ def may_mount() -> bool:
     """Whether this process may mount in its mount namespace (CAP_SYS_ADMIN), found by asking the kernel."""
     from onlap.syscalls.mount import open_tree
 
-    # open_tree(OPEN_TREE_CLONE) asks for the capability before all else, changes nothing, and /proc is everywhere.
+    # open_tree(OPEN_TREE_CLONE) checks the capability before anything else, changes nothing, and /proc is everywhere.
     try:
         fd = open_tree("/proc")
     except OSError:
@@ -90,8 +90,8 @@ def may_detach() -> bool:
 
 
 def _may_unmount() -> bool:
-    # Before Linux 5.2 (ENOSYS above), or where /proc cannot be cloned: umount2(2) answers EPERM without the
-    # capability, and with it EINVAL, since the two flags exclude each other: nothing is ever unmounted.
+    # Before Linux 5.2 (ENOSYS above), or where /proc cannot be cloned: umount2(2) fails with EPERM without the
+    # capability, and with EINVAL with it, since the two flags exclude each other: nothing is ever unmounted.
     from onlap.syscalls.mount import MNT_DETACH, MNT_EXPIRE, umount2
 
     try:
@@ -106,44 +106,44 @@ def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: flo
         import tempfile
 
         where = tempfile.mkdtemp(prefix="onlap-")
-        # rmdir, never a recursive delete: if the unmount failed, that would delete the tree through the mount.
+        # rmdir, never a recursive delete: after a failed unmount, that would delete the tree through the mount.
         stack.callback(unless_forked(_remove_if_empty), where)
     else:
         where = os.path.abspath(check_path(at, "mount point"))
     for mount in plan:
         target = os.path.join(where, mount.target.lstrip("/")) if mount.target else where
-        # A mount point that is a symlink may lead elsewhere at the end.
+        # A mount point that is a symlink may lead elsewhere by the end of the block.
         target = os.path.realpath(target)
         kernel.attach(mount, target)
         stack.callback(_unmounting(target, timeout))
         if "rbind" in mount.flags:
-            # It brought along what is mounted below its source, which goes first, the deepest before all.
+            # The mounts below its source came with it; they are unmounted first, the deepest before the others.
             for inner in mountinfo.below(os.fsencode(target)):
                 stack.callback(_unmounting(os.fsdecode(inner), timeout))
     return where
 
 
 def _unmounting(target: str, timeout: float) -> Callable[[], None]:
-    """What unmounts that which is mounted at a place now: not what others mount there later."""
+    """A function that unmounts what is mounted at ``target`` now, and nothing that is mounted there later."""
     number = _mounted_at(target)
 
     def end() -> None:
         now = target
         if number and _mounted_at(target) != number:
-            # Unmounted by whoever used it, moved with a directory above it, or covered by another mount.
+            # It was unmounted by its user, moved with a directory above it, or covered by another mount.
             found = [entry for entry in mountinfo.parse(mountinfo.own(), b"%d " % number) if entry.id == number]
             if not found:
                 return
             now = os.fsdecode(found[0].mountpoint)
             if _mounted_at(now) not in (number, None):
-                raise busy(now, [f"mount {shown(now)}, above it"], "unmount that first")
+                raise busy(now, [f"mount {shown(now)}, on top of it"], "unmount that first")
         unmount(now, timeout=timeout)
 
     return unless_forked(end)
 
 
 def _mounted_at(path: str) -> int | None:
-    """The number of the mount that a path leads to; None where that cannot be told."""
+    """The id of the mount that a path leads to; None if that cannot be determined."""
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -157,7 +157,7 @@ def _mounted_at(path: str) -> int | None:
 
 
 def _remove_if_empty(directory: str) -> None:
-    with contextlib.suppress(OSError):  # EBUSY, ENOTEMPTY: the unmount failed, and its own error tells
+    with contextlib.suppress(OSError):  # EBUSY, ENOTEMPTY: the unmount failed, and raised its own error
         os.rmdir(directory)
 
 
@@ -165,7 +165,7 @@ def _detached(plan: list[Mount], timeout: float, stack: ExitStack) -> str:
     if len(plan) > 1:
         raise errors.Unimplemented(
             "a plan of several mounts cannot be detached",
-            hint="mount it somewhere, with the privilege to do so",
+            hint="give a mount point, with the privilege to mount there",
         )
     if may_mount():
         fd = kernel.detached(plan[0])
@@ -175,11 +175,11 @@ def _detached(plan: list[Mount], timeout: float, stack: ExitStack) -> str:
         fd = userns.detached(plan[0])
     if not plan[0].readonly:
         stack.callback(unless_forked(_await_nobody), plan[0], mount_id(fd), os.fstat(fd).st_dev, timeout)
-    # Children come to it through us, as long as we have it.
+    # Child processes reach it through this process's /proc, as long as it is open here.
     stack.callback(closed_in_children(fd))
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def _await_nobody(mount: Mount, number: int, device: int, timeout: float) -> None:
-    # Nobody else sees that it still is mounted, and who works in it would go on writing into what is committed.
+    # No unmount fails where a detached mount is in use, and its users would go on writing into a committed snapshot.
     await_nobody(mount.upper or mount.source, lambda: holders_of_mount(number, device), timeout=timeout)

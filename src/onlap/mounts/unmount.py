@@ -1,4 +1,4 @@
-"""Unmounting, with patience and a clear word about who is in the way."""
+"""Unmounting: it retries while a mount is busy, and the error says who holds it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from onlap.errors import shown
 from onlap.mounts.holders import holders
 from onlap.syscalls import mount as sys
 
-# There is no event for "no longer busy", and flock(2) has no timeout: the kernel has to be asked again. 1 ms first,
-# since most holders are just ending; doubled up to 50 ms.
+# Seconds. There is no event for "no longer busy", and flock(2) has no timeout: the kernel has to be polled. The first
+# wait is short, since most holders are just ending; then it doubles.
 _FIRST_WAIT = 0.001
 _LONGEST_WAIT = 0.05
 
 
 def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
-    """Unmount what is mounted topmost at ``target``.
+    """Unmount the topmost mount at ``target``.
 
     Args:
         target: the mount point.
-        timeout: how many seconds to go on asking while it is busy.
-        lazy: detach it at once, and let the kernel unmount it when its last user is gone. Never done unless asked.
+        timeout: how many seconds to retry while it is busy.
+        lazy: detach it at once, and let the kernel unmount it when its last user is gone.
 
     Raises:
         Busy: it is still in use; ``.holders`` says by whom.
         InvalidArgument: nothing is mounted there.
-        OnlapError: of another kind, for whatever else the kernel says.
+        OnlapError: of another kind, for other errors of the kernel.
     """
     flags = sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0)
     for last in attempts(timeout):
@@ -40,18 +40,18 @@ def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
             if error.errno != errno.EBUSY:
                 raise errors.from_oserror(error, doing="unmount", key=target) from error
             if last:
-                raise busy(target, holders(target), "end these, then unmount it again") from error
+                raise busy(target, holders(target), "end these processes, then unmount it again") from error
         else:
             return
 
 
 def await_nobody(target: str, find: Callable[[], list[str]], *, timeout: float = 5.0) -> None:
-    """Wait until nobody uses a tree any more that is not unmounted by a path, of which the kernel says nothing.
+    """Wait until a tree is unused that has no mount point, so that no unmount can fail with EBUSY.
 
     Args:
         target: the tree, for the message.
-        find: who uses it.
-        timeout: how many seconds to go on asking.
+        find: returns who uses it.
+        timeout: how many seconds to retry.
 
     Raises:
         Busy: it is still in use; ``.holders`` says by whom.
@@ -61,11 +61,11 @@ def await_nobody(target: str, find: Callable[[], list[str]], *, timeout: float =
         if not found:
             return
         if last:
-            raise busy(target, found, "end these")
+            raise busy(target, found, "end these processes")
 
 
 def attempts(timeout: float) -> Iterator[bool]:
-    """When to ask again; whether it is for the last time."""
+    """Yields for each attempt, with growing pauses between them, whether it is the last."""
     deadline = time.monotonic() + timeout
     wait = _FIRST_WAIT
     while time.monotonic() < deadline:
@@ -76,8 +76,8 @@ def attempts(timeout: float) -> Iterator[bool]:
 
 
 def busy(target: str, found: list[str], hint: str) -> errors.Busy:
-    """The error for a tree that is in use, with the words of :mod:`onlap.mounts.holders`."""
-    who = "; ".join(found[:5]) or "nobody that /proc shows"
+    """The error for a tree that is in use, by ``found`` (from :mod:`onlap.mounts.holders`)."""
+    who = "; ".join(found[:5]) or "a process that /proc does not show"
     more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
     return errors.Busy(
         f"{shown(target)} is busy, held by {who}{more}",

@@ -1,8 +1,8 @@
-"""Mounts without privilege: made by a helper in a user namespace of its own, handed over as a descriptor.
+"""Mounts without privilege: made by a helper in its own user namespace, and passed as a descriptor.
 
-The helper maps the caller's own user and group to themselves, gets all capabilities in its namespace, makes the mount
-and sends its descriptor through a socket; then it ends, and the mount lives as long as the descriptor. The caller stays
-in its own namespaces and uses ``/proc/<pid>/fd/<n>``.
+The helper maps the caller's user and group to themselves, gets all capabilities in its namespace, mounts, and sends the
+descriptor through a socket; then it ends, and the mount lives as long as the descriptor. The caller stays in its own
+namespaces and uses ``/proc/<pid>/fd/<n>``.
 
 Source: user_namespaces(7); the kernel's Documentation/filesystems/overlayfs.rst, "User xattr" (since Linux 5.11).
 """
@@ -19,7 +19,7 @@ from onlap import errors, forks
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
 
-# Generous: the helper is a Python that imports five small modules (about 30 ms), also on a loaded machine.
+# Seconds. Generous for a loaded machine: the helper is a Python that imports five small modules (about 30 ms).
 _TIMEOUT = 30.0
 _SEPARATOR = b"\0"
 
@@ -31,8 +31,8 @@ def detached(plan: Mount) -> int:
         A descriptor of its root, close-on-exec.
 
     Raises:
-        PermissionDenied: this machine gives an ordinary user no such namespace, or no capabilities in it.
-        OnlapError: of another kind, for what the kernel says of the mount.
+        PermissionDenied: this machine gives ordinary users no such namespace, or no capabilities in it.
+        OnlapError: of another kind, for errors of the mount.
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -51,7 +51,7 @@ def detached(plan: Mount) -> int:
             if error.errno != errno.EAGAIN:
                 raise errors.from_oserror(error, doing=doing) from error
             raise errors.ResourceExhausted(
-                f"cannot {doing}: there are as many processes as may be", hint="raise their limit (ulimit -u)"
+                f"cannot {doing}: too many processes", hint="raise the limit on processes (ulimit -u)"
             ) from error
         theirs.close()
         try:
@@ -62,7 +62,7 @@ def detached(plan: Mount) -> int:
             helper.kill()
             raise errors.from_oserror(error, doing="talk to the helper that mounts") from error
         finally:
-            ours.close()  # whatever it still waits for: an interrupt may have come before it got the plan
+            ours.close()  # an interrupt may have come before the helper got the plan, for which it would wait
             _, stderr = helper.communicate()
     if fds:
         os.set_inheritable(fds[0], False)
@@ -75,7 +75,7 @@ def _failure(answer: bytes, stderr: bytes) -> errors.OnlapError:
     cls = getattr(errors, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, errors.OnlapError)):
         last = stderr.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-        return errors.Unavailable(f"the helper that mounts in a user namespace ended without an answer: {last}")
+        return errors.Unavailable(f"the helper that mounts in a user namespace failed: {last}")
     return cls(message)
 
 
@@ -93,9 +93,9 @@ def _decode(data: bytes) -> Mount:
 
 
 def enter_user_namespace() -> None:
-    """Move this process, which must have one thread, into new user and mount namespaces with all capabilities.
+    """Move this process, which must have a single thread, into new user and mount namespaces with all capabilities.
 
-    The caller's own user and group are mapped to themselves, so that what it makes belongs to the same ones outside.
+    The caller's user and group are mapped to themselves, so that what it creates belongs to the same ones outside.
 
     Raises:
         PermissionDenied: the machine does not allow it, or gives no capabilities there.
@@ -105,7 +105,7 @@ def enter_user_namespace() -> None:
     uid, gid = os.geteuid(), os.getegid()
     try:
         unshare(CLONE_NEWUSER | CLONE_NEWNS)
-        # user_namespaces(7): a gid map of an unprivileged process is allowed only once setgroups(2) is denied.
+        # user_namespaces(7): an unprivileged process may write a gid map only after setgroups(2) is denied.
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{uid} {uid} 1"),
@@ -113,14 +113,14 @@ def enter_user_namespace() -> None:
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-        # A second one takes the capability that the first should have given; Ubuntu's AppArmor gives the namespace
-        # and no capabilities in it.
+        # A second unshare needs the capability that the first should have given: Ubuntu's AppArmor allows the
+        # namespace, without capabilities in it.
         unshare(CLONE_NEWNS)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSPC, errno.ENOSYS, errno.EINVAL):
             raise
         raise errors.PermissionDenied(
-            f"this machine gives an ordinary user no user namespace ({error.strerror})",
+            f"this machine gives ordinary users no user namespace ({error.strerror})",
             hint="run it as root, or allow user namespaces (sysctl user.max_user_namespaces, "
             "kernel.apparmor_restrict_unprivileged_userns)",
         ) from error
