@@ -171,7 +171,7 @@ def run(
         AlreadyExists: the key ``keep`` exists.
         FailedPrecondition: the active snapshot is in use, or no runtime could make the container.
         InvalidArgument, NotFound: an option is invalid; the error says which.
-        OnlapError: of another kind, for what the filesystem or the kernel says.
+        OnlapError: of another kind: the filesystem or the kernel failed.
     """
     if options.network not in NETWORKS:
         raise errors.InvalidArgument(f"there is no network {shown(options.network)}", hint="none or host")

@@ -196,7 +196,7 @@ class ContentStore:
 
         Raises:
             DigestMismatch: it is something else.
-            OnlapError: of another kind, for what the filesystem says.
+            OnlapError: of another kind: the filesystem failed.
         """
         chunks = iter(lambda: source.read(_CHUNK), b"") if hasattr(source, "read") else iter(source)
         with errors.translated("write a blob", key=digest), self.writer() as writer:

@@ -75,9 +75,6 @@ class Writer:
         write_all(self._fd, data)
         return len(data)
 
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
     def commit(self, digest: str | None = None, size: int | None = None, *, lease: Lease | None = None) -> Blob:
         """Make it durable and visible.
 

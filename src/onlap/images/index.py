@@ -132,9 +132,7 @@ class Index:
     def manifest(self, image: Image | str) -> Manifest:
         """An image's manifest."""
         image = self._given(image)
-        document = model.decode_document(self.manifest_data(image), image.media_type, image.digest)
-        assert isinstance(document, Manifest)
-        return document
+        return self._manifest(image.digest, image.media_type)
 
     def manifest_data(self, image: Image | str) -> bytes:
         """The bytes of an image's manifest."""
@@ -151,6 +149,11 @@ class Index:
     def _given(self, image: Image | str) -> Image:
         return image if isinstance(image, Image) else self.get(image)
 
+    def _manifest(self, digest: str, media_type: str) -> Manifest:
+        document = model.decode_document(self._document(digest, model.MAX_MANIFEST), media_type, digest)
+        assert isinstance(document, Manifest)
+        return document
+
     def _document(self, digest: str, limit: int) -> bytes:
         try:
             return self.content.read(digest, limit)
@@ -160,9 +163,7 @@ class Index:
             ) from error
 
     def _image(self, record: records.ImageRecord) -> Image:
-        data = self._document(record.digest, model.MAX_MANIFEST)
-        manifest = model.decode_document(data, record.media_type, record.digest)
-        assert isinstance(manifest, Manifest)
+        manifest = self._manifest(record.digest, record.media_type)
         config = model.decode_config(self._document(manifest.config.digest, model.MAX_CONFIG), manifest)
         return image_of(record.name, record.digest, manifest, config)
 

@@ -30,7 +30,6 @@ from onlap.progress import Callback
 from onlap.snapshots import exclusion
 from onlap.snapshots.archives import clamp_times, write_diff
 
-_COMPRESSIONS = ("gzip", "zstd", "none")
 # RFC 3339 has years of four digits.
 _LAST_SECOND = 253402300799
 
@@ -53,15 +52,11 @@ def commit(
     """See :meth:`Images.commit`; ``platform`` is that of an image without a base, by default this machine's."""
     full = names.check_new(name)
     created = timestamp(epoch)
-    if compression not in _COMPRESSIONS:
-        raise errors.InvalidArgument(
-            f"there is no compression {shown(compression)}", hint=f"use {', '.join(_COMPRESSIONS)}"
-        )
     snapshotter = images.snapshotter
     record = snapshotter.record(key)
     if record.kind != ACTIVE:
         raise errors.FailedPrecondition(
-            f"snapshot {shown(key)} is {record.kind}, and an image is made of an active one",
+            f"snapshot {shown(key)} is {record.kind}, and an image is made from an active one",
             key=key,
             hint=f"prepare one on it: onlap prepare KEY {shown(key)}",
         )
