@@ -62,7 +62,7 @@ def merged(snapshotter: OverlaySnapshotter, name: str, *paths: str) -> dict[str,
     return found
 
 
-def test_what_was_invented_is_as_in_the_parent(snapshotter: OverlaySnapshotter) -> None:
+def test_implicit_directories_are_as_in_the_parent(snapshotter: OverlaySnapshotter) -> None:
     """The top, directories on the way, also over two layers; a new one below them stays as it was made."""
     commit(snapshotter, "base", None, base)
 

@@ -20,7 +20,7 @@ from onlap.catalog.db.database import Database
 from onlap.mounts import temporary
 from onlap.mounts.unmount import unmount
 from onlap.store import Store
-from onlap.trees import whole
+from onlap.trees import atomic
 from onlap.trees.copy import Copier
 
 pytestmark = [pytest.mark.needs("overlay", "mount")]
@@ -174,7 +174,7 @@ def test_an_export_whose_own_end_is_interrupted_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(whole, "remove_at", interrupted)
+    monkeypatch.setattr(atomic, "remove_at", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.export("base", root / "out", progress=interrupted)
     assert os.listdir(root) == ["onlap"]

@@ -37,8 +37,8 @@ from onlap.locks import Flock, claim_directory, lock_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
+from onlap.trees.atomic import PARTIAL
 from onlap.trees.remove import remove_at
-from onlap.trees.whole import PARTIAL
 
 LABEL = "onlap.io/run"
 

@@ -27,8 +27,8 @@ from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
 from onlap.locks import Flock
+from onlap.trees.atomic import Note
 from onlap.trees.walk import opened
-from onlap.trees.whole import Note
 
 # Files renamed in one transaction of the collector.
 _AT_ONCE = 64

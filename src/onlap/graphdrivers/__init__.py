@@ -66,12 +66,10 @@ def open_driver(
         OnlapError: of another kind, for other errors of the kernel.
     """
     home = check_path(home, "home of a driver")
-    if kind == "overlay2":
-        from onlap.graphdrivers.overlay2 import Overlay2Driver
+    from onlap.graphdrivers.overlay import OverlayDriver
+    from onlap.graphdrivers.overlay2 import Overlay2Driver
 
-        return Overlay2Driver(home, options=options, ids=ids, sync=sync, counts=counts)
-    if kind == "overlay":
-        from onlap.graphdrivers.overlay import OverlayDriver
-
-        return OverlayDriver(home, options=options, ids=ids, sync=sync, counts=counts)
+    for driver in (OverlayDriver, Overlay2Driver):
+        if kind == driver.name:
+            return driver(home, options=options, ids=ids, sync=sync, counts=counts)
     raise errors.InvalidArgument(f"no such graph driver: {shown(kind)}", key=kind, hint="overlay or overlay2")

@@ -19,7 +19,7 @@ from onlap.arguments import as_name, check_mapping, check_text, check_texts
 from onlap.boundary import public_class
 from onlap.catalog.disk.sync import Syncer
 from onlap.errors import shown
-from onlap.graphdrivers import checks
+from onlap.graphdrivers import support
 from onlap.graphdrivers.cleanup import STAGING, UNFINISHED, claim, detach, detach_below, mounts_below, remove_tree
 from onlap.graphdrivers.contract import Change, Driver
 from onlap.graphdrivers.counter import Counter, Locks
@@ -52,7 +52,7 @@ class StackDriver(Driver):
     Attributes:
         name: the driver's name.
         home: its directory, absolute and without symlinks.
-        facts: what OverlayFS can do there.
+        support: what OverlayFS can do there.
 
     Raises:
         InvalidArgument, Unimplemented, OnlapError: see :func:`onlap.graphdrivers.open_driver`.
@@ -86,7 +86,7 @@ class StackDriver(Driver):
             os.chmod(self.home, 0o710)
             self._home_fd = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self.facts = checks.examine(self.home)
+            self.support = support.probe_support(self.home)
             self._syncer = Syncer(self.home) if sync == "layer" else None
             self._sweep()
         except OSError as error:
@@ -162,7 +162,7 @@ class StackDriver(Driver):
         check_mapping(storage_options, "storage options")
         self._check_storage_options(storage_options, read_write=read_write)
         directory = self._dir(id)
-        checks.label_flag(mount_label)
+        support.label_flag(mount_label)
         with self._locks.held(id):
             if os.path.lexists(directory):
                 if self._is_empty_on(id, parent):
@@ -236,7 +236,7 @@ class StackDriver(Driver):
                         f"the layer {shown(id)} needs no mount, so it cannot get a mount label", key=id
                     )
                 return tree
-            flags = checks.label_flag(mount_label)
+            flags = support.label_flag(mount_label)
             target = os.path.join(directory, MERGED)
             if self._counter.increment(id) > 1 and os.path.ismount(target):
                 return target
@@ -317,21 +317,21 @@ class StackDriver(Driver):
 
     def diff(self, id: str, parent: str, out: BinaryIO) -> None:
         """See :meth:`DiffDriver.diff`."""
-        if not self.facts.native_diff:
+        if not self.support.native_diff:
             self._naive.diff(id, parent, out)
             return
-        write_diff(self._stack_or_none(parent), self._existing_stack(id), self.facts.markers, self.ids, out)
+        write_diff(self._stack_or_none(parent), self._existing_stack(id), self.support.markers, self.ids, out)
 
     def changes(self, id: str, parent: str) -> list[Change]:
         """See :meth:`DiffDriver.changes`."""
-        if not self.facts.native_diff:
+        if not self.support.native_diff:
             return self._naive.changes(id, parent)
-        return layer_changes(self._stack_or_none(parent), self._existing_stack(id), self.facts.markers)
+        return layer_changes(self._stack_or_none(parent), self._existing_stack(id), self.support.markers)
 
     def diff_size(self, id: str, parent: str) -> int:
         """See :meth:`DiffDriver.diff_size`."""
         stack = self._existing_stack(id)
-        if self.facts.native_diff and self._stack_or_none(parent) == stack[1:]:
+        if self.support.native_diff and self._stack_or_none(parent) == stack[1:]:
             return layer_size(stack[0])
         return self._naive.diff_size(id, parent)
 
@@ -357,13 +357,13 @@ class StackDriver(Driver):
 
     def status(self) -> list[tuple[str, str]]:
         """See :meth:`ProtoDriver.status`; Docker's own rows, then ours."""
-        facts = self.facts
+        support = self.support
         return [
-            ("Backing Filesystem", facts.filesystem),
+            ("Backing Filesystem", support.filesystem),
             ("Supports d_type", "true"),
-            ("Using metacopy", _go(facts.metacopy)),
-            ("Native Overlay Diff", _go(facts.native_diff)),
-            ("userxattr", _go("userxattr" in facts.flags)),
+            ("Using metacopy", _go(support.metacopy)),
+            ("Native Overlay Diff", _go(support.native_diff)),
+            ("userxattr", _go("userxattr" in support.flags)),
             ("Sync", "none" if self._syncer is None else "layer"),
         ]
 

@@ -99,13 +99,13 @@ class OverlayDriver(StackDriver):
             return self._lower_id(id) == parent and not os.listdir(self._path(id, UPPER))
         if self._lower_id(id) != self._lower_id(parent):
             return False
-        return not layer_changes(self._stack(parent), self._stack(id), self.facts.markers)
+        return not layer_changes(self._stack(parent), self._stack(id), self.support.markers)
 
     def _tree(self, id: str) -> str | Mount:
         if self._is_image(id):
             return self._path(id, ROOT)
         lower = self._path(self._lower_id(id), ROOT)
-        return overlay((lower,), upper=self._path(id, UPPER), work=self._path(id, WORK), flags=self.facts.flags)
+        return overlay((lower,), upper=self._path(id, UPPER), work=self._path(id, WORK), flags=self.support.flags)
 
     def _stack(self, id: str) -> list[str]:
         if self._is_image(id):

@@ -99,7 +99,7 @@ class Overlay2Driver(StackDriver):
             return layer.diff
         # As links, although the kernel gets descriptors: with only mount(2), they are short enough for its page.
         lowers = tuple(os.path.join(self.home, link) for link in below)
-        flags = self.facts.flags
+        flags = self.support.flags
         if layer.is_committed():
             return overlay((layer.diff, *lowers), flags=flags)
         return overlay(lowers, upper=layer.diff, work=os.path.join(layer.path, layout.WORK), flags=flags)
@@ -112,9 +112,9 @@ class Overlay2Driver(StackDriver):
         """See :meth:`DiffDriver.apply_diff`."""
         stack = self._existing_stack(id)
         with self._synced(id):
-            if not self.facts.native_diff or self._stack_or_none(parent) != stack[1:]:
+            if not self.support.native_diff or self._stack_or_none(parent) != stack[1:]:
                 return self._naive.apply_diff(id, parent, archive)
-            apply_archive(archive, stack[0], lowers=stack[1:], markers=self.facts.markers, ids=self.ids)
+            apply_archive(archive, stack[0], lowers=stack[1:], markers=self.support.markers, ids=self.ids)
             return layer_size(stack[0])
 
     def metadata(self, id: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from onlap.snapshots import exclusion
 from onlap.snapshots.contexts import mounted_snapshot
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
-from onlap.trees import whole
+from onlap.trees import atomic
 from onlap.trees.copy import Copied
 from onlap.trees.transfer import export_directory, import_directory
 from onlap.trees.walk import OPEN_DIRECTORY
@@ -244,7 +244,7 @@ def _opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterat
                 yield cast("BinaryIO", device)
         else:
             # Follows a symlink, as a shell's ">" does.
-            with writing(snapshotter.catalog) as note, whole.new_file(os.path.realpath(path), note) as file:
+            with writing(snapshotter.catalog) as note, atomic.new_file(os.path.realpath(path), note) as file:
                 yield file
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.trees import whole
+from onlap.trees import atomic
 from onlap.trees.copy import Copied, Copier, copy_tree
 
 
@@ -41,14 +41,14 @@ def import_directory(
         return copy_tree(source, target, copier, follow=True)
 
 
-def export_directory(source: str, target: str, progress: Callable[[int, int], None], note: whole.Note) -> Copied:
+def export_directory(source: str, target: str, progress: Callable[[int, int], None], note: atomic.Note) -> Copied:
     """Copy the tree ``source`` into the directory ``target``, completely or not at all; it is made if missing.
 
     Raises:
         FailedPrecondition, OnlapError: see :meth:`Store.export`.
     """
     doing = f"export to {shown(target)}"
-    with errors.translated(doing, key=target), whole.new_directory(target, note) as directory:
+    with errors.translated(doing, key=target), atomic.new_directory(target, note) as directory:
         # It may lie in the tree, which would otherwise be copied into itself without end.
         status = os.stat(directory)
         # The tree may be in use and cannot be frozen: changing files are copied as they are read.

@@ -21,7 +21,7 @@ from onlap.images.index import Image, Index
 from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.sink import write_whole
 from onlap.progress import Callback, Reporter
-from onlap.trees import whole
+from onlap.trees import atomic
 
 StrPath = str | os.PathLike[str]
 
@@ -96,16 +96,16 @@ class _Exporter:
                     with self._content.open(blob) as file:
                         tar.addfile(_entry(blob_path(blob), size), self._reported(file))
 
-    def to_file(self, path: str, note: whole.Note) -> None:
+    def to_file(self, path: str, note: atomic.Note) -> None:
         if os.path.lexists(path):
             raise errors.AlreadyExists(f"{shown(path)} already exists", key=path, hint="remove it first")
-        with errors.translated("write the archive", key=path), whole.new_file(path, note) as file:
+        with errors.translated("write the archive", key=path), atomic.new_file(path, note) as file:
             self.to_stream(file)
             file.flush()
             os.fsync(file.fileno())
 
-    def to_directory(self, path: str, note: whole.Note) -> None:
-        with errors.translated("write the layout", key=path), whole.new_directory(path, note) as directory:
+    def to_directory(self, path: str, note: atomic.Note) -> None:
+        with errors.translated("write the layout", key=path), atomic.new_directory(path, note) as directory:
             os.makedirs(os.path.join(directory, "blobs/sha256"))
             for blob in self._sizes:
                 with self._content.open(blob) as file, open(os.path.join(directory, blob_path(blob)), "xb") as target:

@@ -183,7 +183,7 @@ class Applier:
                         written += os.write(fd, data[written:])
             if not own:
                 attributes.chown(fd, entry)
-            elif not parent.plain_group:
+            elif not parent.own_group:
                 os.chown(fd, entry.uid, entry.gid)
             if entry.xattrs:
                 attributes.set_xattrs(fd, entry)
@@ -214,7 +214,7 @@ class Applier:
         except FileExistsError:
             self._parent_path = None
             directory, fresh = self.upper.replace_by_directory(parent, base, path)
-        self.attributes.set_directory(directory, entry, fresh=fresh, own=fresh and parent.plain_group)
+        self.attributes.set_directory(directory, entry, fresh=fresh, own=fresh and parent.own_group)
         if directory.acl is not None:
             self.upper.directories.check_acl = True
         self.upper.named(path)
@@ -285,7 +285,7 @@ class Applier:
         attributes = self.attributes
         if not attributes.is_own(entry):
             attributes.chown(base, entry, dir_fd=parent.fd)
-        elif not parent.plain_group:
+        elif not parent.own_group:
             os.chown(base, entry.uid, entry.gid, dir_fd=parent.fd, follow_symlinks=False)
         if entry.xattrs:
             attributes.set_xattrs(path_of(parent.fd, base), entry)

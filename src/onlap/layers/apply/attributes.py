@@ -135,7 +135,7 @@ class Attributes:
             self.set_xattrs(fd, entry)
             if DEFAULT_ACL in entry.xattrs:
                 directory.hold_acl()
-        directory.plain_group = entry.gid == self.gid
+        directory.own_group = entry.gid == self.gid
         mode = entry.mode
         if self.uid and mode & stat.S_IRWXU != stat.S_IRWXU:
             directory.mode = mode

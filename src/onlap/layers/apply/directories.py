@@ -31,12 +31,12 @@ class Directory:
         times: its final access and modification time in ns; None: whatever they are then.
         mode: its final permission bits; None: it has them already.
         acl: its final default ACL. Until then it has none, since new files would inherit it.
-        plain_group: whether new files in it get this process's own group.
+        own_group: whether new files in it get this process's own group.
         dirty: whether anything in it was changed.
         pins: how many callers use it; it is not closed meanwhile.
     """
 
-    __slots__ = ("acl", "dirty", "fd", "mode", "path", "pins", "plain_group", "times")
+    __slots__ = ("acl", "dirty", "fd", "mode", "own_group", "path", "pins", "times")
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class Directory:
         self.times: tuple[int, int] | None = None
         self.mode: int | None = None
         self.acl: bytes | None = None
-        self.plain_group = False
+        self.own_group = False
         self.dirty = False
         self.pins = 0
 
@@ -186,7 +186,7 @@ class Directories:
         directory = Directory(path, fd)
         status = os.fstat(fd)
         directory.times = (status.st_atime_ns, status.st_mtime_ns)
-        directory.plain_group = status.st_gid == self._gid
+        directory.own_group = status.st_gid == self._gid
         if (not status.st_mode & stat.S_IWUSR or not status.st_mode & stat.S_IXUSR) and os.geteuid() != 0:
             directory.mode = stat.S_IMODE(status.st_mode)
             directory.dirty = True

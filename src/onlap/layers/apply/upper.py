@@ -298,7 +298,7 @@ class Upper:
         self._copier.directory_attributes(source, directory.fd)
         status = os.fstat(directory.fd)
         directory.times = (status.st_atime_ns, status.st_mtime_ns)
-        directory.plain_group = status.st_gid == self.attributes.gid
+        directory.own_group = status.st_gid == self.attributes.gid
         directory.dirty = True
         if self.attributes.uid and status.st_mode & stat.S_IRWXU != stat.S_IRWXU:
             directory.mode = stat.S_IMODE(status.st_mode)

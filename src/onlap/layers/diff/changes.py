@@ -80,7 +80,10 @@ def stack_changes(
     Raises:
         OSError: something cannot be read.
     """
-    for item in _items(before, after, markers, content, since, for_archive=False, directory_times=directory_times):
+    items = stack_items(
+        before, after, markers, content=content, since=since, for_archive=False, directory_times=directory_times
+    )
+    for item in items:
         yield item.change
 
 
@@ -91,28 +94,18 @@ def stack_items(
     *,
     content: bool = False,
     since: Since = (NEVER, NEVER),
+    for_archive: bool = True,
+    directory_times: bool = True,
 ) -> Iterator[Item]:
-    """The same with each file's location, and what an archive also needs: :data:`LINKED` files, the top's mtime.
+    """The same with each file's location.
 
     Args:
-        before, after, markers, content, since: as :func:`stack_changes`.
+        before, after, markers, content, since, directory_times: as :func:`stack_changes`.
+        for_archive: also report what only an archive needs: :data:`LINKED` files, and the top's mtime.
 
     Raises:
         OSError: something cannot be read.
     """
-    return _items(before, after, markers, content, since, for_archive=True, directory_times=True)
-
-
-def _items(
-    before: Sequence[str],
-    after: Sequence[str],
-    markers: Markers,
-    content: bool,
-    since: Since,
-    *,
-    for_archive: bool,
-    directory_times: bool,
-) -> Iterator[Item]:
     with ExitStack() as cleanup:
         new = cleanup.enter_context(Stack(after, markers))
         above = len(after) - len(before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import threading
@@ -45,12 +46,11 @@ class Input:
     """The bytes of a file or stream, counted and hashed; its start can be peeked at."""
 
     def __init__(self, source: BinaryIO | str | bytes | os.PathLike[str]) -> None:
-        self._fd = -1
-        self._file: BinaryIO | None = None
         if isinstance(source, (str, os.PathLike)):
             source = check_path(source, "path of the archive")
+        self._opened = isinstance(source, (str, bytes))
         if isinstance(source, (str, bytes)):
-            self._fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            self._file: BinaryIO = io.FileIO(source)
         else:
             check_file(source, "archive", "read")
             self._file = source
@@ -60,19 +60,15 @@ class Input:
 
     def close(self) -> None:
         """Close what was opened here."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._opened:
+            self._file.close()
 
     @property
     def total(self) -> int | None:
         """How many bytes there are to read; None if unknown."""
         try:
-            fd = self._fd if self._file is None else self._file.fileno()
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            return status.st_size - (0 if self._file is None else self._file.tell())
+            status = os.fstat(self._file.fileno())
+            return status.st_size - self._file.tell() if stat.S_ISREG(status.st_mode) else None
         except (OSError, AttributeError):
             return None  # io.UnsupportedOperation is an OSError; a stream may have no fileno at all
 
@@ -97,8 +93,6 @@ class Input:
         return data
 
     def _raw(self, count: int) -> bytes:
-        if self._file is None:
-            return os.read(self._fd, count)
         data = self._file.read(count)
         if not isinstance(data, bytes):
             # None from a non-blocking file, str from a text file.

@@ -38,7 +38,7 @@ _NAMES = {
 }
 
 
-class Facts(NamedTuple):
+class Support(NamedTuple):
     """What OverlayFS can do.
 
     Attributes:
@@ -57,7 +57,7 @@ class Facts(NamedTuple):
     native_diff: bool
 
 
-def examine(home: str) -> Facts:
+def probe_support(home: str) -> Support:
     """Try an overlay in ``home``, which exists.
 
     Raises:
@@ -78,7 +78,7 @@ def examine(home: str) -> Facts:
             remove_tree(fd, home, base)
 
 
-def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -> Facts:
+def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -> Support:
     try:
         d_type(base)
     except Unsupported as error:
@@ -108,7 +108,7 @@ def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -
         opaque = get_xattr(f"{upper}/d", markers.opaque) == OPAQUE_YES
     finally:
         detach(merged)
-    return Facts(filesystem, markers, flags, metacopy, native_diff=not opaque)
+    return Support(filesystem, markers, flags, metacopy, native_diff=not opaque)
 
 
 def _filesystem(fd: int) -> str:
