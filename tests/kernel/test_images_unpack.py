@@ -132,7 +132,7 @@ def test_a_lying_diff_id_of_a_layer_that_goes_first_is_refused(way: str, store: 
     assert list(store.walk()) == []
 
 
-def test_an_interrupted_unpack_goes_on(way: str, store: Store, root: Path) -> None:
+def test_an_interrupted_unpack_is_resumed(way: str, store: Store, root: Path) -> None:
     """A callback stops it as soon as it hears of a layer; what was whole by then is there for the next."""
 
     class Enough(Exception):
@@ -152,7 +152,7 @@ def test_an_interrupted_unpack_goes_on(way: str, store: Store, root: Path) -> No
     assert names_of(store, image.chain_ids[-1]) == EXPECTED - {"d/implicit", "d/through", "hard"}
 
 
-def test_a_dead_worker_is_told(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_is_reported(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "WORTHWHILE", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     monkeypatch.setattr(worker, "_PROGRAM", "import os; os.kill(os.getpid(), 9)")
@@ -161,7 +161,7 @@ def test_a_dead_worker_is_told(store: Store, root: Path, monkeypatch: pytest.Mon
     assert list(store.walk()) == []
 
 
-def test_a_worker_knows_a_path_that_is_not_utf8(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_opens_a_path_that_is_not_utf8(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "WORTHWHILE", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     with onlap.open(os.path.join(root, os.fsdecode(b"st\xffore:,\\ x")), snapshotter="overlay") as store:
@@ -197,7 +197,7 @@ def test_processes_that_unpack_the_same_image_agree(store: Store, root: Path) ->
     assert len(names_of(store, found[0].chain_ids[-1])) == 4 * 201
 
 
-def test_cleanup_takes_nothing_from_an_unpacking(store: Store, root: Path) -> None:
+def test_cleanup_removes_nothing_from_an_unpacking(store: Store, root: Path) -> None:
     """It runs all the time, from another thread, while image after image is unpacked."""
     stop = threading.Event()
     failures: list[BaseException] = []

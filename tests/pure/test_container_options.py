@@ -42,7 +42,7 @@ def test_sizes(text: str, size: int) -> None:
         (options.parse_tmpfs, "/..:size=1m"),
     ],
 )
-def test_numbers_and_places_that_are_none(parse: Callable[[str], object], text: str) -> None:
+def test_invalid_numbers_and_places_are_refused(parse: Callable[[str], object], text: str) -> None:
     with pytest.raises(errors.InvalidArgument):
         parse(text)
 

@@ -129,7 +129,7 @@ def test_a_symlink_does_not_lead_out_of_the_tree(tree: Path, root: int, target: 
         assert find_user(root, "good") == User(1, 2, (), "/")
 
 
-def test_account_files_that_are_none(tree: Path, root: int) -> None:
+def test_account_files_that_are_not_regular_files(tree: Path, root: int) -> None:
     (tree / "etc" / "passwd").unlink()
     os.mkfifo(tree / "etc" / "passwd")  # opened with patience, it would wait for ever
     assert find_user(root, "0") == User(0, 0, (), "/")
@@ -204,7 +204,7 @@ def test_the_log_of_a_runtime(tmp_path: Path, message: str, failure: Failure) ->
     assert runtime.read_failure(directory) is None
 
 
-def test_runtimes_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtimes_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_USUAL_PLACES", "")
     with pytest.raises(errors.Unimplemented, match="no container runtime is installed") as caught:
         runtime.candidates(str(tmp_path))
@@ -442,7 +442,7 @@ def test_a_profile_comes_to_what_this_container_may(tmp_path: Path, monkeypatch:
         {**PROFILE, "syscalls": [7]},
     ],
 )
-def test_a_profile_that_is_none_is_told(tmp_path: Path, profile: object) -> None:
+def test_an_invalid_profile_is_reported(tmp_path: Path, profile: object) -> None:
     with pytest.raises(errors.InvalidArgument, match=r"profile\.json is not a seccomp profile"):
         load_profile(tmp_path, profile)
 

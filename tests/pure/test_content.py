@@ -84,7 +84,7 @@ def test_what_is_no_digest_leads_nowhere(content: ContentStore, digest: str) -> 
         content.open(digest)
 
 
-def test_another_algorithm_is_told(content: ContentStore) -> None:
+def test_another_algorithm_is_reported(content: ContentStore) -> None:
     with pytest.raises(errors.Unimplemented, match="sha512"):
         content.has("sha512:" + "0" * 128)
 
@@ -111,7 +111,7 @@ def test_a_large_blob_is_not_read_at_once(content: ContentStore) -> None:
 # Partials
 
 
-def test_a_fetch_goes_on_where_it_stopped(catalog: Catalog, content: ContentStore) -> None:
+def test_a_fetch_resumes_where_it_stopped(catalog: Catalog, content: ContentStore) -> None:
     with content.partial(DIGEST, len(DATA)) as partial:
         assert (partial.done, partial.offset) == (False, 0)
         partial.write(DATA[:100])
@@ -151,7 +151,7 @@ def test_a_fetch_can_start_again(content: ContentStore) -> None:
     assert content.has(DIGEST)
 
 
-def test_a_partial_that_is_too_long_is_begun_again(content: ContentStore) -> None:
+def test_a_partial_that_is_too_long_is_started_again(content: ContentStore) -> None:
     with content.partial(DIGEST, len(DATA) + 9) as partial:
         partial.write(DATA + b"x")
     with content.partial(DIGEST, len(DATA)) as partial:
@@ -331,7 +331,7 @@ def test_processes_do_not_take_one_anothers_blobs(catalog: Catalog, content: Con
     assert list(content.walk()) == []
 
 
-def test_a_killed_writer_leaves_only_what_cleanup_takes(catalog: Catalog, content: ContentStore) -> None:
+def test_a_killed_writer_leaves_only_what_cleanup_removes(catalog: Catalog, content: ContentStore) -> None:
     code = (
         "import os, signal, sys\n"
         "from onlap.catalog.catalog import Catalog\n"

@@ -48,7 +48,7 @@ def test_who_keeps_what(store: Store) -> None:
         assert lease.owner in items(store)[image.digest].holders
 
 
-def test_what_is_reclaimable_is_what_a_cleanup_takes(store: Store) -> None:
+def test_a_cleanup_removes_what_is_reclaimable(store: Store) -> None:
     image = store.images.get("a:1")
     store.prepare("work", image.chain_ids[-1])
     store.prepare("extract", labels={"onlap.io/unpack": "a lease that is over"})

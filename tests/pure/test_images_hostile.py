@@ -76,7 +76,7 @@ def _manifest(config: dict[str, Any], layers: list[str]) -> dict[str, bytes]:
     return {"manifest.json": json.dumps([entry]).encode(), "config.json": json.dumps(config).encode()}
 
 
-def test_a_layer_that_is_named_often_is_taken_in_once(
+def test_a_layer_that_is_named_often_is_stored_once(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[object] = []

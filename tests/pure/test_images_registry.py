@@ -79,7 +79,7 @@ def test_a_damaged_blob_is_fetched_again(store: Store, registry: Faulty, made: M
     assert all(map(store.content.is_whole, image.blobs))
 
 
-def test_a_cut_connection_is_gone_on_with(store: Store, registry: Faulty, made: Made) -> None:
+def test_a_fetch_resumes_after_a_cut_connection(store: Store, registry: Faulty, made: Made) -> None:
     big = made.diff_ids[0]
     cuts = iter([1_000_000, 1_000_000])
 
@@ -99,7 +99,7 @@ def test_a_cut_connection_is_gone_on_with(store: Store, registry: Faulty, made: 
     ]
 
 
-def test_an_interrupted_pull_goes_on(store: Store, registry: Faulty, made: Made) -> None:
+def test_an_interrupted_pull_is_resumed(store: Store, registry: Faulty, made: Made) -> None:
     big = made.diff_ids[0]
 
     def cut(request: Request) -> Reply | None:
@@ -151,7 +151,7 @@ def test_a_document_that_is_cut_is_asked_for_again(store: Store, registry: Fault
         assert pull(store, registry).digest == digest_of(made.data)
 
 
-def test_beginning_again_is_no_progress(store: Store, registry: Faulty, made: Made) -> None:
+def test_fetching_again_is_not_progress(store: Store, registry: Faulty, made: Made) -> None:
     big = made.diff_ids[0]
 
     def cut(request: Request) -> Reply | None:
@@ -186,7 +186,7 @@ def test_what_says_nothing_is_not_read_to_its_end() -> None:
     assert body.closed
 
 
-def test_another_part_than_asked_for_is_not_taken(store: Store, registry: Faulty, made: Made) -> None:
+def test_another_part_than_asked_for_is_refused(store: Store, registry: Faulty, made: Made) -> None:
     big = made.diff_ids[0]
     data = made.blobs[big]
     replies = iter(
@@ -213,7 +213,7 @@ def test_a_busy_registry_is_asked_again(store: Store, registry: Faulty, status: 
     assert not any(waiting.values())
 
 
-def test_a_registry_that_stays_busy_is_given_up(store: Store, registry: Faulty) -> None:
+def test_a_registry_that_stays_busy_is_unavailable(store: Store, registry: Faulty) -> None:
     registry.answers.append(lambda _request: Reply(503))
     with pytest.raises(errors.Unavailable, match="503"):
         pull(store, registry)

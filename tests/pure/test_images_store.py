@@ -442,7 +442,7 @@ def test_a_snapshot_becomes_an_image(store: Store, image: Image, tmp_path: Path)
         assert contents(other, made.chain_ids[-1]) == {"b": "2", "c": "3", "new": "n"}
 
 
-def test_what_is_not_known_of_a_configuration_stays(store: Store, tmp_path: Path) -> None:
+def test_unknown_members_of_a_configuration_stay(store: Store, tmp_path: Path) -> None:
     config: dict[str, Any] = {"config": {"Healthcheck": {"Test": ["NONE"]}, "OnBuild": ["x"]}, "os.features": ["y"]}
     (image,) = store.images.import_(
         Made(layer(a="1"), config=config).write_layout(tmp_path / "x"), name="x:1", platform=PLATFORM

@@ -214,7 +214,7 @@ def user_of(store: Store, image: Image) -> str:
 
 
 @pytest.mark.parametrize("user", ["anna", "ben"])
-def test_a_commit_goes_on_from_the_image_that_was_run(store: Store, twins: dict[str, Image], user: str) -> None:
+def test_a_commit_continues_the_image_that_was_run(store: Store, twins: dict[str, Image], user: str) -> None:
     source = find_source(store.snapshotter, lambda: store.images, user)
     store.prepare("k", source.snapshot, source.labels)
     write_into(store, "k")
@@ -276,7 +276,7 @@ def test_a_name_goes_before_a_digest(store: Store, layout: Path, tmp_path: Path)
     assert store.images.get(image.digest[7:19]) == other
 
 
-def test_the_beginning_of_several_digests_is_none(store: Store, tmp_path: Path) -> None:
+def test_the_beginning_of_several_digests_is_refused(store: Store, tmp_path: Path) -> None:
     """Found by trying: two of a few hundred configurations give manifests that begin alike."""
     by_beginning: dict[str, Made] = {}
     for number in range(10_000):

@@ -69,7 +69,7 @@ def test_the_variables_of_proxies() -> None:
 
 
 @pytest.mark.parametrize("proxy", ["socks5://me:secret@p:1", "http://[", "http://me:secret@", "://x"])
-def test_a_proxy_that_is_none_is_told(store: Store, proxy: str) -> None:
+def test_an_invalid_proxy_is_reported(store: Store, proxy: str) -> None:
     access = Access(proxies=Proxies(https=proxy))
     with pytest.raises(errors.InvalidArgument, match="HTTPS_PROXY") as caught:
         store.images.pull("r.example/x:1", access=access)
@@ -201,7 +201,7 @@ def test_where_to_without_tls(registry: Faulty) -> None:
 # Certificates
 
 
-def test_certificates_that_are_none_are_told(store: Store, tmp_path: Path) -> None:
+def test_invalid_certificates_are_reported(store: Store, tmp_path: Path) -> None:
     bad = tmp_path / "bad.pem"
     bad.write_text("no certificate")
     with pytest.raises(errors.InvalidArgument, match=r"bad\.pem"):
@@ -217,7 +217,7 @@ def test_certificates_that_are_none_are_told(store: Store, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes directories that it is kept out of as another")
-def test_certificates_that_are_closed_to_us_are_none(everybodys: Path) -> None:
+def test_unreadable_directories_of_certificates_are_skipped(everybodys: Path) -> None:
     (everybodys / "closed" / "r.example").mkdir(parents=True)
     (everybodys / "closed").chmod(0o700)
     (everybodys / "open" / "r.example").mkdir(parents=True)
@@ -228,6 +228,6 @@ def test_certificates_that_are_closed_to_us_are_none(everybodys: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["r.example:99999/x:1", "r.example:0/x:1", "a" * 64 + ".example/x:1"])
-def test_a_host_that_is_none_is_told(store: Store, name: str) -> None:
+def test_an_invalid_host_is_reported(store: Store, name: str) -> None:
     with pytest.raises(errors.InvalidArgument):
         store.images.pull(name)

@@ -74,7 +74,7 @@ def test_a_store_is_asked(tmp_path: Path) -> None:
     assert Credentials([path], environment).find("docker.io") == Login(identity_token="https://index.docker.io/v1/")
 
 
-def test_a_helper_that_does_not_know_is_no_error(tmp_path: Path) -> None:
+def test_a_helper_without_credentials_is_not_an_error(tmp_path: Path) -> None:
     environment = helper(tmp_path, "echo credentials not found in native keychain; exit 1")
     path = write(tmp_path / "config.json", {"credsStore": "test"})
     assert Credentials([path], environment).find("r.example") is None
@@ -96,7 +96,7 @@ def test_a_broken_file_is_named(tmp_path: Path, document: object, error: type[Ex
         Credentials([path], {"PATH": "/nowhere"}).find("r.example")
 
 
-def test_files_that_cannot_be_there_are_none(everybodys: Path) -> None:
+def test_files_that_cannot_be_there_are_skipped(everybodys: Path) -> None:
     """Of who has no home, and of who has no session where root's "podman login" has closed /run/containers."""
     path = write(everybodys / "config.json", {"auths": {"r.example": AUTH}})
     closed = write(everybodys / "containers" / "auth.json", {"auths": {"r.example": AUTH}})
@@ -109,27 +109,27 @@ def test_files_that_cannot_be_there_are_none(everybodys: Path) -> None:
     assert login == Login("me", "se:cret")
 
 
-def test_a_file_that_may_not_be_read_is_told(everybodys: Path) -> None:
+def test_an_unreadable_file_is_reported(everybodys: Path) -> None:
     path = write(everybodys / "auth.json", {"auths": {"r.example": AUTH}})
     os.chmod(path, 0)
     with ordinary(), pytest.raises(errors.PermissionDenied, match=r"auth\.json"):
         Credentials([path]).find("r.example")
 
 
-def test_a_file_that_nests_without_end_is_told(tmp_path: Path) -> None:
+def test_endless_nesting_in_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "auth.json").write_text("[" * 200_000)
     with pytest.raises(errors.InvalidArgument, match=r"auth\.json"):
         Credentials([str(tmp_path / "auth.json")]).find("r.example")
 
 
-def test_a_failing_helper_is_told(tmp_path: Path) -> None:
+def test_a_failing_helper_is_reported(tmp_path: Path) -> None:
     environment = helper(tmp_path, "echo it burns; exit 3")
     path = write(tmp_path / "config.json", {"credsStore": "test"})
     with pytest.raises(errors.FailedPrecondition, match="it burns"):
         Credentials([path], environment).find("r.example")
 
 
-def test_files_are_looked_for_where_podman_and_docker_have_them() -> None:
+def test_the_default_files_are_those_of_podman_and_docker() -> None:
     assert default_files({"HOME": "/h", "XDG_RUNTIME_DIR": "/r"}, 7) == [
         "/r/containers/auth.json",
         "/run/containers/7/auth.json",

@@ -93,7 +93,7 @@ def test_a_blob_goes_in_one_request(store: Store, registry: Faulty, made: Made, 
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_connection_that_breaks_in_the_end_is_overcome(
+def test_an_upload_survives_a_connection_that_breaks_at_the_end(
     store: Store, registry: Faulty, made: Made, imported: str, stored: bool
 ) -> None:
     """Whether the registry has the blob, only it knows: it is asked, and else the blob goes once more."""
@@ -126,14 +126,14 @@ def test_a_manifest_is_sent_again_too(store: Store, registry: Faulty, made: Made
     assert uploads.manifests == {"2": made.data}
 
 
-def test_a_connection_that_always_breaks_is_given_up(store: Store, registry: Faulty, imported: str) -> None:
+def test_a_connection_that_always_breaks_is_unavailable(store: Store, registry: Faulty, imported: str) -> None:
     Uploads(registry)
     registry.answers.append(lambda request: Reply(hang_up=True) if "/upload/" in request.path else None)
     with pytest.raises(errors.Unavailable, match="send sha256:"):
         push(store, registry, imported)
 
 
-def test_an_upload_that_is_forgotten_is_begun_again(store: Store, registry: Faulty, made: Made, imported: str) -> None:
+def test_a_forgotten_upload_is_started_again(store: Store, registry: Faulty, made: Made, imported: str) -> None:
     uploads = Uploads(registry)
     forgotten = iter([Reply(404, b'{"errors": [{"code": "BLOB_UPLOAD_UNKNOWN"}]}')] * 2)
     registry.answers.append(
@@ -143,9 +143,7 @@ def test_an_upload_that_is_forgotten_is_begun_again(store: Store, registry: Faul
     assert uploads.blobs == made.pushed
 
 
-def test_a_token_that_expires_meanwhile_is_fetched_anew(
-    store: Store, registry: Faulty, made: Made, imported: str
-) -> None:
+def test_an_expired_token_is_fetched_again(store: Store, registry: Faulty, made: Made, imported: str) -> None:
     uploads = Uploads(registry)
     late = iter([Reply(401, WWW_Authenticate='Basic realm="r"')])
 
@@ -194,7 +192,7 @@ def test_what_is_too_large_goes_in_chunks(
     assert starts[:3] == ["0-999999", "1000000-1999999", "1001000-2000999"]  # from where it stopped
 
 
-def test_a_refusal_that_is_cut_is_one(
+def test_a_truncated_refusal_counts(
     store: Store, registry: Faulty, made: Made, imported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a proxy that closes the connection while the body still comes."""
@@ -215,7 +213,7 @@ def test_a_registry_says_how_small_a_chunk_may_be(
     assert {each.headers["content-length"] for each in registry.asked("PATCH")[:-1]} == {"700000"}
 
 
-def test_what_no_chunk_is_small_enough_for_is_told(store: Store, registry: Faulty, imported: str) -> None:
+def test_a_registry_that_refuses_every_chunk_is_reported(store: Store, registry: Faulty, imported: str) -> None:
     Uploads(registry)
     registry.answers.append(lambda request: Reply(413) if request.body else None)
     with pytest.raises(errors.ResourceExhausted, match="413"):
@@ -225,7 +223,7 @@ def test_what_no_chunk_is_small_enough_for_is_told(store: Store, registry: Fault
 @pytest.mark.parametrize(
     "location", ["http://[::1", "http://", "//", "\x00", "http://a\x80b/", "ftp://x/", "http://x:99999999/"]
 )
-def test_a_registry_that_leads_nowhere_is_told(store: Store, registry: Faulty, imported: str, location: str) -> None:
+def test_an_invalid_upload_location_is_reported(store: Store, registry: Faulty, imported: str, location: str) -> None:
     Uploads(registry)
     registry.answers.append(lambda request: Reply(202, Location=location) if request.method == "POST" else None)
     with pytest.raises(errors.OnlapError) as caught:
@@ -233,7 +231,7 @@ def test_a_registry_that_leads_nowhere_is_told(store: Store, registry: Faulty, i
     assert not isinstance(caught.value, errors.Internal)
 
 
-def test_a_refused_push_is_told(store: Store, registry: Faulty, imported: str) -> None:
+def test_a_refused_push_is_reported(store: Store, registry: Faulty, imported: str) -> None:
     def refuse(request: Request) -> Reply:
         return Reply(404) if request.method == "HEAD" else Reply(403, b'{"errors": [{"message": "not yours"}]}')
 
@@ -242,7 +240,7 @@ def test_a_refused_push_is_told(store: Store, registry: Faulty, imported: str) -
         push(store, registry, imported)
 
 
-def test_a_registry_that_understands_another_manifest_is_told(store: Store, registry: Faulty, imported: str) -> None:
+def test_another_digest_for_a_pushed_manifest_is_reported(store: Store, registry: Faulty, imported: str) -> None:
     uploads = Uploads(registry)
 
     def lie(request: Request) -> Reply | None:

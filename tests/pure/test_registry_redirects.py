@@ -137,7 +137,7 @@ def test_a_redirect_may_not_leave_tls() -> None:
     registry.close()
 
 
-def test_a_wrong_password_is_told_once(store: Store, registry: Faulty) -> None:
+def test_a_wrong_password_is_sent_once(store: Store, registry: Faulty) -> None:
     registry.answers.append(lambda _request: Reply(401, WWW_Authenticate='Basic realm="r"'))
     with pytest.raises(errors.PermissionDenied, match="me") as caught:
         pull(store, registry, credentials=Credentials(logins={registry.host: Login("me", "secret")}))
@@ -237,7 +237,7 @@ def test_whatever_a_registry_says_is_no_bug_of_ours(store: Store, registry: Faul
     assert not isinstance(caught.value, errors.Internal)
 
 
-def test_a_refused_token_is_told(store: Store, registry: Faulty, made: Made) -> None:
+def test_a_refused_token_is_reported(store: Store, registry: Faulty, made: Made) -> None:
     with Faulty(made).running() as elsewhere:
         tokens(registry, elsewhere)
         elsewhere.answers.append(lambda _request: Reply(403, b'{"errors": [{"message": "not you"}]}'))

@@ -51,7 +51,7 @@ def collect(snapshotter: RecordedSnapshotter, content: ContentStore) -> int:
     """Remove the snapshots and blobs that nothing keeps.
 
     Returns:
-        How many blobs there were.
+        How many blobs were deleted.
 
     Raises:
         OnlapError: the filesystem or the catalog refuses.
