@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 
 from onlap import errors
 
+StrPath = str | os.PathLike[str]
+
 
 def check_text(value: object, what: str) -> None:
     """Raise InvalidArgument unless ``value`` is a ``str``."""

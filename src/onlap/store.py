@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from onlap import errors
-from onlap.arguments import check_path
+from onlap.arguments import StrPath, check_path
 from onlap.boundary import public, public_class
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "Imported", "Progress", "Store", "open", "open_snapshotter"]
 
-StrPath = str | os.PathLike[str]
 
 SnapshotterKind = Literal["auto", "overlay", "native"]
 

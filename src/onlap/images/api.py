@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from sqlite3 import Connection
 from typing import TYPE_CHECKING, BinaryIO
 
 from onlap import errors
-from onlap.arguments import check_path, check_texts
+from onlap.arguments import StrPath, check_path, check_texts
 from onlap.boundary import public_class
 from onlap.images import records
 from onlap.images.index import Image, Index
@@ -18,8 +17,6 @@ from onlap.progress import Callback
 if TYPE_CHECKING:
     from onlap.images.registry.access import Access
     from onlap.layers.stream.compression import Compression
-
-StrPath = str | os.PathLike[str]
 
 
 @public_class

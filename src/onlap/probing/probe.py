@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from onlap import errors
-from onlap.arguments import check_path
+from onlap.arguments import StrPath, check_path
 from onlap.boundary import public
 from onlap.locks import abandoned, claim_directory
 from onlap.mounts import kernel, mountinfo
@@ -34,7 +34,6 @@ from onlap.trees.walk import opened
 
 __all__ = ["FEATURES", "MODES", "Feature", "Probe", "overlay_mode", "probe"]
 
-StrPath = str | os.PathLike[str]
 
 # The prefix of scratch directories.
 SCRATCH = ".onlap-probe-"

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import BinaryIO, Literal, cast
 
 from onlap import errors
-from onlap.arguments import check_path
+from onlap.arguments import StrPath, check_path
 from onlap.catalog.records import ACTIVE, Record
 from onlap.catalog.runs import writing
 from onlap.errors import shown
@@ -28,7 +28,6 @@ from onlap.trees.copy import Copied
 from onlap.trees.transfer import export_directory, import_directory
 from onlap.trees.walk import OPEN_DIRECTORY
 
-StrPath = str | os.PathLike[str]
 Source = BinaryIO | StrPath | bytes
 Format = Literal["directory", "tar"]
 

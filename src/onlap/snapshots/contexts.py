@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.arguments import check_number, check_path
+from onlap.arguments import StrPath, check_number, check_path
 from onlap.boundary import public
 from onlap.catalog.runs import Run, begin, begun, root_of
 from onlap.errors import shown
@@ -25,8 +25,6 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-StrPath = str | os.PathLike[str]
 
 
 @public

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from onlap import errors
-from onlap.arguments import check_file, check_path
+from onlap.arguments import StrPath, check_file, check_path
 from onlap.content.store import ContentStore
 from onlap.errors import shown
 from onlap.images.formats import docker_archive, oci_layout
@@ -22,8 +22,6 @@ from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.sink import write_whole
 from onlap.progress import Callback, Reporter
 from onlap.trees import atomic
-
-StrPath = str | os.PathLike[str]
 
 OCI = "oci"
 DOCKER = "docker"
