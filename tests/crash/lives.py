@@ -224,7 +224,7 @@ def label(life: Life) -> None:
 
 
 def remove(life: Life) -> None:
-    """The youngest that nothing stands on."""
+    """The youngest that has no children."""
     parents = {each.parent for each in life.model.snapshots.values()}
     names = [name for name, each in life.model.snapshots.items() if each.labels is not None and name not in parents]
     name = names[-1] if names else life.active()
@@ -340,7 +340,7 @@ def image_remove(life: Life) -> None:
 
 
 def image_commit(life: Life) -> None:
-    """Of a snapshot that stands on an image."""
+    """Of a snapshot that is based on an image."""
     base = life.store.images.get(_image(life))
     life.number += 1
     key = f"active-{life.number}"

@@ -45,7 +45,7 @@ __all__ = [
 # What a driver may be; each case says which of them it takes.
 CAPABILITIES = {
     "counts": "the driver tells its counts, and can be opened twice",
-    "limited": "a layer stands on 128 others at most",
+    "limited": "a layer is based on 128 others at most",
     "undone": "what a failed apply_diff wrote is gone also where the layer has a parent",
     "linked": "an image's files are hard links of its parent's",
 }

@@ -343,7 +343,7 @@ def test_squash(onlap: Command, tmp_path: Path) -> None:
     assert_same_tree(trees[0], trees[1])
     assert_same_tree(trees[0], trees[2])
     assert onlap("diff", "upper", "--base", "next") == ""
-    assert "flat does not stand on base" in onlap.fails(6, "squash", "flat", "new", "--base", "base")
+    assert "flat is not based on base" in onlap.fails(6, "squash", "flat", "new", "--base", "base")
     assert "flat" in onlap.fails(4, "squash", "next", "flat")
     assert "nothing" in onlap.fails(3, "squash", "nothing", "new")
 

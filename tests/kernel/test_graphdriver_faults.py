@@ -383,7 +383,7 @@ def test_arguments_of_other_types(kind: str, root: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "\0" * 28, "x", "l/../x"])
 def test_a_damaged_record_of_what_lies_below(root: Path, content: str) -> None:
-    """As a power cut leaves it of Docker's own driver: the layer is not shown without what it stands on."""
+    """As a power cut leaves it of Docker's own driver: the layer is not shown without what it is based on."""
     with closing(open_driver("overlay2", str(root / "image"), sync="none")) as driver:
         with_base(driver)
         (root / "image/layer/lower").write_text(content)

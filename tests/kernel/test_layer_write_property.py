@@ -337,7 +337,7 @@ def test_squash_refuses_what_makes_no_sense(stores: tuple[Store, Store]) -> None
         store.prepare("active", "one")
         store.view("view", "one")
         keys = {info.name for info in store.walk()}
-        with pytest.raises(errors.InvalidArgument, match="two does not stand on one"):
+        with pytest.raises(errors.InvalidArgument, match="two is not based on one"):
             store.squash("two", "new", base="one")
         with pytest.raises(errors.NotFound, match="nothing"):
             store.squash("nothing", "new")

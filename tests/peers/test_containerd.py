@@ -94,7 +94,7 @@ def listed(containerd: Containerd) -> dict[str, tuple[str, str]]:
 
 
 def top_layer(containerd: Containerd) -> str:
-    """The committed snapshot that nothing stands on."""
+    """The committed snapshot that has no children."""
     found = listed(containerd)
     (top,) = found.keys() - {parent for parent, _ in found.values()}
     return top
@@ -288,7 +288,7 @@ def test_the_remedy_for_a_lost_layer(containerd: Containerd, onlap: Onlap, image
     with pytest.raises(AssertionError):
         shown()
     containerd.snapshots("rm", top)
-    # With --sync its garbage collection has been by then: else it might take what the next import stands on.
+    # With --sync its garbage collection has been by then: else it might take what the next import is based on.
     remove_image(containerd, onlap, image.reference)
     containerd.ctr("images", "import", "--snapshotter", "onlap", image.archive)
     assert b"d/sub/again" in shown()

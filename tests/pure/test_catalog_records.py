@@ -171,7 +171,7 @@ def test_a_snapshot_that_others_stand_on_is_kept_and_they_are_named(store: Store
     store.prepare("key")
     store.commit("base", "key")
     store.view("view", "base")
-    with pytest.raises(errors.FailedPrecondition, match="view stands on it"):
+    with pytest.raises(errors.FailedPrecondition, match="view is based on it"):
         store.remove("base")
     store.remove("view")
     store.remove("base")

@@ -102,7 +102,7 @@ def test_refusals(base: Command) -> None:
     assert "did you swap the two?" in base.fails(3, "commit", "work", "next")
     assert "only an active one can be committed" in base.fails(5, "commit", "next", "base")
     assert "make a view of it: onlap view KEY base" in base.fails(5, "mounts", "base")
-    assert "work stands on it" in base.fails(5, "rm", "base")
+    assert "work is based on it" in base.fails(5, "rm", "base")
     assert base.fails(3, "info", "none") == "there is no snapshot none; see the names with: onlap ls"
     assert "the key is empty" in base.fails(6, "prepare", "")
 
@@ -133,7 +133,7 @@ def test_rm_continues_after_a_failure_and_ends_with_the_first_status(base: Comma
     assert done.stdout == ""
     assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
         "onlap: there is no snapshot none",
-        "onlap: cannot remove snapshot base: work stands on it",
+        "onlap: cannot remove snapshot base: work is based on it",
     ]
     assert base.json("ls") == []
     assert list((base.root / "trash").iterdir()) == []

@@ -502,5 +502,5 @@ def test_a_commit_that_cannot_be_is_refused(store: Store, image: Image) -> None:
     store.prepare("on it", "no image")
     with pytest.raises(errors.FailedPrecondition, match="no image"):
         store.images.commit("on it", "y:1")
-    with pytest.raises(errors.InvalidArgument, match="does not stand"):
+    with pytest.raises(errors.InvalidArgument, match="is not based"):
         store.images.commit("on it", "y:1", base=image)

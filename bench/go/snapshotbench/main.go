@@ -35,7 +35,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// base is the committed snapshot that every prepare stands on.
+// base is the committed snapshot that every prepare is based on.
 const base = "base"
 
 type command struct {

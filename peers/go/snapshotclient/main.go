@@ -167,7 +167,7 @@ func cycle(ctx context.Context, s api.SnapshotsClient, client, n int, took [][]t
 	return nil
 }
 
-// makeBase commits the snapshot that every prepare stands on, unless an earlier run has.
+// makeBase commits the snapshot that every prepare is based on, unless an earlier run has.
 func makeBase(ctx context.Context, s api.SnapshotsClient) error {
 	_, err := s.Stat(ctx, &api.StatSnapshotRequest{Snapshotter: snapshotter, Key: base})
 	if status.Code(err) != codes.NotFound {

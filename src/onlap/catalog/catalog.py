@@ -302,9 +302,9 @@ class Catalog:
                 raise records.not_found(name)
             if found.has_children:
                 above = records.children(connection, found.id)
-                verb, them = ("stands", "that") if len(above) == 1 else ("stand", "them")
+                are, them = ("is", "that") if len(above) == 1 else ("are", "them")
                 raise errors.FailedPrecondition(
-                    f"cannot remove snapshot {shown(name)}: {shown(', '.join(above))} {verb} on it",
+                    f"cannot remove snapshot {shown(name)}: {shown(', '.join(above))} {are} based on it",
                     key=name,
                     hint=f"remove {them} first",
                 )

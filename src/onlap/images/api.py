@@ -228,7 +228,7 @@ class Images(Index):
 
         Raises:
             NotFound: there is no such snapshot, or no such base.
-            FailedPrecondition: it is not active, is mounted, or does not stand on an image, or stands on the layers of
+            FailedPrecondition: it is not active, is mounted, or is not based on an image, or is based on the layers of
                 several with different configurations.
             InvalidArgument: an instruction cannot be parsed.
         """

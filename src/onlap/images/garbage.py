@@ -18,7 +18,7 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 
 
 def unneeded(records: Mapping[int, Record], valid: Collection[Pin], *, owner: str) -> list[Record]:
-    """The snapshots that nothing keeps; what stands on another comes before it.
+    """The snapshots that nothing keeps; children come before their parents.
 
     Args:
         records: of all snapshots, by id.

@@ -208,7 +208,7 @@ class Index:
             except errors.NotFound:
                 continue  # it was never unpacked, or is already removed
             except errors.FailedPrecondition:
-                return  # another image or snapshot stands on it
+                return  # another image or snapshot is based on it
 
     def tag(self, name: str, new: str) -> Image:
         """Give an image one more name; an image that had the name before loses it.

@@ -283,7 +283,7 @@ def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | Non
     below = snapshotter.record(base) if base is not None else None
     if below is not None and below.id not in (record.id, *snapshotter.ancestors(record)):
         raise errors.InvalidArgument(
-            f"{shown(top)} does not stand on {shown(base)}", key=top, hint="see with: onlap tree"
+            f"{shown(top)} is not based on {shown(base)}", key=top, hint="see with: onlap tree"
         )
     # In native copies only content shows an edit that restored size and time; overlays compare content anyway.
     encoding = Encoding(content=True, sparse=True)

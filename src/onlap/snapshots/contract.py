@@ -60,7 +60,7 @@ remove it to discard that. Snapshots are removed children first.
 >>> snapshotter.remove("container-1")
 >>> snapshotter.remove("layer-1")
 Traceback (most recent call last):
-onlap.errors.FailedPrecondition: cannot remove snapshot layer-1: layer-2 stands on it; remove that first
+onlap.errors.FailedPrecondition: cannot remove snapshot layer-1: layer-2 is based on it; remove that first
 >>> snapshotter.remove("layer-2")
 >>> snapshotter.remove("layer-1")
 >>> list(snapshotter.walk())

@@ -135,7 +135,7 @@ class MemorySnapshotter:
             if parent and info.parent is None:
                 raise errors.Unimplemented("a copy cannot get a parent afterwards", key=key)
             if parent and info.parent != parent:
-                raise errors.InvalidArgument(f"snapshot {key} stands on {info.parent}", key=key)
+                raise errors.InvalidArgument(f"snapshot {key} is based on {info.parent}", key=key)
             now = time.time_ns()
             kept = {label: value for label, value in (labels or {}).items() if value}
             del self._infos[key]
@@ -150,7 +150,7 @@ class MemorySnapshotter:
             above = [info.name for info in self._infos.values() if info.parent == key]
             if above:
                 raise errors.FailedPrecondition(
-                    f"cannot remove snapshot {key}: {above[0]} stands on it",
+                    f"cannot remove snapshot {key}: {above[0]} is based on it",
                     key=key,
                     hint="remove that first",
                 )

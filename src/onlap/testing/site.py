@@ -151,5 +151,5 @@ def invariants(snapshotter: Snapshotter) -> None:
     for name, info in infos.items():
         equal(snapshotter.stat(name), info, f"stat of {name!r}")
         if info.parent is not None:
-            check(info.parent in infos, f"{name!r} stands on {info.parent!r}, which is gone")
+            check(info.parent in infos, f"{name!r} is based on {info.parent!r}, which is gone")
             equal(infos[info.parent].kind, "committed", f"the kind of {info.parent!r}, on which {name!r} stands")

@@ -115,9 +115,9 @@ def _base(images: Index, record: Record, base: Image | None) -> Image | None:
     if base is not None:
         if (base.chain_ids[-1] if base.chain_ids else None) != parent:
             raise errors.InvalidArgument(
-                f"snapshot {shown(record.name)} does not stand on the image {shown(base.name)}",
+                f"snapshot {shown(record.name)} is not based on the image {shown(base.name)}",
                 key=record.name,
-                hint=f"it stands on {shown(parent)}" if parent else "it stands on nothing",
+                hint=f"it is based on {shown(parent)}" if parent else "it has no parent",
             )
         return base
     if parent is None:
@@ -128,7 +128,7 @@ def _base(images: Index, record: Record, base: Image | None) -> Image | None:
     candidates = [image for image in images.list() if image.chain_ids[-1:] == (parent,)]
     if not candidates:
         raise errors.FailedPrecondition(
-            f"snapshot {shown(record.name)} stands on {shown(parent)}, which does not belong to an image",
+            f"snapshot {shown(record.name)} is based on {shown(parent)}, which does not belong to an image",
             key=record.name,
             hint="prepare it on an image; make one from a directory or an archive with: onlap image import",
         )
@@ -137,7 +137,7 @@ def _base(images: Index, record: Record, base: Image | None) -> Image | None:
         return candidates[0]
     there = shown(", ".join(image.name for image in candidates))
     raise errors.FailedPrecondition(
-        f"snapshot {shown(record.name)} stands on the layers of {there}"
+        f"snapshot {shown(record.name)} is based on the layers of {there}"
         + (f", and {shown(gone)}, which it began as, is gone" if gone else ", whose configurations differ"),
         key=record.name,
         hint="say with --base IMAGE which one to continue",

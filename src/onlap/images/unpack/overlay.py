@@ -126,7 +126,7 @@ class OverlayUnpacking(Unpacking):
                     labels = {LABEL_LAYER: self._image.diff_ids[number]}
                     records.make_committed(connection, now, name, identifier, labels, empty[number])
                     made.append(number)
-            # The layers below are kept by those that stand on them.
+            # The layers below are kept by those that are based on them.
             top = records.get(connection, owner, names[end - 1])
             pins.pin(connection, self._lease.owner, snapshot=top.id)
             return made

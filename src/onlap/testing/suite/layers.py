@@ -1,4 +1,4 @@
-"""Trees that stand on trees: what a layer on top shows, hides and leaves alone.
+"""Trees that are based on trees: what a layer on top shows, hides and leaves alone.
 
 Source: containerd v1.7.24, snapshots/testsuite/testsuite.go and issues.go.
 """

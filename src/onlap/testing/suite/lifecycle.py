@@ -31,7 +31,7 @@ def a_whole_life(site: Site) -> None:
     equal(site.names(), {"base", "container", "look"}, "the snapshots")
     for name, info in site.everything().items():
         equal(sn.stat(name), info, f"stat of {name}, beside the walk")
-    error = raises(errors.FailedPrecondition, "removing what others stand on", sn.remove, "base")
+    error = raises(errors.FailedPrecondition, "removing what others are based on", sn.remove, "base")
     check("remove" in str(error), f"the error of removing a parent does not say remove: {error}")
     sn.commit("next", "container")
     equal(site.names(), {"base", "look", "next"}, "the snapshots after the commit")
@@ -151,7 +151,7 @@ def what_has_children_stays(site: Site) -> None:
             check("remove" in str(error), f"the error does not say remove: {error}")
         sn.remove("user")
     invariants(sn)
-    raises(errors.FailedPrecondition, "removing what a committed one stands on", sn.remove, "base")
+    raises(errors.FailedPrecondition, "removing the parent of a committed one", sn.remove, "base")
     sn.remove("child")
     sn.remove("base")
     equal(site.names(), set(), "what is left")
