@@ -34,7 +34,7 @@ class Item(NamedTuple):
         name: of a snapshot, a digest, the name in the trash, or the words of the lease.
         owner: of a snapshot; empty for library and command.
         size: bytes on the disk; None where only walking a tree would say.
-        holders: why it stays: ``"image NAME"``, ``"snapshot NAME"`` for one that is based on it, or the words of a lease.
+        holders: why it stays: ``"image NAME"``, ``"snapshot NAME"`` for a child, or the words of a lease.
         reclaimable: whether a cleanup would delete it, once it is not mounted or read anywhere.
         holds: of a lease, the digests and the names of snapshots that it keeps.
     """
