@@ -2,19 +2,21 @@
 
 Expected errors are translated where they happen, with a message that names the object concerned
 (:func:`onlap.errors.from_oserror`). This is for the rest: a stat that was not expected to fail, a module that cannot be
-imported for lack of descriptors.
+imported for lack of descriptors. An error of the kernel that was translated where nobody knew the caller's name for it
+is given that name here.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from types import FunctionType, GeneratorType, TracebackType
 from typing import Any, TypeVar
 
 from onlap import errors
-from onlap.errors import from_oserror
+from onlap.errors import from_oserror, shown
 
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,7 +27,7 @@ _CALLERS_OWN = "_onlap_callers_own"
 # What functions do whose names are not verbs, for messages.
 _DOING = {
     "__init__": "open the root",
-    "put": "store a blob",
+    "ContentStore.put": "store a blob",
     "mounted": "mount",
     "mounts": "plan the mounts",
     "scratch": "make a scratch tree",
@@ -58,7 +60,7 @@ def public_class(cls: type[C]) -> type[C]:
 def public(function: F) -> F:
     """Guard a function, and the iterator or context manager that it returns."""
     name = function.__name__
-    doing = _DOING.get(name) or name.strip("_").replace("_", " ")
+    doing = _DOING.get(function.__qualname__) or _DOING.get(name) or name.strip("_").replace("_", " ")
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **named: Any) -> Any:
@@ -67,17 +69,52 @@ def public(function: F) -> F:
         except _RAW as error:
             if hasattr(error, _CALLERS_OWN):
                 raise
-            raise _translated(error, doing) from error
+            raise _translated(error, _Call(doing, arguments, named)) from error
+        except errors.OnlapError as error:
+            _Call(doing, arguments, named).name(error)
+            raise
         if isinstance(found, GeneratorType):
-            return _steps(found, doing)
+            return _steps(found, _Call(doing, arguments, named))
         if isinstance(found, AbstractContextManager) and hasattr(found, "gen"):  # contextlib.contextmanager's
-            return _Block(found, doing)
+            return _Block(found, _Call(doing, arguments, named))
         return found
 
     return guarded  # type: ignore[return-value]
 
 
-def _steps(inner: Generator[Any, Any, Any], doing: str) -> Iterator[Any]:
+class _Call:
+    """A call of a public function, for messages."""
+
+    __slots__ = ("_arguments", "_doing", "_named")
+
+    def __init__(self, doing: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._doing = doing
+        self._arguments = arguments
+        self._named = named
+
+    @property
+    def subject(self) -> str | None:
+        """What it was called for: the first text or path among the arguments."""
+        given = (*self._arguments[:3], *self._named.values())
+        return next((str(each) for each in given if isinstance(each, (str, os.PathLike))), None)
+
+    def __str__(self) -> str:
+        subject = self.subject
+        return f"cannot {self._doing}" + (f" {shown(subject)}" if subject else "")
+
+    def name(self, error: errors.OnlapError) -> None:
+        """Name the subject in an error that comes from the kernel and has no key."""
+        if error.key is not None or not isinstance(error.__cause__, _RAW):
+            return
+        subject = self.subject
+        if not subject:
+            return
+        error.key = subject
+        if shown(subject) not in error.message:
+            error.message = f"{self}: {error.message}"
+
+
+def _steps(inner: Generator[Any, Any, Any], call: _Call) -> Iterator[Any]:
     try:
         while True:
             try:
@@ -87,22 +124,28 @@ def _steps(inner: Generator[Any, Any, Any], doing: str) -> Iterator[Any]:
             except _RAW as error:
                 if hasattr(error, _CALLERS_OWN):
                     raise
-                raise _translated(error, doing) from error
+                raise _translated(error, call) from error
+            except errors.OnlapError as error:
+                call.name(error)
+                raise
             yield step
     finally:
         inner.close()
 
 
 class _Block(AbstractContextManager[Any]):
-    def __init__(self, inner: AbstractContextManager[Any], doing: str) -> None:
+    def __init__(self, inner: AbstractContextManager[Any], call: _Call) -> None:
         self._inner = inner
-        self._doing = doing
+        self._call = call
 
     def __enter__(self) -> Any:
         try:
             return self._inner.__enter__()
         except _RAW as error:
-            raise _translated(error, self._doing) from error
+            raise _translated(error, self._call) from error
+        except errors.OnlapError as error:
+            self._call.name(error)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
@@ -112,18 +155,23 @@ class _Block(AbstractContextManager[Any]):
         except _RAW as error:
             if error is raised or hasattr(error, _CALLERS_OWN):
                 raise
-            raise _translated(error, self._doing) from error
+            raise _translated(error, self._call) from error
+        except errors.OnlapError as error:
+            if error is not raised:
+                self._call.name(error)
+            raise
 
 
-def _translated(error: BaseException, doing: str) -> errors.OnlapError:
+def _translated(error: BaseException, call: _Call) -> errors.OnlapError:
+    key = call.subject
     if isinstance(error, OSError):
-        return from_oserror(error, doing=doing)
+        return from_oserror(error, doing=str(call).removeprefix("cannot "), key=key)
     if isinstance(error, (MemoryError, RecursionError)):
-        return errors.ResourceExhausted(f"cannot {doing}: {str(error) or 'out of memory'}")
+        return errors.ResourceExhausted(f"{call}: {str(error) or 'out of memory'}", key=key)
     if isinstance(error, ImportError):
         return errors.Unavailable(
-            f"cannot {doing}: {error}", hint="check the installation, and the limits of descriptors and memory"
+            f"{call}: {error}", key=key, hint="check the installation, and the limits of descriptors and memory"
         )
     if "can't start new thread" in str(error):
-        return errors.ResourceExhausted(f"cannot {doing}: {error}", hint="raise the limit on threads (ulimit -u)")
-    return errors.Internal(f"cannot {doing}: {type(error).__name__}: {error}", hint="please report it")
+        return errors.ResourceExhausted(f"{call}: {error}", key=key, hint="raise the limit on threads (ulimit -u)")
+    return errors.Internal(f"{call}: {type(error).__name__}: {error}", key=key, hint="please report it")

@@ -219,7 +219,8 @@ def from_oserror(error: OSError, *, doing: str, key: str | None = None) -> Onlap
         The error to raise, with ``error`` as its cause already set.
     """
     cls, hint = _BY_ERRNO.get(error.errno or 0, (Internal, None))
-    path = f": {shown(error.filename)}" if error.filename is not None else ""
+    # Calls that take a descriptor give its number as the file's name.
+    path = f": {shown(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
     translated = cls(f"cannot {doing}: {error.strerror or error}{path}", key=key, hint=hint)
     translated.__cause__ = error
     return translated

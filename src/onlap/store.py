@@ -16,6 +16,7 @@ from onlap.progress import Callback, Progress
 from onlap.snapshots import contexts
 from onlap.snapshots.contract import Info
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter, Sync
+from onlap.syscalls.files import exists, is_directory
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
 
@@ -143,8 +144,8 @@ def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | Non
     from onlap.probing.probe import existing_above, overlay_mode
     from onlap.snapshots import properties
 
-    closed = os.path.isdir(root) and not os.access(root, os.X_OK)  # opening it reports whose it is
-    if closed or os.path.lexists(os.path.join(os.fspath(root), "catalog.db")):
+    closed = is_directory(os.fspath(root)) and not os.access(root, os.X_OK)  # opening it reports whose it is
+    if closed or exists(os.path.join(os.fspath(root), "catalog.db")):
         catalog = Catalog(root, create=create, timeout=timeout)
         try:
             kind = properties.kind(catalog.database)
@@ -282,7 +283,7 @@ class Store:
         from onlap.containers import rundirs
 
         runs.sweep(self.snapshotter.catalog, rundirs.end)
-        if not os.path.isdir(self.snapshotter.catalog.layout.content):
+        if not is_directory(self.snapshotter.catalog.layout.content):
             return 0
         from onlap.images import garbage
 

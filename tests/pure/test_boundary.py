@@ -155,3 +155,24 @@ def test_a_snapshotter_and_a_content_store_alone_are_guarded_too(root: Path, mon
     monkeypatch.undo()
     with pytest.raises(errors.InvalidArgument, match="Properties"):
         onlap.OverlaySnapshotter(root, properties="trusted")  # type: ignore[arg-type]
+
+
+def test_what_the_kernel_said_of_a_step_is_given_the_name_that_the_caller_gave(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> object:
+        with errors.translated("write it to the disk"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), 7)
+
+    monkeypatch.setattr(store.snapshotter, "stat", fails)
+    with pytest.raises(errors.DataLoss) as raised:
+        store.stat("key")
+    assert raised.value.key == "key"
+    assert raised.value.message == "cannot stat key: cannot write it to the disk: Input/output error"
+
+    def refuses(*_: object, **__: object) -> object:
+        raise errors.FailedPrecondition("not now")
+
+    monkeypatch.setattr(store.snapshotter, "stat", refuses)
+    with pytest.raises(errors.FailedPrecondition, match=r"^not now$"):  # it says what it has to say
+        store.stat("key")

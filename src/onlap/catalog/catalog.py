@@ -32,6 +32,7 @@ from onlap.catalog.records import Condition, Kind, Record
 from onlap.catalog.usages import Usages
 from onlap.errors import shown
 from onlap.locks import Flock, claim_directory, lock_directory
+from onlap.syscalls.files import exists
 
 
 class Catalog:
@@ -242,7 +243,7 @@ class Catalog:
             if parent is not None and not records.is_committed(connection, parent):
                 raise no_parent(parent.name)
             identifier = records.next_id(connection, self._floor)
-            while os.path.lexists(self.layout.snapshot(identifier)):
+            while exists(self.layout.snapshot(identifier)):
                 # Its transaction never committed. Its number is not used again: the tree keeps it in the trash.
                 self.trash.put(self.layout.snapshot(identifier))
                 identifier += 1

@@ -19,6 +19,8 @@ T = TypeVar("T")
 # Seconds that an idle thread waits for more work: starting one takes as long as a few jobs (60 us), and one that stays
 # for ever keeps the process from what only single-threaded processes may do (unshare(2), CLONE_NEWUSER).
 _LINGER = 1.0
+# Seconds after which a waiting caller checks that there is a thread at all.
+_LOOK = 1.0
 
 
 class Job(Generic[T]):
@@ -31,12 +33,14 @@ class Job(Generic[T]):
         result: what the action returned.
         error: what it raised, or why it was not run.
         finished: whether it has ended.
+        helper: the helper that it was given to.
     """
 
-    __slots__ = ("_begun", "_done", "action", "error", "finished", "result")
+    __slots__ = ("_begun", "_done", "action", "error", "finished", "helper", "result")
 
     def __init__(self, action: Callable[..., T]) -> None:
         self.action = action
+        self.helper: Helper | None = None
         self.result: T
         self.error: BaseException | None = None
         self.finished = False
@@ -63,11 +67,25 @@ class Job(Generic[T]):
         self.finished = True
         self._done.release()
 
+    def fail(self, error: BaseException) -> None:
+        """Finish it with an error, unless it has begun or ended."""
+        if not self.finished and self.begin():
+            self.error = error
+            self.finish()
+
     # For the caller
 
     def wait(self, seconds: float = -1) -> bool:
         """Wait until it is finished; False after a timeout."""
-        return self.finished or self._done.acquire(timeout=seconds)
+        left = seconds
+        while not self.finished and not self._done.acquire(timeout=_LOOK if left < 0 else min(left, _LOOK)):
+            if 0 <= left <= _LOOK:
+                return False
+            left -= _LOOK if left > 0 else 0
+            if self.helper is not None:
+                # Without memory, a thread may end before its first bytecode, and reports that to nobody.
+                self.helper.start()
+        return True
 
     def give_up(self) -> bool:
         """Cancel the job; False if it has begun."""
@@ -98,17 +116,24 @@ class Helper:
         self._serve = serve
         self.jobs: SimpleQueue[Job[object]] = SimpleQueue()
         self._running = allocate_lock()
+        self._taken: list[Job[object]] = []
 
     def put(self, job: Job[T]) -> None:
         """Queue a job."""
+        job.helper = self
         self.jobs.put(job)  # type: ignore[arg-type]
-        if not self._running.locked():
-            try:
-                # Not threading.Thread: its start() may be interrupted while it holds a lock that the new thread needs.
-                start_new_thread(self._run, (_LINGER, False))
-            except RuntimeError:
-                # The limit of threads is reached (ulimit -u, pids.max), or the interpreter is shutting down.
-                self._run(0, True)
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread if there is work and no thread."""
+        if self._running.locked() or self.jobs.empty():
+            return
+        try:
+            # Not threading.Thread: its start() may be interrupted while it holds a lock that the new thread needs.
+            start_new_thread(self._run, (_LINGER, False))
+        except (RuntimeError, MemoryError):
+            # The limit of threads is reached (ulimit -u, pids.max), or the interpreter is shutting down.
+            self._run(0, True)
 
     def ask(self, job: Job[T]) -> None:
         """Queue a job, and wait for it; an interrupt ends the wait, not the job.
@@ -126,17 +151,20 @@ class Helper:
 
     def waiting(self) -> list[Job[object]]:
         """Take the jobs that have been queued in the meantime."""
-        found = []
+        found: list[Job[object]] = []
         try:
             while True:
                 found.append(self.jobs.get_nowait())
         except Empty:
+            self._taken += found
             return found
 
     def await_more(self, seconds: float) -> list[Job[object]]:
         """Take the queued jobs; wait up to ``seconds`` if there are none."""
         try:
-            return [self.jobs.get(timeout=seconds), *self.waiting()]
+            first = self.jobs.get(timeout=seconds)
+            self._taken.append(first)
+            return [first, *self.waiting()]
         except Empty:
             return []
 
@@ -148,9 +176,17 @@ class Helper:
         while not self.jobs.empty() and self._running.acquire(blocking=False):
             try:
                 while True:
-                    self._serve(self.jobs.get(timeout=linger) if linger else self.jobs.get_nowait(), in_caller)
+                    self._taken = [self.jobs.get(timeout=linger) if linger else self.jobs.get_nowait()]
+                    self._serve_or_fail(self._taken[0], in_caller)
             except Empty:
                 pass
             finally:
                 self._running.release()
             # A caller that queued a job before the release saw a running thread, and started none.
+
+    def _serve_or_fail(self, first: Job[object], in_caller: bool) -> None:
+        try:
+            self._serve(first, in_caller)
+        except BaseException as error:  # noqa: BLE001 - raised in the waiting threads; most likely MemoryError
+            for job in self._taken:
+                job.fail(error)

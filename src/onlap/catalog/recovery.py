@@ -14,6 +14,7 @@ from onlap.catalog.disk.epoch import epoch
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.errors import shown
+from onlap.syscalls.files import is_directory
 
 
 def recover(catalog: Catalog, remake: Callable[[Record], bool]) -> None:
@@ -61,7 +62,7 @@ def restore(catalog: Catalog, record: Record, staged: str) -> None:
 
     def operation(connection: Connection) -> None:
         now = records.by_id(connection, record.id)
-        if now is None or now.kind != record.kind or os.path.isdir(catalog.layout.tree(record.id)):
+        if now is None or now.kind != record.kind or is_directory(catalog.layout.tree(record.id)):
             return
         catalog.trash.put(catalog.layout.snapshot(record.id))  # what is left of it
         os.rename(staged, catalog.layout.snapshot(record.id))

@@ -37,6 +37,7 @@ from onlap.locks import Flock, claim_directory, lock_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
+from onlap.syscalls.files import exists
 from onlap.trees.atomic import PARTIAL
 from onlap.trees.remove import remove_at
 
@@ -194,7 +195,7 @@ def sweep(catalog: Catalog, end_container: Callable[[str], None] | None = None) 
     count = 0
     for name in _names(place):
         path = f"{place}/{name}"
-        if end_container is None and os.path.lexists(f"{path}/{CONTAINER}"):
+        if end_container is None and exists(f"{path}/{CONTAINER}"):
             continue
         try:
             count += _sweep_one(catalog, path, end_container)
@@ -261,7 +262,7 @@ def _end(directory: str, held: Flock) -> None:
         return
     # What is still mounted, or cannot be removed now, is left to the next sweep; the work itself is done.
     with contextlib.suppress(OSError):
-        if not (os.path.lexists(f"{directory}/at") and _mounted(directory)):
+        if not (exists(f"{directory}/at") and _mounted(directory)):
             _remove_partial(directory)  # that of an export whose own end was interrupted
             _remove(directory)
     held.release()
@@ -355,8 +356,8 @@ def _sweep_missing(catalog: Catalog, place: str) -> int:
         identifier
         for identifier in catalog.database.read(named)
         if re.fullmatch("[0-9a-f]{12}", identifier)
-        and not os.path.lexists(f"{place}/{identifier}")
-        and not os.path.lexists(f"{place}/{identifier}{_KEPT}")
+        and not exists(f"{place}/{identifier}")
+        and not exists(f"{place}/{identifier}{_KEPT}")
     ]
     for identifier in dead:
         forget(catalog, identifier)

@@ -27,6 +27,7 @@ from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
 from onlap.locks import Flock
+from onlap.syscalls.files import is_directory
 from onlap.trees.atomic import Note
 from onlap.trees.walk import opened
 
@@ -225,7 +226,7 @@ class ContentStore:
             self._sync_names()
 
     def _make_directories(self) -> None:
-        if not os.path.isdir(self._ingest):
+        if not is_directory(self._ingest):
             os.makedirs(self._blobs, 0o700, exist_ok=True)
             os.makedirs(self._ingest, 0o700, exist_ok=True)
 

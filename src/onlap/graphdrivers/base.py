@@ -20,15 +20,26 @@ from onlap.boundary import public_class
 from onlap.catalog.disk.sync import Syncer
 from onlap.errors import shown
 from onlap.graphdrivers import support
-from onlap.graphdrivers.cleanup import STAGING, UNFINISHED, claim, detach, detach_below, mounts_below, remove_tree
+from onlap.graphdrivers.cleanup import (
+    REMOVED,
+    STAGING,
+    UNFINISHED,
+    claim,
+    detach,
+    detach_below,
+    is_mounted,
+    mounts_below,
+    remove_tree,
+)
 from onlap.graphdrivers.contract import Change, Driver
 from onlap.graphdrivers.counter import Counter, Locks
 from onlap.graphdrivers.diff.naive import NaiveDiffer
 from onlap.graphdrivers.diff.stacks import layer_changes, layer_size, write_diff
 from onlap.graphdrivers.ids import IdMap
-from onlap.locks import Flock, abandoned
+from onlap.locks import Flock, abandoned, lock_directory
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
+from onlap.syscalls.files import exists
 
 _log = logging.getLogger("onlap.graphdrivers")
 
@@ -97,7 +108,7 @@ class StackDriver(Driver):
             raise
         self._locks = Locks()
         self._naive = NaiveDiffer(self, self.ids)
-        self._counter = Counter(lambda id: os.path.ismount(self._path(id, MERGED)), self._take_over(counts or {}))
+        self._counter = Counter(lambda id: is_mounted(self._path(id, MERGED)), self._take_over(counts or {}))
 
     def close(self) -> None:
         """Close the descriptors; mounts stay as they are."""
@@ -142,7 +153,7 @@ class StackDriver(Driver):
 
     def exists(self, id: str) -> bool:
         """See :meth:`ProtoDriver.exists`."""
-        return os.path.lexists(self._dir(id))
+        return exists(self._dir(id))
 
     def create(
         self, id: str, parent: str = "", *, mount_label: str = "", storage_options: Mapping[str, str] | None = None
@@ -164,7 +175,7 @@ class StackDriver(Driver):
         directory = self._dir(id)
         support.label_flag(mount_label)
         with self._locks.held(id):
-            if os.path.lexists(directory):
+            if exists(directory):
                 if self._is_empty_on(id, parent):
                     return  # the same call again
                 if self._is_whole(id):
@@ -218,8 +229,20 @@ class StackDriver(Driver):
             self._remove(id)
 
     def _remove(self, id: str) -> None:
-        remove_tree(self._home_fd, self.home, id)
-        self._counter.forget(id)
+        """Rename the layer away, so that it is gone in one step; files left by an error or a kill go with the next."""
+        removed = REMOVED + id
+        self._discard(removed)
+        with errors.translated("remove the layer", key=id), contextlib.ExitStack() as stack:
+            try:
+                held = lock_directory(self._dir(id))
+            except FileNotFoundError:
+                return
+            if held is not None:  # so that another process's sweep leaves it to us
+                stack.enter_context(held)
+            detach_below(self._dir(id))
+            os.rename(id, removed, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
+            self._counter.forget(id)
+            self._discard(removed)
 
     # Trees
 
@@ -227,7 +250,7 @@ class StackDriver(Driver):
         """See :meth:`ProtoDriver.get`."""
         directory = self._dir(id)
         with self._locks.held(id):
-            if not os.path.lexists(directory):
+            if not exists(directory):
                 raise errors.NotFound(f"there is no layer {shown(id)}", key=id)
             tree = self._tree(id)
             if isinstance(tree, str):
@@ -238,7 +261,7 @@ class StackDriver(Driver):
                 return tree
             flags = support.label_flag(mount_label)
             target = os.path.join(directory, MERGED)
-            if self._counter.increment(id) > 1 and os.path.ismount(target):
+            if self._counter.increment(id) > 1 and is_mounted(target):
                 return target
             try:
                 self._mount(tree._replace(flags=tree.flags + flags), target)
@@ -264,7 +287,7 @@ class StackDriver(Driver):
         """See :meth:`ProtoDriver.put`."""
         directory = self._dir(id)
         with self._locks.held(id):
-            if not os.path.lexists(directory) or isinstance(self._tree(id), str):
+            if not exists(directory) or isinstance(self._tree(id), str):
                 return
             if self._counter.decrement(id) > 0:
                 return
@@ -339,7 +362,7 @@ class StackDriver(Driver):
         return self._existing_stack(id) if id else []
 
     def _existing_stack(self, id: str) -> list[str]:
-        if not os.path.lexists(self._dir(id)):
+        if not exists(self._dir(id)):
             raise errors.NotFound(f"there is no layer {shown(id)}", key=id)
         return self._stack(id)
 

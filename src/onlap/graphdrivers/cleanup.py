@@ -12,16 +12,18 @@ from onlap.mounts import mountinfo
 from onlap.mounts.holders import holders
 from onlap.mounts.unmount import attempts, busy
 from onlap.syscalls import mount as sys
+from onlap.syscalls.files import exists
 from onlap.trees.remove import remove
 
 # How long a removal is retried while something is busy, in seconds; moby's EnsureRemoveAll does 50 tries of 100 ms.
 _PATIENCE = 5.0
 
-# Directories being built, and those of trial mounts. They are never ids, since dockerd's are hexadecimal. Their maker
-# holds their lock as long as it needs them.
+# Directories being built, those of trial mounts and those of removed layers. They are never ids, since dockerd's are
+# hexadecimal. Their maker holds their lock as long as it needs them.
 STAGING = ".onlap-new-"
 CHECKING = ".onlap-check-"
-UNFINISHED = (STAGING, CHECKING)
+REMOVED = ".onlap-removed-"
+UNFINISHED = (STAGING, CHECKING, REMOVED)
 
 
 def claim(path: str) -> Flock:
@@ -40,6 +42,11 @@ def claim(path: str) -> Flock:
 def mounts_below(directory: str) -> list[str]:
     """The mount points in ``directory``, uppermost first; one with several mounts is listed several times."""
     return [os.fsdecode(path) for path in reversed(mountinfo.below(os.fsencode(os.path.realpath(directory))))]
+
+
+def is_mounted(directory: str) -> bool:
+    """Whether an overlay is mounted there; raises OSError when that cannot be told."""
+    return exists(directory) and os.lstat(directory).st_dev != os.lstat(os.path.join(directory, "..")).st_dev
 
 
 def detach(target: str) -> bool:

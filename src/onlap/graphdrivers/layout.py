@@ -36,6 +36,7 @@ import re
 from onlap import errors
 from onlap.errors import shown
 from onlap.graphdrivers.cleanup import STAGING
+from onlap.syscalls.files import exists
 
 LINKS = "l"
 DIFF = "diff"
@@ -118,7 +119,7 @@ class Layer:
 
     def is_committed(self) -> bool:
         """Whether it has a child."""
-        return os.path.exists(os.path.join(self.path, COMMITTED))
+        return exists(os.path.join(self.path, COMMITTED))
 
     def lower_for_child(self) -> str:
         """The content of the file ``lower`` of this layer's children.
@@ -179,7 +180,7 @@ def relink(home: str) -> list[str]:
         if short is None or len(short) != SHORT_LENGTH:
             continue
         link = os.path.join(home, LINKS, short)
-        if not os.path.lexists(link):
+        if not exists(link):
             os.symlink(os.path.join("..", id, DIFF), link)
             made.append(short)
     return made
@@ -203,9 +204,7 @@ def unlink_dangling(home: str) -> None:
         except (OSError, ValueError):
             continue  # not a link, or not of this form: check reports it
         # In this order: a layer being made loses its first name only when it gets the second.
-        if (above, last) != ("..", DIFF) or any(
-            os.path.lexists(os.path.join(home, each)) for each in (STAGING + id, id)
-        ):
+        if (above, last) != ("..", DIFF) or any(exists(os.path.join(home, each)) for each in (STAGING + id, id)):
             continue
         try:
             os.unlink(link)

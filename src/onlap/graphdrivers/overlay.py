@@ -27,6 +27,7 @@ from onlap.graphdrivers.diff.stacks import layer_changes
 from onlap.graphdrivers.layout import write_file
 from onlap.locks import abandoned
 from onlap.mounts.plan import Mount, overlay
+from onlap.syscalls.files import exists, is_directory
 from onlap.trees.copy import Copier, copy_attributes, copy_tree
 from onlap.trees.walk import opened
 
@@ -60,7 +61,7 @@ class OverlayDriver(StackDriver):
         os.mkdir(work)
         self._own(work, 0o700)
         root = self._path(parent, ROOT)
-        if os.path.isdir(root):
+        if is_directory(root):
             copy_attributes(root, upper)
             lower_id = parent
         else:
@@ -80,15 +81,15 @@ class OverlayDriver(StackDriver):
                 lower_id = file.read()
         except FileNotFoundError as error:
             raise errors.DataLoss(f"the layer {shown(id)} has neither {ROOT} nor {LOWER_ID}", key=id) from error
-        if not os.path.isdir(os.path.join(self._dir(lower_id), ROOT)):
+        if not is_directory(os.path.join(self._dir(lower_id), ROOT)):
             raise errors.DataLoss(f"the layer {shown(lower_id)} below {shown(id)} is missing", key=id)
         return lower_id
 
     def _is_image(self, id: str) -> bool:
-        return os.path.isdir(self._path(id, ROOT))
+        return is_directory(self._path(id, ROOT))
 
     def _is_whole(self, id: str) -> bool:
-        return self._is_image(id) or os.path.exists(self._path(id, LOWER_ID))
+        return self._is_image(id) or exists(self._path(id, LOWER_ID))
 
     def _is_empty_on(self, id: str, parent: str) -> bool:
         if not parent:
@@ -146,7 +147,7 @@ class OverlayDriver(StackDriver):
         super()._sweep()
         for id in os.listdir(self.home):
             directory = self._path(id, "")
-            if not os.path.lexists(directory + _NEW_ROOT):
+            if not exists(directory + _NEW_ROOT):
                 continue
             for name in abandoned(directory, UNFINISHED):
                 remove_tree(self._home_fd, self.home, os.path.join(id, name))

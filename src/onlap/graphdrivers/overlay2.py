@@ -23,6 +23,7 @@ from onlap.graphdrivers.diff.apply import apply_archive
 from onlap.graphdrivers.diff.stacks import layer_size
 from onlap.graphdrivers.layout import Layer
 from onlap.mounts.plan import Mount, overlay
+from onlap.syscalls.files import is_directory
 from onlap.trees.copy import copy_attributes
 
 _log = logging.getLogger("onlap.graphdrivers")
@@ -77,7 +78,7 @@ class Overlay2Driver(StackDriver):
 
     def _is_whole(self, id: str) -> bool:
         layer = Layer(self.home, id)
-        return layer.short() is not None and os.path.isdir(layer.diff)
+        return layer.short() is not None and is_directory(layer.diff)
 
     def _is_empty_on(self, id: str, parent: str) -> bool:
         layer = Layer(self.home, id)
@@ -87,10 +88,6 @@ class Overlay2Driver(StackDriver):
         if not parent:
             return not below
         return bool(below) and below[0] == f"{layout.LINKS}/{Layer(self.home, parent).short()}"
-
-    def _remove(self, id: str) -> None:
-        self._unlink(id)
-        super()._remove(id)
 
     def _tree(self, id: str) -> str | Mount:
         layer = Layer(self.home, id)

@@ -7,6 +7,7 @@ relative paths if it is long; its length is checked first, since the kernel sile
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -92,16 +93,22 @@ def attach(plan: Mount, target: str) -> None:
         if plan.type == "overlay" and layers_by() == LAYERS_BY_STRING:
             _mount_by_string(plan, target)
         elif plan.type == "overlay":
-            fd = _overlay_fd(plan)
-            try:
-                sys.move_mount(fd, target)
-            finally:
-                os.close(fd)
+            _move(_overlay_fd(plan), target)
         elif plan.type == "bind" or _is_bind(plan):
             _bind(plan, target)
         else:
             flags, _, data = _split_flags(plan.flags)
             sys.mount(os.fsencode(plan.source), target, plan.type, flags, ",".join(data).encode() or None)
+
+
+def _move(fd: int, target: str) -> None:
+    try:
+        sys.move_mount(fd, target)
+    except BaseException:
+        os.close(fd)
+        raise
+    with contextlib.suppress(OSError):  # it is mounted, whatever the descriptor says
+        os.close(fd)
 
 
 def detached(plan: Mount) -> int:
@@ -308,10 +315,7 @@ def _bind(plan: Mount, target: str) -> None:
         if error.errno != errno.ENOSYS:
             raise
     else:
-        try:
-            sys.move_mount(fd, target)
-        finally:
-            os.close(fd)
+        _move(fd, target)
         return
     flags, _, _ = _split_flags(plan.flags)
     recursive = "rbind" in plan.flags

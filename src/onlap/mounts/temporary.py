@@ -115,7 +115,10 @@ def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: flo
         # A mount point that is a symlink may lead elsewhere by the end of the block.
         target = os.path.realpath(target)
         kernel.attach(mount, target)
-        stack.callback(_unmounting(target, timeout))
+        with ExitStack() as on_error:
+            on_error.callback(unmount, target, timeout=timeout)
+            stack.callback(_unmounting(target, timeout))
+            on_error.pop_all()
         if "rbind" in mount.flags:
             # The mounts below its source came with it; they are unmounted first, the deepest before the others.
             for inner in mountinfo.below(os.fsencode(target)):

@@ -9,6 +9,7 @@ copy up".
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -230,15 +231,20 @@ class MergedDirectory:
         # absolute redirect leads elsewhere (fs/overlayfs/namei.c, ovl_lookup).
         directory = self
         markers = self._stack.markers
-        while get_xattr(fd, markers.metacopy) is not None:
-            redirect = get_xattr(fd, markers.redirect)
+        try:
+            while get_xattr(fd, markers.metacopy) is not None:
+                redirect = get_xattr(fd, markers.redirect)
+                if redirect is not None:
+                    above, slash, name = os.fsdecode(redirect).rpartition("/")
+                    if slash:
+                        parts = self._redirected(layer, os.fsencode(above + "/"))
+                        directory = MergedDirectory(parts, self._stack)
+                layer, below = directory._data_below(layer, name, path)
+                over, fd = fd, below
+                os.close(over)
+        except BaseException:
             os.close(fd)
-            if redirect is not None:
-                above, slash, name = os.fsdecode(redirect).rpartition("/")
-                if slash:
-                    parts = self._redirected(layer, os.fsencode(above + "/"))
-                    directory = MergedDirectory(parts, self._stack)
-            layer, fd = directory._data_below(layer, name, path)
+            raise
         return fd
 
     def _data_below(self, layer: int, name: str, path: str) -> tuple[int, int]:
@@ -319,9 +325,9 @@ class Stack:
 
     def close(self) -> None:
         """Close the layers."""
-        while self._open:
-            _, fd = self._open.popitem()
-            os.close(fd)
+        with contextlib.ExitStack() as stack:  # an error of one close does not keep the others open
+            while self._open:
+                stack.callback(os.close, self._open.popitem()[1])
 
     def top(self, skip: int = 0) -> MergedDirectory:
         """The merged top directory, valid while the stack is open.

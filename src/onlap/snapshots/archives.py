@@ -23,6 +23,7 @@ from onlap.snapshots import exclusion
 from onlap.snapshots.contexts import mounted_snapshot
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
+from onlap.syscalls.files import exists, is_directory, is_file
 from onlap.trees import atomic
 from onlap.trees.copy import Copied
 from onlap.trees.transfer import export_directory, import_directory
@@ -63,7 +64,7 @@ def format_of(path: str, given: Format | None) -> Format:
             raise errors.InvalidArgument(f"there is no format {shown(given)}", hint="directory or tar")
         return given
     archive = compression_of(path) is not None
-    if os.path.isdir(path):
+    if is_directory(path):
         if archive:
             raise errors.InvalidArgument(
                 f"{shown(path)} is a directory with the name of an archive",
@@ -71,7 +72,7 @@ def format_of(path: str, given: Format | None) -> Format:
                 hint="say which is meant, with the format directory or tar",
             )
         return "directory"
-    return "tar" if archive or os.path.lexists(path) else "directory"
+    return "tar" if archive or exists(path) else "directory"
 
 
 def directory_of(place: StrPath | BinaryIO, given: Format | None, what: str) -> str | None:
@@ -238,7 +239,7 @@ def _opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterat
         return
     path = check_path(out, "path to write to")
     with errors.translated("write the archive", key=path):
-        if os.path.exists(path) and not os.path.isfile(path):  # written to directly: a device or a pipe
+        if exists(os.path.realpath(path)) and not is_file(path):  # written to directly: a device or a pipe
             with open(path, "wb", buffering=0) as device:
                 yield cast("BinaryIO", device)
         else:

@@ -17,6 +17,7 @@ from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots.properties import load_or_create, records_owners
 from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
+from onlap.syscalls.files import is_directory
 from onlap.trees.compare import ALWAYS, NEVER, Since
 from onlap.trees.copy import Copier
 from onlap.trees.walk import opened
@@ -56,8 +57,8 @@ class NativeSnapshotter(RecordedSnapshotter):
     def _recreate(self, record: Record) -> bool:
         layout = self.catalog.layout
         copied = record.parent_id if record.kind == ACTIVE else None
-        if copied is not None and not os.path.isdir(layout.tree(copied)):
-            return os.path.isdir(layout.tree(record.id))
+        if copied is not None and not is_directory(layout.tree(copied)):
+            return is_directory(layout.tree(record.id))
         return super()._recreate(record)
 
     def _rebase(self, record: Record, parent: Record) -> None:

@@ -24,6 +24,7 @@ from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import exclusion
 from onlap.snapshots import filters as language
 from onlap.snapshots.contract import check_labels, check_name
+from onlap.syscalls.files import is_directory
 from onlap.trees.compare import NEVER, Change, Since
 from onlap.trees.meta import read_xattrs
 from onlap.trees.usage import Usage, usage
@@ -124,7 +125,7 @@ class RecordedSnapshotter(ABC):
         after the next power cut, finds all of it or nothing. Raises OSError.
         """
         layout = self.catalog.layout
-        if os.path.isdir(layout.tree(record.id)):
+        if is_directory(layout.tree(record.id)):
             return True
         if record.kind == COMMITTED and not record.empty:
             return False
@@ -132,7 +133,7 @@ class RecordedSnapshotter(ABC):
         if parent_id is not None:
             parent = self.catalog.database.read(lambda c: records.by_id(c, parent_id))
             # The walk is by id, so the parent came first: it has been recreated already, or is lost.
-            if parent is not None and not os.path.isdir(layout.tree(parent.id)):
+            if parent is not None and not is_directory(layout.tree(parent.id)):
                 parent = None
         staged = self.catalog.staging.new()
         try:

@@ -8,6 +8,7 @@ from onlap.errors import shown
 from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.options import layer_paths, octal_unescape, unescape
+from onlap.syscalls.files import exists
 
 
 def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: bool) -> list[str]:
@@ -25,7 +26,7 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
     Raises:
         OSError: mountinfo cannot be read.
     """
-    overlaid = os.path.lexists(f"{work}/work")
+    overlaid = exists(f"{work}/work")
     if not overlaid and not bound:
         return []
     place, needle = _place(tree), _needle(tree)

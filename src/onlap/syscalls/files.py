@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import sys
 
 from onlap.syscalls import _libc
@@ -98,6 +99,36 @@ def _open_part(path: bytes, flags: int, dir_fd: int, resolve: int) -> int:
     finally:
         if here != dir_fd:
             os.close(here)
+
+
+# Functions of os.path with these tasks answer no to whatever error: also of a bad disk, and without memory.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def exists(path: str) -> bool:
+    """Whether there is anything by that name, also a symlink to nothing; raises OSError when that cannot be told."""
+    return _mode(path, follow=False) is not None
+
+
+def is_directory(path: str) -> bool:
+    """Whether it is a directory, or a symlink to one; raises OSError when that cannot be told."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def is_file(path: str) -> bool:
+    """Whether it is a regular file, or a symlink to one; raises OSError when that cannot be told."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def _mode(path: str, *, follow: bool = True) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=follow).st_mode
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
+        raise
 
 
 def list_directory(fd: int) -> list[os.DirEntry[str]]:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.syscalls.files import exists, is_directory
 from onlap.trees.remove import empty, remove_at
 from onlap.trees.walk import opened
 
@@ -55,7 +56,7 @@ def new_directory(path: str, note: Note) -> Iterator[str]:
         OSError: it cannot be made.
     """
     path = os.path.realpath(path)
-    if os.path.isdir(path):
+    if is_directory(path):
         if os.listdir(path):
             raise errors.FailedPrecondition(
                 f"the directory {shown(path)} is not empty", key=path, hint="give a new or an empty one"
@@ -88,7 +89,7 @@ def new_directory(path: str, note: Note) -> Iterator[str]:
 def _missing(directory: str) -> list[str]:
     """The directories that ``makedirs`` would make, the deepest first."""
     found = []
-    while not os.path.lexists(directory):
+    while not exists(directory):
         found.append(directory)
         directory = os.path.dirname(directory)
     return found

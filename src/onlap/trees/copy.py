@@ -195,10 +195,15 @@ class Copier:
             raise OSError(error.errno, error.strerror, path_of(source_dir, name)) from error
         try:
             target = os.open(name, OPEN_DIRECTORY, dir_fd=target_dir)
+        except OSError:
+            os.close(source)
+            raise
+        try:
             if merged:
                 drop_acls(target)
         except OSError:
             os.close(source)
+            os.close(target)
             raise
         return source, target
 

@@ -62,9 +62,13 @@ def _open(dir_fd: int, name: str) -> int | None:
     fd = _open_if_directory(dir_fd, name)
     if fd is not None and os.geteuid() != 0:
         # As its owner, we may make our directory writable. Root needs no permission.
-        status = os.fstat(fd)
-        if status.st_mode & 0o700 != 0o700 and status.st_uid == os.geteuid():
-            os.fchmod(fd, 0o700)
+        try:
+            status = os.fstat(fd)
+            if status.st_mode & 0o700 != 0o700 and status.st_uid == os.geteuid():
+                os.fchmod(fd, 0o700)
+        except BaseException:
+            os.close(fd)
+            raise
     return fd
 
 
@@ -116,7 +120,9 @@ def _empty(top: int, pace: Callable[[], None] | None, moved: int) -> int:
                 if pace is not None:
                     pace()
             elif len(stack) < _MAX_DEPTH:
-                stack.append((child, child_name, _names(child)))
+                below: list[str] = []
+                stack.append((child, child_name, below))  # first, so that an error closes it
+                below += _names(child)
             else:
                 os.close(child)
                 moved = _move_up(fd, child_name, top, moved)

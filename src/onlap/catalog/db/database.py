@@ -37,6 +37,7 @@ from onlap.catalog.db.writer import (
 )
 from onlap.catalog.helper import Job
 from onlap.catalog.log import warn
+from onlap.syscalls.files import exists
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -100,7 +101,7 @@ class Database:
             FailedPrecondition: a newer Onlap wrote it.
             OnlapError: what ``check_migration`` raises, or an error of SQLite.
         """
-        if os.path.lexists(self._path) and self.read(schema.version) == schema.VERSION:
+        if exists(self._path) and self.read(schema.version) == schema.VERSION:
             return  # the usual case: without the lock, so that opening waits for nobody
         self._check()
         self._writer.do(Job(lambda: self._migrate(check_migration)))
@@ -231,12 +232,15 @@ class Database:
             return
         self._closed = True
         self._forgotten.detach()
-        job = self._writer.close(self._readers, _is_any_reading)
-        if not job.wait(self._writer.timeout):
-            self._writer.leak()  # another process holds the lock
-        elif job.error is not None:
-            self._writer.leak()
-            warn(f"cannot close {self._path}: {job.error}")
+        for _ in range(2):  # a moment ago, the kernel may have had no memory for the lock
+            job = self._writer.close(self._readers, _is_any_reading)
+            if not job.wait(self._writer.timeout):
+                self._writer.leak()  # another process holds the lock
+                return
+            if job.error is None:
+                return
+        self._writer.leak()
+        warn(f"cannot close {self._path}: {job.error}")
 
     def _check(self) -> None:
         if self._pid != os.getpid():

@@ -25,7 +25,7 @@ import stat
 from onlap import errors
 from onlap.arguments import check_path
 from onlap.errors import shown
-from onlap.syscalls.files import BTRFS, filesystem_magic
+from onlap.syscalls.files import BTRFS, exists, filesystem_magic, is_directory
 from onlap.trees.meta import drop_acls
 
 # SQLite's DELETE fails on a full disk, where rename still works; it needs a few pages of the write-ahead log, and 1 MiB
@@ -97,8 +97,8 @@ class Layout:
             self.make_reserve()
 
     def _make_root(self, create: bool) -> None:
-        if os.path.lexists(self.root):
-            if not create and not _is_there(self.database):
+        if exists(self.root):
+            if not create and not exists(self.database):
                 raise self._missing()
             return
         if not create:
@@ -121,7 +121,7 @@ class Layout:
             raise self._refused(f"belongs to user {status.st_uid}", "run as that user, or give another place")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise self._refused("can be written by others", f"chmod 700 {shown(self.root)}")
-        if not _is_there(self.database):
+        if not exists(self.database):
             from onlap.probing.probe import SCRATCH
 
             self.remove_probes()
@@ -144,7 +144,7 @@ class Layout:
         Raises:
             DataLoss: there are trees.
         """
-        if os.path.isdir(self.snapshots) and os.listdir(self.snapshots):
+        if is_directory(self.snapshots) and os.listdir(self.snapshots):
             raise errors.DataLoss(
                 f"the root {shown(self.root)} has trees and no catalog of them",
                 key=self.root,
@@ -158,7 +158,7 @@ class Layout:
         """Allocate what is missing of the reserve; a disk that is too full for it, or read-only, is not an error."""
         try:
             for name in self._reserved_inodes:
-                if not os.path.lexists(name):
+                if not exists(name):
                     os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
             if not _is_allocated(self.reserve):
                 self._allocate_reserve()
@@ -200,15 +200,6 @@ def _is_allocated(path: str) -> bool:
         return os.lstat(path).st_blocks * 512 >= RESERVE_SIZE
     except FileNotFoundError:
         return False
-
-
-def _is_there(path: str) -> bool:
-    """As os.path.lexists, which also returns False where permission is denied."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _has_content(path: str) -> bool:

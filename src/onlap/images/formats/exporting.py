@@ -21,6 +21,7 @@ from onlap.images.index import Image, Index
 from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.sink import write_whole
 from onlap.progress import Callback, Reporter
+from onlap.syscalls.files import exists, is_directory
 from onlap.trees import atomic
 
 OCI = "oci"
@@ -50,7 +51,7 @@ def export(
         if not isinstance(out, (str, os.PathLike)):
             check_file(out, "place to export to", "write")
             exporter.to_stream(out)
-        elif os.path.isdir(out := check_path(out, "path to export to")) or out.endswith("/"):
+        elif is_directory(out := check_path(out, "path to export to")) or out.endswith("/"):
             if form == DOCKER:
                 raise errors.InvalidArgument("Docker reads archives only", hint="give the path of a new file")
             exporter.to_directory(out, note)
@@ -95,7 +96,7 @@ class _Exporter:
                         tar.addfile(_entry(blob_path(blob), size), self._reported(file))
 
     def to_file(self, path: str, note: atomic.Note) -> None:
-        if os.path.lexists(path):
+        if exists(path):
             raise errors.AlreadyExists(f"{shown(path)} already exists", key=path, hint="remove it first")
         with errors.translated("write the archive", key=path), atomic.new_file(path, note) as file:
             self.to_stream(file)

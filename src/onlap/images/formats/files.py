@@ -17,7 +17,7 @@ from onlap.layers.format import tar
 from onlap.layers.format.reader import TarReader
 from onlap.layers.stream.compression import NONE
 from onlap.layers.stream.pipeline import Pipeline
-from onlap.syscalls.files import write_all
+from onlap.syscalls.files import is_file, write_all
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class DirectoryFiles(Files):
         self._path = path
 
     def has(self, name: str) -> bool:
-        return os.path.isfile(self._where(name))
+        return is_file(self._where(name))
 
     def size(self, name: str) -> int:
         with self.open(name) as file:
@@ -113,10 +113,13 @@ class DirectoryFiles(Files):
         with errors.translated("read the image", key=name):
             # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise errors.InvalidArgument(f"{shown(where)} is not a file", key=name)
-        return os.fdopen(fd, "rb")
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise errors.InvalidArgument(f"{shown(where)} is not a file", key=name)
+                return os.fdopen(fd, "rb")
+            except BaseException:
+                os.close(fd)
+                raise
 
     def _where(self, name: str) -> str:
         return os.path.join(self._path, check_inside(name))

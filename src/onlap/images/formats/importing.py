@@ -22,6 +22,7 @@ from onlap.layers.stream.pipeline import Pipeline
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import contexts
 from onlap.snapshots.archives import copy_in
+from onlap.syscalls.files import is_directory
 
 
 class _Request(NamedTuple):
@@ -54,7 +55,7 @@ def import_(
         images.content.lease(f"import of {shown(source)}") as lease,
         unless_refused(images.snapshotter, images.content, lease),
     ):
-        if os.path.isdir(source):
+        if is_directory(source):
             if not _is_image(DirectoryFiles(source)):
                 return [_import_tree(request)]
             return _import_files(request, lease, DirectoryFiles(source))

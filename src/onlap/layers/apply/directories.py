@@ -182,17 +182,22 @@ class Directories:
             self._open.clear()
 
     def _existing(self, path: str, fd: int) -> Directory:
-        """A directory that existed before, whose attributes are to be restored at the end."""
+        """A directory that existed before, whose attributes are to be restored at the end; closed on an error."""
         directory = Directory(path, fd)
-        status = os.fstat(fd)
-        directory.times = (status.st_atime_ns, status.st_mtime_ns)
-        directory.own_group = status.st_gid == self._gid
-        if (not status.st_mode & stat.S_IWUSR or not status.st_mode & stat.S_IXUSR) and os.geteuid() != 0:
-            directory.mode = stat.S_IMODE(status.st_mode)
-            directory.dirty = True
-            os.chmod(fd, directory.mode | _OWNER)
-        if self.check_acl:
-            directory.hold_acl()
+        try:
+            status = os.fstat(fd)
+            directory.times = (status.st_atime_ns, status.st_mtime_ns)
+            directory.own_group = status.st_gid == self._gid
+            if (not status.st_mode & stat.S_IWUSR or not status.st_mode & stat.S_IXUSR) and os.geteuid() != 0:
+                directory.mode = stat.S_IMODE(status.st_mode)
+                directory.dirty = True
+                os.chmod(fd, directory.mode | _OWNER)
+            if self.check_acl:
+                directory.hold_acl()
+        except BaseException:
+            if path:  # the top is the caller's
+                os.close(fd)
+            raise
         return directory
 
     def _add(self, directory: Directory) -> Directory:

@@ -51,12 +51,16 @@ class Upper:
 
     def __init__(self, layer: int, lowers: Sequence[str], markers: Markers | None, attributes: Attributes) -> None:
         self.tracking = bool(files.list_directory(layer))
-        self.lowers = Lowers(lowers, markers)
-        self.directories = Directories(layer, check_acl=self.tracking)
-        self.top = self.directories.top
         self._markers = markers
-        if self.tracking and self.lowers:
-            self._note_markers(layer)
+        self.lowers = Lowers(lowers, markers)
+        try:
+            self.directories = Directories(layer, check_acl=self.tracking)
+            if self.tracking and self.lowers:
+                self._note_markers(layer)
+        except BaseException:
+            self.lowers.close()
+            raise
+        self.top = self.directories.top
         self.attributes = attributes
         self._copier = Copier()
         self.top_named = False
