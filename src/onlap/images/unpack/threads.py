@@ -77,7 +77,12 @@ class ThreadPool:
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the limit of threads is reached (ulimit -u); fewer of them take longer
+                self._threads.remove(thread)
+                if not self._threads:
+                    raise
 
     def close(self, patience: float | None = None) -> None:
         """Wait until the threads have done their jobs, or no longer than ``patience`` seconds."""
