@@ -23,6 +23,7 @@ from onlap.trees.usage import Usage
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onlap.check.findings import Report
     from onlap.content.store import ContentStore
     from onlap.images.api import Images
     from onlap.layers.apply.archive import Applied, Limits
@@ -260,10 +261,19 @@ class Store:
         """See :meth:`Snapshotter.walk`."""
         return self.snapshotter.walk(*filters)
 
-    def cleanup(self) -> None:
-        """Delete everything that belongs to no snapshot, including what :meth:`collect` finds."""
+    def cleanup(self, *, manifests: bool = False) -> None:
+        """Delete everything that belongs to no snapshot, including what :meth:`collect` finds.
+
+        Args:
+            manifests: also list the content of committed snapshots that have no manifest yet, for :meth:`check`. This reads
+                all of their files.
+        """
         self.collect()
         self.snapshotter.cleanup()
+        catalog = self.snapshotter.catalog
+        if manifests:
+            catalog.manifests.make_all()
+        catalog.sidecars.write_all()
 
     def collect(self) -> int:
         """Remove what killed programs left, blobs that no image needs, and the snapshots of their layers.
@@ -528,6 +538,45 @@ class Store:
 
         encoding = archives.encoding_for(out, compression, level, epoch, content, sparse)
         return archives.write_diff(self.snapshotter, self.snapshotter.pair(key, base), out, encoding, progress=progress)
+
+    def check(
+        self,
+        *,
+        deep: bool = False,
+        after: str | None = None,
+        max_duration: float | None = None,
+        rate: float | None = None,
+        progress: Callback | None = None,
+    ) -> Report:
+        """Compare what the root holds with what it should hold; nothing is changed.
+
+        Records, trees, chains, pins, mounts and images must fit together. A deep check also reads every file of the
+        committed snapshots, and every blob. What a file is compared with was noted in the background after the commit.
+        A snapshot without such a manifest is counted as ``unlisted``, and :meth:`cleanup` can make it.
+
+        Args:
+            deep: read all content.
+            after: continue where an earlier deep check stopped; its report says where.
+            max_duration: seconds after which a deep check stops.
+            rate: bytes per second that it reads at most.
+            progress: called with the bytes read, at most ten times a second.
+
+        Raises:
+            InvalidArgument: an argument is wrong.
+            OnlapError: the root cannot be read.
+        """
+        from onlap.check.check import Check
+
+        check = Check(
+            self.snapshotter,
+            self.content,
+            deep=deep,
+            after=after,
+            max_duration=max_duration,
+            rate=rate,
+            progress=progress,
+        )
+        return check.report(tuple(check.findings()))
 
     def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
         """Merge the layers above ``base`` up to ``top`` into one, as a new committed snapshot on ``base``.
