@@ -190,7 +190,7 @@ class Structure:
 
     def _images(self) -> Iterator[Finding]:
         index = Index(self.snapshotter, self.content)
-        for record in self.catalog.database.read(images.everything):
+        for record in self.catalog.database.read(images.walk):
             try:
                 image = index.get(record.name)
             except errors.NotFound:
