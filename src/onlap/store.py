@@ -265,8 +265,8 @@ class Store:
         """Delete everything that belongs to no snapshot, including what :meth:`collect` finds.
 
         Args:
-            manifests: also list the content of committed snapshots that have no manifest yet, for :meth:`check`. This reads
-                all of their files.
+            manifests: also list the content of committed snapshots that have no manifest yet, for :meth:`check`. This
+                reads all of their files.
         """
         self.collect()
         self.snapshotter.cleanup()

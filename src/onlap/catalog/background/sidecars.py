@@ -212,6 +212,10 @@ class Sidecars:
         if not os.path.isdir(os.path.dirname(path)):
             return
         columns, rows = self.database.read(_images)
+        if not rows:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            return
         data = json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1).encode()
         try:
             with open(path, "rb") as file:
