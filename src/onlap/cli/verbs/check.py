@@ -17,7 +17,7 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def arguments(parser: Parser) -> None:
+def check_arguments(parser: Parser) -> None:
     parser.explain(
         "Compare what the root holds with what it should hold: records, trees, pins, mounts, images. With --deep also\n"
         "read every file of the committed snapshots, and every blob. Nothing is changed. One line per finding; the\n"
@@ -31,7 +31,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--after", metavar="PLACE", help="continue a deep check where an earlier one stopped")
 
 
-def run(call: Call) -> int:
+def check(call: Call) -> int:
     from onlap.check.check import Check
 
     args, out = call.args, call.out
@@ -39,7 +39,7 @@ def run(call: Call) -> int:
     if not deep and (args.max_duration is not None or args.rate is not None):
         raise UsageError("--max-duration and --rate are for a deep check: give --deep")
     with call.store() as store, call.progress() as report:
-        check = Check(
+        checking = Check(
             store.snapshotter,
             store.content,
             deep=deep,
@@ -49,14 +49,14 @@ def run(call: Call) -> int:
             progress=report,
         )
         findings = []
-        for finding in check.findings():
+        for finding in checking.findings():
             findings.append(finding)
             if out.json:
                 more = {"severity": finding.severity, "explanation": finding.explanation, "remedy": finding.remedy}
                 out.item({**finding._asdict(), **more})
             else:
                 out.line(f"{out.paint(finding.severity, _STYLES[finding.severity])}: {finding}")
-        done = check.report(tuple(findings))
+        done = checking.report(tuple(findings))
     if out.json:
         summary = done._asdict()
         del summary["findings"], summary["repaired"]
