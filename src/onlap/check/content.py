@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Generator, Iterator
 
@@ -17,6 +16,7 @@ from onlap.check.findings import Finding
 from onlap.content.store import ContentStore
 from onlap.progress import Callback, Reporter
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.syscalls.files import is_directory, is_file
 from onlap.trees import manifest
 from onlap.trees.manifest import Deviation
 from onlap.trees.walk import opened
@@ -124,7 +124,7 @@ class Content:
             return  # removed meanwhile
         except errors.DataLoss:
             # Of a tree that is gone the structure tells, as of a manifest that is.
-            if os.path.isfile(catalog.layout.manifest(record.id)) and os.path.isdir(catalog.layout.tree(record.id)):
+            if is_file(catalog.layout.manifest(record.id)) and is_directory(catalog.layout.tree(record.id)):
                 yield Finding("manifest-damaged", record.name)
         except OSError as error:
             if error.errno == errno.ENOENT and catalog.database.read(lambda c: records.by_id(c, record.id)) is None:

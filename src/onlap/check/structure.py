@@ -26,6 +26,7 @@ from onlap.mounts.unmount import attempts
 from onlap.overlayfs.options import upperdirs
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.syscalls.files import is_directory, is_file
 
 # Seconds in which a removed tree is moved to the trash, also on a machine with much to do.
 _MOMENT = 1.0
@@ -138,19 +139,19 @@ class Structure:
         for name in sorted(os.listdir(self.layout.trash)):
             yield Finding("trash-waiting", f"trash/{name}")
         runs = f"{self.layout.root}/runs"
-        if os.path.isdir(runs):
+        if is_directory(runs):
             for name in abandoned(runs):
                 yield Finding("run-left", f"runs/{name}")
 
     def _snapshot(self, record: Record) -> Iterator[Finding]:
-        if not os.path.isdir(self.layout.tree(record.id)):
+        if not is_directory(self.layout.tree(record.id)):
             if self._is_gone(record):
                 return
-            aside = os.path.isdir(f"{self.layout.snapshot(record.id)}/{QUARANTINE}")
+            aside = is_directory(f"{self.layout.snapshot(record.id)}/{QUARANTINE}")
             yield Finding("tree-quarantined" if aside else "tree-missing", record.name)
             return
         overlay = isinstance(self.snapshotter, OverlaySnapshotter)
-        if overlay and record.kind == ACTIVE and not os.path.isdir(self.layout.work(record.id)):
+        if overlay and record.kind == ACTIVE and not is_directory(self.layout.work(record.id)):
             yield Finding("workdir-missing", record.name)
         status = os.lstat(self.layout.snapshot(record.id))
         if stat.S_IMODE(status.st_mode) & 0o022 or status.st_uid != os.geteuid():
@@ -165,7 +166,7 @@ class Structure:
 
     def _manifest(self, record: Record) -> Iterator[Finding]:
         digest = self.catalog.database.read(lambda c: records.manifest(c, record.id))
-        if digest is not None and not os.path.isfile(self.layout.manifest(record.id)):
+        if digest is not None and not is_file(self.layout.manifest(record.id)):
             yield Finding("manifest-missing", record.name)
 
     def _sidecar(self, record: Record) -> Iterator[Finding]:

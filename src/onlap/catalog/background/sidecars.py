@@ -26,6 +26,7 @@ from onlap.catalog.disk.staging import Staging
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.errors import shown
+from onlap.syscalls.files import is_directory
 
 FORMAT = 1
 # Settings that are true of a moment, not of the root.
@@ -209,7 +210,7 @@ class Sidecars:
 
     def _write_images(self) -> None:
         path = self.layout.images
-        if not os.path.isdir(os.path.dirname(path)):
+        if not is_directory(os.path.dirname(path)):
             return
         columns, rows = self.database.read(_images)
         if not rows:
