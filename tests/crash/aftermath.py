@@ -34,21 +34,20 @@ class Found(NamedTuple):
     lost: int
 
 
-def allowed(models: Sequence[Model], entries: Sequence[Entry], state: State) -> tuple[Model, Model]:
+def allowed(models: Sequence[Model], entries: Sequence[Entry], state: State) -> list[Model]:
     """What was acknowledged when the power was cut, and what may be there instead since it had begun."""
     marks = [entry.text.split(" ") for entry in entries[: state.cut] if entry.kind == "m"]
     done = sum(word == "done" for word, _ in marks)
     begun = sum(word == "begun" for word, _ in marks)
-    return models[done], models[begun]
+    return [models[done], models[begun]]
 
 
-def check(root: Path, before: Model, after: Model, promised: frozenset[str] | None, rng: random.Random) -> Found:
+def check(root: Path, models: Sequence[Model], promised: frozenset[str] | None, rng: random.Random) -> Found:
     """Open the store, compare it, go on working with it, and leave nothing.
 
     Args:
         root: of the store.
-        before: what had been acknowledged.
-        after: what else may be there, all of it.
+        models: what may be there, each of them as a whole.
         promised: the committed snapshots whose content is; None for all.
         rng: chooses what is done next.
 
@@ -58,7 +57,7 @@ def check(root: Path, before: Model, after: Model, promised: frozenset[str] | No
     # A view or an active snapshot of a run that is dead is there until somebody cleans up.
     with onlap.open(root, snapshotter="overlay", sync="layer") as store:
         found = {info.name for info in store.walk()}
-        gone = [name for name in before.snapshots if name not in found and name in after.snapshots]
+        gone = [name for name in models[0].snapshots if name not in found and all(name in m.snapshots for m in models)]
         if gone:
             raise Loss(f"acknowledged, and not there: {gone}")
         catalog = store.snapshotter.catalog
@@ -67,14 +66,14 @@ def check(root: Path, before: Model, after: Model, promised: frozenset[str] | No
         if promised is None and lost:
             raise Loss(f"the trees are lost of {lost}")
         store.cleanup()
-        model = _which(store, before, after)
+        model = _which(store, models)
         checks, damaged = _contents(store, model, promised, lost)
         _go_on(store, model, lost | damaged, rng)
         _leave_nothing(store, model)
     return Found(checks, len(damaged))
 
 
-def _which(store: Store, before: Model, after: Model) -> Model:
+def _which(store: Store, models: Sequence[Model]) -> Model:
     snapshots = {info.name: info for info in store.walk()}
     images = {image.name: frozenset(image.blobs) for image in store.images}
 
@@ -85,11 +84,11 @@ def _which(store: Store, before: Model, after: Model) -> Model:
             and all(_same(snapshots[name], each) for name, each in model.snapshots.items())
         )
 
-    for model in (before, after):
+    for model in models:
         if same(model):
             return model
     there = {name: (info.kind, info.parent, dict(info.labels)) for name, info in snapshots.items()}
-    raise Loss(f"there are {there} and {images}; right were {_shown(before)} or {_shown(after)}")
+    raise Loss(f"there are {there} and {images}; right were {' or '.join(map(_shown, models))}")
 
 
 def _shown(model: Model) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from crash import aftermath
 from crash.filesystems import Filesystem, states
-from crash.lives import FOUNDED, Life, sequences
-from crash.powerdisk import Disk
+from crash.lives import FOUNDED, Life, Model, sequences
+from crash.powerdisk import Disk, Entry, State
 from onlap.snapshots.recorded import Sync
 
 
@@ -34,7 +35,7 @@ class Campaign:
     def __init__(self, disk: Disk, kind: str, sync: Sync, top: Path, seed: int) -> None:
         self.disk = disk
         self._sync = sync
-        self._rng = random.Random(seed)
+        self.rng = random.Random(seed)
         self.filesystem = Filesystem(disk, kind, top)
         disk.keep()
         self._founded: Life | None = None
@@ -44,7 +45,7 @@ class Campaign:
         """Look at so many states: of a root that is made, then of one that is there and gets on."""
         self.look("build", "settle", "fill", "commit", limit=count // 10)
         self.found()
-        for verbs in sequences(self._rng, part, parts):
+        for verbs in sequences(self.rng, part, parts):
             if self.states >= count:
                 break
             self.look(*verbs, limit=min(25, count - self.states))
@@ -64,31 +65,41 @@ class Campaign:
         Raises:
             AssertionError: something is wrong in one, which its note names.
         """
+        life, entries = self.record(*verbs)
+        all_states = list(states(entries, self.rng, 2, self.filesystem.kind))
+        chosen = sorted(self.rng.sample(range(len(all_states)), min(limit, len(all_states))))
+        for number in chosen:
+            self.check(all_states[number], aftermath.allowed(life.models, entries, all_states[number]), verbs)
+
+    def record(self, *verbs: str) -> tuple[Life, list[Entry]]:
+        """A life in which this is done, and the log of it."""
         self.disk.record()
         with self.filesystem.mounted() as top:
-            life = Life(top / "root", self._sync, self.disk.mark, self._founded)
+            life = self.life(top)
             life.run(*verbs)
-        entries = self.disk.log()
         self.lives += 1
-        all_states = list(states(entries, self._rng, 2, self.filesystem.kind))
-        chosen = sorted(self._rng.sample(range(len(all_states)), min(limit, len(all_states))))
+        return life, self.disk.log()
+
+    def life(self, top: Path) -> Life:
+        """One that has not begun yet."""
+        return Life(top / "root", self._sync, self.disk.mark, self._founded)
+
+    def check(self, state: State, models: Sequence[Model], verbs: Sequence[str]) -> None:
+        """Look at one state; see :func:`aftermath.check`."""
         # What was on the disk before the life began is promised also where nothing else is.
         promised = None
         if self._sync == "none":
             promised = frozenset(self._founded.model.snapshots) if self._founded is not None else frozenset()
-        for number in chosen:
-            state = all_states[number]
-            self.disk.become(state)
-            before, after = aftermath.allowed(life.models, entries, state)
-            self.states += 1
-            try:
-                with self.filesystem.mounted() as top:
-                    found = aftermath.check(top / "root", before, after, promised, self._rng)
-            except Exception as error:
-                error.add_note(f"after {', '.join(verbs)}: {state}")
-                raise
-            self.checks += found.checks
-            self.lost += found.lost
+        self.disk.become(state)
+        self.states += 1
+        try:
+            with self.filesystem.mounted() as top:
+                found = aftermath.check(top / "root", models, promised, self.rng)
+        except Exception as error:
+            error.add_note(f"after {', '.join(verbs)}: {state}")
+            raise
+        self.checks += found.checks
+        self.lost += found.lost
 
     def __str__(self) -> str:
         lost = f", {self.lost} lost of what was not promised" if self._sync == "none" else ""

@@ -57,6 +57,7 @@ class Life:
 
     Attributes:
         models: what there is before the first act, and after each.
+        after: what there is after the act that has begun last, when it is done.
     """
 
     def __init__(self, root: Path, sync: Sync, marks: Path | None, before: Life | None = None) -> None:
@@ -66,6 +67,7 @@ class Life:
         self._marks = marks
         self._store: Store | None = None
         self.models = [before.model if before is not None else EMPTY]
+        self.after = self.model
         self._written: dict[str, Facts] = dict(before._written) if before is not None else {}  # in active snapshots
         self.number: int = before.number if before is not None else 0  # of the last tree
 
@@ -82,12 +84,13 @@ class Life:
     def act(self, call: Callable[[], object], after: Model | None = None) -> None:
         """Do something that a user sees as one act; `after`: what there is then, where that is another."""
         number = len(self.models) - 1
+        self.after = after if after is not None else self.model
         if self._marks is not None:
             mark(self._marks, f"begun {number}")
         call()
         if self._marks is not None:
             mark(self._marks, f"done {number}")
-        self.models.append(after if after is not None else self.model)
+        self.models.append(self.after)
 
     def run(self, *verbs: str) -> None:
         """Open the root, and do these."""
@@ -352,11 +355,10 @@ def image_commit(life: Life) -> None:
     def work() -> None:
         image = life.store.images.commit(key, name)
         after = life.model.without(key).with_snapshot(image.chain_ids[-1], _committed(life, key, None))
-        made.append(after._replace(images={**after.images, name: frozenset(image.blobs)}))
+        # The names of what is made depend on when it is made.
+        life.after = after._replace(images={**after.images, name: frozenset(image.blobs)})
 
-    made: list[Model] = []
     life.act(work)
-    life.models[-1] = made[0]
 
 
 def reopen(life: Life) -> None:

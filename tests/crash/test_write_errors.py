@@ -6,16 +6,17 @@ The kernel reports a failed write-back once to each open file; afterwards what c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import onlap
+from crash import failing
 from crash.campaign import Campaign
 from crash.failing import apart
-from crash.filesystems import SIZES
-from crash.powerdisk import Disk
+from crash.filesystems import SIZES, states
+from crash.powerdisk import Disk, Entry, mark
 from onlap import errors
 from onlap.store import Store
 
@@ -101,3 +102,111 @@ def test_after_a_failed_sync_nothing_that_was_active_is_committed(campaign: Camp
         assert refused(store, *KEYS) == KEYS
         for key in KEYS:
             store.remove(key)
+
+
+@kinds
+@pytest.mark.parametrize("ends", ["killed", "closed", "never"])
+def test_what_a_program_could_not_write_is_nothing_to_build_on(campaign: Campaign, ends: str) -> None:
+    """Records that failed are in the page cache, clean, and not on the disk; whoever opens the log next reads them."""
+    disk = campaign.disk
+
+    def go_on(store: Store) -> None:
+        for number in range(3):
+            store.prepare(f"after-{number}")
+            mark(disk.mark, f"done {number}")
+
+    def first() -> None:
+        store = open_store(top / "root")
+        for number in range(3):
+            store.prepare(f"before-{number}")
+        disk.fail(write=1)
+        with pytest.raises(errors.OnlapError):
+            store.prepare("failed")
+        disk.fail()
+        if ends == "never":
+            go_on(store)
+        if ends == "closed":
+            store.close()
+
+    def second() -> None:
+        with open_store(top / "root") as store:
+            go_on(store)
+
+    campaign.found()
+    disk.record()
+    with campaign.filesystem.mounted() as top:
+        apart(first)
+        assert disk.failed() == 1
+        if ends != "never":
+            apart(second)
+    entries = disk.log()
+    for state in states(entries, campaign.rng, 1, campaign.filesystem.kind):
+        done = sum(entry.text.startswith("done") for entry in entries[: state.cut])
+        disk.become(state)
+        with campaign.filesystem.mounted() as top, open_store(top / "root") as store:
+            names = {info.name for info in store.walk()}
+            lost = {f"after-{number}" for number in range(done)} - names
+            assert not lost, state
+            assert not done or {f"before-{number}" for number in range(3)} <= names
+
+
+# Each with the verbs before it; "image commit" is left out, since what it would have made cannot be told.
+LIVES = [
+    ("fill", "commit"),
+    ("settle", "write", "commit"),
+    ("build",),
+    ("prepare", "remove"),
+    ("label", "view"),
+    ("import archive",),
+    ("apply", "commit"),
+    ("squash",),
+    ("image import",),
+    ("image tag", "image remove"),
+    ("remove", "cleanup"),
+    ("reopen", "prepare"),
+]
+
+
+def enumerate_failures(campaign: Campaign, each: int) -> str:
+    """Let writes and flushes fail in all lives, so many in each; what was tried."""
+    campaign.found()
+    tried = refused = later = 0
+    for verbs in LIVES:
+        _, entries = campaign.record(*verbs)
+        for flush in (False, True):
+            numbers = points(entries, flush)
+            for number in campaign.rng.sample(numbers, min(each, len(numbers))):
+                outcome = failing.fail(campaign, verbs, number, flush=flush, keep=campaign.rng.random() < 0.5)
+                tried += 1
+                refused += outcome.error is not None
+                later += outcome.later > 0
+    return f"{tried} refused, told by {refused} calls, {later} of {refused} stores went on; {campaign}"
+
+
+def points(entries: list[Entry], flush: bool) -> list[int]:
+    """The numbers of the writes or flushes, from 1, that come when the store has been opened, up to its close."""
+    number = done = 0
+    found = []
+    for entry in entries:
+        if entry.kind == "m":
+            done += entry.text.startswith("done")
+        elif entry.changes != flush:
+            number += 1
+            if done:
+                found.append(number)
+    return found
+
+
+@kinds
+def test_a_write_that_fails_loses_nothing_acknowledged(
+    campaign: Campaign, kind: str, counted: Callable[[str], None]
+) -> None:
+    counted(f"writes and flushes on {kind}, seed {SEED}: {enumerate_failures(campaign, 2)}")
+
+
+@pytest.mark.long
+@kinds
+def test_any_write_that_fails_loses_nothing_acknowledged(
+    campaign: Campaign, kind: str, counted: Callable[[str], None]
+) -> None:
+    counted(f"writes and flushes on {kind}, seed {SEED}: {enumerate_failures(campaign, 1000)}")

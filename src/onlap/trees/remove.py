@@ -79,10 +79,7 @@ def _open_if_directory(dir_fd: int, name: str) -> int | None:
         return None
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            try:
-                os.unlink(name, dir_fd=dir_fd)
-            except FileNotFoundError:
-                pass
+            _unlink(dir_fd, name)
             return None
         if error.errno != errno.EACCES:
             raise
@@ -94,6 +91,13 @@ def _open_if_directory(dir_fd: int, name: str) -> int | None:
     finally:
         os.close(fd)
     return open_on_mount(dir_fd, name)
+
+
+def _unlink(dir_fd: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return
 
 
 def _empty(top: int, pace: Callable[[], None] | None, moved: int) -> int:

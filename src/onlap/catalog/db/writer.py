@@ -8,6 +8,7 @@ gives up after its timeout, and then its job is not done.
 from __future__ import annotations
 
 import ctypes
+import os
 import sqlite3
 import time
 from _thread import TIMEOUT_MAX, allocate_lock
@@ -26,8 +27,12 @@ T = TypeVar("T")
 
 # Commits since the last checkpoint are counted in the lock's file, since those of many short commands add up.
 COMMITS_TO_CHECKPOINT = 300
+# Added to that number during a commit. Where it is found afterwards, the commit failed, or its process died.
+_COMMITTING = 1 << 62
 # A process with fewer commits is a short command, for which enlarging the log does not pay.
 COMMITS_TO_GROW = 10
+# What is read and written at once.
+_PIECE = 1 << 20
 
 
 class _Forks:
@@ -257,6 +262,7 @@ class Writer:
         if self._connection is None:
             self._connection = self.connect()
         writer = self._connection
+        self._mend_log()
         writer.execute("BEGIN IMMEDIATE")
         found = schema.version(writer)
         if found != schema.VERSION:
@@ -272,20 +278,40 @@ class Writer:
                 if not _run(job, writer):
                     writer.execute("ROLLBACK TO operation")
                 writer.execute("RELEASE operation")
+        self._set_number(self._lock.number | _COMMITTING)
         writer.execute("COMMIT")
         return True
 
     def _count(self) -> None:
         # After the COMMIT: a failure here is not one of the operations.
         self.commits += 1
-        try:
-            since_checkpoint = self._lock.number + 1
-            self._lock.number = since_checkpoint
-        except OSError as error:
-            warn(f"cannot count commits in {self._lock_path}: {error}")
-            return
+        since_checkpoint = (self._lock.number & ~_COMMITTING) + 1
+        self._set_number(since_checkpoint)
         if self.commits == COMMITS_TO_GROW or since_checkpoint % COMMITS_TO_CHECKPOINT == 0:
             self.upkeep_due = True
+
+    def _set_number(self, value: int) -> None:
+        try:
+            self._lock.number = value
+        except OSError as error:
+            # A full disk, on which records can still be removed.
+            warn(f"cannot count commits in {self._lock_path}: {error}")
+
+    def _mend_log(self) -> None:
+        """After a commit that did not end: write the log to the disk again; under the lock.
+
+        When the kernel could not write a page it reports that once, and keeps the page as if it were written
+        (Documentation/core-api/errseq.rst). Whoever recovers the log next reads that page, and goes on behind it. But
+        after a power cut the log ends where it is not on the disk, and what was acknowledged behind it is lost.
+        """
+        number = self._lock.number
+        if not number & _COMMITTING:
+            return
+        try:
+            _write_again(self._path + "-wal")
+        except OSError as error:
+            raise errors.from_oserror(error, doing="write the catalog's log again", key=self._path) from error
+        self._set_number(number & ~_COMMITTING)
 
     def checkpoint_if_due(self) -> None:
         """Empty the log after a number of commits; under the lock.
@@ -302,6 +328,7 @@ class Writer:
         Raises:
             OSError, sqlite3.Error: from the filesystem or SQLite; the log keeps everything then.
         """
+        self._mend_log()
         connection = self.connect()
         try:
             # PASSIVE does not wait for readers; what it cannot copy now is left to the next one. Not TRUNCATE: the log
@@ -379,6 +406,24 @@ def _run(job: Operation[object], connection: Connection) -> bool:
     if isinstance(error, sqlite3.Error) and (not connection.in_transaction or _primary_code(error) in _OF_THE_DATABASE):
         raise error
     return error is None
+
+
+def _write_again(path: str) -> None:
+    try:
+        # It has no POSIX locks of SQLite's, which a close would drop.
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        for offset in range(0, os.fstat(fd).st_size, _PIECE):
+            data = os.pread(fd, _PIECE, offset)
+            # Else ext4 takes a block that it has allocated and failed to write for one that holds data (6.18; it reads
+            # as zeroes after the next mount).
+            os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)
+            os.pwrite(fd, data, offset)
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 def closed(path: str) -> errors.FailedPrecondition:

@@ -1,1 +1,0 @@
-"""What a root holds against what it should hold, and how it is made whole again."""
