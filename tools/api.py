@@ -202,7 +202,7 @@ def render() -> str:
         return isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases)
 
     def section(title: str, chosen: Iterable[tuple[Module, Definition]]) -> str:
-        lines = []
+        lines: list[str] = []
         for module, node in chosen:
             if isinstance(node, ast.ClassDef):
                 lines += package.class_items(module, node)

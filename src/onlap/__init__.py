@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from onlap._version import __version__
 
 if TYPE_CHECKING:
+    from onlap.check.findings import Finding, Report
     from onlap.errors import (
         AlreadyExists,
         Busy,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 # PEP 562: a name is loaded when it is first used, so that a short command does not pay for what it never uses.
 _MODULES = {
+    "onlap.check.findings": "Finding Report",
     "onlap.errors": (
         "AlreadyExists Busy Canceled DataLoss DigestMismatch FailedPrecondition Internal InvalidArgument NotFound "
         "OnlapError PermissionDenied ResourceExhausted Unavailable Unimplemented"
@@ -86,6 +88,7 @@ __all__ = [
     "Exported",
     "FailedPrecondition",
     "Feature",
+    "Finding",
     "Imported",
     "Info",
     "Internal",
@@ -101,6 +104,7 @@ __all__ = [
     "Probe",
     "Progress",
     "Properties",
+    "Report",
     "ResourceExhausted",
     "Snapshotter",
     "Store",

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from onlap import errors
-from onlap.arguments import StrPath, check_path
+from onlap.arguments import StrPath
 from onlap.boundary import public, public_class
 from onlap.errors import shown
 from onlap.mounts.plan import Mount
 from onlap.progress import Callback, Progress
 from onlap.snapshots import contexts
 from onlap.snapshots.contract import Info
+from onlap.snapshots.opening import SnapshotterKind, open_snapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter, Sync
-from onlap.syscalls.files import exists, is_directory
+from onlap.syscalls.files import is_directory
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onlap.check.findings import Report
     from onlap.content.store import ContentStore
     from onlap.images.api import Images
     from onlap.layers.apply.archive import Applied, Limits
@@ -30,10 +31,7 @@ if TYPE_CHECKING:
     from onlap.layers.stream.compression import Compression
     from onlap.snapshots.archives import Format
 
-__all__ = ["Exported", "Imported", "Progress", "Store", "open", "open_snapshotter"]
-
-
-SnapshotterKind = Literal["auto", "overlay", "native"]
+__all__ = ["Exported", "Imported", "Progress", "SnapshotterKind", "Store", "open", "open_snapshotter"]
 
 
 class Imported(NamedTuple):
@@ -96,67 +94,6 @@ def open(
         OnlapError: of another kind, for an error of the filesystem or the catalog.
     """
     return Store(open_snapshotter(root, snapshotter=snapshotter, create=create, sync=sync, timeout=timeout))
-
-
-@public
-def open_snapshotter(
-    root: StrPath,
-    *,
-    snapshotter: SnapshotterKind = "auto",
-    create: bool = True,
-    sync: Sync | None = None,
-    timeout: float = 30.0,
-    owner: str = "",
-    overlay_options: Mapping[str, object] | None = None,
-) -> RecordedSnapshotter:
-    """The snapshotter of a root, for one owner.
-
-    Args:
-        root: see :func:`open`, as for the next four.
-        snapshotter: likewise.
-        create: likewise.
-        sync: likewise.
-        timeout: likewise.
-        owner: the owner whose snapshots it sees and makes.
-        overlay_options: more arguments of :class:`OverlaySnapshotter`, if the root is for that one.
-
-    Raises:
-        OnlapError: see :func:`open`.
-    """
-    root = check_path(root, "path of the root")
-    from onlap.snapshots.native import NativeSnapshotter
-    from onlap.snapshots.overlay import OverlaySnapshotter, Properties
-
-    kind, flavour = _choose(root, create, timeout) if snapshotter == "auto" else (snapshotter, None)
-    if kind == "native":
-        return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout)
-    if kind != "overlay":
-        raise errors.InvalidArgument(f"there is no snapshotter {shown(kind)}", hint="overlay, native or auto")
-    more: dict[str, Any] = dict(overlay_options or {})
-    if flavour is not None:
-        more["properties"] = Properties(flavour)
-    return OverlaySnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout, **more)
-
-
-def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | None]:
-    """The kind of an existing root, or the best kind for a new one; and the flavour of a new overlay root."""
-    from onlap.catalog.catalog import Catalog
-    from onlap.probing.probe import existing_above, overlay_mode
-    from onlap.snapshots import properties
-
-    closed = is_directory(os.fspath(root)) and not os.access(root, os.X_OK)  # opening it reports whose it is
-    if closed or exists(os.path.join(os.fspath(root), "catalog.db")):
-        catalog = Catalog(root, create=create, timeout=timeout)
-        try:
-            kind = properties.kind(catalog.database)
-        finally:
-            catalog.close()
-        if kind is not None:
-            return kind, None
-    if not create:
-        return "overlay", None  # opening it reports that there is no root
-    mode, _ = overlay_mode(existing_above(os.fspath(root)))
-    return {"overlay": ("overlay", "trusted"), "overlay-userxattr": ("overlay", "user")}.get(mode, ("native", None))
 
 
 @public_class
@@ -260,10 +197,19 @@ class Store:
         """See :meth:`Snapshotter.walk`."""
         return self.snapshotter.walk(*filters)
 
-    def cleanup(self) -> None:
-        """Delete everything that belongs to no snapshot, including what :meth:`collect` finds."""
+    def cleanup(self, *, manifests: bool = False) -> None:
+        """Delete everything that belongs to no snapshot, including what :meth:`collect` finds.
+
+        Args:
+            manifests: also list the content of committed snapshots that have no manifest yet, for :meth:`check`. This
+                reads all of their files.
+        """
         self.collect()
         self.snapshotter.cleanup()
+        catalog = self.snapshotter.catalog
+        if manifests:
+            catalog.manifests.make_all()
+        catalog.sidecars.write_all()
 
     def collect(self) -> int:
         """Remove what killed programs left, blobs that no image needs, and the snapshots of their layers.
@@ -528,6 +474,45 @@ class Store:
 
         encoding = archives.encoding_for(out, compression, level, epoch, content, sparse)
         return archives.write_diff(self.snapshotter, self.snapshotter.pair(key, base), out, encoding, progress=progress)
+
+    def check(
+        self,
+        *,
+        deep: bool = False,
+        after: str | None = None,
+        max_duration: float | None = None,
+        rate: float | None = None,
+        progress: Callback | None = None,
+    ) -> Report:
+        """Compare what the root holds with what it should hold; nothing is changed.
+
+        Records, trees, chains, pins, mounts and images must fit together. A deep check also reads every file of the
+        committed snapshots, and every blob. What a file is compared with was noted in the background after the commit.
+        A snapshot without such a manifest is counted as ``unlisted``, and :meth:`cleanup` can make it.
+
+        Args:
+            deep: read all content.
+            after: continue where an earlier deep check stopped; its report says where.
+            max_duration: seconds after which a deep check stops.
+            rate: bytes per second that it reads at most.
+            progress: called with the bytes read, at most ten times a second.
+
+        Raises:
+            InvalidArgument: an argument is wrong.
+            OnlapError: the root cannot be read.
+        """
+        from onlap.check.check import Check
+
+        check = Check(
+            self.snapshotter,
+            self.content,
+            deep=deep,
+            after=after,
+            max_duration=max_duration,
+            rate=rate,
+            progress=progress,
+        )
+        return check.report(tuple(check.findings()))
 
     def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
         """Merge the layers above ``base`` up to ``top`` into one, as a new committed snapshot on ``base``.

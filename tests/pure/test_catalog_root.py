@@ -146,7 +146,7 @@ def user_version(root: Path, number: int | None = None) -> int:
 
 @pytest.fixture
 def old_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root of format 1, with Onlap at format 2."""
+    """A root of the format before Onlap's."""
     with onlap.open(root, snapshotter="native") as store:
         store.prepare("key")
     monkeypatch.setattr(schema, "_STEPS", (*schema._STEPS, "CREATE TABLE added (x);"))
@@ -209,7 +209,7 @@ def test_nobody_opens_a_root_that_is_brought_to_a_newer_format(root: Path) -> No
 
 
 def test_a_failed_migration_changes_nothing(old_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_STEPS", (schema._STEPS[0], "CREATE TABLE added (x);\nCREATE TABLE settings (x);"))
+    monkeypatch.setattr(schema, "_STEPS", (*schema._STEPS[:-1], "CREATE TABLE added (x);\nCREATE TABLE settings (x);"))
     with pytest.raises(errors.OnlapError, match="settings already exists"):
         onlap.open(old_root)
     assert user_version(old_root) == schema.VERSION - 1

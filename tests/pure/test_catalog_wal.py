@@ -15,11 +15,12 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.catalog import janitor, records
+from onlap.catalog import records
+from onlap.catalog.background import janitor
+from onlap.catalog.background.janitor import Janitor
 from onlap.catalog.db import writer as module
 from onlap.catalog.db.database import Database
 from onlap.catalog.helper import Job
-from onlap.catalog.janitor import Janitor
 from onlap.store import Store
 
 PATIENCE = 30.0
@@ -279,7 +280,7 @@ def test_a_layer_that_cannot_be_measured_does_not_keep_the_trash(
     def fails(_: str) -> None:
         raise OSError(24, "Too many open files")  # what a very deep tree gives
 
-    monkeypatch.setattr("onlap.catalog.usages.usage", fails)
+    monkeypatch.setattr("onlap.catalog.background.usages.usage", fails)
     catalog = store.snapshotter.catalog
     store.prepare("bad")
     store.commit("unmeasured", "bad")

@@ -327,7 +327,7 @@ def test_cleanup(base: Command) -> None:
     assert base("cleanup") == "nothing to delete\n"
     (base.root / "snapshots" / "77" / "fs").mkdir(parents=True)
     assert base("cleanup") == "deleted 1 tree\n"
-    assert base.json("cleanup") == [{"deleted": 0, "blobs": 0, "waiting": 0}]
+    assert base.json("cleanup") == [{"deleted": 0, "blobs": 0, "waiting": 0, "manifests": 0}]
 
 
 def test_mount_needs_a_directory_and_a_key(base: Command, tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from onlap import errors
 from onlap.arguments import check_number
 from onlap.catalog import pins, records
+from onlap.catalog.background.janitor import Janitor
+from onlap.catalog.background.manifests import Manifests
+from onlap.catalog.background.sidecars import Sidecars
+from onlap.catalog.background.usages import Usages
 from onlap.catalog.checks import check_commit, check_rebase, lost, no_parent
 from onlap.catalog.db.database import Connection, Database
 from onlap.catalog.disk.layout import Layout
@@ -26,10 +30,8 @@ from onlap.catalog.disk.staging import Staging
 from onlap.catalog.disk.sync import Syncer
 from onlap.catalog.disk.trash import Trash
 from onlap.catalog.garbage import Garbage
-from onlap.catalog.janitor import Janitor
 from onlap.catalog.log import warn
 from onlap.catalog.records import Condition, Kind, Record
-from onlap.catalog.usages import Usages
 from onlap.errors import shown
 from onlap.locks import Flock, claim_directory, lock_directory
 from onlap.syscalls.files import exists
@@ -50,6 +52,8 @@ class Catalog:
         trash: where removed trees wait for deletion.
         garbage: finds what belongs to nobody, and frees space.
         usages: the disk usage of committed snapshots.
+        manifests: what committed snapshots hold.
+        sidecars: copies of the records beside the trees.
         lost: snapshots whose trees were lost in a power cut (:mod:`onlap.catalog.recovery`).
 
     Raises:
@@ -85,6 +89,8 @@ class Catalog:
                     self.layout, self.database, self.staging, self.trash, self._janitor.wake, timeout
                 )
                 self.usages = Usages(self.layout, self.database)
+                self.sidecars = Sidecars(self.layout, self.staging, self.database)
+                self.manifests = Manifests(self.layout, self.staging, self.database, self.sidecars.changed)
                 self.garbage.with_space(lambda: self.database.set_up(self._check_migration))
                 has_trash = bool(self.trash.names())
             on_error.pop_all()
@@ -96,6 +102,7 @@ class Catalog:
         """Stop the background work and close everything; idempotent, also after an interrupted call."""
         _opened.discard(self)
         self._janitor.stop()
+        self.sidecars.finish()
         self.staging.close()
         self.database.close()
         self._syncer.close()
@@ -104,6 +111,9 @@ class Catalog:
     def _background(self, stop: Callable[[], bool]) -> bool:
         again = self.garbage.work(stop)
         self.usages.measure(stop)
+        self.sidecars.write(stop)
+        if self.manifests.make(stop):
+            self.sidecars.write(stop)
         return again
 
     def _take_lease(self) -> Flock:
@@ -251,7 +261,9 @@ class Catalog:
             os.rename(staged, self.layout.snapshot(identifier))
             return record
 
-        return self.database.write(operation)
+        record = self.database.write(operation)
+        self.sidecars.changed(record.id)
+        return record
 
     def commit(
         self,
@@ -281,6 +293,8 @@ class Catalog:
 
         self.database.write(operation)
         self.usages.committed(record.id)
+        self.manifests.committed(record.id)
+        self.sidecars.changed(record.id)
         self._janitor.wake()
 
     def remove(self, owner: str, name: str, *, wait: bool, only: int | None = None) -> None:
@@ -334,7 +348,9 @@ class Catalog:
             records.touch(connection, record.id)
             return records.get(connection, owner, name)
 
-        return self.database.write(operation)
+        record = self.database.write(operation)
+        self.sidecars.changed(record.id)
+        return record
 
     @property
     def failed_syncs(self) -> int:

@@ -146,7 +146,7 @@ class Condition(NamedTuple):
     """A restriction of a walk, as SQL on ``s`` (snapshots) and ``p`` (their parents)."""
 
     sql: str
-    parameters: tuple[str | None, ...]
+    parameters: tuple[str | int | None, ...]
 
 
 # A condition on a label's key and value.
@@ -332,6 +332,7 @@ def delete(connection: Connection, identifier: int) -> None:
     """Delete a snapshot's row, with its labels and expired pins."""
     connection.execute("DELETE FROM labels WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM pins WHERE snapshot = ?", (identifier,))
+    connection.execute("DELETE FROM manifests WHERE snapshot = ?", (identifier,))
     connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
 
 
@@ -366,3 +367,31 @@ def setting(connection: Connection, key: str) -> str | None:
 def put_setting(connection: Connection, key: str, value: str) -> None:
     """Set a property of the root."""
     connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))
+
+
+def settings(connection: Connection) -> dict[str, str]:
+    """All properties of the root."""
+    return dict(connection.execute("SELECT key, value FROM settings"))
+
+
+def without_manifest(connection: Connection) -> list[int]:
+    """Committed snapshots of which nobody has noted yet what they hold; looks at every record."""
+    sql = """
+        SELECT id FROM snapshots
+        WHERE kind = 'committed' AND NOT EXISTS (SELECT 1 FROM manifests WHERE snapshot = snapshots.id)
+    """
+    return [row[0] for row in connection.execute(sql)]
+
+
+def manifest(connection: Connection, identifier: int) -> str | None:
+    """The digest of a snapshot's manifest."""
+    row = connection.execute("SELECT digest FROM manifests WHERE snapshot = ?", (identifier,)).fetchone()
+    return str(row[0]) if row is not None else None
+
+
+def set_manifest(connection: Connection, identifier: int, digest: str) -> None:
+    """Note the digest of the manifest of a committed snapshot, unless it is gone."""
+    connection.execute(
+        "INSERT OR REPLACE INTO manifests SELECT id, ? FROM snapshots WHERE id = ? AND kind = 'committed'",
+        (digest, identifier),
+    )

@@ -74,7 +74,8 @@ def _make(directory: str, top: str, wanted: Sequence[MountPoint]) -> None:
                 missing[part] = missing.get(part, False) or part != parts[-1] or point.is_directory
         outside = {os.path.dirname(part) for part in missing} - set(missing)
         for parent in outside:
-            tree_files.check_directory(root, parent)
+            with tree_files.opened_inside(root, parent):
+                pass  # it is a directory
         before = _mtimes(root, outside)
         deepest_first = sorted(missing, key=lambda path: path.count("/"), reverse=True)
         _write(directory, _Made(deepest_first, before, {}))

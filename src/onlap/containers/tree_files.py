@@ -123,12 +123,6 @@ def _link(root: int, above: str, name: str) -> str | None:
         raise
 
 
-def check_directory(root: int, path: str) -> None:
-    """Raise OSError where there is no directory at ``path``."""
-    with opened_inside(root, path):
-        pass
-
-
 def make(root: int, path: str, *, is_directory: bool) -> None:
     """Make an empty directory or file, as a runtime makes what it mounts at; raises OSError."""
     above, _, name = path.rpartition("/")

@@ -69,8 +69,12 @@ class ContentStore:
             return False
         return size is None or found == size
 
-    def is_whole(self, digest: str) -> bool:
+    def is_whole(self, digest: str, spend: Callable[[int], object] = lambda _bytes: None) -> bool:
         """Whether the blob is there and is what its digest says; all of it is read.
+
+        Args:
+            digest: which.
+            spend: told of every chunk that was read, in bytes.
 
         Raises:
             OnlapError: it cannot be read.
@@ -80,6 +84,7 @@ class ContentStore:
                 found = hashlib.sha256()
                 while chunk := file.read(_CHUNK):
                     found.update(chunk)
+                    spend(len(chunk))
                 return PREFIX + found.hexdigest() == digest
         except errors.NotFound:
             return False

@@ -72,8 +72,10 @@ def probe_support(home: str) -> Support:
         opened(home, OPEN_DIRECTORY & ~os.O_NOFOLLOW) as fd,
         claim(os.path.join(home, base)),
     ):
+        magic = filesystem_magic(fd)
+        filesystem = _NAMES.get(magic, f"{magic:#x}")
         try:
-            return _try(os.path.join(home, base), _filesystem(fd), markers, flags)
+            return _try(os.path.join(home, base), filesystem, markers, flags)
         finally:
             remove_tree(fd, home, base)
 
@@ -109,11 +111,6 @@ def _try(base: str, filesystem: str, markers: Markers, flags: tuple[str, ...]) -
     finally:
         detach(merged)
     return Support(filesystem, markers, flags, metacopy, native_diff=not opaque)
-
-
-def _filesystem(fd: int) -> str:
-    magic = filesystem_magic(fd)
-    return _NAMES.get(magic, f"{magic:#x}")
 
 
 def label_flag(label: str) -> tuple[str, ...]:

@@ -86,3 +86,13 @@ def layer_paths(super_options: bytes) -> list[bytes]:
             # backslash is the same both ways.
             paths += dict.fromkeys((value, unescape(value)))
     return paths
+
+
+def upperdirs(super_options: bytes) -> list[bytes]:
+    """What an overlay's upperdir may be: the kernel shows it with or without the escapes that mount(2) was given."""
+    for option in super_options.split(b","):
+        key, _, value = option.partition(b"=")
+        if key == b"upperdir":
+            shown_as = octal_unescape(value)
+            return [shown_as, unescape(shown_as)]
+    return []

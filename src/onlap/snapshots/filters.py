@@ -92,35 +92,27 @@ class Selector(NamedTuple):
         return self.operator == "==" and self.field in ("name", "parent", "kind")
 
 
-class Filter:
+class Filter(NamedTuple):
     """A parsed filter: alternatives, each a tuple of selectors that must all hold."""
 
-    __slots__ = ("alternatives",)
-
-    def __init__(self, alternatives: tuple[tuple[Selector, ...], ...]) -> None:
-        self.alternatives = alternatives
+    alternatives: tuple[tuple[Selector, ...], ...]
 
     def matches(self, info: Record) -> bool:
         return any(all(selector.matches(info) for selector in selectors) for selectors in self.alternatives)
 
-    @property
-    def equalities(self) -> tuple[tuple[Selector, ...], ...]:
-        """For each alternative, the selectors that an index can answer: necessary conditions, perhaps none."""
-        return tuple(tuple(s for s in selectors if s.indexable) for selectors in self.alternatives)
-
     def where(self, terms: Mapping[str, str]) -> tuple[str, tuple[str | None, ...]]:
-        """The equalities as an SQL condition and its parameters. It selects every record that matches,
-        and perhaps others: call `matches` on the results.
+        """The selectors that an index can answer, as an SQL condition and its parameters. It selects every record
+        that matches, and perhaps others: call `matches` on the results.
 
         `terms` has the SQL of each: "name", "parent" and "kind" with one `?`, "label" with two (key, value),
         "labelled" with one (key). A missing parent is NULL, so the term for it must be `parent IS ?`.
         """
-        equalities = self.equalities
-        if not all(equalities) or sum(map(len, equalities)) > _MOST_TERMS:
+        indexable = [[s for s in selectors if s.indexable] for selectors in self.alternatives]
+        if not all(indexable) or sum(map(len, indexable)) > _MOST_TERMS:
             return "TRUE", ()
         parameters: list[str | None] = []
         alternatives = []
-        for selectors in equalities:
+        for selectors in indexable:
             names = []
             for s in selectors:
                 if s.field == "labels":

@@ -7,7 +7,7 @@ import os
 from onlap.errors import shown
 from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.plan import Mount
-from onlap.overlayfs.options import layer_paths, octal_unescape, unescape
+from onlap.overlayfs.options import layer_paths, upperdirs
 from onlap.syscalls.files import exists
 
 
@@ -37,7 +37,7 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
             if writable and entry.options.split(b",")[0] != b"rw":
                 continue
             if entry.fstype == b"overlay":
-                uses = any(_is(table, path, os.fsencode(tree), place) for path in _upperdirs(entry.super_options))
+                uses = any(_is(table, path, os.fsencode(tree), place) for path in upperdirs(entry.super_options))
             else:
                 uses = place is not None and entry.device == place.device and _covers(entry.root, place.path)
             if uses:
@@ -88,13 +88,3 @@ def _is(table: mountinfo.Table, path: bytes, tree: bytes, place: mountinfo.Place
 
 def _covers(mounted: bytes, root: bytes) -> bool:
     return mounted == root or mounted.startswith(root + b"/")
-
-
-def _upperdirs(super_options: bytes) -> list[bytes]:
-    """The possible upperdirs of an overlay: the kernel shows mount(2)'s escapes in some versions and not in others."""
-    for option in super_options.split(b","):
-        key, _, value = option.partition(b"=")
-        if key == b"upperdir":
-            shown_as = octal_unescape(value)
-            return [shown_as, unescape(shown_as)]
-    return []

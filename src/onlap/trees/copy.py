@@ -74,7 +74,7 @@ class Copier:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._allow_changes = allow_changes
-        check_texts(exclude, "list of what to exclude")
+        check_texts(exclude, "list of patterns to exclude")
         self._exclude = tuple(exclude)
         self._avoid = frozenset(avoid)
         self._keep_markers = keep_markers

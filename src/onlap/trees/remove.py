@@ -79,7 +79,10 @@ def _open_if_directory(dir_fd: int, name: str) -> int | None:
         return None
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            _unlink(dir_fd, name)
+            try:
+                os.unlink(name, dir_fd=dir_fd)
+            except FileNotFoundError:
+                pass
             return None
         if error.errno != errno.EACCES:
             raise
@@ -91,13 +94,6 @@ def _open_if_directory(dir_fd: int, name: str) -> int | None:
     finally:
         os.close(fd)
     return open_on_mount(dir_fd, name)
-
-
-def _unlink(dir_fd: int, name: str) -> None:
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-    except FileNotFoundError:
-        return
 
 
 def _empty(top: int, pace: Callable[[], None] | None, moved: int) -> int:

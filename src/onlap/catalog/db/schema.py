@@ -64,8 +64,16 @@ CREATE TABLE images (
 ) WITHOUT ROWID;
 """
 
+_VERSION_2 = """
+-- The digest of what a committed snapshot holds (ROOT/snapshots/<id>/manifest).
+CREATE TABLE manifests (
+    snapshot INTEGER PRIMARY KEY REFERENCES snapshots (id),
+    digest   TEXT NOT NULL
+);
+"""
+
 # The step at index N takes a catalog from format N to N + 1.
-_STEPS = (_VERSION_1,)
+_STEPS = (_VERSION_1, _VERSION_2)
 VERSION = len(_STEPS)
 
 

@@ -8,10 +8,14 @@
       staging/<process>/<n>   trees being built; the process holds its directory's flock
       snapshots/<id>/fs       the tree; the upperdir while active
       snapshots/<id>/work     the workdir, while active
+      snapshots/<id>/record   a copy of its record (onlap.catalog.background.sidecars)
+      snapshots/<id>/manifest what a committed layer holds (onlap.catalog.background.manifests)
+      snapshots/<id>/damaged  a tree that was set aside (onlap.check)
       trash/<id>              removed trees, deleted later
       empty                   0755, never written: a lower layer where the kernel wants one
       reserve, reserve.<n>    1 MiB and some inodes, freed when a remove meets a full disk
       content/blobs/sha256/   blobs of images
+      content/images.json     a copy of the names of the images
       content/ingest/         blobs being fetched
       runs/<id>               what belongs to a running program, held by its flock (onlap.catalog.runs)
 """
@@ -38,6 +42,10 @@ RESERVE_INODES = 4
 # reserve has extended attributes there, which are metadata.
 RESERVE_METADATA = 4 << 20
 _ATTRIBUTE_SIZE = 3500  # fits into a node of any size
+
+
+# Beside a snapshot's tree: what of it was damaged and could not be repaired.
+QUARANTINE = "damaged"
 
 
 class Layout:
@@ -76,6 +84,19 @@ class Layout:
     def work(self, identifier: int) -> str:
         """A snapshot's workdir."""
         return f"{self.snapshots}/{identifier}/work"
+
+    def record(self, identifier: int) -> str:
+        """The copy of a snapshot's record."""
+        return f"{self.snapshots}/{identifier}/record"
+
+    def manifest(self, identifier: int) -> str:
+        """What a committed snapshot's layer holds."""
+        return f"{self.snapshots}/{identifier}/manifest"
+
+    @property
+    def images(self) -> str:
+        """The copy of the names of the images."""
+        return f"{self.content}/images.json"
 
     def prepare(self, *, create: bool) -> None:
         """Check the root, and create what is missing in it.

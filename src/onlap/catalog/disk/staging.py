@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from onlap.locks import Flock, abandoned, claim_directory
 from onlap.trees.remove import remove_at
@@ -42,6 +44,23 @@ class Staging:
         path = f"{self._own or self._claim()}/{next(self._numbers)}"
         os.mkdir(path, 0o700)
         return path
+
+    @contextlib.contextmanager
+    def file(self, path: str) -> Iterator[BinaryIO]:
+        """A file to write, 0600, that takes the place of what is at ``path`` at the end of the block.
+
+        Raises:
+            OSError: it cannot be made, or has no place there.
+        """
+        partial = f"{self._own or self._claim()}/{next(self._numbers)}"
+        try:
+            with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                yield file
+            os.rename(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
 
     @property
     def _own(self) -> str | None:

@@ -6,10 +6,10 @@ import contextlib
 import errno
 import os
 import re
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from onlap.catalog.disk.pace import Pace, Stopped
 from onlap.locks import Flock
 from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.unmount import attempts
@@ -19,6 +19,9 @@ from onlap.trees.walk import opened
 
 # rename(2) onto a directory that is not empty, or of a directory onto a file and the other way round.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+# Files deleted between two rests.
+_BURST = 50
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -81,7 +84,7 @@ class Trash:
         above, name = os.path.split(directory)
         with opened(above) as top:
             if not locked:
-                return name not in self._in_use() and self._delete(top, name, _Pace(lambda: False, lambda: None))
+                return name not in self._in_use() and self._delete(top, name, Pace(lambda: False, lambda: None, _BURST))
             remove(top, name)
         return True
 
@@ -106,10 +109,10 @@ class Trash:
         used = self._in_use()
         if rate is not None:
             self._hurry = False
-        pace = _Pace(stop, lambda: None if self._hurry else rate)
+        pace = Pace(stop, lambda: None if self._hurry else rate, _BURST)
         removed = 0
         failure: OSError | None = None
-        with opened(self._directory) as top, contextlib.suppress(_Stopped):
+        with opened(self._directory) as top, contextlib.suppress(Stopped):
             for name in names:
                 if stop():
                     break
@@ -123,7 +126,7 @@ class Trash:
             raise failure
         return Swept(removed, len(names) - removed)
 
-    def _delete(self, top: int, name: str, pace: _Pace, *, wait: float = 0) -> bool:
+    def _delete(self, top: int, name: str, pace: Pace, *, wait: float = 0) -> bool:
         try:
             held = Flock(name, dir_fd=top)
         except FileNotFoundError:
@@ -201,29 +204,3 @@ _RELATIVE = re.compile(rb"([0-9]+)/(?:fs|work)")
 
 def _numbers_below(root: bytes) -> re.Pattern[bytes]:
     return re.compile(re.escape(root.rstrip(b"/")) + rb"/(?:snapshots|trash)/([0-9]+)(?:\.[0-9]+)?(?:/|$)")
-
-
-class _Stopped(Exception):
-    """The sweep has to stop in the middle of a tree."""
-
-
-class _Pace:
-    """Called after every deleted file."""
-
-    # A sleep takes about 60 us too long, so it pays only after a number of files.
-    _BURST = 50
-
-    def __init__(self, stop: Callable[[], bool], rate: Callable[[], float | None]) -> None:
-        self._stop = stop
-        self._rate = rate
-        self._count = 0
-
-    def __call__(self) -> None:
-        self._count += 1
-        if self._count % self._BURST:
-            return
-        if self._stop():
-            raise _Stopped
-        rate = self._rate()
-        if rate is not None:
-            time.sleep(self._BURST / rate)

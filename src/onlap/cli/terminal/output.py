@@ -16,7 +16,7 @@ from onlap.errors import shown
 T = TypeVar("T")
 
 # SGR numbers of ECMA-48; no others are used.
-_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+_STYLES = {"bold": "1", "red": "31", "green": "32", "yellow": "33"}
 
 
 class Output:

@@ -173,9 +173,11 @@ def cleanup_arguments(parser: Parser) -> None:
     parser.explain(
         "Delete what belongs to no snapshot: removed trees, what a crash left behind, the mounts, snapshots and\n"
         "containers of programs that were killed, and blobs that no image needs. A tree that is still mounted or read\n"
-        "is kept until it is not.",
+        "is kept until it is not. With --manifests also note what committed snapshots hold, where that was not done\n"
+        "yet, for onlap check --deep; all of their files are read for it.",
         "onlap cleanup",
     )
+    parser.add_argument("--manifests", action="store_true", help="note what committed snapshots hold")
 
 
 def cleanup(call: Call) -> None:
@@ -185,11 +187,15 @@ def cleanup(call: Call) -> None:
         blobs = store.collect()
         deleted = catalog.garbage.cleanup()
         waiting = len(catalog.trash.names())
+        noted = catalog.manifests.make_all() if call.args.manifests else 0
+        catalog.sidecars.write_all()
     if out.json:
-        out.item({"deleted": deleted, "blobs": blobs, "waiting": waiting})
+        out.item({"deleted": deleted, "blobs": blobs, "waiting": waiting, "manifests": noted})
         return
     counts = [count(number, word) for number, word in ((deleted, "tree"), (blobs, "blob")) if number]
     out.line(f"deleted {' and '.join(counts)}" if counts else "nothing to delete")
+    if noted:
+        out.line(f"noted what {count(noted, 'snapshot holds', 'snapshots hold')}")
     if waiting:
         out.warn(f"{count(waiting, 'removed tree is', 'removed trees are')} still mounted or read")
 

@@ -23,7 +23,7 @@ from onlap.images.commit.instructions import apply_changes
 from onlap.images.index import Image, Index
 from onlap.images.records import LABEL_IMAGE, LABEL_LAYER
 from onlap.images.spec import media, model, names, platforms
-from onlap.images.spec.model import Descriptor, Platform
+from onlap.images.spec.model import Descriptor, History, Platform
 from onlap.layers.diff.write import Encoding
 from onlap.layers.stream.compression import Compression
 from onlap.progress import Callback
@@ -86,8 +86,8 @@ def commit(
             layers.append(Descriptor(kind, written.digest, written.size))
         if not docker:
             layers = [_in_oci(layer) for layer in layers]
-        config = _configuration(before, settings, diff_ids, created, author, message, changes, empty)
-        documents = model.assemble(config, layers, docker=docker)
+        step = History(created, "; ".join(changes) or "onlap image commit", author, message, empty)
+        documents = model.assemble(_configuration(before, settings, diff_ids, step), layers, docker=docker)
         if not empty:
             with errors.translated("write the layer of", key=key):
                 writer.commit(written.digest, written.size, lease=lease)
@@ -162,33 +162,17 @@ def _in_oci(layer: Descriptor) -> Descriptor:
     return Descriptor(media.OCI_LAYER + suffix, layer.digest, layer.size)
 
 
-def _configuration(
-    before: dict[str, Any],
-    settings: dict[str, Any],
-    diff_ids: list[str],
-    created: str,
-    author: str,
-    message: str,
-    changes: Sequence[str],
-    empty: bool,
-) -> bytes:
-    entry: dict[str, Any] = {"created": created, "created_by": "; ".join(changes) or "onlap image commit"}
-    if author:
-        entry["author"] = author
-    if message:
-        entry["comment"] = message
-    if empty:
-        entry["empty_layer"] = True
+def _configuration(before: dict[str, Any], settings: dict[str, Any], diff_ids: list[str], step: History) -> bytes:
     after = dict(before)
     # Docker's notes about the container that the base was made in do not apply to this one.
     for stale in ("container", "container_config", "id", "parent", "parent_id", "docker_version"):
         after.pop(stale, None)
-    after["created"] = created
-    if author:
-        after["author"] = author
+    after["created"] = step.created
+    if step.author:
+        after["author"] = step.author
     after["config"] = settings
     after["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
-    after["history"] = [*(before.get("history") or []), entry]
+    after["history"] = [*(before.get("history") or []), step]
     return model.encode(after)
 
 

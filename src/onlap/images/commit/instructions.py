@@ -20,6 +20,10 @@ Settings = dict[str, Any]
 _INSTRUCTION = re.compile(r"\s*([A-Za-z]+)(?:\s+(.*))?\s*", re.DOTALL)
 _PORT = re.compile(r"([0-9]+)(?:-([0-9]+))?(?:/(tcp|udp|sctp))?", re.IGNORECASE)
 _VARIABLE = re.compile(r"\\\$|\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::([-+])([^}]*))?\})")
+_QUOTED = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|\\\Z"""
+_WORD = re.compile(rf"""(?:{_QUOTED}|[^\s'"\\])+""", re.DOTALL)
+_PIECE = re.compile(r"""'([^']*)'?|"((?:\\.|[^"\\])*)"?|((?:\\.|[^'"\\])+)""", re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _DEFAULT_SHELL = ["/bin/sh", "-c"]
 
 
@@ -145,55 +149,30 @@ def _key(key: str) -> str:
 
 def _split(text: str) -> list[str]:
     """The words between blanks that are neither quoted nor escaped; quotes stay in them."""
-    words, word, quote, position = [], "", "", 0
-    while position < len(text):
-        character = text[position]
-        if character == "\\" and quote != "'" and position + 1 < len(text):
-            word += text[position : position + 2]
-            position += 2
-            continue
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character.isspace():
-            if word:
-                words.append(word)
-            word = ""
-            position += 1
-            continue
-        word += character
-        position += 1
-    if quote:
-        raise ValueError(f"a quote {quote} is not closed")
-    return [*words, word] if word else words
+    unclosed = _WORD.sub("", text).strip()
+    if unclosed:
+        raise ValueError(f"a quote {unclosed[0]} is not closed")
+    return _WORD.findall(text)
 
 
 def _unquoted(state: _State, text: str) -> str:
     """The text without quotes; variables are expanded, but not in single quotes."""
-    out, position = "", 0
-    while position < len(text):
-        character = text[position]
-        if character == "'":
-            end = text.index("'", position + 1)
-            out += text[position + 1 : end]
-            position = end + 1
-            continue
-        piece, quoted = "", character == '"'
-        position += quoted
-        while position < len(text) and (text[position] != '"' if quoted else text[position] not in "'\""):
-            if text[position] == "\\" and position + 1 < len(text):
-                # In double quotes a backslash stands for itself before most characters.
-                escaped = text[position + 1]
-                keep = escaped == "$" or (quoted and escaped not in '"\\')
-                piece += f"\\{escaped}" if keep else escaped
-                position += 2
-                continue
-            piece += text[position]
-            position += 1
-        position += quoted
-        out += state.expand(piece)
-    return out
+
+    def value(match: re.Match[str]) -> str:
+        single, double, plain = match.groups()
+        if single is not None:
+            if match[0][-1:] != "'" or len(match[0]) < 2:
+                raise ValueError("a quote ' is not closed")
+            return str(single)
+
+        def unescaped(escape: re.Match[str]) -> str:
+            # In double quotes a backslash stands for itself before most characters.
+            keep = escape[1] == "$" or (double is not None and escape[1] not in '"\\')
+            return escape[0] if keep else escape[1]
+
+        return state.expand(_ESCAPE.sub(unescaped, plain if double is None else double))
+
+    return _PIECE.sub(value, text)
 
 
 def _expose(state: _State, value: str) -> None:

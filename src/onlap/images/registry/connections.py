@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import http.client
-import socket
 import ssl
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from urllib.parse import unquote, urlsplit
 
 import urllib3
@@ -195,11 +194,11 @@ def _answers_plain_http(name: str, port: int, host: str) -> bool:
 
     One with TLS answers a request in plain text with a TLS alert or, like nginx and Go's net/http, with status 400.
     """
-    request = f"GET /v2/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-    answer = b""
     # Whatever fails here fails again, with a better message, in the first request.
-    with suppress(OSError), socket.create_connection((name, port), _PROBE_TIMEOUT) as connection:
-        connection.sendall(request.encode())
-        while len(answer) < len(b"HTTP/1.1 200") and (data := connection.recv(64)):
-            answer += data
-    return answer.startswith(b"HTTP/") and answer[9:12] != b"400"
+    with (
+        suppress(OSError, http.client.HTTPException),
+        closing(http.client.HTTPConnection(name, port, timeout=_PROBE_TIMEOUT)) as connection,
+    ):
+        connection.request("GET", "/v2/", headers={"Host": host})
+        return connection.getresponse().status != 400
+    return False

@@ -160,11 +160,6 @@ class Repository:
 
     # Writing
 
-    def has_blob(self, digest: str) -> bool:
-        """Whether a blob is there."""
-        request = Request("HEAD", f"blobs/{digest}", self._push, (200, 404), f"look for {digest}")
-        return self._session.request(request).status == 200
-
     def send(self, file: BinaryIO, blob: Descriptor, sources: list[str], on_progress: OnProgress) -> None:
         """Send a blob, unless it is there, or can be mounted from another repository.
 
@@ -180,7 +175,8 @@ class Repository:
         doing = f"send {blob.digest}"
         for number in range(1, ATTEMPTS + 1):
             # Also after a broken connection: the registry may have all, and only its answer was lost.
-            if self.has_blob(blob.digest):
+            present = Request("HEAD", f"blobs/{blob.digest}", self._push, (200, 404), f"look for {blob.digest}")
+            if self._session.request(present).status == 200:
                 break
             upload = self._start(blob.digest, sources, doing)
             if upload is None:

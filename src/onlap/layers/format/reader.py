@@ -215,10 +215,6 @@ class TarReader:
         self._left -= BLOCK
         return self._take(BLOCK)
 
-    def _begin(self, size: int) -> None:
-        self._left = size
-        self._padding = -size % BLOCK
-
     # Headers
 
     def _header(self) -> memoryview | None:
@@ -356,8 +352,8 @@ class TarReader:
             entry.type = tar.DIRECTORY
         if entry.type in _HEADER_ONLY:
             entry.size = 0
-        self._begin(entry.size)
-        entry.stored = self._left
+        self._left = entry.stored = entry.size
+        self._padding = -entry.size % BLOCK
         if flag == _OLD_SPARSE:
             if header[257:265] != _GNU:
                 raise bad("a sparse file of star is not supported", entry.name, offset)

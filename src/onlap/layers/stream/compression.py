@@ -151,8 +151,11 @@ class Inflater:
         return True
 
     def _fill(self, count: int) -> None:
-        while len(self._pending) < count and (more := self._read(_INPUT)):
-            self._pending += more
+        parts, have = [self._pending], len(self._pending)
+        while have < count and (more := self._read(_INPUT)):
+            parts.append(more)
+            have += len(more)
+        self._pending = b"".join(parts)
 
 
 class _ZlibStream:

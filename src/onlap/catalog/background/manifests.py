@@ -1,0 +1,138 @@
+"""What each committed layer holds, noted behind its commit: what ``check`` compares with, and repairs by.
+
+::
+
+    ROOT/snapshots/<id>/manifest   see onlap.trees.manifest; its digest is in the catalog
+
+Nobody waits for it. What a process has not come to, the next one does, or ``cleanup``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from onlap import errors
+from onlap.catalog import records
+from onlap.catalog.db.database import Database
+from onlap.catalog.disk.layout import Layout
+from onlap.catalog.disk.pace import Pace, Stopped
+from onlap.catalog.disk.staging import Staging
+from onlap.catalog.log import warn
+from onlap.catalog.records import Record
+from onlap.errors import shown
+from onlap.locks import lock_directory
+from onlap.trees import manifest
+from onlap.trees.walk import opened
+
+# Bytes read per second in the background: a small part of what a disk gives, and a tenth of what one core hashes.
+RATE = 100e6
+# A file costs as much as so many bytes to open and to look at.
+FILE_COST = 20_000
+_BURST = 4 << 20
+
+
+class Manifests:
+    """The manifests of a root.
+
+    Args:
+        layout: of the root.
+        staging: where they are written before they have their place.
+        database: its records, which keep the digests.
+        made: told of a snapshot that has got one.
+    """
+
+    def __init__(self, layout: Layout, staging: Staging, database: Database, made: Callable[[int], None]) -> None:
+        self.layout = layout
+        self.staging = staging
+        self.database = database
+        self._made = made
+        self._due: list[int] | None = None
+
+    def committed(self, identifier: int) -> None:
+        """A snapshot was committed."""
+        if self._due is not None:
+            self._due.append(identifier)
+
+    def make(self, stop: Callable[[], bool]) -> int:
+        """Make those that are missing, slowly, until ``stop`` says so; returns how many.
+
+        Raises:
+            OnlapError: the catalog cannot be read.
+        """
+        if self._due is None:
+            # Once: what others left. What they commit from now on they note, or the next who looks.
+            self._due = self.database.read(records.without_manifest)
+        made = 0
+        pace = Pace(stop, lambda: RATE, _BURST)
+        while self._due and not stop():
+            try:
+                made += self._make(self._due[0], pace)
+            except Stopped:
+                break
+            self._due.pop(0)
+        return made
+
+    def make_all(self) -> int:
+        """Make all that are missing, also those of other processes, as fast as it goes; returns how many.
+
+        Raises:
+            OnlapError: the catalog cannot be read.
+        """
+        pace = Pace(lambda: False, lambda: None, _BURST)
+        return sum(self._make(identifier, pace) for identifier in self.database.read(records.without_manifest))
+
+    def _make(self, identifier: int, pace: Pace) -> bool:
+        """Make one, unless somebody else has; whether that was done."""
+        try:
+            return self._try(identifier, pace)
+        except (OSError, errors.OnlapError) as error:
+            # Of one that is lost or damaged, check tells.
+            warn(f"cannot note what the layer {identifier} holds: {error}")
+            return False
+
+    def _try(self, identifier: int, pace: Pace) -> bool:
+        record = self.database.read(lambda c: records.by_id(c, identifier))
+        if record is None or self.database.read(lambda c: records.manifest(c, identifier)) is not None:
+            return False
+        try:
+            held = lock_directory(self.layout.snapshot(identifier), shared=True)
+        except FileNotFoundError:
+            return False  # removed meanwhile, or lost: check tells
+        if held is None:
+            return False  # it is being deleted
+        with held, opened(self.layout.tree(identifier)) as tree:
+            digest = self._write(identifier, tree, pace)
+        self.database.write(lambda c: records.set_manifest(c, identifier, digest))
+        self._made(identifier)
+        return True
+
+    def _write(self, identifier: int, tree: int, pace: Pace) -> str:
+        listed = manifest.entries(tree, lambda size: pace(size if size > 1 else FILE_COST))
+        # Durable before the catalog speaks of it: one that is missing says that something was lost.
+        with self.staging.file(self.layout.manifest(identifier)) as file:
+            digest = manifest.write(listed, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with opened(self.layout.snapshot(identifier)) as above:
+            os.fsync(above)
+        return digest
+
+    def entries(self, record: Record) -> list[manifest.Entry] | None:
+        """What a committed layer held when that was noted; None where it was not noted yet.
+
+        Raises:
+            DataLoss: the manifest is damaged, or gone.
+            OnlapError: it cannot be read.
+        """
+        digest = self.database.read(lambda c: records.manifest(c, record.id))
+        if digest is None:
+            return None
+        path = self.layout.manifest(record.id)
+        try:
+            with open(path, "rb") as file:
+                return manifest.read(file, digest)
+        except FileNotFoundError as error:
+            raise errors.DataLoss(f"the manifest of snapshot {shown(record.name)} is gone", key=record.name) from error
+        except OSError as error:
+            raise errors.from_oserror(error, doing="read a manifest", key=record.name) from error

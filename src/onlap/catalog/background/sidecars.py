@@ -1,0 +1,245 @@
+"""Sidecars: beside each tree a copy of its record, from which the catalog can be made again when it is lost.
+
+::
+
+    ROOT/snapshots/<id>/record   JSON; its time of modification is the record's ``updated_ns``
+    ROOT/content/images.json     the names of the images
+
+They are written behind what changes the record: in the background, when a root is closed, and by ``cleanup``. None of
+them is needed as long as there is a catalog, and nobody waits for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from sqlite3 import Connection
+from typing import Any, NamedTuple
+
+from onlap import errors
+from onlap.catalog import records
+from onlap.catalog.db.database import Database
+from onlap.catalog.disk.layout import Layout
+from onlap.catalog.disk.staging import Staging
+from onlap.catalog.log import warn
+from onlap.catalog.records import Record
+from onlap.errors import shown
+from onlap.syscalls.files import is_directory
+
+FORMAT = 1
+# Settings that are true of a moment, not of the root.
+_PASSING = ("epoch", "lost_up_to")
+# Bytes; a record with 10,000 labels has less than one.
+_LARGEST = 64 << 20
+# What a process that closes the root still writes; what is more, the next background or cleanup finds.
+_AT_CLOSE = 256
+
+
+class Sidecar(NamedTuple):
+    """What a sidecar says: all that the catalog knows of one snapshot, and of the root.
+
+    Attributes:
+        id: of the snapshot, as are ``owner`` to ``labels``; see :class:`~onlap.catalog.records.Record`.
+        manifest: the digest of its manifest; None where it has none yet.
+        settings: of the root: which snapshotter it is for, and its properties.
+    """
+
+    id: int
+    owner: str
+    name: str
+    parent_id: int | None
+    kind: str
+    created_ns: int
+    updated_ns: int
+    empty: bool
+    labels: Mapping[str, str]
+    manifest: str | None
+    settings: Mapping[str, str]
+
+
+def read(path: str) -> Sidecar:
+    """The sidecar at a path.
+
+    Raises:
+        NotFound: there is none.
+        DataLoss: it is damaged.
+        OnlapError: of another kind, for what the filesystem says.
+    """
+    with errors.translated("read a sidecar", key=path), open(path, "rb") as file:
+        data = file.read(_LARGEST)
+    try:
+        found = json.loads(data)
+        if found.pop("format") != FORMAT:
+            raise ValueError("another format")
+        sidecar = Sidecar(**found)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise errors.DataLoss(f"the record beside a tree is damaged: {shown(path)}", key=path) from error
+    if not _is_valid(sidecar):
+        raise errors.DataLoss(f"the record beside a tree is damaged: {shown(path)}", key=path)
+    return sidecar
+
+
+def _is_valid(found: Sidecar) -> bool:
+    if not (isinstance(found.labels, dict) and isinstance(found.settings, dict)):
+        return False
+    texts: list[object] = [found.owner, found.name, *found.labels, *found.labels.values()]
+    texts += [*found.settings, *found.settings.values()]
+    numbers: tuple[object, ...] = (found.id, found.created_ns, found.updated_ns)
+    others: tuple[tuple[object, object], ...] = (
+        (found.parent_id, int | None),
+        (found.empty, bool),
+        (found.manifest, str | None),
+    )
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int) and 0 <= number < 1 << 63 for number in numbers)
+        and all(isinstance(value, kind) for value, kind in others)  # type: ignore[arg-type]
+        and found.kind in (records.ACTIVE, records.VIEW, records.COMMITTED)
+    )
+
+
+class Sidecars:
+    """The sidecars of a root.
+
+    Args:
+        layout: of the root.
+        staging: where they are written before they have their place.
+        database: its records.
+    """
+
+    def __init__(self, layout: Layout, staging: Staging, database: Database) -> None:
+        self.layout = layout
+        self.staging = staging
+        self.database = database
+        self._due: set[int] = set()
+        self._looked = False
+        self._settings: dict[str, str] | None = None
+
+    def changed(self, identifier: int) -> None:
+        """A snapshot's record was made, or is another one now."""
+        self._due.add(identifier)
+
+    def write(self, stop: Callable[[], bool]) -> None:
+        """Write all that are due, those of other processes too, until ``stop`` says so.
+
+        Raises:
+            OnlapError: the catalog cannot be read.
+        """
+        if not self._looked:
+            self._looked = True
+            # Once: what others left. What they change from now on they write, or the next who looks.
+            self._due.update(self._outdated())
+        while self._due and not stop():
+            self._write_one(self._due.pop())
+        self._write_images()
+
+    def write_all(self) -> None:
+        """Write all that are missing or old, also those of other processes.
+
+        Raises:
+            OnlapError: the catalog cannot be read.
+        """
+        for identifier in self._outdated():
+            self._write_one(identifier)
+        self._write_images()
+
+    def finish(self) -> None:
+        """Write what this process has left to do, if that is not much; never fails. The background has ended."""
+        if 0 < len(self._due) <= _AT_CLOSE:
+            with contextlib.suppress(errors.OnlapError):
+                while self._due:
+                    self._write_one(self._due.pop())
+                self._write_images()
+
+    def is_current(self, record: Record) -> bool:
+        """Whether a snapshot's sidecar is there, and as old as its record; it is not read."""
+        try:
+            return os.stat(self.layout.record(record.id)).st_mtime_ns == record.updated_ns
+        except OSError:
+            return False
+
+    def expected(self, record: Record) -> Sidecar:
+        """What the sidecar of a record is to say."""
+        if self._settings is None:
+            found = self.database.read(records.settings)
+            self._settings = {key: value for key, value in found.items() if key not in _PASSING}
+        manifest = self.database.read(lambda c: records.manifest(c, record.id))
+        return Sidecar(
+            record.id,
+            record.owner,
+            record.name,
+            record.parent_id,
+            record.kind,
+            record.created_ns,
+            record.updated_ns,
+            record.empty,
+            record.labels,
+            manifest,
+            self._settings,
+        )
+
+    def images(self) -> list[dict[str, Any]]:
+        """The names of the images, as the file beside the blobs says; raises as :func:`read`."""
+        path = self.layout.images
+        with errors.translated("read the names of the images", key=path), open(path, "rb") as file:
+            data = file.read(_LARGEST)
+        try:
+            found = json.loads(data)
+            return [dict(each) for each in found]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise errors.DataLoss(f"the names of the images are damaged: {shown(path)}", key=path) from error
+
+    def _outdated(self) -> Iterator[int]:
+        after = 0
+        while True:
+            start = after
+            rows = self.database.read(lambda c: records.page(c, None, start, None))  # noqa: B023 - run at once
+            yield from (record.id for record in rows if not self.is_current(record))
+            if len(rows) < records.PAGE:
+                return
+            after = rows[-1].id
+
+    def _write_one(self, identifier: int) -> None:
+        record = self.database.read(lambda c: records.by_id(c, identifier))
+        if record is None:
+            return
+        data = json.dumps({"format": FORMAT, **self.expected(record)._asdict()}, indent=1).encode()
+        self._put(self.layout.record(identifier), data, record.updated_ns)
+
+    def _write_images(self) -> None:
+        path = self.layout.images
+        if not is_directory(os.path.dirname(path)):
+            return
+        columns, rows = self.database.read(_images)
+        if not rows:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            return
+        data = json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1).encode()
+        try:
+            with open(path, "rb") as file:
+                if file.read() == data:
+                    return
+        except OSError:
+            pass  # there is none yet, or it is to be made anew
+        self._put(path, data, None)
+
+    def _put(self, path: str, data: bytes, time_ns: int | None) -> None:
+        try:
+            with self.staging.file(path) as file:
+                file.write(data)
+                file.flush()
+                if time_ns is not None:
+                    os.utime(file.fileno(), ns=(time_ns, time_ns))
+        except FileNotFoundError:
+            pass  # the snapshot was removed meanwhile
+        except OSError as error:
+            # Nothing is lost yet: the catalog is there.
+            warn(f"cannot write {shown(path)}: {error}")
+
+
+def _images(connection: Connection) -> tuple[list[str], list[tuple[Any, ...]]]:
+    cursor = connection.execute("SELECT * FROM images ORDER BY name")
+    return [column[0] for column in cursor.description], cursor.fetchall()

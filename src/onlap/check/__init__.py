@@ -1,0 +1,1 @@
+"""What a root holds against what it should hold, and how it is made whole again."""

@@ -1,0 +1,79 @@
+"""A check of a root: its structure, and on demand its content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onlap import errors
+from onlap.arguments import check_number
+from onlap.check.content import Content
+from onlap.check.findings import Finding, Report
+from onlap.check.structure import Structure
+from onlap.content.store import ContentStore
+from onlap.progress import Callback
+from onlap.snapshots.recorded import RecordedSnapshotter
+
+
+class Check:
+    """One check.
+
+    Args:
+        snapshotter: of the root.
+        content: of the root.
+        deep: read everything that was committed, too.
+        after: where an earlier deep check stopped; then only what it had not come to is looked at.
+        max_duration: seconds after which a deep check stops.
+        rate: bytes per second that a deep check reads at most.
+        progress: called with the bytes read, at most ten times a second.
+
+    Raises:
+        InvalidArgument: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        snapshotter: RecordedSnapshotter,
+        content: ContentStore,
+        *,
+        deep: bool = False,
+        after: str | None = None,
+        max_duration: float | None = None,
+        rate: float | None = None,
+        progress: Callback | None = None,
+    ) -> None:
+        for value, name in ((max_duration, "longest duration"), (rate, "rate")):
+            if value is not None:
+                check_number(value, name)
+                if value <= 0:
+                    raise errors.InvalidArgument(f"the {name} is {value}", hint="it must be more than 0")
+        self._goes_on = after is not None
+        self._deep = deep or self._goes_on
+        self._structure = Structure(snapshotter, content)
+        self._content = Content(
+            snapshotter, content, after=after, max_duration=max_duration, rate=rate, progress=progress
+        )
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything that is not as it should be.
+
+        Raises:
+            OnlapError: something cannot be looked at.
+        """
+        if not self._goes_on:
+            yield from self._structure.findings()
+        if self._deep:
+            yield from self._content.findings()
+
+    def report(self, findings: tuple[Finding, ...], repaired: tuple[Finding, ...] = ()) -> Report:
+        """What was found, with what was looked at."""
+        content = self._content
+        return Report(
+            findings,
+            self._structure.snapshots,
+            content.files,
+            content.size,
+            content.blobs,
+            content.unlisted,
+            content.after,
+            repaired,
+        )

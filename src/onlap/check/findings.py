@@ -1,0 +1,131 @@
+"""What ``check`` can find: a closed set of kinds, each with what it means and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from onlap.errors import shown
+
+Severity = Literal["error", "warning", "note"]
+
+
+class Meaning(NamedTuple):
+    """What a kind of finding means.
+
+    Attributes:
+        severity: ``"error"``: something that was committed is lost or wrong. ``"warning"``: it is not, and may be soon.
+            ``"note"``: left over, as it happens; the next cleanup takes it.
+        explanation: what it is, in one sentence.
+        remedy: what to do; ``{}`` stands for the thing.
+    """
+
+    severity: Severity
+    explanation: str
+    remedy: str
+
+
+_REPAIR = "onlap check --repair"
+_CLEANUP = "onlap cleanup"
+_REMOVE = "if nothing brings it back, remove it, leaf first: onlap rm {}"
+
+KINDS: Mapping[str, Meaning] = {
+    # The catalog
+    "catalog-damaged": Meaning("error", "SQLite finds its file damaged", _REPAIR),
+    "parent-missing": Meaning("error", "the record of the parent is gone", _REMOVE),
+    "parent-not-committed": Meaning("error", "its parent can still be written to, or is a view", _REMOVE),
+    "parent-cycle": Meaning("error", "it stands on itself", _REMOVE),
+    "pin-dangling": Meaning("warning", "something keeps a snapshot or a blob that is gone", _REPAIR),
+    "sidecar-missing": Meaning("note", "the copy of its record beside the tree is missing or old", _CLEANUP),
+    "sidecar-damaged": Meaning("warning", "the copy of its record beside the tree says something else", _REPAIR),
+    # Trees
+    "tree-missing": Meaning("error", "the snapshot's directory is gone", _REPAIR),
+    "tree-quarantined": Meaning("error", "its tree was damaged and set aside", _REPAIR),
+    "workdir-missing": Meaning("error", "the snapshot cannot be mounted without its workdir", _REPAIR),
+    "tree-unknown": Meaning("warning", "no record belongs to this directory", f"{_REPAIR} takes it in if it can"),
+    "committed-mounted": Meaning(
+        "warning", "a committed layer is mounted read-write, so that it can still change", "unmount it"
+    ),
+    "open-to-others": Meaning("warning", "others may look or write where only the owner should", _REPAIR),
+    # Content
+    "manifest-missing": Meaning("warning", "the list of what the layer holds is gone", _REPAIR),
+    "manifest-damaged": Meaning("warning", "the list of what the layer holds is damaged", _REPAIR),
+    "file-missing": Meaning("error", "a file of a committed layer is gone", _REPAIR),
+    "file-changed": Meaning("error", "a file of a committed layer is not what was committed", _REPAIR),
+    "file-unreadable": Meaning("error", "a file of a committed layer cannot be read", _REPAIR),
+    "file-unknown": Meaning("warning", "a committed layer has a file that was not committed", _REPAIR),
+    # Images
+    "image-damaged": Meaning("error", "the documents of the image are damaged", "onlap image pull {}"),
+    "blob-missing": Meaning("error", "a blob that an image needs is gone", "onlap image pull {}"),
+    "blob-damaged": Meaning("error", "the blob is not what its digest says", _REPAIR),
+    # What programs leave
+    "staging-left": Meaning("note", "a program that was killed left an unfinished tree", _CLEANUP),
+    "run-left": Meaning("note", "a program that was killed left mounts, snapshots or files", _CLEANUP),
+    "trash-waiting": Meaning("note", "a removed tree waits to be deleted", _CLEANUP),
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is not as it should be.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        thing: the name of a snapshot or image, a digest, or a path below the root.
+        path: a file inside the snapshot's tree, from its top; else None.
+        detail: more, in words: what of it differs, who has it mounted.
+    """
+
+    kind: str
+    thing: str
+    path: str | None = None
+    detail: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        """See :class:`Meaning`."""
+        return KINDS[self.kind].severity
+
+    @property
+    def explanation(self) -> str:
+        """What it is, in one sentence."""
+        return KINDS[self.kind].explanation
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        return KINDS[self.kind].remedy.format(shown(self.thing))
+
+    def __str__(self) -> str:
+        where = shown(self.thing) if self.path is None else f"{shown(self.thing)}: {shown('/' + self.path)}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.kind}: {where}: {self.explanation}{detail}"
+
+
+class Report(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        findings: everything, in the order in which it was met.
+        snapshots: how many were looked at.
+        files: how many of their files were compared with their manifests.
+        size: bytes that were read for that, and of blobs.
+        blobs: how many were read.
+        unlisted: committed snapshots that have no manifest yet, so that their content cannot be checked.
+        after: where a check that was cut short goes on, for the argument ``after``; None when it came to its end.
+        repaired: what of the findings was mended.
+    """
+
+    findings: tuple[Finding, ...]
+    snapshots: int
+    files: int
+    size: int
+    blobs: int
+    unlisted: int
+    after: str | None
+    repaired: tuple[Finding, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong that was not mended: leftovers do not count."""
+        repaired = set(self.repaired)
+        return all(each.severity == "note" or each in repaired for each in self.findings)

@@ -1,0 +1,238 @@
+"""Whether records, trees, pins, mounts and images fit together. Nothing is written, and no file is read but records."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sqlite3
+import stat
+from collections.abc import Iterator
+from sqlite3 import Connection
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.catalog import pins, records
+from onlap.catalog.background import sidecars
+from onlap.catalog.disk.layout import QUARANTINE
+from onlap.catalog.records import ACTIVE, COMMITTED, Record
+from onlap.check.findings import Finding
+from onlap.content.store import ContentStore
+from onlap.images import records as images
+from onlap.images.index import Index
+from onlap.locks import abandoned
+from onlap.mounts import mountinfo, namespaces
+from onlap.mounts.unmount import attempts
+from onlap.overlayfs.options import upperdirs
+from onlap.snapshots.overlay import OverlaySnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.syscalls.files import is_directory, is_file
+
+# Seconds in which a removed tree is moved to the trash, also on a machine with much to do.
+_MOMENT = 1.0
+
+
+class Row(NamedTuple):
+    """What of a record says where it stands."""
+
+    name: str
+    kind: str
+    parent: int | None
+
+
+class Structure:
+    """The structure of a root.
+
+    Args:
+        snapshotter: of the root.
+        content: of the root.
+    """
+
+    def __init__(self, snapshotter: RecordedSnapshotter, content: ContentStore) -> None:
+        self.snapshotter = snapshotter
+        self.content = content
+        self.catalog = snapshotter.catalog
+        self.layout = snapshotter.catalog.layout
+        self.snapshots = 0
+
+    def findings(self) -> Iterator[Finding]:
+        """All that does not fit.
+
+        Raises:
+            OnlapError: something cannot be looked at.
+        """
+        yield from self._database()
+        rows = self.catalog.database.read(_rows)
+        with errors.translated("check the root", key=self.layout.root):
+            yield from self._permissions()
+            yield from self._unknown_trees()
+            yield from self._mounts(rows)
+            yield from self._leftovers()
+        yield from _chains(rows)
+        for record in self.catalog.walk(None):
+            self.snapshots += 1
+            try:
+                yield from self._snapshot(record)
+            except OSError as error:
+                if error.errno != errno.ENOENT or not self._is_gone(record):
+                    raise errors.from_oserror(error, doing="check snapshot", key=record.name) from error
+        yield from self._pins(rows)
+        yield from self._images()
+
+    def _database(self) -> Iterator[Finding]:
+        for said in self.catalog.database.read(_integrity):
+            yield Finding("catalog-damaged", "catalog.db", detail=said)
+
+    def _permissions(self) -> Iterator[Finding]:
+        owner = os.geteuid()
+        for path in (self.layout.root, self.layout.snapshots, self.layout.staging, self.layout.trash):
+            status = os.lstat(path)
+            # Others may pass through the root to what was opened to them; they may write nowhere.
+            wrong = 0o022 if path == self.layout.root else 0o077
+            if status.st_uid != owner or stat.S_IMODE(status.st_mode) & wrong or not stat.S_ISDIR(status.st_mode):
+                yield Finding(
+                    "open-to-others",
+                    os.path.relpath(path, self.layout.root),
+                    detail=f"mode {stat.S_IMODE(status.st_mode):04o}",
+                )
+
+    def _unknown_trees(self) -> Iterator[Finding]:
+        # A removed tree has no record any more for the moment before it is moved to the trash.
+        for _ in attempts(_MOMENT):
+            unknown = self._without_record()
+            if not unknown:
+                return
+        for name in unknown:
+            yield Finding("tree-unknown", f"snapshots/{name}")
+
+    def _without_record(self) -> list[str]:
+        names = os.listdir(self.layout.snapshots)
+        # Read after the directory: a tree comes into its place, and gets its record, under one lock.
+        known = self.catalog.database.read(records.ids)
+        suspects = [name for name in sorted(names) if not (re.fullmatch("[0-9]+", name) and int(name) in known)]
+        if suspects:
+            # Under that lock: it is not on its way.
+            known = self.catalog.database.write(records.ids)
+        return [name for name in suspects if not (re.fullmatch("[0-9]+", name) and int(name) in known)]
+
+    def _mounts(self, rows: dict[int, Row]) -> Iterator[Finding]:
+        place = mountinfo.place_of(self.layout.snapshots)
+        by_path = re.compile(re.escape(os.fsencode(self.layout.snapshots)) + rb"/([0-9]+)/fs")
+        by_place = re.compile(re.escape(place.path if place is not None else b"") + rb"/([0-9]+)/fs(?:/|$)")
+        seen = set()
+        for text in namespaces.tables():
+            for entry in mountinfo.parse(text, b" - overlay ", b"/fs"):
+                if entry.options.split(b",")[0] != b"rw":
+                    continue
+                if entry.fstype == b"overlay":
+                    found = [by_path.fullmatch(path) for path in upperdirs(entry.super_options)]
+                else:
+                    found = [by_place.match(entry.root)] if place is not None and entry.device == place.device else []
+                for row in (rows.get(int(each[1])) for each in found if each):
+                    if row is not None and row.kind == COMMITTED and (row.name, entry.mountpoint) not in seen:
+                        seen.add((row.name, entry.mountpoint))
+                        yield Finding("committed-mounted", row.name, detail=f"at {errors.shown(entry.mountpoint)}")
+
+    def _leftovers(self) -> Iterator[Finding]:
+        for name in abandoned(self.layout.staging):
+            yield Finding("staging-left", f"staging/{name}")
+        for name in sorted(os.listdir(self.layout.trash)):
+            yield Finding("trash-waiting", f"trash/{name}")
+        runs = f"{self.layout.root}/runs"
+        if is_directory(runs):
+            for name in abandoned(runs):
+                yield Finding("run-left", f"runs/{name}")
+
+    def _snapshot(self, record: Record) -> Iterator[Finding]:
+        if not is_directory(self.layout.tree(record.id)):
+            if self._is_gone(record):
+                return
+            aside = is_directory(f"{self.layout.snapshot(record.id)}/{QUARANTINE}")
+            yield Finding("tree-quarantined" if aside else "tree-missing", record.name)
+            return
+        overlay = isinstance(self.snapshotter, OverlaySnapshotter)
+        if overlay and record.kind == ACTIVE and not is_directory(self.layout.work(record.id)):
+            yield Finding("workdir-missing", record.name)
+        status = os.lstat(self.layout.snapshot(record.id))
+        if stat.S_IMODE(status.st_mode) & 0o022 or status.st_uid != os.geteuid():
+            yield Finding("open-to-others", record.name, detail=f"mode {stat.S_IMODE(status.st_mode):04o}")
+        if record.kind == COMMITTED:
+            yield from self._manifest(record)
+        yield from self._sidecar(record)
+
+    def _is_gone(self, record: Record) -> bool:
+        """Whether it was removed meanwhile."""
+        return self.catalog.database.read(lambda c: records.by_id(c, record.id)) is None
+
+    def _manifest(self, record: Record) -> Iterator[Finding]:
+        digest = self.catalog.database.read(lambda c: records.manifest(c, record.id))
+        if digest is not None and not is_file(self.layout.manifest(record.id)):
+            yield Finding("manifest-missing", record.name)
+
+    def _sidecar(self, record: Record) -> Iterator[Finding]:
+        if not self.catalog.sidecars.is_current(record):
+            yield Finding("sidecar-missing", record.name)
+            return
+        try:
+            found = sidecars.read(self.layout.record(record.id))
+        except errors.NotFound:
+            return  # removed meanwhile
+        except errors.DataLoss:
+            yield Finding("sidecar-damaged", record.name)
+            return
+        # A manifest that was made since then is written into it next.
+        if found._replace(manifest=None) != self.catalog.sidecars.expected(record)._replace(manifest=None):
+            yield Finding("sidecar-damaged", record.name)
+
+    def _pins(self, rows: dict[int, Row]) -> Iterator[Finding]:
+        for pin in self.catalog.database.read(pins.valid):
+            if pin.snapshot is not None and pin.snapshot not in rows:
+                yield Finding("pin-dangling", pin.owner, detail=f"a snapshot, number {pin.snapshot}")
+
+    def _images(self) -> Iterator[Finding]:
+        index = Index(self.snapshotter, self.content)
+        for record in self.catalog.database.read(images.walk):
+            try:
+                image = index.get(record.name)
+            except errors.NotFound:
+                continue  # removed meanwhile
+            except errors.DataLoss as error:
+                yield Finding("image-damaged", record.name, detail=error.message)
+                continue
+            for digest, size in image.blobs.items():
+                if not self.content.has(digest, size):
+                    yield Finding("blob-missing", record.name, detail=digest)
+
+
+def _integrity(connection: Connection) -> list[str]:
+    try:
+        said = [str(row[0]) for row in connection.execute("PRAGMA integrity_check(20)")]
+        dangling = connection.execute("PRAGMA foreign_key_check").fetchall()
+        said += [f"a row of {row[0]} refers to one of {row[2]} that is gone" for row in dangling]
+    except sqlite3.DatabaseError as error:
+        said = [str(error)]
+    return [each for each in said if each != "ok"]
+
+
+def _rows(connection: Connection) -> dict[int, Row]:
+    return {row[0]: Row(*row[1:]) for row in connection.execute("SELECT id, name, kind, parent FROM snapshots")}
+
+
+def _chains(rows: dict[int, Row]) -> Iterator[Finding]:
+    whole: set[int] = set()
+    for start, row in rows.items():
+        if row.parent is not None and row.parent not in rows:
+            yield Finding("parent-missing", row.name)
+        elif row.parent is not None and rows[row.parent].kind != COMMITTED:
+            yield Finding("parent-not-committed", row.name)
+        path: list[int] = []
+        at: int | None = start
+        while at is not None and at in rows and at not in whole:
+            if at in path:
+                if at == start:
+                    yield Finding("parent-cycle", row.name)
+                break
+            path.append(at)
+            at = rows[at].parent
+        else:
+            whole.update(path)

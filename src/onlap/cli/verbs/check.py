@@ -1,0 +1,91 @@
+"""``onlap check``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from onlap.cli import exits
+from onlap.cli.call import Call
+from onlap.cli.parser import Parser, UsageError
+from onlap.cli.terminal.text import count, size
+from onlap.errors import shown
+
+if TYPE_CHECKING:
+    from onlap.check.findings import Finding
+
+_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def check_arguments(parser: Parser) -> None:
+    parser.explain(
+        "Compare what the root holds with what it should hold: records, trees, pins, mounts, images. With --deep also\n"
+        "read every file of the committed snapshots, and every blob. Nothing is changed. One line per finding; the\n"
+        "status is 1 when something is wrong. A deep check that was cut short says how to continue it.",
+        "onlap check",
+        "onlap check --deep --rate 50M --max-duration 600",
+    )
+    parser.add_argument("--deep", action="store_true", help="read all content")
+    parser.add_argument("--max-duration", metavar="SECONDS", type=float, help="stop a deep check after so long")
+    parser.add_argument("--rate", metavar="BYTES", help="read at most so many bytes per second; 50M is 50 MiB")
+    parser.add_argument("--after", metavar="PLACE", help="continue a deep check where an earlier one stopped")
+
+
+def check(call: Call) -> int:
+    from onlap.check.check import Check
+
+    args, out = call.args, call.out
+    deep = args.deep or args.after is not None
+    if not deep and (args.max_duration is not None or args.rate is not None):
+        raise UsageError("--max-duration and --rate are for a deep check: give --deep")
+    with call.store() as store, call.progress() as report:
+        checking = Check(
+            store.snapshotter,
+            store.content,
+            deep=deep,
+            after=args.after,
+            max_duration=args.max_duration,
+            rate=_bytes(args.rate),
+            progress=report,
+        )
+        findings = []
+        for finding in checking.findings():
+            findings.append(finding)
+            if out.json:
+                more = {"severity": finding.severity, "explanation": finding.explanation, "remedy": finding.remedy}
+                out.item({**finding._asdict(), **more})
+            else:
+                out.line(f"{out.paint(finding.severity, _STYLES[finding.severity])}: {finding}")
+        done = checking.report(tuple(findings))
+    if out.json:
+        summary = done._asdict()
+        del summary["findings"], summary["repaired"]
+        out.item({"checked": summary, "ok": done.ok})
+    else:
+        read = f", {count(done.files, 'file')}, {count(done.blobs, 'blob')}, {size(done.size)}" if deep else ""
+        out.line(f"checked {count(done.snapshots, 'snapshot')}{read}: {_verdict(done.findings)}")
+        for remedy in dict.fromkeys(each.remedy for each in findings if each.severity != "note"):
+            out.line(f"to mend it: {remedy}")
+        if done.unlisted:
+            have = count(done.unlisted, "snapshot has", "snapshots have")
+            out.line(f"{have} no manifest to compare with; make it with: onlap cleanup --manifests")
+        if done.after is not None:
+            out.line(f"stopped early; continue with: onlap check --deep --after {shown(done.after)}")
+    return exits.DONE if done.ok else exits.NO
+
+
+def _verdict(findings: tuple[Finding, ...]) -> str:
+    severities = [each.severity for each in findings]
+    counts = [count(severities.count(word), word) for word in _STYLES if word in severities]
+    return ", ".join(counts) or "nothing found"
+
+
+def _bytes(text: str | None) -> float | None:
+    """A number of bytes, with an ending of K, M or G (of 1,024)."""
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].upper() in ("K", "M", "G") else (text, "")
+    try:
+        return float(number) * _UNITS[unit]
+    except ValueError:
+        raise UsageError(f"--rate is {shown(text)}; give a number of bytes, as 50M") from None
