@@ -173,21 +173,17 @@ class Repository:
             OnlapError: see :meth:`RegistrySession.request`.
         """
         doing = f"send {blob.digest}"
-        for number in range(1, ATTEMPTS + 1):
+
+        def attempt() -> None:
             # Also after a broken connection: the registry may have all, and only its answer was lost.
             present = Request("HEAD", f"blobs/{blob.digest}", self._push, (200, 404), f"look for {blob.digest}")
             if self._session.request(present).status == 200:
-                break
+                return
             upload = self._start(blob.digest, sources, doing)
-            if upload is None:
-                break
-            try:
+            if upload is not None:
                 self._upload(upload, file, blob, on_progress, doing)
-                break
-            except TransientError as error:
-                if number == ATTEMPTS:
-                    raise self._session.unavailable(doing, error) from error
-                self._session.wait(number, error)
+
+        self._session.retry(doing, attempt)
         on_progress(blob.size)
 
     def _upload(self, upload: Answer, file: BinaryIO, blob: Descriptor, on_progress: OnProgress, doing: str) -> None:

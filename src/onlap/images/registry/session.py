@@ -10,10 +10,10 @@ import json
 import random
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import urllib3
@@ -27,6 +27,8 @@ from onlap.images.registry.challenges import Challenge, challenges
 from onlap.images.registry.connections import Body, Connections, TransientError, close, discard, read_body, reason
 from onlap.images.registry.credentials import Login
 from onlap.images.spec.names import DOCKER_HUB, Reference
+
+T = TypeVar("T")
 
 _HUB_HOST = "registry-1.docker.io"
 # Attempts at one request, and at one blob without progress.
@@ -150,12 +152,20 @@ class RegistrySession:
             NotFound, PermissionDenied, FailedPrecondition, Unavailable: as the registry says.
             ResourceExhausted: the response is larger than the request's limit, or the request than the registry's.
         """
+        return self.retry(request.doing, lambda: self.once(request))
+
+    def retry(self, doing: str, attempt: Callable[[], T]) -> T:
+        """Call a function until it raises no TransientError.
+
+        Raises:
+            Unavailable: it did so too often.
+        """
         for number in range(1, ATTEMPTS + 1):
             try:
-                return self.once(request)
+                return attempt()
             except TransientError as error:
                 if number == ATTEMPTS:
-                    raise self.unavailable(request.doing, error) from error
+                    raise self.unavailable(doing, error) from error
                 self.wait(number, error)
         raise AssertionError("unreachable")
 
