@@ -19,9 +19,9 @@ from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.snapshots import filters as language
 from onlap.snapshots.contract import ACTIVE, COMMITTED, VIEW, Info, Usage, check_name
-from onlap.snapshots.native import copy_tree
 from onlap.snapshots.properties import records_owners
 from onlap.trees.compare import ADDED, DELETED, MODIFIED, Change, differences
+from onlap.trees.copy import Copier, copy_tree
 from onlap.trees.meta import Meta, read_directory_meta, read_meta
 from onlap.trees.remove import remove_at
 from onlap.trees.usage import usage
@@ -109,7 +109,7 @@ class MemorySnapshotter:
             tree = tempfile.mkdtemp(dir=self._directory)
             os.chmod(tree, 0o755)
             if parent:
-                copy_tree(self._trees[parent], tree)
+                copy_tree(self._trees[parent], tree, Copier(allow_changes=True))
             now = time.time_ns()
             kept = {name: value for name, value in (labels or {}).items() if value}
             self._infos[key] = Info(key, parent or None, kind, kept, now, now)

@@ -19,8 +19,7 @@ from onlap.snapshots.properties import load_or_create, records_owners
 from onlap.snapshots.recorded import RecordedSnapshotter, is_fresh
 from onlap.syscalls.files import is_directory
 from onlap.trees.compare import ALWAYS, NEVER, Since
-from onlap.trees.copy import Copier
-from onlap.trees.walk import opened
+from onlap.trees.copy import Copier, copy_tree
 
 KIND = "native"
 
@@ -43,7 +42,7 @@ class NativeSnapshotter(RecordedSnapshotter):
         elif kind == ACTIVE:
             since = self.catalog.failed_syncs
             with self.catalog.hold([parent.id]):
-                copy_tree(self.catalog.layout.tree(parent.id), tree)
+                copy_tree(self.catalog.layout.tree(parent.id), tree, Copier(allow_changes=True))
             if self.syncs:
                 # Otherwise a power cut could take files of the copy, and a later commit would lack them.
                 self.catalog.sync(since)
@@ -91,9 +90,3 @@ class NativeSnapshotter(RecordedSnapshotter):
         if len(chain) > 1 and chain[1] == source:
             return os.stat(self.catalog.layout.snapshot(chain[0])).st_ctime_ns
         return ALWAYS  # copied through others, in which files may have been edited
-
-
-def copy_tree(source: str, target: str) -> None:
-    """Copy a tree into an empty directory; raises OSError."""
-    with opened(source) as one, opened(target) as other:
-        Copier(allow_changes=True).tree(one, other)

@@ -1,15 +1,15 @@
-"""What a tree holds, file by file, as mtree(5) writes it; and where a tree is not what its manifest says.
+"""Manifests: the files of a tree in the format of mtree(5), and how a tree deviates from its manifest.
 
-A manifest is of a layer as it lies on the disk, with OverlayFS's markers. It is the text that libarchive and go-mtree
-read (``bsdtar -tf``, ``gomtree -f``), compressed with gzip::
+A manifest describes a layer as it is on disk, with OverlayFS's markers. It is text that libarchive and go-mtree read
+(``bsdtar -tf``, ``gomtree -f``), compressed with gzip::
 
     #mtree
     . type=dir mode=0755 uid=0 gid=0 time=1700000000.000000000
     ./a\\040b type=file mode=0644 uid=0 gid=0 time=1700000000.000000000 size=5 sha256digest=2cf24dba...
     ./c type=link mode=0777 uid=0 gid=0 time=1700000000.000000000 link=a\\040b
 
-Files with several names have the keyword ``inode`` with a number that they share. Extended attributes are
-``xattr.NAME`` with a value in base64, as go-mtree has them.
+The names of one file share a number in the keyword ``inode``. Extended attributes are ``xattr.NAME`` with a value in
+base64, as in go-mtree.
 
 Sources: libarchive 3.7, mtree(5); github.com/vbatts/go-mtree, ``xattr_handlers_linux.go``.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import gzip
 import hashlib
 import itertools
@@ -31,13 +30,14 @@ from typing import BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.overlayfs.options import octal_unescape
 from onlap.trees import walk as walking
-from onlap.trees.meta import list_xattrs
+from onlap.trees.meta import read_xattrs
 from onlap.trees.walk import OPEN_FILE, opened, path_of, walk
 
 _CHUNK = 1 << 20
 _HEAD = b"#mtree\n"
-# Bytes of one line: names of 255 bytes, 4 characters each, as deep as a tree may be; xattrs of 64 KiB each, several.
+# The limit of bytes per line: a deep path with four characters per byte, and several xattrs of 64 KiB each.
 _MAX_LINE = 16 << 20
 
 _TYPES = {
@@ -51,9 +51,8 @@ _TYPES = {
 }
 _FORMATS = {name: mode for mode, name in _TYPES.items()}
 
-# What vis(3) leaves as it is, of what mtree(5) gives no meaning to.
+# All bytes except those that vis(3) leaves as they are and that mean nothing in mtree(5).
 _PLAIN = re.compile(rb"[^A-Za-z0-9._/,:@%+~^-]")
-_ESCAPED = re.compile(rb"\\([0-3][0-7]{2})")
 
 Spend = Callable[[int], object]
 Unreadable = Callable[[str, OSError], object]
@@ -68,10 +67,10 @@ class Entry(NamedTuple):
         uid: owner.
         gid: group.
         mtime_ns: nanoseconds since the epoch.
-        size: bytes of a regular file, else 0.
-        digest: of a regular file's content, SHA-256 in hexadecimal; else empty.
-        rdev: the device number of a device, else 0.
-        target: what a symlink points to, else empty.
+        size: bytes of a regular file, otherwise 0.
+        digest: the SHA-256 of a regular file's content in hexadecimal, otherwise empty.
+        rdev: the device number of a device, otherwise 0.
+        target: the target of a symlink, otherwise empty.
         link: the same number for all names of one file, from 1 on; 0 for a file with one name.
         xattrs: all extended attributes.
     """
@@ -90,14 +89,14 @@ class Entry(NamedTuple):
 
 
 class Deviation(NamedTuple):
-    """Where a tree is not what its manifest says.
+    """One deviation of a tree from its manifest.
 
     Attributes:
         path: from the top of the tree.
-        expected: what the manifest says; None for a file that it does not know.
+        expected: the manifest's entry; None for a file that is not in it.
         what: what differs, of ``type``, ``mode``, ``owner``, ``mtime``, ``size``, ``content``, ``device``, ``target``,
-            ``links`` and ``xattrs``; empty for a file that is missing or not known.
-        found: whether there is such a file.
+            ``links`` and ``xattrs``; empty for a missing or additional file.
+        found: whether the file exists.
     """
 
     path: str
@@ -107,43 +106,39 @@ class Deviation(NamedTuple):
 
 
 def entries(top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable | None = None) -> Iterator[Entry]:
-    """What a tree holds, in the order of its manifest: a directory before what is in it, names sorted by their bytes.
+    """The files of a tree, in the order of its manifest: a directory before its contents, sorted by the names' bytes.
 
     Args:
         top: a descriptor of its top directory; left open.
-        spend: told of every chunk that was read, in bytes, and of one byte per file.
-        unreadable: told of a file whose content cannot be read, whose digest is empty then; else that is an error.
+        spend: called with the size of every chunk read, in bytes, and with 1 for every file.
+        unreadable: called for a file whose content cannot be read, whose digest is then empty; without it, that is an
+            error.
 
     Raises:
         OSError: something cannot be read.
     """
     links: dict[tuple[int, int], int] = {}
-    for path, status, dir_fd, name in itertools.chain([(".", os.fstat(top), top, ".")], map(_place, walk(top))):
+    for found in itertools.chain([walking.Entry(".", ".", top, os.fstat(top))], walk(top)):
         spend(1)
         digest = ""
-        if stat.S_ISREG(status.st_mode):
+        if stat.S_ISREG(found.status.st_mode):
             try:
-                digest = _digest(name, dir_fd, spend)
+                digest = _digest(found.name, found.dir_fd, spend)
             except OSError as error:
                 if unreadable is None:
                     raise
-                unreadable(path, error)
-        yield _entry(path, status, dir_fd, name, links, digest)
+                unreadable(found.path, error)
+        yield _entry(found, links, digest)
 
 
-def _place(found: walking.Entry) -> tuple[str, os.stat_result, int, str]:
-    return found.path, found.status, found.dir_fd, found.name
-
-
-def _entry(
-    path: str, status: os.stat_result, dir_fd: int, name: str, links: dict[tuple[int, int], int], digest: str
-) -> Entry:
+def _entry(found: walking.Entry, links: dict[tuple[int, int], int], digest: str) -> Entry:
+    status = found.status
     mode = status.st_mode
     size, link = status.st_size if stat.S_ISREG(mode) else 0, 0
     if status.st_nlink > 1 and not stat.S_ISDIR(mode):
         link = links.setdefault((status.st_dev, status.st_ino), len(links) + 1)
     return Entry(
-        path,
+        found.path,
         mode,
         status.st_uid,
         status.st_gid,
@@ -151,14 +146,13 @@ def _entry(
         size,
         digest,
         status.st_rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0,
-        os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(mode) else "",
+        os.readlink(found.name, dir_fd=found.dir_fd) if stat.S_ISLNK(mode) else "",
         link,
-        _xattrs(path_of(dir_fd, name)),
+        read_xattrs(path_of(found.dir_fd, found.name), markers=True),
     )
 
 
 def _digest(name: str, dir_fd: int, spend: Spend) -> str:
-    # O_NONBLOCK: it may be a FIFO by now. To look at a file shall not change it.
     with opened_unchanged(name, dir_fd) as fd:
         found = hashlib.sha256()
         while chunk := os.read(fd, _CHUNK):
@@ -169,8 +163,8 @@ def _digest(name: str, dir_fd: int, spend: Spend) -> str:
 
 @contextlib.contextmanager
 def opened_unchanged(name: str, dir_fd: int) -> Iterator[int]:
-    """A file, open for reading, whose access time stays where the kernel lets us say so; raises OSError."""
-    flags = OPEN_FILE | os.O_NONBLOCK
+    """Open a file for reading without changing its access time, if the kernel permits that; raises OSError."""
+    flags = OPEN_FILE | os.O_NONBLOCK  # it may be a FIFO by now
     with contextlib.ExitStack() as stack:
         try:
             fd = stack.enter_context(opened(name, flags | os.O_NOATIME, dir_fd=dir_fd))
@@ -179,24 +173,13 @@ def opened_unchanged(name: str, dir_fd: int) -> Iterator[int]:
         yield fd
 
 
-def _xattrs(path: str) -> dict[str, bytes]:
-    found = {}
-    for name in list_xattrs(path):
-        try:
-            found[name] = os.getxattr(path, name, follow_symlinks=False)
-        except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):  # listed without being readable
-                raise
-    return found
-
-
 # Writing
 
 
 def write(listed: Iterable[Entry], out: BinaryIO) -> str:
-    """Write a manifest; returns its digest, ``"sha256:..."`` of the text without its compression."""
+    """Write a manifest; return its digest, ``"sha256:..."`` of the uncompressed text."""
     digest = hashlib.sha256()
-    # No name and no time, so that the same tree has the same bytes.
+    # Without name and time, so that the same tree gives the same bytes.
     with gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0, compresslevel=1) as packed:
         for line in itertools.chain([_HEAD], map(_line, listed)):
             digest.update(line)
@@ -232,7 +215,7 @@ def _escaped(name: bytes) -> bytes:
 
 
 def read(file: BinaryIO, digest: str) -> list[Entry]:
-    """The entries of a manifest whose digest is known.
+    """The entries of a manifest with a known digest.
 
     Raises:
         DataLoss: it is damaged.
@@ -259,33 +242,29 @@ def _damaged(digest: str) -> errors.DataLoss:
 
 def _parse(line: bytes) -> Entry:
     name, *words = line.rstrip(b"\n").split(b" ")
-    told = dict(word.split(b"=", 1) for word in words)
-    seconds, _, rest = told[b"time"].partition(b".")
+    fields = dict(word.split(b"=", 1) for word in words)
+    seconds, _, rest = fields[b"time"].partition(b".")
     rdev = 0
-    if b"device" in told:
-        _, major, minor = told[b"device"].split(b",")
+    if b"device" in fields:
+        _, major, minor = fields[b"device"].split(b",")
         rdev = os.makedev(int(major), int(minor))
     return Entry(
-        "." if name == b"." else os.fsdecode(_unescaped(name.removeprefix(b"./"))),
-        _FORMATS[told[b"type"].decode()] | int(told[b"mode"], 8),
-        int(told[b"uid"]),
-        int(told[b"gid"]),
+        "." if name == b"." else os.fsdecode(octal_unescape(name.removeprefix(b"./"))),
+        _FORMATS[fields[b"type"].decode()] | int(fields[b"mode"], 8),
+        int(fields[b"uid"]),
+        int(fields[b"gid"]),
         int(seconds) * 10**9 + int(rest),
-        int(told.get(b"size", 0)),
-        told.get(b"sha256digest", b"").decode(),
+        int(fields.get(b"size", 0)),
+        fields.get(b"sha256digest", b"").decode(),
         rdev,
-        os.fsdecode(_unescaped(told.get(b"link", b""))),
-        int(told.get(b"inode", 0)),
+        os.fsdecode(octal_unescape(fields.get(b"link", b""))),
+        int(fields.get(b"inode", 0)),
         {
-            os.fsdecode(_unescaped(key.removeprefix(b"xattr."))): base64.b64decode(value)
-            for key, value in told.items()
+            os.fsdecode(octal_unescape(key.removeprefix(b"xattr."))): base64.b64decode(value)
+            for key, value in fields.items()
             if key.startswith(b"xattr.")
         },
     )
-
-
-def _unescaped(name: bytes) -> bytes:
-    return _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), name)
 
 
 # Comparing
@@ -294,13 +273,12 @@ def _unescaped(name: bytes) -> bytes:
 def deviations(
     expected: Iterable[Entry], top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable | None = None
 ) -> Iterator[Deviation]:
-    """Where a tree is not what its manifest says, in its order.
+    """How a tree deviates from its manifest, in the order of the manifest.
 
     Args:
         expected: the manifest.
         top: a descriptor of the tree's top directory; left open.
-        spend: see :func:`entries`.
-        unreadable: likewise.
+        spend, unreadable: see :func:`entries`.
 
     Raises:
         OSError: something cannot be read.
@@ -329,7 +307,7 @@ def _order(path: str) -> list[bytes]:
 
 
 class _Links:
-    """Which number of a file with several names stands for which on the other side."""
+    """Maps the numbers of files with several names on one side to those on the other."""
 
     def __init__(self) -> None:
         self._forth: dict[int, int] = {}

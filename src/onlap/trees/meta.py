@@ -123,15 +123,19 @@ def parse_override(value: bytes, mode: int) -> tuple[int, int] | None:
     return uid, gid
 
 
-def read_xattrs(path: str | int) -> dict[str, bytes]:
-    """The extended attributes of a file, without OverlayFS's own; a symlink is not followed.
+def read_xattrs(path: str | int, *, markers: bool = False) -> dict[str, bytes]:
+    """The extended attributes of a file; a symlink is not followed.
 
     The names are listed first: most files have none, and reading a missing one costs an exception.
+
+    Args:
+        path: a path or a descriptor.
+        markers: include OverlayFS's own.
     """
     follow = isinstance(path, int)
     found = {}
     for name in list_xattrs(path):
-        if is_marker(name):
+        if not markers and is_marker(name):
             continue
         try:
             found[name] = os.getxattr(path, name, follow_symlinks=follow)
