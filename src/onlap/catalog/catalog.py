@@ -329,6 +329,8 @@ class Catalog:
             return found.id
 
         identifier = self.garbage.with_space(lambda: self.database.write(operation))
+        self.sidecars.removed(identifier)
+        self.manifests.removed(identifier)
         # The snapshot is removed: a failure from here on only delays the release of its space.
         try:
             self.trash.put(self.layout.snapshot(identifier))

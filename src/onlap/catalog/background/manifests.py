@@ -47,12 +47,16 @@ class Manifests:
         self.staging = staging
         self.database = database
         self._made = made
-        self._due: list[int] | None = None
+        self._due: set[int] = set()
+        self._looked = False
 
     def committed(self, identifier: int) -> None:
-        """A snapshot was committed."""
-        if self._due is not None:
-            self._due.append(identifier)
+        """Note that a snapshot was committed."""
+        self._due.add(identifier)
+
+    def removed(self, identifier: int) -> None:
+        """Note that a snapshot was removed: most are, in a burst, before their turn comes."""
+        self._due.discard(identifier)
 
     def make(self, stop: Callable[[], bool]) -> int:
         """Make those that are missing, slowly, until ``stop`` says so; returns how many.
@@ -60,17 +64,22 @@ class Manifests:
         Raises:
             OnlapError: the catalog cannot be read.
         """
-        if self._due is None:
-            # Once: what others left. What they commit from now on they note, or the next who looks.
-            self._due = self.database.read(records.without_manifest)
+        if not self._looked:
+            self._looked = True
+            # Once: what other processes left. Later commits of theirs they list themselves, or the next process does.
+            self._due.update(self.database.read(records.without_manifest))
         made = 0
         pace = Pace(stop, lambda: RATE, _BURST)
         while self._due and not stop():
             try:
-                made += self._make(self._due[0], pace)
+                identifier = self._due.pop()
+            except KeyError:
+                break  # it was removed meanwhile
+            try:
+                made += self._make(identifier, pace)
             except Stopped:
+                self._due.add(identifier)
                 break
-            self._due.pop(0)
         return made
 
     def make_all(self) -> int:

@@ -118,8 +118,12 @@ class Sidecars:
         self._settings: dict[str, str] | None = None
 
     def changed(self, identifier: int) -> None:
-        """A snapshot's record was made, or is another one now."""
+        """Note that the record of a snapshot is new or has changed."""
         self._due.add(identifier)
+
+    def removed(self, identifier: int) -> None:
+        """Note that a snapshot was removed: most are, in a burst, before their turn comes."""
+        self._due.discard(identifier)
 
     def write(self, stop: Callable[[], bool]) -> None:
         """Write all that are due, those of other processes too, until ``stop`` says so.
@@ -131,8 +135,8 @@ class Sidecars:
             self._looked = True
             # Once: what others left. What they change from now on they write, or the next who looks.
             self._due.update(self._outdated())
-        while self._due and not stop():
-            self._write_one(self._due.pop())
+        while not stop() and self._write_next():
+            pass
         self._write_images()
 
     def write_all(self) -> None:
@@ -149,8 +153,8 @@ class Sidecars:
         """Write what this process has left to do, if that is not much; never fails. The background has ended."""
         if 0 < len(self._due) <= _AT_CLOSE:
             with contextlib.suppress(errors.OnlapError):
-                while self._due:
-                    self._write_one(self._due.pop())
+                while self._write_next():
+                    pass
                 self._write_images()
 
     def is_current(self, record: Record) -> bool:
@@ -200,6 +204,15 @@ class Sidecars:
             if len(rows) < records.PAGE:
                 return
             after = rows[-1].id
+
+    def _write_next(self) -> bool:
+        """Write one that is due; returns whether there was one."""
+        try:
+            identifier = self._due.pop()
+        except KeyError:
+            return False  # none, or the last one was removed meanwhile
+        self._write_one(identifier)
+        return True
 
     def _write_one(self, identifier: int) -> None:
         record = self.database.read(lambda c: records.by_id(c, identifier))
