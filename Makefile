@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # "make peers lint test" in that order, also under -j.
 .NOTPARALLEL:
-.PHONY: help demo peers peers-soft lint docs dist test test-long bench protocol clean
+.PHONY: help demo peers peers-soft lint docs dist test test-crash test-long bench protocol clean
 
 ARGS ?=
 VENV := .venv
@@ -39,9 +39,9 @@ PRIVATE = private=; \
 		private='unshare --mount --propagation private'; \
 	fi
 
-# $(call run_tests,OPTIONS): pure and kernel beside each other; peers one after the other, since a daemon is a
-# module's and the machine has one dockerd; crash a file a worker, since its files share a filesystem to cut the power
-# of. All of them run, also after a failure. A folder without tests (pytest's status 5) is no failure.
+# $(call run_tests,OPTIONS): pure and kernel beside each other. Then the peers one after the other, since each module has
+# its own daemon and the machine has one dockerd; they mostly wait, so the crashes run beside them. All of them run, also
+# after a failure. A folder without tests (pytest's status 5) is not a failure.
 define run_tests
 	@$(PRIVATE); started=$$(date +%s); status=0; \
 	suite() { \
@@ -56,8 +56,9 @@ define run_tests
 		[ $$rc -eq 0 ] || [ $$rc -eq 5 ] || status=$$rc; \
 	}; \
 	suite 'pure kernel' -n 2; \
+	mkdir -p .cache; (suite crash -n 0; exit $$status) >.cache/crash.log 2>&1 & beside=$$!; \
 	suite peers -n 0; \
-	suite crash -n 2 --dist loadfile; \
+	wait $$beside || status=$$?; cat .cache/crash.log; \
 	took=$$(($$(date +%s) - started)); echo; \
 	if [ $$status -eq 0 ]; then echo "All passed in $$took s."; else echo "Tests failed ($$took s)." >&2; fi
 endef
@@ -107,6 +108,9 @@ test: $(STAMP) peers-soft ## the tests, in a virtual environment that this makes
 	$(run_tests); \
 	if [ "$${CI-}" = true ] && [ $$took -gt 720 ]; then echo "Over the budget of 720 s." >&2; status=1; fi; \
 	exit $$status
+
+test-crash: $(STAMP) ## the tests of crashes alone; more of them with ARGS=--long
+	@$(PRIVATE); $$private $(BIN)/python -m pytest -q tests/crash $(ARGS)
 
 test-long: export HYPOTHESIS_PROFILE := long
 test-long: $(STAMP) peers-soft ## the same with the long tests and the long Hypothesis profile (hours)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -194,17 +194,17 @@ class Worker:
             self.errors += said
 
 
-def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    soak(tmp_path, 30.0, seed=1, capsys=capsys)
+def test_everything_at_once(tmp_path: Path, counted: Callable[[str], None]) -> None:
+    soak(tmp_path, 30.0, seed=1, counted=counted)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_everything_at_once_for_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    soak(tmp_path, 600.0, seed=2, capsys=capsys)
+def test_everything_at_once_for_ten_minutes(tmp_path: Path, counted: Callable[[str], None]) -> None:
+    soak(tmp_path, 600.0, seed=2, counted=counted)
 
 
-def soak(place: Path, seconds: float, *, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def soak(place: Path, seconds: float, *, seed: int, counted: Callable[[str], None]) -> None:
     """Run the workers for so long, then look at what they leave."""
     rng = random.Random(seed)
     root = place / "root"
@@ -233,10 +233,7 @@ def soak(place: Path, seconds: float, *, seed: int, capsys: pytest.CaptureFixtur
         assert [str(each) for each in report.findings] == []
         assert report.unlisted == 0
     assert_nothing_is_left(root)
-    with capsys.disabled():
-        sys.stdout.write(
-            f"[soak: seed {seed}, {sent} signals, {acknowledged} acknowledged commits, {report.files} files checked]\n"
-        )
+    counted(f"soak: seed {seed}, {sent} signals, {acknowledged} acknowledged commits, {report.files} files checked")
 
 
 def compare(store: Store, workers: list[Worker]) -> int:
