@@ -1,6 +1,6 @@
 """What ``overlay`` and ``overlay2`` share: counted mounts, locks, removal, differences of stacks.
 
-They differ in how a layer lies on disk: for each layer, a driver says which directory or mount shows its tree
+They differ in how a layer is stored on disk: for each layer, a driver says which directory or mount shows its tree
 (:meth:`StackDriver._tree`), and which directories make it up (:meth:`StackDriver._stack`).
 """
 
@@ -229,7 +229,7 @@ class StackDriver(Driver):
             self._remove(id)
 
     def _remove(self, id: str) -> None:
-        """Rename the layer away, so that it is gone in one step; files left by an error or a kill go with the next."""
+        """Rename the layer first, so that it disappears in one step; a sweep deletes what an error or a kill leaves."""
         removed = REMOVED + id
         self._discard(removed)
         with errors.translated("remove the layer", key=id), contextlib.ExitStack() as stack:
@@ -237,7 +237,7 @@ class StackDriver(Driver):
                 held = lock_directory(self._dir(id))
             except FileNotFoundError:
                 return
-            if held is not None:  # so that another process's sweep leaves it to us
+            if held is not None:  # another process's sweep then skips it
                 stack.enter_context(held)
             detach_below(self._dir(id))
             os.rename(id, removed, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)

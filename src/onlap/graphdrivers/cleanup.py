@@ -45,7 +45,7 @@ def mounts_below(directory: str) -> list[str]:
 
 
 def is_mounted(directory: str) -> bool:
-    """Whether an overlay is mounted there; raises OSError when that cannot be told."""
+    """Whether an overlay is mounted at ``directory``; raises OSError if that cannot be determined."""
     return exists(directory) and os.lstat(directory).st_dev != os.lstat(os.path.join(directory, "..")).st_dev
 
 
