@@ -140,3 +140,15 @@ def test_every_declared_dependency_has_its_package() -> None:
         "prometheus-client": "prometheus_client",
     }
     assert {top_level.get(name, name) for name in names} == set(PACKAGES_OF)
+
+
+def test_the_tests_that_documents_name_exist() -> None:
+    there = {path.name for path in (TOP / "tests").rglob("*.py")}
+    pages = [page for page in (*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")) if page.name != "CHANGELOG.md"]
+    named = 0
+    for page in pages:
+        for folder, name in re.findall(r"`(tests/(?:[\w.]+/)*)?(test_\w+\.py)`", page.read_text()):
+            named += 1
+            assert name in there, f"{page.name} names {name}"
+            assert not folder or (TOP / folder / name).is_file(), f"{page.name} names {folder}{name}"
+    assert named > 20
