@@ -60,10 +60,10 @@ def mounted(path: str) -> bool:
 
 def test_names_of_dockers_own_are_refused(root: Path) -> None:
     for name in ("overlay", "overlay2", "aufs", "devicemapper", "btrfs", "zfs", "vfs", "fuse-overlayfs"):
-        with pytest.raises(errors.InvalidArgument, match="dockerd has a driver"):
+        with pytest.raises(errors.InvalidArgument, match="built-in driver"):
             serve(root, name=name)
     for name in ("", "a/b", "..", "-x", "x y"):
-        with pytest.raises(errors.InvalidArgument, match="no name"):
+        with pytest.raises(errors.InvalidArgument, match="not a valid name"):
             serve(root, name=name)
     assert not (root / "s").exists()
 
@@ -208,7 +208,7 @@ def test_a_call_that_is_repeated_without_its_body(root: Path) -> None:
             chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(part), part) if part else b"0\r\n\r\n"
             path = "GraphDriver.ApplyDiff?id=x&parent="
             _, answer = request(server, path, chunks, {"Transfer-Encoding": "chunked"})
-            assert "without its beginning" in json.loads(answer)["Err"]
+            assert "the beginning of layer" in json.loads(answer)["Err"]
         assert os.listdir(driver.get("x")) == []
         driver.remove("x")
         driver.create("x")
@@ -216,7 +216,7 @@ def test_a_call_that_is_repeated_without_its_body(root: Path) -> None:
         driver.create("y")
     with serve(root) as server:  # it cannot know whether the one before was killed in the call
         _, answer = request(server, "GraphDriver.ApplyDiff?id=y&parent=", b"", {"Content-Length": "0"})
-        assert "without its beginning" in json.loads(answer)["Err"]
+        assert "the beginning of layer" in json.loads(answer)["Err"]
         assert Reconnected(server.socket).apply_diff("y", "", io.BytesIO(data)) == 10_001
 
 
@@ -229,7 +229,7 @@ def test_a_socket_that_was_handed_over_stays(root: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr("onlap.serve.sockets.inherited", lambda _: listener.dup())
 
         def activated() -> Listening:
-            return Listening("p", "overlay2", socket_dir=str(root / "s"), sync="none", handed_over=True)
+            return Listening("p", "overlay2", socket_dir=str(root / "s"), sync="none", inherit=True)
 
         with activated() as server:
             PluginDriver(server.socket, str(root / "home")).create("x")

@@ -149,7 +149,7 @@ def test_a_socket_that_was_handed_over_outlives_the_server(root: Path, killed: b
             daemon.stop()
             daemon.start()
             assert daemon.process.wait(20) == 6
-            assert "handed over" in daemon.tail()
+            assert "inherited" in daemon.tail()
     assert daemon.socket.exists()
 
 

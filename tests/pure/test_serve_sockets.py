@@ -158,7 +158,7 @@ def test_what_is_no_port(metrics: Metrics, port: str) -> None:
 
 @pytest.mark.parametrize("host", ["a" * 64, "a..b", "\udcff"])
 def test_what_is_no_host(metrics: Metrics, host: str) -> None:
-    with pytest.raises(errors.InvalidArgument, match="no name of a host"):
+    with pytest.raises(errors.InvalidArgument, match="no valid host name"):
         metrics.serve(f"{host}:0")
 
 

@@ -1,1 +1,1 @@
-"""A store served to others: containerd's snapshotter plugin, Docker's graph driver plugin."""
+"""Servers: containerd's snapshotter plugin, and Docker's graph driver plugin."""

@@ -1,4 +1,4 @@
-"""From start to stop: what every server does around its calls."""
+"""The life of every server, from start to stop."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from onlap.serve import sockets, systemd
 
 _log = logging.getLogger("onlap.serve")
 
-# Seconds from one try to the next to take a connection for which no descriptor was left; there is no event for one.
+# Seconds before a connection is accepted again after there was no descriptor for it; there is no event to wait for.
 PAUSE = 0.5
 
-# What runs when SIGTERM comes may finish: a commit, or an ApplyDiff, that waits for a slow disk is the longest. systemd
-# kills after 90 s.
+# Seconds for calls that run when SIGTERM comes: the longest is a commit or an ApplyDiff on a slow disk. systemd kills
+# after 90 s.
 GRACE = 60.0
 
 
 class BaseServer(ABC):
-    """A server's, on one socket: a context manager that stops it.
+    """A server on one socket: a context manager that stops it.
 
     Args:
-        socket: where it listens.
+        socket: the path of the socket.
         mode: permissions of the socket.
-        group: who gets the group's permissions of it.
+        group: the group of the socket.
 
     Attributes:
-        socket: where it listens.
+        socket: the path of the socket.
     """
 
     def __init__(self, socket: str, mode: int = 0o600, group: str | None = None) -> None:
@@ -47,7 +47,7 @@ class BaseServer(ABC):
         self.close()
 
     def close(self) -> None:
-        """Take no more calls, finish those that run, and let go of the socket and of what else is held."""
+        """Accept no more calls, finish the running ones, and release the socket and other resources."""
         self._cleanup.close()
 
     @abstractmethod
@@ -55,13 +55,13 @@ class BaseServer(ABC):
         """Listen, and answer in the background.
 
         Raises:
-            Unavailable: somebody listens there.
-            OnlapError: of another kind, when the socket cannot be made.
+            Unavailable: another server listens there.
+            OnlapError: of another kind, if the socket cannot be created.
         """
 
     @contextmanager
     def _listening(self) -> Iterator[str]:
-        """Gives the name at which to listen by the end of the block; from then on the socket is there."""
+        """Yields the path at which to listen by the end of the block; the socket gets its own path then."""
         sockets.claim(self.socket)
         with sockets.made(self.socket, *self._access) as new:
             yield new
@@ -85,11 +85,11 @@ class BaseServer(ABC):
 
 @contextmanager
 def _signals(*numbers: int) -> Iterator[int]:
-    """A descriptor from which a byte can be read for each of these signals; they stay without other effect.
+    """A descriptor from which a byte can be read for each of these signals, which have no other effect.
 
-    Not an Event that a handler sets: Python runs handlers in the main thread, between two of its instructions, so that
-    a signal in the moment before it goes to wait does not wake it (3 of 3,000 tries hung). The byte is written by the
-    C handler, in whichever thread the kernel interrupts.
+    Not an Event that a handler sets: Python runs handlers in the main thread, between two of its instructions, so a
+    signal just before the main thread waits does not wake it (3 of 3,000 attempts hung). The C handler writes the byte,
+    in whichever thread the kernel interrupts.
     """
     signalled, write_end = os.pipe()
     os.set_blocking(write_end, False)

@@ -9,10 +9,10 @@ from onlap.errors import shown
 
 
 class Logfmt(logging.Formatter):
-    """``time=... level=... msg="..." key=value``; fields come in a record's ``fields``."""
+    """``time=... level=... msg="..." key=value``; the keys are in a record's ``fields``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, whatever is in it; a traceback follows on lines of its own."""
+        """One line, whatever the message contains; a traceback follows on further lines."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         pairs = [
             ("time", f"{when}.{int(record.msecs):03d}Z"),

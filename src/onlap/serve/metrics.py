@@ -1,7 +1,7 @@
-"""Figures for Prometheus: calls and how long they took, live snapshots and what they take, the filesystem, the process.
+"""Metrics for Prometheus: calls and their durations, snapshots and their disk usage, the filesystem, the process.
 
-Names and units are as Prometheus has them (prometheus.io/docs/practices/naming), codes as gRPC does. A scrape reads the
-catalog and lists one directory; it walks no tree.
+Names and units follow Prometheus (prometheus.io/docs/practices/naming), codes gRPC. A scrape reads the catalog and
+lists one directory; it walks no tree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onlap.catalog import records
 from onlap.serve.containerd.status import CODES
 from onlap.snapshots.recorded import RecordedSnapshotter
 
-# From a read of the catalog (some 0.1 ms) to a sync of a large layer (minutes).
+# Seconds: from a read of the catalog (about 0.1 ms) to a sync of a large layer (minutes).
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 
 _PORT = re.compile("[0-9]{1,5}")
@@ -31,10 +31,10 @@ _NAMES = {0: "OK", **{number: name for name, number in CODES.items()}}
 
 
 class Metrics:
-    """A registry of its own, so that several servers can live in one process.
+    """The metrics of one server, with their own registry, so that a process can have several servers.
 
     Args:
-        snapshotter: whose state is shown.
+        snapshotter: the snapshotter whose state is shown.
     """
 
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
@@ -51,27 +51,27 @@ class Metrics:
         self._thread: threading.Thread | None = None
 
     def observe(self, method: str, code: int, seconds: float) -> None:
-        """One call was answered."""
+        """Count an answered call."""
         self._calls.labels(method, _NAMES[code]).inc()
         self._seconds.labels(method).observe(seconds)
 
     def serve(self, address: str) -> int:
-        """Serve the figures over HTTP at ``HOST:PORT``; returns the port.
+        """Serve the metrics over HTTP at ``HOST:PORT``; returns the port.
 
         Raises:
             InvalidArgument: the address has another form.
-            Unavailable: it cannot be listened on, as one that is taken.
+            Unavailable: it cannot be listened on, as because it is in use.
         """
         host, colon, port = address.rpartition(":")
         if not colon or not _PORT.fullmatch(port) or int(port) > 65535:
-            raise errors.InvalidArgument(f"the address {address!r} is not HOST:PORT", hint="as 127.0.0.1:9100")
+            raise errors.InvalidArgument(f"the address {address!r} is not HOST:PORT", hint="for example 127.0.0.1:9100")
         try:
             self._server, self._thread = start_http_server(int(port), host.strip("[]") or "0.0.0.0", self.registry)
-        except UnicodeError as error:  # what encodes a host's name for the resolver says so, of "a..b" too
-            raise errors.InvalidArgument(f"the address {address!r} has no name of a host") from error
+        except UnicodeError as error:  # from the encoding of the host name for the resolver, also for "a..b"
+            raise errors.InvalidArgument(f"the address {address!r} has no valid host name") from error
         except OSError as error:
             raise errors.Unavailable(
-                f"cannot serve figures at {address}: {error.strerror}", key=address, hint="give another address"
+                f"cannot serve metrics at {address}: {error.strerror}", key=address, hint="give another address"
             ) from error
         return int(self._server.server_port)
 
@@ -84,7 +84,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """What is asked of the store when somebody looks."""
+    """The metrics that are read from the store at each scrape."""
 
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
         self._snapshotter = snapshotter
@@ -97,7 +97,7 @@ class _State(Collector):
         live = GaugeMetricFamily("onlap_snapshots", "Live snapshots.", labels=["kind", "owner"])
         size = GaugeMetricFamily("onlap_store_bytes", "What committed snapshots take, once measured.", labels=["owner"])
         inodes = GaugeMetricFamily("onlap_store_inodes", "Inodes of the same.", labels=["owner"])
-        # Also those of which there are none, so that a rule may rely on them.
+        # Kinds without snapshots too, so that rules can rely on them.
         kinds = (records.ACTIVE, records.VIEW, records.COMMITTED)
         found: dict[tuple[str, str], tuple[int, float, float]]
         found = dict.fromkeys(((kind, self._snapshotter.owner) for kind in kinds), (0, 0, 0))

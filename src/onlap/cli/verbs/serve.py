@@ -137,7 +137,7 @@ def docker(call: Call) -> int:
         raise UsageError("serve docker needs --name")
     from onlap.serve.docker.server import Server
 
-    with Server(args.name, args.driver, socket_dir=args.socket_dir, sync=args.sync, handed_over=True) as server:
+    with Server(args.name, args.driver, socket_dir=args.socket_dir, sync=args.sync, inherit=True) as server:
         return server.run()
 
 
@@ -162,11 +162,11 @@ def _configure_logging(call: Call) -> None:
 
 
 def _print_unit(call: Call, kind: str) -> int:
-    from onlap.serve import units
+    from onlap.serve import systemd
 
     parser = make_parser(VERBS[f"serve {kind}"])
     for name, value in vars(call.args).items():
         if name not in _WITH_PRINT_UNIT and value != parser.get_default(name):
             raise UsageError(f"--{name.replace('_', '-')} is not written into a unit: add it to ExecStart= there")
-    print(units.unit(f"onlap-{kind}.{call.args.print_unit}", os.path.abspath(call.root)), end="")
+    print(systemd.unit(f"onlap-{kind}.{call.args.print_unit}", os.path.abspath(call.root)), end="")
     return 0

@@ -1,4 +1,4 @@
-"""What happens around every call, whatever the transport: the log, the figures, the translation of errors."""
+"""What surrounds every call, independent of the transport: the log, the metrics, the translation of errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("onlap.serve")
 
 
 class Failure(Exception):
-    """A call that is answered with a status."""
+    """An error of a call, as a gRPC status."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -26,10 +26,10 @@ class Failure(Exception):
 
 
 class Observer(Protocol):
-    """Who counts the calls."""
+    """Counts calls."""
 
     def observe(self, method: str, code: int, seconds: float) -> None:
-        """One call was answered with ``code`` after so long."""
+        """A call was answered with ``code`` after ``seconds``."""
         ...
 
 
@@ -37,8 +37,8 @@ class Calls:
     """Answers encoded requests with encoded responses.
 
     Args:
-        service: what knows the answers.
-        observer: told of every call.
+        service: answers the calls.
+        observer: notified of every call.
     """
 
     def __init__(self, service: Service, observer: Observer | None = None) -> None:
@@ -61,7 +61,7 @@ class Calls:
         return answer
 
     def stream(self, name: str, method: Method, data: bytes) -> Iterator[bytes]:
-        """Answer one call with a stream; raises :class:`Failure`, perhaps after some of it."""
+        """Answer one call with a stream; raises :class:`Failure`, possibly after a part of it."""
         started = time.perf_counter()
         try:
             responses = method.call(_parse(method, data))

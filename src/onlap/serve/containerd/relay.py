@@ -1,9 +1,9 @@
-"""From a socket that outlives the server to the one that gRPC made.
+"""Relays the connections of an inherited socket, which outlives the server, to gRPC's own socket.
 
-grpcio makes its listening sockets itself and takes none over (grpc/grpc#19133: only where the C core was built with
-libsystemd, as no wheel is). So the connections of a socket that was handed over are accepted here, and their bytes
-passed on, both ways, to gRPC's own socket, which only its owner can reach. Where nothing was handed over, clients talk
-to gRPC's socket itself (docs/adr/0011-sockets.md).
+grpcio creates its listening sockets itself and cannot use an inherited one (grpc/grpc#19133: only if its C core is
+built with libsystemd, as in no wheel). So connections on an inherited socket are accepted here, and their bytes copied,
+in both directions, to gRPC's own socket, which only its owner can reach. Without an inherited one, clients connect to
+gRPC's socket directly (docs/adr/0011-sockets.md).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from onlap.serve.lifecycle import PAUSE
 
 _log = logging.getLogger("onlap.serve")
 
-# containerd has one connection, whose messages are some hundred bytes; a list has some ten thousand.
+# Bytes. containerd has one connection, with messages of a few hundred bytes; a list has some ten thousand.
 _CHUNK = 64 * 1024
 
 
 class Relay:
-    """Accepts in the background.
+    """Accepts connections in the background.
 
     Args:
-        listener: the socket that was handed over; closed in the end, which those who also have it do not notice.
-        inner: the path of the socket that answers.
+        listener: the inherited socket; closed in the end, which does not affect other processes that have it.
+        inner: the path of gRPC's socket.
     """
 
     def __init__(self, listener: socket.socket, inner: str) -> None:
         self._listener = listener
-        # Another server may accept on it, too, in the moment when one follows the other.
+        # While one server replaces another, both may accept on it.
         self._listener.setblocking(False)
         self._inner = inner
         self._stop_read, self._stop_write = os.pipe()
@@ -41,7 +41,7 @@ class Relay:
         self._thread.start()
 
     def stop(self) -> None:
-        """Accept no more: who connects from now on waits for the next server. What is connected stays so."""
+        """Accept no more: new clients wait for the next server. Existing connections stay."""
         os.close(self._stop_write)
         self._thread.join()
         os.close(self._stop_read)
@@ -53,16 +53,16 @@ class Relay:
             if self._stop_read in ready:
                 return
             try:
-                self._take()
+                self._accept_one()
             except (BlockingIOError, ConnectionError):
-                continue  # it has gone again, or another server was faster
+                continue  # the client is gone again, or another server was faster
             except (OSError, RuntimeError) as error:
-                # No descriptor or no thread is left: who connects waits, until somebody else has gone.
-                _log.warning("cannot take a connection", extra={"fields": {"error": error}})
+                # No descriptor or no thread is left: clients wait until another has disconnected.
+                _log.warning("cannot accept a connection", extra={"fields": {"error": error}})
                 select.select([self._stop_read], [], [], PAUSE)
 
-    def _take(self) -> None:
-        """Take one connection; raises OSError, and RuntimeError where no thread can be had."""
+    def _accept_one(self) -> None:
+        """Accept one connection; raises OSError, and RuntimeError if no thread can be started."""
         with ExitStack() as on_error:
             server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             on_error.callback(_end, server)
@@ -83,7 +83,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
     except OSError:
-        # One side is gone; nothing that the other one sends can arrive.
+        # One side is gone, and nothing from the other can be delivered.
         _shut(source)
         _shut(target)
 
@@ -96,7 +96,7 @@ def _back(server: socket.socket, client: socket.socket, there: threading.Thread)
 
 
 def _end(connection: socket.socket) -> None:
-    _shut(connection)  # a thread may wait for what comes from it
+    _shut(connection)  # a thread may be waiting to receive from it
     connection.close()
 
 
@@ -104,4 +104,4 @@ def _shut(connection: socket.socket) -> None:
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
-        return  # it is not connected, or not any more
+        return  # it is not connected, or no longer

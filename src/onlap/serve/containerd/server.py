@@ -1,4 +1,4 @@
-"""The life of the server: the owner's lock, the socket, readiness, and a quick end."""
+"""The server: the owner's lock, the socket, its start and its stop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 
 _log = logging.getLogger("onlap.serve")
 
-# Seconds after which a thread has to let another one run; Python's own are 5 ms, in which a call that only looks at the
-# catalog could have been answered ten times. With 16 clients it is worth 15 % more cycles a second.
+# Seconds after which a thread has to let another one run. Python's default is 5 ms, in which a call that only reads the
+# catalog could be answered ten times. With 16 clients this gives 15 % more cycles per second.
 _SWITCH_INTERVAL = 0.0002
 
 
@@ -26,12 +26,12 @@ class Server(BaseServer):
     """The snapshotter of one owner, on one socket; a context manager.
 
     Args:
-        snapshotter: what to serve; closed by its owner, after the server.
-        socket: where to listen; its directory is made.
-        listener: a socket that was handed over, and listens there already, to be used instead; it is left as it is.
+        snapshotter: what to serve; its owner closes it after the server.
+        socket: where to listen; its directory is created.
+        listener: an inherited socket that already listens there, to be used instead; it is left unchanged.
         mode: permissions of the socket.
-        group: who gets the group's permissions of it.
-        observer: told of every call.
+        group: the group of the socket.
+        observer: notified of every call.
 
     Raises:
         FailedPrecondition: the root cannot be served, or the owner is served already.
@@ -55,14 +55,14 @@ class Server(BaseServer):
         self._cleanup.callback(self._transport.stop, GRACE)
         for record in snapshotter.catalog.lost:
             _log.error(
-                "a snapshot has lost its tree; remove it, leaf first, and pull its image again",
+                "a snapshot has lost its tree; remove it, children first, and pull its image again",
                 extra={"fields": {"name": record.name, "owner": record.owner, "id": record.id}},
             )
 
     def start(self) -> None:
         if self._listener is not None:
             sockets.check_length(self.socket)
-            # Always the same name, so that what a killed server leaves is replaced.
+            # Always the same path, so that the leftover of a killed server is replaced.
             inner = f"{self.socket}.inner"
             with sockets.private():
                 self._transport.start(inner)
@@ -73,5 +73,5 @@ class Server(BaseServer):
             self._transport.start(new)
 
     def run(self) -> int:
-        sys.setswitchinterval(_SWITCH_INTERVAL)  # the process is ours as long as this runs
+        sys.setswitchinterval(_SWITCH_INTERVAL)  # the whole process is the server's
         return super().run()

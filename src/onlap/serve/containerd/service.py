@@ -1,4 +1,4 @@
-"""The ten calls, from messages to a snapshotter and back.
+"""The ten calls: from a request to the snapshotter and back to a response.
 
 Sources: containerd v1.7.24, contrib/snapshotservice/service.go and snapshots/proxy/proxy.go; v2.2 for the parent of a
 commit.
@@ -23,12 +23,12 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 
 NAME = "containerd.services.snapshots.v1.Snapshots"
 
-# The peer's proxy client reads a list in blocks (contrib/snapshotservice/service.go).
+# containerd sends a list in blocks (contrib/snapshotservice/service.go).
 BLOCK = 100
 
 _KINDS = {"view": pb.VIEW, "active": pb.ACTIVE, "committed": pb.COMMITTED}
 
-# "default/3/extract-736031383-3MYp sha256:...": namespace, number, and the key that containerd's unpacker made.
+# "default/3/extract-736031383-3MYp sha256:...": namespace, number, and the key from containerd's unpacker.
 _UNPACKED = re.compile(r"[^/]+/[0-9]+/extract-")
 
 
@@ -38,7 +38,7 @@ def is_unpacked(key: str) -> bool:
 
 
 def namespace(key: str) -> str:
-    """containerd's namespace, which is the first part of every key that its metadata layer makes."""
+    """containerd's namespace, which is the first part of every key from its metadata layer."""
     return key.partition("/")[0] if "/" in key else ""
 
 
@@ -47,8 +47,8 @@ class Method(NamedTuple):
 
     Attributes:
         request: the class of its message.
-        call: answers it; with a message, or with an iterator of them when ``streams``.
-        key: what of the request names the snapshot, for the log.
+        call: answers it, with a message, or with an iterator of messages if ``streams``.
+        key: returns the snapshot's key from the request, for the log.
         streams: whether the answer is a stream.
     """
 
@@ -89,7 +89,7 @@ class Service:
         return pb.MountsResponse(mounts=_mounts(self._snapshotter.mounts(request.key)))
 
     def commit(self, request: pb.CommitSnapshotRequest) -> Message:
-        """Commit; whether it is still mounted is the client's business, as with containerd's own."""
+        """Commit, also a mounted snapshot, as containerd's own snapshotters do."""
         self._snapshotter.commit(
             request.name,
             request.key,
@@ -100,7 +100,7 @@ class Service:
         return Empty()
 
     def remove(self, request: pb.RemoveSnapshotRequest) -> Message:
-        """Remove, also what is mounted, as with containerd's own; the tree is deleted behind it."""
+        """Remove, also a mounted snapshot, as containerd's own snapshotters do; its tree is deleted later."""
         self._snapshotter.remove(request.key, force=True)
         return Empty()
 
@@ -108,7 +108,7 @@ class Service:
         return pb.StatSnapshotResponse(info=_info(self._snapshotter.stat(request.key)))
 
     def update(self, request: pb.UpdateSnapshotRequest) -> Message:
-        """Update; no mask replaces all labels, as the peer's."""
+        """Update; without a mask all labels are replaced, as in containerd."""
         info = request.info
         wanted = Info(info.name, None, ACTIVE, dict(info.labels), 0, 0)  # only name and labels count
         changed = self._snapshotter.update(wanted, *request.update_mask.paths)
@@ -130,7 +130,7 @@ class Service:
         return pb.UsageResponse(size=found.size, inodes=found.inodes)
 
     def cleanup(self, request: pb.CleanupRequest) -> Message:
-        """Cleanup: finds the garbage and answers; the deleting goes on behind, with a limited rate."""
+        """Cleanup: find the garbage and answer; it is deleted in the background, at a limited rate."""
         self._snapshotter.catalog.garbage.collect(wake=True)
         return Empty()
 
@@ -165,10 +165,10 @@ def _timestamp(ns: int) -> Timestamp:
 
 
 def check_root(snapshotter: RecordedSnapshotter) -> None:
-    """Refuse a root whose plans other programs would misread.
+    """Refuse a root whose plans other programs would misinterpret.
 
-    containerd, BuildKit and runc take the options of a mount apart at ':' and ',' without unescaping, and their JSON
-    and protobuf strings are UTF-8. Redirects in an upper layer mean nothing to their differs.
+    containerd, BuildKit and runc split mount options at ':' and ',' without unescaping, and their JSON and protobuf
+    strings are UTF-8. Their differs do not understand redirects in an upper layer.
 
     Raises:
         FailedPrecondition: this root cannot be served.
@@ -183,13 +183,13 @@ def check_root(snapshotter: RecordedSnapshotter) -> None:
         bad.append("bytes that are not UTF-8")
     if bad:
         raise errors.FailedPrecondition(
-            f"the path of the root {errors.shown(root)} holds {' '.join(bad)}, which containerd does not understand",
+            f"the path of the root {errors.shown(root)} contains {' '.join(bad)}, which containerd does not support",
             key=root,
-            hint="move the root to a plainer path",
+            hint="move the root to a path without these",
         )
     if isinstance(snapshotter, OverlaySnapshotter) and snapshotter.properties.redirect_dir:
         raise errors.FailedPrecondition(
-            f"the root {root} was made with redirect_dir=on, which containerd's differ cannot read",
+            f"the root {root} was created with redirect_dir=on, which containerd's differ does not support",
             key=root,
-            hint="serve a root that was made without it",
+            hint="serve a root that was created without it",
         )

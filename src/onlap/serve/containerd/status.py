@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from onlap import errors
 
-# grpc/status.proto numbers, by the name that every gRPC library has for them. DataLoss and ResourceExhausted pass
-# through containerd as they are; its client shows their text.
+# The numbers in grpc/status.proto, by their usual names. containerd passes DataLoss and ResourceExhausted through
+# unchanged; its client shows their text.
 CODES = {
     "InvalidArgument": 3,
     "NotFound": 5,
@@ -23,12 +23,12 @@ CODES = {
     "DataLoss": 15,
 }
 
-# A client of containerd takes a FAILED_PRECONDITION whose text ends so for another class of error.
+# containerd's client treats a FAILED_PRECONDITION whose text ends like this as another class of error.
 _MISREAD = (": conflict", ": not modified")
 
 
 def status(error: BaseException) -> tuple[int, str]:
-    """The code and text to answer with; never UNKNOWN, whatever went wrong."""
+    """The code and text of the answer; never UNKNOWN, whatever the error."""
     if isinstance(error, OSError):
         error = errors.from_oserror(error, doing="answer the call")
     if not isinstance(error, errors.OnlapError):

@@ -1,7 +1,7 @@
-"""The one door to the gRPC library: everything else speaks of bytes.
+"""The only user of the gRPC library: all other code handles bytes.
 
-The library is grpcio, the reference implementation (docs/adr/0002-grpc-library.md has the figures). It gets identity
-functions for codecs, so that messages are encoded and decoded where the calls are, and errors there become statuses.
+The library is grpcio, the reference implementation (docs/adr/0002-grpc-library.md has measurements). Its codecs are
+identity functions, so that messages are encoded and decoded together with the call, and errors there become statuses.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from onlap.serve.containerd.service import NAME, Method
 # containerd's defaults.DefaultMaxRecvMsgSize and DefaultMaxSendMsgSize: 16 MiB both ways.
 _MESSAGE_SIZE = 16 << 20
 
-# Calls that wait for the disk share a commit with those that wait beside them, so that more threads than processors
-# pay; with more than 16 they wait for the interpreter's lock rather than for the disk.
+# Calls that wait for the disk share a commit with each other, so that more threads than processors are worthwhile; with
+# more than 16 they wait for the interpreter's lock rather than for the disk.
 _THREADS = 16
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -29,7 +29,7 @@ class Transport:
     """A gRPC server on a unix socket.
 
     Args:
-        calls: what answers.
+        calls: answers the requests.
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -39,7 +39,7 @@ class Transport:
             options=[
                 ("grpc.max_receive_message_length", _MESSAGE_SIZE),
                 ("grpc.max_send_message_length", _MESSAGE_SIZE),
-                # Two servers on one socket would answer in turn; the second is refused before it comes to this.
+                # With it, two servers on one socket would answer in turn; the second is refused before this point.
                 ("grpc.so_reuseport", 0),
             ],
         )
@@ -58,12 +58,12 @@ class Transport:
             raise errors.Unavailable(
                 f"cannot listen on {errors.shown(socket)}",
                 key=socket,
-                hint="see that its directory exists and is yours",
+                hint="check that its directory exists and is yours",
             ) from error
         self._server.start()
 
     def stop(self, grace: float) -> None:
-        """Take no new calls, let those that run finish for so many seconds, and return."""
+        """Accept no new calls, give the running ones ``grace`` seconds to finish, and return."""
         self._server.stop(grace).wait()
         self._pool.shutdown(wait=False, cancel_futures=True)
 

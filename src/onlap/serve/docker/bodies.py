@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable
 from typing import BinaryIO
 
-# A chunk's header has a number of at most 16 digits, and perhaps extensions, which nobody uses.
+# A chunk's header has a number of at most 16 digits, and possibly extensions, which are not in use.
 _MAX_LINE = 1024
 _DRAIN = 256 * 1024
 
@@ -68,20 +68,20 @@ class _Body(io.RawIOBase):
 
 
 def drain(body: BinaryIO) -> None:
-    """Read what is left: the client reads no answer before it has sent everything."""
+    """Read the rest: the client does not read the answer before it has sent everything."""
     while body.read(_DRAIN):
         pass
 
 
 class ChunkWriter(io.RawIOBase):
-    """Writes a body in chunks; the first one makes the headers go out.
+    """Writes a body in chunks; the first one sends the headers.
 
     Args:
         out: the connection.
         start: sends the headers.
 
     Attributes:
-        started: whether it has.
+        started: whether the headers have been sent.
     """
 
     def __init__(self, out: BinaryIO, start: Callable[[], None]) -> None:

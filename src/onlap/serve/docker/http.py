@@ -1,4 +1,4 @@
-"""The plugin protocol over HTTP/1.1 with the standard library's server: a thread per connection, which is kept alive.
+"""The plugin protocol over HTTP/1.1 with the standard library's server: a thread per keep-alive connection.
 
 Source: moby v26.1.5, pkg/plugins/client.go and docs/extend/plugin_api.md.
 """
@@ -28,11 +28,11 @@ from onlap.serve.lifecycle import PAUSE
 _log = logging.getLogger("onlap.serve")
 
 _JSON = "application/vnd.docker.plugins.v1.2+json"
-# A request with a storage option or two has some hundred bytes.
+# Bytes; an ordinary request has a few hundred.
 _MAX_REQUEST = 1 << 20
 _BUFFER = 256 * 1024
-# Calls that mean something without a body.
-_NEEDS_NOTHING = ("Plugin.Activate", "GraphDriver.Capabilities", "GraphDriver.Status", "GraphDriver.Cleanup")
+# Calls that may have an empty body.
+_WITHOUT_BODY = ("Plugin.Activate", "GraphDriver.Capabilities", "GraphDriver.Status", "GraphDriver.Cleanup")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -59,17 +59,17 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 failure = self._answer(name, split.query, body)
             except ConnectionError as error:
-                # Nobody is left to be told.
+                # The client is gone.
                 self.close_connection = True
                 failure = str(error)
         self._log_call(name, started, failure)
 
     def finish(self) -> None:
-        """Let go of the connection."""
+        """Release the connection."""
         try:
             super().finish()
         finally:
-            # The base class does that after a last flush, which fails when the client has left in the middle.
+            # The base class does this after a last flush, which fails if the client has disconnected.
             self.rfile.close()
 
     def _answer(self, name: str, query: str, body: io.BufferedReader) -> str:
@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._reply(404, {"Err": f"no such call: {shown(name)}"})
                 return "404"
         except Exception as error:  # noqa: BLE001 - every error becomes an answer
-            failure = _said(name, error)
+            failure = _message(name, error)
             drain(body)
             self._reply(200, {"Err": failure})
             return failure
@@ -101,12 +101,12 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.server.service.diff(request, cast(BinaryIO, out))
         except Exception as error:  # noqa: BLE001 - every error becomes an answer
-            failure = _said("GraphDriver.Diff", error)
+            failure = _message("GraphDriver.Diff", error)
             if out.started:
-                # The client must not take what it has for a whole archive: the body ends without its last chunk.
+                # The client must not take what it has for a complete archive: the body ends without its last chunk.
                 self.close_connection = True
             else:
-                # Another status than 200 is what tells an error from an archive.
+                # The status distinguishes an error from an archive.
                 self._reply(500, {"Err": failure})
             return failure
         out.finish()
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _body(self) -> io.BufferedReader:
-        """The request's body; ValueError where it cannot be told where it ends."""
+        """The request's body; ValueError if its length is unknown."""
         source = cast(BinaryIO, self.rfile)
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
             return request_body(source, None)
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         return request_body(source, length)
 
     def _reply(self, status: int, value: dict[str, object]) -> None:
-        # ASCII only: a name that is not UTF-8 becomes a lone surrogate, which Go reads as U+FFFD.
+        # ASCII only: a byte that is not UTF-8 becomes a lone surrogate, which Go reads as U+FFFD.
         data = json.dumps(value).encode()
         self.send_response_only(status)
         self.send_header("Content-Type", _JSON)
@@ -144,20 +144,20 @@ class Handler(BaseHTTPRequestHandler):
             _log.debug("call", extra={"fields": fields})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """What the base class has to say: malformed requests."""
-        _log.warning("bad request", extra={"fields": {"said": format % args}})
+        """Log a message of the base class, about a malformed request."""
+        _log.warning("bad request", extra={"fields": {"message": format % args}})
 
 
 def _request(name: str, body: BinaryIO) -> dict[str, Any]:
     data = body.read(_MAX_REQUEST)
     if not data.strip():
-        if name in _NEEDS_NOTHING:
+        if name in _WITHOUT_BODY:
             return {}
-        # It repeats a call whose connection broke with the same reader, which it has read to its end
+        # It repeats a call whose connection broke with the same reader, which is at its end by then
         # (pkg/plugins/client.go, callWithRetry).
         raise errors.InvalidArgument(
-            f"{name}: empty request: dockerd repeats a call that the plugin was killed in, and sends it without a body",
-            hint="ask dockerd again",
+            f"{name}: empty request: when the plugin is killed during a call, dockerd repeats it without a body",
+            hint="repeat the docker command",
         )
     try:
         value = json.loads(data)
@@ -168,7 +168,7 @@ def _request(name: str, body: BinaryIO) -> dict[str, Any]:
     return value
 
 
-def _said(name: str, error: Exception) -> str:
+def _message(name: str, error: Exception) -> str:
     if isinstance(error, errors.OnlapError) and error.kind != "Internal":
         return str(error)
     if not isinstance(error, ConnectionError):
@@ -180,9 +180,9 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     """Listens on a unix socket.
 
     Args:
-        path: where; nothing is there.
-        service: knows the answers.
-        listener: a socket that listens already, to be used instead.
+        path: where; it must not exist.
+        service: answers the calls.
+        listener: a listening socket to use instead.
     """
 
     daemon_threads = True
@@ -198,7 +198,7 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         if listener is not None:
             self.socket.close()
             self.socket = listener
-            # Another server may accept on it, too, in the moment when one follows the other.
+            # While one server replaces another, both may accept on it.
             self.socket.setblocking(False)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -206,16 +206,16 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         try:
             return super().get_request()
         except (BlockingIOError, ConnectionError):
-            raise  # it has gone again, or another server was faster
+            raise  # the client is gone again, or another server was faster
         except OSError as error:
-            # No descriptor is left: who connects waits, until somebody else has gone.
-            _log.warning("cannot take a connection", extra={"fields": {"error": error}})
+            # No descriptor is left: clients wait until another has disconnected.
+            _log.warning("cannot accept a connection", extra={"fields": {"error": error}})
             time.sleep(PAUSE)
             raise
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Goes around each call, so that the end can wait for those that run."""
+        """Surrounds each call, so that :meth:`stop` can wait for the running ones."""
         with self._changed:
             self._calls += 1
         try:
@@ -226,28 +226,28 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                 self._changed.notify_all()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """One connection, from its first request to its end."""
+        """Serve one connection, from its first request to its end."""
         with self._changed:
             self._connections.add(request)
         try:
             # A unix socket's peer has no address, where the base class wants one to log.
             super().finish_request(request, ("unix", 0))
         except ConnectionError:
-            return  # dockerd went away
+            return  # dockerd disconnected
         finally:
             with self._changed:
                 self._connections.discard(request)
 
     def stop(self, grace: float) -> None:
-        """Take no more connections, let running calls end, and close what is idle."""
+        """Accept no more connections, let running calls end, and close idle connections."""
         self.shutdown()
         self.server_close()
         with self._changed:
             if not self._changed.wait_for(lambda: not self._calls, grace):
                 _log.warning("calls are still running", extra={"fields": {"calls": self._calls}})
             for connection in self._connections:
-                # Wakes the thread that waits for the next request, and keeps an answer that is on its way whole.
+                # This wakes a thread that waits for the next request, and does not truncate an answer being sent.
                 try:
                     connection.shutdown(socket.SHUT_RD)
                 except OSError as error:
-                    _log.debug("a connection was gone", extra={"fields": {"error": os.strerror(error.errno or 0)}})
+                    _log.debug("a connection was closed", extra={"fields": {"error": os.strerror(error.errno or 0)}})

@@ -1,4 +1,4 @@
-"""The life of the plugin: its name, its socket, readiness, and a quick end."""
+"""The plugin's name, its socket, its start and its stop."""
 
 from __future__ import annotations
 
@@ -25,24 +25,23 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 class Server(BaseServer):
     """A graph driver on one socket; a context manager.
 
-    It must run in the mount namespace of dockerd, which uses the mounts that the driver makes; when it is closed, they
-    stay as they are.
+    It must run in dockerd's mount namespace, since dockerd uses the driver's mounts; closing it leaves them mounted.
 
     Args:
-        name: what dockerd calls the driver: ``dockerd --experimental --storage-driver=NAME``.
+        name: dockerd's name for the driver: ``dockerd --experimental --storage-driver=NAME``.
         driver: ``"overlay"`` or ``"overlay2"``.
-        socket_dir: where dockerd looks for plugins; made if need be.
-        sync: ``"layer"``: a layer is on the disk when ApplyDiff answers; ``"none"``: as Docker's own.
-        handed_over: take the socket that whoever started this process hands over, if there is one.
+        socket_dir: where dockerd looks for plugins; created if necessary.
+        sync: ``"layer"``: a layer is on the disk when ApplyDiff returns; ``"none"``: as Docker's own drivers.
+        inherit: use the socket that this process inherits, if there is one.
 
     Attributes:
         socket: the socket's path.
 
     Raises:
-        InvalidArgument: dockerd would take a driver of its own for that name, or the name or driver is none.
+        InvalidArgument: dockerd has a built-in driver of that name, or the name or driver is invalid.
         FailedPrecondition: the home was written by another driver.
-        Unavailable: somebody listens there.
-        OnlapError: of another kind, when the socket cannot be made.
+        Unavailable: another server listens there.
+        OnlapError: of another kind, if the socket cannot be created.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Server(BaseServer):
         *,
         socket_dir: str = SOCKET_DIRECTORY,
         sync: str = "layer",
-        handed_over: bool = False,
+        inherit: bool = False,
     ) -> None:
         check_name(name)
         if driver not in DRIVERS:
@@ -65,9 +64,9 @@ class Server(BaseServer):
         super().__init__(os.path.join(directory, f"{name}.sock"))
         with ExitStack() as on_error:
             on_error.callback(self._cleanup.close)
-            self._listener = sockets.inherited(self.socket) if handed_over else None
+            self._listener = sockets.inherited(self.socket) if inherit else None
             if self._listener is None:
-                sockets.claim(self.socket)  # before the state is touched that a living plugin of this name keeps
+                sockets.claim(self.socket)  # first: a running plugin of this name uses the same state
             self._service = Service(driver, sync, StateFile(directory, name))
             self._cleanup.callback(self._service.close)
             self._service.restore()
@@ -85,14 +84,14 @@ class Server(BaseServer):
 
 
 def check_name(name: str) -> None:
-    """Raise InvalidArgument unless dockerd, told to use the driver ``name``, asks a plugin for it."""
+    """Raise InvalidArgument unless dockerd asks a plugin for the driver ``name``."""
     if name in BUILT_IN:
         raise errors.InvalidArgument(
-            f"dockerd has a driver called {name}, or had one, and would not ask the plugin",
+            f"dockerd has or had a built-in driver called {name}, and would not ask the plugin",
             key=name,
             hint=f"give it another name, as onlap-{name}",
         )
     if not _NAME.fullmatch(name):
         raise errors.InvalidArgument(
-            f"no name for a plugin: {shown(name)}", key=name, hint="letters, digits, '-' and '_'"
+            f"not a valid name for a plugin: {shown(name)}", key=name, hint="use letters, digits, '-' and '_'"
         )

@@ -1,4 +1,4 @@
-"""The answers of a graph driver plugin, apart from how they travel.
+"""The answers of a graph driver plugin, independent of the transport.
 
 Source: moby v26.1.5, daemon/graphdriver/proxy.go.
 """
@@ -32,10 +32,10 @@ class Service:
     Args:
         kind: ``"overlay"`` or ``"overlay2"``.
         sync: ``"layer"`` or ``"none"``.
-        state: where the plugin remembers what dockerd told it.
+        state: the file with what dockerd told the plugin.
 
     Attributes:
-        calls: those that take and give JSON, by the last part of their path, as ``"GraphDriver.Create"``.
+        calls: the JSON calls, by the last part of their path, as ``"GraphDriver.Create"``.
     """
 
     def __init__(self, kind: str, sync: str, state: StateFile) -> None:
@@ -47,13 +47,13 @@ class Service:
         self._saved: dict[str, int] = {}
         self._mutex = threading.Condition()
         self._running = 0
-        # Layers that this process has created and not filled yet.
+        # Layers that this process has created and not yet filled.
         self._fresh: set[str] = set()
         self._saving = threading.Lock()
         self.calls: dict[str, Callable[[Request], Response]] = {
             "Plugin.Activate": lambda _: {"Implements": ["GraphDriver"]},
             "GraphDriver.Init": self._init,
-            # False: Docker keeps the exact form of each layer's archive itself (tar-split).
+            # False: Docker records the exact form of each layer's archive itself (tar-split).
             "GraphDriver.Capabilities": lambda _: {"Capabilities": {"ReproducesExactDiffs": False}},
             "GraphDriver.Create": lambda request: self._create(request, writable=False),
             "GraphDriver.CreateReadWrite": lambda request: self._create(request, writable=True),
@@ -69,7 +69,7 @@ class Service:
         }
 
     def restore(self) -> None:
-        """Be what the plugin was before it ended: dockerd, if it still runs, does not tell again.
+        """Restore the plugin's state from before it ended: a running dockerd does not send it again.
 
         Raises:
             OnlapError: the home cannot be opened.
@@ -81,7 +81,7 @@ class Service:
         _log.info("restored", extra={"fields": {"home": state.home, "layers_in_use": len(self._counts())}})
 
     def close(self) -> None:
-        """Let go of the driver; its mounts stay."""
+        """Close the driver; its mounts stay."""
         with self._mutex:
             driver, self._driver = self._driver, None
         if driver is not None:
@@ -97,9 +97,9 @@ class Service:
     def apply_diff(self, id: str, parent: str, archive: io.BufferedReader) -> Response:
         """``GraphDriver.ApplyDiff``.
 
-        dockerd repeats a call that the plugin was killed in with what it has not sent yet of the archive, which may be
-        nothing, or begin at an entry by chance; neither may pass for the layer. Nothing is an archive as well: that it
-        is the whole one is known only of a layer that no process before this one has been asked to fill.
+        If the plugin is killed during a call, dockerd repeats it with the unsent rest of the archive, which may be
+        empty, or happen to begin at an entry; neither may pass for the layer. But an empty archive is valid as well: it
+        is known to be complete only for a layer that this process has created and not yet filled.
         """
         with self._using() as driver:
             applying = Applying(driver.home, id)
@@ -107,8 +107,8 @@ class Service:
             self._fresh.discard(id)
             if not begins or (driver.exists(id) and not applying.begin()):
                 raise errors.FailedPrecondition(
-                    f"the layer {shown(id)} comes without its beginning: dockerd repeats a call that the plugin was "
-                    "killed in with the rest of the archive",
+                    f"the beginning of layer {shown(id)} is missing: when the plugin is killed during a call, dockerd "
+                    "repeats it with the rest of the archive",
                     key=id,
                     hint="pull or build it again",
                 )
@@ -129,7 +129,7 @@ class Service:
             home,
             tuple(str(option) for option in options),
             IdMap.from_json(request.get("UIDMaps"), request.get("GIDMaps")),
-            # By Docker's rule: a dockerd that starts anew knows of no use, and counts what it finds mounted as one.
+            # As Docker's drivers: a restarted dockerd knows no counts, and a layer that it finds mounted counts as one.
             {},
         )
         if not state.home.startswith("/"):
@@ -137,7 +137,7 @@ class Service:
         with self._mutex:
             while self._running:
                 self._mutex.wait()
-            # Before the home is opened again, so that nobody uses the old one meanwhile.
+            # Before the home is opened again, so that the old one is not used in the meantime.
             driver, self._driver = self._driver, None
         if driver is not None:
             driver.close()
@@ -197,7 +197,7 @@ class Service:
             try:
                 self._remember(driver)
             except BaseException:
-                driver.put(id)  # dockerd does not put what it has not got
+                driver.put(id)  # after a failed Get, dockerd sends no Put
                 raise
             return {"Dir": found}
 
@@ -240,7 +240,7 @@ class Service:
         with self._mutex:
             driver = self._driver
             if driver is None:
-                raise errors.FailedPrecondition("the plugin knows no home yet", hint="dockerd gives it when it starts")
+                raise errors.FailedPrecondition("the plugin has no home yet", hint="dockerd sends it when it starts")
             self._running += 1
         try:
             yield driver
@@ -251,10 +251,10 @@ class Service:
 
     @contextmanager
     def _counting(self) -> Iterator[Driver]:
-        """The same, for a call that makes layers less in use.
+        """As :meth:`_using`, for a call that lowers counts.
 
-        It frees what it is asked for also where that cannot be written down, as on a full disk, where it is what helps;
-        the next call tries again. A plugin that is killed before that takes such a layer for one that is still in use.
+        It frees layers even if the new counts cannot be saved, as on a full disk, where freeing is what helps; the next
+        call tries again. A plugin that is killed before that considers such a layer still in use.
         """
         with self._using() as driver:
             try:
@@ -263,7 +263,7 @@ class Service:
                 try:
                     self._remember(driver)
                 except errors.OnlapError as error:
-                    _log.warning("cannot keep the plugin's state", extra={"fields": {"error": error}})
+                    _log.warning("cannot save the plugin's state", extra={"fields": {"error": error}})
 
     def _counts(self) -> dict[str, int]:
         return self._driver.counts if self._driver is not None else {}

@@ -1,10 +1,10 @@
-"""What a plugin has to know after a restart: dockerd tells it once, when dockerd starts.
+"""What a plugin has to know after a restart: dockerd sends it only once, when dockerd starts.
 
-Two files. ``<socket-dir>/.<name>.home`` says where the driver's home is; on a tmpfs, as /run is, it goes with the
-machine's restart. ``<home>/.onlap-graphdriver.json`` has the rest: options, id maps, and how often each layer has been
-got. The counts are those of one boot, and of mounts that may not be there any more; the driver looks.
+Two files: ``<socket-dir>/.<name>.home`` has the path of the driver's home; on a tmpfs, as /run, it ends with the boot.
+``<home>/.onlap-graphdriver.json`` has the rest: options, id maps, and the reference count of each layer. The counts are
+valid for one boot; the driver checks which mounts still exist.
 
-Neither is synced: after a power cut dockerd starts anew, too, and tells it again.
+Neither is synced: after a power cut dockerd starts again as well, and sends everything again.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _APPLYING = ".onlap-applying-"
 
 
 class State(NamedTuple):
-    """What dockerd said, and what has happened since.
+    """What dockerd sent, and the counts since.
 
     Attributes:
         driver: ``"overlay"`` or ``"overlay2"``.
         home: the driver's directory.
         options: Docker's ``--storage-opt``.
         ids: Docker's ``--userns-remap``.
-        counts: how often each layer has been got and not put.
+        counts: how many Gets of each layer have had no Put yet.
     """
 
     driver: str
@@ -47,7 +47,7 @@ class StateFile:
     """The two files of one plugin.
 
     Args:
-        socket_directory: where the one is that points to the home.
+        socket_directory: the directory of the file with the home's path.
         name: the plugin's.
     """
 
@@ -55,10 +55,10 @@ class StateFile:
         self._pointer = os.path.join(socket_directory, f".{name}.home")
 
     def save(self, state: State) -> None:
-        """Replace what is known.
+        """Save the state.
 
         Raises:
-            OnlapError: for what the kernel says.
+            OnlapError: an error of the kernel.
         """
         value = {
             "format": _FORMAT,
@@ -68,47 +68,47 @@ class StateFile:
             **state.ids.as_json(),
             "counts": dict(state.counts),
         }
-        with errors.translated("keep the plugin's state", key=state.home):
+        with errors.translated("save the plugin's state", key=state.home):
             _replace(os.path.join(state.home, FILE), json.dumps(value).encode())
 
     def point(self, home: str) -> None:
-        """Say where the home is.
+        """Save the path of the home.
 
         Raises:
-            OnlapError: for what the kernel says.
+            OnlapError: an error of the kernel.
         """
-        with errors.translated("keep the plugin's home", key=home):
+        with errors.translated("save the path of the plugin's home", key=home):
             _replace(self._pointer, os.fsencode(home))
 
     def load(self) -> State | None:
-        """What is known; None when dockerd has never said anything.
+        """The saved state; None if there is none.
 
         Raises:
             DataLoss: the files are damaged.
-            OnlapError: of another kind, for what the kernel says.
+            OnlapError: of another kind, for errors of the kernel.
         """
         home = _read(self._pointer)
-        if home and b"\0" in home:  # what a file is after a power cut whose length alone was written
+        if home and b"\0" in home:  # after a power cut, if only the file's length was written
             raise errors.DataLoss(
                 f"{shown(self._pointer)} is damaged", key=self._pointer, hint="remove it, and restart dockerd"
             )
         return _load(os.fsdecode(home)) if home else None
 
     def driver_of(self, home: str) -> str | None:
-        """The driver that has written a home, None where none of ours has, or where that cannot be told any more.
+        """The driver that wrote a home; None if none of ours did, or if that is unknown.
 
         Raises:
-            OnlapError: for what the kernel says.
+            OnlapError: an error of the kernel.
         """
         try:
             state = _load(home)
         except errors.DataLoss:
-            return None  # dockerd tells all of it again
+            return None  # dockerd sends all of it again
         return None if state is None else state.driver
 
 
 class Applying:
-    """A mark that a layer is being applied, which stays when the plugin is killed meanwhile.
+    """A mark that a layer is being applied, which stays if the plugin is killed in the meantime.
 
     Args:
         home: the driver's.
@@ -119,10 +119,10 @@ class Applying:
         self._path = os.path.join(home, _APPLYING + id)
 
     def begin(self) -> bool:
-        """Set it; False where it is there already.
+        """Set the mark; False if it is set already.
 
         Raises:
-            OnlapError: for what the kernel says.
+            OnlapError: an error of the kernel.
         """
         try:
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
@@ -133,10 +133,10 @@ class Applying:
         return True
 
     def end(self) -> None:
-        """Take it away, if it is there.
+        """Remove the mark, if it is set.
 
         Raises:
-            OnlapError: for what the kernel says.
+            OnlapError: an error of the kernel.
         """
         try:
             os.unlink(self._path)
@@ -147,7 +147,7 @@ class Applying:
 
     @staticmethod
     def forget_all(home: str) -> None:
-        """Take all of them away: dockerd starts anew, and repeats nothing."""
+        """Remove all marks: dockerd was restarted, and repeats nothing."""
         for name in os.listdir(home):
             if name.startswith(_APPLYING):
                 Applying(home, name.removeprefix(_APPLYING)).end()
@@ -163,7 +163,7 @@ def _load(home: str) -> State | None:
         raise errors.DataLoss(
             f"the plugin's state in {shown(home)} is damaged",
             key=home,
-            hint=f"restart dockerd after removing {FILE} there: it gives it again",
+            hint=f"remove {FILE} there and restart dockerd, which sends it again",
         ) from error
 
 
@@ -172,7 +172,7 @@ def _parse(home: str, value: dict[str, object]) -> State:
         raise ValueError(f"format {value['format']!r}")
     options, counts = value["options"], value["counts"]
     if not isinstance(options, list) or not isinstance(counts, dict):
-        raise TypeError("a list and an object were expected")
+        raise TypeError("options must be a list and counts an object")
     # Mounts end with the boot.
     known = {str(id): int(count) for id, count in counts.items()} if value["boot"] == boot_id() else {}
     ids = IdMap.from_json(value["UIDMaps"], value["GIDMaps"])
