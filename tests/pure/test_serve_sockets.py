@@ -32,7 +32,7 @@ class Refused(logging.Handler):
         self.seen = threading.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "cannot take" in record.getMessage():
+        if "cannot accept" in record.getMessage():
             self.seen.set()
 
 
