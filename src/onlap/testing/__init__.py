@@ -1,4 +1,4 @@
-"""The suite that shows whether a snapshotter keeps the contract: public, without pytest, for others' as well as ours.
+"""The conformance suite for snapshotters, Onlap's own and others: public, and without pytest.
 
 >>> from onlap.testing import MemoryFactory, run_suite
 >>> ran = run_suite(MemoryFactory(), capabilities=())

@@ -1,4 +1,4 @@
-"""How the suites open Onlap's own snapshotters. A factory is a plain value that pickles, for suites with processes."""
+"""Factories with which the suite opens Onlap's own snapshotters. They pickle, for cases with several processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OverlayFactory(NamedTuple):
     asynchronous_remove: bool = True
 
     def __call__(self, directory: str) -> AbstractContextManager[OverlaySnapshotter]:
-        """Open the one in ``directory``, or make it."""
+        """Open the snapshotter in ``directory``, or create it."""
         return self.for_owner(directory, "")
 
     def for_owner(self, directory: str, owner: str) -> AbstractContextManager[OverlaySnapshotter]:
@@ -42,7 +42,7 @@ class OverlayFactory(NamedTuple):
 
 
 class NativeFactory(NamedTuple):
-    """Native snapshotters; the attributes are those of :class:`OverlayFactory`."""
+    """Native snapshotters; the attributes are as in :class:`OverlayFactory`."""
 
     sync: Sync = "none"
     asynchronous_remove: bool = True

@@ -1,4 +1,4 @@
-"""Whether two trees are the same, asked of the kernel alone: nothing of the library under test takes part."""
+"""Whether two trees are the same, by system calls alone: the library under test is not involved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 __all__ = ["ASPECTS", "Listing", "Node", "assert_same_tree", "differences", "read_tree"]
 
-# What is compared; each can be left out by its name.
+# What is compared; each can be ignored by its name.
 ASPECTS = ("type", "mode", "owner", "times", "xattrs", "links", "size", "content", "target", "rdev")
 
 _TYPES = {
@@ -23,24 +23,24 @@ _TYPES = {
     stat.S_IFBLK: "block device",
     stat.S_IFSOCK: "socket",
 }
-# OverlayFS's own; inside a mount the kernel hides them, in a bare layer they are there.
-# Xfs lists ACLs a second time, by the names that it stores them by.
+# OverlayFS's own: the kernel hides them inside a mount, but a bare layer shows them.
+# Xfs lists ACLs a second time, under the names that it stores them by.
 _MARKERS = ("trusted.overlay.", "user.overlay.", "trusted.SGI_ACL_")
 _SHOWN = 32
 
 
 class Node(NamedTuple):
-    """One file, with all that is compared.
+    """One file, with everything that is compared.
 
     Attributes:
         type: in words.
         mode: permissions, set-user-ID and the like.
         owner: user and group.
         times: the time of modification, in ns since the epoch.
-        xattrs: all but OverlayFS's own.
-        links: the other paths in the tree that are the same file.
-        size: of a regular file, else 0.
-        content: the SHA-256 of a regular file's content, and how it begins.
+        xattrs: all except OverlayFS's own.
+        links: the other paths of the same file in the tree.
+        size: of a regular file, otherwise 0.
+        content: the SHA-256 of a regular file's content, and its first bytes.
         target: of a symlink.
         rdev: major and minor number of a device.
     """
@@ -62,7 +62,7 @@ Listing = Mapping[bytes, Node]
 
 
 def read_tree(directory: str | os.PathLike[str]) -> Listing:
-    """All of a tree, to compare with later; its content is read.
+    """A whole tree, for later comparison; contents are read.
 
     Raises:
         OSError: something cannot be read.
@@ -129,15 +129,15 @@ def differences(
     *,
     ignore: Collection[str] = (),
 ) -> list[str]:
-    """In what two trees differ, a line each, sorted by path.
+    """The differences of two trees, one line each, sorted by path.
 
     Args:
-        one: a directory, or what :func:`read_tree` gave.
+        one: a directory, or a result of :func:`read_tree`.
         other: likewise.
-        ignore: of :data:`ASPECTS`: what may differ.
+        ignore: those of :data:`ASPECTS` that may differ.
 
     Raises:
-        ValueError: ``ignore`` names something else.
+        ValueError: ``ignore`` has other names.
         OSError: something cannot be read.
     """
     unknown = set(ignore) - set(ASPECTS)
@@ -159,7 +159,7 @@ def differences(
 
 def _compare(path: bytes, one: Node, other: Node, aspects: list[str]) -> list[str]:
     if one.type != other.type and "type" in aspects:
-        return [f"{path!r}: type {one.type} != {other.type}"]  # the rest follows from it
+        return [f"{path!r}: type {one.type} != {other.type}"]  # the other differences follow from it
     lines = []
     for aspect in aspects:
         first, second = getattr(one, aspect), getattr(other, aspect)
@@ -177,7 +177,7 @@ def assert_same_tree(
     *,
     ignore: Collection[str] = (),
 ) -> None:
-    """Raise AssertionError unless two trees are the same in all of :data:`ASPECTS`; its message says where not.
+    """Raise AssertionError unless two trees are the same in all of :data:`ASPECTS`; its message lists the differences.
 
     The arguments are those of :func:`differences`.
     """

@@ -1,4 +1,4 @@
-"""What a case of the suite works with: a snapshotter, a place to work in, and words for what cases do over and over."""
+"""What a case of the suite works with: a snapshotter, a directory, and shared helpers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ E = TypeVar("E", bound=errors.OnlapError)
 
 
 class Site:
-    """A snapshotter of its own for one case; a context manager.
+    """The snapshotter and the directory of one case; a context manager.
 
     Attributes:
-        factory: what opened it.
+        factory: what opened the snapshotter.
         root: the snapshotter's directory.
-        directory: an empty directory for what else the case needs.
+        directory: an empty directory for anything else.
         snapshotter: the snapshotter.
     """
 
@@ -49,7 +49,7 @@ class Site:
         self._stack.close()
 
     def reopen(self) -> None:
-        """Close the snapshotter, and open it again."""
+        """Close and reopen the snapshotter."""
         self._stack.close()
         self.snapshotter = self._stack.enter_context(self.factory(self.root))
 
@@ -58,7 +58,7 @@ class Site:
         return self.factory(self.root)
 
     def key(self) -> str:
-        """A key that nobody uses."""
+        """An unused key."""
         return f"key-{next(self._numbers)}"
 
     def new_directory(self, name: str) -> Path:
@@ -75,7 +75,7 @@ class Site:
         tree: Tree | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> str:
-        """Make a committed snapshot: prepared on ``parent``, changed by ``tree``; returns its name."""
+        """Create a committed snapshot: prepared on ``parent``, changed by ``tree``; returns its name."""
         key = self.key()
         mounts = self.snapshotter.prepare(key, parent)
         if tree is not None:
@@ -91,14 +91,14 @@ class Site:
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Path]:
-        """The tree of a committed snapshot: that of a fresh active one on it, which takes no read-only mount."""
+        """The tree of a committed snapshot: that of a new active one on it, which needs no read-only mount."""
         key = self.key()
         with mounted(self.snapshotter.prepare(key, name)) as path:
             yield path
         self.snapshotter.remove(key)
 
     def names(self, *filters: str) -> set[str]:
-        """The names that a walk gives; an AssertionError if one comes twice."""
+        """The names in a walk; AssertionError if one occurs twice."""
         found = [info.name for info in self.snapshotter.walk(*filters)]
         equal(len(found), len(set(found)), "the number of different names in a walk")
         return set(found)
@@ -109,7 +109,7 @@ class Site:
 
 
 def change(mounts: Sequence[Mount], tree: Tree) -> None:
-    """Mount a plan and do to it what ``tree`` says."""
+    """Mount a plan and apply ``tree`` to it."""
     with mounted(list(mounts)) as path:
         tree.apply(path)
 
@@ -127,9 +127,9 @@ def check(condition: object, what: str) -> None:
 
 
 def raises(wanted: type[E], what: str, call: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> E:
-    """Call it, and return the error of the wanted kind; AssertionError if it raises another one, or none.
+    """Call it, and return its error, which must be of the wanted kind; otherwise raise AssertionError.
 
-    Compared by kind: an error that came through a socket may be of a plainer class of the same kind.
+    Kinds are compared: an error that came through a socket may be of a base class with the same kind.
     """
     try:
         answer = call(*arguments, **named)
@@ -141,12 +141,12 @@ def raises(wanted: type[E], what: str, call: Callable[P, object], *arguments: P.
 
 
 def files_named(top: str, name: str) -> list[str]:
-    """Where below ``top`` there is a file of that name."""
+    """The paths of all files of that name below ``top``."""
     return [os.path.join(where, name) for where, _, files in os.walk(top) if name in files]
 
 
 def invariants(snapshotter: Snapshotter) -> None:
-    """Raise AssertionError unless every parent is there and committed, and every snapshot is as stat shows it."""
+    """Raise AssertionError unless every parent exists and is committed, and every snapshot is as stat shows it."""
     infos = {info.name: info for info in snapshotter.walk()}
     for name, info in infos.items():
         equal(snapshotter.stat(name), info, f"stat of {name!r}")

@@ -1,6 +1,6 @@
 """The conformance suite of :class:`onlap.snapshots.contract.Snapshotter`: one suite for every implementation.
 
-Every case stands alone and has a snapshotter of its own. A runner of tests takes them one by one::
+Every case is independent and has its own snapshotter. A test runner takes them one by one::
 
     @pytest.mark.parametrize("case", cases(capabilities), ids=str)
     def test_conformance(case, tmp_path):
@@ -27,21 +27,21 @@ from onlap.testing.site import Site
 
 __all__ = ["CAPABILITIES", "Case", "Factory", "OwnerFactory", "case", "cases", "run_suite"]
 
-# What a snapshotter may have, and what the process that tests it may do. Each case says which of them it takes.
+# What a snapshotter may support, and what the testing process may do. Each case says which of them it needs.
 CAPABILITIES = {
     "trees": "active snapshots can be mounted here, so that their trees can be written and read",
-    "views": "read-only mounts can be made here, too",
-    "privileged": "files can be given to other users, and devices be made",
+    "views": "read-only mounts can be made here as well",
+    "privileged": "files can be given to other users, and devices created",
     "rebase": "a snapshot without a parent can get one at its commit",
     "delta": "usage is that of a snapshot's own layer, not of the whole tree",
-    "root_attributes": "mode, time and xattrs of a tree's top directory are kept, which containerd's own do not",
+    "root_attributes": "mode, time and xattrs of a tree's top directory are kept, as not by containerd's own",
     "differ": "it is a Differ",
-    "persistent": "all is there again when the directory is opened again",
+    "persistent": "everything is still there when the directory is reopened",
     "processes": "several processes may have the directory open",
     "owners": "the factory has for_owner",
 }
 
-_ROOMS = (
+_MODULES = (
     "lifecycle",
     "order",
     "labels",
@@ -57,16 +57,16 @@ _ROOMS = (
 
 
 class Factory(Protocol):
-    """Opens a snapshotter. Where several processes may open one, the factory is sent to them by pickle."""
+    """Opens a snapshotter. For cases with several processes, the factory is pickled."""
 
     def __call__(self, directory: str) -> AbstractContextManager[Snapshotter]:
-        """The snapshotter that keeps its things in ``directory``, which may not exist yet."""
+        """The snapshotter that keeps its data in ``directory``, which may not exist yet."""
         ...
 
 
 @runtime_checkable
 class OwnerFactory(Protocol):
-    """A factory that can also open one for somebody else."""
+    """A factory that can also open a snapshotter for another owner."""
 
     def for_owner(self, directory: str, owner: str) -> AbstractContextManager[Snapshotter]:
         """The snapshots of ``owner``, in the same directory."""
@@ -74,13 +74,13 @@ class OwnerFactory(Protocol):
 
 
 class Case(NamedTuple):
-    """One thing that a snapshotter has to do.
+    """One requirement on a snapshotter.
 
     Attributes:
         name: unique, words with underscores.
-        needs: the capabilities without which it cannot run.
+        needs: the capabilities that it needs.
         lacks: the capabilities with which it makes no sense.
-        body: what is done.
+        body: the function that checks it.
     """
 
     name: str
@@ -92,23 +92,23 @@ class Case(NamedTuple):
         return self.name
 
     def fits(self, capabilities: Collection[str]) -> bool:
-        """Whether it can run with these capabilities."""
+        """Whether it runs with these capabilities."""
         return self.needs <= set(capabilities) and not self.lacks & set(capabilities)
 
     def run(self, factory: Factory, directory: str | os.PathLike[str] | None = None) -> None:
         """Run it.
 
         Args:
-            factory: what opens the snapshotter.
-            directory: an existing, empty one to work in; by default a temporary one.
+            factory: opens the snapshotter.
+            directory: an existing, empty directory to work in; by default a temporary one.
 
         Raises:
-            AssertionError: the snapshotter does not do it.
-            Exception: what it raised where it should not have.
+            AssertionError: the snapshotter does not meet the requirement.
+            Exception: an unexpected exception of the snapshotter.
         """
         with ExitStack() as stack:
             if directory is None:
-                # Mounts are taken down by then, or the removal fails rather than go through one.
+                # All mounts are gone by then, or the removal fails rather than delete through one.
                 directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="onlap-case-"))
             site = stack.enter_context(Site(factory, Path(directory)))
             self.body(site)
@@ -118,7 +118,7 @@ _cases: dict[str, Case] = {}
 
 
 def case(*needs: str, lacks: Collection[str] = ()) -> Callable[[Callable[[Site], None]], Callable[[Site], None]]:
-    """Make a function a case of the suite; ``needs`` and ``lacks`` are capabilities."""
+    """Register a function as a case; ``needs`` and ``lacks`` are capabilities."""
     unknown = {*needs, *lacks} - CAPABILITIES.keys()
     if unknown:
         raise ValueError(f"no such capability: {', '.join(sorted(unknown))}")
@@ -136,13 +136,13 @@ def cases(capabilities: Collection[str] | None = None) -> list[Case]:
     """The cases that fit these capabilities; by default all.
 
     Raises:
-        ValueError: one of the capabilities is none.
+        ValueError: there is no such capability.
     """
     unknown = set(capabilities or ()) - CAPABILITIES.keys()
     if unknown:
         raise ValueError(f"no such capability: {', '.join(sorted(unknown))}")
-    for room in _ROOMS:
-        import_module(f"onlap.testing.suite.{room}")
+    for module in _MODULES:
+        import_module(f"onlap.testing.suite.{module}")
     return [each for each in _cases.values() if capabilities is None or each.fits(capabilities)]
 
 
@@ -152,22 +152,22 @@ def run_suite(
     """Run every case that fits.
 
     Args:
-        factory: what opens a snapshotter.
-        capabilities: of :data:`CAPABILITIES`: what the snapshotter has, and this process may do.
-        directory: where to make a directory for each case; the system's place for temporary files by default.
+        factory: opens a snapshotter.
+        capabilities: those of :data:`CAPABILITIES` that the snapshotter and this process have.
+        directory: where each case gets a directory; by default the system's directory for temporary files.
 
     Returns:
         The names of the cases that ran.
 
     Raises:
-        ExceptionGroup: cases failed; each exception has the case's name as a note.
+        ExceptionGroup: cases failed; each exception has the name of its case as a note.
     """
     ran, failures = [], []
     for each in cases(capabilities):
         with tempfile.TemporaryDirectory(prefix="onlap-case-", dir=directory) as place:
             try:
                 each.run(factory, place)
-            except Exception as error:  # noqa: BLE001 - collected, and raised together
+            except Exception as error:  # noqa: BLE001 - collected and raised together
                 error.add_note(f"in the case {each.name}")
                 failures.append(error)
         ran.append(each.name)

@@ -1,4 +1,4 @@
-"""A small language for the trees that test cases start from, and for what they do to them.
+"""A small language for the trees that test cases start from, and for changes to them.
 
 >>> import tempfile
 >>> from onlap.testing import Tree
@@ -38,7 +38,7 @@ class Attributes(TypedDict, total=False):
 
 
 class Operation(NamedTuple):
-    """One step: what it is called, and what does it to an absolute directory."""
+    """One step: its text, and the function that applies it to an absolute directory."""
 
     text: str
     action: Callable[[bytes], None]
@@ -47,8 +47,8 @@ class Operation(NamedTuple):
 class Tree:
     """A list of operations on a directory, in order; each method adds one and returns the tree.
 
-    Paths are relative to that directory, as ``str`` with surrogateescape or as ``bytes``. Modes are what they say,
-    whatever the umask is. An operation that fails raises :class:`OSError`, with the operation as a note.
+    Paths are relative to that directory, as ``str`` with surrogateescape or as ``bytes``. Modes do not depend on the
+    umask. An operation that fails raises :class:`OSError`, with the operation as a note.
     """
 
     def __init__(self) -> None:
@@ -65,9 +65,9 @@ class Tree:
         return both
 
     def apply(self, directory: str | os.PathLike[str]) -> None:
-        """Do it all to an existing directory.
+        """Apply all operations to an existing directory.
 
-        The times that were given to directories are set at the end, since each file made in one moves them.
+        The times of directories are set at the end, since each file created in one changes them.
 
         Raises:
             OSError: an operation failed; those before it are done.
@@ -89,7 +89,7 @@ class Tree:
         self._operations.append(Operation(text, lambda top: action(os.path.join(top, relative))))
         return self
 
-    # What there is
+    # New files
 
     def directory(self, path: Name, *, mode: int = 0o755, **attributes: Unpack[Attributes]) -> Tree:
         """A new directory."""
@@ -112,7 +112,7 @@ class Tree:
         return self._add(f"file({path!r}, {_short(content)}, mode={mode:#o})", path, make)
 
     def symlink(self, path: Name, target: Name, **attributes: Unpack[Attributes]) -> Tree:
-        """A new symbolic link; ``target`` is taken as it is."""
+        """A new symbolic link; ``target`` is used verbatim."""
 
         def make(where: bytes) -> None:
             os.symlink(os.fsencode(target), where)
@@ -121,7 +121,7 @@ class Tree:
         return self._add(f"symlink({path!r}, {target!r})", path, make)
 
     def link(self, path: Name, to: Name) -> Tree:
-        """One more name of the file ``to``."""
+        """Another name (hard link) of the file ``to``."""
         relative = os.fsencode(to)
 
         def make(top: bytes) -> None:
@@ -149,7 +149,7 @@ class Tree:
         mode: int = 0o644,
         **attributes: Unpack[Attributes],
     ) -> Tree:
-        """A new device, which takes CAP_MKNOD."""
+        """A new device, which requires CAP_MKNOD."""
 
         def make(where: bytes) -> None:
             os.mknod(where, (stat.S_IFBLK if block else stat.S_IFCHR) | 0o600, os.makedev(major, minor))
@@ -157,10 +157,10 @@ class Tree:
 
         return self._add(f"device({path!r}, {major}, {minor}, block={block})", path, make)
 
-    # What is done to it
+    # Changes
 
     def write(self, path: Name, content: bytes) -> Tree:
-        """Other content for an existing file, which stays the same file."""
+        """Overwrite the content of an existing file, in place."""
         return self._add(f"write({path!r}, {_short(content)})", path, lambda where: _write(where, content, os.O_TRUNC))
 
     def append(self, path: Name, content: bytes) -> Tree:
@@ -170,7 +170,7 @@ class Tree:
         )
 
     def replace(self, path: Name, content: bytes, *, mode: int = 0o644) -> Tree:
-        """Another file in its place, by rename(2), as editors and package managers do."""
+        """Put another file in its place, by rename(2), as editors and package managers do."""
 
         def change(where: bytes) -> None:
             new = where + b".new"
@@ -185,7 +185,7 @@ class Tree:
         return self._add(f"replace({path!r}, {_short(content)}, mode={mode:#o})", path, change)
 
     def remove(self, path: Name) -> Tree:
-        """Remove it, a directory with all that is in it."""
+        """Remove it, a directory with everything in it."""
 
         def change(where: bytes) -> None:
             if stat.S_ISDIR(os.lstat(where).st_mode):
@@ -205,19 +205,19 @@ class Tree:
         return self._two("move", path, to, lambda one, other: shutil.move(os.fsdecode(one), os.fsdecode(other)))
 
     def chmod(self, path: Name, mode: int) -> Tree:
-        """Another mode."""
+        """Change the mode."""
         return self._add(f"chmod({path!r}, {mode:#o})", path, lambda where: os.chmod(where, mode))
 
     def chown(self, path: Name, uid: int, gid: int) -> Tree:
-        """Another owner and group; of a symlink itself."""
+        """Change owner and group; of a symlink itself."""
         return self._add(f"chown({path!r}, {uid}, {gid})", path, lambda where: os.lchown(where, uid, gid))
 
     def times(self, path: Name, mtime_ns: int) -> Tree:
-        """Another time of modification, in nanoseconds since the epoch; of a symlink itself."""
+        """Change the time of modification, in nanoseconds since the epoch; of a symlink itself."""
         return self._add(f"times({path!r}, {mtime_ns})", path, lambda where: _set_time(where, mtime_ns))
 
     def xattr(self, path: Name, name: str, value: bytes | None) -> Tree:
-        """Set an extended attribute, or take it away (None); of a symlink itself."""
+        """Set an extended attribute, or remove it (None); of a symlink itself."""
 
         def change(where: bytes) -> None:
             if value is None:
@@ -238,7 +238,7 @@ class Tree:
 
 
 def _write(where: bytes, content: bytes, flags: int) -> None:
-    # O_NONBLOCK: to open a named pipe that nobody reads is ENXIO then, and does not wait for ever.
+    # O_NONBLOCK: opening a named pipe without a reader then fails with ENXIO instead of waiting for ever.
     fd = os.open(where, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
     with open(fd, "wb") as file:
         file.write(content)

@@ -1,6 +1,6 @@
-"""Processes of their own for the suite: spawned, so that nothing of this process is theirs.
+"""Worker processes for the suite: spawned, so that they inherit nothing from this process.
 
-The parent sends a factory, a directory and functions by pickle; each worker opens the snapshotter and, when all are
+The parent sends a factory, a directory and functions by pickle; each worker opens the snapshotter and, once all are
 ready, calls the function at the same time as the others.
 """
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Workers:
-    """Some processes with one directory open; a context manager that ends them.
+    """Several processes that have one directory open; a context manager that ends them.
 
     Args:
-        factory: what opens the snapshotter; it must pickle.
-        directory: the snapshotter's.
+        factory: opens the snapshotter; it must pickle.
+        directory: the snapshotter's directory.
         number: of processes.
     """
 
@@ -34,7 +34,7 @@ class Workers:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Workers:
-        # Where pickle finds the factory's module there as here.
+        # There, pickle finds the factory's module where this process found it.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         for _ in range(self._number):
             self._processes.append(
@@ -49,7 +49,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A closed input is the end for a worker; communicate closes it, and waits.
+        # A worker ends when its input is closed; communicate closes it, and waits.
         for process in self._processes:
             try:
                 process.communicate(timeout=30)
@@ -61,13 +61,13 @@ class Workers:
         """Call ``function(snapshotter, number)`` in all of them at once.
 
         Args:
-            function: of a module, so that it pickles.
+            function: at the top level of a module, so that it pickles.
 
         Returns:
-            The answers, by number.
+            The results, by number.
 
         Raises:
-            ExceptionGroup: what was raised, if anything was.
+            ExceptionGroup: the exceptions raised in the workers, if any.
         """
         for process in self._processes:
             _send(_pipe(process.stdin), function)
@@ -105,7 +105,7 @@ def _answer(process: subprocess.Popen[bytes]) -> Any:
 
 def _main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    # Whatever prints does it on stderr: stdout is for answers.
+    # print() goes to stderr: stdout is for answers.
     os.dup2(2, 1)
     factory, directory, number = pickle.load(requests)
     with factory(directory) as snapshotter:
