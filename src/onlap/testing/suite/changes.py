@@ -1,4 +1,4 @@
-"""changes: what a snapshot did to its parent's tree, and how two snapshots differ."""
+"""diff: the changes of a snapshot to its parent's tree, and the differences of two snapshots."""
 
 from __future__ import annotations
 

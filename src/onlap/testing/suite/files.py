@@ -19,7 +19,7 @@ NOT_UTF8 = b"caf\xe9"
 
 
 def everything() -> Tree:
-    """Files of all types that need no privilege, with what they can have."""
+    """Files of all types that need no privilege, with all kinds of attributes."""
     return (
         Tree()
         .directory("d", mode=0o2750, mtime_ns=DAY + 1, xattrs={"user.d": b"1"})
@@ -50,7 +50,7 @@ def all_of_a_file_is_kept(site: Site) -> None:
     plain = site.new_directory("plain")
     everything().apply(plain)
     site.committed("base", tree=everything())
-    # Its content is random, and its own in each of the two.
+    # Its content is random, and different in the two trees.
     with site.reading("base") as path:
         (plain / "big").write_bytes((path / "big").read_bytes())
     os.utime(plain / "big", ns=(0, 4_102_444_800 * 10**9 + 999_999_999))
@@ -87,7 +87,7 @@ def owners_and_devices_are_kept(site: Site) -> None:
 
 @case("trees", "privileged")
 def chown(site: Site) -> None:
-    """Of a file, a directory and a symlink of a lower layer: all else of them stays."""
+    """Of a file, a directory and a symlink of a lower layer: everything else about them stays."""
     base = (
         Tree()
         .directory("opt", mode=0o2750)
@@ -111,7 +111,7 @@ def chown(site: Site) -> None:
 
 @case("trees")
 def directory_permission_on_commit(site: Site) -> None:
-    """A directory of which nothing changed but its mode; and modes of new ones."""
+    """A directory of which only the mode changed; and modes of new directories."""
     base = Tree()
     for number, mode in enumerate((0o755, 0o700, 0o777, 0o1777, 0o2755)):
         base = base.directory(f"d{number}", mode=mode).file(f"d{number}/f")
@@ -128,7 +128,7 @@ def directory_permission_on_commit(site: Site) -> None:
 
 @case("trees")
 def hard_links(site: Site) -> None:
-    """Of one layer they stay one file; changed through one name, that name shows it."""
+    """Those of one layer stay one file; a change through one name shows under that name."""
     base = Tree().directory("d").file("f", b"1").link("d/g", "f").link("h", "f").file("x", b"x")
     site.committed("base", tree=base)
     with site.reading("base") as path:
@@ -161,7 +161,7 @@ def the_root_is_open_to_all(site: Site) -> None:
 
 @case("trees", "root_attributes")
 def the_root_keeps_its_attributes(site: Site) -> None:
-    """Those of the top directory of a layer are those of its children."""
+    """Children inherit the attributes of the top directory."""
     sn = site.snapshotter
     tree = Tree().file("f").chmod(".", 0o1711).xattr(".", "user.top", b"1").times(".", DAY)
     site.committed("base", tree=tree)
@@ -214,7 +214,7 @@ def attributes_change_alone(site: Site) -> None:
 
 @case("trees")
 def an_open_file_is_written_on(site: Site) -> None:
-    """What is written through an open file while the tree is mounted is in the commit after the unmount."""
+    """A commit after the unmount contains what was written through an open file while the tree was mounted."""
     site.committed("base", tree=Tree().file("f", b"1"))
     with mounted(site.snapshotter.prepare("key", "base")) as path:
         with open(path / "f", "ab") as file:

@@ -1,4 +1,4 @@
-"""Labels: given, replaced, updated, taken away; and that nothing else of a snapshot can be changed.
+"""Labels: set, replaced, updated, removed; and nothing else of a snapshot can be updated.
 
 Source: containerd v1.7.24, snapshots/storage/bolt.go, UpdateInfo; metadata/boltutil/helpers.go, writeMap.
 """
@@ -79,7 +79,7 @@ def update_of_single_labels(site: Site) -> None:
 
 @case()
 def label_keys_hold_dots(site: Site) -> None:
-    """The key is all that follows ``labels.``"""
+    """The key is everything after ``labels.``"""
     sn = site.snapshotter
     sn.prepare("key", labels={"a.b": "1", "a": "1"})
     names = ("a.b", "containerd.io/snapshot/overlay.upperdir", "labels.x", ".", "a b", "名")
@@ -114,7 +114,7 @@ def update_looks_for_the_snapshot_first(site: Site) -> None:
 
 @case()
 def other_fields_are_not_touched(site: Site) -> None:
-    """Whatever the info says of them."""
+    """Whatever the given Info contains."""
     sn = site.snapshotter
     site.committed("base")
     site.committed("other")
@@ -146,7 +146,7 @@ def update_of_every_kind(site: Site) -> None:
 
 @case()
 def labels_are_copied(site: Site) -> None:
-    """What the caller does with his mapping afterwards changes no snapshot."""
+    """Later changes to the caller's mapping do not change a snapshot."""
     sn = site.snapshotter
     mine = {"a": "1"}
     sn.prepare("active", labels=mine)
@@ -163,7 +163,7 @@ def labels_are_copied(site: Site) -> None:
 
 @case()
 def labels_are_kept_or_refused(site: Site) -> None:
-    """Text that no UTF-8 can hold is either kept as it is, or InvalidArgument; never another error."""
+    """Text that cannot be encoded in UTF-8 is either kept unchanged or InvalidArgument; never another error."""
     sn = site.snapshotter
     for number, labels in enumerate(({"k": "caf\udce9"}, {"caf\udce9": "v"}, {"k": "a\0b"}, {"a\0b": "v"})):
         key = f"key-{number}"

@@ -1,4 +1,4 @@
-"""From prepare to remove: kinds, parents, keys and names, and what is left of them."""
+"""From prepare to remove: kinds, parents, keys and names, and what remains."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def a_name_is_free_after_its_removal(site: Site) -> None:
 
 @case()
 def what_has_children_stays(site: Site) -> None:
-    """Each kind of child keeps its parent, and the rest goes leaf first."""
+    """Each kind of child protects its parent; the others are removed children first."""
     sn = site.snapshotter
     site.committed("base")
     site.committed("child", "base")
@@ -187,7 +187,7 @@ def impossible_names_are_refused(site: Site) -> None:
 
 @case()
 def impossible_names_are_not_found(site: Site) -> None:
-    """What can be no key is none: looking it up is NotFound, as for any other that is not there."""
+    """Looking up an impossible name is NotFound, as for any other name that does not exist."""
     sn = site.snapshotter
     for name in ("", "a\0b", "caf\udce9"):
         raises(errors.NotFound, f"stat of {name!r}", sn.stat, name)
@@ -220,7 +220,7 @@ def errors_name_the_snapshot(site: Site) -> None:
 
 @case()
 def times_of_creation(site: Site) -> None:
-    """Nanoseconds, between the call and its return; a commit makes new ones, both equal."""
+    """Nanoseconds, between the call and its return; a commit sets both to the same new time."""
     sn = site.snapshotter
     marks = [time.time_ns()]
     sn.prepare("key")
@@ -233,7 +233,7 @@ def times_of_creation(site: Site) -> None:
         equal(info.created_ns, info.updated_ns, f"created, beside updated, of {info.name}")
         check(start <= info.created_ns <= end, f"{info.name} was created at {info.created_ns}, not in {start}..{end}")
     equal(sn.stat("name"), committed, "a second stat")
-    # A thousandth of all times end in 000; that ten in a row do has no other reason than that they were cut.
+    # One time in a thousand ends in 000; if ten in a row do, they were truncated.
     updates = [sn.update(committed).updated_ns for _ in range(10)]
     check(any(ns % 1000 for ns in updates), f"the times are cut to microseconds: {updates}")
 

@@ -1,4 +1,4 @@
-"""Which error, where a call is wrong in more than one way; and that it changed nothing.
+"""Which error comes first if a call is wrong in several ways; and a failed call changes nothing.
 
 Source: containerd v1.7.24, snapshots/storage/bolt.go, CreateSnapshot and CommitActive; the parent of a commit as in
 containerd 2.2, core/snapshots/storage/bolt.go.
@@ -54,7 +54,7 @@ def prepare_looks_at_the_parent_first(site: Site) -> None:
             if key != "free":
                 for parent in ("", "base"):
                     raises(errors.AlreadyExists, f"{key} on {parent!r}", make, key, parent)
-    # On itself: the parent is looked at before the key.
+    # On itself: the parent is checked before the key.
     raises(errors.NotFound, "prepare on itself", sn.prepare, "self", "self")
     equal(site.everything(), before, "the snapshots after what failed")
 
@@ -95,7 +95,7 @@ def commit_of_a_view_fails(site: Site) -> None:
 
 @case()
 def a_commit_may_name_its_parent(site: Site) -> None:
-    """The one that it has: nothing changes by it."""
+    """Naming the parent that it already has changes nothing."""
     site.committed("base")
     site.snapshotter.prepare("active", "base")
     site.snapshotter.commit("new", "active", parent="base")
@@ -123,7 +123,7 @@ def rebase_looks_at_the_parent_last(site: Site) -> None:
 
 @case(lacks=["rebase"])
 def rebase_is_refused(site: Site) -> None:
-    """Who cannot do it says so after all that is wrong anyway, and leaves the snapshot as it was."""
+    """Unimplemented comes after all other errors, and the snapshot is left unchanged."""
     sn = site.snapshotter
     site.committed("base")
     sn.prepare("active")

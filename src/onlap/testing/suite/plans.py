@@ -1,4 +1,4 @@
-"""What mounts, usage and cleanup answer."""
+"""The results of mounts, usage and cleanup."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def usage_of_a_view_is_nothing(site: Site) -> None:
 
 @case("trees")
 def usage_of_an_active_snapshot_moves(site: Site) -> None:
-    """It is measured now, the top directory included and a hard-linked file once; a commit keeps it."""
+    """It is measured at the call, including the top directory, and hard-linked files once; a commit keeps it."""
     sn = site.snapshotter
     sn.prepare("key")
     empty = sn.usage("key")
@@ -83,7 +83,7 @@ def usage_leaves_the_parents_out(site: Site) -> None:
 
 @case("trees")
 def removed_trees_go(site: Site) -> None:
-    """After a cleanup nothing of them is below the snapshotter's directory; what is in use stays."""
+    """After a cleanup nothing of them is left below the snapshotter's directory; what is in use stays."""
     sn = site.snapshotter
     site.committed("base", tree=Tree().file("kept"))
     sn.prepare("key", "base")
@@ -98,7 +98,7 @@ def removed_trees_go(site: Site) -> None:
         sn.cleanup()
         if not files_named(site.root, "garbage"):
             break
-        time.sleep(0.05)  # a background thread is deleting it at this moment, and tells nobody when it is done
+        time.sleep(0.05)  # a background thread is deleting it, and there is no event for its end
     equal(files_named(site.root, "garbage"), [], "what is left of removed trees")
     check(files_named(site.root, "kept"), "the tree of a committed snapshot is gone")
     with site.reading("base") as path:

@@ -13,7 +13,7 @@ TURNS = 8
 
 
 def cycle(snapshotter: Snapshotter, number: int) -> None:
-    """What each process does in :func:`processes_in_cycles`."""
+    """The work of each process in :func:`processes_in_cycles`."""
     for turn in range(TURNS):
         key, name = f"key-{number}-{turn}", f"name-{number}-{turn}"
         plan = snapshotter.prepare(key, "base", {"of": key})
@@ -27,7 +27,7 @@ def cycle(snapshotter: Snapshotter, number: int) -> None:
 
 
 def take(snapshotter: Snapshotter, number: int) -> list[str]:
-    """Prepare as many of the keys as possible; returns those won."""
+    """Prepare as many of the keys as possible; returns those that succeeded."""
     won = []
     for turn in range(2 * TURNS):
         try:
@@ -39,7 +39,7 @@ def take(snapshotter: Snapshotter, number: int) -> list[str]:
 
 
 def build_or_remove(snapshotter: Snapshotter, number: int) -> list[str]:
-    """Build on the bases, or remove them; returns the kinds of what failed."""
+    """Build on the bases, or remove them; returns the kinds of the errors."""
     failed = []
     for turn in range(TURNS):
         try:
@@ -94,7 +94,7 @@ def processes_remove_parents_under_children(site: Site) -> None:
 
 @case("processes")
 def a_process_sees_what_another_did(site: Site) -> None:
-    """At once, in both directions, with both open all the time."""
+    """Immediately, in both directions, while both have it open."""
     sn = site.snapshotter
     with Workers(site.factory, site.root, 1) as workers:
         site.committed("base")

@@ -19,7 +19,7 @@ ROUNDS = 6
 
 
 def together(call: Callable[[int], T], threads: int = THREADS) -> list[T | errors.OnlapError]:
-    """Call it from many threads at once; the answers or Onlap's errors, by number. Any other exception is raised."""
+    """Call it from many threads at once; returns results or Onlap's errors, by number. Other exceptions are raised."""
     barrier = threading.Barrier(threads)
 
     def body(number: int) -> T | errors.OnlapError:
@@ -44,7 +44,7 @@ def one_wins(answers: list[T | errors.OnlapError], others: type[errors.OnlapErro
 
 @case()
 def threads_in_cycles(site: Site) -> None:
-    """Sixteen of them prepare, look, commit and remove on one parent, with errors for none."""
+    """Sixteen threads prepare, read, commit and remove on one parent, without errors."""
     sn = site.snapshotter
     site.committed("base")
 
@@ -116,7 +116,7 @@ def threads_race_to_remove(site: Site) -> None:
 
 @case()
 def threads_remove_parents_under_children(site: Site) -> None:
-    """While some build on a snapshot, others remove it: no child is ever without its parent."""
+    """Some threads build on a snapshot while others remove it: no child ever lacks its parent."""
     sn = site.snapshotter
     for turn in range(ROUNDS):
         site.committed(f"base-{turn}")
@@ -142,7 +142,7 @@ def threads_remove_parents_under_children(site: Site) -> None:
 
 @case("trees")
 def threads_write_each_his_own(site: Site) -> None:
-    """Trees made at the same time do not mix."""
+    """Trees written at the same time do not mix."""
     sn = site.snapshotter
     site.committed("base", tree=Tree().file("f", b"base"))
 
@@ -161,7 +161,7 @@ def threads_write_each_his_own(site: Site) -> None:
 
 @case()
 def a_walk_among_threads(site: Site) -> None:
-    """A snapshot that nobody touches is in every walk, once."""
+    """A snapshot that is not changed is in every walk exactly once."""
     sn = site.snapshotter
     staying = {f"stay-{number}" for number in range(20)}
     for name in sorted(staying):

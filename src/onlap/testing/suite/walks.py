@@ -1,4 +1,4 @@
-"""walk: filters, and what the caller may do meanwhile.
+"""walk: filters, and calls while one is in progress.
 
 Source: containerd v1.7.24, snapshots/testsuite/testsuite.go, checkWalk and checkStatInWalk.
 """
@@ -63,7 +63,7 @@ def a_wrong_filter_is_refused(site: Site) -> None:
 
 @case()
 def stat_and_more_within_a_walk(site: Site) -> None:
-    """No transaction is open while the caller looks at a snapshot."""
+    """No transaction is open while the caller uses a snapshot from the walk."""
     sn = site.snapshotter
     site.committed("base")
     for number in range(5):
@@ -92,7 +92,7 @@ def changes_within_a_walk(site: Site) -> None:
 
 @case()
 def changing_within_a_walk(site: Site) -> None:
-    """What is made or removed meanwhile may be seen or not; what stays is seen once."""
+    """What is created or removed in the meantime may be seen or not; what stays is seen once."""
     sn = site.snapshotter
     staying = {f"stay-{number}" for number in range(130)}  # more than a page of any implementation so far
     going = {f"go-{number}" for number in range(130)}
