@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from types import FunctionType, GeneratorType, TracebackType
@@ -21,7 +22,7 @@ from onlap.errors import from_oserror, shown
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
 
-_RAW = (OSError, ImportError, MemoryError, RuntimeError, AssertionError)
+_RAW = (OSError, ImportError, MemoryError, RuntimeError, AssertionError, UnicodeError)
 _CALLERS_OWN = "_onlap_callers_own"
 
 # What functions do whose names are not verbs, for messages.
@@ -40,15 +41,24 @@ _DOING = {
 }
 
 
+_SPECIAL = ("__enter__", "__exit__", "__contains__", "__iter__")
+
+
+def _raw() -> tuple[type[BaseException], ...]:
+    # Imported by then if it can have raised anything.
+    sqlite3 = sys.modules.get("sqlite3")
+    return _RAW if sqlite3 is None else (*_RAW, sqlite3.Error)
+
+
 def mark_callers_own(error: BaseException) -> None:
     """Mark an exception of a caller's own function, which is raised unchanged."""
     setattr(error, _CALLERS_OWN, True)
 
 
 def public_class(cls: type[C]) -> type[C]:
-    """Guard all public methods and properties of a class."""
+    """Guard all public methods and properties of a class, and those of its special methods that do something."""
     for name, value in list(vars(cls).items()):
-        if name.startswith("_"):
+        if name.startswith("_") and name not in _SPECIAL:
             continue
         if isinstance(value, FunctionType):
             setattr(cls, name, public(value))
@@ -66,7 +76,7 @@ def public(function: F) -> F:
     def guarded(*arguments: Any, **named: Any) -> Any:
         try:
             found = function(*arguments, **named)
-        except _RAW as error:
+        except _raw() as error:
             if hasattr(error, _CALLERS_OWN):
                 raise
             raise _translated(error, _Call(doing, arguments, named)) from error
@@ -104,7 +114,7 @@ class _Call:
 
     def name(self, error: errors.OnlapError) -> None:
         """Name the subject in an error that comes from the kernel and has no key."""
-        if error.key is not None or not isinstance(error.__cause__, _RAW):
+        if error.key is not None or not isinstance(error.__cause__, _raw()):
             return
         subject = self.subject
         if not subject:
@@ -121,7 +131,7 @@ def _steps(inner: Generator[Any, Any, Any], call: _Call) -> Iterator[Any]:
                 step = next(inner)
             except StopIteration:
                 return
-            except _RAW as error:
+            except _raw() as error:
                 if hasattr(error, _CALLERS_OWN):
                     raise
                 raise _translated(error, call) from error
@@ -141,7 +151,7 @@ class _Block(AbstractContextManager[Any]):
     def __enter__(self) -> Any:
         try:
             return self._inner.__enter__()
-        except _RAW as error:
+        except _raw() as error:
             raise _translated(error, self._call) from error
         except errors.OnlapError as error:
             self._call.name(error)
@@ -152,7 +162,7 @@ class _Block(AbstractContextManager[Any]):
     ) -> bool | None:
         try:
             return self._inner.__exit__(kind, raised, traceback)
-        except _RAW as error:
+        except _raw() as error:
             if error is raised or hasattr(error, _CALLERS_OWN):
                 raise
             raise _translated(error, self._call) from error

@@ -210,6 +210,7 @@ class Program:
         self._check_left(open_before, mounted_before)
 
     def _look_at(self, raised: errors.OnlapError, error: str) -> None:
+        traceback.print_exception(raised)  # for who is shown the finding
         self._report.tell(error=error)
         if self._verb.keeps and raised.key and raised.key.startswith("build-"):
             self._report.tell(kept=raised.key)

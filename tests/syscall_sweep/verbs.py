@@ -179,7 +179,7 @@ DRIVER: dict[str, Verb] = {
     "create": Verb(lambda _, driver: driver.create("fresh", "two"), ("fresh",)),
     "create without a parent": Verb(lambda _, driver: driver.create("fresh"), ("fresh",)),
     "create_read_write": Verb(lambda _, driver: driver.create_read_write("fresh", "two"), ("fresh",)),
-    "apply_diff": Verb(_apply_diff, ("empty", "two")),
+    "apply_diff": Verb(_apply_diff, ("empty", "two"), loose=("layer empty",)),
     "get and put": Verb(_get, ("writable",), loose=("layer writable",)),
     "diff": Verb(lambda _, driver: driver.diff("two", "one", io.BytesIO()), ("two",)),
     "changes": Verb(lambda _, driver: driver.changes("writable", "one"), ("writable",)),

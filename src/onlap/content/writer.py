@@ -128,11 +128,15 @@ class Partial:
         self._hash = hashlib.sha256()
         self.offset = 0
         self._held = _open_locked(path, present)
-        self.done = self._held is None or present()
-        if self.done:
-            self.close()
-        else:
-            self._read_present()
+        try:
+            self.done = self._held is None or present()
+            if self.done:
+                self.close()
+            else:
+                self._read_present()
+        except BaseException:
+            self.close()  # the next attempt, also of this process, would wait for it
+            raise
 
     def __enter__(self) -> Partial:
         return self
@@ -224,9 +228,11 @@ def _open_locked(path: str, present: Callable[[], bool]) -> Flock | None:
     """The partial, locked; None when the blob came while another process wrote it."""
     while True:
         held = Flock(path, os.O_RDWR | os.O_CREAT)
-        if held.lock() and held.is_at(path):
-            return held
-        held.release()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(held)
+            if held.lock() and held.is_at(path):
+                stack.pop_all()
+                return held
         if present():
             return None
         time.sleep(_PAUSE)

@@ -100,6 +100,7 @@ class StackDriver(Driver):
             self.support = support.probe_support(self.home)
             self._syncer = Syncer(self.home) if sync == "layer" else None
             self._sweep()
+            mounted = self._take_over(counts or {})
         except OSError as error:
             self.close()
             raise errors.from_oserror(error, doing="look for unfinished layers", key=home) from error
@@ -108,7 +109,7 @@ class StackDriver(Driver):
             raise
         self._locks = Locks()
         self._naive = NaiveDiffer(self, self.ids)
-        self._counter = Counter(lambda id: is_mounted(self._path(id, MERGED)), self._take_over(counts or {}))
+        self._counter = Counter(lambda id: is_mounted(self._path(id, MERGED)), mounted)
 
     def close(self) -> None:
         """Close the descriptors; mounts stay as they are."""

@@ -182,9 +182,11 @@ class RecordedSnapshotter(ABC):
 
     # Context manager
 
+    @public
     def __enter__(self) -> Self:
         return self
 
+    @public
     def __exit__(self, *_: object) -> None:
         self.close()
 

@@ -112,7 +112,11 @@ class Copier:
                     path = prefix + name
                     below = self._entry(sources.fd, targets.fd, name, path)
                     if below is not None:
-                        sources.enter(below[0])
+                        try:
+                            sources.enter(below[0])
+                        except OSError:
+                            os.close(below[1])
+                            raise
                         targets.enter(below[1])
                         stack.append((path + "/", _names(below[0])))
                         break

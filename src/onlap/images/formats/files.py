@@ -90,8 +90,12 @@ class Files(ABC):
         """
         try:
             return model.decode(self.read(name, model.MAX_MANIFEST), kind, name)
-        except (errors.NotFound, errors.InvalidArgument, errors.ResourceExhausted):
+        except (errors.NotFound, errors.InvalidArgument):
             return kind()
+        except errors.ResourceExhausted as error:
+            if isinstance(error.__cause__, OSError):  # no memory, no descriptors
+                raise
+            return kind()  # larger than a document
 
 
 class DirectoryFiles(Files):
