@@ -17,7 +17,7 @@ from onlap import errors
 from onlap.catalog.disk.staging import Staging
 from onlap.content.lease import Lease
 from onlap.forks import unless_forked
-from onlap.layers.stream.digests import PREFIX
+from onlap.layers.stream.digests import PREFIX, check_content
 from onlap.locks import Flock
 from onlap.syscalls.files import write_all
 
@@ -88,7 +88,7 @@ class Writer:
             OSError: it cannot be written.
         """
         found = PREFIX + self._hash.hexdigest()
-        check_same(found, self.size, digest, size)
+        check_content(found, self.size, digest, size)
         if lease is not None:
             lease.pin(found)
         os.fsync(self._fd)
@@ -193,7 +193,7 @@ class Partial:
             OSError: it cannot be written.
         """
         try:
-            check_same(PREFIX + self._hash.hexdigest(), self.offset, self._digest, self._size)
+            check_content(PREFIX + self._hash.hexdigest(), self.offset, self._digest, self._size)
         except errors.DigestMismatch:
             self._drop()
             raise
@@ -212,16 +212,6 @@ class Partial:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
         self.close()
-
-
-def check_same(found: str, found_size: int, digest: str | None, size: int | None) -> None:
-    """Raise DigestMismatch when content is not what its descriptor says."""
-    if size is not None and found_size != size:
-        raise errors.DigestMismatch(
-            f"{digest or found} has {found_size} bytes, not {size}", key=digest or found, hint="fetch it again"
-        )
-    if digest is not None and found != digest:
-        raise errors.DigestMismatch(f"the content is {found}, not {digest}", key=digest, hint="fetch it again")
 
 
 def _open_locked(path: str, present: Callable[[], bool]) -> Flock | None:

@@ -17,7 +17,6 @@ from msgspec import Struct
 from onlap import errors
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
-from onlap.content.writer import check_same
 from onlap.errors import shown
 from onlap.images.formats.files import Files
 from onlap.images.formats.oci_layout import StoredImage, blob_path
@@ -25,6 +24,7 @@ from onlap.images.index import Image
 from onlap.images.spec import media, model, names, platforms
 from onlap.images.spec.model import Config, Descriptor, Documents, Platform
 from onlap.layers.stream import compression
+from onlap.layers.stream.digests import check_content
 
 MANIFEST_FILE = "manifest.json"
 _MAX_IMAGES = 1000
@@ -140,7 +140,7 @@ def _layer(
         raise errors.Unimplemented(f"the layer {shown(path)} is compressed with {kind}", key=path)
     with source.open(path) as file:
         blob = content.put(file, lease=lease)
-    check_same(blob.digest, blob.size, None, source.size(path))
+    check_content(blob.digest, blob.size, size=source.size(path))
     known[path] = Descriptor(media.layer_type(docker=True, compression=kind), blob.digest, blob.size)
     return known[path]
 

@@ -18,6 +18,7 @@ from onlap.images.spec import media, model, names, platforms
 from onlap.images.spec.model import Config, Descriptor, Documents, History, RootFS
 from onlap.images.unpack.intake import OnProgress, Transfer, take_in
 from onlap.layers.stream import compression
+from onlap.layers.stream.digests import check_content
 from onlap.layers.stream.pipeline import Pipeline
 from onlap.progress import Callback, Reporter
 from onlap.snapshots import contexts
@@ -108,11 +109,7 @@ def _fetch(images: Index, source: Files, found: StoredImage) -> Transfer:
             on_progress(done)
 
         path = found.paths.get(blob.digest) or oci_layout.blob_path(blob.digest)
-        have = source.size(path)
-        if have != blob.size:
-            raise errors.DigestMismatch(
-                f"{blob.digest} has {have} bytes, not {blob.size}", key=blob.digest, hint="fetch it again"
-            )
+        check_content(blob.digest, source.size(path), size=blob.size)
         with source.open(path) as file:
             images.content.put(file, digest=blob.digest, size=blob.size, progress=progress)
 

@@ -12,13 +12,13 @@ from urllib.parse import quote
 
 from onlap import errors
 from onlap.content.store import ContentStore
-from onlap.content.writer import Partial, check_same
+from onlap.content.writer import Partial
 from onlap.errors import shown
 from onlap.images.registry.connections import Body, TransientError
 from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession, Request
 from onlap.images.spec import media, model
 from onlap.images.spec.model import Descriptor
-from onlap.layers.stream.digests import digest_of
+from onlap.layers.stream.digests import check_content, digest_of
 
 _PIECE = 256 * 1024
 # Bytes of a chunk, for a registry that accepts no larger requests: proxies before registries accept up to 100 MB
@@ -69,14 +69,14 @@ class Repository:
         digest = digest_of(answer.data)
         for expected in (version if ":" in version else None, answer.headers.get("Docker-Content-Digest")):
             if expected is not None and expected.startswith("sha256:"):
-                check_same(digest, len(answer.data), expected, None)
+                check_content(digest, len(answer.data), expected)
         return answer.data, answer.headers.get("Content-Type", "").partition(";")[0].strip()
 
     def small_blob(self, digest: str, limit: int) -> bytes:
         """All of a small blob; raises as :meth:`manifest` does."""
         request = Request("GET", f"blobs/{digest}", self._pull, (200,), f"read {digest}", _UNENCODED, limit=limit)
         answer = self._session.request(request)
-        check_same(digest_of(answer.data), len(answer.data), digest, None)
+        check_content(digest_of(answer.data), len(answer.data), digest)
         return answer.data
 
     def fetch(self, content: ContentStore, blob: Descriptor, on_progress: OnProgress) -> None:
@@ -285,7 +285,7 @@ class Repository:
         digest = digest_of(data)
         confirmed = answer.headers.get("Docker-Content-Digest")
         if confirmed is not None and confirmed.startswith("sha256:"):
-            check_same(confirmed, len(data), digest, None)
+            check_content(confirmed, len(data), digest)
         return digest
 
 

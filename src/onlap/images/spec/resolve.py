@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onlap import errors
-from onlap.content.writer import check_same
 from onlap.images.spec import media, model, platforms
 from onlap.images.spec.model import Descriptor, Documents, Index, Platform
-from onlap.layers.stream.digests import digest_of
+from onlap.layers.stream.digests import check_content, digest_of
 
 # get(descriptor, limit): the bytes of a small blob, not verified yet.
 Get = Callable[[Descriptor, int], bytes]
@@ -111,5 +110,5 @@ def fetch(get: Get, descriptor: Descriptor, limit: int) -> bytes:
             key=descriptor.digest,
         )
     data = get(descriptor, limit)
-    check_same(digest_of(data), len(data), descriptor.digest, descriptor.size)
+    check_content(digest_of(data), len(data), descriptor.digest, descriptor.size)
     return data

@@ -68,23 +68,22 @@ def perform(job: Job, progress: Callable[[int], None]) -> Outcome:
 
     with errors.translated("unpack a layer", key=job.digest), opened(job.tree) as fd:
         if job.lowers is not None:
-            applied = apply(job.blob, fd, lowers=job.lowers, markers=markers, digest=job.digest, progress=report)
-            outcome = Outcome(settled=True)
-        else:
-            try:
-                applied, removals, top_named = parentless.apply(job.blob, fd, markers, job.digest, report)
-            except NeedsParent:
-                empty(fd)
-                return Outcome(needs_parent=True)
-            outcome = Outcome(removals=removals, top_named=top_named)
-    if applied.diff_id != job.diff_id:
-        raise errors.DigestMismatch(
-            f"the layer {job.digest} is {applied.diff_id} without its compression, "
-            f"and the image's configuration says {job.diff_id}",
-            key=job.digest,
-            hint="ask who made the image",
-        )
-    return outcome
+            apply(
+                job.blob,
+                fd,
+                lowers=job.lowers,
+                markers=markers,
+                digest=job.digest,
+                diff_id=job.diff_id,
+                progress=report,
+            )
+            return Outcome(settled=True)
+        try:
+            done = parentless.apply(job.blob, fd, markers, job.digest, job.diff_id, report)
+        except NeedsParent:
+            empty(fd)
+            return Outcome(needs_parent=True)
+        return Outcome(removals=done.removals, top_named=done.top_named)
 
 
 def settle(job: Job, outcome: Outcome, lowers: Sequence[str]) -> None:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.layers.apply import archive
 from onlap.layers.apply.applier import Applier
-from onlap.layers.apply.archive import Applied
 from onlap.layers.apply.attributes import Attributes
 from onlap.layers.apply.lowers import Lowers
 from onlap.layers.apply.upper import Upper
@@ -46,12 +45,10 @@ class Parentless(NamedTuple):
     """A layer that was applied without those below it.
 
     Attributes:
-        applied: what was applied.
         removals: what is still to be done, for :func:`settle`.
         top_named: whether the archive describes the top directory.
     """
 
-    applied: Applied
     removals: Sequence[Removal]
     top_named: bool
 
@@ -106,7 +103,12 @@ class _SettledUpper(Upper):
 
 
 def apply(
-    source: str, layer: int, markers: Markers, digest: str | None = None, progress: Callback | None = None
+    source: str,
+    layer: int,
+    markers: Markers,
+    digest: str | None = None,
+    diff_id: str | None = None,
+    progress: Callback | None = None,
 ) -> Parentless:
     """Write the entries of an archive into an empty layer; see :func:`onlap.layers.apply.archive.apply`.
 
@@ -122,8 +124,10 @@ def apply(
         appliers.append(_ParentlessApplier(reader, layer, lowers, markers, recorded=recorded))
         return appliers[0]
 
-    applied = archive.apply(source, layer, markers=markers, digest=digest, progress=progress, applier=applier)
-    return Parentless(applied, appliers[0].noted.removals, appliers[0].upper.top_named)
+    archive.apply(
+        source, layer, markers=markers, digest=digest, diff_id=diff_id, progress=progress, applier=applier
+    )
+    return Parentless(appliers[0].noted.removals, appliers[0].upper.top_named)
 
 
 def settle(

@@ -18,7 +18,7 @@ from onlap.layers.apply.rollback import emptied_on_error
 from onlap.layers.format.reader import TarReader
 from onlap.layers.format.tar import Entry
 from onlap.layers.stream.compression import NONE
-from onlap.layers.stream.digests import check_sha256
+from onlap.layers.stream.digests import check_content, check_sha256
 from onlap.layers.stream.pipeline import Digests, Pipeline
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
@@ -139,7 +139,8 @@ def apply(
         reader.drain()
         writer.finish()
         digests = pipeline.digests()
-        _verify(digests, digest, diff_id)
+        check_content(digests.digest, digests.size, digest)
+        _check_diff_id(digests, diff_id)
         if not reader.marked_end and digest is None and diff_id is None and pipeline.compression == NONE:
             # Go's archive/tar accepts an end after an entry or in its padding; it looks the same as a broken pipe.
             if not entries:
@@ -194,10 +195,10 @@ def _exceeded(what: str, item: str | None) -> errors.ResourceExhausted:
     return errors.ResourceExhausted(f"{what}{at}", key=item, hint="raise the limit if you trust it")
 
 
-def _verify(digests: Digests, digest: str | None, diff_id: str | None) -> None:
-    for expected, found, what in (
-        (digest, digests.digest, "the archive"),
-        (diff_id, digests.diff_id, "the archive without its compression"),
-    ):
-        if expected is not None and expected != found:
-            raise errors.DigestMismatch(f"{what} is {found}, not {expected}", key=expected, hint="fetch it again")
+def _check_diff_id(digests: Digests, expected: str | None) -> None:
+    if expected is not None and digests.diff_id != expected:
+        raise errors.DigestMismatch(
+            f"{digests.digest} is {digests.diff_id} without its compression, and should be {expected}",
+            key=expected,
+            hint="ask who made it",
+        )

@@ -47,6 +47,16 @@ def digest_of(data: bytes) -> str:
     return PREFIX + hashlib.sha256(data).hexdigest()
 
 
+def check_content(found: str, found_size: int, digest: str | None = None, size: int | None = None) -> None:
+    """Raise DigestMismatch unless content has the digest and the size, in bytes, that are expected."""
+    if size is not None and found_size != size:
+        raise errors.DigestMismatch(
+            f"{digest or found} has {found_size} bytes, not {size}", key=digest or found, hint="fetch it again"
+        )
+    if digest is not None and found != digest:
+        raise errors.DigestMismatch(f"the content is {found}, not {digest}", key=digest, hint="fetch it again")
+
+
 def chain_ids(diff_ids: Iterable[str]) -> tuple[str, ...]:
     """The chain ID of each layer, lowest first (OCI image specification, config.md, "Layer ChainID")."""
     chain: list[str] = []
