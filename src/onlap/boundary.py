@@ -37,7 +37,6 @@ _DOING = {
     "diff": "compare",
     "images": "use images",
     "content": "use blobs",
-    "bring": "take an image in",
 }
 
 

@@ -227,7 +227,7 @@ class FileLock:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._open_flocks: Flock | None = None
+        self._held: Flock | None = None
 
     def acquire(self, *, wait: bool) -> bool:
         """Take the lock; False if another process has it.
@@ -239,32 +239,32 @@ class FileLock:
         Raises:
             OSError: the filesystem refuses.
         """
-        if self._open_flocks is None:
-            self._open_flocks = _open(self._path)
-        return self._open_flocks.lock(wait=wait)
+        if self._held is None:
+            self._held = _open(self._path)
+        return self._held.lock(wait=wait)
 
     def release(self) -> None:
         """Release the lock; never fails."""
-        if self._open_flocks is None:
+        if self._held is None:
             return
         try:
-            self._open_flocks.unlock()
+            self._held.unlock()
         except OSError:
             self.close()  # ENOLCK: closing the file releases it as well
 
     def close(self) -> None:
         """Release the lock and close the file, which the next :meth:`acquire` opens again."""
-        held, self._open_flocks = self._open_flocks, None
+        held, self._held = self._held, None
         if held is not None:
             held.release()
 
     @property
     def number(self) -> int:
         """The number in the file, 0 if there is none; only for the holder of the lock."""
-        assert self._open_flocks is not None
-        return int.from_bytes(os.pread(self._open_flocks.fd, 8, 0), "little")
+        assert self._held is not None
+        return int.from_bytes(os.pread(self._held.fd, 8, 0), "little")
 
     @number.setter
     def number(self, value: int) -> None:
-        assert self._open_flocks is not None
-        os.pwrite(self._open_flocks.fd, value.to_bytes(8, "little"), 0)
+        assert self._held is not None
+        os.pwrite(self._held.fd, value.to_bytes(8, "little"), 0)

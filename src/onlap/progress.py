@@ -33,9 +33,12 @@ class Progress(NamedTuple):
 
 Callback = Callable[[Progress], None]
 
+# Called with the bytes of a blob that have been transferred so far; raises an error once the work is cancelled.
+OnProgress = Callable[[int], None]
+
 
 class Reporter:
-    """Calls a callback at most ten times a second, in the caller's thread, and once more at the end.
+    """Calls a callback at most ten times per second, in the caller's thread, and once more at the end.
 
     An exception of the callback passes through the operation, which cleans up and ends: this is how it is cancelled.
 

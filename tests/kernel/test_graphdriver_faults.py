@@ -22,7 +22,7 @@ from onlap import errors
 from onlap.graphdrivers import Driver, IdMap, layout, open_driver
 from onlap.graphdrivers.ids import Range
 from onlap.mounts import kernel
-from onlap.syscalls import mount as sys
+from onlap.syscalls import mount as calls
 from onlap.trees.walk import MAX_OPEN
 
 pytestmark = pytest.mark.needs("overlay")
@@ -116,14 +116,14 @@ def test_a_disk_that_becomes_read_only_in_apply_diff(kind: str, loop_ext4: Calla
             if self.tell() > 20 << 20:
                 # MS_REMOUNT | MS_RDONLY fails while files are open for writing; FS_IOC_SHUTDOWN is not everywhere.
                 # A bind's flag does not ask.
-                sys.mount("none", str(disk), None, sys.MS_REMOUNT | sys.MS_BIND | sys.MS_RDONLY, None)
+                calls.mount("none", str(disk), None, calls.MS_REMOUNT | calls.MS_BIND | calls.MS_RDONLY, None)
             return super().read(size)
 
     with closing(open_driver(kind, str(disk / "home"))) as driver:
         with_base(driver)
         with pytest.raises(errors.OnlapError):
             driver.apply_diff("layer", "base", Cut(big_archive().getvalue()))
-        sys.mount("none", str(disk), None, sys.MS_REMOUNT | sys.MS_BIND, None)
+        calls.mount("none", str(disk), None, calls.MS_REMOUNT | calls.MS_BIND, None)
         is_usable(driver)
 
 
@@ -219,7 +219,7 @@ def test_the_upper_of_two_mounts_goes(kind: str, root: Path) -> None:
     with closing(open_driver(kind, str(root / "home"))) as driver:
         with_base(driver)
         path = driver.get("layer")
-        sys.mount(path, path, None, sys.MS_BIND, None)
+        calls.mount(path, path, None, calls.MS_BIND, None)
     with closing(open_driver(kind, str(root / "home"))) as driver:
         assert os.fsencode(path) in Path("/proc/self/mountinfo").read_bytes()
         driver.put("layer")

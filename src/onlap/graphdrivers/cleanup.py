@@ -11,7 +11,7 @@ from onlap.locks import Flock, claim_directory
 from onlap.mounts import mountinfo
 from onlap.mounts.holders import holders
 from onlap.mounts.unmount import attempts, busy
-from onlap.syscalls import mount as sys
+from onlap.syscalls import mount as calls
 from onlap.syscalls.files import exists
 from onlap.trees.remove import remove
 
@@ -56,7 +56,7 @@ def detach(target: str) -> bool:
         OSError: it cannot be unmounted.
     """
     try:
-        sys.umount2(target, sys.MNT_DETACH | sys.UMOUNT_NOFOLLOW)
+        calls.umount2(target, calls.MNT_DETACH | calls.UMOUNT_NOFOLLOW)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOENT):
             return False

@@ -19,19 +19,19 @@ from onlap.errors import shown
 from onlap.mounts import idmap, mountinfo
 from onlap.mounts.plan import Mount
 from onlap.overlayfs import options
-from onlap.syscalls import mount as sys
+from onlap.syscalls import mount as calls
 
 # Option names of mount(8) that are flags of mount(2); the second value is the counterpart for fsmount(2).
 _FLAGS: dict[str, tuple[int, int]] = {
-    "ro": (sys.MS_RDONLY, sys.MOUNT_ATTR_RDONLY),
+    "ro": (calls.MS_RDONLY, calls.MOUNT_ATTR_RDONLY),
     "rw": (0, 0),
-    "nosuid": (sys.MS_NOSUID, sys.MOUNT_ATTR_NOSUID),
-    "nodev": (sys.MS_NODEV, sys.MOUNT_ATTR_NODEV),
-    "noexec": (sys.MS_NOEXEC, sys.MOUNT_ATTR_NOEXEC),
-    "noatime": (sys.MS_NOATIME, sys.MOUNT_ATTR_NOATIME),
-    "nodiratime": (sys.MS_NODIRATIME, sys.MOUNT_ATTR_NODIRATIME),
-    "relatime": (sys.MS_RELATIME, 0),
-    "strictatime": (sys.MS_STRICTATIME, sys.MOUNT_ATTR_STRICTATIME),
+    "nosuid": (calls.MS_NOSUID, calls.MOUNT_ATTR_NOSUID),
+    "nodev": (calls.MS_NODEV, calls.MOUNT_ATTR_NODEV),
+    "noexec": (calls.MS_NOEXEC, calls.MOUNT_ATTR_NOEXEC),
+    "noatime": (calls.MS_NOATIME, calls.MOUNT_ATTR_NOATIME),
+    "nodiratime": (calls.MS_NODIRATIME, calls.MOUNT_ATTR_NODIRATIME),
+    "relatime": (calls.MS_RELATIME, 0),
+    "strictatime": (calls.MS_STRICTATIME, calls.MOUNT_ATTR_STRICTATIME),
 }
 _BIND = ("bind", "rbind")
 
@@ -56,7 +56,7 @@ def layers_by() -> str:
 
 def _try_layers() -> str:
     try:
-        fs = sys.fsopen("overlay")
+        fs = calls.fsopen("overlay")
     except OSError as error:
         if error.errno == errno.ENOSYS:
             return LAYERS_BY_STRING
@@ -66,8 +66,8 @@ def _try_layers() -> str:
         directory = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, directory)
         trials: tuple[tuple[str, Callable[[], None]], ...] = (
-            (LAYERS_BY_FD, lambda: sys.fsconfig_fd(fs, "lowerdir+", directory)),
-            (LAYERS_BY_PROC, lambda: sys.fsconfig_string(fs, "lowerdir+", f"/proc/self/fd/{directory}")),
+            (LAYERS_BY_FD, lambda: calls.fsconfig_fd(fs, "lowerdir+", directory)),
+            (LAYERS_BY_PROC, lambda: calls.fsconfig_string(fs, "lowerdir+", f"/proc/self/fd/{directory}")),
         )
         for name, trial in trials:
             try:
@@ -98,12 +98,12 @@ def attach(plan: Mount, target: str) -> None:
             _bind(plan, target)
         else:
             flags, _, data = _split_flags(plan.flags)
-            sys.mount(os.fsencode(plan.source), target, plan.type, flags, ",".join(data).encode() or None)
+            calls.mount(os.fsencode(plan.source), target, plan.type, flags, ",".join(data).encode() or None)
 
 
 def _move(fd: int, target: str) -> None:
     try:
-        sys.move_mount(fd, target)
+        calls.move_mount(fd, target)
     except BaseException:
         os.close(fd)
         raise
@@ -179,10 +179,10 @@ def _overlay_fd(plan: Mount) -> int:
     _, attributes, rest = _split_flags(plan.flags)
     with ExitStack() as stack:
         namespace = _mapping_namespace(plan, stack)
-        fs = sys.fsopen("overlay")
+        fs = calls.fsopen("overlay")
         stack.callback(os.close, fs)
         try:
-            sys.fsconfig_string(fs, "source", plan.source)
+            calls.fsconfig_string(fs, "source", plan.source)
             for lower in plan.lowers:
                 if namespace is None:
                     _add_layer(fs, "lowerdir+", lower)
@@ -196,20 +196,20 @@ def _overlay_fd(plan: Mount) -> int:
             if plan.work is not None:
                 _add_layer(fs, "workdir", plan.work)
             _configure(fs, rest)
-            sys.fsconfig_create(fs)
+            calls.fsconfig_create(fs)
         except OSError as error:
-            said = sys.fs_context_log(fs)
+            said = calls.fs_context_log(fs)
             if said and error.errno is not None:
                 raise OSError(error.errno, f"{error.strerror} (the kernel: {said})", error.filename) from error
             raise
-        return sys.fsmount(fs, attributes)
+        return calls.fsmount(fs, attributes)
 
 
 def _add_layer(fs: int, key: str, directory: str) -> None:
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if layers_by() == LAYERS_BY_FD:
-            sys.fsconfig_fd(fs, key, fd)
+            calls.fsconfig_fd(fs, key, fd)
             return
         path = os.fsencode(os.path.realpath(directory))
         if len(path) > options.MAX_FSCONFIG_STRING:
@@ -217,7 +217,7 @@ def _add_layer(fs: int, key: str, directory: str) -> None:
         else:
             # mountinfo shows the string that was given: by /proc/self/fd/N nobody could find our trees there.
             # "lowerdir+" is taken literally, the others are unescaped.
-            sys.fsconfig_string(fs, key, path if key == "lowerdir+" else options.escape(path))
+            calls.fsconfig_string(fs, key, path if key == "lowerdir+" else options.escape(path))
     except OSError as error:
         raise OSError(error.errno, error.strerror, directory) from error
     finally:
@@ -226,9 +226,9 @@ def _add_layer(fs: int, key: str, directory: str) -> None:
 
 def _add_fd(fs: int, key: str, fd: int) -> None:
     if layers_by() == LAYERS_BY_FD:
-        sys.fsconfig_fd(fs, key, fd)
+        calls.fsconfig_fd(fs, key, fd)
     else:
-        sys.fsconfig_string(fs, key, f"/proc/self/fd/{fd}")
+        calls.fsconfig_string(fs, key, f"/proc/self/fd/{fd}")
 
 
 def _mapping_namespace(plan: Mount, stack: ExitStack) -> int | None:
@@ -250,7 +250,7 @@ def _mount_by_string(plan: Mount, target: str) -> None:
         raise errors.Unimplemented("this kernel has no ID-mapped layers", hint="they need Linux 6.8")
     data = _data(plan, rest, None)
     if len(data) <= options.MAX_DATA:
-        sys.mount(plan.source, target, "overlay", flags, data)
+        calls.mount(plan.source, target, "overlay", flags, data)
         return
     layers = [path for path in (*plan.lowers, plan.upper, plan.work) if path is not None]
     base = os.path.commonpath(layers)
@@ -261,7 +261,7 @@ def _mount_by_string(plan: Mount, target: str) -> None:
             hint="merge some first (onlap squash), shorten their paths, or use Linux 6.8, which has no such limit",
         )
     where = os.path.abspath(target)
-    _in_directory(base, lambda: sys.mount(plan.source, where, "overlay", flags, data))
+    _in_directory(base, lambda: calls.mount(plan.source, where, "overlay", flags, data))
 
 
 def _data(plan: Mount, rest: list[str], base: str | None) -> bytes:
@@ -319,13 +319,13 @@ def _bind(plan: Mount, target: str) -> None:
         return
     flags, _, _ = _split_flags(plan.flags)
     recursive = "rbind" in plan.flags
-    sys.mount(os.fsencode(plan.source), target, None, sys.MS_BIND | (sys.MS_REC if recursive else 0), None)
+    calls.mount(os.fsencode(plan.source), target, None, calls.MS_BIND | (calls.MS_REC if recursive else 0), None)
     if flags:
         # mount(2): of the flags of a bind only MS_REC counts; the others need a remount.
         try:
             _remount(os.fsencode(os.path.realpath(target)), flags, recursive=recursive)
         except OSError:
-            sys.umount2(target, sys.MNT_DETACH)
+            calls.umount2(target, calls.MNT_DETACH)
             raise
 
 
@@ -338,7 +338,7 @@ def _remount(target: bytes, flags: int, *, recursive: bool) -> None:
             kept = flags
             for option in os.fsdecode(entry.options).split(","):
                 kept |= _FLAGS.get(option, (0, 0))[0]
-            sys.mount("none", entry.mountpoint, None, sys.MS_BIND | sys.MS_REMOUNT | kept, None)
+            calls.mount("none", entry.mountpoint, None, calls.MS_BIND | calls.MS_REMOUNT | kept, None)
             found = True
     if not found:
         raise OSError(errno.ENOENT, "/proc/self/mountinfo does not show the mount to remount", target)
@@ -349,13 +349,13 @@ def _bind_fd(plan: Mount) -> int:
     with ExitStack() as stack:
         namespace = _mapping_namespace(plan, stack)
         if namespace is None:
-            fd = sys.open_tree(os.fsencode(plan.source), recursive="rbind" in plan.flags)
+            fd = calls.open_tree(os.fsencode(plan.source), recursive="rbind" in plan.flags)
         else:
             fd = idmap.mapped(plan.source, namespace)
         try:
             if attributes:
                 # With "ro", the mounts that came with it from below its source must not stay writable.
-                sys.mount_setattr(fd, set_attributes=attributes, recursive="rbind" in plan.flags)
+                calls.mount_setattr(fd, set_attributes=attributes, recursive="rbind" in plan.flags)
         except OSError:
             os.close(fd)
             raise
@@ -364,12 +364,12 @@ def _bind_fd(plan: Mount) -> int:
 
 def _plain_fd(plan: Mount) -> int:
     _, attributes, rest = _split_flags(plan.flags)
-    fs = sys.fsopen(plan.type)
+    fs = calls.fsopen(plan.type)
     try:
-        sys.fsconfig_string(fs, "source", os.fsencode(plan.source))
+        calls.fsconfig_string(fs, "source", os.fsencode(plan.source))
         _configure(fs, rest)
-        sys.fsconfig_create(fs)
-        return sys.fsmount(fs, attributes)
+        calls.fsconfig_create(fs)
+        return calls.fsmount(fs, attributes)
     finally:
         os.close(fs)
 
@@ -378,9 +378,9 @@ def _configure(fs: int, options_left: list[str]) -> None:
     for option in options_left:
         key, equals, value = option.partition("=")
         if equals:
-            sys.fsconfig_string(fs, key, value)
+            calls.fsconfig_string(fs, key, value)
         else:
-            sys.fsconfig_flag(fs, key)
+            calls.fsconfig_flag(fs, key)
 
 
 def _split_flags(flags: tuple[str, ...]) -> tuple[int, int, list[str]]:

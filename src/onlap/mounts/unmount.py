@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from onlap import errors
 from onlap.errors import shown
 from onlap.mounts.holders import holders
-from onlap.syscalls import mount as sys
+from onlap.syscalls import mount as calls
 
 # Seconds. There is no event for "no longer busy", and flock(2) has no timeout: the kernel has to be polled. The first
 # wait is short, since most holders are just ending; then it doubles.
@@ -30,10 +30,10 @@ def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
         InvalidArgument: nothing is mounted there.
         OnlapError: of another kind, for other errors of the kernel.
     """
-    flags = sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0)
+    flags = calls.UMOUNT_NOFOLLOW | (calls.MNT_DETACH if lazy else 0)
     for last in attempts(timeout):
         try:
-            sys.umount2(target, flags)
+            calls.umount2(target, flags)
         except OSError as error:
             if error.errno == errno.EINVAL:
                 raise errors.InvalidArgument(f"nothing is mounted at {shown(target)}", key=target) from error

@@ -38,7 +38,7 @@ from onlap.probing.trial import (
     reason_of,
     use,
 )
-from onlap.syscalls import mount as api
+from onlap.syscalls import mount as calls
 from onlap.syscalls import namespaces
 
 # The user that root becomes to try what an ordinary user can do: nobody, by convention.
@@ -131,7 +131,7 @@ def _own_mounts() -> Feature | None:
     try:
         namespaces.unshare(namespaces.CLONE_NEWNS)
         # Where "/" is shared, as under systemd, what is mounted in a copy would show in the original.
-        api.mount("none", "/", None, api.MS_REC | api.MS_PRIVATE, None)
+        calls.mount("none", "/", None, calls.MS_REC | calls.MS_PRIVATE, None)
     except OSError as error:
         reason = NEEDS_PRIVILEGE if error.errno == errno.EPERM else f"no mount namespace: {reason_of(error)}"
         return Feature(False, reason)

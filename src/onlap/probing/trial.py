@@ -13,7 +13,7 @@ from onlap.mounts import kernel
 from onlap.mounts.plan import Mount, overlay
 from onlap.overlayfs import markers
 from onlap.syscalls import files
-from onlap.syscalls import mount as api
+from onlap.syscalls import mount as calls
 from onlap.trees.walk import opened
 
 NEEDS_PRIVILEGE = "needs CAP_SYS_ADMIN"
@@ -102,7 +102,7 @@ def detect(base: str) -> Scratch:
     try:
         if kernel.layers_by() == kernel.LAYERS_BY_STRING:
             return Scratch(base)
-        fs = api.fsopen("overlay")
+        fs = calls.fsopen("overlay")
     except OSError as error:
         if error.errno == errno.EPERM:
             raise Unsupported(NEEDS_PRIVILEGE) from error
@@ -110,7 +110,7 @@ def detect(base: str) -> Scratch:
             raise Unsupported("this kernel has no OverlayFS (modprobe overlay)") from error
         raise Unsupported(f"cannot open a mount context: {reason_of(error)}") from error
     try:
-        api.fsconfig_flag(fs, "volatile")
+        calls.fsconfig_flag(fs, "volatile")
     except OSError:  # EINVAL before Linux 5.10
         return Scratch(base)
     finally:
@@ -175,7 +175,7 @@ def attached(plan: Mount, where: str) -> Iterator[None]:
     finally:
         # Lazily: an overlay that was just closed releases its layers a little later, and until then they are EBUSY.
         # This is our own mount namespace: what is left in it ends with the process.
-        api.umount2(where, api.MNT_DETACH)
+        calls.umount2(where, calls.MNT_DETACH)
 
 
 def is_overlay(directory: str) -> bool:

@@ -69,8 +69,8 @@ class NativeSnapshotter(RecordedSnapshotter):
 
     def layers(self, record: Record) -> list[str]:
         """The directory that holds a snapshot's tree: the parent's, for a view."""
-        shown = record.parent_id if record.kind == VIEW and record.parent_id is not None else record.id
-        return [self.catalog.layout.tree(shown)]
+        identifier = record.parent_id if record.kind == VIEW and record.parent_id is not None else record.id
+        return [self.catalog.layout.tree(identifier)]
 
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         return [plan.bind(self.layers(record)[0], readonly=record.kind == VIEW)]

@@ -22,7 +22,7 @@ from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
 from onlap.mounts.temporary import may_mount
 from onlap.mounts.userns import enter_user_namespace
-from onlap.syscalls import mount as api
+from onlap.syscalls import mount as calls
 from onlap.syscalls.namespaces import CLONE_NEWNS, unshare
 
 
@@ -83,7 +83,7 @@ def _own_namespaces() -> None:
         return
     unshare(CLONE_NEWNS)
     # Slave: mounts made here stay here, and what is unmounted outside does not stay busy in here.
-    api.mount("none", "/", None, api.MS_REC | api.MS_SLAVE, None)
+    calls.mount("none", "/", None, calls.MS_REC | calls.MS_SLAVE, None)
 
 
 def _answer(fd: int, message: str, hint: str | None, *, kind: str | None = None, status: int | None = None) -> None:

@@ -16,11 +16,11 @@ from onlap.images.garbage import unless_refused
 from onlap.images.index import Image, Index
 from onlap.images.spec import media, model, names, platforms
 from onlap.images.spec.model import Config, Descriptor, Documents, History, RootFS
-from onlap.images.unpack.intake import OnProgress, Transfer, take_in
+from onlap.images.unpack.intake import Transfer, take_in
 from onlap.layers.stream import compression
 from onlap.layers.stream.digests import check_content
 from onlap.layers.stream.pipeline import Pipeline
-from onlap.progress import Callback, Reporter
+from onlap.progress import Callback, OnProgress, Reporter
 from onlap.snapshots import contexts
 from onlap.snapshots.archives import copy_in
 from onlap.syscalls.files import is_directory

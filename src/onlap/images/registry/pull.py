@@ -12,9 +12,9 @@ from onlap.images.registry.repository import Repository
 from onlap.images.registry.session import session_for
 from onlap.images.spec import media, names, resolve
 from onlap.images.spec.model import Descriptor, Platform
-from onlap.images.unpack.intake import OnProgress, take_in
+from onlap.images.unpack.intake import take_in
 from onlap.layers.stream.digests import digest_of
-from onlap.progress import Callback
+from onlap.progress import Callback, OnProgress
 
 
 def pull(

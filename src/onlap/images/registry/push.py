@@ -12,9 +12,9 @@ from onlap.images.registry.session import session_for
 from onlap.images.spec import model, names
 from onlap.images.spec.model import Descriptor
 from onlap.images.spec.names import Reference
-from onlap.images.unpack.intake import OnProgress, Transfers
+from onlap.images.unpack.intake import Transfers
 from onlap.images.unpack.threads import EventLoop
-from onlap.progress import Callback
+from onlap.progress import Callback, OnProgress
 
 
 def push(

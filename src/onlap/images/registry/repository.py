@@ -6,7 +6,7 @@ Source: the OCI distribution specification 1.1 ("Pull", "Push").
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 from urllib.parse import quote
 
@@ -19,6 +19,7 @@ from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession, Req
 from onlap.images.spec import media, model
 from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.digests import check_content, digest_of
+from onlap.progress import OnProgress
 
 _PIECE = 256 * 1024
 # Bytes of a chunk, for a registry that accepts no larger requests: proxies before registries accept up to 100 MB
@@ -33,8 +34,6 @@ _SIZE = re.compile(r"[0-9]{1,19}")
 
 _UNENCODED = {"Accept-Encoding": "identity"}
 _NO_BODY = {"Content-Length": "0"}
-
-OnProgress = Callable[[int], None]
 
 
 class Repository:

@@ -12,11 +12,9 @@ from onlap.images.spec.model import Descriptor
 from onlap.images.unpack.copies import CopiesUnpacking
 from onlap.images.unpack.overlay import OverlayUnpacking
 from onlap.images.unpack.threads import EventLoop, Stage, ThreadPool
-from onlap.progress import Callback
+from onlap.progress import Callback, OnProgress
 from onlap.snapshots.overlay import OverlaySnapshotter
 
-# Told of the bytes of a blob that have been transferred so far; it raises when the work is given up.
-OnProgress = Callable[[int], None]
 # Fetches a blob into the content store, or sends it from there.
 Transfer = Callable[[Descriptor, OnProgress], None]
 

@@ -124,9 +124,7 @@ def apply(
         appliers.append(_ParentlessApplier(reader, layer, lowers, markers, recorded=recorded))
         return appliers[0]
 
-    archive.apply(
-        source, layer, markers=markers, digest=digest, diff_id=diff_id, progress=progress, applier=applier
-    )
+    archive.apply(source, layer, markers=markers, digest=digest, diff_id=diff_id, progress=progress, applier=applier)
     return Parentless(appliers[0].noted.removals, appliers[0].upper.top_named)
 
 

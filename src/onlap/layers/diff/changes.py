@@ -213,7 +213,7 @@ class _Walk:
                 continue
             differs = item.change.kind != MODIFIED or bool(item.change.what)
             if item.found is not None and stat.S_ISDIR(item.found.status.st_mode):
-                levels += self._entered(level, item, None if differs else item)
+                levels += self._descend(level, item, None if differs else item)
             if differs:
                 for above in levels[reported:]:
                     if above.pending is not None:
@@ -318,7 +318,7 @@ class _Walk:
     def _meta(self, found: Found) -> Meta:
         return read_meta(found.dir_fd, found.name, found.status, recorded=self._recorded)
 
-    def _entered(self, level: _Level, item: Item, unsaid: Item | None) -> Iterator[_Level]:
+    def _descend(self, level: _Level, item: Item, pending: Item | None) -> Iterator[_Level]:
         assert item.found is not None
         name = item.found.name
         after = level.after.open(name)
@@ -326,7 +326,7 @@ class _Walk:
             return
         was_directory = item.change.before is not None and item.change.before.is_dir
         before = level.before.open(name) if was_directory and level.before is not None else None
-        yield _Level(before, after, item.change.path + "/", self._whole, unsaid)
+        yield _Level(before, after, item.change.path + "/", self._whole, pending)
 
 
 def _pairs(
