@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from onlap import errors
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from onlap.check.findings import Report
     from onlap.content.store import ContentStore
     from onlap.images.api import Images
+    from onlap.images.registry.access import Access
     from onlap.layers.apply.archive import Applied, Limits
     from onlap.layers.diff.write import Written
     from onlap.layers.stream.compression import Compression
@@ -483,12 +485,19 @@ class Store:
         max_duration: float | None = None,
         rate: float | None = None,
         progress: Callback | None = None,
+        repair: bool = False,
+        quarantine: bool = False,
+        from_registry: Access | bool = False,
     ) -> Report:
-        """Compare what the root holds with what it should hold; nothing is changed.
+        """Compare what the root holds with what it should hold; nothing is changed, except by a repair.
 
         Records, trees, chains, pins, mounts and images must fit together. A deep check also reads every file of the
         committed snapshots, and every blob. What a file is compared with was noted in the background after the commit.
         A snapshot without such a manifest is counted as ``unlisted``, and :meth:`cleanup` can make it.
+
+        A repair refills damaged layers file by file from where the same bytes are: the layer's blob, or another layer.
+        Others may use them meanwhile. It deletes nothing: what it takes out of a tree is in ``snapshots/<id>/damaged``.
+        What it finds while it mends is among the findings.
 
         Args:
             deep: read all content.
@@ -496,9 +505,15 @@ class Store:
             max_duration: seconds after which a deep check stops.
             rate: bytes per second that it reads at most.
             progress: called with the bytes read, at most ten times a second.
+            repair: mend what can be mended; the report says what was. Without ``deep`` content is not looked at.
+            quarantine: set a tree aside of which something is lost that nothing brings back; it is then an error to
+                mount it.
+            from_registry: fetch what is nowhere else from the registry that an image came from; how to reach it, or
+                True.
 
         Raises:
             InvalidArgument: an argument is wrong.
+            FailedPrecondition: another process repairs the root.
             OnlapError: the root cannot be read.
         """
         from onlap.check.check import Check
@@ -512,7 +527,19 @@ class Store:
             rate=rate,
             progress=progress,
         )
-        return check.report(tuple(check.findings()))
+        findings = tuple(check.findings())
+        if not repair:
+            return check.report(findings)
+        from onlap.check.repair import Repair
+
+        fetch = None
+        if from_registry:
+            access = None if isinstance(from_registry, bool) else from_registry
+            fetch = partial(self.images.refetch, access=access)
+        repairing = Repair(self.snapshotter, self.content, quarantine=quarantine, fetch=fetch)
+        for _ in repairing.run(findings):
+            pass
+        return check.repaired(findings, repairing.left)
 
     def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
         """Merge the layers above ``base`` up to ``top`` into one, as a new committed snapshot on ``base``.

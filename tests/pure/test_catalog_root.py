@@ -228,9 +228,9 @@ def test_the_word_for_an_older_format() -> None:
 def test_a_file_that_is_no_database_is_data_loss(root: Path) -> None:
     onlap.open(root, snapshotter="native").close()
     (root / "catalog.db").write_bytes(b"not a database, but as long as one has to be to be taken for one" * 100)
-    with pytest.raises(errors.DataLoss, match=r"catalog.db: .*not a database; restore a backup"):
+    with pytest.raises(errors.DataLoss, match=r"catalog.db: .*not a database; rebuild it from the records"):
         onlap.open(root, snapshotter="native")
-    with pytest.raises(errors.DataLoss, match="restore a backup"):
+    with pytest.raises(errors.DataLoss, match="onlap check --repair"):
         onlap.open(root)
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_page_is_data_loss(root: Path) -> None:
     with open(root / "catalog.db", "r+b") as file:
         file.seek(4096)
         file.write(b"\xa5" * (size - 4096))
-    with pytest.raises(errors.DataLoss, match=r"catalog.db: .*restore a backup"):
+    with pytest.raises(errors.DataLoss, match=r"catalog.db: .*onlap check --repair"):
         onlap.open(root, snapshotter="native")
 
 

@@ -71,5 +71,5 @@ def lost(record: Record) -> errors.DataLoss:
     return errors.DataLoss(
         f"the tree of snapshot {shown(record.name)} is lost",
         key=record.name,
-        hint="it was lost in a crash or deleted; remove the snapshot, children first, and create it again",
+        hint="bring it back with: onlap check --repair; or remove the snapshot, children first, and create it again",
     )

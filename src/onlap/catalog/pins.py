@@ -60,6 +60,11 @@ def unpin_all(connection: Connection, owner: str) -> None:
     connection.execute("DELETE FROM pins WHERE owner = ?", (owner,))
 
 
+def unpin_removed(connection: Connection) -> None:
+    """Remove the pins on snapshots that are gone."""
+    connection.execute("DELETE FROM pins WHERE snapshot IS NOT NULL AND snapshot NOT IN (SELECT id FROM snapshots)")
+
+
 class Pin(NamedTuple):
     """A row: the owner, and the id of a snapshot or the digest of a blob."""
 

@@ -395,3 +395,8 @@ def set_manifest(connection: Connection, identifier: int, digest: str) -> None:
         "INSERT OR REPLACE INTO manifests SELECT id, ? FROM snapshots WHERE id = ? AND kind = 'committed'",
         (digest, identifier),
     )
+
+
+def drop_manifest(connection: Connection, identifier: int) -> None:
+    """Forget the digest of a snapshot's manifest, so that another is made."""
+    connection.execute("DELETE FROM manifests WHERE snapshot = ?", (identifier,))

@@ -37,7 +37,7 @@ def recover(catalog: Catalog, remake: Callable[[Record], bool]) -> None:
         with contextlib.suppress(errors.OnlapError):
             catalog.database.write(lambda c: records.put_setting(c, "epoch", now))
     for record in catalog.lost:
-        warn(f"snapshot {shown(record.name)} has lost its tree in a crash; remove it, children first")
+        warn(f"snapshot {shown(record.name)} has lost its tree; see: onlap check --repair")
 
 
 def _recovered(catalog: Catalog, record: Record, remake: Callable[[Record], bool]) -> bool:

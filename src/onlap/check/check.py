@@ -64,6 +64,13 @@ class Check:
         if self._deep:
             yield from self._content.findings()
 
+    def repaired(self, findings: tuple[Finding, ...], left: tuple[Finding, ...]) -> Report:
+        """The same after a repair that left some of it."""
+        still, known = {each[:3] for each in left}, {each[:3] for each in findings}
+        # What the repair itself leaves for the background is no finding.
+        new = tuple(each for each in left if each[:3] not in known and each.severity != "note")
+        return self.report(findings + new, tuple(each for each in findings if each[:3] not in still))
+
     def report(self, findings: tuple[Finding, ...], repaired: tuple[Finding, ...] = ()) -> Report:
         """What was found, with what was looked at."""
         content = self._content

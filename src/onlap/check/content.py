@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator
 
 from onlap import errors
 from onlap.arguments import check_text
-from onlap.catalog import records
 from onlap.catalog.background.manifests import FILE_COST
 from onlap.catalog.disk.pace import Pace
 from onlap.catalog.records import COMMITTED, Condition, Record
@@ -119,7 +118,7 @@ class Content:
                 failures: dict[str, OSError] = {}
                 with opened(catalog.layout.tree(record.id)) as top:
                     for deviation in manifest.deviations(listed, top, self._spend, failures.__setitem__):
-                        yield _finding(record, deviation, failures.get(deviation.path))
+                        yield finding_of(record, deviation, failures.get(deviation.path))
         except errors.NotFound:
             return  # removed meanwhile
         except errors.DataLoss:
@@ -127,8 +126,8 @@ class Content:
             if is_file(catalog.layout.manifest(record.id)) and is_directory(catalog.layout.tree(record.id)):
                 yield Finding("manifest-damaged", record.name)
         except OSError as error:
-            if error.errno == errno.ENOENT and catalog.database.read(lambda c: records.by_id(c, record.id)) is None:
-                return
+            if error.errno == errno.ENOENT and not is_directory(catalog.layout.tree(record.id)):
+                return  # removed meanwhile; or the structure tells of it
             name = error.filename if isinstance(error.filename, str) else None
             yield Finding("file-unreadable", record.name, name, detail=error.strerror or str(error))
 
@@ -148,7 +147,8 @@ class Content:
                 return
 
 
-def _finding(record: Record, deviation: Deviation, failure: OSError | None) -> Finding:
+def finding_of(record: Record, deviation: Deviation, failure: OSError | None) -> Finding:
+    """What a deviation of a committed layer is; ``failure``: why the file could not be read."""
     if failure is not None:
         return Finding("file-unreadable", record.name, deviation.path, failure.strerror or str(failure))
     if deviation.expected is None:

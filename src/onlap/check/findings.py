@@ -26,6 +26,7 @@ class Meaning(NamedTuple):
 
 
 _REPAIR = "onlap check --repair"
+_REPAIR_DEEP = "onlap check --deep --repair"
 _CLEANUP = "onlap cleanup"
 _REMOVE = "if nothing brings it back, remove it, leaf first: onlap rm {}"
 
@@ -49,15 +50,15 @@ KINDS: Mapping[str, Meaning] = {
     "open-to-others": Meaning("warning", "others may look or write where only the owner should", _REPAIR),
     # Content
     "manifest-missing": Meaning("warning", "the list of what the layer holds is gone", _REPAIR),
-    "manifest-damaged": Meaning("warning", "the list of what the layer holds is damaged", _REPAIR),
-    "file-missing": Meaning("error", "a file of a committed layer is gone", _REPAIR),
-    "file-changed": Meaning("error", "a file of a committed layer is not what was committed", _REPAIR),
-    "file-unreadable": Meaning("error", "a file of a committed layer cannot be read", _REPAIR),
-    "file-unknown": Meaning("warning", "a committed layer has a file that was not committed", _REPAIR),
+    "manifest-damaged": Meaning("warning", "the list of what the layer holds is damaged", _REPAIR_DEEP),
+    "file-missing": Meaning("error", "a file of a committed layer is gone", _REPAIR_DEEP),
+    "file-changed": Meaning("error", "a file of a committed layer is not what was committed", _REPAIR_DEEP),
+    "file-unreadable": Meaning("error", "a file of a committed layer cannot be read", _REPAIR_DEEP),
+    "file-unknown": Meaning("warning", "a committed layer has a file that was not committed", _REPAIR_DEEP),
     # Images
-    "image-damaged": Meaning("error", "the documents of the image are damaged", "onlap image pull {}"),
-    "blob-missing": Meaning("error", "a blob that an image needs is gone", "onlap image pull {}"),
-    "blob-damaged": Meaning("error", "the blob is not what its digest says", _REPAIR),
+    "image-damaged": Meaning("error", "the documents of the image are damaged", "onlap check --repair --from-registry"),
+    "blob-missing": Meaning("error", "a blob that an image needs is gone", "onlap check --repair --from-registry"),
+    "blob-damaged": Meaning("error", "the blob is not what its digest says", _REPAIR_DEEP),
     # What programs leave
     "staging-left": Meaning("note", "a program that was killed left an unfinished tree", _CLEANUP),
     "run-left": Meaning("note", "a program that was killed left mounts, snapshots or files", _CLEANUP),
@@ -95,10 +96,14 @@ class Finding(NamedTuple):
         """What to do."""
         return KINDS[self.kind].remedy.format(shown(self.thing))
 
+    @property
+    def place(self) -> str:
+        """The thing, and the file in it, to be shown."""
+        return shown(self.thing) if self.path is None else f"{shown(self.thing)}: {shown('/' + self.path)}"
+
     def __str__(self) -> str:
-        where = shown(self.thing) if self.path is None else f"{shown(self.thing)}: {shown('/' + self.path)}"
         detail = f" ({self.detail})" if self.detail else ""
-        return f"{self.kind}: {where}: {self.explanation}{detail}"
+        return f"{self.kind}: {self.place}: {self.explanation}{detail}"
 
 
 class Report(NamedTuple):

@@ -74,7 +74,7 @@ class Call:
         check_access(self.root, create=create)
         store = open(self.root, create=create, sync=sync)
         for record in store.snapshotter.catalog.lost:
-            self.out.warn(f"the tree of snapshot {shown(record.name)} was lost in a crash; remove it, children first")
+            self.out.warn(f"the tree of snapshot {shown(record.name)} is lost; see: onlap check --repair")
         try:
             yield store
         finally:

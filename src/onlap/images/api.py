@@ -62,6 +62,23 @@ class Images(Index):
         wanted = platforms.parse(platform)
         return pull.pull(self, reference, wanted, access=access, unpack=unpack, progress=progress)
 
+    def refetch(self, name: str, *, access: Access | None = None, progress: Callback | None = None) -> None:
+        """Fetch what is damaged or gone of an image from its registry again, by its digests.
+
+        Args:
+            name: of the image.
+            access: see :meth:`pull`.
+            progress: called with reports of the stage ``fetch``, in bytes.
+
+        Raises:
+            NotFound: there is no such image, or the registry does not have it any more.
+            OnlapError: see :meth:`pull`.
+        """
+        from onlap.images.registry import pull
+
+        record = self._records(name)[0]
+        pull.refetch(self, record.name, record.digest, access=access, progress=progress)
+
     def push(
         self,
         name: str,

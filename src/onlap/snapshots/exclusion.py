@@ -117,6 +117,20 @@ def changing(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]
 
 
 @contextlib.contextmanager
+def keeping(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
+    """Keep a snapshot's tree in its place, while others may read and mount it.
+
+    Raises:
+        Busy: it is being removed, for longer than the store's timeout.
+        NotFound: it was removed meanwhile.
+        DataLoss: its tree is lost.
+    """
+    with _locked(snapshotter, record, shared=True), snapshotter.catalog.hold([record.id]):
+        _reread(snapshotter, record)
+        yield
+
+
+@contextlib.contextmanager
 def removing(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
     """Lock a snapshot of any kind in order to remove it; a lost tree needs no lock.
 

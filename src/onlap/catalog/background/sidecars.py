@@ -81,6 +81,16 @@ def read(path: str) -> Sidecar:
     return sidecar
 
 
+def read_images(path: str) -> list[dict[str, Any]]:
+    """The names of the images, as the file at a path says; raises as :func:`read`."""
+    with errors.translated("read the names of the images", key=path), open(path, "rb") as file:
+        data = file.read(_LARGEST)
+    try:
+        return [dict(each) for each in json.loads(data)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise errors.DataLoss(f"the names of the images are damaged: {shown(path)}", key=path) from error
+
+
 def _is_valid(found: Sidecar) -> bool:
     if not (isinstance(found.labels, dict) and isinstance(found.settings, dict)):
         return False
@@ -146,7 +156,7 @@ class Sidecars:
             OnlapError: the catalog cannot be read.
         """
         for identifier in self._outdated():
-            self._write_one(identifier)
+            self.write_one(identifier)
         self._write_images()
 
     def finish(self) -> None:
@@ -184,17 +194,6 @@ class Sidecars:
             self._settings,
         )
 
-    def images(self) -> list[dict[str, Any]]:
-        """The names of the images, as the file beside the blobs says; raises as :func:`read`."""
-        path = self.layout.images
-        with errors.translated("read the names of the images", key=path), open(path, "rb") as file:
-            data = file.read(_LARGEST)
-        try:
-            found = json.loads(data)
-            return [dict(each) for each in found]
-        except (ValueError, TypeError, RecursionError) as error:
-            raise errors.DataLoss(f"the names of the images are damaged: {shown(path)}", key=path) from error
-
     def _outdated(self) -> Iterator[int]:
         after = 0
         while True:
@@ -211,10 +210,11 @@ class Sidecars:
             identifier = self._due.pop()
         except KeyError:
             return False  # none, or the last one was removed meanwhile
-        self._write_one(identifier)
+        self.write_one(identifier)
         return True
 
-    def _write_one(self, identifier: int) -> None:
+    def write_one(self, identifier: int) -> None:
+        """Write the sidecar of a snapshot, whatever is there; a failure is logged."""
         record = self.database.read(lambda c: records.by_id(c, identifier))
         if record is None:
             return

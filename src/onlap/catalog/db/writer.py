@@ -443,13 +443,14 @@ def other_version(found: int, path: str) -> errors.FailedPrecondition:
 # sqlite.org/rescode.html; the lower 8 bits of an extended code are its primary one.
 _SQLITE_FULL = 13
 _SQLITE_PROTOCOL = 15
+_REBUILD = "rebuild it from the records beside the trees: onlap check --repair"
 _BY_CODE: dict[int, tuple[type[errors.OnlapError], str]] = {
     sqlite3.SQLITE_BUSY: (errors.Unavailable, "another process holds it; try again"),
     sqlite3.SQLITE_LOCKED: (errors.Unavailable, "try again"),
     _SQLITE_PROTOCOL: (errors.Unavailable, "its locks cannot be taken; try again"),
     _SQLITE_FULL: (errors.ResourceExhausted, "free some space there"),
-    sqlite3.SQLITE_CORRUPT: (errors.DataLoss, "restore a backup"),
-    sqlite3.SQLITE_NOTADB: (errors.DataLoss, "restore a backup"),
+    sqlite3.SQLITE_CORRUPT: (errors.DataLoss, _REBUILD),
+    sqlite3.SQLITE_NOTADB: (errors.DataLoss, _REBUILD),
     sqlite3.SQLITE_IOERR: (errors.DataLoss, "see the kernel's log (dmesg)"),
     sqlite3.SQLITE_CANTOPEN: (errors.PermissionDenied, "check that it exists and is yours"),
     sqlite3.SQLITE_READONLY: (errors.PermissionDenied, "the filesystem or the file is read-only"),

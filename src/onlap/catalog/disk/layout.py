@@ -10,7 +10,7 @@
       snapshots/<id>/work     the workdir, while active
       snapshots/<id>/record   a copy of its record (onlap.catalog.background.sidecars)
       snapshots/<id>/manifest what a committed layer holds (onlap.catalog.background.manifests)
-      snapshots/<id>/damaged  a tree that was set aside (onlap.check)
+      snapshots/<id>/damaged  what a repair took out of the tree, or all of it (onlap.check)
       trash/<id>              removed trees, deleted later
       empty                   0755, never written: a lower layer where the kernel wants one
       reserve, reserve.<n>    1 MiB and some inodes, freed when a remove meets a full disk
@@ -18,6 +18,8 @@
       content/images.json     a copy of the names of the images
       content/ingest/         blobs being fetched
       runs/<id>               what belongs to a running program, held by its flock (onlap.catalog.runs)
+      unrecorded/<id>         trees that no usable record belonged to when the catalog was rebuilt (onlap.check.rebuild)
+      catalog.db.damaged-*    the catalog before that
 """
 
 from __future__ import annotations
@@ -44,8 +46,10 @@ RESERVE_METADATA = 4 << 20
 _ATTRIBUTE_SIZE = 3500  # fits into a node of any size
 
 
-# Beside a snapshot's tree: what of it was damaged and could not be repaired.
+# Beside a snapshot's tree: what of it was damaged.
 QUARANTINE = "damaged"
+# Trees that no usable record belonged to when the catalog was rebuilt; no cleanup comes there.
+UNRECORDED = "unrecorded"
 
 
 class Layout:
@@ -120,6 +124,7 @@ class Layout:
     def _make_root(self, create: bool) -> None:
         if exists(self.root):
             if not create and not exists(self.database):
+                self.check_new()
                 raise self._missing()
             return
         if not create:
@@ -132,7 +137,10 @@ class Layout:
             f"there is no root at {shown(self.root)}", key=self.root, hint="create one with: onlap init"
         )
 
-    def _check_root(self) -> None:
+    def check_trusted(self) -> None:
+        """Check that there is a root, and that only its owner may write to it; raises as :meth:`prepare`."""
+        if not exists(self.root):
+            raise self._missing()
         status = os.lstat(self.root)
         if stat.S_ISLNK(status.st_mode):
             raise self._refused("is a symlink", "give the directory that it points to")
@@ -142,12 +150,15 @@ class Layout:
             raise self._refused(f"belongs to user {status.st_uid}", "run as that user, or give another place")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise self._refused("can be written by others", f"chmod 700 {shown(self.root)}")
+
+    def _check_root(self) -> None:
+        self.check_trusted()
         if not exists(self.database):
             from onlap.probing.probe import SCRATCH
 
             self.remove_probes()
             # Another process may be probing here, to create the root as well.
-            strangers = sorted(name for name in os.listdir(self.root) if name not in _OURS and SCRATCH not in name)
+            strangers = sorted(name for name in os.listdir(self.root) if not _is_ours(name) and SCRATCH not in name)
             if strangers:
                 raise self._refused(f"holds other files ({shown(strangers[0])})", "give an empty or new directory")
         if not _has_content(self.database):
@@ -169,7 +180,7 @@ class Layout:
             raise errors.DataLoss(
                 f"the root {shown(self.root)} has trees and no catalog of them",
                 key=self.root,
-                hint="restore catalog.db from a backup; or, to start over, move the root away",
+                hint="rebuild it from the records beside the trees: onlap check --repair",
             )
 
     def _refused(self, why: str, hint: str) -> errors.FailedPrecondition:
@@ -236,9 +247,13 @@ _SMALLEST_DATABASE = 512
 
 _OURS = {
     "catalog.db", "catalog.db-journal", "catalog.db-wal", "catalog.db-shm", "catalog.db-try", "catalog.lock", "staging",
-    "snapshots", "trash", "empty", "reserve", "runs", "content", "lost+found",
+    "snapshots", "trash", "empty", "reserve", "runs", "content", "lost+found", UNRECORDED,
     *(f"reserve.{number}" for number in range(1, RESERVE_INODES + 1)),
 }  # fmt: skip
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OURS or name.startswith("catalog.db.damaged-")
 
 
 def _make_directory(path: str, mode: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from onlap import errors
 from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
+from onlap.cli.shared.images import registry_access, registry_arguments
 from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
 
@@ -20,24 +23,38 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def check_arguments(parser: Parser) -> None:
     parser.explain(
         "Compare what the root holds with what it should hold: records, trees, pins, mounts, images. With --deep also\n"
-        "read every file of the committed snapshots, and every blob. Nothing is changed. One line per finding; the\n"
-        "status is 1 when something is wrong. A deep check that was cut short says how to continue it.",
+        "read every file of the committed snapshots, and every blob. One line per finding; the status is 1 when\n"
+        "something is wrong. A deep check that was cut short says how to continue it. Nothing is changed without\n"
+        "--repair, which then mends what was found: damaged files come from the layer's blob or another layer, while\n"
+        "programs use the tree. What it takes out of a tree is kept in snapshots/ID/damaged. A catalog that cannot be\n"
+        "opened is rebuilt from the records beside the trees. The status is 1 when something remains.",
         "onlap check",
         "onlap check --deep --rate 50M --max-duration 600",
+        "onlap check --deep --repair --from-registry",
     )
     parser.add_argument("--deep", action="store_true", help="read all content")
     parser.add_argument("--max-duration", metavar="SECONDS", type=float, help="stop a deep check after so long")
     parser.add_argument("--rate", metavar="BYTES", help="read at most so many bytes per second; 50M is 50 MiB")
     parser.add_argument("--after", metavar="PLACE", help="continue a deep check where an earlier one stopped")
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+    parser.add_argument("--from-registry", action="store_true", help="with --repair: fetch what is nowhere else")
+    parser.add_argument("--quarantine", action="store_true", help="with --repair: set trees aside that stay damaged")
+    registry_arguments(parser)
 
 
 def check(call: Call) -> int:
     from onlap.check.check import Check
+    from onlap.check.repair import Repair
 
     args, out = call.args, call.out
     deep = args.deep or args.after is not None
     if not deep and (args.max_duration is not None or args.rate is not None):
         raise UsageError("--max-duration and --rate are for a deep check: give --deep")
+    if not args.repair and (args.from_registry or args.quarantine):
+        raise UsageError("--from-registry and --quarantine are for a repair: give --repair")
+    if args.repair:
+        _rebuild(call)
+    advice: list[str] = []
     with call.store() as store, call.progress() as report:
         checking = Check(
             store.snapshotter,
@@ -57,14 +74,35 @@ def check(call: Call) -> int:
             else:
                 out.line(f"{out.paint(finding.severity, _STYLES[finding.severity])}: {finding}")
         done = checking.report(tuple(findings))
+        if args.repair:
+            repairing = Repair(
+                store.snapshotter,
+                store.content,
+                quarantine=args.quarantine,
+                fetch=partial(store.images.refetch, access=registry_access(call)) if args.from_registry else None,
+            )
+            for finding, what in repairing.run(done.findings):
+                if out.json:
+                    out.item({"repair": finding._asdict(), "done": what})
+                else:
+                    out.line(f"repair: {finding.kind}: {finding.place}: {what}")
+            done, advice = checking.repaired(done.findings, repairing.left), repairing.advice()
     if out.json:
         summary = done._asdict()
         del summary["findings"], summary["repaired"]
-        out.item({"checked": summary, "ok": done.ok})
+        repaired = {"repaired": len(done.repaired), "remedies": advice} if args.repair else {}
+        out.item({"checked": summary, "ok": done.ok, **repaired})
     else:
         read = f", {count(done.files, 'file')}, {count(done.blobs, 'blob')}, {size(done.size)}" if deep else ""
         out.line(f"checked {count(done.snapshots, 'snapshot')}{read}: {_verdict(done.findings)}")
-        for remedy in dict.fromkeys(each.remedy for each in findings if each.severity != "note"):
+        if args.repair:
+            left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
+            out.line(f"mended {len(done.repaired)}, left {len(left)}")
+            for finding in left:
+                out.line(f"left: {finding}")
+        else:
+            advice = list(dict.fromkeys(each.remedy for each in findings if each.severity != "note"))
+        for remedy in advice:
             out.line(f"to mend it: {remedy}")
         if done.unlisted:
             have = count(done.unlisted, "snapshot has", "snapshots have")
@@ -72,6 +110,26 @@ def check(call: Call) -> int:
         if done.after is not None:
             out.line(f"stopped early; continue with: onlap check --deep --after {shown(done.after)}")
     return exits.DONE if done.ok else exits.NO
+
+
+def _rebuild(call: Call) -> None:
+    """Rebuild a catalog that cannot be opened."""
+    from onlap.check.rebuild import rebuild
+
+    try:
+        with call.store():
+            return
+    except errors.DataLoss as error:
+        call.out.warn(error.message)
+    done = rebuild(call.root)
+    if call.out.json:
+        call.out.item({"rebuilt": done._asdict()})
+        return
+    call.out.line(f"rebuilt the catalog: {count(done.snapshots, 'snapshot')}, {count(done.images, 'image')}")
+    for name in done.kept:
+        call.out.line(f"kept: {name}")
+    for name in done.unrecorded:
+        call.out.line(f"left without a record: {name}")
 
 
 def _verdict(findings: tuple[Finding, ...]) -> str:
