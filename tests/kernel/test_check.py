@@ -119,6 +119,13 @@ def _flip(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def _empty(path: Path) -> None:
+    """As a power cut leaves a file that was never synced: its time is right."""
+    status = path.stat()
+    os.truncate(path, 0)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 Damage = Callable[[Path], object]
 # What is done to a root, and what a quick check finds.
 STRUCTURE: dict[str, tuple[Damage, set[tuple[str, str]]]] = {
@@ -147,6 +154,10 @@ STRUCTURE: dict[str, tuple[Damage, set[tuple[str, str]]]] = {
     ),
     "a record's copy is gone": (
         lambda root: (tree(root, "base").parent / "record").unlink(),
+        {("sidecar-missing", "base")},
+    ),
+    "a record's copy is empty": (
+        lambda root: _empty(tree(root, "base").parent / "record"),
         {("sidecar-missing", "base")},
     ),
     "a record's copy is damaged": (

@@ -12,6 +12,7 @@ them is needed as long as there is a catalog, and nobody waits for one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -168,11 +169,13 @@ class Sidecars:
                 self._write_images()
 
     def is_current(self, record: Record) -> bool:
-        """Whether a snapshot's sidecar is there, and as old as its record; it is not read."""
+        """Whether a snapshot's sidecar is there, and as new as its record; it is not read."""
         try:
-            return os.stat(self.layout.record(record.id)).st_mtime_ns == record.updated_ns
+            status = os.stat(self.layout.record(record.id))
         except OSError:
             return False
+        # It was never synced: a power cut may leave an empty file with the right time (ext4's delayed allocation).
+        return status.st_mtime_ns == record.updated_ns and status.st_size > 0
 
     def expected(self, record: Record) -> Sidecar:
         """What the sidecar of a record is to say."""
@@ -249,8 +252,10 @@ class Sidecars:
         except FileNotFoundError:
             pass  # the snapshot was removed meanwhile
         except OSError as error:
-            # Nothing is lost yet: the catalog is there.
-            warn(f"cannot write {shown(path)}: {error}")
+            # Nothing is lost: the catalog is there, and check reports what is missing. A disk that is full or read-only
+            # need not be complained of by every command.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                warn(f"cannot write {shown(path)}: {error}")
 
 
 def _images(connection: Connection) -> tuple[list[str], list[tuple[Any, ...]]]:
