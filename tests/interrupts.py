@@ -11,13 +11,17 @@ A signal's exception comes at fewer points than that (after calls, and at jumps 
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import onlap
@@ -31,7 +35,7 @@ _HERE = os.path.dirname(onlap.__file__)
 _monitoring: Any = getattr(sys, "monitoring", None)  # from Python 3.12
 _TOOL = 3  # none of those that Python names for a purpose
 # Whose bytecodes count.
-_PLACES = tuple(f"{_HERE}/{place}" for place in ("catalog/", "snapshots/", "store.py"))
+_PLACES = tuple(f"{_HERE}/{place}" for place in ("catalog/", "content/", "images/", "snapshots/", "store.py"))
 
 
 class Interrupter:
@@ -144,6 +148,37 @@ def _another(store: Store, number: int) -> None:
         other.label("competitor", {"another": str(number)})
 
 
+def _archive(**files: str) -> io.BytesIO:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content.encode()))
+    out.seek(0)
+    return out
+
+
+def _within(block: AbstractContextManager[Path], number: int) -> None:
+    with block as tree:
+        (tree / f"within-{number}").write_text("within")
+
+
+def _image(store: Store, number: int) -> None:
+    path = store.root.parent / f"image-{number}.tar"
+    path.write_bytes(_archive(one="1").getvalue())
+    store.images.import_(path, name=f"image-{number}:1")
+
+
+def _container(store: Store, number: int) -> None:
+    _image(store, number)
+    store.prepare(f"key-{number}", store.images.get(f"image-{number}:1").chain_ids[-1])
+
+
+def _import_image(store: Store, number: int) -> None:
+    store.images.import_(store.root.parent / f"image-{number}.tar", name=f"again-{number}:1")
+
+
 # What is done before, and what is interrupted.
 SCENARIOS: dict[str, tuple[Callable[[Store, int], object], Callable[[Store, int], object]]] = {
     "stat": (lambda store, n: None, lambda store, n: store.stat("competitor")),
@@ -152,6 +187,25 @@ SCENARIOS: dict[str, tuple[Callable[[Store, int], object], Callable[[Store, int]
     "remove": (_written, lambda store, n: store.remove(f"key-{n}")),
     "open and close": (lambda store, n: None, _another),
     "fork": (lambda store, n: None, _fork),
+    "view": (lambda store, n: None, lambda store, n: store.view(f"key-{n}", "base")),
+    "label": (lambda store, n: None, lambda store, n: store.label("base", {"n": str(n)})),
+    "apply": (
+        lambda store, n: store.prepare(f"key-{n}", "base"),
+        lambda store, n: store.apply(f"key-{n}", _archive(file="text")),
+    ),
+    "import": (lambda store, n: None, lambda store, n: store.import_(_archive(file="text"), f"name-{n}")),
+    "export": (_written, lambda store, n: store.export(f"key-{n}", io.BytesIO())),
+    "squash": (_written, lambda store, n: store.squash(f"key-{n}", f"name-{n}")),
+    "cleanup": (_written, lambda store, n: store.cleanup()),
+    "mounted": (_written, lambda store, n: _within(store.mounted(f"key-{n}"), n)),
+    "scratch": (lambda store, n: None, lambda store, n: _within(store.scratch("base"), n)),
+    "build": (lambda store, n: None, lambda store, n: _within(store.build(f"name-{n}", "base"), n)),
+    "image import": (_image, _import_image),
+    "image commit": (
+        _container,
+        lambda store, n: store.images.commit(f"key-{n}", f"new-{n}:1", base=f"image-{n}:1"),
+    ),
+    "image remove": (_image, lambda store, n: store.images.remove(f"image-{n}:1")),
 }
 
 
@@ -184,6 +238,7 @@ def interrupt(root: str, scenario: str, every: int) -> int:
             points += 1
             number += every
         competitors.close()
+        store.cleanup()
         for record in store.snapshotter.catalog.walk(None):
             # Nothing that has a record was thrown away behind it.
             assert os.path.isdir(store.snapshotter.catalog.layout.tree(record.id)), record
@@ -200,6 +255,20 @@ def _check(store: Store, scenario: str, number: int, acknowledged: bool) -> None
         assert name in store or not acknowledged
     if scenario == "remove" and acknowledged:
         assert key not in store
+    if scenario in ("view", "apply", "cleanup", "export", "mounted"):
+        assert key in store or not acknowledged
+    if scenario in ("import", "squash", "build"):
+        assert name in store or not acknowledged
+    if scenario == "label" and acknowledged:
+        assert store.stat("base").labels["n"] == str(number)
+    if scenario.startswith("image") and acknowledged:
+        gone, there = {
+            "image import": ("", f"again-{number}:1"),
+            "image commit": ("", f"new-{number}:1"),
+            "image remove": (f"image-{number}:1", ""),
+        }[scenario]
+        assert not gone or gone not in store.images
+        assert not there or there in store.images
 
 
 def main() -> None:
