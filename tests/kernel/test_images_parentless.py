@@ -33,7 +33,9 @@ def apply_parentless(base: Path, data: bytes, layer: Path) -> Parentless:
 def settle(layer: Path, lowers: list[Path], done: Parentless) -> None:
     fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        parentless.settle(fd, [str(lower) for lower in lowers], TRUSTED, done.removals, top_named=done.top_named)
+        parentless.settle(
+            fd, [str(lower) for lower in lowers], TRUSTED, done.removals, top_described=done.top_described
+        )
     finally:
         os.close(fd)
 

@@ -245,7 +245,7 @@ def test_jobs_go_through_the_pipe() -> None:
     from onlap.images.unpack import jobs
     from onlap.images.unpack.parentless import Removal
 
-    outcome = jobs.Outcome(removals=[Removal("a\udcff", None), Removal("", "b")], top_named=False)
+    outcome = jobs.Outcome(removals=[Removal("a\udcff", None), Removal("", "b")], top_described=False)
     assert jobs.outcome_of(json.loads(json.dumps(outcome._asdict()))) == outcome
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onlap import errors
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED
 from onlap.graphdrivers.counter import Counter
-from onlap.graphdrivers.diff.stacks import layer_changes
+from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.ids import IdMap, Range
 from onlap.overlayfs.markers import USER, Markers
 from onlap.serve.docker.bodies import ChunkWriter, drain, request_body

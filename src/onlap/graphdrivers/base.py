@@ -20,7 +20,11 @@ from onlap.boundary import public_class
 from onlap.catalog.disk.sync import Syncer
 from onlap.errors import shown
 from onlap.graphdrivers import support
-from onlap.graphdrivers.cleanup import (
+from onlap.graphdrivers.contract import Change, Driver
+from onlap.graphdrivers.counter import Counter, Locks
+from onlap.graphdrivers.diff.changes import layer_changes, layer_size, write_diff
+from onlap.graphdrivers.diff.naive import NaiveDiffer
+from onlap.graphdrivers.home import (
     REMOVED,
     STAGING,
     UNFINISHED,
@@ -31,10 +35,6 @@ from onlap.graphdrivers.cleanup import (
     mounts_below,
     remove_tree,
 )
-from onlap.graphdrivers.contract import Change, Driver
-from onlap.graphdrivers.counter import Counter, Locks
-from onlap.graphdrivers.diff.naive import NaiveDiffer
-from onlap.graphdrivers.diff.stacks import layer_changes, layer_size, write_diff
 from onlap.graphdrivers.ids import IdMap
 from onlap.locks import Flock, abandoned, lock_directory
 from onlap.mounts import kernel

@@ -35,7 +35,7 @@ import re
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.graphdrivers.cleanup import STAGING
+from onlap.graphdrivers.home import STAGING
 from onlap.syscalls.files import exists
 
 LINKS = "l"

@@ -21,9 +21,9 @@ from onlap import errors
 from onlap.boundary import public_class
 from onlap.errors import shown
 from onlap.graphdrivers.base import MERGED, WORK, StackDriver
-from onlap.graphdrivers.cleanup import STAGING, UNFINISHED, claim, remove_tree
 from onlap.graphdrivers.diff.apply import apply_archive
-from onlap.graphdrivers.diff.stacks import layer_changes
+from onlap.graphdrivers.diff.changes import layer_changes
+from onlap.graphdrivers.home import STAGING, UNFINISHED, claim, remove_tree
 from onlap.graphdrivers.layout import write_file
 from onlap.locks import abandoned
 from onlap.mounts.plan import Mount, overlay

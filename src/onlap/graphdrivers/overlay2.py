@@ -20,7 +20,7 @@ from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.base import StackDriver
 from onlap.graphdrivers.diff.apply import apply_archive
-from onlap.graphdrivers.diff.stacks import layer_size
+from onlap.graphdrivers.diff.changes import layer_size
 from onlap.graphdrivers.layout import Layer
 from onlap.mounts.plan import Mount, overlay
 from onlap.syscalls.files import is_directory

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.graphdrivers.cleanup import CHECKING, claim, detach, remove_tree
+from onlap.graphdrivers.home import CHECKING, claim, detach, remove_tree
 from onlap.mounts import kernel
 from onlap.mounts.plan import overlay
 from onlap.overlayfs.markers import OPAQUE_YES, TRUSTED, USER, Markers, get_xattr, set_opaque

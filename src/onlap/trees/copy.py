@@ -140,8 +140,8 @@ class Copier:
         status = os.stat(name, dir_fd=source_dir, follow_symlinks=False)
         self._file(source_dir, name, target_dir, target_name, status, name)
 
-    def directory_attributes(self, source: int, target: int) -> None:
-        """Give one open directory the attributes of another."""
+    def attributes(self, source: int, target: int) -> None:
+        """Give one open file or directory the attributes of another."""
         self._attributes(source, target, os.fstat(source))
 
     @property
@@ -404,7 +404,7 @@ def copy_attributes(source: str, target: str) -> None:
         OSError: something cannot be read or set.
     """
     with opened(source) as one, opened(target) as other:
-        Copier().directory_attributes(one, other)
+        Copier().attributes(one, other)
 
 
 def has_holes(status: os.stat_result) -> bool:

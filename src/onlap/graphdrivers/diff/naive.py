@@ -17,7 +17,7 @@ from onlap import errors
 from onlap.forks import unless_forked
 from onlap.graphdrivers.contract import DELETED, Change, ProtoDriver
 from onlap.graphdrivers.diff.apply import apply_archive
-from onlap.graphdrivers.diff.stacks import layer_changes, write_diff
+from onlap.graphdrivers.diff.changes import layer_changes, write_diff
 from onlap.graphdrivers.ids import IdMap
 from onlap.overlayfs.markers import TRUSTED, Markers
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from onlap.graphdrivers import layout
-from onlap.graphdrivers.cleanup import UNFINISHED
+from onlap.graphdrivers.home import UNFINISHED
 from onlap.graphdrivers.inspection.data_root import ORPHAN, UNUSED, Root, layer_ids
 from onlap.graphdrivers.layout import Layer
 

@@ -26,7 +26,7 @@ from onlap import errors
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.contract import Change
-from onlap.graphdrivers.diff.stacks import layer_changes
+from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.layout import Layer
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers

@@ -42,13 +42,13 @@ class Outcome(NamedTuple):
         needs_parent: it cannot be done without the layers below; the directory is empty again.
         settled: whether nothing is left to do; else :func:`settle` needs the next two.
         removals: what is still to be removed from the layers below.
-        top_named: whether the archive describes the top directory.
+        top_described: whether the archive describes the top directory.
     """
 
     needs_parent: bool = False
     settled: bool = False
     removals: Sequence[Removal] = ()
-    top_named: bool = True
+    top_described: bool = True
 
 
 def perform(job: Job, progress: Callable[[int], None]) -> Outcome:
@@ -83,7 +83,7 @@ def perform(job: Job, progress: Callable[[int], None]) -> Outcome:
         except NeedsParent:
             empty(fd)
             return Outcome(needs_parent=True)
-        return Outcome(removals=done.removals, top_named=done.top_named)
+        return Outcome(removals=done.removals, top_described=done.top_described)
 
 
 def settle(job: Job, outcome: Outcome, lowers: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ def settle(job: Job, outcome: Outcome, lowers: Sequence[str]) -> None:
         OnlapError: see :func:`onlap.images.unpack.parentless.settle`.
     """
     with errors.translated("unpack a layer", key=job.digest), opened(job.tree) as fd:
-        parentless.settle(fd, lowers, Markers(job.flavour), outcome.removals, top_named=outcome.top_named)
+        parentless.settle(fd, lowers, Markers(job.flavour), outcome.removals, top_described=outcome.top_described)
 
 
 def outcome_of(value: Mapping[str, Any]) -> Outcome:

@@ -46,11 +46,11 @@ class Parentless(NamedTuple):
 
     Attributes:
         removals: what is still to be done, for :func:`settle`.
-        top_named: whether the archive describes the top directory.
+        top_described: whether the archive describes the top directory.
     """
 
     removals: Sequence[Removal]
-    top_named: bool
+    top_described: bool
 
 
 class _UnknownLowers(Lowers):
@@ -125,11 +125,11 @@ def apply(
         return appliers[0]
 
     archive.apply(source, layer, markers=markers, digest=digest, diff_id=diff_id, progress=progress, applier=applier)
-    return Parentless(appliers[0].noted.removals, appliers[0].upper.top_named)
+    return Parentless(appliers[0].noted.removals, appliers[0].upper.top_described)
 
 
 def settle(
-    layer: int, lowers: Sequence[str], markers: Markers, removals: Sequence[Removal], *, top_named: bool
+    layer: int, lowers: Sequence[str], markers: Markers, removals: Sequence[Removal], *, top_described: bool
 ) -> None:
     """Make a layer that was applied without those below what it would be on top of them.
 
@@ -138,7 +138,7 @@ def settle(
         lowers: the layers below, topmost first, all of them settled.
         markers: the flavour of the root.
         removals: of its archive.
-        top_named: whether the archive describes the top directory; else it gets the attributes of the one below.
+        top_described: whether the archive describes the top directory; else it gets the attributes of the one below.
 
     Raises:
         InvalidArgument: a removal that no honest archive has.
@@ -156,7 +156,7 @@ def settle(
                     whiteouts.whiteout(parent, name)
             except ValueError as error:
                 raise errors.InvalidArgument(f"the layer cannot be applied: {error}", key=name) from error
-        if not top_named:
+        if not top_described:
             upper.inherit_top()
         upper.finish()
     finally:

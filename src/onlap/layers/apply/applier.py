@@ -126,7 +126,7 @@ class Applier:
         parent.dirty = True
         self._handlers[entry.type](parent, base, path, entry)
         if self.upper.tracking:
-            self.upper.own(path)
+            self.upper.mark_made(path)
 
     def _whiteout(self, path: str, parent: str, base: str) -> bool:
         """Handle a path with ``.wh.`` in it; return False if it is not a whiteout."""
@@ -217,7 +217,7 @@ class Applier:
         self.attributes.set_directory(directory, entry, fresh=fresh, own=fresh and parent.own_group)
         if directory.acl is not None:
             self.upper.directories.check_acl = True
-        self.upper.named(path)
+        self.upper.mark_described(path)
 
     def _symlink(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
         if not entry.linkname:

@@ -61,7 +61,7 @@ def inherit(layer: str, below: Sequence[str], markers: Markers, since_ns: int) -
                 # After its contents: its new mode may deny us access.
                 model = lowers.directory(path)
                 if model is not None and _is_implicit(descent.fd, model.parts[0].fd, since_ns):
-                    copier.directory_attributes(model.parts[0].fd, descent.fd)
+                    copier.attributes(model.parts[0].fd, descent.fd)
                 left.pop()
                 if left:
                     descent.leave()

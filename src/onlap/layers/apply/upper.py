@@ -44,8 +44,8 @@ class Upper:
         top: the top directory.
         lowers: the layers below.
         attributes: sets attributes.
-        tracking: whether the layer was not empty at the start, so that :meth:`own` must be called for every entry.
-        top_named: whether the archive describes the top directory.
+        tracking: whether the layer was not empty at the start: then :meth:`mark_made` must be called for every entry.
+        top_described: whether the archive describes the top directory.
         followed: symlinks from before the archive on the paths of its entries.
     """
 
@@ -63,11 +63,11 @@ class Upper:
         self.top = self.directories.top
         self.attributes = attributes
         self._copier = Copier()
-        self.top_named = False
+        self.top_described = False
         # If the layer was not empty at the start: what the archive made. Otherwise: what it did not make, except
         # whiteouts.
-        self._own = paths.PathSet()
-        self._implied = paths.PathSet()
+        self._made = paths.PathSet()
+        self._not_made = paths.PathSet()
         self.followed = paths.PathSet()
 
     def _note_markers(self, layer: int) -> None:
@@ -99,22 +99,22 @@ class Upper:
 
     # What the archive made
 
-    def own(self, path: str) -> None:
+    def mark_made(self, path: str) -> None:
         """Note that the archive made the file at ``path``."""
-        self._own.add(path)
+        self._made.add(path)
 
-    def named(self, path: str) -> None:
+    def mark_described(self, path: str) -> None:
         """Note that the archive describes the directory at ``path``."""
-        self._implied.discard(path)
+        self._not_made.discard(path)
 
-    def is_own(self, path: str) -> bool:
+    def is_made(self, path: str) -> bool:
         """Whether the archive made the layer's file at ``path``, which is not a whiteout."""
-        return path in self._own if self.tracking else path not in self._implied
+        return path in self._made if self.tracking else path not in self._not_made
 
     def forget(self, path: str) -> None:
         """Note that ``path`` and everything below it was removed."""
-        self._own.discard_below(path)
-        self._implied.discard_below(path)
+        self._made.discard_below(path)
+        self._not_made.discard_below(path)
         self.lowers.show(path)
 
     def describe_top(self, entry: Entry) -> None:
@@ -122,7 +122,7 @@ class Upper:
         self.attributes.set_directory(self.top, entry, fresh=False)
         if self.top.acl is not None:
             self.directories.check_acl = True
-        self.top_named = True
+        self.top_described = True
 
     # Finding the place of an entry
 
@@ -239,17 +239,17 @@ class Upper:
                     self.followed.add(child)
                 return os.readlink(found.name, dir_fd=found.dir_fd)
             if create:
-                self._implicit(self.ensure(here), name)
+                self._make_missing(self.ensure(here), name)
                 return ""
             return "" if found is not None and stat.S_ISDIR(found.status.st_mode) else None
         assert isinstance(upper, Directory)
         if stat.S_ISLNK(status.st_mode):
-            if create and not self.is_own(child):
+            if create and not self.is_made(child):
                 self.followed.add(child)
             return os.readlink(name, dir_fd=upper.fd)
         if not create:
             return None
-        if not is_whiteout(status) and self.is_own(child):
+        if not is_whiteout(status) and self.is_made(child):
             raise ValueError(f"{shown(child)} on its path is not a directory")
         directory, _ = self.replace_by_directory(upper, name, child)
         self._make_implicit(directory, None)
@@ -265,10 +265,10 @@ class Upper:
         for name in path.split("/"):
             here = paths.join(here, name)
             found = self.directories.find(here)
-            directory = found if isinstance(found, Directory) else self._implicit(directory, name)
+            directory = found if isinstance(found, Directory) else self._make_missing(directory, name)
         return directory
 
-    def _implicit(self, parent: Directory, name: str) -> Directory:
+    def _make_missing(self, parent: Directory, name: str) -> Directory:
         """Make a directory that the archive does not describe: like the one below, otherwise root's."""
         if name.startswith(paths.WHITEOUT_PREFIX):
             raise ValueError(f"a directory cannot be called {shown(name)}")
@@ -286,7 +286,7 @@ class Upper:
         return directory
 
     def _make_implicit(self, directory: Directory, source: int | None) -> None:
-        self._implied.add(directory.path)
+        self._not_made.add(directory.path)
         if source is None:
             self.attributes.reset_directory(directory)
         else:
@@ -299,7 +299,7 @@ class Upper:
             self._copy_attributes(below.parts[0].fd, self.top)
 
     def _copy_attributes(self, source: int, directory: Directory) -> None:
-        self._copier.directory_attributes(source, directory.fd)
+        self._copier.attributes(source, directory.fd)
         status = os.fstat(directory.fd)
         directory.times = (status.st_atime_ns, status.st_mtime_ns)
         directory.own_group = status.st_gid == self.attributes.gid
@@ -319,7 +319,7 @@ class Upper:
         if below is None or found is None:
             raise ValueError(f"{shown(path)} vanished from the layers below")
         parent.dirty = True
-        self._implied.add(path)
+        self._not_made.add(path)
         if not stat.S_ISREG(found.status.st_mode):
             self._copier.entry(found.dir_fd, base, parent.fd, base)
             return
@@ -331,7 +331,7 @@ class Upper:
             target = os.open(base, NEW_FILE, 0o600, dir_fd=parent.fd)
             stack.callback(os.close, target)
             self._copier.content(data, target, os.fstat(data))
-            self._copier.directory_attributes(meta, target)
+            self._copier.attributes(meta, target)
 
     # Making room for an entry
 

@@ -105,7 +105,7 @@ class Whiteouts:
                 return False  # an earlier whiteout removed it
             if self._upper.tracking and stat.S_ISDIR(status.st_mode):
                 return True
-            if self._upper.tracking and not self._upper.is_own(paths.join(here, name)):
+            if self._upper.tracking and not self._upper.is_made(paths.join(here, name)):
                 return False
         found = self._lowers.lookup(here, name)
         return found is not None and stat.S_ISDIR(found.status.st_mode)
@@ -132,18 +132,18 @@ class Whiteouts:
     def _kept(self, upper: Directory, base: str, path: str, status: os.stat_result) -> bool:
         """Remove what the archive did not make at ``path`` and below; return whether anything is left."""
         if not stat.S_ISDIR(status.st_mode):
-            if self._upper.is_own(path):
+            if self._upper.is_made(path):
                 return True
             upper.dirty = True
             os.unlink(base, dir_fd=upper.fd)
             self._upper.forget(path)
             return False
-        kept = self._prune(path) or self._upper.is_own(path)
+        kept = self._prune(path) or self._upper.is_made(path)
         directory = self._directories.find(path)
         if not isinstance(directory, Directory):
             return False
         if kept:
-            if not self._upper.is_own(path):
+            if not self._upper.is_made(path):
                 self._upper.attributes.reset_directory(directory)
             self._upper.make_opaque(directory)
             return True
@@ -178,10 +178,10 @@ class Whiteouts:
             if path == top:
                 break
             self._directories.keep_above(path)
-            if path in left or self._upper.is_own(path):
+            if path in left or self._upper.is_made(path):
                 left.add(frames[-1][0])
                 directory = self._directories.find(path)
-                if not self._upper.is_own(path) and isinstance(directory, Directory):
+                if not self._upper.is_made(path) and isinstance(directory, Directory):
                     self._upper.attributes.reset_directory(directory)
                 left.discard(path)
             else:
@@ -208,10 +208,10 @@ class Whiteouts:
             if entry.is_dir(follow_symlinks=False):
                 below.append(child)
                 continue
-            own = self._upper.is_own(child)
-            if own and not entry.is_file(follow_symlinks=False) and not entry.is_symlink():
-                own = not is_whiteout(entry.stat(follow_symlinks=False))
-            if own:
+            made = self._upper.is_made(child)
+            if made and not entry.is_file(follow_symlinks=False) and not entry.is_symlink():
+                made = not is_whiteout(entry.stat(follow_symlinks=False))
+            if made:
                 left.add(path)
             else:
                 directory.dirty = True

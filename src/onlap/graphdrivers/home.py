@@ -1,4 +1,4 @@
-"""Staging directories, mounts and removal in a driver's home, including what an ended process left."""
+"""A driver's home directory: staging, mounts and removal in it, also of what an ended process left."""
 
 from __future__ import annotations
 
