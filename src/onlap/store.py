@@ -338,7 +338,7 @@ class Store:
             OnlapError: of another kind, for an error of the filesystem.
         """
         self.snapshotter.check_free(name)
-        from onlap.snapshots import archives
+        from onlap.snapshots import archives, directories
 
         directory = archives.directory_of(source, format, "path to import")
         if exclude and directory is None:
@@ -346,7 +346,7 @@ class Store:
         done: tuple[int, int, Mapping[str, int]]
         with contexts.prepared(self.snapshotter, parent, "import") as key:
             if directory is not None:
-                done = archives.copy_in(
+                done = directories.copy_in(
                     self.snapshotter, key, directory, exclude, allow_changes=allow_changes, progress=progress
                 )
             else:
@@ -388,7 +388,7 @@ class Store:
             FailedPrecondition: the directory is not empty.
             OnlapError: of another kind, for an error of the filesystem or the mount.
         """
-        from onlap.snapshots import archives
+        from onlap.snapshots import archives, directories
 
         directory = archives.directory_of(out, format, "path to export to")
         if directory is not None:
@@ -398,7 +398,7 @@ class Store:
                     key=directory,
                     hint="let the path end in .tar, or say that the format is tar",
                 )
-            copied = archives.copy_out(self.snapshotter, key, directory, progress=progress)
+            copied = directories.copy_out(self.snapshotter, key, directory, progress=progress)
             return Exported(*copied, archive=None)
         pair = Pair(None, self.snapshotter.record(key))
         encoding = archives.encoding_for(out, compression, level, epoch, sparse=sparse)
@@ -504,7 +504,7 @@ class Store:
             after: continue where an earlier deep check stopped; its report says where.
             max_duration: seconds after which a deep check stops.
             rate: bytes per second that it reads at most.
-            progress: called with the bytes read, at most ten times a second.
+            progress: called with the bytes read, at most ten times per second.
             repair: mend what can be mended; the report says what was. Without ``deep`` content is not looked at.
             quarantine: set a tree aside of which something is lost that nothing brings back; it is then an error to
                 mount it.

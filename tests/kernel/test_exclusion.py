@@ -102,7 +102,7 @@ def mount_and_write(store: Store) -> None:
 def test_nothing_begins_in_the_middle_of_a_commit(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parent: str | None, how: str
 ) -> None:
-    from onlap.snapshots import archives
+    from onlap.snapshots import directories
 
     (tmp_path / "late").touch()
 
@@ -121,7 +121,7 @@ def test_nothing_begins_in_the_middle_of_a_commit(
         "plan": mount_the_plan,
         "detached": detached,
         "apply": lambda: store.apply("key", io.BytesIO(layer("late"))),
-        "import": lambda: archives.copy_in(store.snapshotter, "key", str(tmp_path), ["root", "ext4*"]),
+        "import": lambda: directories.copy_in(store.snapshotter, "key", str(tmp_path), ["root", "ext4*"]),
         "remove": lambda: store.remove("key"),
     }
     mount_and_write(store) if how != "mounted" else store.apply("key", io.BytesIO(layer("early")))

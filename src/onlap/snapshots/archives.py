@@ -1,10 +1,10 @@
-"""Trees and layers in and out: apply a layer, copy a directory, write an archive or a directory, squash layers."""
+"""Archives in and out: apply a layer, write a snapshot or a difference as an archive, squash layers."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import BinaryIO, Literal, cast
 
@@ -17,16 +17,12 @@ from onlap.layers.apply.archive import Applied, Limits, apply
 from onlap.layers.diff.changes import stack_items
 from onlap.layers.diff.write import Encoding, Written, piped, write_layer
 from onlap.layers.stream.compression import BZIP2, GZIP, NONE, XZ, ZSTD, Compression
-from onlap.mounts.temporary import may_detach
-from onlap.progress import Callback, Reporter
+from onlap.progress import Callback
 from onlap.snapshots import exclusion
-from onlap.snapshots.contexts import mounted_snapshot
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
 from onlap.syscalls.files import exists, is_directory, is_file
 from onlap.trees import atomic
-from onlap.trees.copy import Copied
-from onlap.trees.transfer import export_directory, import_directory
 from onlap.trees.walk import OPEN_DIRECTORY
 
 Source = BinaryIO | StrPath | bytes
@@ -160,54 +156,6 @@ def apply_layer(
             limits=limits,
             progress=progress,
         )
-
-
-def copy_in(
-    snapshotter: RecordedSnapshotter,
-    key: str,
-    source: str,
-    exclude: Collection[str] = (),
-    *,
-    allow_changes: bool = False,
-    progress: Callback | None = None,
-) -> Copied:
-    """Copy a directory into the directory of an active snapshot.
-
-    Raises:
-        NotFound: there is no such snapshot.
-        FailedPrecondition: it is mounted read-write, or a file changed while it was read.
-        OnlapError: see :func:`onlap.trees.transfer.import_directory`.
-    """
-    report = Reporter(progress, "import", "files")
-    record = snapshotter.record(key)
-    with exclusion.changing(snapshotter, record):
-        copied = import_directory(
-            source,
-            snapshotter.layers(record)[0],
-            root=snapshotter.root,
-            exclude=exclude,
-            allow_changes=allow_changes,
-            progress=lambda entries, _size: report(entries),
-        )
-    report.finish(copied.entries)
-    return copied
-
-
-def copy_out(snapshotter: RecordedSnapshotter, key: str, directory: str, *, progress: Callback | None = None) -> Copied:
-    """Copy the whole tree of a snapshot of any kind into a new or empty directory.
-
-    Raises:
-        NotFound: there is no such snapshot.
-        FailedPrecondition: the directory is not empty.
-        OnlapError: see :func:`onlap.trees.transfer.export_directory`.
-    """
-    report = Reporter(progress, "export", "files")
-    # An interrupt may leave a descriptor open, which would keep a mount at a path busy.
-    mounted = mounted_snapshot(snapshotter, key, detached=may_detach(), reading=True)
-    with mounted as tree, writing(snapshotter.catalog) as note:
-        copied = export_directory(os.fspath(tree), directory, lambda entries, _size: report(entries), note)
-    report.finish(copied.entries)
-    return copied
 
 
 def write_diff(
