@@ -287,6 +287,11 @@ def cleanup(life: Life) -> None:
     life.act(lambda: life.store.cleanup())
 
 
+def manifests(life: Life) -> None:
+    """What the background does sooner or later: list what is in the layers."""
+    life.act(lambda: life.store.cleanup(manifests=True))
+
+
 def settle(life: Life) -> None:
     """Hours pass: the catalog's log has its size, and everything is written. From now on a commit takes nothing along.
 
@@ -384,6 +389,7 @@ VERBS: dict[str, Callable[[Life], object]] = {
     "squash": squash,
     "usage": usage,
     "cleanup": cleanup,
+    "manifests": manifests,
     "settle": settle,
     "image import": image_import,
     "image tag": image_tag,
