@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
+import json
 import os
+import random
 import shutil
-import sqlite3
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,13 +21,18 @@ import pytest
 
 import onlap
 from onlap import errors
+from onlap.catalog.records import next_id
+from onlap.check.rebuild import rebuild
+from onlap.images import Access, Credentials
+from onlap.locks import Flock
 from onlap.snapshots.overlay import OverlaySnapshotter
-from onlap.store import Store
+from onlap.store import Store, open_snapshotter
 from onlap.trees import manifest
 from onlap.trees.walk import opened
-from pure.image_makers import Made
+from pure.conftest import everybodys, ordinary
+from pure.image_makers import Faulty, Made
 
-IMAGE = "docker.io/library/x:1"
+__all__ = ["everybodys"]
 BIG = bytes(range(256)) * 500 + bytes(300_000) + b"end"
 
 
@@ -257,29 +266,167 @@ def test_what_nothing_brings_back_is_set_aside(store: Store) -> None:
     assert content(store)["base"] == before["base"]
 
 
-def records(root: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """All rows, without what is measured or noted behind a commit."""
-    connection = sqlite3.connect(root / "catalog.db")
-    try:
-        return {
-            "snapshots": connection.execute(
-                "SELECT id, owner, name, parent, kind, created_ns, updated_ns, empty FROM snapshots ORDER BY id"
-            ).fetchall(),
-            "settings": connection.execute(
-                "SELECT * FROM settings WHERE key NOT IN ('epoch', 'lost_up_to') ORDER BY key"
-            ).fetchall(),
-            **{
-                table: sorted(connection.execute(f"SELECT * FROM {table}").fetchall())
-                for table in ("labels", "images", "manifests")
-            },
-            "pins": sorted(connection.execute("SELECT * FROM pins").fetchall(), key=str),
-        }
-    finally:
-        connection.close()
+def beside(store: Store, name: str) -> Path:
+    return tree(store, name).parent
+
+
+def sql(store: Store, *statements: str) -> None:
+    store.snapshotter.catalog.database.write(lambda c: [c.execute(each) for each in statements])
+
+
+def forget(store: Store, name: str) -> None:
+    """Delete a record, not its tree."""
+    identifier = store.snapshotter.record(name).id
+    tables = [f"DELETE FROM {table} WHERE snapshot = {identifier}" for table in ("labels", "manifests", "pins")]
+    sql(store, *tables, f"DELETE FROM snapshots WHERE id = {identifier}")
+
+
+STRUCTURE: dict[str, Callable[[Store], object]] = {
+    "pin-dangling": lambda store: sql(store, "INSERT INTO pins VALUES ('somebody', 4711, NULL, NULL)"),
+    "sidecar-missing": lambda store: (beside(store, "base") / "record").unlink(),
+    "sidecar-damaged": lambda store: flip(beside(store, "base") / "record"),
+    "manifest-missing": lambda store: (beside(store, "base") / "manifest").unlink(),
+    "manifest-damaged": lambda store: flip(beside(store, "base") / "manifest"),
+    "open-to-others": lambda store: (store.root / "snapshots").chmod(0o777),
+    "open-to-others ": lambda store: beside(store, "base").chmod(0o777),
+    "tree-unknown": lambda store: forget(store, "copy"),
+    "tree-missing": lambda store: deleted(tree(store, "empty")),
+    "parent-missing": lambda store: forget(store, "base"),
+}
+
+
+def test_the_structure(store: Store) -> None:
+    before, rows = content(store), records(store)
+    for kind, damage in STRUCTURE.items():
+        damage(store)
+        done = store.check(deep=True, repair=True)
+        assert kind.strip() in {each.kind for each in done.repaired}, (kind, done)
+        assert done.ok, (kind, done)
+        assert content(store) == before, kind
+        assert records(store) == rows, kind
+    assert store.check(deep=True).ok
+
+
+@pytest.mark.needs("overlay")
+def test_a_workdir(root: Path) -> None:
+    with onlap.open(root, sync="none") as store:
+        if not isinstance(store.snapshotter, OverlaySnapshotter):
+            return
+        (beside(store, "work") / "work").rmdir()
+        assert store.check(repair=True).ok
+        with store.mounted("work") as top:
+            assert (top / "su").read_bytes() == b"root"
+
+
+def test_a_directory_of_a_layer(store: Store) -> None:
+    """With its manifest gone, too, the layer is unpacked again."""
+    before = content(store)[layer(store, 1)]
+    deleted(beside(store, layer(store, 1)), beside(store, "empty"))
+    done = store.check(deep=True, repair=True)
+    assert done.ok, done
+    after = content(store)[layer(store, 1)]
+    assert [each._replace(mtime_ns=0) for each in after] == [each._replace(mtime_ns=0) for each in before]
+    store.cleanup(manifests=True)
+    assert store.check(deep=True).findings == ()
+
+
+def test_what_stays(store: Store) -> None:
+    """What has no source is left, named, with the commands that bring it back."""
+    (store.root / "snapshots" / "x").touch()
+    (store.root / "snapshots" / "4711" / "fs").mkdir(parents=True)
+    deleted(tree(store, "base"), tree(store, "work"))
+    shutil.rmtree(store.root / "snapshots" / str(store.snapshotter.record("copy").id))
+    store.close()
+    done = onlap_command(store.root, "--json", "check", "--repair")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, {(line["left"]["kind"], line["left"]["thing"]) for line in lines if "left" in line}) == (
+        1,
+        {
+            ("tree-unknown", "snapshots/x"),
+            ("tree-unknown", "snapshots/4711"),
+            *(("tree-missing", name) for name in ("base", "work", "copy")),
+        },
+    )
+    assert any("onlap rm view base" in each for each in lines[-1]["remedies"])
+
+
+@pytest.fixture
+def registry() -> Iterator[Faulty]:
+    with Faulty(MADE).running() as faulty:
+        yield faulty
+
+
+def test_what_the_registry_has(root: Path, registry: Faulty) -> None:
+    access = Access(plain_http=True, credentials=Credentials())
+    with onlap.open(root, sync="none") as store:
+        before = content(store)
+        image = store.images.get("x:1")
+        store.images.tag("x:1", f"{registry.host}/some/image:1")
+        store.images.remove("x:1")
+        lowest = image.chain_ids[0]
+        deleted(tree(store, lowest) / "d")
+        flip(Path(store.content.path(image.layers[0].digest)))
+        flip(Path(store.content.path(image.config_digest)))
+        os.unlink(store.content.path(image.layers[1].digest))
+        done = store.check(deep=True, repair=True)
+        assert "blob-damaged" in {each.kind for each in done.repaired}
+        assert "d/e/g" not in {each.path for each in done.repaired}
+        assert not done.ok
+        assert len(list((store.root / "content" / "damaged").iterdir())) == 2
+        for _ in range(2):
+            done = store.check(deep=True, repair=True, from_registry=access)
+        assert content(store) == before
+        store.cleanup()
+        assert store.check(deep=True).findings == ()
+        assert {each.name for each in store.images} == {f"{registry.host}/some/image:1"}
+
+
+@pytest.mark.needs("overlay", "mount")
+def test_beside_a_program_that_reads(store: Store) -> None:
+    """Its mount stays; a name that it has not looked up yet, or a new mount, shows the file that was mended."""
+    if not isinstance(store.snapshotter, OverlaySnapshotter):
+        return  # there a program works in a copy
+    lowest = layer(store, 0)
+    before = content(store)
+    shutil.rmtree(tree(store, lowest) / "d" / "e")
+    (tree(store, lowest) / "su").write_bytes(b"rxxt")
+    with store.mounted("work") as top, (top / "su").open("rb") as file:
+        assert file.read() == b"rxxt"
+        (top / "written").write_text("by the program")
+        done = store.check(deep=True, repair=True)
+        assert [each.path for each in done.findings if each not in done.repaired and each.severity != "note"] == []
+        assert file.seek(0) == 0
+        assert file.read() == b"rxxt"  # it was not changed under a program that has it open
+        assert (top / "written").read_text() == "by the program"
+    with store.mounted("work") as top:
+        assert (top / "su").read_bytes() == b"root"
+        assert (top / "d" / "e" / "empty").exists()
+    assert content(store) == before
+
+
+def test_not_beside_a_removal(store: Store) -> None:
+    flip(tree(store, "copy") / "d" / "same")
+    store.snapshotter.catalog.timeout = 0.0
+    with Flock(tree(store, "copy")) as held:
+        assert held.lock()
+        assert not store.check(deep=True, repair=True).ok
+    assert store.check(deep=True, repair=True).ok
+
+
+def records(store: Store) -> dict[str, list[tuple[Any, ...]]]:
+    """All rows, without what is measured."""
+    queries = {
+        "snapshots": "SELECT id, owner, name, parent, kind, created_ns, updated_ns, empty FROM snapshots",
+        "settings": "SELECT * FROM settings WHERE key NOT IN ('epoch', 'lost_up_to')",
+        **{table: f"SELECT * FROM {table}" for table in ("labels", "images", "manifests", "pins")},
+    }
+    read = store.snapshotter.catalog.database.read
+    return {table: sorted(read(lambda c: c.execute(sql).fetchall()), key=str) for table, sql in queries.items()}  # noqa: B023
 
 
 def test_a_catalog_is_rebuilt(root: Path) -> None:
-    before = records(root)
+    with onlap.open(root) as store:
+        before = records(store)
     assert before["pins"]
     assert before["images"]
     (root / "catalog.db").write_bytes(b"not a database" * 100)
@@ -287,10 +434,207 @@ def test_a_catalog_is_rebuilt(root: Path) -> None:
         onlap.open(root)
     done = onlap_command(root, "check", "--deep", "--repair")
     assert (done.returncode, "rebuilt the catalog: 7 snapshots, 1 image" in done.stdout) == (0, True), done
-    assert records(root) == before
     assert len(list(root.glob("catalog.db.damaged-*"))) == 1
     with onlap.open(root) as store:
+        assert records(store) == before
         assert store.check(deep=True).findings == ()
+
+
+def test_killed_and_repaired_again(root: Path) -> None:
+    """Killed before each step in turn that changes names."""
+    for number in itertools.count(1, 7):
+        with onlap.open(root, sync="none") as store:
+            before, lowest = content(store), layer(store, 0)
+            top = tree(store, lowest)
+            deleted(top / "d" / "f2", top / "d" / "e", top / "link")
+            flip(top / "d" / "f")
+            (top / "new").write_text("x")
+        pid = os.fork()
+        if not pid:
+            _die_at(number)
+            with onlap.open(root, sync="none") as store:
+                store.check(deep=True, repair=True)
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        with onlap.open(root, sync="none") as store:
+            store.cleanup()  # of what any program leaves that is killed
+            done = store.check(deep=True, repair=True)
+            assert done.ok, (number, done)
+            assert content(store) == before, number
+            assert "new" in kept(store, lowest)
+            store.cleanup()
+            assert store.check(deep=True).findings == (), number
+        if not killed:
+            assert number > 10
+            return
+
+
+def _die_at(number: int) -> None:
+    left = itertools.count(number - 1, -1)
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **more: Any) -> Any:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **more)
+
+        return wrapped
+
+    for name in ("rename", "link", "mkdir", "symlink", "utime"):
+        setattr(os, name, dying(getattr(os, name)))
+
+
+@pytest.mark.needs("ext4")
+def test_on_a_full_disk(template: Path, loop_ext4: Callable[[int], Path]) -> None:
+    disk = loop_ext4(32)
+    root = disk / "root"
+    subprocess.run(["cp", "-a", template, root], check=True)
+    with onlap.open(root, sync="none") as store:
+        before, lowest = content(store), layer(store, 0)
+        os.truncate(tree(store, lowest) / "d" / "f", 0)
+        flip(tree(store, lowest) / "su")
+        damaged = content(store)
+        with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        store.check(deep=True, repair=True)
+        # What little there is may be enough for one of the two.
+        assert [each for each in content(store)[lowest] if each not in [*damaged[lowest], *before[lowest]]] == []
+        (disk / "filler").unlink()
+        assert store.check(deep=True, repair=True).ok
+        assert content(store) == before
+
+
+def test_an_ordinary_user(everybodys: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(everybodys, 65534, -1)
+    with ordinary(), onlap.open(everybodys / "root", snapshotter="native", sync="none") as store:
+        store.images.import_(MADE.write_layout(everybodys / "layout"), name="x:1", platform="linux/amd64")
+        store.cleanup(manifests=True)
+        before, lowest = content(store), layer(store, 0)
+        (tree(store, lowest) / "d" / "e").chmod(0o500)
+        os.truncate(tree(store, lowest) / "d" / "f", 3)
+        (tree(store, lowest) / "d" / "f").chmod(0)
+        (tree(store, lowest) / "new").touch()
+        done = store.check(deep=True, repair=True)
+        assert done.ok, done
+        assert content(store) == before
+
+
+def fill(root: Path, chance: random.Random, kind: str) -> None:
+    """A store of several owners."""
+    for owner in ("", "containerd", "\u00e9\n"):
+        with open_snapshotter(root, snapshotter=kind, owner=owner, sync="none") as snapshotter:  # type: ignore[arg-type]
+            names: list[str | None] = [None]
+            for number in range(chance.randrange(4, 14)):
+                parent, labels = chance.choice(names), {f"l{chance.random()}": "v", "same": owner or "x"}
+                key = f"{owner}/{number}"
+                if chance.random() < 0.2:
+                    snapshotter.view(key, parent, labels)
+                    continue
+                rebased = kind == "overlay" and parent is not None and chance.random() < 0.4
+                snapshotter.prepare(key, None if rebased else parent, labels)
+                if chance.random() < 0.7:
+                    below = parent if rebased else None
+                    snapshotter.commit(f"c{number}", key, {"onlap.io/x": "y"} if number % 2 else None, parent=below)
+                    names.append(f"c{number}")
+            for info in list(snapshotter.walk()):
+                if chance.random() < 0.3:
+                    with contextlib.suppress(errors.FailedPrecondition):
+                        snapshotter.remove(info.name)
+                elif chance.random() < 0.3:
+                    snapshotter.label(info.name, {"late": str(chance.random())})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_catalog_is_rebuilt(tmp_path: Path, seed: int, kind: str) -> None:
+    root = tmp_path / "root"
+    fill(root, random.Random(seed), kind)
+    with onlap.open(root, sync="none") as store:
+        made = Made(*[LOWER, UPPER][: seed % 2 + 1])
+        store.images.import_(made.write_layout(tmp_path / "layout"), name="x:1", platform="linux/amd64")
+        store.images.tag("x:1", "y:2")
+        store.cleanup(manifests=True)
+        before = records(store)
+        highest = store.snapshotter.catalog.database.read(lambda c: next_id(c, 0))
+        if seed == 3:  # while it is open
+            with pytest.raises(errors.FailedPrecondition, match="open"):
+                rebuild(root)
+    for path in root.glob("catalog.db*"):
+        if path.name != "catalog.lock":
+            path.unlink()
+    with pytest.raises(errors.DataLoss, match="onlap check --repair"):
+        onlap.open(root, create=seed % 2 == 0)
+    done = rebuild(root)
+    assert (done.snapshots, done.images, done.unrecorded, done.kept) == (len(before["snapshots"]), 2, (), ())
+    with onlap.open(root, sync="none") as store:
+        assert records(store) == before
+        assert store.check(deep=True).findings == ()
+        present = [int(name) for name in os.listdir(root / "snapshots")]
+        store.prepare("next")
+        assert max(present) < store.snapshotter.record("next").id <= highest
+        store.cleanup()
+        assert store.check(deep=True).findings == ()
+
+
+def test_a_tree_without_a_usable_record(root: Path) -> None:
+    """It is kept where no cleanup comes, with what is based on it; and comes back with its record."""
+    with onlap.open(root, sync="none") as store:
+        before = records(store)
+        base = beside(store, "base")
+        view, copy = beside(store, "view").name, beside(store, "copy").name
+    record = (base / "record").read_bytes()
+    times = os.stat(base / "record")
+    (base / "record").write_text("{}")
+    flip(root / "snapshots" / copy / "record")
+    (root / "catalog.db").unlink()
+    done = onlap_command(root, "check", "--repair")
+    assert f"left without a record: unrecorded/{base.name}" in done.stdout, done
+    kept = {base.name, view, copy}
+    with onlap.open(root, sync="none") as store:
+        store.cleanup()
+        assert set(os.listdir(root / "unrecorded")) == kept
+        assert store.check(deep=True).ok
+        for name in (base.name, view):
+            (root / "unrecorded" / name).rename(root / "snapshots" / name)
+        (base / "record").write_bytes(record)
+        os.utime(base / "record", ns=(times.st_atime_ns, times.st_mtime_ns))
+        found = store.check(deep=True, repair=True)
+        assert found.ok, found
+        assert [row for row in before["snapshots"] if str(row[0]) != copy] == records(store)["snapshots"]
+
+
+def test_a_root_without_any_record(root: Path) -> None:
+    for each in (root / "snapshots").iterdir():
+        (each / "record").unlink()
+    (root / "catalog.db").unlink()
+    with pytest.raises(errors.DataLoss, match="no tree of the root"):
+        rebuild(root)
+    assert not (root / "unrecorded").exists()
+
+
+def test_what_is_whole_is_served(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever is damaged beside it; also at the first opening after a start of the machine."""
+    with onlap.open(root, sync="none") as store:
+        sql(store, "DELETE FROM settings WHERE key = 'epoch'")
+        flip(beside(store, "work") / "record")
+        flip(beside(store, "copy") / "manifest")
+        (store.root / "snapshots" / "x").touch()
+        (store.root / "content" / "images.json").write_text("{")
+        (store.root / "snapshots" / "4711").mkdir()
+        flip(Path(store.content.path(store.images.get("x:1").digest)))
+        deleted(tree(store, "base"))
+    with onlap.open(root, sync="none") as store:
+        assert caplog.text.count("has lost its tree") == 1
+        assert "base has lost its tree; see: onlap check --repair" in caplog.text
+        for key in ("copy", "work", "empty"):
+            with store.mounted(key) as top:
+                assert key == "empty" or os.listdir(top)
+        store.prepare("new", "copy")
+        with pytest.raises(errors.DataLoss, match="base is lost"), store.mounted("base"):
+            pass
+        assert len(list(store.walk())) == 8
 
 
 def onlap_command(root: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -301,20 +301,18 @@ class Repair:
                     if left:
                         missing = f"{shown('/' + (left[0].path or ''))}: {left[0].explanation}"
                         return f"not mended: of {len(left)} files the bytes are nowhere, as of {missing}"
-                self._place(record, made)
+                self._place(record, made, known=listed is not None)
             return "made again from its manifest" if listed is not None else "made again, empty"
         if record.kind != COMMITTED:
             return "not mended: what was written to it is gone"
         with Sources(self.snapshotter, self.content, record, fetch=self._fetch) as sources:
             for where, tree in sources.unpacked(fetch=self._fetch is not None):
-                self._place(record, tree)
-                # It is gone with the tree, and said when directories were made that the archive does not name.
-                self.catalog.database.write(lambda c: records.drop_manifest(c, record.id))
-                self.catalog.manifests.committed(record.id)
+                self._place(record, tree, known=False)
                 return f"unpacked again from {where}"
         return "not mended: its blob is not here, or it was made from none"
 
-    def _place(self, record: Record, tree: str) -> None:
+    def _place(self, record: Record, tree: str, *, known: bool) -> None:
+        """Put a tree in its place; ``known``: its manifest is there, and says the same."""
         self._sync()
 
         def operation(connection: Connection) -> None:
@@ -325,6 +323,10 @@ class Repair:
                 os.rename(tree, self.layout.tree(record.id))
 
         self.catalog.database.write(operation)
+        if not known and record.kind == COMMITTED and not self._write_manifest(record, self.layout.tree(record.id)):
+            # It is gone with the tree, and said when directories were made that the archive does not name.
+            self.catalog.database.write(lambda c: records.drop_manifest(c, record.id))
+            self.catalog.manifests.committed(record.id)
 
     def _sync(self) -> None:
         if self.snapshotter.syncs:

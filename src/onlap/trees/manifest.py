@@ -111,8 +111,8 @@ def entries(top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable
     Args:
         top: a descriptor of its top directory; left open.
         spend: called with the size of every chunk read, in bytes, and with 1 for every file.
-        unreadable: called for a file whose content cannot be read, whose digest is then empty; without it, that is an
-            error.
+        unreadable: called for a file whose content or xattrs cannot be read, whose digest is then empty; without it,
+            that is an error.
 
     Raises:
         OSError: something cannot be read.
@@ -120,18 +120,19 @@ def entries(top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable
     links: dict[tuple[int, int], int] = {}
     for found in itertools.chain([walking.Entry(".", ".", top, os.fstat(top))], walk(top)):
         spend(1)
-        digest = ""
-        if stat.S_ISREG(found.status.st_mode):
-            try:
+        digest, xattrs = "", dict[str, bytes]()
+        try:
+            xattrs = read_xattrs(path_of(found.dir_fd, found.name), markers=True)
+            if stat.S_ISREG(found.status.st_mode):
                 digest = _digest(found.name, found.dir_fd, spend)
-            except OSError as error:
-                if unreadable is None:
-                    raise
-                unreadable(found.path, error)
-        yield _entry(found, links, digest)
+        except OSError as error:
+            if unreadable is None:
+                raise
+            unreadable(found.path, error)
+        yield _entry(found, links, digest, xattrs)
 
 
-def _entry(found: walking.Entry, links: dict[tuple[int, int], int], digest: str) -> Entry:
+def _entry(found: walking.Entry, links: dict[tuple[int, int], int], digest: str, xattrs: Mapping[str, bytes]) -> Entry:
     status = found.status
     mode = status.st_mode
     size, link = status.st_size if stat.S_ISREG(mode) else 0, 0
@@ -148,7 +149,7 @@ def _entry(found: walking.Entry, links: dict[tuple[int, int], int], digest: str)
         status.st_rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0,
         os.readlink(found.name, dir_fd=found.dir_fd) if stat.S_ISLNK(mode) else "",
         link,
-        read_xattrs(path_of(found.dir_fd, found.name), markers=True),
+        xattrs,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -71,10 +72,7 @@ def read(path: str) -> Sidecar:
     with errors.translated("read a sidecar", key=path), open(path, "rb") as file:
         data = file.read(_LARGEST)
     try:
-        found = json.loads(data)
-        if found.pop("format") != FORMAT:
-            raise ValueError("another format")
-        sidecar = Sidecar(**found)
+        sidecar = Sidecar(**_unsealed(data))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise errors.DataLoss(f"the record beside a tree is damaged: {shown(path)}", key=path) from error
     if not _is_valid(sidecar):
@@ -87,9 +85,25 @@ def read_images(path: str) -> list[dict[str, Any]]:
     with errors.translated("read the names of the images", key=path), open(path, "rb") as file:
         data = file.read(_LARGEST)
     try:
-        return [dict(each) for each in json.loads(data)]
-    except (ValueError, TypeError, RecursionError) as error:
+        return [dict(each) for each in _unsealed(data)]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise errors.DataLoss(f"the names of the images are damaged: {shown(path)}", key=path) from error
+
+
+def _sealed(content: object) -> bytes:
+    """A file: its content, with a digest of it, since a bit that changed in a number or a name shows nowhere else."""
+    return json.dumps({"format": FORMAT, "sha256": _digest(content), "content": content}, indent=1).encode()
+
+
+def _unsealed(data: bytes) -> Any:
+    found = json.loads(data)
+    if found["format"] != FORMAT or found["sha256"] != _digest(found["content"]):
+        raise ValueError("another format, or damaged")
+    return found["content"]
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_valid(found: Sidecar) -> bool:
@@ -227,7 +241,7 @@ class Sidecars:
         record = self.database.read(lambda c: records.by_id(c, identifier))
         if record is None:
             return
-        data = json.dumps({"format": FORMAT, **self.expected(record)._asdict()}, indent=1).encode()
+        data = _sealed(self.expected(record)._asdict())
         self._put(self.layout.record(identifier), data, record.updated_ns)
 
     def _write_images(self) -> None:
@@ -239,7 +253,7 @@ class Sidecars:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             return
-        data = json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1).encode()
+        data = _sealed([dict(zip(columns, row, strict=True)) for row in rows])
         try:
             with open(path, "rb") as file:
                 if file.read() == data:

@@ -87,7 +87,11 @@ def check(call: Call) -> int:
                 else:
                     out.line(f"repair: {finding.kind}: {finding.place}: {what}")
             done, advice = checking.repaired(done.findings, repairing.left), repairing.advice()
+    left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
     if out.json:
+        if args.repair:
+            for finding in left:
+                out.item({"left": finding._asdict()})
         summary = done._asdict()
         del summary["findings"], summary["repaired"]
         repaired = {"repaired": len(done.repaired), "remedies": advice} if args.repair else {}
@@ -96,7 +100,6 @@ def check(call: Call) -> int:
         read = f", {count(done.files, 'file')}, {count(done.blobs, 'blob')}, {size(done.size)}" if deep else ""
         out.line(f"checked {count(done.snapshots, 'snapshot')}{read}: {_verdict(done.findings)}")
         if args.repair:
-            left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
             out.line(f"mended {len(done.repaired)}, left {len(left)}")
             for finding in left:
                 out.line(f"left: {finding}")
