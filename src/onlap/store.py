@@ -350,7 +350,7 @@ class Store:
                     self.snapshotter, key, directory, exclude, allow_changes=allow_changes, progress=progress
                 )
             else:
-                applied = self.apply(key, source, progress=progress)
+                applied = archives.apply_layer(self.snapshotter, key, source, progress=progress)
                 done = (applied.entries, applied.uncompressed, applied.skipped)
             self.commit(name, key, labels)
         return Imported(self.stat(name), *done)
@@ -383,8 +383,8 @@ class Store:
 
         Raises:
             NotFound: there is no such snapshot.
-            InvalidArgument: ``out`` is a directory with the name of an archive; or an option of an archive was given
-                for a directory.
+            InvalidArgument: ``out`` is a directory with the name of an archive, or lies inside the root; or an option
+                of an archive was given for a directory.
             FailedPrecondition: the directory is not empty.
             OnlapError: of another kind, for an error of the filesystem or the mount.
         """
@@ -469,7 +469,7 @@ class Store:
 
         Raises:
             NotFound: there is no such snapshot.
-            InvalidArgument: there is no such compression or level.
+            InvalidArgument: there is no such compression or level, or ``out`` lies inside the root.
             OnlapError: of another kind, for an error of the filesystem.
         """
         from onlap.snapshots import archives

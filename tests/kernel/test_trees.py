@@ -552,3 +552,12 @@ def test_what_vanishes_is_passed_over(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "scandir", scandir)
     assert before == 7
     assert usage(str(tmp_path / "top")).inodes == 5
+
+
+def test_a_tree_is_not_copied_into_itself(tmp_path: Path) -> None:
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        store.prepare("work")
+        with store.mounted("work") as tree:
+            (tree / "file").write_text("x")
+            store.export("work", tree / "copy")
+            assert sorted(os.listdir(tree / "copy")) == ["file"]

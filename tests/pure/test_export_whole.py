@@ -115,11 +115,3 @@ def test_a_file_that_takes_little_at_a_time(store: Store) -> None:
     store.images.export("x:1", whole)
     store.images.export("x:1", slow)  # type: ignore[arg-type]
     assert slow.data == whole.getvalue()
-
-
-def test_a_tree_is_not_copied_into_itself(store: Store) -> None:
-    store.prepare("work")
-    tree = Path(store.snapshotter.layers(store.snapshotter.record("work"))[0])
-    (tree / "file").write_text("x")
-    store.export("work", tree / "copy")
-    assert sorted(os.listdir(tree / "copy")) == ["file"]

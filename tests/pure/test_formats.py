@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -84,6 +85,8 @@ def test_the_caller_decides(store: Store, tmp_path: Path) -> None:
         store.import_(io.BytesIO(), "x", format="directory")
     with pytest.raises(errors.InvalidArgument, match="zip"):
         store.export("base", tmp_path / "a", format="zip")  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidArgument, match="zip"):
+        store.export("base", io.BytesIO(), format="zip")  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_written(store: Store, tmp_path: Path) -> None:
@@ -93,9 +96,49 @@ def test_what_cannot_be_written(store: Store, tmp_path: Path) -> None:
     for level in (-5, 0, 3):
         with pytest.raises(errors.InvalidArgument, match="without a compression"):
             store.write_diff("base", tmp_path / "a.tar", level=level)
+    for compression, level in (("", None), ([], None), ("gzip", "9"), ("zstd", 1.5)):
+        with pytest.raises(errors.InvalidArgument):
+            store.write_diff("base", io.BytesIO(), compression=compression, level=level)  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidArgument, match="must be a path"):
+        store.import_(b"name\0", "x")  # type: ignore[arg-type]
     with pytest.raises(errors.InvalidArgument, match="an archive's"):
         store.export("base", tmp_path / "d", sparse=True)
     assert {path.name for path in tmp_path.iterdir()} == {"root"}
+
+
+def test_files_of_the_root_are_not_overwritten(store: Store) -> None:
+    database = store.root / "catalog.db"
+    before = database.read_bytes()
+    tree = store.snapshotter.layers(store.snapshotter.record("base"))[0]
+    for place in (database, store.root / "new.tar", f"{tree}/new.tar"):
+        for call in (store.export, store.write_diff):
+            with pytest.raises(errors.InvalidArgument, match="inside the root"):
+                call("base", place)
+    with pytest.raises(errors.InvalidArgument, match="inside the root"):
+        store.export("base", store.root / "content" / "d")
+    assert database.read_bytes() == before
+    assert os.listdir(tree) == ["f"]
+
+
+def test_a_symlink_to_nothing_is_new(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("d")
+    store.export("base", tmp_path / "link")
+    assert (tmp_path / "d" / "f").read_text() == "content"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_an_archive_that_is_not_there(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(errors.NotFound) as caught:
+        store.import_(tmp_path / "a.tar", "x")
+    assert caught.value.key == str(tmp_path / "a.tar")
+    assert "import-" not in str(caught.value)
+
+
+def test_a_file_is_not_a_directory(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(errors.InvalidArgument, match="Not a directory: " + re.escape(str(path))):
+        store.export("base", path, format="directory")
 
 
 def test_a_pipe_is_an_archive(store: Store, tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from onlap.layers.diff.write import Encoding, Written, piped, write_layer
 from onlap.layers.stream.compression import BZIP2, GZIP, NONE, XZ, ZSTD, Compression
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
+from onlap.snapshots.directories import check_outside
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
 from onlap.syscalls.files import exists, is_directory, is_file
 from onlap.trees import atomic
 from onlap.trees.walk import OPEN_DIRECTORY
 
-Source = BinaryIO | StrPath | bytes
+Source = BinaryIO | StrPath
 Format = Literal["directory", "tar"]
 
 # The compression that the suffix of an archive's name stands for, as with GNU tar's --auto-compress.
@@ -53,11 +54,9 @@ def format_of(path: str, given: Format | None) -> Format:
     The caller's choice comes first, then what exists at the path, then its suffix; without one it is a directory.
 
     Raises:
-        InvalidArgument: there is no such format; or it is a directory with the suffix of an archive.
+        InvalidArgument: it is a directory with the suffix of an archive.
     """
     if given is not None:
-        if given not in ("directory", "tar"):
-            raise errors.InvalidArgument(f"there is no format {shown(given)}", hint="directory or tar")
         return given
     archive = compression_of(path) is not None
     if is_directory(path):
@@ -68,7 +67,8 @@ def format_of(path: str, given: Format | None) -> Format:
                 hint="say which is meant, with the format directory or tar",
             )
         return "directory"
-    return "tar" if archive or exists(path) else "directory"
+    # A symlink to nothing is as new as what it leads to.
+    return "tar" if archive or exists(os.path.realpath(path)) else "directory"
 
 
 def directory_of(place: StrPath | BinaryIO, given: Format | None, what: str) -> str | None:
@@ -80,8 +80,10 @@ def directory_of(place: StrPath | BinaryIO, given: Format | None, what: str) -> 
         what: what the path is, for errors.
 
     Raises:
-        InvalidArgument: see :func:`format_of`; or an open file is said to be a directory.
+        InvalidArgument: there is no such format; see :func:`format_of`; or an open file is said to be a directory.
     """
+    if given not in (None, "directory", "tar"):
+        raise errors.InvalidArgument(f"there is no format {shown(given)}", hint="directory or tar")
     if isinstance(place, (str, os.PathLike)):
         path = check_path(place, what)
         return path if format_of(path, given) == "directory" else None
@@ -106,7 +108,8 @@ def encoding_for(
     chosen: str | None = compression
     if chosen is None and isinstance(out, (str, os.PathLike)):
         chosen = compression_of(check_path(out, "path to write to"))
-    chosen = chosen or NONE
+    if chosen is None:
+        chosen = NONE
     if chosen not in (NONE, GZIP, ZSTD):
         raise errors.InvalidArgument(f"layers are not written as {shown(chosen)}", hint="use gzip, zstd or none")
     if level is not None and chosen == NONE:
@@ -186,6 +189,7 @@ def _opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterat
         yield out
         return
     path = check_path(out, "path to write to")
+    check_outside(snapshotter, path)
     with errors.translated("write the archive", key=path):
         if exists(os.path.realpath(path)) and not is_file(path):  # written to directly: a device or a pipe
             with open(path, "wb", buffering=0) as device:

@@ -66,8 +66,10 @@ def copy_out(snapshotter: RecordedSnapshotter, key: str, directory: str, *, prog
     Raises:
         NotFound: there is no such snapshot.
         FailedPrecondition: the directory is not empty.
+        InvalidArgument: it lies inside the root.
         OnlapError: see :meth:`Store.export`.
     """
+    check_outside(snapshotter, directory)
     report = Reporter(progress, "export", "files")
     doing = f"export to {shown(directory)}"
     # An interrupt may leave a descriptor open, which would keep a mount at a path busy.
@@ -90,3 +92,13 @@ def copy_out(snapshotter: RecordedSnapshotter, key: str, directory: str, *, prog
             copied = copy_tree(os.fspath(tree), target, copier, follow=True)
     report.finish(copied.entries)
     return copied
+
+
+def check_outside(snapshotter: RecordedSnapshotter, path: str) -> None:
+    """Raise InvalidArgument for a path among the root's own files; what is mounted in it may be written to."""
+    place = os.path.realpath(path)
+    root = snapshotter.root
+    if place.startswith(f"{root}/") and not place.startswith(f"{root}/runs/"):
+        raise errors.InvalidArgument(
+            f"{shown(path)} lies inside the root {shown(root)}", key=path, hint="write to another directory"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -68,6 +69,8 @@ def new_directory(path: str, note: Note) -> Iterator[str]:
                 empty(fd)
             raise
         return
+    if exists(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     above = os.path.dirname(path)
     partial = _partial(path)
     missing = _missing(above)

@@ -63,7 +63,7 @@ class Applied(NamedTuple):
 
 
 def apply(
-    source: BinaryIO | str | bytes | os.PathLike[str],
+    source: BinaryIO | str | os.PathLike[str],
     layer: int,
     *,
     lowers: Sequence[str] = (),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from onlap import errors
+from onlap.arguments import check_number
 from onlap.layers.format import tar
 
 NONE = "none"
@@ -234,6 +235,8 @@ def compressor(kind: str, level: int | None = None, *, engine: str | None = None
         InvalidArgument: there is no such kind, level or engine.
         Unimplemented: the library is not installed.
     """
+    if level is not None:
+        check_number(level, "level", whole=True)
     if kind == GZIP:
         return _gzip(level, engine)
     if kind != ZSTD:

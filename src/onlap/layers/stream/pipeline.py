@@ -45,12 +45,10 @@ class Digests(NamedTuple):
 class Input:
     """The bytes of a file or stream, counted and hashed; its start can be peeked at."""
 
-    def __init__(self, source: BinaryIO | str | bytes | os.PathLike[str]) -> None:
+    def __init__(self, source: BinaryIO | str | os.PathLike[str]) -> None:
+        self._opened = isinstance(source, (str, os.PathLike))
         if isinstance(source, (str, os.PathLike)):
-            source = check_path(source, "path of the archive")
-        self._opened = isinstance(source, (str, bytes))
-        if isinstance(source, (str, bytes)):
-            self._file: BinaryIO = io.FileIO(source)
+            self._file: BinaryIO = io.FileIO(check_path(source, "path of the archive"))
         else:
             check_file(source, "archive", "read")
             self._file = source
@@ -118,7 +116,7 @@ class Pipeline:
         Unimplemented: no library for its compression is installed.
     """
 
-    def __init__(self, source: BinaryIO | str | bytes | os.PathLike[str]) -> None:
+    def __init__(self, source: BinaryIO | str | os.PathLike[str]) -> None:
         self._input = Input(source)
         self._threads: list[threading.Thread] = []
         self._out = Channel()
