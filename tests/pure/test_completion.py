@@ -236,6 +236,7 @@ def test_every_verb_and_its_options(ask: Ask) -> None:
         (("apply", "k0", "k"), []),
         (("prepare", "new", "k"), ["k0"]),
         (("image", "diff", "x", "local"), ["localhost/app:1"]),
+        (("image", "commit", "local"), ["localhost/app:1"]),
         (("image", "rm", "k"), []),
         (("--root", "k"), []),
         (("rm", "--root", "k"), []),

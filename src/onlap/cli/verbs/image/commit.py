@@ -17,7 +17,7 @@ def commit_arguments(parser: Parser) -> None:
         "onlap run --keep work debian:13 sh -c 'echo hello > /greeting'",
         "onlap image commit greeter:1 work --message 'says hello' --change 'CMD [\"cat\", \"/greeting\"]'",
     )
-    parser.add_argument("name", metavar="IMAGE", help="the name of the image")
+    parser.image("name", help="the name of the image")
     parser.key("key", help="the active snapshot")
     parser.add_argument("--author", metavar="A", default="", help="who made it")
     parser.add_argument("-m", "--message", metavar="M", default="", help="what was done")
