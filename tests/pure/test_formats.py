@@ -9,6 +9,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,9 +97,15 @@ def test_what_cannot_be_written(store: Store, tmp_path: Path) -> None:
     for level in (-5, 0, 3):
         with pytest.raises(errors.InvalidArgument, match="without a compression"):
             store.write_diff("base", tmp_path / "a.tar", level=level)
-    for compression, level in (("", None), ([], None), ("gzip", "9"), ("zstd", 1.5)):
+    wrong: list[dict[str, Any]] = [
+        {"compression": ""},
+        {"compression": []},
+        {"compression": "gzip", "level": "9"},
+        {"compression": "zstd", "level": 1.5},
+    ]
+    for options in wrong:
         with pytest.raises(errors.InvalidArgument):
-            store.write_diff("base", io.BytesIO(), compression=compression, level=level)  # type: ignore[arg-type]
+            store.write_diff("base", io.BytesIO(), **options)
     with pytest.raises(errors.InvalidArgument, match="must be a path"):
         store.import_(b"name\0", "x")  # type: ignore[arg-type]
     with pytest.raises(errors.InvalidArgument, match="an archive's"):
