@@ -50,7 +50,7 @@ class Catalog:
         database: the records.
         staging: where trees are built.
         trash: where removed trees wait for deletion.
-        garbage: finds what belongs to nobody, and frees space.
+        garbage: finds what belongs to no snapshot, and frees space.
         usages: the disk usage of committed snapshots.
         manifests: what committed snapshots hold.
         sidecars: copies of the records beside the trees.
@@ -72,8 +72,8 @@ class Catalog:
         self._loss_to_note = False
         with contextlib.ExitStack() as on_error:
             with errors.translated("open the root", key=self.layout.root):
-                self._lease = self._take_lease()
-                on_error.callback(self._lease.release)
+                self._format_lock = self._lock_format()
+                on_error.callback(self._format_lock.release)
                 self._syncer = Syncer(self.layout.snapshots, self._write_failed)
                 on_error.callback(self._syncer.close)
                 self._floor = self._highest_number()
@@ -106,7 +106,7 @@ class Catalog:
         self.staging.close()
         self.database.close()
         self._syncer.close()
-        self._lease.release()
+        self._format_lock.release()
 
     def _background(self, stop: Callable[[], bool]) -> bool:
         again = self.garbage.work(stop)
@@ -116,7 +116,7 @@ class Catalog:
             self.sidecars.write(stop)
         return again
 
-    def _take_lease(self) -> Flock:
+    def _lock_format(self) -> Flock:
         # Every process that has the root open holds its staging directory shared; a migration needs it exclusively.
         held = lock_directory(self.layout.staging, shared=True)
         if held is None:
@@ -132,13 +132,13 @@ class Catalog:
         if not found:
             self.layout.check_new()
             return
-        if not self._lease.lock():
+        if not self._format_lock.lock():
             raise errors.Unavailable(
                 f"the root {shown(self.layout.root)} has an older format, and other processes have it open",
                 key=self.layout.root,
                 hint="end them, then open it again to migrate it to this Onlap's format",
             )
-        self._lease.lock(shared=True)
+        self._format_lock.lock(shared=True)
 
     def _highest_number(self) -> int:
         numbers = [0]
@@ -159,16 +159,13 @@ class Catalog:
         """The record of a key or name; NotFound if it does not exist."""
         return self.database.read(lambda c: records.get(c, owner, name))
 
+    def by_id(self, identifier: int) -> Record | None:
+        """The record of an id; None if it does not exist."""
+        return self.database.read(lambda c: records.by_id(c, identifier))
+
     def walk(self, owner: str | None, condition: Condition | None = None) -> Iterator[Record]:
         """Records in the order of their creation, one transaction per page; none is open between two pages."""
-        after = 0
-        while True:
-            start = after
-            rows = self.database.read(lambda c: records.page(c, owner, start, condition))  # noqa: B023 - run at once
-            yield from rows
-            if len(rows) < records.PAGE:
-                return
-            after = rows[-1].id
+        return records.walk(self.database.read, owner, condition)
 
     @contextlib.contextmanager
     def hold(self, identifiers: list[int]) -> Iterator[None]:
@@ -195,7 +192,7 @@ class Catalog:
             yield
 
     def _gone(self, identifier: int, *, locked: bool = False) -> errors.OnlapError:
-        record = self.database.read(lambda c: records.by_id(c, identifier))
+        record = self.by_id(identifier)
         if record is not None and locked:  # not to delete it: its record would be gone by then
             return errors.Unavailable(
                 f"the tree of snapshot {shown(record.name)} is locked by another program",
@@ -401,9 +398,9 @@ def look_up(root: str, identifier: int) -> Record | None:
     """
     for catalog in list(_opened):
         if catalog.layout.root == root:
-            return catalog.database.read(lambda c: records.by_id(c, identifier))
+            return catalog.by_id(identifier)
     catalog = Catalog(root, create=False, timeout=30.0)
     try:
-        return catalog.database.read(lambda c: records.by_id(c, identifier))
+        return catalog.by_id(identifier)
     finally:
         catalog.close()

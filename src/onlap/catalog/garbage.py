@@ -1,4 +1,4 @@
-"""What belongs to nobody: found, moved to the trash, deleted; and the space that this frees."""
+"""Garbage: trees and staging directories that belong to no snapshot, and the space that deleting them frees."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Garbage:
         is not enough, the trash is emptied.
 
         Raises:
-            ResourceExhausted: there still is no space.
+            ResourceExhausted: there is still no space.
             OnlapError: what ``action`` raises.
         """
         free_space: Callable[[], object]
@@ -73,12 +73,12 @@ class Garbage:
             self.trash.sweep(wait=self._timeout)
 
     def cleanup(self) -> int:
-        """Delete what belongs to nobody, now; returns how many trees. Those that are mounted or read are left."""
+        """Delete all garbage now; returns how many trees. Those that are mounted or read are left."""
         self.collect()
         return self.sweep(wait=True)
 
     def collect(self, *, wake: bool = False) -> None:
-        """Move what belongs to nobody to the trash: orphans in ``snapshots/``, staging of dead processes.
+        """Move the garbage to the trash: orphans in ``snapshots/``, staging of dead processes.
 
         Args:
             wake: have everything in the trash deleted in the background.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from sqlite3 import Connection
 from typing import Final, Literal, NamedTuple
 
@@ -167,6 +167,22 @@ def page(connection: Connection, owner: str | None, after: int, condition: Condi
         parameters += condition.parameters
     rows = connection.execute(_SELECT + sql + f" ORDER BY s.id LIMIT {PAGE}", parameters)
     return [_record(row) for row in rows]
+
+
+def walk(
+    read: Callable[[Callable[[Connection], list[Record]]], list[Record]],
+    owner: str | None = None,
+    condition: Condition | None = None,
+) -> Iterator[Record]:
+    """Records in the order of their creation, by :meth:`Database.read`: one transaction per page, none between two."""
+    after = 0
+    while True:
+        start = after
+        rows = read(lambda c: page(c, owner, start, condition))  # noqa: B023 - run at once
+        yield from rows
+        if len(rows) < PAGE:
+            return
+        after = rows[-1].id
 
 
 def next_id(connection: Connection, floor: int) -> int:
@@ -375,7 +391,7 @@ def settings(connection: Connection) -> dict[str, str]:
 
 
 def without_manifest(connection: Connection) -> list[int]:
-    """Committed snapshots of which nobody has noted yet what they hold; looks at every record."""
+    """Committed snapshots without a manifest; reads every record."""
     sql = """
         SELECT id FROM snapshots
         WHERE kind = 'committed' AND NOT EXISTS (SELECT 1 FROM manifests WHERE snapshot = snapshots.id)

@@ -10,7 +10,7 @@ from sqlite3 import Connection
 from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.disk.epoch import epoch
+from onlap.catalog.disk.boot import boot_and_mount
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.errors import shown
@@ -28,7 +28,7 @@ def recover(catalog: Catalog, remake: Callable[[Record], bool]) -> None:
         remake: recreates what is missing of a snapshot's directory, and returns whether it is complete.
     """
     with errors.translated("open the root", key=catalog.layout.root):
-        now = epoch(catalog.layout.snapshots)
+        now = boot_and_mount(catalog.layout.snapshots)
     if catalog.database.read(lambda c: records.setting(c, "epoch")) == now:
         return
     catalog.lost = [record for record in catalog.walk(None) if not _recovered(catalog, record, remake)]
@@ -50,7 +50,7 @@ def _recovered(catalog: Catalog, record: Record, remake: Callable[[Record], bool
     else:
         failure = None
     # Read again, since a removal deletes the record first.
-    if catalog.database.read(lambda c: records.by_id(c, record.id)) is None:
+    if catalog.by_id(record.id) is None:
         return True
     if failure is not None:
         warn(f"cannot recreate the tree of snapshot {shown(record.name)}: {failure}")

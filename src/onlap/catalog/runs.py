@@ -156,7 +156,7 @@ def begin(catalog: Catalog) -> Run:
 
 
 @contextlib.contextmanager
-def begun(catalog: Catalog) -> Iterator[Run | None]:
+def run_if_writable(catalog: Catalog) -> Iterator[Run | None]:
     """A new run for the duration of a block; None on a disk that is read-only or full.
 
     Raises:
@@ -174,9 +174,12 @@ def begun(catalog: Catalog) -> Iterator[Run | None]:
 
 
 @contextlib.contextmanager
-def writing(catalog: Catalog) -> Iterator[Callable[[str], None]]:
-    """Yields :meth:`Run.writes` of a new run, or a function that does nothing where there can be no run."""
-    with begun(catalog) as run:
+def noting_partials(catalog: Catalog) -> Iterator[Callable[[str], None]]:
+    """Yields a function to be called with the path of each partial result before it is made (:meth:`Run.writes`).
+
+    It does nothing where there can be no run.
+    """
+    with run_if_writable(catalog) as run:
         yield run.writes if run is not None else lambda _path: None
 
 

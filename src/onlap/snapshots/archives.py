@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal, cast
 from onlap import errors
 from onlap.arguments import StrPath, check_path
 from onlap.catalog.records import ACTIVE, Record
-from onlap.catalog.runs import writing
+from onlap.catalog.runs import noting_partials
 from onlap.errors import shown
 from onlap.layers.apply.archive import Applied, Limits, apply
 from onlap.layers.diff.changes import stack_items
@@ -196,7 +196,7 @@ def _opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterat
                 yield cast("BinaryIO", device)
         else:
             # Follows a symlink, as a shell's ">" does.
-            with writing(snapshotter.catalog) as note, atomic.new_file(os.path.realpath(path), note) as file:
+            with noting_partials(snapshotter.catalog) as note, atomic.new_file(os.path.realpath(path), note) as file:
                 yield file
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.arguments import StrPath, check_number, check_path
 from onlap.boundary import public
-from onlap.catalog.runs import Run, begin, begun, root_of
+from onlap.catalog.runs import Run, begin, root_of, run_if_writable
 from onlap.errors import shown
 from onlap.forks import unless_forked
 from onlap.mounts import temporary
@@ -98,7 +98,7 @@ def mounted_snapshot(
 ) -> Iterator[Path]:
     """See :meth:`onlap.store.Store.mounted`; with ``reading`` the mount is read-only."""
     snapshotter.record(key)  # NotFound comes first
-    with begun(snapshotter.catalog) as run:
+    with run_if_writable(snapshotter.catalog) as run:
         # A read-only or full disk has no run, but can still be read: a detached mount ends with the process.
         detached = detached or (run is None and at is None)
         with _mounted(snapshotter, run, key, at, detached, reading) as tree:

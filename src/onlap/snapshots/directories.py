@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 
 from onlap import errors
-from onlap.catalog.runs import writing
+from onlap.catalog.runs import noting_partials
 from onlap.errors import shown
 from onlap.mounts.temporary import may_detach
 from onlap.progress import Callback, Reporter
@@ -76,7 +76,7 @@ def copy_out(snapshotter: RecordedSnapshotter, key: str, directory: str, *, prog
     mounted = mounted_snapshot(snapshotter, key, detached=may_detach(), reading=True)
     with (
         mounted as tree,
-        writing(snapshotter.catalog) as note,
+        noting_partials(snapshotter.catalog) as note,
         errors.translated(doing, key=directory),
         atomic.new_directory(directory, note) as target,
     ):

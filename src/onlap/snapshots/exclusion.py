@@ -151,7 +151,7 @@ def removing(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]
 
 def _reread(snapshotter: RecordedSnapshotter, record: Record) -> Record:
     """The record as it is now, read again while its tree is locked."""
-    now = snapshotter.catalog.database.read(lambda c: records.by_id(c, record.id))
+    now = snapshotter.catalog.by_id(record.id)
     if now is not None and now.name == record.name and now.kind == record.kind:
         return now
     if now is None or now.kind != COMMITTED:

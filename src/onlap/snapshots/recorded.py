@@ -131,7 +131,7 @@ class RecordedSnapshotter(ABC):
             return False
         parent, parent_id = None, record.parent_id
         if parent_id is not None:
-            parent = self.catalog.database.read(lambda c: records.by_id(c, parent_id))
+            parent = self.catalog.by_id(parent_id)
             # The walk is by id, so the parent came first: it has been recreated already, or is lost.
             if parent is not None and not is_directory(layout.tree(parent.id)):
                 parent = None
@@ -319,7 +319,7 @@ class RecordedSnapshotter(ABC):
         if parent_id is None:
             return None
         # By id: if both have been removed meanwhile, the name may belong to another snapshot.
-        parent = self.catalog.database.read(lambda c: records.by_id(c, parent_id))
+        parent = self.catalog.by_id(parent_id)
         if parent is None:
             raise records.not_found(record.name)
         return parent
@@ -509,7 +509,7 @@ class RecordedSnapshotter(ABC):
         number = inside.split("/", 1)[0]
         if inside == path or not number.isdigit():
             return errors.from_oserror(error, doing=f"{doing} {shown(key)}", key=key)
-        record = self.catalog.database.read(lambda c: records.by_id(c, int(number)))
+        record = self.catalog.by_id(int(number))
         return records.not_found(key) if record is None else lost(record)
 
 

@@ -1,1 +1,1 @@
-"""Work on a root that nobody waits for: when it is done, and what is measured, noted and copied then."""
+"""Background work on a root: when it runs, and what it measures, lists and copies."""

@@ -47,7 +47,7 @@ class Janitor:
             self._urgent_due = True
         else:
             self._last_wake = time.monotonic()
-            # Set before the look at the thread, which ends its wait for quiet before it looks at this.
+            # Set before the state of the thread is read; the thread ends its wait for quiet before it reads this.
             self._work_due = True
             if self._awaiting_quiet:
                 return  # a switch to it and back, once per commit, would cost more than all else here
@@ -66,7 +66,7 @@ class Janitor:
     def _serve(self, first: Job[object], in_caller: bool) -> None:
         calls = [first]
         try:
-            # In the caller's thread it would delay whoever has just committed something.
+            # In the caller's thread it would delay a commit that is done.
             if not in_caller:
                 self._work_off(calls)
         finally:
@@ -101,7 +101,7 @@ class Janitor:
             self._awaiting_quiet = False
 
     def _called(self, calls: list[Job[object]], seconds: float) -> bool:
-        """Whether somebody calls within that time."""
+        """Whether a job arrives within that time."""
         found = self._helper.await_more(seconds)
         calls += found
         return bool(found)

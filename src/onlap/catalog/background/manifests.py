@@ -1,10 +1,10 @@
-"""What each committed layer holds, noted behind its commit: what ``check`` compares with, and repairs by.
+"""Manifests: what each committed layer holds, listed in the background, for ``check`` to compare with and repair by.
 
 ::
 
     ROOT/snapshots/<id>/manifest   see onlap.trees.manifest; its digest is in the catalog
 
-Nobody waits for it. What a process has not come to, the next one does, or ``cleanup``.
+What a process does not get done, the next one does, or ``cleanup``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Manifests:
         layout: of the root.
         staging: where they are written before they have their place.
         database: its records, which keep the digests.
-        made: told of a snapshot that has got one.
+        made: called with the id of a snapshot that got its manifest.
     """
 
     def __init__(self, layout: Layout, staging: Staging, database: Database, made: Callable[[int], None]) -> None:
@@ -66,7 +66,7 @@ class Manifests:
         """
         if not self._looked:
             self._looked = True
-            # Once: what other processes left. Later commits of theirs they list themselves, or the next process does.
+            # Only once, for what other processes left: they list their later commits, or the next process does.
             self._due.update(self.database.read(records.without_manifest))
         made = 0
         pace = Pace(stop, lambda: RATE, _BURST)
@@ -92,11 +92,11 @@ class Manifests:
         return sum(self._make(identifier, pace) for identifier in self.database.read(records.without_manifest))
 
     def _make(self, identifier: int, pace: Pace) -> bool:
-        """Make one, unless somebody else has; whether that was done."""
+        """Make one, unless there is one already; returns whether it was made."""
         try:
             return self._try(identifier, pace)
         except (OSError, errors.OnlapError) as error:
-            # Of one that is lost or damaged, check tells.
+            # check reports one that is lost or damaged.
             warn(f"cannot note what the layer {identifier} holds: {error}")
             return False
 
@@ -107,7 +107,7 @@ class Manifests:
         try:
             held = lock_directory(self.layout.snapshot(identifier), shared=True)
         except FileNotFoundError:
-            return False  # removed meanwhile, or lost: check tells
+            return False  # removed meanwhile, or lost, which check reports
         if held is None:
             return False  # it is being deleted
         with held, opened(self.layout.tree(identifier)) as tree:
@@ -118,7 +118,7 @@ class Manifests:
 
     def _write(self, identifier: int, tree: int, pace: Pace) -> str:
         listed = manifest.entries(tree, lambda size: pace(size if size > 1 else FILE_COST))
-        # Durable before the catalog speaks of it: one that is missing says that something was lost.
+        # Durable before the catalog refers to it, so that a missing one means that something was lost.
         with self.staging.file(self.layout.manifest(identifier)) as file:
             digest = manifest.write(listed, file)
             file.flush()
@@ -128,7 +128,7 @@ class Manifests:
         return digest
 
     def entries(self, record: Record) -> list[manifest.Entry] | None:
-        """What a committed layer held when that was noted; None where it was not noted yet.
+        """What a committed layer held when its manifest was written; None if it has none yet.
 
         Raises:
             DataLoss: the manifest is damaged, or gone.

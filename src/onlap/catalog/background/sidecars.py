@@ -5,8 +5,8 @@
     ROOT/snapshots/<id>/record   JSON; its time of modification is the record's ``updated_ns``
     ROOT/content/images.json     the names of the images
 
-They are written behind what changes the record: in the background, when a root is closed, and by ``cleanup``. None of
-them is needed as long as there is a catalog, and nobody waits for one.
+They are written after a record has changed: in the background, when a root is closed, and by ``cleanup``. None of them
+is needed as long as there is a catalog, so no caller waits for one.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from onlap.errors import shown
 from onlap.syscalls.files import is_directory
 
 FORMAT = 1
-# Settings that are true of a moment, not of the root.
+# Settings that describe a moment, not the root.
 _PASSING = ("epoch", "lost_up_to")
 # Bytes; a record with 10,000 labels has less than one.
 _LARGEST = 64 << 20
-# What a process that closes the root still writes; what is more, the next background or cleanup finds.
+# How many a process writes when it closes the root; the rest is left to the next background work or cleanup.
 _AT_CLOSE = 256
 
 
@@ -158,7 +158,7 @@ class Sidecars:
         """
         if not self._looked:
             self._looked = True
-            # Once: what others left. What they change from now on they write, or the next who looks.
+            # Only once, for what other processes left: they write what they change later, or the next process does.
             self._due.update(self._outdated())
         while not stop() and self._write_next():
             pass
@@ -198,7 +198,7 @@ class Sidecars:
         return data.startswith(b"{") and data.endswith(b"}")
 
     def expected(self, record: Record) -> Sidecar:
-        """What the sidecar of a record is to say."""
+        """What the sidecar of a record should say."""
         if self._settings is None:
             found = self.database.read(records.settings)
             self._settings = {key: value for key, value in found.items() if key not in _PASSING}
@@ -218,14 +218,7 @@ class Sidecars:
         )
 
     def _outdated(self) -> Iterator[int]:
-        after = 0
-        while True:
-            start = after
-            rows = self.database.read(lambda c: records.page(c, None, start, None))  # noqa: B023 - run at once
-            yield from (record.id for record in rows if not self.is_current(record))
-            if len(rows) < records.PAGE:
-                return
-            after = rows[-1].id
+        return (record.id for record in records.walk(self.database.read) if not self.is_current(record))
 
     def _write_next(self) -> bool:
         """Write one that is due; returns whether there was one."""
@@ -273,7 +266,7 @@ class Sidecars:
             pass  # the snapshot was removed meanwhile
         except OSError as error:
             # Nothing is lost: the catalog is there, and check reports what is missing. A disk that is full or read-only
-            # need not be complained of by every command.
+            # need not be reported by every command.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 warn(f"cannot write {shown(path)}: {error}")
 

@@ -49,7 +49,7 @@ class Usages:
     def measure(self, stop: Callable[[], bool]) -> None:
         """Measure what has not been measured, until ``stop`` returns True."""
         if self._unmeasured is None:
-            # Once: what other processes left. What they commit from now on they measure, or whoever asks first.
+            # Only once, for what other processes left: they measure their later commits, or the first request does.
             self._unmeasured = self.database.read(records.unmeasured)
         while self._unmeasured:
             due = self._unmeasured[:_MEASURED_AT_ONCE]

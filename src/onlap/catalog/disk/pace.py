@@ -1,4 +1,4 @@
-"""How fast work is done that nobody waits for."""
+"""The pace of background work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Stopped(Exception):
 
 
 class Pace:
-    """Called for every unit of work; rests as long as it has to, and raises :class:`Stopped` when it is told to stop.
+    """Called for every unit of work: sleeps to keep the rate, and raises :class:`Stopped` once the work must stop.
 
     Args:
         stop: asked after every burst.

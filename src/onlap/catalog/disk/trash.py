@@ -189,9 +189,9 @@ class Trash:
                         continue
                     # Our root may be bound to another path there.
                     if b"/snapshots/" in path and path.startswith(b"/"):
-                        lies = table.place(path)
-                        if lies is not None and lies.device == place.device:
-                            note(by_place.match(lies.path))
+                        place_there = table.place(path)
+                        if place_there is not None and place_there.device == place.device:
+                            note(by_place.match(place_there.path))
         return used
 
 

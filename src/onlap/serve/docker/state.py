@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.catalog.disk.epoch import boot_id
+from onlap.catalog.disk.boot import boot_id
 from onlap.errors import shown
 from onlap.graphdrivers.ids import IdMap
 from onlap.syscalls.files import write_all

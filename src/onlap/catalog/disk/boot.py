@@ -6,7 +6,7 @@ from onlap.syscalls.files import unique_mount_id
 from onlap.trees.walk import opened
 
 
-def epoch(directory: str) -> str:
+def boot_and_mount(directory: str) -> str:
     """A string that changes with every boot, and with every mount of the filesystem that ``directory`` is on.
 
     The kernel gives a mount an id that is not used again until the next boot (Linux 6.8, statx(2)); on older kernels
