@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import onlap
+from onlap import errors
 
 _monitoring: Any = getattr(sys, "monitoring", None)
 _TOOL = 4  # none of those that Python names for a purpose
@@ -138,3 +139,42 @@ class Injection:
                 self.place = f"{code.co_filename}: {code.co_qualname}"
                 raise self._fault.error()
         return None
+
+
+def tried(arrange: Callable[[], Any], act: Callable[[Any], object], fault: str, number: int) -> int:
+    """Do a public call with a fault at its nth place; at how many it might have come.
+
+    Args:
+        arrange: called before, undisturbed.
+        act: the call, given what that returned.
+        fault: its name.
+        number: n, from 1; 0 for none at all.
+
+    Raises:
+        Exception: whatever leaves the call and is not an OnlapError.
+    """
+    given = arrange()
+    injection = Injection(FAULTS[fault], number)
+    try:
+        with injection:
+            act(given)
+    except errors.OnlapError:
+        pass
+    except BaseException as error:
+        error.add_note(f"{fault} at {number}: {injection.place}")
+        raise
+    return injection.count
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Numbers from 1 to ``count``, evenly, no more than so many."""
+    return sorted({1 + (count - 1) * at // max(1, most - 1) for at in range(most)}) if count else []
+
+
+def public_names(kind: type) -> set[str]:
+    """All that a caller may use of a class, in the way of a call or of a property."""
+    special = ("__init__", "__enter__", "__exit__", "__contains__", "__iter__")
+    names = {name for base in kind.__mro__ if base.__module__.startswith("onlap.") for name in vars(base)}
+    chosen = {name for name in names if not name.startswith("_") or name in special}
+    values = {name: getattr(kind, name) for name in chosen}
+    return {name for name, value in values.items() if callable(value) or isinstance(value, property)}

@@ -15,11 +15,8 @@ from typing import Any
 import pytest
 
 import onlap
-from faults import FAULTS, Injection
-from onlap import errors
-from onlap.content.lease import Lease
+from faults import FAULTS, public_names, spread, tried
 from onlap.content.store import ContentStore
-from onlap.content.writer import Partial, Writer
 from onlap.images.api import Images
 from onlap.probing.probe import probe
 from onlap.snapshots.native import NativeSnapshotter
@@ -55,6 +52,7 @@ class Ground:
         self.store = onlap.open(directory / "root", snapshotter="native", sync="none", timeout=5)
         self.store.import_(self.source, "base")
         self.store.images.import_(directory / "layout", name="image:1")
+        self._kept: list[Any] = []
         self.blob = self.store.images.get("image:1").digest
 
     def new(self) -> str:
@@ -73,9 +71,22 @@ class Ground:
         self.store.images.tag("image:1", name)
         return name
 
+    def pulled(self) -> str:
+        """An image of the registry's."""
+        return self.store.images.pull(f"{self.registry.host}/test/app:1", access=self.access()).name
+
     def loose_blob(self) -> str:
         """A blob that nobody needs."""
         return self.store.content.put([self.new().encode()]).digest
+
+    def keep(self, block: Any) -> None:
+        """Have something closed, once the call is over."""
+        self._kept.append(block)
+
+    def let_go(self) -> None:
+        """Close it."""
+        while self._kept:
+            _entered(self._kept.pop())
 
     def access(self) -> Any:
         """How to reach the registry."""
@@ -142,6 +153,7 @@ STORE: dict[str, Call] = {
     "content": call(lambda g, _: Store(g.store.snapshotter).content),
     "images": call(lambda g, _: Store(g.store.snapshotter).images),
     "collect": call(lambda g, _: g.store.collect(), Ground.loose_blob),
+    "check": call(lambda g, _: g.store.check(deep=True, repair=True)),
     "mounted": active(lambda g, key: _entered(g.store.mounted(key))),
     "scratch": call(lambda g, _: _entered(g.store.scratch("base"))),
     "build": call(lambda g, new: _entered(g.store.build(new, "base"))),
@@ -178,6 +190,7 @@ IMAGES: dict[str, Call] = {
     "remove": call(lambda g, name: g.store.images.remove(name), Ground.image),
     "tag": call(lambda g, new: g.store.images.tag("image:1", f"{new}:1")),
     "pull": call(lambda g, _: g.store.images.pull(f"{g.registry.host}/test/app:1", access=g.access())),
+    "refetch": call(lambda g, name: g.store.images.refetch(name, access=g.access()), Ground.pulled),
     "push": call(lambda g, _: g.store.images.push("image:1", f"{g.registry.host}/test/to:1", access=g.access())),
     "import_": call(lambda g, new: g.store.images.import_(g.directory / "layout", name=f"{new}:1")),
     "export": call(lambda g, new: g.store.images.export("image:1", g.directory / f"{new}.tar", format="docker")),
@@ -197,11 +210,11 @@ CONTENT: dict[str, Call] = {
     "walk": call(lambda g, _: list(g.store.content.walk())),
     "partials": call(lambda g, _: list(g.store.content.partials())),
     # What a writer itself does is for those inside: it raises OSError, and says so.
-    "writer": call(lambda g, _: g.store.content.writer()),
-    "partial": call(lambda g, _: g.store.content.partial(DIGEST, 5)),
+    "writer": call(lambda g, _: g.keep(g.store.content.writer())),
+    "partial": call(lambda g, _: g.keep(g.store.content.partial(DIGEST, 5))),
     "put": call(lambda g, new: g.store.content.put(io.BytesIO(new.encode()))),
     "put_documents": call(lambda g, new: g.store.content.put_documents(new.encode())),
-    "lease": call(lambda g, _: g.store.content.lease("a test")),
+    "lease": call(lambda g, _: g.keep(g.store.content.lease("a test"))),
     "reading": call(lambda g, _: _entered(g.store.content.reading("a test", [g.blob]))),
     "delete": call(lambda g, blob: g.store.content.delete(blob), Ground.loose_blob),
     "collect": call(lambda g, _: g.store.content.collect(), Ground.loose_blob),
@@ -221,15 +234,6 @@ INSIDE = {
     },
     Images: {"keep", "record", "recording"},
 }  # fmt: skip
-
-
-def public_names(kind: type) -> set[str]:
-    """All that a caller may use of a class, in the way of a call or of a property."""
-    guarded = ("__init__", "__enter__", "__exit__", "__contains__", "__iter__")
-    names = {name for base in kind.__mro__ if base.__module__.startswith("onlap.") for name in vars(base)}
-    chosen = {name for name in names if not name.startswith("_") or name in guarded}
-    values = {name: getattr(kind, name) for name in chosen}
-    return {name for name, value in values.items() if callable(value) or isinstance(value, property)}
 
 
 KINDS: dict[type, dict[str, Call]] = {
@@ -263,29 +267,6 @@ CASES = [
 ]
 
 
-def tried(ground: Ground, case: Call, fault: str, number: int) -> Injection:
-    """Do a call with the fault at its nth place."""
-    arrange, act = case
-    given = arrange(ground)
-    injection = Injection(FAULTS[fault], number)
-    try:
-        with injection:
-            made = act(ground, given)
-        if isinstance(made, (Writer, Partial, Lease)):
-            _entered(made)
-    except errors.OnlapError:
-        pass
-    except BaseException as error:
-        error.add_note(f"{fault} at {number}: {injection.place}")
-        raise
-    return injection
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Numbers from 1 to ``count``, evenly, no more than so many."""
-    return sorted({1 + (count - 1) * at // max(1, most - 1) for at in range(most)}) if count else []
-
-
 # What stays open until it is collected, when a call of anything fails, is tests/crash/test_system_calls.py's business.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(60)  # nothing is waited for, so that whatever takes so long hangs
@@ -294,8 +275,15 @@ def spread(count: int, most: int) -> list[int]:
 def test_nothing_else_leaves_a_public_call(
     ground: Ground, case: Call, fault: str, request: pytest.FixtureRequest
 ) -> None:
-    most = 1000 if request.config.getoption("--long") else 3
-    for number in spread(tried(ground, case, fault, 0).count, most):
-        tried(ground, case, fault, number)
+    arrange, act = case
+
+    def at(number: int) -> int:
+        count = tried(lambda: arrange(ground), lambda given: act(ground, given), fault, number)
+        ground.let_go()
         # And whoever comes next is not in its way.
         ground.store.label("base", {"number": str(number)})
+        return count
+
+    most = 1000 if request.config.getoption("--long") else 3
+    for number in spread(at(0), most):
+        at(number)

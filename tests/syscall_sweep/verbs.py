@@ -122,6 +122,7 @@ STORE: dict[str, Verb] = {
     "scratch": Verb(_scratch, ("top", "scratch")),
     "build": Verb(_build, ("built", "top", "build"), keeps=True),
     "cleanup": Verb(lambda _, store: store.cleanup(), (), before=_removed),
+    "check": Verb(lambda _, store: store.check(deep=True, repair=True), ()),
     "close": Verb(lambda _, store: store.close(), (), before=_removed, closes=True),
 }
 
