@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ import pytest
 
 import onlap
 from onlap import errors
-from onlap.check.findings import KINDS
+from onlap.catalog.records import Record
+from onlap.check.findings import KINDS, Finding
+from onlap.check.structure import Structure
+from onlap.images.index import Image, Index
 from onlap.store import Store
 from pure.image_makers import Made, layer
 
@@ -323,6 +326,37 @@ def test_a_check_beside_others_who_work(tmp_path: Path) -> None:
             stop.set()
         for each in running:
             each.result()
+    assert [each for each in found if each.severity != "note"] == []
+
+
+def test_what_changes_while_it_is_looked_at(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Committed, removed and pinned between two looks: nothing of it is damage."""
+    made = Made(layer(c="3"))
+    layout = made.write_layout(tmp_path / "another")
+    snapshot, image = Structure._snapshot, Index.get
+
+    with onlap.open(root) as store, onlap.open(root) as other:
+        meanwhile: dict[str, Callable[[], object]] = {
+            "base": lambda: other.images.import_(layout, name="y:1", platform="linux/amd64"),
+            "work": lambda: other.commit("worked", "work"),
+            "view": lambda: other.remove("view"),
+            "empty": lambda: other.remove("empty"),
+        }
+
+        def late(self: Structure, record: Record) -> Iterator[Finding]:
+            meanwhile.pop(record.name, lambda: None)()
+            return snapshot(self, record)
+
+        def got(self: Index, name: str) -> Image:
+            found = image(self, name)
+            if name == IMAGE:
+                other.images.remove(name)
+            return found
+
+        monkeypatch.setattr(Structure, "_snapshot", late)
+        monkeypatch.setattr(Index, "get", got)
+        found = store.check().findings
+    assert not meanwhile
     assert [each for each in found if each.severity != "note"] == []
 
 

@@ -79,6 +79,15 @@ def valid(connection: Connection) -> list[Pin]:
     return [Pin(*row) for row in connection.execute(sql, _times())]
 
 
+def dangling(connection: Connection) -> list[Pin]:
+    """The pins that have not expired on snapshots that are gone, by owner."""
+    sql = f"""
+        SELECT owner, snapshot, digest FROM pins
+        WHERE snapshot IS NOT NULL AND snapshot NOT IN (SELECT id FROM snapshots) AND {_IS_VALID} ORDER BY owner
+    """
+    return [Pin(*row) for row in connection.execute(sql, _times())]
+
+
 def holders(connection: Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
     """The owners of the pins on a snapshot or a blob that have not expired."""
     column, value = ("snapshot", snapshot) if snapshot is not None else ("digest", digest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sqlite3
@@ -71,12 +70,8 @@ class Structure:
         yield from _chains(rows)
         for record in self.catalog.walk(None):
             self.snapshots += 1
-            try:
-                yield from self._snapshot(record)
-            except OSError as error:
-                if error.errno != errno.ENOENT or not self._is_gone(record):
-                    raise errors.from_oserror(error, doing="check snapshot", key=record.name) from error
-        yield from self._pins(rows)
+            yield from self._settled(record)
+        yield from self._pins()
         yield from self._images()
 
     def _database(self) -> Iterator[Finding]:
@@ -143,10 +138,27 @@ class Structure:
             for name in abandoned(runs):
                 yield Finding("run-left", f"runs/{name}")
 
+    def _settled(self, record: Record) -> list[Finding]:
+        """What does not fit of a snapshot; looked at again when its record was changed or removed meanwhile."""
+        now: Record | None = record
+        while now is not None:
+            failure = None
+            try:
+                found = list(self._snapshot(now))
+            except OSError as error:
+                found, failure = [], error
+            if not found and failure is None:
+                break
+            seen, now = now, self.catalog.database.read(lambda c: records.by_id(c, record.id))
+            if seen != now:
+                continue
+            if failure is not None:
+                raise errors.from_oserror(failure, doing="check snapshot", key=record.name) from failure
+            return found
+        return []
+
     def _snapshot(self, record: Record) -> Iterator[Finding]:
         if not is_directory(self.layout.tree(record.id)):
-            if self._is_gone(record):
-                return
             aside = is_directory(f"{self.layout.snapshot(record.id)}/{QUARANTINE}")
             yield Finding("tree-quarantined" if aside else "tree-missing", record.name)
             return
@@ -159,10 +171,6 @@ class Structure:
         if record.kind == COMMITTED:
             yield from self._manifest(record)
         yield from self._sidecar(record)
-
-    def _is_gone(self, record: Record) -> bool:
-        """Whether it was removed meanwhile."""
-        return self.catalog.database.read(lambda c: records.by_id(c, record.id)) is None
 
     def _manifest(self, record: Record) -> Iterator[Finding]:
         digest = self.catalog.database.read(lambda c: records.manifest(c, record.id))
@@ -184,10 +192,9 @@ class Structure:
         if found._replace(manifest=None) != self.catalog.sidecars.expected(record)._replace(manifest=None):
             yield Finding("sidecar-damaged", record.name)
 
-    def _pins(self, rows: dict[int, Row]) -> Iterator[Finding]:
-        for pin in self.catalog.database.read(pins.valid):
-            if pin.snapshot is not None and pin.snapshot not in rows:
-                yield Finding("pin-dangling", pin.owner, detail=f"a snapshot, number {pin.snapshot}")
+    def _pins(self) -> Iterator[Finding]:
+        for pin in self.catalog.database.read(pins.dangling):
+            yield Finding("pin-dangling", pin.owner, detail=f"number {pin.snapshot}")
 
     def _images(self) -> Iterator[Finding]:
         index = Index(self.snapshotter, self.content)
@@ -199,9 +206,10 @@ class Structure:
             except errors.DataLoss as error:
                 yield Finding("image-damaged", record.name, detail=error.message)
                 continue
-            for digest, size in image.blobs.items():
-                if not self.content.has(digest, size):
-                    yield Finding("blob-missing", record.name, detail=digest)
+            missing = [digest for digest, size in image.blobs.items() if not self.content.has(digest, size)]
+            # The blobs of one that was removed or replaced meanwhile may be gone as well.
+            if missing and self.catalog.database.read(lambda c: images.find(c, record.name)) == record:  # noqa: B023
+                yield from (Finding("blob-missing", record.name, detail=digest) for digest in missing)
 
 
 def _integrity(connection: Connection) -> list[str]:
