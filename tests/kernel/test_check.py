@@ -360,6 +360,30 @@ def test_what_changes_while_it_is_looked_at(root: Path, tmp_path: Path, monkeypa
     assert [each for each in found if each.severity != "note"] == []
 
 
+def test_the_bytes_and_files_that_were_read(tmp_path: Path) -> None:
+    """Also where a file ends with a chunk of one byte."""
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        with store.build("a") as top:
+            (top / "one").write_bytes(b"x")
+            (top / "longer").write_bytes(bytes((1 << 20) + 1))
+        store.cleanup(manifests=True)
+        found = store.check(deep=True)
+    assert (found.files, found.size) == (3, (1 << 20) + 2)
+
+
+@pytest.mark.needs("mount")
+def test_a_tree_of_nobody_on_a_disk_that_is_read_only(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with onlap.open(disk / "root", snapshotter="native", sync="none"):
+        (disk / "root" / "snapshots" / "4711").mkdir()
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+        assert list(kinds(disk / "root")) == [("tree-unknown", "snapshots/4711")]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 # The command
 
 

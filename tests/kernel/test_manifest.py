@@ -77,6 +77,14 @@ def test_what_is_written_is_read(tree: Path) -> None:
 
 
 @pytest.mark.needs("peer:bsdtar")
+def test_the_attributes_of_a_file_are_as_long_as_they_may_be() -> None:
+    """Xfs limits their names to 64 KiB in all, and each value to 64 KiB."""
+    entry = Entry("f", stat.S_IFREG | 0o644, 0, 0, 0, xattrs={f"user.{n}": bytes(1 << 16) for n in range(300)})
+    out = io.BytesIO()
+    digest = manifest.write([entry], out)
+    assert manifest.read(io.BytesIO(out.getvalue()), digest) == [entry]
+
+
 def test_bsdtar_reads_it(tree: Path, tmp_path: Path) -> None:
     # libarchive knows neither xattrs nor sockets there, and says so.
     os.removexattr(tree / "plain", "user.x\n=")

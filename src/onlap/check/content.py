@@ -87,7 +87,7 @@ class Content:
         return True
 
     def _spend(self, size: int) -> None:
-        if size == 1:
+        if not size:
             self.files += 1
             self._pace(FILE_COST)
             return

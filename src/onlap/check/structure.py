@@ -94,21 +94,18 @@ class Structure:
     def _unknown_trees(self) -> Iterator[Finding]:
         # A removed tree has no record any more for the moment before it is moved to the trash.
         for _ in attempts(_MOMENT):
-            unknown = self._without_record()
-            if not unknown:
+            names = os.listdir(self.layout.snapshots)
+            # Read after the directory: a tree comes into its place, and gets its record, under one lock.
+            if not _without_record(names, self.catalog.database.read(records.ids)):
                 return
-        for name in unknown:
-            yield Finding("tree-unknown", f"snapshots/{name}")
-
-    def _without_record(self) -> list[str]:
-        names = os.listdir(self.layout.snapshots)
-        # Read after the directory: a tree comes into its place, and gets its record, under one lock.
-        known = self.catalog.database.read(records.ids)
-        suspects = [name for name in sorted(names) if not (re.fullmatch("[0-9]+", name) and int(name) in known)]
-        if suspects:
-            # Under that lock: it is not on its way.
+        try:
+            # Under that lock: none is on its way.
             known = self.catalog.database.write(records.ids)
-        return [name for name in suspects if not (re.fullmatch("[0-9]+", name) and int(name) in known)]
+        except (errors.FailedPrecondition, errors.ResourceExhausted):
+            # A disk that is full or read-only: none is on its way either.
+            known = self.catalog.database.read(records.ids)
+        for name in _without_record(names, known):
+            yield Finding("tree-unknown", f"snapshots/{name}")
 
     def _mounts(self, rows: dict[int, Row]) -> Iterator[Finding]:
         place = mountinfo.place_of(self.layout.snapshots)
@@ -210,6 +207,10 @@ class Structure:
             # The blobs of one that was removed or replaced meanwhile may be gone as well.
             if missing and self.catalog.database.read(lambda c: images.find(c, record.name)) == record:  # noqa: B023
                 yield from (Finding("blob-missing", record.name, detail=digest) for digest in missing)
+
+
+def _without_record(names: list[str], known: set[int]) -> list[str]:
+    return [name for name in sorted(names) if not (re.fullmatch("[0-9]+", name) and int(name) in known)]
 
 
 def _integrity(connection: Connection) -> list[str]:

@@ -37,8 +37,6 @@ from onlap.trees.walk import OPEN_FILE, opened, path_of, walk
 
 _CHUNK = 1 << 20
 _HEAD = b"#mtree\n"
-# The limit of bytes per line: a deep path with four characters per byte, and several xattrs of 64 KiB each.
-_MAX_LINE = 16 << 20
 
 _TYPES = {
     stat.S_IFREG: "file",
@@ -110,7 +108,7 @@ def entries(top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable
 
     Args:
         top: a descriptor of its top directory; left open.
-        spend: called with the size of every chunk read, in bytes, and with 1 for every file.
+        spend: called with the size of every chunk read, in bytes, and with 0 for every file.
         unreadable: called for a file whose content or xattrs cannot be read, whose digest is then empty; without it,
             that is an error.
 
@@ -119,7 +117,7 @@ def entries(top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable
     """
     links: dict[tuple[int, int], int] = {}
     for found in itertools.chain([walking.Entry(".", ".", top, os.fstat(top))], walk(top)):
-        spend(1)
+        spend(0)
         digest, xattrs = "", dict[str, bytes]()
         try:
             xattrs = read_xattrs(path_of(found.dir_fd, found.name), markers=True)
@@ -226,7 +224,7 @@ def read(file: BinaryIO, digest: str) -> list[Entry]:
     listed = []
     try:
         with gzip.GzipFile(fileobj=file, mode="rb") as packed:
-            while line := packed.readline(_MAX_LINE):
+            while line := packed.readline():
                 found.update(line)
                 if line[:1] != b"#":
                     listed.append(_parse(line))

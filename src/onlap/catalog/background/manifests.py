@@ -117,7 +117,7 @@ class Manifests:
         return True
 
     def _write(self, identifier: int, tree: int, pace: Pace) -> str:
-        listed = manifest.entries(tree, lambda size: pace(size if size > 1 else FILE_COST))
+        listed = manifest.entries(tree, lambda size: pace(size or FILE_COST))
         # Durable before the catalog refers to it, so that a missing one means that something was lost.
         with self.staging.file(self.layout.manifest(identifier)) as file:
             digest = manifest.write(listed, file)
