@@ -1,7 +1,7 @@
 """``onlap __complete SHELL WORD...``: candidates for the last word of a command line, for the scripts of shells.
 
-Snapshots and images are named by everybody who may use the store, including containerd's clients and whoever pushes an
-image. So a shell gets names as lines, to insert and never to evaluate. A name that a terminal would act on, or that
+Every user of a store names snapshots and images, including containerd's clients and those who push images. So a shell
+gets names as lines, to insert and never to evaluate. A name that a terminal would act on, or that
 would be taken for an option, is not offered.
 """
 

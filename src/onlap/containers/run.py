@@ -65,7 +65,7 @@ class Ended(NamedTuple):
     """How a container ended.
 
     Attributes:
-        status: of its command, or 128 plus the number of the signal that ended it; 126 and 127 as of env(1).
+        status: of its command, or 128 plus the number of the signal that ended it; 126 and 127 as from env(1).
         problem: why the command could not be run; None where it was run.
     """
 

@@ -36,7 +36,7 @@ class Failure(NamedTuple):
 
     Attributes:
         message: in the runtime's words.
-        status: 126 or 127 (as of env(1)) where the command cannot be run; None where the runtime does not work.
+        status: 126 or 127 (as from env(1)) where the command cannot be run; None where the runtime does not work.
     """
 
     message: str

@@ -5,8 +5,8 @@
     ROOT/content/blobs/sha256/<hex>   a blob; whole, durable and never changed
     ROOT/content/ingest/<hex>         a part of one, whose fetching was interrupted; locked (flock) while it is written
 
-What is pinned (onlap.catalog.pins, by digest) stays. All else is garbage: :meth:`ContentStore.collect` deletes it. That
-decides under the catalog's lock, and whoever needs a blob pins it before checking that it is there.
+What is pinned (onlap.catalog.pins, by digest) stays. All else is garbage: :meth:`ContentStore.collect` deletes it. It
+decides under the catalog's lock, and a user of a blob pins it before checking that it is there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ContentStore:
 
         Args:
             digest: which.
-            spend: told of every chunk that was read, in bytes.
+            spend: called with the bytes of every chunk that was read.
 
         Raises:
             OnlapError: it cannot be read.
@@ -227,7 +227,7 @@ class ContentStore:
                     with Writer(self._catalog.staging, self._move) as writer:
                         writer.write(data)
                         writer.commit(digest, len(data))
-            # Also for those that were there: whoever moved them may have been killed before this.
+            # Also for those that were there: the process that moved them may have been killed before this.
             self._sync_names()
 
     def _make_directories(self) -> None:

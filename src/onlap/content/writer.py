@@ -1,4 +1,4 @@
-"""Blobs on their way in: whole and verified before anybody sees them.
+"""Writing blobs: each is complete and verified before it is visible.
 
 A blob of a known digest that comes over a network is written as a *partial*, which another attempt, in this process or
 another, can resume. All others are written into the staging directory of the process, and never resumed.
@@ -99,13 +99,13 @@ class Writer:
 
 
 class Partial:
-    """A blob of a known digest that is being fetched; a context manager that keeps what has come for a later attempt.
+    """A blob of a known digest that is being fetched; a context manager. What an interrupted attempt received is kept.
 
     Args:
         path: of the partial; waited for while another process writes it.
         digest: what the blob must have.
         size: what it must have, in bytes.
-        present: whether the blob is in the store by now.
+        present: tells whether the blob is in the store.
         publish: moves the finished file to its place, by its digest.
 
     Attributes:
@@ -178,7 +178,7 @@ class Partial:
         if self.offset + len(data) > self._size:
             self._drop()
             raise errors.DigestMismatch(
-                f"more than the {self._size} bytes of {self._digest} came", key=self._digest, hint="fetch it again"
+                f"{self._digest} has more than {self._size} bytes", key=self._digest, hint="fetch it again"
             )
         self._hash.update(data)
         self.offset += len(data)

@@ -118,7 +118,7 @@ class Images(Index):
         epoch: int | None = None,
         progress: Callback | None = None,
     ) -> list[Image]:
-        """Import images from a disk.
+        """Import images from a file or a directory.
 
         Args:
             source: an OCI image layout (a directory or an archive), an archive of ``docker save`` (of any version since
@@ -155,7 +155,7 @@ class Images(Index):
         format: str = "oci",
         progress: Callback | None = None,
     ) -> None:
-        """Export images to a disk.
+        """Export images to a file or a directory.
 
         Args:
             image_names: their names.

@@ -90,7 +90,7 @@ def _remove(snapshotter: RecordedSnapshotter, name: str) -> None:
         ).fetchone()
         return row is not None and not pins.holders(connection, snapshot=row[0])
 
-    # Checked first: a write transaction for each layer that has come to be needed would make others wait.
+    # Checked first: a write transaction for each layer that is needed by now would make others wait.
     if snapshotter.catalog.database.read(is_free):
         with contextlib.suppress(errors.NotFound, errors.FailedPrecondition):  # removed, or needed, by another by now
             snapshotter.remove(name)

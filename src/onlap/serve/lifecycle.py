@@ -73,7 +73,7 @@ class BaseServer(ABC):
         Raises:
             OnlapError: as :meth:`start`.
         """
-        with _signals(signal.SIGTERM, signal.SIGINT) as signalled:  # before anybody can see the socket
+        with _signals(signal.SIGTERM, signal.SIGINT) as signalled:  # before the socket is visible
             self.start()
             systemd.notify("READY=1")
             _log.info("serving", extra={"fields": {"socket": shown(self.socket), "pid": os.getpid()}})

@@ -1,1 +1,1 @@
-"""Images on a disk: OCI layouts, archives of ``docker save``, plain trees."""
+"""Formats of images in files: OCI layouts, archives of ``docker save``, plain trees."""

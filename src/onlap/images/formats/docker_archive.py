@@ -18,7 +18,7 @@ from onlap import errors
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.errors import shown
-from onlap.images.formats.files import Files
+from onlap.images.formats.files import ImageFiles
 from onlap.images.formats.oci_layout import StoredImage, blob_path
 from onlap.images.index import Image
 from onlap.images.spec import media, model, names, platforms
@@ -38,13 +38,13 @@ class Entry(Struct, rename="pascal"):
     repo_tags: list[str] | None = None
 
 
-def is_saved(source: Files) -> bool:
+def is_saved(source: ImageFiles) -> bool:
     """Whether the files are those of ``docker save``, and not of a root filesystem with files of these names."""
     entries = source.peek(MANIFEST_FILE, list[dict[str, Any]])
     return any("Config" in entry and "Layers" in entry for entry in entries) or _is_oldest(source)
 
 
-def _is_oldest(source: Files) -> bool:
+def _is_oldest(source: ImageFiles) -> bool:
     if source.has(MANIFEST_FILE):
         return False
     repositories = source.peek("repositories", dict[str, dict[str, str]])
@@ -52,7 +52,12 @@ def _is_oldest(source: Files) -> bool:
 
 
 def images(
-    source: Files, content: ContentStore, lease: Lease, wanted: Platform | None, name: str | None, fallback: str | None
+    source: ImageFiles,
+    content: ContentStore,
+    lease: Lease,
+    wanted: Platform | None,
+    name: str | None,
+    fallback: str | None,
 ) -> list[StoredImage]:
     """The images of an archive.
 
@@ -105,7 +110,7 @@ def images(
 
 
 def _image(
-    source: Files, content: ContentStore, lease: Lease, entry: Entry, known: dict[str, Descriptor]
+    source: ImageFiles, content: ContentStore, lease: Lease, entry: Entry, known: dict[str, Descriptor]
 ) -> tuple[Documents, dict[str, str]]:
     """One image, with its layers' paths by digest.
 
@@ -128,7 +133,7 @@ def _image(
 
 
 def _layer(
-    source: Files, content: ContentStore, lease: Lease, path: str, diff_id: str, known: dict[str, Descriptor]
+    source: ImageFiles, content: ContentStore, lease: Lease, path: str, diff_id: str, known: dict[str, Descriptor]
 ) -> Descriptor:
     if path in known:
         return known[path]

@@ -1,4 +1,4 @@
-"""Images to a disk: an OCI image layout, as a directory or an archive, which Docker reads, too."""
+"""Exporting images as an OCI image layout: a directory, or an archive, which Docker reads as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of an image on a disk: in a directory, or in an archive, which is read in place."""
+"""The files of an image: in a directory, or in an archive, which is read in place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAX_LINKS = 8
 _DOCUMENTS = 64 << 20
 
 
-class Files(ABC):
+class ImageFiles(ABC):
     """Read-only files by their path; a context manager."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Files(ABC):
             return kind()  # larger than a document
 
 
-class DirectoryFiles(Files):
+class DirectoryFiles(ImageFiles):
     """The files below a directory."""
 
     def __init__(self, path: str) -> None:
@@ -139,7 +139,7 @@ class _Member(NamedTuple):
     linkname: str
 
 
-class TarFiles(Files):
+class TarFiles(ImageFiles):
     """The files in an archive.
 
     Args:

@@ -1,4 +1,4 @@
-"""Images from a disk: find out what kind of image it is, and import it."""
+"""Importing images from a file or a directory: finds out what kind it is, and imports it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onlap.content.lease import Lease
 from onlap.errors import shown
 from onlap.images.commit import commit
 from onlap.images.formats import docker_archive, oci_layout
-from onlap.images.formats.files import DirectoryFiles, Files, TarFiles
+from onlap.images.formats.files import DirectoryFiles, ImageFiles, TarFiles
 from onlap.images.formats.oci_layout import StoredImage
 from onlap.images.garbage import unless_refused
 from onlap.images.index import Image, Index
@@ -67,11 +67,11 @@ def import_(
         return [_import_tar(request, lease)]
 
 
-def _is_image(source: Files) -> bool:
+def _is_image(source: ImageFiles) -> bool:
     return oci_layout.is_layout(source) or docker_archive.is_saved(source)
 
 
-def _import_files(request: _Request, lease: Lease, source: Files) -> list[Image]:
+def _import_files(request: _Request, lease: Lease, source: ImageFiles) -> list[Image]:
     images = request.images
     fallback = oci_layout.fallback(request.source)
     if oci_layout.is_layout(source):
@@ -99,7 +99,7 @@ def _import_files(request: _Request, lease: Lease, source: Files) -> list[Image]
     return done
 
 
-def _fetch(images: Index, source: Files, found: StoredImage) -> Transfer:
+def _fetch(images: Index, source: ImageFiles, found: StoredImage) -> Transfer:
     def fetch(blob: Descriptor, on_progress: OnProgress) -> None:
         done = 0
 

@@ -13,7 +13,7 @@ import msgspec
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.images.formats.files import Files
+from onlap.images.formats.files import ImageFiles
 from onlap.images.index import Image
 from onlap.images.spec import media, model, names, resolve
 from onlap.images.spec.model import Descriptor, Documents, Index, Platform
@@ -46,12 +46,12 @@ def blob_path(digest: str) -> str:
     return f"blobs/sha256/{check_digest(digest)}"
 
 
-def is_layout(source: Files) -> bool:
+def is_layout(source: ImageFiles) -> bool:
     """Whether the files are a layout's, and not those of a root filesystem that happen to have these names."""
     return source.has(INDEX_FILE) and "imageLayoutVersion" in source.peek(LAYOUT_FILE, dict[str, Any])
 
 
-def images(source: Files, wanted: Platform, name: str | None, fallback: str | None) -> list[StoredImage]:
+def images(source: ImageFiles, wanted: Platform, name: str | None, fallback: str | None) -> list[StoredImage]:
     """The images of a layout.
 
     Args:

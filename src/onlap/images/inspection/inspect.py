@@ -60,9 +60,9 @@ class Difference(NamedTuple):
 
     Attributes:
         change: how.
-        before: bytes of content that went; of a removed directory with all that was in it. Those of a file with several
-            names count once, and only when all of them have changed or are gone.
-        after: bytes of content that came; likewise.
+        before: bytes of content that were removed; for a directory, of everything in it. A file with several names counts
+            once, and only when all of its names have changed or are gone.
+        after: bytes of content that were added; likewise.
     """
 
     change: Change
@@ -224,7 +224,7 @@ class _Side:
         self._tree.close()
 
     def at(self, path: str, meta: Meta | None) -> int:
-        """Bytes of the file at ``path`` that came or went."""
+        """Bytes of the file at ``path`` that were added or removed."""
         if meta is None or not stat.S_ISREG(meta.mode) or not meta.size:
             return 0
         with self._snapshotter.translated("measure snapshot", self._name):
@@ -233,7 +233,7 @@ class _Side:
             return 0 if found is None else self._own(path, found.status)
 
     def below(self, path: str) -> int:
-        """Bytes of all files below the directory at ``path`` that came or went."""
+        """Bytes of all files below the directory at ``path`` that were added or removed."""
         with self._snapshotter.translated("measure snapshot", self._name):
             return sum(self._own(each, status) for each, status in self._files(path))
 

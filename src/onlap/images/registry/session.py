@@ -52,7 +52,7 @@ class Request(NamedTuple):
         method: of HTTP.
         where: a path below the repository, or a whole URL.
         scope: the permission that it needs, as ``"repository:a:pull"``.
-        good: the statuses that are not errors.
+        expected: the statuses that are not errors.
         doing: for messages, as ``"read the manifest"``.
         headers: more of them.
         body: to send.
@@ -62,7 +62,7 @@ class Request(NamedTuple):
     method: str
     where: str
     scope: str
-    good: tuple[int, ...]
+    expected: tuple[int, ...]
     doing: str
     headers: Mapping[str, str] = MappingProxyType({})
     body: Body = None
@@ -109,7 +109,7 @@ class RegistrySession:
         registry: its host, as in names of images.
         repository: its path in the registry.
         access: how to reach the registry.
-        halt: set when the work is given up; by default never.
+        halt: set when the work is cancelled; by default never.
 
     Raises:
         InvalidArgument: it is not a host.
@@ -188,7 +188,7 @@ class RegistrySession:
         """Wait before the next attempt: longer each time, and as long as the registry asks for.
 
         Raises:
-            Canceled: the work is given up.
+            Canceled: the work was cancelled.
         """
         pause = min(_FIRST_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
         if self._halt.wait(max(pause, min(error.after or 0.0, _LONGEST_PAUSE))):
@@ -222,7 +222,7 @@ class RegistrySession:
                 reply = self._follow(request, url)
                 if reply.response.status == 401 and reply.from_registry:
                     raise self._unauthorized(request.doing)
-            if reply.response.status not in request.good:
+            if reply.response.status not in request.expected:
                 self._raise_for_status(reply, request.doing)
             yield reply.response, reply.url
         except (HTTPError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The layers of an image, fetched and unpacked beside one another, while one thread waits and reports."""
+"""Fetches and unpacks the layers of an image at the same time, in threads; the calling thread waits and reports."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def take_in(
         unpack: make snapshots of the layers.
         progress: called with reports of two stages, ``fetch`` and ``unpack``, in bytes.
         verify: read the blobs that are there, and fetch those again that are damaged.
-        halt: set when the work is given up, so that whatever ``fetch`` waits for is waited for no longer.
+        halt: set when the work is cancelled, so that ``fetch`` stops waiting.
 
     Returns:
         The name of the topmost snapshot; None without layers, or when they are not unpacked.

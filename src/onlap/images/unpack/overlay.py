@@ -1,9 +1,9 @@
 """Layers unpacked into an overlay root.
 
-There each layer is a directory of its own, so that all of them are unpacked at once, in whatever order they come, each
-without a parent; what an archive removes from the layers below is done when those are there
+There each layer is a directory of its own, so that all of them are unpacked at once, in any order, each without a
+parent. What an archive removes from the layers below is done when those are there
 (:mod:`onlap.images.unpack.parentless`), and the commit gives each its parent (containerd v2.2, core/unpack, calls this
-rebase). One sync makes all of them durable. Layers that are there already are not unpacked again.
+rebase). One sync makes all of them durable. Layers that exist already are not unpacked again.
 """
 
 from __future__ import annotations

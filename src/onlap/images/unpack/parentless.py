@@ -1,7 +1,7 @@
 """A layer applied before the layers below it are there, so that all layers of an image can be unpacked at once.
 
 Only what an archive *removes* depends on the layers below: whiteouts and opaque marks act on those, and on nothing of
-the archive's own, in whatever order they come (OCI image specification, layer.md). So the entries are written first and
+the archive's own, in any order (OCI image specification, layer.md). So the entries are written first and
 the removals noted; when the layers below are there, :func:`settle` makes the removals against them, with the same
 result as if they had come last in the archive. A rare archive needs the layers below for something else - a file in a
 directory that it does not name, a hard link to a file of another layer - and cannot be applied without: NeedsParent.

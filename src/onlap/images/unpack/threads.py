@@ -27,7 +27,7 @@ class EventLoop:
         halt: see below; by default a new one.
 
     Attributes:
-        halt: set when the work is given up.
+        halt: set when the work is cancelled.
     """
 
     def __init__(self, halt: threading.Event | None = None) -> None:
@@ -48,7 +48,7 @@ class EventLoop:
             call()
 
     def check(self) -> None:
-        """Raise Canceled in a thread whose work is given up."""
+        """Raise Canceled in a thread whose work is cancelled."""
         if self.halt.is_set():
             raise errors.Canceled("the work was stopped")
 
@@ -72,7 +72,7 @@ class ThreadPool:
         self._threads: list[threading.Thread] = []
 
     def submit(self, function: Callable[..., None], *args: object) -> None:
-        """Let a thread call a function, unless the work is given up before."""
+        """Let a thread call a function, unless the work is cancelled before."""
         self._jobs.put(partial(function, *args))
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
