@@ -60,8 +60,8 @@ class Difference(NamedTuple):
 
     Attributes:
         change: how.
-        before: bytes of content that were removed; for a directory, of everything in it. A file with several names counts
-            once, and only when all of its names have changed or are gone.
+        before: bytes of content that were removed; for a directory, of everything in it. A file with several names
+            counts once, and only when all of its names have changed or are gone.
         after: bytes of content that were added; likewise.
     """
 
