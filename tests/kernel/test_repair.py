@@ -484,9 +484,18 @@ def _die_at(number: int) -> None:
         setattr(os, name, dying(getattr(os, name)))
 
 
-@pytest.mark.needs("ext4")
-def test_on_a_full_disk(template: Path, loop_ext4: Callable[[int], Path]) -> None:
-    disk = loop_ext4(32)
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "none", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.needs("mount")
+def test_on_a_full_disk(template: Path, small_disk: Path) -> None:
+    disk = small_disk
     root = disk / "root"
     subprocess.run(["cp", "-a", template, root], check=True)
     with onlap.open(root, sync="none") as store:

@@ -11,6 +11,7 @@ from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.disk.boot import boot_and_mount
+from onlap.catalog.disk.layout import QUARANTINE
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.errors import shown
@@ -64,7 +65,11 @@ def restore(catalog: Catalog, record: Record, staged: str) -> None:
         now = records.by_id(connection, record.id)
         if now is None or now.kind != record.kind or is_directory(catalog.layout.tree(record.id)):
             return
-        catalog.trash.put(catalog.layout.snapshot(record.id))  # what is left of it
-        os.rename(staged, catalog.layout.snapshot(record.id))
+        place = catalog.layout.snapshot(record.id)
+        if is_directory(f"{place}/{QUARANTINE}"):  # what was set aside stays
+            os.rename(f"{staged}/fs", catalog.layout.tree(record.id))
+            return
+        catalog.trash.put(place)  # what is left of it
+        os.rename(staged, place)
 
     catalog.database.write(operation)

@@ -32,7 +32,11 @@ _REMOVE = "if nothing brings it back, remove it, leaf first: onlap rm {}"
 
 KINDS: Mapping[str, Meaning] = {
     # The catalog
-    "catalog-damaged": Meaning("error", "SQLite finds its file damaged", _REPAIR),
+    "catalog-damaged": Meaning(
+        "error",
+        "SQLite finds its file damaged",
+        f"{_REPAIR}; if that does not help, move catalog.db* away, and run it again",
+    ),
     "parent-missing": Meaning("error", "the record of the parent is gone", _REMOVE),
     "parent-not-committed": Meaning("error", "its parent can still be written to, or is a view", _REMOVE),
     "parent-cycle": Meaning("error", "it stands on itself", _REMOVE),

@@ -123,11 +123,12 @@ def _rebuild(call: Call) -> None:
         with call.store():
             return
     except errors.DataLoss as error:
-        call.out.warn(error.message)
+        why = error.message
     done = rebuild(call.root)
     if call.out.json:
-        call.out.item({"rebuilt": done._asdict()})
+        call.out.item({"rebuilt": done._asdict(), "why": why})
         return
+    call.out.line(f"error: {why}")
     call.out.line(f"rebuilt the catalog: {count(done.snapshots, 'snapshot')}, {count(done.images, 'image')}")
     for name in done.kept:
         call.out.line(f"kept: {name}")
