@@ -27,12 +27,12 @@ pytestmark = [
 SEED = 1
 # How many points of each part; all of them, some 70,000, are for the long run.
 POINTS = {
-    "overlay": 360,
-    "native": 260,
-    "images": 300,
-    "images on copies": 200,
-    "driver overlay2": 240,
-    "driver overlay": 200,
+    "overlay": 350,
+    "native": 250,
+    "images": 290,
+    "images on copies": 190,
+    "driver overlay2": 230,
+    "driver overlay": 190,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from onlap import errors
 from syscall_sweep.children import Report, descriptors
 from syscall_sweep.scenes import Scene
-from syscall_sweep.states import Judge, Which, plain
+from syscall_sweep.states import Judge, State, Which, plain
 from syscall_sweep.verbs import Verb
 
 # Tells the first process that it can end; blocked there, and waited for.
@@ -64,10 +64,11 @@ class After:
         scene, judge, verb = self._scene, self._judges[task.verb], self._verbs[task.verb]
         handle = scene.open()
         try:
-            self._find("lost", judge.lost(scene.observe(handle)))
+            found = scene.observe(handle)
+            self._find("lost", judge.lost(found))
             if not task.beside:
-                self._settle(task, handle)
-            if verb.again and judge.wrong(scene.observe(handle), only="after", kept=task.kept):
+                found = self._settle(task, handle)
+            if verb.again and judge.wrong(found, only="after", kept=task.kept):
                 self._repeat(task, handle)
             scene.use(handle, "other")
             if task.beside:
@@ -79,12 +80,13 @@ class After:
         finally:
             handle.close()
 
-    def _settle(self, task: Task, handle: Any) -> None:
+    def _settle(self, task: Task, handle: Any) -> State:
         self._scene.clean(handle)
         found = self._scene.observe(handle, everything=True)
         only: Which = "after" if task.killed and task.acknowledged else ""
         wrong = self._judges[task.verb].wrong(found, settled=True, only=only, kept=task.kept)
         self._find("after a cleanup", wrong)
+        return found
 
     def _repeat(self, task: Task, handle: Any) -> None:
         try:

@@ -131,7 +131,6 @@ class StoreScene(Scene[Store]):
         write(handle, f"{word}-key", word, word)
         handle.commit(f"{word}-name", f"{word}-key")
         assert handle.stat(f"{word}-name").parent == "top"
-        handle.label(f"{word}-name", {"a": "b"})
         handle.remove(f"{word}-name")
 
     def left(self) -> list[str]:

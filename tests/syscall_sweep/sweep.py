@@ -136,8 +136,9 @@ class Sweep:
 _NUMBERS = {name: number for number, name in NAMES.items()}
 
 
+_NOT_USED = ("onlap.cli", "onlap.serve", "onlap.testing", "onlap.__main__")
 # What is loaded when it is needed, and done without when it cannot be.
-_OPTIONAL = ("backports.zstd", "isal.igzip", "isal.isal_zlib", "zlib", "lzma", "bz2", "msgspec", "urllib3")
+_OPTIONAL = ("backports.zstd", "isal.igzip", "isal.isal_zlib", "zlib", "lzma", "bz2", "msgspec")
 
 
 def choose(cases: list[Case], count: int, seed: int) -> list[Case]:
@@ -163,7 +164,7 @@ def choose(cases: list[Case], count: int, seed: int) -> list[Case]:
 def prepare() -> None:
     """What all points share, so that none of them has to do it."""
     for module in pkgutil.walk_packages(onlap.__path__, "onlap."):
-        if not module.name.startswith(("onlap.cli", "onlap.serve", "onlap.testing", "onlap.__main__")):
+        if not module.name.startswith(_NOT_USED):
             importlib.import_module(module.name)
     for name in _OPTIONAL:
         with contextlib.suppress(ImportError):

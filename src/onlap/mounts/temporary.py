@@ -149,14 +149,12 @@ def _mounted_at(path: str) -> int | None:
     """The id of the mount that a path leads to; None if that cannot be determined."""
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return mount_id(fd)
+        finally:
+            os.close(fd)
     except OSError:
         return None
-    try:
-        return mount_id(fd)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
 
 
 def _remove_if_empty(directory: str) -> None:
