@@ -184,7 +184,16 @@ class Database:
             OnlapError: what the operation raises, or an error of SQLite; its changes are rolled back.
         """
         self._check()
-        result = self._writer.do(Operation(operation))
+        job = Operation(operation)
+        try:
+            result = self._writer.do(job)
+        except errors.OnlapError:
+            if not job.readonly:
+                raise
+            # SQLite opens a file for reading where it cannot for writing, perhaps only at that moment (EMFILE), and
+            # keeps it so for as long as any connection of the process is open.
+            self._writer.do(Job(lambda: self._writer.close_all(self._readers, _is_any_reading)))
+            result = self._writer.do(Operation(operation))
         if self._writer.upkeep_due:
             self._writer.upkeep_due = False
             self._upkeep_due()

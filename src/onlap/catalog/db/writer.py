@@ -55,9 +55,17 @@ POLL = 0.0005
 
 
 class Operation(Job[T]):
-    """A job that is part of a transaction; its argument is the connection."""
+    """A job that is part of a transaction; its argument is the connection.
 
-    __slots__ = ()
+    Attributes:
+        readonly: whether it failed since SQLite has one of its files open for reading only.
+    """
+
+    __slots__ = ("readonly",)
+
+    def __init__(self, action: Callable[..., T]) -> None:
+        super().__init__(action)
+        self.readonly = False
 
 
 class Writer:
@@ -251,6 +259,7 @@ class Writer:
             # unknown: SQLite may have rolled it back.
             for job in batch:
                 job.error = translated(error, self._path) if isinstance(error, sqlite3.Error) else error
+                job.readonly = isinstance(error, sqlite3.Error) and _primary_code(error) == sqlite3.SQLITE_READONLY
             if self._connection is not None:
                 self.close_now(self._connection)
             return
@@ -353,9 +362,9 @@ class Writer:
 
     def _freeze(self, number: int, readers: list[Connection], is_reading: Callable[[], bool]) -> bool:
         self._frozen_for = number
-        return self._close_all(readers, is_reading)
+        return self.close_all(readers, is_reading)
 
-    def _close_all(self, readers: list[Connection], is_reading: Callable[[], bool]) -> bool:
+    def close_all(self, readers: list[Connection], is_reading: Callable[[], bool]) -> bool:
         """Close every connection as soon as no thread reads; False after a timeout."""
         deadline = time.monotonic() + self.timeout
         while is_reading():
@@ -386,7 +395,7 @@ class Writer:
         except (OSError, sqlite3.Error) as error:
             # A failed fdatasync loses nothing here: the log is emptied only after the database is on the disk.
             warn(f"cannot empty the log of {self._path}: {error}")
-        if not self._close_all(readers, is_reading):
+        if not self.close_all(readers, is_reading):
             self.leak()
         self.shut = True
 
