@@ -497,7 +497,7 @@ class Store:
 
         A repair refills damaged layers file by file from where the same bytes are: the layer's blob, or another layer.
         Others may use them meanwhile. It deletes nothing: what it takes out of a tree is in ``snapshots/<id>/damaged``.
-        What it finds while it mends is among the findings.
+        What it finds meanwhile is among the findings.
 
         Args:
             deep: read all content.
@@ -505,11 +505,11 @@ class Store:
             max_duration: seconds after which a deep check stops.
             rate: bytes per second that it reads at most.
             progress: called with the bytes read, at most ten times per second.
-            repair: mend what can be mended; the report says what was. Without ``deep`` content is not looked at.
-            quarantine: set a tree aside of which something is lost that nothing brings back; it is then an error to
-                mount it.
-            from_registry: fetch what is nowhere else from the registry that an image came from; how to reach it, or
-                True.
+            repair: repair what can be repaired; the report says what was. Without ``deep``, content is not read.
+            quarantine: set a tree aside if something in it is lost that no source can restore; to mount it is then an
+                error.
+            from_registry: how to reach the registry that an image came from, for what no other source has; True for
+                the defaults.
 
         Raises:
             InvalidArgument: an argument is wrong.

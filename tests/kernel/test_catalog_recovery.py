@@ -1,4 +1,4 @@
-"""What is made again after a power cut: whole or not at all, and nothing else is harmed by it."""
+"""What is recreated after a power cut: whole or not at all, and nothing else is harmed by it."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_layer_of_its_top_alone_is_kept(
         before = tree.stat()
         store.commit("name", "key")
         assert not store.snapshotter.record("name").empty
-    # As a power cut would have it, if the layer were not on the disk: named, not made again as something else.
+    # As a power cut would have it, if the layer were not on the disk: named, not recreated as something else.
     after_a_power_cut(root)
     with onlap.open(root) as store:
         assert store.snapshotter.catalog.lost == []

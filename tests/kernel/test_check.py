@@ -401,7 +401,7 @@ def test_the_command(root: Path) -> None:
     first, *_, last = done.stdout.splitlines()
     assert done.returncode == 1
     assert first.startswith("error: file-changed: base: /d/f: a file of a committed layer is not")
-    assert "to mend it: onlap check --deep --repair" in last
+    assert "to repair it: onlap check --deep --repair" in last
     lines = [json.loads(line) for line in onlap_command(root, "--json", "check", "--deep").stdout.splitlines()]
     assert lines[0]["kind"] == "file-changed"
     assert lines[0]["path"] == "d/f"

@@ -383,7 +383,7 @@ def test_what_the_registry_has(root: Path, registry: Faulty) -> None:
 
 @pytest.mark.needs("overlay", "mount")
 def test_beside_a_program_that_reads(store: Store) -> None:
-    """Its mount stays; a name that it has not looked up yet, or a new mount, shows the file that was mended."""
+    """Its mount stays; a name that it has not looked up yet, or a new mount, shows the file that was restored."""
     if not isinstance(store.snapshotter, OverlaySnapshotter):
         return  # there a program works in a copy
     lowest = layer(store, 0)

@@ -1,1 +1,1 @@
-"""What a root holds against what it should hold, and how it is made whole again."""
+"""Checks a root against what it should hold, repairs it, and rebuilds a lost catalog."""

@@ -121,7 +121,7 @@ class Report(NamedTuple):
         blobs: how many were read.
         unlisted: committed snapshots that have no manifest yet, so that their content cannot be checked.
         after: where a check that was cut short goes on, for the argument ``after``; None when it came to its end.
-        repaired: what of the findings was mended.
+        repaired: which of the findings were repaired.
     """
 
     findings: tuple[Finding, ...]
@@ -135,6 +135,6 @@ class Report(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong that was not mended: leftovers do not count."""
+        """Whether nothing is wrong that was not repaired; leftovers do not count."""
         repaired = set(self.repaired)
         return all(each.severity == "note" or each in repaired for each in self.findings)

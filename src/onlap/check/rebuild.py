@@ -1,8 +1,8 @@
-"""The catalog of a root, made again from the copies of the records beside the trees (sidecars).
+"""Rebuilds the catalog of a root from the copies of the records beside the trees (sidecars).
 
-Nothing is lost: the damaged files stay as ``catalog.db.damaged-<time>*``, and a tree of which no usable record says
-what it is goes to ``ROOT/unrecorded/<id>``, where no cleanup comes. A sidecar is written shortly behind the record:
-what changed in the last moments before the loss is as it was before.
+Nothing is lost: the damaged files stay as ``catalog.db.damaged-<time>*``, and a tree that no usable record describes
+goes to ``ROOT/unrecorded/<id>``, which no cleanup touches. A sidecar is written shortly after its record: changes of
+the last moments before the loss may be missing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A tree made again what its manifest says, file by file, while others read it.
+"""Restores a tree to what its manifest says, file by file, while others read it.
 
-What takes a place is complete before it does (rename(2)). What was there, and is not what the manifest says, is kept
-beside the tree (:class:`Aside`). An overlay that is mounted goes on showing a file that it has looked up before, until
-the kernel drops that name from its cache or it is mounted anew.
+A file is complete before it takes its place (rename(2)). What was there, and differs from the manifest, is kept beside
+the tree (:class:`Aside`). A mounted overlay continues to show a file that it has looked up before, until the kernel
+drops that name from its cache or the overlay is mounted again.
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ class Refill:
         self.failed: dict[str, str] = {}
 
     def run(self, deviations: Iterable[Deviation]) -> None:
-        """Mend all that deviates and can be mended."""
-        # What is not as it should be is kept; a file that only lacks its other names is made again as it is.
+        """Restore what deviates and can be restored."""
+        # What is wrong is kept; a file that only lacks its other names is restored as it is.
         found = list(deviations)
         wrong = {each.path for each in found if each.what - {"links"}}
         try:
             for each in found:
                 if each.path not in self.done:
-                    self._attempt(each.path, lambda each=each: self._mend(each, wrong))  # type: ignore[misc]
+                    self._attempt(each.path, lambda each=each: self._restore(each, wrong))  # type: ignore[misc]
         finally:
             # The deepest first: to set what is in a directory changes its time.
             for path in sorted(self._touched & self._listed.keys(), key=lambda path: -path.count("/") - (path != ".")):
@@ -115,7 +115,7 @@ class Refill:
         except OSError as error:
             self.failed[path] = error.strerror or str(error)
 
-    def _mend(self, deviation: Deviation, wrong: set[str]) -> None:
+    def _restore(self, deviation: Deviation, wrong: set[str]) -> None:
         path, entry = deviation.path, deviation.expected
         if entry is None:
             self._remove_unknown(path)
@@ -164,7 +164,7 @@ class Refill:
     def _make(self, entry: Entry) -> tuple[str, str]:
         """Make a file, complete, in the staging directory; returns its name, and where its content is from."""
         self._names += 1
-        name, how = str(self._names), "made again"
+        name, how = str(self._names), "restored"
         kind = stat.S_IFMT(entry.mode)
         if kind == stat.S_IFREG:
             how = self._fill(entry, name)
@@ -180,7 +180,7 @@ class Refill:
     def _fill(self, entry: Entry, name: str) -> str:
         if not entry.size:
             os.close(os.open(name, NEW_FILE, 0o600, dir_fd=self._staged))
-            return "made again"
+            return "restored"
         failure = "its bytes are nowhere else"
         for where, source in self._candidates(entry):
             try:

@@ -1,4 +1,4 @@
-"""What a check found, mended: nothing is overwritten or deleted that is not made again bit for bit, or kept beside it.
+"""Repairs what a check found. Nothing is overwritten or deleted unless it is restored bit for bit, or kept beside it.
 
 Each layer is first refilled file by file from where the same bytes are (:mod:`onlap.check.sources`), in place, with
 programs using it. What has no source stays as it is, unless the caller wants its layer set aside.
@@ -61,11 +61,11 @@ class Repair:
     Args:
         snapshotter: of the root.
         content: of the root.
-        quarantine: set a tree aside of which something is missing or wrong that nothing brings back.
+        quarantine: set a tree aside if something in it is lost that no source can restore.
         fetch: the registry as a source.
 
     Attributes:
-        left: what was found and is not mended, and what else is wrong now; after :meth:`run`.
+        left: what was found and is not repaired, and what else is wrong now; after :meth:`run`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Repair:
         self.left: tuple[Finding, ...] = ()
 
     def run(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
-        """Mend what can be mended.
+        """Repair what can be repaired.
 
         Raises:
             FailedPrecondition: another process repairs this root.
@@ -100,8 +100,8 @@ class Repair:
                 try:
                     yield from self._layer(record, mine)
                 except (OSError, errors.OnlapError) as error:
-                    yield from (Done(each, f"not mended: {_said(error)}") for each in mine if _is_of_layer(each))
-            # The last: what was mended may have changed the records.
+                    yield from (Done(each, f"not repaired: {_said(error)}") for each in mine if _is_of_layer(each))
+            # Last: the repairs may have changed the records.
             for each in findings:
                 if each.kind in ("sidecar-missing", "sidecar-damaged"):
                     yield from self._attempt(each, self._sidecar)
@@ -128,7 +128,7 @@ class Repair:
         try:
             what = action(finding)
         except (OSError, errors.OnlapError) as error:
-            what = f"not mended: {_said(error)}"
+            what = f"not repaired: {_said(error)}"
         if what is not None:
             yield Done(finding, what)
 
@@ -255,7 +255,7 @@ class Repair:
                 for each in of_files:
                     how = refill.done.get(each.path or "", "it is as it should be")
                     why = refill.failed.get(each.path or "", "it still differs")
-                    yield Done(each, f"not mended: {why}" if each.path in lost else how)
+                    yield Done(each, f"not repaired: {why}" if each.path in lost else how)
                 lasting = [each for each in left if each.severity == "error"]
                 if lasting and self._quarantine:
                     yield Done(lasting[0], self._set_aside(record))
@@ -300,16 +300,16 @@ class Repair:
                     _, left = self._refill(record, listed, made)
                     if left:
                         missing = f"{shown('/' + (left[0].path or ''))}: {left[0].explanation}"
-                        return f"not mended: of {len(left)} files the bytes are nowhere, as of {missing}"
+                        return f"not repaired: of {len(left)} files the bytes are nowhere, as of {missing}"
                 self._place(record, made, known=listed is not None)
-            return "made again from its manifest" if listed is not None else "made again, empty"
+            return "restored from its manifest" if listed is not None else "restored, empty"
         if record.kind != COMMITTED:
-            return "not mended: what was written to it is gone"
+            return "not repaired: what was written to it is gone"
         with Sources(self.snapshotter, self.content, record, fetch=self._fetch) as sources:
             for where, tree in sources.unpacked(fetch=self._fetch is not None):
                 self._place(record, tree, known=False)
                 return f"unpacked again from {where}"
-        return "not mended: its blob is not here, or it was made from none"
+        return "not repaired: its blob is not here, or it was made from none"
 
     def _place(self, record: Record, tree: str, *, known: bool) -> None:
         """Put a tree in its place; ``known``: its manifest is there, and says the same."""
@@ -337,11 +337,11 @@ class Repair:
         with Sources(self.snapshotter, self.content, record, fetch=self._fetch) as sources:
             trees = [("its tree", self.layout.tree(record.id))]
             if self._write_manifest(record, trees[0][1]):
-                return "made again from its tree, which is whole"
+                return "written again from its tree, which is whole"
             for where, tree in sources.unpacked(fetch=self._fetch is not None):
                 if self._write_manifest(record, tree):
-                    return f"made again from {where}"
-        return "not mended: the tree is not what it was, and nothing says what it was"
+                    return f"written again from {where}"
+        return "not repaired: the tree is not what it was, and nothing says what it was"
 
     def _write_manifest(self, record: Record, tree: str) -> bool:
         """Write the manifest of a tree, if it is the one that the catalog knows."""
@@ -372,7 +372,7 @@ class Repair:
         return f"set aside as {aside.name}"
 
     def advice(self) -> list[str]:
-        """The commands that bring back what is left."""
+        """The commands that restore what is left."""
         said: dict[str, None] = {}
         for each in self.left:
             if each.severity == "note":

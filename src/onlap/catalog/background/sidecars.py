@@ -1,4 +1,4 @@
-"""Sidecars: beside each tree a copy of its record, from which the catalog can be made again when it is lost.
+"""Sidecars: beside each tree a copy of its record, from which a lost catalog can be rebuilt.
 
 ::
 

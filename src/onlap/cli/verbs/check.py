@@ -25,9 +25,9 @@ def check_arguments(parser: Parser) -> None:
         "Compare what the root holds with what it should hold: records, trees, pins, mounts, images. With --deep also\n"
         "read every file of the committed snapshots, and every blob. One line per finding; the status is 1 when\n"
         "something is wrong. A deep check that was cut short says how to continue it. Nothing is changed without\n"
-        "--repair, which then mends what was found: damaged files come from the layer's blob or another layer, while\n"
-        "programs use the tree. What it takes out of a tree is kept in snapshots/ID/damaged. A catalog that cannot be\n"
-        "opened is rebuilt from the records beside the trees. The status is 1 when something remains.",
+        "--repair. Damaged files then come from the layer's blob or another layer, while programs use the tree. What\n"
+        "is taken out of a tree is kept in snapshots/ID/damaged. A catalog that cannot be opened is rebuilt from the\n"
+        "records beside the trees. The status is 1 when something remains.",
         "onlap check",
         "onlap check --deep --rate 50M --max-duration 600",
         "onlap check --deep --repair --from-registry",
@@ -36,7 +36,7 @@ def check_arguments(parser: Parser) -> None:
     parser.add_argument("--max-duration", metavar="SECONDS", type=float, help="stop a deep check after so long")
     parser.add_argument("--rate", metavar="BYTES", help="read at most so many bytes per second; 50M is 50 MiB")
     parser.add_argument("--after", metavar="PLACE", help="continue a deep check where an earlier one stopped")
-    parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+    parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
     parser.add_argument("--from-registry", action="store_true", help="with --repair: fetch what is nowhere else")
     parser.add_argument("--quarantine", action="store_true", help="with --repair: set trees aside that stay damaged")
     registry_arguments(parser)
@@ -100,13 +100,13 @@ def check(call: Call) -> int:
         read = f", {count(done.files, 'file')}, {count(done.blobs, 'blob')}, {size(done.size)}" if deep else ""
         out.line(f"checked {count(done.snapshots, 'snapshot')}{read}: {_verdict(done.findings)}")
         if args.repair:
-            out.line(f"mended {len(done.repaired)}, left {len(left)}")
+            out.line(f"repaired {len(done.repaired)}, left {len(left)}")
             for finding in left:
                 out.line(f"left: {finding}")
         else:
             advice = list(dict.fromkeys(each.remedy for each in findings if each.severity != "note"))
         for remedy in advice:
-            out.line(f"to mend it: {remedy}")
+            out.line(f"to repair it: {remedy}")
         if done.unlisted:
             have = count(done.unlisted, "snapshot has", "snapshots have")
             out.line(f"{have} no manifest to compare with; make it with: onlap cleanup --manifests")
