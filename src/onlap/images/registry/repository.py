@@ -15,7 +15,7 @@ from onlap.content.store import ContentStore
 from onlap.content.writer import Partial
 from onlap.errors import shown
 from onlap.images.registry.connections import Body, TransientError
-from onlap.images.registry.session import ATTEMPTS, Answer, RegistrySession, Request
+from onlap.images.registry.session import ATTEMPTS, RegistrySession, Request, Response
 from onlap.images.spec import media, model
 from onlap.images.spec.model import Descriptor
 from onlap.layers.stream.digests import check_content, digest_of
@@ -185,7 +185,7 @@ class Repository:
         self._session.retry(doing, attempt)
         on_progress(blob.size)
 
-    def _upload(self, upload: Answer, file: BinaryIO, blob: Descriptor, on_progress: OnProgress, doing: str) -> None:
+    def _upload(self, upload: Response, file: BinaryIO, blob: Descriptor, on_progress: OnProgress, doing: str) -> None:
         """Send a blob in one request, which every registry supports; in chunks where this registry finds it too large.
 
         Amazon's and Google's registries refuse more than one PATCH (distribution specification, "Pushing blobs
@@ -209,7 +209,7 @@ class Repository:
         except errors.NotFound as error:
             raise TransientError(str(error)) from error  # it forgot the upload, as it may: start again
 
-    def _start(self, digest: str, sources: list[str], doing: str) -> Answer | None:
+    def _start(self, digest: str, sources: list[str], doing: str) -> Response | None:
         """Start an upload; None where the registry mounted the blob from another repository."""
         for source in sources:
             where = f"blobs/uploads/?mount={quote(digest)}&from={quote(source)}"
@@ -263,7 +263,7 @@ class Repository:
         end = int(match[1]) if match is not None else 0
         return self._location(answer) if answer.headers.get("Location") else location, end + 1 if end else 0
 
-    def _location(self, answer: Answer) -> str:
+    def _location(self, answer: Response) -> str:
         location = answer.headers.get("Location")
         if not location:
             raise errors.FailedPrecondition(
@@ -288,7 +288,7 @@ class Repository:
         return digest
 
 
-def _chunk_size(upload: Answer) -> int:
+def _chunk_size(upload: Response) -> int:
     """Bytes of a chunk for an upload (distribution specification, "Pushing a blob in chunks")."""
     least = upload.headers.get("OCI-Chunk-Min-Length", "")
     return min(max(CHUNK, int(least)), _MAX_CHUNK) if _SIZE.fullmatch(least) else CHUNK

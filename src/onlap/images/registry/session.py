@@ -69,7 +69,7 @@ class Request(NamedTuple):
     limit: int = _MAX_ANSWER
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """A response that was read.
 
     Attributes:
@@ -85,7 +85,7 @@ class Answer(NamedTuple):
     url: str
 
 
-class _Reply(NamedTuple):
+class _UnreadResponse(NamedTuple):
     """A response that is still to be read.
 
     Attributes:
@@ -145,7 +145,7 @@ class RegistrySession:
 
     # Requests
 
-    def request(self, request: Request) -> Answer:
+    def request(self, request: Request) -> Response:
         """Send a request whose response is small, with retries.
 
         Raises:
@@ -169,7 +169,7 @@ class RegistrySession:
                 self.wait(number, error)
         raise AssertionError("unreachable")
 
-    def once(self, request: Request) -> Answer:
+    def once(self, request: Request) -> Response:
         """Send a request whose response is small, once; see :meth:`request`.
 
         Raises:
@@ -182,7 +182,7 @@ class RegistrySession:
                 raise errors.ResourceExhausted(
                     f"cannot {request.doing}: the answer has more than {request.limit} bytes"
                 )
-            return Answer(response.status, response.headers, data, url)
+            return Response(response.status, response.headers, data, url)
 
     def wait(self, number: int, error: TransientError) -> None:
         """Wait before the next attempt: longer each time, and as long as the registry asks for.
@@ -254,7 +254,7 @@ class RegistrySession:
             )
         return found
 
-    def _follow(self, request: Request, url: str, login: str | None = None) -> _Reply:
+    def _follow(self, request: Request, url: str, login: str | None = None) -> _UnreadResponse:
         """Send a request and follow redirects; after the first that leaves the host of ``url`` without authorization.
 
         Requests that are redirected back do not get it either: another host would have chosen their URL.
@@ -272,7 +272,7 @@ class RegistrySession:
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._connections.request(request.method, url, {**request.headers, **secret}, request.body)
             if response.status not in _REDIRECTS or not _can_follow(request, response.status):
-                return _Reply(response, url, from_registry)
+                return _UnreadResponse(response, url, from_registry)
             location = response.headers.get("Location", "")
             discard(response)
             url = self.absolute(url, location)
@@ -286,7 +286,7 @@ class RegistrySession:
             f"{self.registry} redirects more than {_MAX_REDIRECTS} times", key=self.registry
         )
 
-    def _raise_for_status(self, reply: _Reply, doing: str) -> None:
+    def _raise_for_status(self, reply: _UnreadResponse, doing: str) -> None:
         response, status = reply.response, reply.response.status
         if status in _TRANSIENT:
             after = response.headers.get("Retry-After", "")
