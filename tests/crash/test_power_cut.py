@@ -319,13 +319,13 @@ def test_removed_snapshots_stay_removed_and_ids_are_not_given_again(machine: Mac
 def test_a_reopened_root_is_looked_through_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.open(snapshotter="overlay").close()
     looks: list[str] = []
-    whole = onlap.OverlaySnapshotter._recreate
+    whole = onlap.OverlaySnapshotter.recreate
 
     def look(self: onlap.OverlaySnapshotter, record: Record) -> bool:
         looks.append(record.name)
         return whole(self, record)
 
-    monkeypatch.setattr(onlap.OverlaySnapshotter, "_recreate", look)
+    monkeypatch.setattr(onlap.OverlaySnapshotter, "recreate", look)
     with machine.open() as store:
         store.prepare("key")
     machine.open().close()

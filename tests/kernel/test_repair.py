@@ -373,8 +373,12 @@ def test_what_the_registry_has(root: Path, registry: Faulty) -> None:
         assert "d/e/g" not in {each.path for each in done.repaired}
         assert not done.ok
         assert len(list((store.root / "content" / "damaged").iterdir())) == 2
-        for _ in range(2):
-            done = store.check(deep=True, repair=True, from_registry=access)
+        store.check(deep=True, repair=True, from_registry=access)
+        store.close()
+        options = ["--deep", "--repair", "--from-registry", "--plain-http"]
+        command = onlap_command(root, "check", *options)
+        assert command.returncode == 0, command
+    with onlap.open(root, sync="none") as store:
         assert content(store) == before
         store.cleanup()
         assert store.check(deep=True).findings == ()
@@ -402,6 +406,34 @@ def test_beside_a_program_that_reads(store: Store) -> None:
         assert (top / "su").read_bytes() == b"root"
         assert (top / "d" / "e" / "empty").exists()
     assert content(store) == before
+
+
+def test_the_command(root: Path) -> None:
+    with onlap.open(root, sync="none") as store:
+        flip(tree(store, "base") / "d" / "same")
+        flip(tree(store, "base") / "own")
+    done = onlap_command(root, "check", "--deep", "--repair")
+    assert done.returncode == 1
+    assert "\nrepair: file-changed: base: /d/same: refilled from the layer" in done.stdout
+    assert "\nrepair: file-changed: base: /own: not repaired: its bytes are nowhere else\n" in done.stdout
+    assert "\nrepaired 2, left 1\nleft: file-changed: base: /own:" in done.stdout
+    assert done.stdout.endswith("to mend it: remove it, leaf first, and make or pull it again: onlap rm view base\n")
+    for options in (["--quarantine"], ["--from-registry"]):
+        assert onlap_command(root, "check", *options).returncode == 2
+
+
+@pytest.mark.needs("overlay", "mount")
+def test_not_in_an_upper_layer_that_is_mounted(tmp_path: Path) -> None:
+    with onlap.open(tmp_path / "root", snapshotter="overlay", sync="none") as store:
+        store.import_(Path(__file__).parent, "below", exclude=["*"])
+        with onlap.mounted(store.prepare("work", "below")) as top:
+            (top / "f").write_text("x")
+            store.commit("early", "work", allow_mounted=True)
+            store.cleanup(manifests=True)
+            (top / "f").write_text("y")
+            assert not store.check(deep=True, repair=True).ok
+            assert (top / "f").read_text() == "y"
+        assert not store.check(deep=True, repair=True).ok
 
 
 def test_not_beside_a_removal(store: Store) -> None:

@@ -229,8 +229,8 @@ FUNCTIONS: dict[str, Call] = {
 # Between the packages of Onlap: they take records, plans and transactions, and nobody else has these.
 INSIDE = {
     NativeSnapshotter: {
-        "ancestors", "comparing", "layers", "missing", "pair", "parent", "plan", "readonly_plan", "record", "since",
-        "translated", "usage_of",
+        "ancestors", "comparing", "layers", "missing", "pair", "parent", "plan", "readonly_plan", "record", "recreate",
+        "since", "translated", "usage_of",
     },
     Images: {"keep", "record", "recording"},
 }  # fmt: skip

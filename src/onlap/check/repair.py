@@ -240,6 +240,8 @@ class Repair:
         return sorted(found, key=lambda record: (len(self.snapshotter.ancestors(record)), record.id))
 
     def _layer(self, record: Record, mine: list[Finding]) -> Iterator[Done]:
+        if any(each.kind == "committed-mounted" for each in mine):
+            raise errors.Busy("it is mounted read-write; unmount it first", key=record.name)
         for each in mine:
             if each.kind in _OF_TREES:
                 yield Done(each, self._whole(record))
@@ -293,26 +295,31 @@ class Repair:
         listed = None
         with contextlib.suppress(errors.DataLoss):
             listed = self.catalog.manifests.entries(record) if record.kind == COMMITTED else None
-        if record.empty or record.kind == VIEW or listed is not None:
-            with prepared(self.snapshotter, parent.name if parent is not None else None, "repair") as key:
+        if listed is not None:
+            # Of another owner's parent no snapshot of ours can be made; the manifest says all the same.
+            below = parent.name if parent is not None and parent.owner == self.snapshotter.owner else None
+            with prepared(self.snapshotter, below, "repair") as key:
                 made = self.layout.tree(self.snapshotter.record(key).id)
-                if listed is not None:
-                    _, left = self._refill(record, listed, made)
-                    if left:
-                        missing = f"{shown('/' + (left[0].path or ''))}: {left[0].explanation}"
-                        return f"not repaired: of {len(left)} files the bytes are nowhere, as of {missing}"
-                self._place(record, made, known=listed is not None)
-            return "restored from its manifest" if listed is not None else "restored, empty"
+                _, left = self._refill(record, listed, made)
+                if left:
+                    missing = f"{shown('/' + (left[0].path or ''))}: {left[0].explanation}"
+                    return f"not repaired: of {len(left)} files the bytes are nowhere, as of {missing}"
+                self._place(record, made)
+            return "restored from its manifest"
+        if record.empty or record.kind == VIEW:
+            self.snapshotter.recreate(record)
+            self._note_again(record)
+            return "restored, empty"
         if record.kind != COMMITTED:
             return "not repaired: what was written to it is gone"
         with Sources(self.snapshotter, self.content, record, fetch=self._fetch) as sources:
             for where, tree in sources.unpacked(fetch=self._fetch is not None):
-                self._place(record, tree, known=False)
+                self._place(record, tree)
+                self._note_again(record)
                 return f"unpacked again from {where}"
         return "not repaired: its blob is not here, or it was made from none"
 
-    def _place(self, record: Record, tree: str, *, known: bool) -> None:
-        """Put a tree in its place; ``known``: its manifest is there, and says the same."""
+    def _place(self, record: Record, tree: str) -> None:
         self._sync()
 
         def operation(connection: Connection) -> None:
@@ -323,8 +330,11 @@ class Repair:
                 os.rename(tree, self.layout.tree(record.id))
 
         self.catalog.database.write(operation)
-        if not known and record.kind == COMMITTED and not self._write_manifest(record, self.layout.tree(record.id)):
-            # It is gone with the tree, and said when directories were made that the archive does not name.
+
+    def _note_again(self, record: Record) -> None:
+        """Restore the manifest of a tree that was restored while it was gone."""
+        if record.kind == COMMITTED and not self._write_manifest(record, self.layout.tree(record.id)):
+            # It also said when the directories were made that no archive names.
             self.catalog.database.write(lambda c: records.drop_manifest(c, record.id))
             self.catalog.manifests.committed(record.id)
 

@@ -21,6 +21,8 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.files import is_directory
 from onlap.trees.manifest import Entry
 
+# Places of one content that are tried: each is read, and the first that is whole is taken.
+_ENOUGH = 8
 # Fetches what is damaged or gone of an image, by its name.
 Fetch = Callable[[str], object]
 
@@ -53,7 +55,7 @@ class Sources:
         for entry in listed:
             if entry.link:
                 self._groups.setdefault(entry.link, []).append(entry.path)
-        self._sizes = {entry.size for entry in listed}
+        self._wanted = {(entry.digest, entry.size) for entry in listed if entry.size}
         self._unpacked: list[tuple[str, str]] | None = None
         self._elsewhere: dict[tuple[str, int], list[tuple[int, str]]] | None = None
 
@@ -119,9 +121,9 @@ class Sources:
             for record in catalog.walk(None, Condition("s.kind = ?", (COMMITTED,))):
                 with contextlib.suppress(errors.OnlapError):  # one that is damaged is no source
                     for entry in catalog.manifests.entries(record) or ():
-                        if entry.digest and entry.size in self._sizes:
+                        if (entry.digest, entry.size) in self._wanted:
                             found = self._elsewhere.setdefault((entry.digest, entry.size), [])
-                            if len(found) < 8:
+                            if len(found) < _ENOUGH:
                                 found.append((record.id, entry.path))
         return self._elsewhere
 

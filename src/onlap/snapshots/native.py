@@ -53,12 +53,12 @@ class NativeSnapshotter(RecordedSnapshotter):
             return False
         return is_fresh(tree, (os.geteuid(), os.getegid()), record.created_ns)
 
-    def _recreate(self, record: Record) -> bool:
+    def recreate(self, record: Record) -> bool:
         layout = self.catalog.layout
         copied = record.parent_id if record.kind == ACTIVE else None
         if copied is not None and not is_directory(layout.tree(copied)):
             return is_directory(layout.tree(record.id))
-        return super()._recreate(record)
+        return super().recreate(record)
 
     def _rebase(self, record: Record, parent: Record) -> None:
         raise errors.Unimplemented(

@@ -173,8 +173,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
             and read_xattrs(tree) == read_xattrs(above)
         )
 
-    def _recreate(self, record: Record) -> bool:
-        whole = super()._recreate(record)
+    def recreate(self, record: Record) -> bool:
+        whole = super().recreate(record)
         if whole and record.kind == ACTIVE:
             # Only this directory, without its parents: those may have been removed meanwhile.
             with contextlib.suppress(FileExistsError):

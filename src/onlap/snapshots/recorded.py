@@ -99,7 +99,7 @@ class RecordedSnapshotter(ABC):
         self.catalog = Catalog(root, create=create, timeout=timeout)
         try:
             self._load_properties()
-            recovery.recover(self.catalog, self._recreate)
+            recovery.recover(self.catalog, self.recreate)
         except BaseException:
             self.catalog.close()
             raise
@@ -118,7 +118,7 @@ class RecordedSnapshotter(ABC):
     def _is_unchanged(self, record: Record) -> bool:
         """Whether an active snapshot was never changed, so that it can be recreated after a power cut."""
 
-    def _recreate(self, record: Record) -> bool:
+    def recreate(self, record: Record) -> bool:
         """After a power cut, recreate what a snapshot's directory lacks; returns whether it is complete now.
 
         It is built in staging, synced and moved into place in one step: a process that opens the root meanwhile, or
