@@ -8,7 +8,7 @@
 
    The disk has three layers, the upper ones copy-on-write: what it was to begin with, what is on it for certain, and what
    may be, together with all that is written while that is looked at. Commands come on stdin, a line each, and each is
-   answered by a line; powerdisk.py knows them. It ends with stdin. */
+   answered by a line; powerdisk.py knows them. It ends when its filesystem is mounted nowhere any more. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,6 +16,7 @@
 #include <linux/falloc.h>
 #include <linux/fuse.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -341,11 +342,16 @@ int main(int argc, char **argv)
     snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fuse, MAX_WRITE);
     if (mount("powerdisk", argv[1], "fuse", MS_NOSUID | MS_NODEV, options)) die("mount");
 
+    /* What is mounted from now on is not ours: when the tests are killed, the last process of their namespace unmounts
+       the filesystems on this disk, and could wait for nobody to write to it if that were this one. */
+    if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) die("unshare");
+    if (umount2(argv[1], MNT_DETACH)) die("umount");
+
     static char request[MAX_WRITE + 65536];
     static char lines[1 << 16];
     size_t held = 0;
-    for (int begun = 0;;) {
-        struct pollfd wait[] = {{fuse, POLLIN, 0}, {0, POLLIN, 0}};
+    for (int begun = 0, input = 0;;) {
+        struct pollfd wait[] = {{fuse, POLLIN, 0}, {input, POLLIN, 0}};
         if (poll(wait, 2, -1) < 0 && errno != EINTR) die("poll");
         if (wait[0].revents) {
             ssize_t got = read(fuse, request, sizeof request);
@@ -361,7 +367,10 @@ int main(int argc, char **argv)
             }
         } else if (wait[1].revents) {
             ssize_t got = read(0, lines + held, sizeof lines - held);
-            if (got <= 0) break;
+            if (got <= 0) {
+                input = -1; /* nobody commands any more */
+                continue;
+            }
             held += got;
             char *start = lines, *end;
             while ((end = memchr(start, '\n', lines + held - start))) {
@@ -373,6 +382,4 @@ int main(int argc, char **argv)
             memmove(lines, start, held);
         }
     }
-    umount2(argv[1], MNT_DETACH);
-    return 0;
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import capabilities
+from onlap.syscalls import mount as sys
 
 SECTOR = 512
 
@@ -75,7 +76,9 @@ class Disk:
             assert self._process.stdout.readline() == "ready\n"
             # With a cache of its own the loop device would answer before the file is asked.
             self.device = run("losetup", "--find", "--show", "--direct-io=on", str(self._directory / "disk"))
-            stack.callback(run, "losetup", "--detach", self.device)
+            # Detached with its last user, also when this process is killed: what is in use is detached later.
+            stack.callback(os.close, os.open(self.device, os.O_RDONLY | os.O_CLOEXEC))
+            run("losetup", "--detach", self.device)
             self._stack = stack.pop_all()
         self.mark = self._directory / "mark"
 
@@ -87,6 +90,8 @@ class Disk:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
+        with contextlib.suppress(OSError):  # it was never mounted
+            sys.umount2(self._directory, sys.MNT_DETACH)
         self._process.wait()
         self._process.stdout.close()
 
