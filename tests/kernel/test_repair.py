@@ -417,7 +417,7 @@ def test_the_command(root: Path) -> None:
     assert "\nrepair: file-changed: base: /d/same: refilled from the layer" in done.stdout
     assert "\nrepair: file-changed: base: /own: not repaired: its bytes are nowhere else\n" in done.stdout
     assert "\nrepaired 2, left 1\nleft: file-changed: base: /own:" in done.stdout
-    assert done.stdout.endswith("to mend it: remove it, leaf first, and make or pull it again: onlap rm view base\n")
+    assert done.stdout.endswith("to repair it: remove it, leaf first, and make or pull it again: onlap rm view base\n")
     for options in (["--quarantine"], ["--from-registry"]):
         assert onlap_command(root, "check", *options).returncode == 2
 
