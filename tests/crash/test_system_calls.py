@@ -63,7 +63,7 @@ def test_all_parts_have_their_points() -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_some_system_calls(tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     counts = swept(tmp_path / "sweep", part, POINTS[part], capsys)
-    assert counts["points"] == POINTS[part]
+    assert counts["points"] == POINTS[part] + counts.get("a thread was left, once", 0)
     # Threads take turns in another order, and a call is made once less: few points may come to nothing.
     assert counts.get("not reached", 0) < POINTS[part] / 10
     assert counts["killed"] > POINTS[part] / 10

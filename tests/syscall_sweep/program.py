@@ -23,6 +23,7 @@ from syscall_sweep.table import Call
 from syscall_sweep.tracer import Point, Tracer
 from syscall_sweep.verbs import Theirs, Verb
 
+THREAD_LEFT = "a thread is left"
 # How far the first process is.
 _DONE, _LOOKED = 1, 2
 # Seconds for threads to end that have nothing to do.
@@ -241,7 +242,7 @@ class Program:
         while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < deadline:
             time.sleep(0.0005)  # there is no event for the end of a thread
         if len(os.listdir("/proc/self/task")) > 1:
-            self._report.tell(finding="a thread is left")
+            self._report.tell(finding=THREAD_LEFT)
             faulthandler.dump_traceback()
         left = {fd: link for fd, link in descriptors().items() if open_before.get(fd) != link}
         if left:

@@ -32,7 +32,7 @@ from syscall_sweep import tracer
 from syscall_sweep.after import After, Server
 from syscall_sweep.children import Report
 from syscall_sweep.copies import Copy
-from syscall_sweep.program import Outcome, Program
+from syscall_sweep.program import THREAD_LEFT, Outcome, Program
 from syscall_sweep.scenes import Scene
 from syscall_sweep.states import Judge
 from syscall_sweep.table import NAMES, Call, errors_of, number_of
@@ -203,6 +203,11 @@ def main() -> None:
     began = time.monotonic()
     for case in choose(cases, int(count), int(seed)):
         outcome = sweep.do(case)
+        if outcome.findings and all(found.startswith((THREAD_LEFT, "said: ")) for found in outcome.findings):
+            # About once in ten thousand points, on a busy machine, an idle helper's wait of 5 ms does not end in 15 s.
+            # It never did so twice at one point; why is not known, so it is counted.
+            sweep.counts["a thread was left, once"] += 1
+            outcome = sweep.do(case)
         if outcome.findings:
             sys.stdout.write(json.dumps({"case": case, "error": outcome.error, "findings": outcome.findings}) + "\n")
         elif one[1:]:
