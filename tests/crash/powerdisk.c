@@ -341,6 +341,10 @@ int main(int argc, char **argv)
     char options[128];
     snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fuse, MAX_WRITE);
     if (mount("powerdisk", argv[1], "fuse", MS_NOSUID | MS_NODEV, options)) die("mount");
+    /* Leave the namespace of the tests: who is the last in it unmounts, as it ends, what lies on this disk, and would
+       wait for itself (a killed process closes /dev/fuse only after that), and every sync(2) of the machine with it. */
+    if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) || umount2("/", MNT_DETACH))
+        die("leave the mount namespace");
 
     /* What is mounted from now on is not ours: when the tests are killed, the last process of their namespace unmounts
        the filesystems on this disk, and could wait for nobody to write to it if that were this one. */
