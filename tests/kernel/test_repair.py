@@ -408,6 +408,21 @@ def test_beside_a_program_that_reads(store: Store) -> None:
     assert content(store) == before
 
 
+def test_owners_with_a_snapshot_of_one_name(root: Path, tmp_path: Path) -> None:
+    with open_snapshotter(root, owner="other", sync="none") as snapshotter:
+        for key in ("own", "base"):  # the first has other content than ours has
+            snapshotter.prepare(f"{key} key")
+            record = snapshotter.record(f"{key} key")
+            Path(snapshotter.catalog.layout.tree(record.id), "own").write_text(key)
+            snapshotter.commit(key, f"{key} key")
+    with onlap.open(root, sync="none") as store:
+        store.cleanup(manifests=True)
+        flip(tree(store, "base") / "own")
+        done = store.check(deep=True, repair=True)
+        assert [each.path for each in done.findings if each not in done.repaired] == ["own"]
+        assert not done.ok
+
+
 def test_the_command(root: Path) -> None:
     with onlap.open(root, sync="none") as store:
         flip(tree(store, "base") / "d" / "same")

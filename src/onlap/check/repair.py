@@ -252,7 +252,6 @@ class Repair:
             listed = self.catalog.manifests.entries(record)
             if listed is not None:
                 refill, left = self._refill(record, listed)
-                self._files[record.name] = left
                 lost = {each.path for each in left}
                 for each in of_files:
                     how = refill.done.get(each.path or "", "it is as it should be")
@@ -261,7 +260,9 @@ class Repair:
                 lasting = [each for each in left if each.severity == "error"]
                 if lasting and self._quarantine:
                     yield Done(lasting[0], self._set_aside(record))
-                    self._files[record.name] = []
+                    left = []
+                # Another owner may have a snapshot of that name.
+                self._files.setdefault(record.name, []).extend(left)
 
     def _refill(self, record: Record, listed: list[Entry], tree: str | None = None) -> tuple[Refill, list[Finding]]:
         """Refill a tree; what still differs then."""
