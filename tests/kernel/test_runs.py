@@ -414,6 +414,7 @@ import os, sys, onlap
 from onlap.mounts import unmount
 unmount.attempts = lambda _timeout: [True]
 there, here = os.pipe()
+read, wrote = os.pipe()
 with onlap.open(sys.argv[1]) as store:
     with store.build("base") as tree:
         (tree / "file").write_text("base")
@@ -421,8 +422,11 @@ with onlap.open(sys.argv[1]) as store:
         if not os.fork():
             os.close(here)
             assert (tree / "file").read_text() == "base"
+            os.write(wrote, b"x")
             os.read(there, 1)
             os._exit(0)
+        os.close(wrote)
+        assert os.read(read, 1)
     store.remove("made")
     os.close(here)
     os.wait()
