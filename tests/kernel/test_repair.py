@@ -661,6 +661,29 @@ def test_a_tree_without_a_usable_record(root: Path) -> None:
         assert [row for row in before["snapshots"] if str(row[0]) != copy] == records(store)["snapshots"]
 
 
+def test_a_rebuild_that_is_killed(root: Path) -> None:
+    with onlap.open(root, sync="none") as store:
+        before, kept = records(store), beside(store, "copy").name
+        flip(beside(store, "copy") / "record")
+    for number in itertools.count(1):
+        (root / "catalog.db").unlink(missing_ok=True)
+        (root / "catalog.db").write_bytes(b"damaged" * 1000)
+        pid = os.fork()
+        if not pid:
+            _die_at(number)
+            rebuild(root)
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        assert rebuild(root).unrecorded == (f"unrecorded/{kept}",)
+        with onlap.open(root, sync="none") as store:
+            left = [row for row in before["snapshots"] if str(row[0]) != kept]
+            assert (records(store)["snapshots"], records(store)["pins"]) == (left, before["pins"])
+            assert store.check().findings == ()
+        if not killed:
+            assert number > 3
+            return
+
+
 def test_a_root_without_any_record(root: Path) -> None:
     for each in (root / "snapshots").iterdir():
         (each / "record").unlink()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli import exits
-from onlap.cli.call import Call
+from onlap.cli.call import Call, check_access
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.shared.images import registry_access, registry_arguments
 from onlap.cli.terminal.text import count, size
@@ -118,11 +118,16 @@ def check(call: Call) -> int:
 def _rebuild(call: Call) -> None:
     """Rebuild a catalog that cannot be opened."""
     from onlap.check.rebuild import rebuild
+    from onlap.store import open
 
+    check_access(call.root)
     try:
-        with call.store():
-            return
+        open(call.root, create=False).close()
+        return
     except errors.DataLoss as error:
+        # Not after an error of the disk (SQLITE_IOERR), behind which the catalog may be whole.
+        if "onlap check --repair" not in (error.hint or ""):
+            raise
         why = error.message
     done = rebuild(call.root)
     if call.out.json:
