@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 from onlap._version import __version__
 
 if TYPE_CHECKING:
+    from onlap.check.backups import restore
     from onlap.check.findings import Finding, Report
+    from onlap.check.summary import Backup
     from onlap.errors import (
         AlreadyExists,
         Busy,
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
 # PEP 562: a name is loaded when it is first used, so that a short command does not pay for what it never uses.
 _MODULES = {
     "onlap.check.findings": "Finding Report",
+    "onlap.check.summary": "Backup",
+    "onlap.check.backups": "restore",
     "onlap.errors": (
         "AlreadyExists Busy Canceled DataLoss DigestMismatch FailedPrecondition Internal InvalidArgument NotFound "
         "OnlapError PermissionDenied ResourceExhausted Unavailable Unimplemented"
@@ -78,6 +82,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "AlreadyExists",
     "Applied",
+    "Backup",
     "Busy",
     "Canceled",
     "Change",
@@ -116,6 +121,7 @@ __all__ = [
     "mounted",
     "open",
     "probe",
+    "restore",
 ]
 
 

@@ -54,7 +54,7 @@ class Reporter:
         self._callback = callback
         self._stage = stage
         self._unit = unit
-        self._total = total
+        self.total = total
         self._next = 0.0
         self._sum = 0
 
@@ -65,7 +65,7 @@ class Reporter:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _INTERVAL
-            self._report(Progress(self._stage, done, self._total, self._unit, item))
+            self._report(Progress(self._stage, done, self.total, self._unit, item))
 
     def add(self, count: int) -> None:
         """So many more are done than before."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from onlap.check.findings import Report
+    from onlap.check.summary import Backup
     from onlap.content.store import ContentStore
     from onlap.images.api import Images
     from onlap.images.registry.access import Access
@@ -540,6 +541,27 @@ class Store:
         for _ in repairing.run(findings):
             pass
         return check.repaired(findings, repairing.left)
+
+    def backup(self, out: StrPath | BinaryIO, *, active: bool = False, progress: Callback | None = None) -> Backup:
+        """Write all committed snapshots, images and settings into one archive, from which :func:`onlap.restore` makes
+        the root again.
+
+        The root may be in use meanwhile. The backup holds what was committed when it began, and nothing of that can be
+        removed until it ends. Every file is compared with what was committed.
+
+        Args:
+            out: the path of an archive, which appears there only when it is complete, and whose suffix selects the
+                compression as for :meth:`export`; or an open binary file.
+            active: also back up active snapshots and views; their files are as they are when they are read.
+            progress: called with the bytes read, at most ten times per second.
+
+        Raises:
+            DataLoss: something that was committed is lost or damaged; the error names it.
+            OnlapError: of another kind, for an error of the filesystem.
+        """
+        from onlap.check.backup import back_up
+
+        return back_up(self.snapshotter, self.content, out, active=active, progress=progress)
 
     def squash(self, top: str, name: str, *, base: str | None = None, labels: Mapping[str, str] | None = None) -> Info:
         """Merge the layers above ``base`` up to ``top`` into one, as a new committed snapshot on ``base``.

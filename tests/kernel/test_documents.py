@@ -95,7 +95,7 @@ def test_the_tutorial_in_the_shell(tmp_path: Path, shell: dict[str, str]) -> Non
 
 
 @pytest.mark.needs("overlay")
-@pytest.mark.parametrize("page", ["archives", "fork-trees", "repair", "snapshotter", "space", "unprivileged"])
+@pytest.mark.parametrize("page", ["archives", "backup", "fork-trees", "repair", "snapshotter", "space", "unprivileged"])
 def test_a_how_to_guide(tmp_path: Path, shell: dict[str, str], page: str) -> None:
     """All of its Python as one program, then its shell, beside a directory "project", which is "base" in the root."""
     (tmp_path / "project").mkdir()

@@ -114,8 +114,9 @@ EDITS: dict[str, tuple[Callable[[Path], object], dict[str, set[str] | str]]] = {
     "a link that is lost": (lambda top: _copy(top / "one more"), {"one more": {"links"}}),
     "a link that is new": (
         lambda top: _link(top / "d.x", top / "plain"),
-        {"plain": {"size", "links", "xattrs", "mtime"}, "d.x": {"links"}},
+        {"plain": {"size", "links", "xattrs", "mtime"}},
     ),
+    "a link outside of the tree": (lambda top: os.link(top / "plain", top.parent / "outside"), {}),
 }
 
 

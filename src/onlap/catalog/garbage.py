@@ -89,7 +89,7 @@ class Garbage:
         with errors.translated("clean up", key=self.layout.root):
             self.staging.collect(lambda path: self.trash.put(path, locked=True))
             self._collect_orphans()
-            self.layout.remove_probes()
+            self.layout.remove_leftovers()
         if wake:
             self._wake()
 

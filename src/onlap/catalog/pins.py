@@ -88,6 +88,12 @@ def dangling(connection: Connection) -> list[Pin]:
     return [Pin(*row) for row in connection.execute(sql, _times())]
 
 
+def without_runs(connection: Connection) -> list[Pin]:
+    """The pins that last, by owner, but for those of running programs (:mod:`onlap.catalog.runs`)."""
+    sql = "SELECT owner, snapshot, digest FROM pins WHERE expires_ns IS NULL AND owner NOT LIKE '%run ____________)'"
+    return [Pin(*row) for row in connection.execute(sql + " ORDER BY owner, snapshot, digest")]
+
+
 def holders(connection: Connection, *, snapshot: int | None = None, digest: str | None = None) -> list[str]:
     """The owners of the pins on a snapshot or a blob that have not expired."""
     column, value = ("snapshot", snapshot) if snapshot is not None else ("digest", digest)

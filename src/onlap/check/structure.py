@@ -67,7 +67,7 @@ class Structure:
             yield from self._unknown_trees()
             yield from self._mounts(rows)
             yield from self._leftovers()
-        yield from _chains(rows)
+        yield from chains(rows)
         for record in self.catalog.walk(None):
             self.snapshots += 1
             yield from self._settled(record)
@@ -227,7 +227,8 @@ def _rows(connection: Connection) -> dict[int, Row]:
     return {row[0]: Row(*row[1:]) for row in connection.execute("SELECT id, name, kind, parent FROM snapshots")}
 
 
-def _chains(rows: dict[int, Row]) -> Iterator[Finding]:
+def chains(rows: dict[int, Row]) -> Iterator[Finding]:
+    """What is wrong with the parents of snapshots, by id."""
     whole: set[int] = set()
     for start, row in rows.items():
         if row.parent is not None and row.parent not in rows:

@@ -87,6 +87,8 @@ VERBS = {
         Verb("df", "root", _MAINTENANCE, "show what the root holds, who keeps it, and what cleanup would free"),
         Verb("cleanup", "root", _MAINTENANCE, "delete what belongs to no snapshot"),
         Verb("check", "check", _MAINTENANCE, "compare what the root holds with what it should hold"),
+        Verb("backup", "backup", _MAINTENANCE, "write everything committed to an archive, while the root is in use"),
+        Verb("restore", "backup", _MAINTENANCE, "make a new root from a backup"),
         Verb("probe", "root", _MAINTENANCE, "show what this kernel and a directory can do"),
         Verb("demo", "demo", _MAINTENANCE, "show the main job on a real tree, and leave nothing behind"),
         Verb("completion", "completion", _MAINTENANCE, "print a script that completes onlap's command lines"),

@@ -177,13 +177,13 @@ def write_diff(
     """
     with (
         snapshotter.comparing(pair, doing) as (before, after, since),
-        _opened(snapshotter, out) as file,
+        opened(snapshotter, out) as file,
     ):
         return write_layer(before, after, snapshotter.markers, file, encoding, since=since, progress=progress)
 
 
 @contextlib.contextmanager
-def _opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterator[BinaryIO]:
+def opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterator[BinaryIO]:
     """The file that an archive is written to; a new file gets its name only when it is complete."""
     if not isinstance(out, (str, os.PathLike)):
         yield out

@@ -54,6 +54,7 @@ _PLAIN = re.compile(rb"[^A-Za-z0-9._/,:@%+~^-]")
 
 Spend = Callable[[int], object]
 Unreadable = Callable[[str, OSError], object]
+LinkNumbers = dict[tuple[int, int], int]
 
 
 class Entry(NamedTuple):
@@ -115,8 +116,8 @@ def entries(top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable
     Raises:
         OSError: something cannot be read.
     """
-    links: dict[tuple[int, int], int] = {}
-    for found in itertools.chain([walking.Entry(".", ".", top, os.fstat(top))], walk(top)):
+    links: LinkNumbers = {}
+    for found in places(top):
         spend(0)
         digest, xattrs = "", dict[str, bytes]()
         try:
@@ -127,10 +128,26 @@ def entries(top: int, spend: Spend = lambda _bytes: None, unreadable: Unreadable
             if unreadable is None:
                 raise
             unreadable(found.path, error)
-        yield _entry(found, links, digest, xattrs)
+        yield entry_of(found, links, digest, xattrs)
 
 
-def _entry(found: walking.Entry, links: dict[tuple[int, int], int], digest: str, xattrs: Mapping[str, bytes]) -> Entry:
+def places(top: int) -> Iterator[walking.Entry]:
+    """The files of a tree in the order of its manifest, beginning with the top itself; see :func:`walk`."""
+    return itertools.chain([walking.Entry(".", ".", top, os.fstat(top))], walk(top))
+
+
+def entry_of(found: walking.Entry, links: LinkNumbers, digest: str, xattrs: Mapping[str, bytes]) -> Entry:
+    """The entry of a file that was found.
+
+    Args:
+        found: the file.
+        links: numbers of files with several names, by device and inode; one dict per tree.
+        digest: of its content; empty unless it is a regular file.
+        xattrs: all of its extended attributes.
+
+    Raises:
+        OSError: the target of a symlink cannot be read.
+    """
     status = found.status
     mode = status.st_mode
     size, link = status.st_size if stat.S_ISREG(mode) else 0, 0
@@ -214,25 +231,29 @@ def _escaped(name: bytes) -> bytes:
 
 
 def read(file: BinaryIO, digest: str) -> list[Entry]:
-    """The entries of a manifest with a known digest.
+    """The entries of a manifest with a known digest; raises as :func:`iterate`."""
+    return list(iterate(file, digest))
+
+
+def iterate(file: BinaryIO, digest: str) -> Iterator[Entry]:
+    """The same one by one; whether the digest is right is known at the end.
 
     Raises:
         DataLoss: it is damaged.
         OSError: it cannot be read.
     """
     found = hashlib.sha256()
-    listed = []
     try:
         with gzip.GzipFile(fileobj=file, mode="rb") as packed:
             while line := packed.readline():
                 found.update(line)
                 if line[:1] != b"#":
-                    listed.append(_parse(line))
-    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, KeyError, IndexError) as error:
+                    entry = _parse(line)
+                    yield entry
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, KeyError, IndexError, OverflowError) as error:
         raise _damaged(digest) from error
     if f"sha256:{found.hexdigest()}" != digest:
         raise _damaged(digest)
-    return listed
 
 
 def _damaged(digest: str) -> errors.DataLoss:
@@ -283,7 +304,7 @@ def deviations(
         OSError: something cannot be read.
     """
     wanted = iter(expected)
-    links = _Links()
+    links = Links()
     found = entries(top, spend, unreadable)
     one, other = next(wanted, None), next(found, None)
     while one is not None or other is not None:
@@ -295,7 +316,7 @@ def deviations(
             yield Deviation(other.path, None, frozenset(), found=True)
             other = next(found, None)
         else:
-            what = _what(one, other, links)
+            what = differences(one, other, links)
             if what:
                 yield Deviation(one.path, one, what, found=True)
             one, other = next(wanted, None), next(found, None)
@@ -305,20 +326,29 @@ def _order(path: str) -> list[bytes]:
     return [] if path == "." else os.fsencode(path).split(b"/")
 
 
-class _Links:
-    """Maps the numbers of files with several names on one side to those on the other."""
+class Links:
+    """Maps the numbers of files with several names on one side to those on the other.
+
+    A file that has one name in the tree may have others outside, and lose them: the kernel links the whiteouts of a
+    layer to one in its workdir. So that is the same as a file with a single name.
+    """
 
     def __init__(self) -> None:
         self._forth: dict[int, int] = {}
         self._back: dict[int, int] = {}
+        self._single = 0
 
     def differ(self, one: int, other: int) -> bool:
-        if not one or not other:
-            return one != other
+        """Whether two files do not have the same other names."""
+        if not one and not other:
+            return False
+        self._single -= 1
+        one, other = one or self._single, other or self._single
         return self._forth.setdefault(one, other) != other or self._back.setdefault(other, one) != one
 
 
-def _what(one: Entry, other: Entry, links: _Links) -> frozenset[str]:
+def differences(one: Entry, other: Entry, links: Links) -> frozenset[str]:
+    """What differs between two entries of one path; see :class:`Deviation`."""
     if stat.S_IFMT(one.mode) != stat.S_IFMT(other.mode):
         return frozenset({"type"})
     differs = {

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from onlap import errors
 from onlap.catalog import records
+from onlap.catalog.checks import lost
 from onlap.catalog.db.database import Database
 from onlap.catalog.disk.layout import Layout
 from onlap.catalog.disk.pace import Pace, Stopped
@@ -99,6 +100,20 @@ class Manifests:
             # check reports one that is lost or damaged.
             warn(f"cannot note what the layer {identifier} holds: {error}")
             return False
+
+    def ensure(self, record: Record) -> str:
+        """The digest of a committed snapshot's manifest, which is made now if it is missing.
+
+        Raises:
+            DataLoss: its tree is lost.
+            OnlapError: it cannot be made.
+        """
+        with errors.translated("list the content of a layer", key=record.name):
+            self._try(record.id, Pace(lambda: False, lambda: None, _BURST))
+        digest = self.database.read(lambda c: records.manifest(c, record.id))
+        if digest is None:
+            raise lost(record)
+        return digest
 
     def _try(self, identifier: int, pace: Pace) -> bool:
         record = self.database.read(lambda c: records.by_id(c, identifier))

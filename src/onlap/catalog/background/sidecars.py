@@ -71,6 +71,15 @@ def read(path: str) -> Sidecar:
     """
     with errors.translated("read a sidecar", key=path), open(path, "rb") as file:
         data = file.read(_LARGEST)
+    return decode(data, path)
+
+
+def decode(data: bytes, path: str) -> Sidecar:
+    """What the content of a sidecar says.
+
+    Raises:
+        DataLoss: it is damaged.
+    """
     try:
         sidecar = Sidecar(**_unsealed(data))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -88,6 +97,11 @@ def read_images(path: str) -> list[dict[str, Any]]:
         return [dict(each) for each in _unsealed(data)]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise errors.DataLoss(f"the names of the images are damaged: {shown(path)}", key=path) from error
+
+
+def encode(sidecar: Sidecar) -> bytes:
+    """The content of a sidecar."""
+    return _sealed(sidecar._asdict())
 
 
 def _sealed(content: object) -> bytes:
@@ -234,8 +248,7 @@ class Sidecars:
         record = self.database.read(lambda c: records.by_id(c, identifier))
         if record is None:
             return
-        data = _sealed(self.expected(record)._asdict())
-        self._put(self.layout.record(identifier), data, record.updated_ns)
+        self._put(self.layout.record(identifier), encode(self.expected(record)), record.updated_ns)
 
     def _write_images(self) -> None:
         path = self.layout.images

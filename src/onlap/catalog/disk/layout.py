@@ -20,10 +20,12 @@
       runs/<id>               what belongs to a running program, held by its flock (onlap.catalog.runs)
       unrecorded/<id>         trees that no usable record belonged to when the catalog was rebuilt (onlap.check.rebuild)
       catalog.db.damaged-*    the catalog before that
+      restore.partial/        a root that is being restored, held by its flock; catalog.db leaves it last
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -102,6 +104,11 @@ class Layout:
         """The copy of the names of the images."""
         return f"{self.content}/images.json"
 
+    @property
+    def partial(self) -> str:
+        """What is being restored from a backup."""
+        return f"{self.root}/restore.partial"
+
     def prepare(self, *, create: bool) -> None:
         """Check the root, and create what is missing in it.
 
@@ -154,9 +161,10 @@ class Layout:
     def _check_root(self) -> None:
         self.check_trusted()
         if not exists(self.database):
+            self.check_new()
             from onlap.probing.probe import SCRATCH
 
-            self.remove_probes()
+            self.remove_leftovers()
             # Another process may be probing here, to create the root as well.
             strangers = sorted(name for name in os.listdir(self.root) if not _is_ours(name) and SCRATCH not in name)
             if strangers:
@@ -164,18 +172,28 @@ class Layout:
         if not _has_content(self.database):
             self.check_new()
 
-    def remove_probes(self) -> None:
-        """Remove the scratch directories of probes that were killed; raises OSError."""
+    def remove_leftovers(self) -> None:
+        """Remove the scratch directories of probes and restores that were killed; raises OSError."""
         from onlap.probing.probe import remove_abandoned
 
         remove_abandoned(self.root)
+        if exists(self.database):
+            with contextlib.suppress(OSError):  # there is none, or it is not empty: its catalog.db leaves it last
+                os.rmdir(self.partial)
 
     def check_new(self) -> None:
         """Refuse to create a catalog where there are trees: cleanup would delete them, since none would have a record.
 
         Raises:
+            FailedPrecondition: they are being restored.
             DataLoss: there are trees.
         """
+        if exists(self.partial):
+            raise errors.FailedPrecondition(
+                f"a backup is being restored to {shown(self.root)}, or that was interrupted",
+                key=self.root,
+                hint="wait for it, or restore it again; to start over, remove the directory",
+            )
         if is_directory(self.snapshots) and os.listdir(self.snapshots):
             raise errors.DataLoss(
                 f"the root {shown(self.root)} has trees and no catalog of them",
@@ -245,7 +263,7 @@ def _has_content(path: str) -> bool:
 # The smallest page of SQLite (sqlite.org/fileformat2.html, "The Database Header").
 _SMALLEST_DATABASE = 512
 
-_OURS = {
+OURS = {
     "catalog.db", "catalog.db-journal", "catalog.db-wal", "catalog.db-shm", "catalog.db-try", "catalog.lock", "staging",
     "snapshots", "trash", "empty", "reserve", "runs", "content", "lost+found", UNRECORDED,
     *(f"reserve.{number}" for number in range(1, RESERVE_INODES + 1)),
@@ -253,7 +271,7 @@ _OURS = {
 
 
 def _is_ours(name: str) -> bool:
-    return name in _OURS or name.startswith("catalog.db.damaged-")
+    return name in OURS or name.startswith("catalog.db.damaged-")
 
 
 def _make_directory(path: str, mode: int) -> None:

@@ -31,18 +31,9 @@ from onlap.layers.stream.sink import ArchiveSink
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
 from onlap.trees.compare import DELETED, NEVER, Since
-from onlap.trees.copy import data_ranges, has_holes
 from onlap.trees.meta import Meta
 
 _CHUNK = 256 * 1024
-_TYPES = {
-    stat.S_IFREG: tar.FILE,
-    stat.S_IFDIR: tar.DIRECTORY,
-    stat.S_IFLNK: tar.SYMLINK,
-    stat.S_IFCHR: tar.CHAR,
-    stat.S_IFBLK: tar.BLOCK_DEVICE,
-    stat.S_IFIFO: tar.FIFO,
-}
 
 
 class Encoding(NamedTuple):
@@ -215,7 +206,7 @@ class _LayerWriter:
         self._emit(Entry(os.path.join(directory, WHITEOUT_PREFIX + name), tar.FILE, mode=0))
 
     def _add_file(self, path: str, meta: Meta, item: Item) -> None:
-        kind = _TYPES.get(stat.S_IFMT(meta.mode))
+        kind = tar.TYPES.get(stat.S_IFMT(meta.mode))
         if kind is None:
             self.skipped["socket"] += 1
             if item.change.before is not None:
@@ -270,12 +261,7 @@ class _LayerWriter:
 
     def _content(self, fd: int, size: int, entry: Entry, path: str) -> None:
         entry.size = entry.stored = size
-        pieces = [(0, size)]
-        if self._sparse and has_holes(os.fstat(fd)):
-            found = sparse_files.pieces_of(data_ranges(fd, size), size)
-            if found != pieces and len(found) < sparse_files.MAX_PIECES:
-                entry.sparse = pieces = found
-                entry.stored = sum(length for _, length in found)
+        pieces = sparse_files.leave_out_holes(entry, fd) if self._sparse else [(0, size)]
         self._emit(entry)
         for start, length in pieces:
             self._piece(fd, start, length, path)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from onlap.layers.format import tar
 from onlap.layers.format.tar import Entry, bad, parse_decimal
+from onlap.trees.copy import data_ranges, has_holes
 
 # GNU tar, src/tar.h: struct oldgnu_header and struct sparse_header.
 _OLD_MAP = 386
@@ -145,6 +146,25 @@ def pieces_of(ranges: Iterable[tuple[int, int]], size: int) -> Pieces:
         if pieces and sum(pieces[-1]) >= start:
             start = pieces.pop()[0]
         pieces.append((start, end - start))
+    return pieces
+
+
+def leave_out_holes(entry: Entry, fd: int) -> Pieces:
+    """The pieces to store of an open file; if it has holes, its entry becomes that of a sparse file.
+
+    Args:
+        entry: has the file's size.
+        fd: the file.
+
+    Raises:
+        OSError: the filesystem cannot tell where they are.
+    """
+    pieces = [(0, entry.size)]
+    if has_holes(os.fstat(fd)):
+        found = pieces_of(data_ranges(fd, entry.size), entry.size)
+        if found != pieces and len(found) < MAX_PIECES:
+            entry.sparse = pieces = found
+            entry.stored = sum(length for _, length in found)
     return pieces
 
 

@@ -8,6 +8,7 @@ read layers with it.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from zlib import adler32
 
@@ -25,6 +26,15 @@ CHAR = "3"
 BLOCK_DEVICE = "4"
 DIRECTORY = "5"
 FIFO = "6"
+# By the type of a file, as in st_mode; an archive holds no sockets.
+TYPES = {
+    stat.S_IFREG: FILE,
+    stat.S_IFDIR: DIRECTORY,
+    stat.S_IFLNK: SYMLINK,
+    stat.S_IFCHR: CHAR,
+    stat.S_IFBLK: BLOCK_DEVICE,
+    stat.S_IFIFO: FIFO,
+}
 
 XATTR_PREFIX = "SCHILY.xattr."
 
