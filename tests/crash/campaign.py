@@ -45,6 +45,8 @@ class Campaign:
         """Look at so many states: of a root that is made, then of one that is there and gets on."""
         self.look("build", "settle", "fill", "commit", limit=count // 10)
         self.found()
+        # What is lost where nothing is synced: a layer that nothing takes along to the disk.
+        self.look("settle", "fill", "commit", "prepare", limit=count // 10)
         for verbs in sequences(self.rng, part, parts):
             if self.states >= count:
                 break
