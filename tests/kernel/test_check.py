@@ -171,7 +171,13 @@ STRUCTURE: dict[str, tuple[Damage, set[tuple[str, str]]]] = {
         lambda root: (tree(root, "base").parent / "manifest").unlink(),
         {("manifest-missing", "base")},
     ),
+    "a manifest's digest is gone": (
+        lambda root: sql(root, f"DELETE FROM manifests WHERE snapshot = {number(root, 'base')}"),
+        {("sidecar-damaged", "base")},
+    ),
     "others may write": (lambda root: (root / "snapshots").chmod(0o777), {("open-to-others", "snapshots")}),
+    "others may write blobs": (lambda root: (root / "content").chmod(0o777), {("open-to-others", "content")}),
+    "others may write records": (lambda root: (root / "catalog.db").chmod(0o666), {("open-to-others", "catalog.db")}),
     "others may write a snapshot": (lambda root: tree(root, "base").parent.chmod(0o777), {("open-to-others", "base")}),
     "a blob is gone": (lambda root: blob(root).unlink(), {("blob-missing", IMAGE)}),
     "a blob is cut": (lambda root: os.truncate(blob(root), 10), {("blob-missing", IMAGE)}),
@@ -358,6 +364,33 @@ def test_what_changes_while_it_is_looked_at(root: Path, tmp_path: Path, monkeypa
         found = store.check().findings
     assert not meanwhile
     assert [each for each in found if each.severity != "note"] == []
+
+
+NOT_THERE = {
+    "tree-missing",
+    "sidecar-missing",
+    "sidecar-damaged",
+    "manifest-missing",
+    "blob-missing",
+    "blob-damaged",
+    "image-damaged",
+}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["record", "manifest", "blob", "document", "blobs", "snapshot"])
+def test_something_else_in_its_place(root: Path, tmp_path: Path, name: str, make: Callable[[Path], object]) -> None:
+    """No check waits for it, reads it for ever, or ends there."""
+    with onlap.open(root) as store:
+        document = root / "content" / "blobs" / "sha256" / store.images.get("x:1").digest.removeprefix("sha256:")
+    snapshot = tree(root, "base").parent
+    places = {"blob": blob(root), "document": document, "blobs": root / "content" / "blobs", "snapshot": snapshot}
+    path = places.get(name, snapshot / name)
+    times = path.stat().st_mtime_ns
+    path.rename(tmp_path / "aside")
+    make(path)
+    os.utime(path, ns=(times, times), follow_symlinks=False)
+    assert {kind for kind, _ in kinds(root, deep=True)} & NOT_THERE
 
 
 def test_the_bytes_and_files_that_were_read(tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ class Content:
                         yield finding_of(record, deviation, failures.get(deviation.path))
         except errors.NotFound:
             return  # removed meanwhile
-        except errors.DataLoss:
+        except (errors.Unavailable, errors.ResourceExhausted):
+            raise
+        except errors.OnlapError:
             # Of a tree that is gone the structure tells, as of a manifest that is.
             if is_file(catalog.layout.manifest(record.id)) and is_directory(catalog.layout.tree(record.id)):
                 yield Finding("manifest-damaged", record.name)

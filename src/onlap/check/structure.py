@@ -25,7 +25,7 @@ from onlap.mounts.unmount import attempts
 from onlap.overlayfs.options import upperdirs
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import RecordedSnapshotter
-from onlap.syscalls.files import is_directory, is_file
+from onlap.syscalls.files import exists, is_directory, is_file
 
 # Seconds in which a removed tree is moved to the trash, also on a machine with much to do.
 _MOMENT = 1.0
@@ -80,11 +80,15 @@ class Structure:
 
     def _permissions(self) -> Iterator[Finding]:
         owner = os.geteuid()
-        for path in (self.layout.root, self.layout.snapshots, self.layout.staging, self.layout.trash):
+        layout = self.layout
+        # Others may pass through the root to what was opened to them; they may write nowhere.
+        passed = (layout.root, layout.content, layout.database, layout.lock)
+        for path in (*passed, layout.snapshots, layout.staging, layout.trash):
+            if path == layout.content and not exists(path):
+                continue  # nobody has needed it yet
             status = os.lstat(path)
-            # Others may pass through the root to what was opened to them; they may write nowhere.
-            wrong = 0o022 if path == self.layout.root else 0o077
-            if status.st_uid != owner or stat.S_IMODE(status.st_mode) & wrong or not stat.S_ISDIR(status.st_mode):
+            wrong = 0o022 if path in passed else 0o077
+            if status.st_uid != owner or stat.S_IMODE(status.st_mode) & wrong:
                 yield Finding(
                     "open-to-others",
                     os.path.relpath(path, self.layout.root),
@@ -165,7 +169,7 @@ class Structure:
         status = os.lstat(self.layout.snapshot(record.id))
         if stat.S_IMODE(status.st_mode) & 0o022 or status.st_uid != os.geteuid():
             yield Finding("open-to-others", record.name, detail=f"mode {stat.S_IMODE(status.st_mode):04o}")
-        if record.kind == COMMITTED:
+        if record.kind == COMMITTED and not record.empty:  # an empty one is made again after a power cut, without it
             yield from self._manifest(record)
         yield from self._sidecar(record)
 
@@ -182,11 +186,13 @@ class Structure:
             found = sidecars.read(self.layout.record(record.id))
         except errors.NotFound:
             return  # removed meanwhile
-        except errors.DataLoss:
-            yield Finding("sidecar-damaged", record.name)
+        except errors.OnlapError as error:
+            yield Finding("sidecar-damaged", record.name, detail=error.message)
             return
-        # A manifest that was made since then is written into it next.
-        if found._replace(manifest=None) != self.catalog.sidecars.expected(record)._replace(manifest=None):
+        expected = self.catalog.sidecars.expected(record)
+        if found.manifest is None:  # one that was made since then is written into it next
+            found = found._replace(manifest=expected.manifest)
+        if found != expected:
             yield Finding("sidecar-damaged", record.name)
 
     def _pins(self) -> Iterator[Finding]:
@@ -200,7 +206,7 @@ class Structure:
                 image = index.get(record.name)
             except errors.NotFound:
                 continue  # removed meanwhile
-            except errors.DataLoss as error:
+            except errors.OnlapError as error:
                 yield Finding("image-damaged", record.name, detail=error.message)
                 continue
             missing = [digest for digest, size in image.blobs.items() if not self.content.has(digest, size)]

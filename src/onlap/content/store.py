@@ -27,7 +27,7 @@ from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
 from onlap.locks import Flock
-from onlap.syscalls.files import is_directory
+from onlap.syscalls.files import is_directory, open_file
 from onlap.trees.atomic import Note
 from onlap.trees.walk import opened
 
@@ -124,7 +124,7 @@ class ContentStore:
             NotFound: there is none.
         """
         try:
-            return open(self.path(digest), "rb")
+            return open_file(self.path(digest))
         except OSError as error:
             raise _missing(error, digest) from error
 
@@ -360,11 +360,11 @@ def _walk(directory: str) -> Iterator[Blob]:
 def _names(directory: str) -> list[str]:
     try:
         return os.listdir(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []  # made with the first blob
 
 
 def _missing(error: OSError, digest: str) -> errors.OnlapError:
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
         return errors.NotFound(f"there is no blob {digest}", key=digest, hint="pull or import the image again")
     return errors.from_oserror(error, doing=f"read the blob {digest}", key=digest)

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import sys
+from typing import BinaryIO
 
 from onlap.syscalls import _libc
 from onlap.syscalls._libc import fspath
@@ -140,6 +141,15 @@ def list_directory(fd: int) -> list[os.DirEntry[str]]:
     os.lseek(fd, 0, os.SEEK_SET)
     with os.scandir(fd) as entries:
         return list(entries)
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file of ours to read, whatever is in its place: not through a symlink, nor waiting for a FIFO's writer.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:

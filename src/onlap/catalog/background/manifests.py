@@ -23,6 +23,7 @@ from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.errors import shown
 from onlap.locks import lock_directory
+from onlap.syscalls.files import open_file
 from onlap.trees import manifest
 from onlap.trees.walk import opened
 
@@ -154,7 +155,7 @@ class Manifests:
             return None
         path = self.layout.manifest(record.id)
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 return manifest.read(file, digest)
         except FileNotFoundError as error:
             raise errors.DataLoss(f"the manifest of snapshot {shown(record.name)} is gone", key=record.name) from error

@@ -28,7 +28,7 @@ from onlap.catalog.disk.staging import Staging
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.errors import shown
-from onlap.syscalls.files import is_directory
+from onlap.syscalls.files import is_directory, open_file
 
 FORMAT = 1
 # Settings that describe a moment, not the root.
@@ -69,7 +69,7 @@ def read(path: str) -> Sidecar:
         DataLoss: it is damaged.
         OnlapError: of another kind, for what the filesystem says.
     """
-    with errors.translated("read a sidecar", key=path), open(path, "rb") as file:
+    with errors.translated("read a sidecar", key=path), open_file(path) as file:
         data = file.read(_LARGEST)
     return decode(data, path)
 
@@ -91,7 +91,7 @@ def decode(data: bytes, path: str) -> Sidecar:
 
 def read_images(path: str) -> list[dict[str, Any]]:
     """The names of the images, as the file at a path says; raises as :func:`read`."""
-    with errors.translated("read the names of the images", key=path), open(path, "rb") as file:
+    with errors.translated("read the names of the images", key=path), open_file(path) as file:
         data = file.read(_LARGEST)
     try:
         return [dict(each) for each in _unsealed(data)]
@@ -203,7 +203,7 @@ class Sidecars:
         length, and nothing in it, or zeroes.
         """
         try:
-            with open(self.layout.record(record.id), "rb") as file:
+            with open_file(self.layout.record(record.id)) as file:
                 if os.fstat(file.fileno()).st_mtime_ns != record.updated_ns:
                     return False
                 data = file.read(_LARGEST)
@@ -261,7 +261,7 @@ class Sidecars:
             return
         data = _sealed([dict(zip(columns, row, strict=True)) for row in rows])
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 if file.read() == data:
                     return
         except OSError:
