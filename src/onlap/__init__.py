@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 from onlap._version import __version__
 
 if TYPE_CHECKING:
-    from onlap.check.backups import restore
+    from onlap.check.backups.restore import restore
+    from onlap.check.backups.summary import Backup
     from onlap.check.findings import Finding, Report
-    from onlap.check.summary import Backup
     from onlap.errors import (
         AlreadyExists,
         Busy,
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 # PEP 562: a name is loaded when it is first used, so that a short command does not pay for what it never uses.
 _MODULES = {
     "onlap.check.findings": "Finding Report",
-    "onlap.check.summary": "Backup",
-    "onlap.check.backups": "restore",
+    "onlap.check.backups.restore": "restore",
+    "onlap.check.backups.summary": "Backup",
     "onlap.errors": (
         "AlreadyExists Busy Canceled DataLoss DigestMismatch FailedPrecondition Internal InvalidArgument NotFound "
         "OnlapError PermissionDenied ResourceExhausted Unavailable Unimplemented"

@@ -24,8 +24,8 @@ from onlap.trees.usage import Usage
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onlap.check.backups.summary import Backup
     from onlap.check.findings import Report
-    from onlap.check.summary import Backup
     from onlap.content.store import ContentStore
     from onlap.images.api import Images
     from onlap.images.registry.access import Access
@@ -559,7 +559,7 @@ class Store:
             DataLoss: something that was committed is lost or damaged; the error names it.
             OnlapError: of another kind, for an error of the filesystem.
         """
-        from onlap.check.backup import back_up
+        from onlap.check.backups.writing import back_up
 
         return back_up(self.snapshotter, self.content, out, active=active, progress=progress)
 

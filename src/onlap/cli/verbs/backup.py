@@ -13,7 +13,7 @@ from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:
-    from onlap.check.summary import Backup
+    from onlap.check.backups.summary import Backup
 
 
 def backup_arguments(parser: Parser) -> None:
@@ -52,7 +52,7 @@ def restore_arguments(parser: Parser) -> None:
 
 
 def restore(call: Call) -> None:
-    from onlap.check.backups import restore as restore_root
+    from onlap.check.backups.restore import restore as restore_root
 
     check_access(call.root, create=True)
     source = sys.stdin.buffer if call.args.file == "-" else call.args.file

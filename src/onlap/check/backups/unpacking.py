@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 from onlap import errors
 from onlap.catalog.background.sidecars import Sidecar
-from onlap.check.backup import END, Seal, hash_zeros
+from onlap.check.backups.writing import END, Seal, hash_zeros
 from onlap.errors import shown
 from onlap.layers.format import tar
 from onlap.layers.format.reader import TarReader

@@ -1,4 +1,4 @@
-"""A new root from a backup, as a function that loads what it needs (:mod:`onlap.check.restore`)."""
+"""A new root from a backup, as a function that loads what it needs (:mod:`onlap.check.backups.restoring`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 from onlap.arguments import StrPath
 from onlap.boundary import public
-from onlap.check.summary import Backup
+from onlap.check.backups.summary import Backup
 from onlap.progress import Callback
 
 
@@ -30,6 +30,6 @@ def restore(source: StrPath | BinaryIO, root: StrPath, *, progress: Callback | N
         Unavailable: another process restores a backup there.
         OnlapError: of another kind, for an error of the filesystem.
     """
-    from onlap.check.restore import restore
+    from onlap.check.backups.restoring import restore
 
     return restore(source, root, progress)

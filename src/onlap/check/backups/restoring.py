@@ -1,4 +1,4 @@
-"""A new root from a backup (:mod:`onlap.check.backup`), complete or not at all.
+"""A new root from a backup (:mod:`onlap.check.backups.writing`), complete or not at all.
 
 It is built in ``ROOT/restore.partial``, which is locked, and moved up entry by entry, ``catalog.db`` last: also where
 ROOT is a mount point, or nothing may be made beside it. What a killed restore leaves is no root, and the next restore
@@ -24,11 +24,11 @@ from onlap.catalog.catalog import Catalog
 from onlap.catalog.disk.layout import OURS, UNRECORDED, Layout
 from onlap.catalog.pins import Pin
 from onlap.catalog.records import ACTIVE, COMMITTED
-from onlap.check.backup import BLOBS, FORMAT, HEAD, Head
+from onlap.check.backups.summary import Backup
+from onlap.check.backups.unpacking import Archive, Tree, bad, opened_new
+from onlap.check.backups.writing import BLOBS, FORMAT, HEAD, Head
 from onlap.check.rebuild import insert
 from onlap.check.structure import Row, chains
-from onlap.check.summary import Backup
-from onlap.check.unpacking import Archive, Tree, bad, opened_new
 from onlap.errors import shown
 from onlap.images.records import ImageRecord
 from onlap.layers.format.reader import TarReader
@@ -57,7 +57,7 @@ _SETTINGS: Mapping[str, Callable[[str], bool]] = {
 
 
 def restore(source: StrPath | BinaryIO, root: StrPath, progress: Callback | None) -> Backup:
-    """Make a root from a backup; see :func:`onlap.check.backups.restore`."""
+    """Make a root from a backup; see :func:`onlap.check.backups.restore.restore`."""
     with ExitStack() as stack:
         with errors.translated("open the backup"):
             pipeline = stack.enter_context(Pipeline(source))

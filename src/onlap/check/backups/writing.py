@@ -33,7 +33,7 @@ from onlap.catalog.background import sidecars
 from onlap.catalog.pins import Pin
 from onlap.catalog.records import COMMITTED, Record
 from onlap.catalog.runs import LABEL
-from onlap.check.summary import Backup
+from onlap.check.backups.summary import Backup
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.errors import shown

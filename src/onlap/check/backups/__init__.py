@@ -1,0 +1,1 @@
+"""A root as one archive, and a root made from one."""
