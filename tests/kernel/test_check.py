@@ -156,19 +156,19 @@ STRUCTURE: dict[str, tuple[Damage, set[tuple[str, str]]]] = {
         {("pin-dangling", "somebody"), ("catalog-damaged", "catalog.db")},
     ),
     "a record's copy is gone": (
-        lambda root: (tree(root, "base").parent / "record").unlink(),
+        lambda root: (tree(root, "base").parent / "about" / "record").unlink(),
         {("sidecar-missing", "base")},
     ),
     "a record's copy is empty": (
-        lambda root: _empty(tree(root, "base").parent / "record"),
+        lambda root: _empty(tree(root, "base").parent / "about" / "record"),
         {("sidecar-missing", "base")},
     ),
     "a record's copy is damaged": (
-        lambda root: _flip(tree(root, "base").parent / "record"),
+        lambda root: _flip(tree(root, "base").parent / "about" / "record"),
         {("sidecar-damaged", "base")},
     ),
     "a manifest is gone": (
-        lambda root: (tree(root, "base").parent / "manifest").unlink(),
+        lambda root: (tree(root, "base").parent / "about" / "manifest").unlink(),
         {("manifest-missing", "base")},
     ),
     "a manifest's digest is gone": (
@@ -231,7 +231,7 @@ def test_a_blob(root: Path) -> None:
 
 
 def test_a_manifest(root: Path) -> None:
-    _flip(tree(root, "base").parent / "manifest")
+    _flip(tree(root, "base").parent / "about" / "manifest")
     assert kinds(root) == {}
     assert list(kinds(root, deep=True)) == [("manifest-damaged", "base")]
 
@@ -385,7 +385,7 @@ def test_something_else_in_its_place(root: Path, tmp_path: Path, name: str, make
         document = root / "content" / "blobs" / "sha256" / store.images.get("x:1").digest.removeprefix("sha256:")
     snapshot = tree(root, "base").parent
     places = {"blob": blob(root), "document": document, "blobs": root / "content" / "blobs", "snapshot": snapshot}
-    path = places.get(name, snapshot / name)
+    path = places.get(name, snapshot / "about" / name)
     times = path.stat().st_mtime_ns
     path.rename(tmp_path / "aside")
     make(path)
@@ -442,3 +442,35 @@ def test_the_command(root: Path) -> None:
     assert lines[-1]["checked"]["snapshots"] == 7
     for words in (["--rate", "1M"], ["--max-duration", "1"], ["--deep", "--rate", "much"]):
         assert onlap_command(root, "check", *words).returncode == 2
+
+
+def test_what_is_written_beside_a_tree_hides_no_edit(tmp_path: Path) -> None:
+    """A copy is compared by what changed since its directory was complete."""
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        with store.build("base") as top:
+            (top / "f").write_text("before")
+        store.prepare("work", "base")
+        path = tree(tmp_path / "root", "work") / "f"
+        status = path.stat()
+        path.write_text("behind")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert [each.path for each in store.diff("work")] == ["f"]
+        store.cleanup(manifests=True)
+        assert store.snapshotter.catalog.sidecars.is_current(store.snapshotter.record("work"))
+        assert [each.path for each in store.diff("work")] == ["f"]
+
+
+@pytest.mark.needs("overlay", "mount")
+def test_what_is_written_beside_a_tree_changes_no_rebase(tmp_path: Path) -> None:
+    """Directories that were made in a layer without attributes of their own get the parent's."""
+    with onlap.open(tmp_path / "root", snapshotter="overlay", sync="none") as store:
+        with store.build("base") as top:
+            (top / "d").mkdir(mode=0o700)
+        store.prepare("work")
+        with store.mounted("work") as top:
+            (top / "d").mkdir(mode=0o755)
+            (top / "d" / "f").write_text("new")
+        store.cleanup(manifests=True)
+        store.commit("next", "work", parent="base")
+        with store.mounted("next") as top:
+            assert (top / "d").stat().st_mode & 0o777 == 0o700

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,10 @@ def content(store: Store) -> dict[str, list[manifest.Entry]]:
     found = {}
     for info in store.walk("kind==committed"):
         with opened(str(tree(store, info.name))) as fd:
-            found[info.name] = list(manifest.entries(fd))
+            listed = list(manifest.entries(fd))
+        # A file may share its inode with what was set aside, or with a workdir: only names in the tree count.
+        names = Counter(entry.link for entry in listed)
+        found[info.name] = [entry if names[entry.link] > 1 else entry._replace(link=0) for entry in listed]
     return found
 
 
@@ -178,7 +182,7 @@ def new_tree(path: Path) -> None:
 
 def kept(store: Store, name: str) -> list[str]:
     """What was taken out of a tree."""
-    top = tree(store, name).parent / "damaged"
+    top = tree(store, name).parent / "about" / "damaged"
     return sorted(str(path.relative_to(top)).partition("/fs/")[2] for path in top.rglob("*") if "/fs/" in str(path))
 
 
@@ -283,10 +287,10 @@ def forget(store: Store, name: str) -> None:
 
 STRUCTURE: dict[str, Callable[[Store], object]] = {
     "pin-dangling": lambda store: sql(store, "INSERT INTO pins VALUES ('somebody', 4711, NULL, NULL)"),
-    "sidecar-missing": lambda store: (beside(store, "base") / "record").unlink(),
-    "sidecar-damaged": lambda store: flip(beside(store, "base") / "record"),
-    "manifest-missing": lambda store: (beside(store, "base") / "manifest").unlink(),
-    "manifest-damaged": lambda store: flip(beside(store, "base") / "manifest"),
+    "sidecar-missing": lambda store: (beside(store, "base") / "about" / "record").unlink(),
+    "sidecar-damaged": lambda store: flip(beside(store, "base") / "about" / "record"),
+    "manifest-missing": lambda store: (beside(store, "base") / "about" / "manifest").unlink(),
+    "manifest-damaged": lambda store: flip(beside(store, "base") / "about" / "manifest"),
     "open-to-others": lambda store: (store.root / "snapshots").chmod(0o777),
     "open-to-others ": lambda store: beside(store, "base").chmod(0o777),
     "tree-unknown": lambda store: forget(store, "copy"),
@@ -640,10 +644,10 @@ def test_a_tree_without_a_usable_record(root: Path) -> None:
         before = records(store)
         base = beside(store, "base")
         view, copy = beside(store, "view").name, beside(store, "copy").name
-    record = (base / "record").read_bytes()
-    times = os.stat(base / "record")
-    (base / "record").write_text("{}")
-    flip(root / "snapshots" / copy / "record")
+    record = (base / "about" / "record").read_bytes()
+    times = os.stat(base / "about" / "record")
+    (base / "about" / "record").write_text("{}")
+    flip(root / "snapshots" / copy / "about" / "record")
     (root / "catalog.db").unlink()
     done = onlap_command(root, "check", "--repair")
     assert f"left without a record: unrecorded/{base.name}" in done.stdout, done
@@ -654,8 +658,8 @@ def test_a_tree_without_a_usable_record(root: Path) -> None:
         assert store.check(deep=True).ok
         for name in (base.name, view):
             (root / "unrecorded" / name).rename(root / "snapshots" / name)
-        (base / "record").write_bytes(record)
-        os.utime(base / "record", ns=(times.st_atime_ns, times.st_mtime_ns))
+        (base / "about" / "record").write_bytes(record)
+        os.utime(base / "about" / "record", ns=(times.st_atime_ns, times.st_mtime_ns))
         found = store.check(deep=True, repair=True)
         assert found.ok, found
         assert [row for row in before["snapshots"] if str(row[0]) != copy] == records(store)["snapshots"]
@@ -664,7 +668,7 @@ def test_a_tree_without_a_usable_record(root: Path) -> None:
 def test_a_rebuild_that_is_killed(root: Path) -> None:
     with onlap.open(root, sync="none") as store:
         before, kept = records(store), beside(store, "copy").name
-        flip(beside(store, "copy") / "record")
+        flip(beside(store, "copy") / "about" / "record")
     for number in itertools.count(1):
         (root / "catalog.db").unlink(missing_ok=True)
         (root / "catalog.db").write_bytes(b"damaged" * 1000)
@@ -686,7 +690,7 @@ def test_a_rebuild_that_is_killed(root: Path) -> None:
 
 def test_a_root_without_any_record(root: Path) -> None:
     for each in (root / "snapshots").iterdir():
-        (each / "record").unlink()
+        (each / "about" / "record").unlink()
     (root / "catalog.db").unlink()
     with pytest.raises(errors.DataLoss, match="no tree of the root"):
         rebuild(root)
@@ -697,8 +701,8 @@ def test_what_is_whole_is_served(root: Path, caplog: pytest.LogCaptureFixture) -
     """Whatever is damaged beside it; also at the first opening after a start of the machine."""
     with onlap.open(root, sync="none") as store:
         sql(store, "DELETE FROM settings WHERE key = 'epoch'")
-        flip(beside(store, "work") / "record")
-        flip(beside(store, "copy") / "manifest")
+        flip(beside(store, "work") / "about" / "record")
+        flip(beside(store, "copy") / "about" / "manifest")
         (store.root / "snapshots" / "x").touch()
         (store.root / "content" / "images.json").write_text("{")
         (store.root / "snapshots" / "4711").mkdir()

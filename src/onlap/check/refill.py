@@ -29,7 +29,7 @@ Candidates = Callable[[Entry], Iterator[tuple[str, int]]]
 
 
 class Aside:
-    """Where what is taken out of a tree is kept: ``snapshots/<id>/damaged/<time>/fs``, made with the first file.
+    """Where what is taken out of a tree is kept: ``snapshots/<id>/about/damaged/<time>/fs``, made with the first file.
 
     Args:
         snapshot: a descriptor of ``snapshots/<id>``.

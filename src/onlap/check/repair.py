@@ -17,6 +17,7 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.background import sidecars
+from onlap.catalog.disk.layout import ABOUT
 from onlap.catalog.records import COMMITTED, VIEW, Condition, Record
 from onlap.check.content import finding_of
 from onlap.check.findings import Finding
@@ -326,8 +327,7 @@ class Repair:
         def operation(connection: Connection) -> None:
             now = records.by_id(connection, record.id)
             if now is not None and not exists(self.layout.tree(record.id)):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(self.layout.snapshot(record.id), 0o700)
+                os.makedirs(f"{self.layout.snapshot(record.id)}/{ABOUT}", 0o700, exist_ok=True)
                 os.rename(tree, self.layout.tree(record.id))
 
         self.catalog.database.write(operation)

@@ -16,6 +16,7 @@ from onlap.boundary import public
 from onlap.catalog import records, recovery
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
+from onlap.catalog.disk.layout import ABOUT
 from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition, Info, Kind, Record
 from onlap.errors import shown
 from onlap.layers.diff.changes import stack_changes
@@ -110,6 +111,12 @@ class RecordedSnapshotter(ABC):
     def _load_properties(self) -> None:
         """Check that the root has this kind and these properties, and set them in a new root."""
 
+    def _stage(self) -> str:
+        """A new directory in staging, for :meth:`_build`; raises OSError."""
+        staged = self.catalog.staging.new()
+        os.mkdir(f"{staged}/{ABOUT}", 0o700)
+        return staged
+
     @abstractmethod
     def _build(self, staged: str, kind: Kind, parent: Record | None, labels: Mapping[str, str]) -> None:
         """Fill a staging directory with the initial content of a snapshot; raises OSError."""
@@ -135,7 +142,7 @@ class RecordedSnapshotter(ABC):
             # The walk is by id, so the parent came first: it has been recreated already, or is lost.
             if parent is not None and not is_directory(layout.tree(parent.id)):
                 parent = None
-        staged = self.catalog.staging.new()
+        staged = self._stage()
         try:
             self._build(staged, record.kind, parent, record.labels)
             self.catalog.sync()
@@ -410,7 +417,7 @@ class RecordedSnapshotter(ABC):
         # Read first, since nothing may fail once the snapshot exists.
         below = () if above is None else (above.id, *self.ancestors(above))
         with self.translated("prepare snapshot", key):
-            staged = self.catalog.staging.new()
+            staged = self._stage()
         try:
             with self.translated("prepare snapshot", key):
                 self._build(staged, kind, above, labels)

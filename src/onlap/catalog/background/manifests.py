@@ -2,7 +2,7 @@
 
 ::
 
-    ROOT/snapshots/<id>/manifest   see onlap.trees.manifest; its digest is in the catalog
+    ROOT/snapshots/<id>/about/manifest   see onlap.trees.manifest; its digest is in the catalog
 
 What a process does not get done, the next one does, or ``cleanup``.
 """

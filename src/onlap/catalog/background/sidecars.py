@@ -2,7 +2,7 @@
 
 ::
 
-    ROOT/snapshots/<id>/record   JSON; its time of modification is the record's ``updated_ns``
+    ROOT/snapshots/<id>/about/record   JSON; its time of modification is the record's ``updated_ns``
     ROOT/content/images.json     the names of the images
 
 They are written after a record has changed: in the background, when a root is closed, and by ``cleanup``. None of them

@@ -65,7 +65,7 @@ CREATE TABLE images (
 """
 
 _VERSION_2 = """
--- The digest of what a committed snapshot holds (ROOT/snapshots/<id>/manifest).
+-- The digest of what a committed snapshot holds (ROOT/snapshots/<id>/about/manifest).
 CREATE TABLE manifests (
     snapshot INTEGER PRIMARY KEY REFERENCES snapshots (id),
     digest   TEXT NOT NULL

@@ -8,9 +8,9 @@
       staging/<process>/<n>   trees being built; the process holds its directory's flock
       snapshots/<id>/fs       the tree; the upperdir while active
       snapshots/<id>/work     the workdir, while active
-      snapshots/<id>/record   a copy of its record (onlap.catalog.background.sidecars)
-      snapshots/<id>/manifest what a committed layer holds (onlap.catalog.background.manifests)
-      snapshots/<id>/damaged  what a repair took out of the tree, or all of it (onlap.check)
+      snapshots/<id>/about/record     a copy of its record (onlap.catalog.background.sidecars)
+      snapshots/<id>/about/manifest   what a committed layer holds (onlap.catalog.background.manifests)
+      snapshots/<id>/about/damaged    what a repair took out of the tree, or all of it (onlap.check)
       trash/<id>              removed trees, deleted later
       empty                   0755, never written: a lower layer where the kernel wants one
       reserve, reserve.<n>    1 MiB and some inodes, freed when a remove meets a full disk
@@ -48,8 +48,11 @@ RESERVE_METADATA = 4 << 20
 _ATTRIBUTE_SIZE = 3500  # fits into a node of any size
 
 
+# What is written beside a snapshot's tree after it was built is written below this directory, which is made with the
+# tree: the times of the directory above say when the tree was complete, and a rebase and a diff of copies rely on them.
+ABOUT = "about"
 # Beside a snapshot's tree: what of it was damaged.
-QUARANTINE = "damaged"
+QUARANTINE = f"{ABOUT}/damaged"
 # Trees that no usable record belonged to when the catalog was rebuilt; no cleanup comes there.
 UNRECORDED = "unrecorded"
 
@@ -93,11 +96,11 @@ class Layout:
 
     def record(self, identifier: int) -> str:
         """The copy of a snapshot's record."""
-        return f"{self.snapshots}/{identifier}/record"
+        return f"{self.snapshots}/{identifier}/{ABOUT}/record"
 
     def manifest(self, identifier: int) -> str:
         """What a committed snapshot's layer holds."""
-        return f"{self.snapshots}/{identifier}/manifest"
+        return f"{self.snapshots}/{identifier}/{ABOUT}/manifest"
 
     @property
     def images(self) -> str:

@@ -21,7 +21,7 @@ from onlap.catalog import pins, records
 from onlap.catalog.background import sidecars
 from onlap.catalog.background.sidecars import Sidecar
 from onlap.catalog.catalog import Catalog
-from onlap.catalog.disk.layout import OURS, UNRECORDED, Layout
+from onlap.catalog.disk.layout import ABOUT, OURS, UNRECORDED, Layout
 from onlap.catalog.pins import Pin
 from onlap.catalog.records import ACTIVE, COMMITTED
 from onlap.check.backups.summary import Backup
@@ -246,6 +246,7 @@ def _write(archive: Archive, head: Head, catalog: Catalog) -> int:
         layout = catalog.layout
         # The tree is last: a native one is compared by files that are newer than the directory above.
         os.mkdir(layout.snapshot(record.id), 0o700)
+        os.mkdir(f"{layout.snapshot(record.id)}/{ABOUT}", 0o700)
         with opened_new(layout.record(record.id)) as fd:
             files.write_all(fd, data[record.id])
             os.utime(fd, ns=(record.updated_ns, record.updated_ns))
