@@ -428,7 +428,7 @@ def test_keys_and_times_arrive_whole(client: RemoteSnapshotter) -> None:
 def test_a_root_that_containerd_would_misread_is_refused(root: Path) -> None:
     for name in ("a:b", "a,b", 'a"b', "a\\b"):
         said = refused("--socket", str(root / "s.sock"), "--snapshotter", "native", store=root / name)
-        assert "containerd does not understand" in said
+        assert "which containerd does not support" in said
     with open_snapshotter(root / "redirecting", snapshotter="native"):
         pass
     said = refused("--socket", str(root / "s.sock"), "--snapshotter", "overlay", store=root / "redirecting")
