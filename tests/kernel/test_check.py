@@ -155,6 +155,10 @@ STRUCTURE: dict[str, tuple[Damage, set[tuple[str, str]]]] = {
         lambda root: sql(root, "INSERT INTO pins VALUES ('somebody', 4711, NULL, NULL)"),
         {("pin-dangling", "somebody"), ("catalog-damaged", "catalog.db")},
     ),
+    "an image keeps nothing": (
+        lambda root: sql(root, f"DELETE FROM pins WHERE owner = 'image {IMAGE}'"),
+        {("pin-missing", IMAGE)},
+    ),
     "a record's copy is gone": (
         lambda root: (tree(root, "base").parent / "about" / "record").unlink(),
         {("sidecar-missing", "base")},

@@ -286,6 +286,7 @@ def forget(store: Store, name: str) -> None:
 
 
 STRUCTURE: dict[str, Callable[[Store], object]] = {
+    "pin-missing": lambda store: sql(store, "DELETE FROM pins WHERE owner LIKE 'image %' AND digest IS NOT NULL"),
     "pin-dangling": lambda store: sql(store, "INSERT INTO pins VALUES ('somebody', 4711, NULL, NULL)"),
     "sidecar-missing": lambda store: (beside(store, "base") / "about" / "record").unlink(),
     "sidecar-damaged": lambda store: flip(beside(store, "base") / "about" / "record"),

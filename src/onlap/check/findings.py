@@ -40,6 +40,7 @@ KINDS: Mapping[str, Meaning] = {
     "parent-missing": Meaning("error", "the record of the parent is gone", _REMOVE),
     "parent-not-committed": Meaning("error", "its parent can still be written to, or is a view", _REMOVE),
     "parent-cycle": Meaning("error", "it stands on itself", _REMOVE),
+    "pin-missing": Meaning("error", "nothing keeps the blobs of the image, so that a cleanup deletes them", _REPAIR),
     "pin-dangling": Meaning("warning", "something keeps a snapshot that is gone", _REPAIR),
     "sidecar-missing": Meaning("note", "the copy of its record beside the tree is missing or old", _CLEANUP),
     "sidecar-damaged": Meaning("warning", "the copy of its record beside the tree says something else", _REPAIR),

@@ -27,6 +27,7 @@ from onlap.check.sources import Fetch, Sources
 from onlap.check.structure import Structure
 from onlap.content.store import ContentStore
 from onlap.errors import shown
+from onlap.images.index import Index
 from onlap.images.records import LABEL_LAYER
 from onlap.layers.stream.digests import check_digest
 from onlap.locks import claim_directory, lock_directory
@@ -170,6 +171,10 @@ class Repair:
         if kind == "pin-dangling":
             self.catalog.database.write(pins.unpin_removed)
             return "removed"
+        if kind == "pin-missing":
+            index = Index(self.snapshotter, self.content)
+            index.record(index.get(thing))
+            return "pinned"
         if kind == "tree-unknown":
             return self._adopt(os.path.basename(thing))
         if kind == "open-to-others":

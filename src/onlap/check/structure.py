@@ -6,7 +6,7 @@ import os
 import re
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from sqlite3 import Connection
 from typing import NamedTuple
 
@@ -209,10 +209,21 @@ class Structure:
             except errors.OnlapError as error:
                 yield Finding("image-damaged", record.name, detail=error.message)
                 continue
+            unpinned = self.catalog.database.read(lambda c: _unpinned(c, record, image.blobs))  # noqa: B023
+            if unpinned:
+                yield Finding("pin-missing", record.name, detail=unpinned[0])
             missing = [digest for digest, size in image.blobs.items() if not self.content.has(digest, size)]
             # The blobs of one that was removed or replaced meanwhile may be gone as well.
             if missing and self.catalog.database.read(lambda c: images.find(c, record.name)) == record:  # noqa: B023
                 yield from (Finding("blob-missing", record.name, detail=digest) for digest in missing)
+
+
+def _unpinned(connection: Connection, record: images.ImageRecord, blobs: Collection[str]) -> list[str]:
+    """The blobs of an image that it does not pin; none of one that was removed or replaced meanwhile."""
+    if images.find(connection, record.name) != record:
+        return []
+    owner = images.pin_owner(record.name)
+    return [digest for digest in blobs if owner not in pins.holders(connection, digest=digest)]
 
 
 def _without_record(names: list[str], known: set[int]) -> list[str]:

@@ -127,7 +127,7 @@ def put(
         """
         INSERT INTO images VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET
             digest = excluded.digest, media_type = excluded.media_type, size = excluded.size,
-            updated_ns = excluded.updated_ns
+            updated_ns = CASE digest WHEN excluded.digest THEN updated_ns ELSE excluded.updated_ns END
         """,
         (name, digest, media_type, size, now, now),
     )
