@@ -146,7 +146,7 @@ class Catalog:
             numbers += [
                 int(m[1]) for name in os.listdir(directory) if (m := re.fullmatch(r"([0-9]+)(\.[0-9]+)?", name))
             ]
-        return max(numbers)
+        return max(number for number in numbers if number < records.HIGHEST)
 
     def _after_fork_in_child(self) -> None:
         self.staging.after_fork()
@@ -182,7 +182,7 @@ class Catalog:
                 path = self.layout.snapshot(identifier)
                 try:
                     held = lock_directory(path, shared=True)
-                except FileNotFoundError as error:
+                except (FileNotFoundError, NotADirectoryError) as error:
                     raise self._gone(identifier) from error
                 except OSError as error:
                     raise errors.from_oserror(error, doing="hold a snapshot's tree", key=path) from error

@@ -185,6 +185,10 @@ def walk(
         after = rows[-1].id
 
 
+# No snapshot gets such a number: SQLite would have none left for the next one.
+HIGHEST = 1 << 62
+
+
 def next_id(connection: Connection, floor: int) -> int:
     """An id that no snapshot ever had; ``floor`` is the highest id of a directory on disk."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()

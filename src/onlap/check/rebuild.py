@@ -31,6 +31,7 @@ from onlap.images.records import LABEL_LAYER, ImageRecord, pin_owner
 from onlap.images.spec import model
 from onlap.layers.stream.digests import check_digest, digest_of
 from onlap.locks import FileLock, lock_directory
+from onlap.syscalls.files import is_directory
 from onlap.trees.remove import remove_at
 from onlap.trees.walk import opened
 
@@ -79,7 +80,7 @@ def rebuild(root: StrPath) -> Rebuilt:
                 hint="restore catalog.db from a backup; the trees are whole in snapshots/<id>/fs",
             )
         for name in strangers:
-            _set_aside(layout, name)
+            set_aside(layout, name)
         place = f"{layout.staging}/rebuild"
         remove_at(place)  # what a killed one left
         os.mkdir(place, 0o700)
@@ -154,10 +155,13 @@ def _has_parent(sidecar: Sidecar, found: Mapping[int, Sidecar]) -> bool:
     return True
 
 
-def _set_aside(layout: Layout, name: str) -> None:
+def set_aside(layout: Layout, name: str) -> None:
+    """Move a directory of a snapshot to where no cleanup comes; raises OSError."""
     above = f"{layout.root}/{UNRECORDED}"
     with contextlib.suppress(FileExistsError):
         os.mkdir(above, 0o700)
+    if not is_directory(above, follow=False):
+        raise errors.FailedPrecondition(f"{shown(above)} is no directory", key=above, hint="move it away")
     target, number = f"{above}/{name}", 1
     while os.path.lexists(target):
         number += 1
@@ -190,7 +194,8 @@ def _write(layout: Layout, path: str, usable: Mapping[int, Sidecar]) -> int:
             connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", record)
             _pin(connection, layout, record)
         taken = [_NUMBER.fullmatch(name) for where in _places(layout) for name in _listed(where)]
-        highest = max((int(each[1]) for each in taken if each), default=0)
+        numbers = [int(each[1]) for each in taken if each]
+        highest = max((number for number in numbers if number < records.HIGHEST), default=0)
         connection.execute("DELETE FROM sqlite_sequence")
         connection.execute("INSERT INTO sqlite_sequence VALUES ('snapshots', ?)", (highest,))
         connection.execute("COMMIT")
@@ -229,13 +234,21 @@ def insert(connection: Connection, found: Sidecar) -> None:
 def _images(layout: Layout) -> list[ImageRecord]:
     try:
         listed = sidecars.read_images(layout.images)
-        found = [ImageRecord(**each) for each in listed]
+        found = {each.name: each for each in (ImageRecord(**each) for each in listed) if _is_valid(each)}
     except (errors.NotFound, errors.DataLoss, TypeError):
         return []
-    return [each for each in found if all(isinstance(value, kind) for value, kind in zip(each, _KINDS, strict=True))]
+    return list(found.values())
 
 
-_KINDS = (str, str, str, int, int, int)
+def _is_valid(record: ImageRecord) -> bool:
+    texts: tuple[object, ...] = record[:3]
+    numbers: tuple[object, ...] = record[3:]
+    if not all(map(sidecars.is_text, texts)):
+        return False
+    with contextlib.suppress(errors.OnlapError):
+        check_digest(record.digest)
+        return all(isinstance(number, int) and 0 <= number < 1 << 63 for number in numbers)
+    return False
 
 
 def _pin(connection: Connection, layout: Layout, record: ImageRecord) -> None:

@@ -8,6 +8,7 @@ drops that name from its cache or the overlay is mounted again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -15,10 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from onlap.catalog.disk.layout import QUARANTINE
-from onlap.syscalls.files import open_beneath, write_all
+from onlap.syscalls.files import RESOLVE_NO_XDEV, open_beneath, write_all
 from onlap.trees.manifest import Deviation, Entry
 from onlap.trees.meta import list_xattrs
-from onlap.trees.walk import NEW_FILE, OPEN_DIRECTORY, opened, path_of
+from onlap.trees.walk import NEW_FILE, OPEN_DIRECTORY, opened
 
 _CHUNK = 128 << 10
 # What is set without making the file again.
@@ -99,7 +100,7 @@ class Refill:
         """Restore what deviates and can be restored."""
         # What is wrong is kept; a file that only lacks its other names is restored as it is.
         found = list(deviations)
-        wrong = {each.path for each in found if each.what - {"links"}}
+        wrong = {each.path for each in found if not each.found or each.what - {"links"}}
         try:
             for each in found:
                 if each.path not in self.done:
@@ -113,17 +114,23 @@ class Refill:
         try:
             action()
         except OSError as error:
-            self.failed[path] = error.strerror or str(error)
+            self.failed[path] = said(error)
 
     def _restore(self, deviation: Deviation, wrong: set[str]) -> None:
         path, entry = deviation.path, deviation.expected
         if entry is None:
             self._remove_unknown(path)
-        elif deviation.found and deviation.what <= _ATTRIBUTES:
+        elif deviation.found and deviation.what <= _ATTRIBUTES and not self._has_other_names(entry):
             self._touched.add(path)
             self.done[path] = "attributes set back"
         else:
             self._replace(entry, wrong)
+
+    def _has_other_names(self, entry: Entry) -> bool:
+        """Whether a file may have names outside the tree, where its attributes are not ours to change."""
+        with _opened_parent(self._top, entry.path) as (fd, name):
+            there = os.lstat(name, dir_fd=fd)
+        return not stat.S_ISDIR(there.st_mode) and there.st_nlink > len(self._groups.get(entry.link, (entry,)))
 
     def _remove_unknown(self, path: str) -> None:
         above = path
@@ -214,7 +221,8 @@ class Refill:
 @contextlib.contextmanager
 def _opened_parent(top: int, path: str) -> Iterator[tuple[int, str]]:
     above, _, name = path.rpartition("/")
-    fd = open_beneath(above or ".", OPEN_DIRECTORY, dir_fd=top, resolve=0)
+    # What is mounted in the tree is not of the tree.
+    fd = open_beneath(above or ".", OPEN_DIRECTORY, dir_fd=top, resolve=RESOLVE_NO_XDEV)
     try:
         yield fd, name
     finally:
@@ -243,19 +251,36 @@ def _copied(source: int, target: int) -> tuple[int, str]:
 
 def set_attributes(dir_fd: int, name: str, entry: Entry) -> None:
     """Give a file the attributes that its manifest says, the times last; raises OSError."""
-    status = os.lstat(name, dir_fd=dir_fd)
-    path = path_of(dir_fd, name)
+    # By a descriptor: whatever takes its name meanwhile is not changed, and nothing that is mounted on it.
+    fd = open_beneath(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd, resolve=RESOLVE_NO_XDEV)
+    try:
+        _set_attributes(fd, entry)
+    finally:
+        os.close(fd)
+
+
+def _set_attributes(fd: int, entry: Entry) -> None:
+    status, path = os.fstat(fd), f"/proc/self/fd/{fd}"
+    if stat.S_IFMT(status.st_mode) != stat.S_IFMT(entry.mode):
+        raise OSError("another file took its place meanwhile")
     if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
-        os.chown(name, entry.uid, entry.gid, dir_fd=dir_fd, follow_symlinks=False)
+        os.chown(path, entry.uid, entry.gid)
     symlink = stat.S_ISLNK(entry.mode)
-    there = {key: os.getxattr(path, key, follow_symlinks=False) for key in list_xattrs(path)}
+    there = {key: os.getxattr(path, key) for key in list_xattrs(path, follow=True)}
     if there != entry.xattrs and os.geteuid() != 0 and not symlink:
-        os.chmod(name, 0o700, dir_fd=dir_fd)  # user.* takes permission to write (xattr(7))
+        os.chmod(path, 0o700)  # user.* takes permission to write (xattr(7))
     for key in there.keys() - entry.xattrs.keys():
-        os.removexattr(path, key, follow_symlinks=False)
+        os.removexattr(path, key)
     for key, value in entry.xattrs.items():
         if there.get(key) != value:
-            os.setxattr(path, key, value, follow_symlinks=False)
+            os.setxattr(path, key, value)
     if not symlink:
-        os.chmod(name, stat.S_IMODE(entry.mode), dir_fd=dir_fd)
-    os.utime(name, ns=(status.st_atime_ns, entry.mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+        os.chmod(path, stat.S_IMODE(entry.mode))
+    os.utime(path, ns=(status.st_atime_ns, entry.mtime_ns))
+
+
+def said(error: OSError) -> str:
+    """What an error of a repair says to the user."""
+    if error.errno == errno.EXDEV:
+        return "something is mounted there; unmount it first"
+    return error.strerror or str(error)

@@ -21,8 +21,8 @@ from onlap.catalog.disk.layout import ABOUT
 from onlap.catalog.records import COMMITTED, VIEW, Condition, Record
 from onlap.check.content import finding_of
 from onlap.check.findings import Finding
-from onlap.check.rebuild import adopt
-from onlap.check.refill import Aside, Refill
+from onlap.check.rebuild import adopt, set_aside
+from onlap.check.refill import Aside, Refill, said
 from onlap.check.sources import Fetch, Sources
 from onlap.check.structure import Structure
 from onlap.content.store import ContentStore
@@ -34,11 +34,11 @@ from onlap.locks import claim_directory, lock_directory
 from onlap.snapshots import exclusion
 from onlap.snapshots.contexts import prepared
 from onlap.snapshots.recorded import RecordedSnapshotter
-from onlap.syscalls.files import exists, is_directory
+from onlap.syscalls.files import RESOLVE_NO_XDEV, exists, is_directory, open_beneath
 from onlap.trees import manifest
 from onlap.trees.manifest import Entry
 from onlap.trees.remove import remove_at
-from onlap.trees.walk import opened
+from onlap.trees.walk import OPEN_DIRECTORY, opened
 
 _OF_TREES = {"tree-missing", "tree-quarantined"}
 _OF_FILES = {"file-missing", "file-changed", "file-unreadable", "file-unknown"}
@@ -280,7 +280,8 @@ class Repair:
             staged = self.catalog.staging.new()
             stack.callback(self.catalog.staging.discard, staged)
             above = stack.enter_context(opened(os.path.dirname(tree)))
-            top = stack.enter_context(opened("fs", dir_fd=above))
+            top = open_beneath("fs", OPEN_DIRECTORY, dir_fd=above, resolve=RESOLVE_NO_XDEV)
+            stack.callback(os.close, top)
             fd = stack.enter_context(opened(staged))
             refill = Refill(listed, top, Aside(above), fd, sources.candidates)
             for _ in range(2):
@@ -296,6 +297,7 @@ class Repair:
 
     def _whole(self, record: Record) -> str:
         """Make a tree again that is gone."""
+        self._make_way(record)
         if is_directory(self.layout.tree(record.id)):
             return "it is there"
         parent = self.snapshotter.parent(record)
@@ -325,6 +327,15 @@ class Repair:
                 self._note_again(record)
                 return f"unpacked again from {where}"
         return "not repaired: its blob is not here, or it was made from none"
+
+    def _make_way(self, record: Record) -> None:
+        """Keep what is where a tree should be and is no directory."""
+        snapshot, tree = self.layout.snapshot(record.id), self.layout.tree(record.id)
+        if exists(snapshot) and not is_directory(snapshot, follow=False):
+            set_aside(self.layout, str(record.id))
+        elif exists(tree) and not is_directory(tree, follow=False):
+            with opened(snapshot) as fd:
+                Aside(fd).take(fd, "fs", ".", move=True)
 
     def _place(self, record: Record, tree: str) -> None:
         self._sync()
@@ -429,4 +440,4 @@ def _is_of_layer(finding: Finding) -> bool:
 def _said(error: Exception) -> str:
     if isinstance(error, errors.OnlapError):
         return error.message
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return said(error) if isinstance(error, OSError) else str(error)

@@ -159,7 +159,8 @@ class Structure:
         return []
 
     def _snapshot(self, record: Record) -> Iterator[Finding]:
-        if not is_directory(self.layout.tree(record.id)):
+        places = (self.layout.snapshot(record.id), self.layout.tree(record.id))
+        if not all(is_directory(place, follow=False) for place in places):
             aside = is_directory(f"{self.layout.snapshot(record.id)}/{QUARANTINE}")
             yield Finding("tree-quarantined" if aside else "tree-missing", record.name)
             return

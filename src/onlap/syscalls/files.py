@@ -111,9 +111,9 @@ def exists(path: str) -> bool:
     return _mode(path, follow=False) is not None
 
 
-def is_directory(path: str) -> bool:
-    """Whether it is a directory, or a symlink to one; raises OSError when that cannot be told."""
-    mode = _mode(path)
+def is_directory(path: str, *, follow: bool = True) -> bool:
+    """Whether it is a directory, or, unless told otherwise, a symlink to one; raises OSError if that cannot be told."""
+    mode = _mode(path, follow=follow)
     return mode is not None and stat.S_ISDIR(mode)
 
 

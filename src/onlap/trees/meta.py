@@ -146,10 +146,10 @@ def read_xattrs(path: str | int, *, markers: bool = False) -> dict[str, bytes]:
     return found
 
 
-def list_xattrs(path: str | bytes | int) -> list[str]:
-    """The names of a file's extended attributes, without duplicates; a symlink is not followed."""
+def list_xattrs(path: str | bytes | int, *, follow: bool = False) -> list[str]:
+    """The names of a file's extended attributes, without duplicates; a symlink is followed only if that is asked."""
     try:
-        names = os.listxattr(path, follow_symlinks=isinstance(path, int))
+        names = os.listxattr(path, follow_symlinks=follow or isinstance(path, int))
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             return []

@@ -157,7 +157,7 @@ class Manifests:
         try:
             with open_file(path) as file:
                 return manifest.read(file, digest)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise errors.DataLoss(f"the manifest of snapshot {shown(record.name)} is gone", key=record.name) from error
         except OSError as error:
             raise errors.from_oserror(error, doing="read a manifest", key=record.name) from error

@@ -69,9 +69,18 @@ def read(path: str) -> Sidecar:
         DataLoss: it is damaged.
         OnlapError: of another kind, for what the filesystem says.
     """
-    with errors.translated("read a sidecar", key=path), open_file(path) as file:
-        data = file.read(_LARGEST)
-    return decode(data, path)
+    return decode(_content(path, "read a sidecar"), path)
+
+
+def _content(path: str, doing: str) -> bytes:
+    with errors.translated(doing, key=path):
+        try:
+            with open_file(path) as file:
+                return file.read(_LARGEST)
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENOTDIR):
+                return b""  # as damaged as can be
+            raise
 
 
 def decode(data: bytes, path: str) -> Sidecar:
@@ -91,8 +100,7 @@ def decode(data: bytes, path: str) -> Sidecar:
 
 def read_images(path: str) -> list[dict[str, Any]]:
     """The names of the images, as the file at a path says; raises as :func:`read`."""
-    with errors.translated("read the names of the images", key=path), open_file(path) as file:
-        data = file.read(_LARGEST)
+    data = _content(path, "read the names of the images")
     try:
         return [dict(each) for each in _unsealed(data)]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -132,11 +140,17 @@ def _is_valid(found: Sidecar) -> bool:
         (found.manifest, str | None),
     )
     return (
-        all(isinstance(text, str) for text in texts)
+        all(map(is_text, texts))
+        and 0 < found.id < records.HIGHEST
         and all(isinstance(number, int) and 0 <= number < 1 << 63 for number in numbers)
         and all(isinstance(value, kind) for value, kind in others)  # type: ignore[arg-type]
         and found.kind in (records.ACTIVE, records.VIEW, records.COMMITTED)
     )
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a string that a catalog can hold; JSON can have halves of a character (surrogates)."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 class Sidecars:
