@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 import onlap
-from kernel.test_repair import BIG, content, layer, root, store, template, tree
+from kernel.test_repair import BIG, content, layer, root, small_disk, store, template, tree
 from onlap import errors
 from onlap.check.rebuild import rebuild
 from onlap.store import Store
 
-__all__ = ["root", "store", "template"]
+__all__ = ["root", "small_disk", "store", "template"]
 
 
 @pytest.fixture
@@ -180,6 +180,21 @@ def test_rebuilt_from_bad_records(root: Path, what: str) -> None:
         store.commit("more", "new")
         assert store.check(deep=True).ok or what == "a number too large in the trash"
     assert "copy" in after or list((root / "unrecorded").glob("*/fs/d/same"))
+
+
+@pytest.mark.needs("mount")
+def test_rebuilt_on_a_full_disk(template: Path, small_disk: Path) -> None:
+    root = small_disk / "root"
+    subprocess.run(["cp", "-a", template, root], check=True)
+    (root / "catalog.db").write_bytes(b"damaged")
+    with (small_disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(errors.ResourceExhausted, match="free some space"):
+        rebuild(root)
+    assert (root / "catalog.db").read_bytes() == b"damaged"
+    (small_disk / "filler").unlink()
+    assert rebuild(root).unrecorded == ()
 
 
 def test_not_aside_through_a_symlink(root: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from onlap.catalog import pins, records
 from onlap.catalog.background import sidecars
 from onlap.catalog.background.sidecars import Sidecar
 from onlap.catalog.db import schema
+from onlap.catalog.db.writer import translated
 from onlap.catalog.disk.layout import UNRECORDED, Layout
 from onlap.catalog.records import COMMITTED
 from onlap.errors import shown
@@ -85,7 +86,10 @@ def rebuild(root: StrPath) -> Rebuilt:
         remove_at(place)  # what a killed one left
         os.mkdir(place, 0o700)
         made = f"{place}/catalog.db"
-        images = _write(layout, made, usable)
+        try:
+            images = _write(layout, made, usable)
+        except sqlite3.Error as error:
+            raise translated(error, made) from error
         kept = tuple(_keep_damaged(layout))
         os.rename(made, layout.database)
         with opened(layout.root) as fd:
