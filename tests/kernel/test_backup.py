@@ -67,6 +67,7 @@ def fill(top: Path) -> None:
     (top / "link").symlink_to(os.fsdecode(b"\xff to/" + b"x" * 200))
     os.mkfifo(top / "fifo")
     bind_socket(top)
+    os.link(top / "socket", top / "d" / "socket too")
     with (top / "holes").open("wb") as file:
         for offset in (4 << 20, 9 << 20):
             file.seek(offset)
@@ -253,6 +254,33 @@ def test_the_archive_is_a_tar_for_everyone(store: Store, root: Path) -> None:
     for each in ids:
         record = json.loads((root / "out" / "snapshots" / str(each) / "record").read_bytes())
         assert record["content"]["id"] == each
+
+
+def test_what_no_tar_can_hold(root: Path) -> None:
+    """Hard links of sockets, and xattrs with a "=" in their names, are in the manifest."""
+
+    def filled(top: Path) -> None:
+        bind_socket(top)
+        (top / "z").mkdir()
+        os.link(top / "socket", top / "z" / "too")
+        os.setxattr(top / "z", "user.a=b", b"1")
+        (top / "f").touch()
+        for name in ("user.=", "user.x"):
+            os.setxattr(top / "f", name, b"2")
+
+    with onlap.open(root / "root", snapshotter="native", sync="none") as store:
+        with store.build("base") as top:
+            filled(top)
+        done = store.backup(root / "backup.tar")
+        assert done.skipped == {}
+        assert onlap.restore(root / "backup.tar", root / "again") == done
+        assert trees(root / "again", {1}) == trees(root / "root", {1})
+        store.prepare("active")
+        with store.mounted("active") as top:
+            filled(top)
+        assert store.backup(root / "active.tar", active=True).skipped == {"socket": 2, "xattr": 2}
+    with onlap.open(root / "again", sync="none") as again:
+        assert again.check(deep=True).findings == ()
 
 
 def test_progress(store: Store, root: Path) -> None:
@@ -594,6 +622,7 @@ def _as(kind: bytes, link: str = "") -> Change:
     return apply
 
 
+OVERLAY = {"snapshotter": "overlay", "flavour": "trusted"}
 HEAD, RECORD, FILE = "backup.json", "snapshots/2/record", "snapshots/1/fs/d/f"
 ATTACKS: dict[str, tuple[str, Change]] = {
     "a path upwards": (FILE, _renamed("snapshots/1/fs/../../../../evil")),
@@ -622,6 +651,7 @@ ATTACKS: dict[str, tuple[str, Change]] = {
     "an id of 0": (HEAD, _json(lambda h: h.update(snapshots=[0]))),
     "an id that is too large": (HEAD, _json(lambda h: h.update(snapshots=[1 << 64]))),
     "an id above the sequence": (HEAD, _json(lambda h: h.update(sequence=0))),
+    "a sequence at its end": (HEAD, _json(lambda h: h.update(sequence=(1 << 63) - 1))),
     "an id twice": (HEAD, _json(lambda h: h.update(snapshots=[1, 1]))),
     "ids that are none": (HEAD, _json(lambda h: h.update(snapshots=["../../x"]))),
     "fewer snapshots": (HEAD, _json(lambda h: h["snapshots"].pop())),
@@ -629,6 +659,8 @@ ATTACKS: dict[str, tuple[str, Change]] = {
     "another user": (HEAD, _json(lambda h: h.update(user=os.geteuid() + 1))),
     "an unknown setting": (HEAD, _json(lambda h: h["settings"].update(x="y"))),
     "another snapshotter": (HEAD, _json(lambda h: h["settings"].update(snapshotter="memory"))),
+    "an overlay without a property": (HEAD, _json(lambda h: h.update(settings=OVERLAY))),
+    "an overlay's property in another": (HEAD, _json(lambda h: h["settings"].update(redirect_dir="on"))),
     "no settings": (HEAD, _json(lambda h: h.pop("settings"))),
     "a pin of nothing": (HEAD, _json(lambda h: h["pins"].append({"owner": "x", "snapshot": 9, "digest": None}))),
     "a blob that leads out": (
@@ -637,6 +669,7 @@ ATTACKS: dict[str, tuple[str, Change]] = {
     "a blob that is missing": (
         HEAD, _json(lambda h: h["pins"].append({"owner": "x", "snapshot": None, "digest": "sha256:" + "f" * 64})),
     ),
+    "an image that leads out": (HEAD, _json(lambda h: h["images"][0].update(digest="sha256:../../x"))),
     "an image that is none": (HEAD, _json(lambda h: h["images"].append({"name": "x"}))),
     "a fake end": (FILE, _renamed("end.json")),
     "another time": (HEAD, _json(lambda h: h.update(created_ns=1))),

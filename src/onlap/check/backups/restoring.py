@@ -54,6 +54,9 @@ _SETTINGS: Mapping[str, Callable[[str], bool]] = {
     "redirect_dir": ("on", "off").__contains__,
     "lost_up_to": lambda value: value.isascii() and value.isdigit() and len(value) < 19,
 }
+_OF_OVERLAYS = frozenset({"flavour", "redirect_dir"})
+# SQLite's numbers end at 1 << 63, and new ids follow the highest one.
+_END = 1 << 62
 
 
 def restore(source: StrPath | BinaryIO, root: StrPath, progress: Callback | None) -> Backup:
@@ -184,20 +187,21 @@ def _check_head(head: Head) -> None:
     texts: list[Any] = []
     for image in head.images:
         numbers += [image.size, image.created_ns, image.updated_ns]
-        texts += [image.name, image.digest, image.media_type]
+        texts += [image.name, image.media_type]
+        check_digest(image.digest)
     for pin in head.pins:
         texts.append(pin.owner)
         if (pin.snapshot is None) == (pin.digest is None) or (pin.snapshot is not None and pin.snapshot not in known):
             raise ValueError("a pin of nothing")
     for digest in head.blobs:
         check_digest(digest)
-    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+    if not all(type(number) is int and 0 <= number < _END for number in numbers):
         raise ValueError("a number out of range")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text that is none")
     if len(known) != len(head.snapshots) or not all(0 < each <= head.sequence for each in known):
         raise ValueError("an id out of range, or twice")
-    if (head.settings["snapshotter"] == "overlay") != ("flavour" in head.settings):
+    if len(_OF_OVERLAYS.intersection(head.settings)) != (2 if head.settings["snapshotter"] == "overlay" else 0):
         raise ValueError("a root of no kind")
     for key, value in head.settings.items():
         if key not in _SETTINGS or not _SETTINGS[key](value):

@@ -187,7 +187,7 @@ class Tree:
             raise self._damaged(wanted.path)
         self.files += 1
         with self._translated(entry.name):
-            return self._make(entry, path, wanted.link if wanted is not None else 0)
+            return self._make(entry, path, wanted)
 
     @contextlib.contextmanager
     def _translated(self, name: str) -> Iterator[None]:
@@ -202,16 +202,17 @@ class Tree:
                 raise
             raise bad(f"{shown(name)} cannot be made: {error}") from error
 
-    def _make(self, entry: tar.Entry, path: str, link: int) -> manifest.Entry:
+    def _make(self, entry: tar.Entry, path: str, wanted: manifest.Entry | None) -> manifest.Entry:
         if path == "." or not self._attributes:
             if path != "." or self._attributes:
                 raise bad(f"{shown(entry.name)} is not in its place")
-            top = self._described(entry, path, "", 0)
+            top = self._described(entry, path, "", wanted)
             self._attributes.append(top)
             self._archive.done("")
             return top
         name = self._go_to(path)
         here = self._descent.fd
+        link = wanted.link if wanted is not None else 0
         first = self._first_names.get(link) if link else None
         if entry.type == tar.HARDLINK:
             return self._hard_link(entry, path, name, first)
@@ -219,10 +220,10 @@ class Tree:
         if entry.type == tar.FILE:
             with opened_new(name, dir_fd=here) as fd:
                 digest = self._archive.content(fd)
-                found = self._described(entry, path, digest, link)
+                found = self._described(entry, path, digest, wanted)
                 _set_attributes(fd, found)
         else:
-            found = self._described(entry, path, "", link)
+            found = self._described(entry, path, "", wanted)
             if entry.type == tar.DIRECTORY:
                 os.mkdir(name, 0o700, dir_fd=here)
                 self._descent.enter(os.open(name, OPEN_DIRECTORY, dir_fd=here))
@@ -245,6 +246,15 @@ class Tree:
         target = entry.linkname.removeprefix(self._prefix)
         if target == entry.linkname:
             raise bad(f"{shown(entry.name)} is a link to elsewhere")
+        self._link(target, name)
+        found = self._described(entry, path, "", None)
+        self._archive.done("")
+        if first is not None and first.path == target and found.mode & 0o7777 == first.mode & 0o7777:
+            return first._replace(path=path)
+        return found
+
+    def _link(self, target: str, name: str) -> None:
+        """Give a file of the tree another name, in the current directory."""
         above, _, last = target.rpartition("/")
         with ExitStack() as stack:
             directory = self._top
@@ -252,11 +262,6 @@ class Tree:
                 directory = files.open_beneath(above, OPEN_DIRECTORY, dir_fd=self._top, resolve=files.RESOLVE_NO_XDEV)
                 stack.callback(os.close, directory)
             os.link(last, name, src_dir_fd=directory, dst_dir_fd=self._descent.fd, follow_symlinks=False)
-        found = self._described(entry, path, "", 0)
-        self._archive.done("")
-        if first is not None and first.path == target and found.mode & 0o7777 == first.mode & 0o7777:
-            return first._replace(path=path)
-        return found
 
     def _socket(self, wanted: manifest.Entry) -> None:
         self.files += 1
@@ -264,12 +269,19 @@ class Tree:
             name = self._go_to(wanted.path)
             first = self._first_names.get(wanted.link) if wanted.link else None
             if first is not None:
-                raise errors.Unimplemented(f"{shown(wanted.path)} is a hard link to a socket", key=wanted.path)
+                self._link(first.path, name)
+                return
             os.mknod(name, stat.S_IFSOCK | 0o600, dir_fd=self._descent.fd)
             _set_attributes(path_of(self._descent.fd, name), wanted)
+            if wanted.link:
+                self._first_names[wanted.link] = wanted
 
-    def _described(self, entry: tar.Entry, path: str, digest: str, link: int) -> manifest.Entry:
+    def _described(self, entry: tar.Entry, path: str, digest: str, wanted: manifest.Entry | None) -> manifest.Entry:
         kind = _MODES.get(entry.type, 0)
+        xattrs = dict(entry.xattrs or {})
+        if wanted is not None:
+            # Those that no tar holds are only in the manifest.
+            xattrs |= {name: value for name, value in wanted.xattrs.items() if not tar.holds_xattr(name)}
         return manifest.Entry(
             path,
             kind | entry.mode,
@@ -280,8 +292,8 @@ class Tree:
             digest,
             os.makedev(entry.devmajor, entry.devminor) if entry.type in (tar.CHAR, tar.BLOCK_DEVICE) else 0,
             entry.linkname if entry.type == tar.SYMLINK else "",
-            link,
-            entry.xattrs or {},
+            wanted.link if wanted is not None else 0,
+            xattrs,
         )
 
     def _go_to(self, path: str) -> str:

@@ -9,7 +9,8 @@
     content/blobs/sha256/<hex>        the pinned blobs
     end.json                          a digest of all entries before it (:class:`Seal`)
 
-So the archive has the layout of a root. A socket, which no archive can hold, is in the manifest only.
+So the archive has the layout of a root. What no archive can hold is in the manifest only: sockets, and xattrs with a
+"=" in their names.
 """
 
 from __future__ import annotations
@@ -292,8 +293,10 @@ class _Writer:
             entry.target,
             os.major(entry.rdev),
             os.minor(entry.rdev),
-            dict(entry.xattrs),
+            {name: value for name, value in entry.xattrs.items() if tar.holds_xattr(name)},
         )
+        if active and header.xattrs is not None and len(header.xattrs) < len(entry.xattrs):
+            self.skipped["xattr"] += 1  # otherwise the manifest has it
         if entry.link in first_names:
             header.linkname, digest = first_names[entry.link]
             header.type, header.size, header.stored, header.xattrs = tar.HARDLINK, 0, 0, None

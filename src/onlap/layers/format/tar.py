@@ -281,6 +281,11 @@ def format_record(key: str, value: bytes) -> bytes:
     return str(length).encode() + rest
 
 
+def holds_xattr(name: str) -> bool:
+    """Whether a pax record can hold an extended attribute: its key ends at the first "="."""
+    return bool(name) and "=" not in name and "\0" not in name
+
+
 def parse_time(text: bytes) -> int:
     """A pax time, ``"[-]SECONDS[.FRACTION]"``, as nanoseconds; digits beyond the ninth are dropped.
 

@@ -122,7 +122,7 @@ def encode(entry: Entry) -> bytes:
         # Go reads no pax record for them; the kernel's numbers, of 12 and 20 bits, fit.
         devices = _octal(entry.devmajor, 8, "major", None) + _octal(entry.devminor, 8, "minor", None)
     for xattr, value in (entry.xattrs or {}).items():
-        if "=" in xattr or not xattr or "\0" in xattr:
+        if not tar.holds_xattr(xattr):
             raise errors.InvalidArgument(
                 f"{shown(entry.name)} has an xattr whose name no tar archive can hold: {shown(xattr)}",
                 key=entry.name,
