@@ -162,6 +162,7 @@ STORE: dict[str, Call] = {
     "apply": active(lambda g, key: g.store.apply(key, io.BytesIO(g.layer))),
     "write_diff": active(lambda g, key: g.store.write_diff(key, io.BytesIO(), compression="gzip")),
     "squash": active(lambda g, key: g.store.squash(key, f"{key}-flat")),
+    "backup": call(lambda g, new: g.store.backup(g.directory / f"{new}.tar")),
 }
 
 SNAPSHOTTER: dict[str, Call] = {
