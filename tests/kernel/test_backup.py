@@ -661,6 +661,8 @@ ATTACKS: dict[str, tuple[str, Change]] = {
     "another snapshotter": (HEAD, _json(lambda h: h["settings"].update(snapshotter="memory"))),
     "an overlay without a property": (HEAD, _json(lambda h: h.update(settings=OVERLAY))),
     "an overlay's property in another": (HEAD, _json(lambda h: h["settings"].update(redirect_dir="on"))),
+    "a root of another kind": (HEAD, _json(lambda h: h.update(settings={**OVERLAY, "redirect_dir": "off"}))),
+    "a loss to come": (HEAD, _json(lambda h: h["settings"].update(lost_up_to="999"))),
     "no settings": (HEAD, _json(lambda h: h.pop("settings"))),
     "a pin of nothing": (HEAD, _json(lambda h: h["pins"].append({"owner": "x", "snapshot": 9, "digest": None}))),
     "a blob that leads out": (

@@ -141,8 +141,8 @@ def _is_valid(found: Sidecar) -> bool:
     )
     return (
         all(map(is_text, texts))
-        and 0 < found.id < records.HIGHEST
         and all(isinstance(number, int) and 0 <= number < 1 << 63 for number in numbers)
+        and 0 < found.id < records.HIGHEST
         and all(isinstance(value, kind) for value, kind in others)  # type: ignore[arg-type]
         and found.kind in (records.ACTIVE, records.VIEW, records.COMMITTED)
     )

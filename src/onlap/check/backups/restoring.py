@@ -47,16 +47,15 @@ from onlap.trees.walk import opened
 
 # What a restore moves up.
 _MOVED = OURS - {"lost+found", UNRECORDED}
+_LOST = "lost_up_to"
 # What a root may be (onlap.snapshots.properties); other settings are of a newer Onlap.
 _SETTINGS: Mapping[str, Callable[[str], bool]] = {
     "snapshotter": ("overlay", "native").__contains__,
     "flavour": ("trusted", "user").__contains__,
     "redirect_dir": ("on", "off").__contains__,
-    "lost_up_to": lambda value: value.isascii() and value.isdigit() and len(value) < 19,
+    _LOST: lambda value: value.isascii() and value.isdigit() and len(value) < 19,
 }
 _OF_OVERLAYS = frozenset({"flavour", "redirect_dir"})
-# SQLite's numbers end at 1 << 63, and new ids follow the highest one.
-_END = 1 << 62
 
 
 def restore(source: StrPath | BinaryIO, root: StrPath, progress: Callback | None) -> Backup:
@@ -195,7 +194,7 @@ def _check_head(head: Head) -> None:
             raise ValueError("a pin of nothing")
     for digest in head.blobs:
         check_digest(digest)
-    if not all(type(number) is int and 0 <= number < _END for number in numbers):
+    if not all(type(number) is int and 0 <= number < records.HIGHEST for number in numbers):
         raise ValueError("a number out of range")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text that is none")
@@ -206,6 +205,8 @@ def _check_head(head: Head) -> None:
     for key, value in head.settings.items():
         if key not in _SETTINGS or not _SETTINGS[key](value):
             raise ValueError(f"the setting {shown(key)} is not known")
+    if int(head.settings.get(_LOST, "0")) > head.sequence:
+        raise ValueError("snapshots to come are lost")
 
 
 def _parse_record(identifier: int, data: bytes) -> Sidecar:
@@ -219,7 +220,10 @@ def _parse_record(identifier: int, data: bytes) -> Sidecar:
     return found
 
 
-def _check_records(found: list[Sidecar]) -> None:
+def _check_records(found: list[Sidecar], head: Head) -> None:
+    settings = {key: value for key, value in head.settings.items() if key != _LOST}
+    if any(record.settings != settings for record in found):
+        raise bad("a record is of a root with other settings")
     if len({(record.owner, record.name) for record in found}) != len(found):
         raise bad("two snapshots have one name")
     for finding in chains({record.id: Row(record.name, record.kind, record.parent_id) for record in found}):
@@ -244,7 +248,7 @@ def _write(archive: Archive, head: Head, catalog: Catalog) -> int:
     """Write everything into a new root; returns the number of files in its trees."""
     data = {identifier: archive.document(f"snapshots/{identifier}/record") for identifier in head.snapshots}
     found = [_parse_record(identifier, each) for identifier, each in data.items()]
-    _check_records(found)
+    _check_records(found, head)
     count = 0
     for record in found:
         layout = catalog.layout
