@@ -70,7 +70,8 @@ def check(root: Path, models: Sequence[Model], promised: frozenset[str] | None, 
         model = _which(store, models)
         checks, damaged = _contents(store, model, promised, lost)
         report = store.check(deep=True)
-        wrong = [finding for finding in report.findings if finding.thing not in damaged]
+        # A removed tree may wait for the background, which has it just then; whether anything stays is asked below.
+        wrong = [each for each in report.findings if each.thing not in damaged and each.severity != "note"]
         assert wrong == [], wrong
         _go_on(store, model, lost | damaged, rng)
         _leave_nothing(store, model)

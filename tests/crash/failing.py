@@ -168,6 +168,8 @@ def _with(models: list[Model], name: str, snapshot: Snapshot) -> list[Model]:
 def _later(life: Life) -> int:
     """Make a layer after the failure: 1 when it could be prepared, 2 when it was committed as well."""
     acknowledged = 0
+    if not life.is_open:
+        return acknowledged  # what failed was to open it again
     try:
         life.store.prepare("key of later")
         acknowledged = 1

@@ -72,6 +72,11 @@ class Life:
         self.number: int = before.number if before is not None else 0  # of the last tree
 
     @property
+    def is_open(self) -> bool:
+        """Whether there is a store."""
+        return self._store is not None
+
+    @property
     def store(self) -> Store:
         assert self._store is not None
         return self._store
