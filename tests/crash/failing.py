@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
-import signal
-import traceback
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import capabilities
 from crash.campaign import Campaign
+from crash.children import BusError, in_child
 from crash.filesystems import states
 from crash.lives import Life, Model, Snapshot
 from crash.powerdisk import mark
@@ -22,42 +19,17 @@ from onlap.mounts.unmount import attempts
 T = TypeVar("T")
 
 
-class BusError(Exception):
-    """The kernel ended a program, since a page of a mapped file could not be made: SQLite maps its shared memory.
-
-    Btrfs does that on a disk that refuses writes (fs/btrfs/file.c, ``btrfs_page_mkwrite``), now and then.
-    """
-
-
 def apart(work: Callable[[], T]) -> T:
     """What `work` returns in a child with a mount namespace of its own, all of which has ended then.
 
     A filesystem that has failed cannot be left in order: what is open on it is dropped.
     """
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # there may be a thread of the test runner's
-        child = os.fork()
-    if not child:
-        try:
-            os.close(reader)
-            capabilities.enter_private_mount_namespace()
-            answer = pickle.dumps(work())
-            with open(writer, "wb", closefd=False) as pipe:
-                pipe.write(answer)
-        except BaseException:  # noqa: BLE001 - the parent sees it by what is missing
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if status and os.WTERMSIG(status) == signal.SIGBUS:
-        raise BusError
-    assert status == 0, f"the child ended with {os.waitstatus_to_exitcode(status)}"
-    assert answer, "the child failed; its traceback is above"
-    return pickle.loads(answer)  # type: ignore[no-any-return]
+
+    def inside() -> T:
+        capabilities.enter_private_mount_namespace()
+        return work()
+
+    return in_child(inside)
 
 
 class Outcome(NamedTuple):

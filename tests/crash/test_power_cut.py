@@ -9,11 +9,8 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import pickle
 import struct
 import subprocess
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +19,7 @@ import pytest
 
 import capabilities
 import onlap
+from crash.children import in_child
 from onlap import errors
 from onlap.catalog.records import Record
 from onlap.store import Store
@@ -88,25 +86,9 @@ def die(machine: Machine, flag: str, life: Callable[[], T]) -> T:
 
     A process of its own, since nothing that it has open on a dead filesystem could be closed in order.
     """
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # there may be a thread of the test runner's
-        child = os.fork()
-    if not child:
-        try:
-            os.write(writer, pickle.dumps(life()))
-            machine.cut(flag)
-        except BaseException:  # noqa: BLE001 - the parent sees it by what is missing
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    assert answer, "the child failed; its traceback is above"
+    answer = in_child(life, lambda: machine.cut(flag))
     machine.reboot()
-    return pickle.loads(answer)  # type: ignore[no-any-return]
+    return answer
 
 
 @pytest.mark.parametrize(

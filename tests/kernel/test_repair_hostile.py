@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import onlap
-from kernel.test_repair import BIG, content, layer, root, small_disk, store, template, tree
+from kernel.damage import BIG, content, layer, root, small_disk, store, template, tree
 from onlap import errors
 from onlap.check.rebuild import rebuild
 from onlap.store import Store
