@@ -497,8 +497,8 @@ class Store:
         A snapshot without such a manifest is counted as ``unlisted``, and :meth:`cleanup` can make it.
 
         A repair refills damaged layers file by file from where the same bytes are: the layer's blob, or another layer.
-        Others may use them meanwhile. It deletes nothing: what it takes out of a tree is in ``snapshots/<id>/damaged``.
-        What it finds meanwhile is among the findings.
+        Others may use them meanwhile. It deletes nothing: what it takes out of a tree is kept in
+        ``snapshots/<id>/about/damaged``. What it finds meanwhile is among the findings.
 
         Args:
             deep: read all content.

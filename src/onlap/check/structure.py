@@ -1,4 +1,7 @@
-"""Whether records, trees, pins, mounts and images fit together. Nothing is written, and no file is read but records."""
+"""Whether records, trees, pins, mounts and images fit together.
+
+Nothing is written, and nothing is read but the catalog, the sidecars and the documents of the images.
+"""
 
 from __future__ import annotations
 

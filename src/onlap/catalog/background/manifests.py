@@ -4,7 +4,7 @@
 
     ROOT/snapshots/<id>/about/manifest   see onlap.trees.manifest; its digest is in the catalog
 
-What a process does not get done, the next one does, or ``cleanup``.
+What a process does not get done, the next one does, or ``cleanup --manifests``.
 """
 
 from __future__ import annotations

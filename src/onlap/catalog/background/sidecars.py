@@ -3,7 +3,7 @@
 ::
 
     ROOT/snapshots/<id>/about/record   JSON; its time of modification is the record's ``updated_ns``
-    ROOT/content/images.json     the names of the images
+    ROOT/content/images.json           the names of the images
 
 They are written after a record has changed: in the background, when a root is closed, and by ``cleanup``. None of them
 is needed as long as there is a catalog, so no caller waits for one.

@@ -15,7 +15,8 @@ class Backup(NamedTuple):
         blobs: how many.
         files: of all snapshots, with directories and links.
         size: bytes of the archive, as it was written or read.
-        skipped: how many files of active snapshots could not be kept, by kind: ``socket``, ``vanished``.
+        skipped: what of active snapshots could not be kept, how often, by kind: ``socket``, ``vanished`` (a file that
+            was removed while it was read), ``xattr`` (files with an xattr that no tar holds).
     """
 
     snapshots: int

@@ -26,8 +26,8 @@ def check_arguments(parser: Parser) -> None:
         "read every file of the committed snapshots, and every blob. One line per finding; the status is 1 when\n"
         "something is wrong. A deep check that was cut short says how to continue it. Nothing is changed without\n"
         "--repair. Damaged files then come from the layer's blob or another layer, while programs use the tree. What\n"
-        "is taken out of a tree is kept in snapshots/ID/damaged. A catalog that cannot be opened is rebuilt from the\n"
-        "records beside the trees. The status is 1 when something remains.",
+        "is taken out of a tree is kept in snapshots/ID/about/damaged. A catalog that cannot be opened is rebuilt\n"
+        "from the records beside the trees. With --repair the status is 1 when something remains.",
         "onlap check",
         "onlap check --deep --rate 50M --max-duration 600",
         "onlap check --deep --repair --from-registry",
