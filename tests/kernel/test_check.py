@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import onlap
+from kernel.damage import flip
 from onlap import errors
 from onlap.catalog.records import Record
 from onlap.check.findings import KINDS, Finding
@@ -112,16 +113,6 @@ def blob(root: Path) -> Path:
     return max((root / "content" / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
 
 
-def _flip(path: Path) -> None:
-    """Change a byte, and nothing that stat shows."""
-    status = path.stat()
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    with path.open("r+b") as file:
-        file.write(data)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 def _empty(path: Path) -> None:
     """As a power cut leaves a file that was never synced: its time is right."""
     status = path.stat()
@@ -168,7 +159,7 @@ STRUCTURE: dict[str, tuple[Damage, set[tuple[str, str]]]] = {
         {("sidecar-missing", "base")},
     ),
     "a record's copy is damaged": (
-        lambda root: _flip(tree(root, "base").parent / "about" / "record"),
+        lambda root: flip(tree(root, "base").parent / "about" / "record"),
         {("sidecar-damaged", "base")},
     ),
     "a manifest is gone": (
@@ -201,7 +192,7 @@ def test_the_structure(root: Path, name: str) -> None:
 
 
 CONTENT: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "a bit": (lambda top: _flip(top / "d" / "f"), "file-changed", "d/f"),
+    "a bit": (lambda top: flip(top / "d" / "f"), "file-changed", "d/f"),
     "zeroed": (lambda top: (top / "d" / "f").write_bytes(bytes(100_000)), "file-changed", "d/f"),
     "zero length": (lambda top: os.truncate(top / "d" / "f", 0), "file-changed", "d/f"),
     "gone": (lambda top: (top / "d" / "f").unlink(), "file-missing", "d/f"),
@@ -229,13 +220,13 @@ def test_the_content(root: Path, name: str) -> None:
 
 
 def test_a_blob(root: Path) -> None:
-    _flip(blob(root))
+    flip(blob(root))
     assert kinds(root) == {}
     assert list(kinds(root, deep=True)) == [("blob-damaged", f"sha256:{blob(root).name}")]
 
 
 def test_a_manifest(root: Path) -> None:
-    _flip(tree(root, "base").parent / "about" / "manifest")
+    flip(tree(root, "base").parent / "about" / "manifest")
     assert kinds(root) == {}
     assert list(kinds(root, deep=True)) == [("manifest-damaged", "base")]
 
@@ -259,7 +250,7 @@ def test_a_snapshot_without_a_manifest(root: Path) -> None:
 
 def test_a_check_that_is_cut_short_goes_on(root: Path) -> None:
     for path in (tree(root, "base") / "d" / "f", tree(root, "next") / "d" / "new", blob(root)):
-        _flip(path)
+        flip(path)
     seen: list[onlap.Finding] = []
     parts = 0
     after: str | None = None
@@ -291,7 +282,7 @@ def test_what_cannot_be_a_limit(root: Path) -> None:
 def test_an_image_whose_documents_are_damaged(root: Path) -> None:
     with onlap.open(root) as store:
         digest = store.images.get("x:1").config_digest
-    _flip(root / "content" / "blobs" / "sha256" / digest.removeprefix("sha256:"))
+    flip(root / "content" / "blobs" / "sha256" / digest.removeprefix("sha256:"))
     assert list(kinds(root)) == [("image-damaged", IMAGE)]
 
 
@@ -432,7 +423,7 @@ def onlap_command(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_the_command(root: Path) -> None:
     done = onlap_command(root, "check")
     assert (done.returncode, done.stdout, done.stderr) == (0, "checked 7 snapshots: nothing found\n", "")
-    _flip(tree(root, "base") / "d" / "f")
+    flip(tree(root, "base") / "d" / "f")
     assert onlap_command(root, "check").returncode == 0
     done = onlap_command(root, "check", "--deep", "--rate", "1G")
     first, *_, last = done.stdout.splitlines()
