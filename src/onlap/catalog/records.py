@@ -195,6 +195,12 @@ def next_id(connection: Connection, floor: int) -> int:
     return max(int(row[0]) if row else 0, floor) + 1
 
 
+def set_highest_id(connection: Connection, highest: int) -> None:
+    """Let the ids of new snapshots be higher than this one, since none is ever used again."""
+    connection.execute("DELETE FROM sqlite_sequence WHERE name = 'snapshots'")
+    connection.execute("INSERT INTO sqlite_sequence VALUES ('snapshots', ?)", (highest,))
+
+
 def is_committed(connection: Connection, record: Record) -> bool:
     """Whether a record that was committed when it was read is unchanged; looked up by its id, which is quick."""
     row = connection.execute("SELECT owner, name, kind FROM snapshots WHERE id = ?", (record.id,)).fetchone()

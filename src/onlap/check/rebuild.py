@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import sqlite3
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from sqlite3 import Connection
 from typing import NamedTuple
@@ -24,9 +23,10 @@ from onlap.catalog.background import sidecars
 from onlap.catalog.background.sidecars import Sidecar
 from onlap.catalog.db import schema
 from onlap.catalog.db.writer import translated
-from onlap.catalog.disk.layout import UNRECORDED, Layout
+from onlap.catalog.disk.layout import UNRECORDED, Layout, dated_name
 from onlap.catalog.records import COMMITTED
 from onlap.errors import shown
+from onlap.images import records as image_records
 from onlap.images.index import Image, image_of
 from onlap.images.records import LABEL_LAYER, ImageRecord, pin_owner
 from onlap.images.spec import model
@@ -118,10 +118,7 @@ def _alone(layout: Layout) -> Iterator[None]:
 
 
 def _numbers(directory: str) -> list[str]:
-    try:
-        return sorted((name for name in os.listdir(directory) if name.isdecimal()), key=int)
-    except FileNotFoundError:
-        return []
+    return sorted((name for name in _listed(directory) if name.isdecimal()), key=int)
 
 
 def _usable(layout: Layout) -> dict[int, Sidecar]:
@@ -175,7 +172,7 @@ def set_aside(layout: Layout, name: str) -> None:
 
 def _keep_damaged(layout: Layout) -> Iterator[str]:
     # The log last: a catalog without its log would open, without what is only there.
-    suffix = f".damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
+    suffix = f".damaged-{dated_name()}"
     for end in ("", "-wal", "-shm", "-journal"):
         if os.path.lexists(layout.database + end):
             os.rename(layout.database + end, layout.database + suffix + end)
@@ -195,13 +192,12 @@ def _write(layout: Layout, path: str, usable: Mapping[int, Sidecar]) -> int:
             insert(connection, each)
         images = _images(layout)
         for record in images:
-            connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", record)
+            image_records.insert(connection, record)
             _pin(connection, layout, record)
         taken = [_NUMBER.fullmatch(name) for where in _places(layout) for name in _listed(where)]
         numbers = [int(each[1]) for each in taken if each]
         highest = max((number for number in numbers if number < records.HIGHEST), default=0)
-        connection.execute("DELETE FROM sqlite_sequence")
-        connection.execute("INSERT INTO sqlite_sequence VALUES ('snapshots', ?)", (highest,))
+        records.set_highest_id(connection, highest)
         connection.execute("COMMIT")
     return len(images)
 
@@ -261,7 +257,7 @@ def _pin(connection: Connection, layout: Layout, record: ImageRecord) -> None:
     try:
         image = _image(layout, record)
     except errors.OnlapError:
-        blobs: Iterable[str] = {record.digest, *(f"sha256:{name}" for name in _listed(_blobs(layout)))}
+        blobs: Iterable[str] = {record.digest, *(f"sha256:{name}" for name in _listed(layout.blobs))}
     else:
         blobs = image.blobs
         top = records.find(connection, "", image.chain_ids[-1]) if image.chain_ids else None
@@ -269,10 +265,6 @@ def _pin(connection: Connection, layout: Layout, record: ImageRecord) -> None:
             pins.pin(connection, owner, snapshot=top.id)
     for digest in blobs:
         pins.pin(connection, owner, digest=digest)
-
-
-def _blobs(layout: Layout) -> str:
-    return f"{layout.content}/blobs/sha256"
 
 
 def _image(layout: Layout, record: ImageRecord) -> Image:
@@ -287,7 +279,7 @@ def _image(layout: Layout, record: ImageRecord) -> Image:
 def _document(layout: Layout, digest: str) -> bytes:
     with (
         errors.translated("read a document", key=digest),
-        open(f"{_blobs(layout)}/{check_digest(digest)}", "rb") as file,
+        open(f"{layout.blobs}/{check_digest(digest)}", "rb") as file,
     ):
         data = file.read(model.MAX_MANIFEST + model.MAX_CONFIG)
     if digest_of(data) != digest:

@@ -12,10 +12,9 @@ import errno
 import hashlib
 import os
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
 
-from onlap.catalog.disk.layout import QUARANTINE
+from onlap.catalog.disk.layout import QUARANTINE, dated_name
 from onlap.syscalls.files import RESOLVE_NO_XDEV, open_beneath, write_all
 from onlap.trees.manifest import Deviation, Entry
 from onlap.trees.meta import list_xattrs
@@ -38,7 +37,7 @@ class Aside:
 
     def __init__(self, snapshot: int) -> None:
         self._snapshot = snapshot
-        self.name = f"{QUARANTINE}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
+        self.name = f"{QUARANTINE}/{dated_name()}"
 
     def take(self, dir_fd: int, name: str, path: str, *, move: bool) -> None:
         """Keep a file, by a second name or by its only one; raises OSError.

@@ -20,6 +20,7 @@ from onlap.snapshots.contexts import prepared
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.files import is_directory
 from onlap.trees.manifest import Entry
+from onlap.trees.walk import opened
 
 # Places of one content that are tried: each is read, and the first that is whole is taken.
 _ENOUGH = 8
@@ -131,8 +132,7 @@ class Sources:
 def _open(where: str, tree: str, path: str) -> Iterator[tuple[str, int]]:
     with ExitStack() as stack:
         try:
-            top = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            stack.callback(os.close, top)
+            top = stack.enter_context(opened(tree))
             fd = open_file(top, path)
             stack.callback(os.close, fd)
             if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -48,7 +48,7 @@ class ContentStore:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._blobs = f"{catalog.layout.content}/blobs/sha256"
+        self._blobs = catalog.layout.blobs
         self._ingest = f"{catalog.layout.content}/ingest"
 
     # Reading

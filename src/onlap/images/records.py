@@ -139,6 +139,15 @@ def put(
         pins.pin(connection, owner, snapshot=snapshot)
 
 
+def insert(connection: Connection, record: ImageRecord) -> None:
+    """Make the record of an image again, without its pins.
+
+    Raises:
+        sqlite3.IntegrityError: its name is taken.
+    """
+    connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", record)
+
+
 def delete(connection: Connection, name: str) -> None:
     """Delete the record of an image, by its full name, and its pins."""
     connection.execute("DELETE FROM images WHERE name = ?", (name,))

@@ -21,8 +21,8 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def opened(path: str, flags: int = OPEN_DIRECTORY, *, dir_fd: int | None = None) -> Iterator[int]:
-    """Open a directory, or a file with other flags, for the duration of a block; raises OSError."""
-    fd = os.open(path, flags, dir_fd=dir_fd)
+    """Open a directory, or a file with other flags, for the duration of a block; a new one is 0600. Raises OSError."""
+    fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
     try:
         yield fd
     finally:

@@ -29,6 +29,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 
 from onlap import errors
 from onlap.arguments import check_path
@@ -55,6 +56,11 @@ ABOUT = "about"
 QUARANTINE = f"{ABOUT}/damaged"
 # Trees that no usable record belonged to when the catalog was rebuilt; no cleanup comes there.
 UNRECORDED = "unrecorded"
+
+
+def dated_name() -> str:
+    """A name that nothing has yet: the present time (UTC), and a random number."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
 
 
 class Layout:
@@ -101,6 +107,11 @@ class Layout:
     def manifest(self, identifier: int) -> str:
         """What a committed snapshot's layer holds."""
         return f"{self.snapshots}/{identifier}/{ABOUT}/manifest"
+
+    @property
+    def blobs(self) -> str:
+        """Where the blobs of images are, each by its digest in hexadecimal."""
+        return f"{self.content}/blobs/sha256"
 
     @property
     def images(self) -> str:

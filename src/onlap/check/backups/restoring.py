@@ -25,11 +25,12 @@ from onlap.catalog.disk.layout import ABOUT, OURS, UNRECORDED, Layout
 from onlap.catalog.pins import Pin
 from onlap.catalog.records import ACTIVE, COMMITTED
 from onlap.check.backups.summary import Backup
-from onlap.check.backups.unpacking import Archive, Tree, bad, opened_new
+from onlap.check.backups.unpacking import Archive, Tree, bad_backup
 from onlap.check.backups.writing import BLOBS, FORMAT, HEAD, Head
 from onlap.check.rebuild import insert
 from onlap.check.structure import Row, chains
 from onlap.errors import shown
+from onlap.images import records as images
 from onlap.images.records import ImageRecord
 from onlap.layers.format.reader import TarReader
 from onlap.layers.stream.digests import PREFIX, check_digest
@@ -43,7 +44,7 @@ from onlap.syscalls import files
 from onlap.syscalls.files import exists
 from onlap.trees import manifest
 from onlap.trees.remove import remove_at
-from onlap.trees.walk import opened
+from onlap.trees.walk import NEW_FILE, opened
 
 # What a restore moves up.
 _MOVED = OURS - {"lost+found", UNRECORDED}
@@ -175,7 +176,7 @@ def _parse_head(data: bytes) -> Head:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, errors.OnlapError):
             raise
-        raise bad(f"{HEAD}: {error}") from error
+        raise bad_backup(f"{HEAD}: {error}") from error
     return head
 
 
@@ -214,20 +215,20 @@ def _parse_record(identifier: int, data: bytes) -> Sidecar:
     try:
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise bad(f"the record of snapshot {identifier} is not UTF-8") from error
+        raise bad_backup(f"the record of snapshot {identifier} is not UTF-8") from error
     if found.id != identifier or type(found.id) is not int or (found.manifest is None) != (found.kind != COMMITTED):
-        raise bad(f"the record of snapshot {identifier} is another's")
+        raise bad_backup(f"the record of snapshot {identifier} is another's")
     return found
 
 
 def _check_records(found: list[Sidecar], head: Head) -> None:
     settings = {key: value for key, value in head.settings.items() if key != _LOST}
     if any(record.settings != settings for record in found):
-        raise bad("a record is of a root with other settings")
+        raise bad_backup("a record is of a root with other settings")
     if len({(record.owner, record.name) for record in found}) != len(found):
-        raise bad("two snapshots have one name")
+        raise bad_backup("two snapshots have one name")
     for finding in chains({record.id: Row(record.name, record.kind, record.parent_id) for record in found}):
-        raise bad(str(finding))
+        raise bad_backup(str(finding))
 
 
 def _fill(connection: Connection, head: Head, found: list[Sidecar]) -> None:
@@ -236,12 +237,11 @@ def _fill(connection: Connection, head: Head, found: list[Sidecar]) -> None:
         records.put_setting(connection, key, value)
     for record in found:
         insert(connection, record)
-    connection.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", head.images)
+    for image in head.images:
+        images.insert(connection, image)
     for pin in head.pins:
         pins.pin(connection, pin.owner, snapshot=pin.snapshot, digest=pin.digest)
-    # Ids are never used again.
-    connection.execute("DELETE FROM sqlite_sequence WHERE name = 'snapshots'")
-    connection.execute("INSERT INTO sqlite_sequence VALUES ('snapshots', ?)", (head.sequence,))
+    records.set_highest_id(connection, head.sequence)
 
 
 def _write(archive: Archive, head: Head, catalog: Catalog) -> int:
@@ -255,7 +255,7 @@ def _write(archive: Archive, head: Head, catalog: Catalog) -> int:
         # The tree is last: a native one is compared by files that are newer than the directory above.
         os.mkdir(layout.snapshot(record.id), 0o700)
         os.mkdir(f"{layout.snapshot(record.id)}/{ABOUT}", 0o700)
-        with opened_new(layout.record(record.id)) as fd:
+        with opened(layout.record(record.id), NEW_FILE) as fd:
             files.write_all(fd, data[record.id])
             os.utime(fd, ns=(record.updated_ns, record.updated_ns))
         if record.manifest is not None:

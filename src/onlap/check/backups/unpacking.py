@@ -22,7 +22,7 @@ from onlap.layers.format import tar
 from onlap.layers.format.reader import TarReader
 from onlap.syscalls import files
 from onlap.trees import manifest
-from onlap.trees.walk import NEW_FILE, OPEN_DIRECTORY, Descent, path_of
+from onlap.trees.walk import NEW_FILE, OPEN_DIRECTORY, Descent, opened, path_of
 
 # Bytes of all records, which are read into memory; those of a million snapshots have less.
 _LARGEST = 1 << 30
@@ -49,7 +49,7 @@ class Archive:
         if entry is None:
             raise errors.DataLoss(f"the backup ends before {shown(name)}", key=name, hint="make another backup")
         if entry.name != name or entry.type != tar.FILE:
-            raise bad(f"it has {shown(entry.name)} in place of {shown(name)}")
+            raise bad_backup(f"it has {shown(entry.name)} in place of {shown(name)}")
         return entry
 
     def document(self, name: str) -> bytes:
@@ -57,7 +57,7 @@ class Archive:
         entry = self.require(name)
         self._documents += entry.size
         if self._documents > _LARGEST or entry.sparse is not None:
-            raise bad(f"{shown(name)} is too large")
+            raise bad_backup(f"{shown(name)} is too large")
         data = b"".join(map(bytes, iter(self._reader.piece, b"")))
         self.done(hashlib.sha256(data).hexdigest())
         return data
@@ -86,7 +86,7 @@ class Archive:
     def file(self, name: str, path: str) -> str:
         """Write the current entry, which must be a file of this name, to a new file; returns its digest."""
         self.require(name)
-        with opened_new(path) as fd:
+        with opened(path, NEW_FILE) as fd:
             digest = self.content(fd)
         self.done(digest)
         return digest
@@ -103,23 +103,14 @@ class Archive:
         if self.document(END) != expected:
             raise errors.DataLoss("the backup is damaged: its digest is another", hint="make another backup")
         if self.entry is not None:
-            raise bad(f"it goes on with {shown(self.entry.name)}")
+            raise bad_backup(f"it goes on with {shown(self.entry.name)}")
         self._reader.drain()
         if not self._reader.marked_end:
             raise errors.DataLoss("the backup has no end marker", hint="make another backup")
 
 
-@contextlib.contextmanager
-def opened_new(path: str, *, dir_fd: int | None = None) -> Iterator[int]:
-    """A new file, 0600; raises OSError."""
-    fd = os.open(path, NEW_FILE, 0o600, dir_fd=dir_fd)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def bad(message: str) -> errors.InvalidArgument:
+def bad_backup(message: str) -> errors.InvalidArgument:
+    """The error for an archive that Onlap cannot have written."""
     return errors.InvalidArgument(f"this is not a backup of Onlap: {message}")
 
 
@@ -168,7 +159,7 @@ class Tree:
 
     def _finish(self) -> None:
         if not self._attributes:
-            raise bad(f"{self._prefix} is missing")
+            raise bad_backup(f"{self._prefix} is missing")
         while self._here:
             self._leave()
         _set_attributes(self._top, self._attributes.pop())
@@ -181,7 +172,7 @@ class Tree:
         """Write the current entry; returns what it is, with the number of its other names from the manifest."""
         path = entry.name.removeprefix(self._prefix)
         if (entry.type == tar.DIRECTORY) != (path == "" or path.endswith("/")):
-            raise bad(f"{shown(entry.name)} is of the wrong type")
+            raise bad_backup(f"{shown(entry.name)} is of the wrong type")
         path = path.removesuffix("/") or "."
         if wanted is not None and (wanted.path != path or wanted.size != entry.size != 0):
             raise self._damaged(wanted.path)
@@ -195,17 +186,17 @@ class Tree:
             yield
         except OSError as error:
             if error.errno in _IMPOSSIBLE:  # in a directory that nobody else can reach
-                raise bad(f"{shown(name)}: {error.strerror}") from error
+                raise bad_backup(f"{shown(name)}: {error.strerror}") from error
             raise errors.from_oserror(error, doing="restore", key=name) from error
         except ValueError as error:  # an embedded NUL
             if isinstance(error, errors.OnlapError):
                 raise
-            raise bad(f"{shown(name)} cannot be made: {error}") from error
+            raise bad_backup(f"{shown(name)} cannot be made: {error}") from error
 
     def _make(self, entry: tar.Entry, path: str, wanted: manifest.Entry | None) -> manifest.Entry:
         if path == "." or not self._attributes:
             if path != "." or self._attributes:
-                raise bad(f"{shown(entry.name)} is not in its place")
+                raise bad_backup(f"{shown(entry.name)} is not in its place")
             top = self._described(entry, path, "", wanted)
             self._attributes.append(top)
             self._archive.done("")
@@ -218,7 +209,7 @@ class Tree:
             return self._hard_link(entry, path, name, first)
         digest = ""
         if entry.type == tar.FILE:
-            with opened_new(name, dir_fd=here) as fd:
+            with opened(name, NEW_FILE, dir_fd=here) as fd:
                 digest = self._archive.content(fd)
                 found = self._described(entry, path, digest, wanted)
                 _set_attributes(fd, found)
@@ -245,7 +236,7 @@ class Tree:
     def _hard_link(self, entry: tar.Entry, path: str, name: str, first: manifest.Entry | None) -> manifest.Entry:
         target = entry.linkname.removeprefix(self._prefix)
         if target == entry.linkname:
-            raise bad(f"{shown(entry.name)} is a link to elsewhere")
+            raise bad_backup(f"{shown(entry.name)} is a link to elsewhere")
         self._link(target, name)
         found = self._described(entry, path, "", None)
         self._archive.done("")
@@ -302,7 +293,7 @@ class Tree:
         while self._here and self._here != above:
             self._leave()
         if self._here != above or name in ("", ".", "..") or not self._attributes:
-            raise bad(f"{shown(self._prefix + path)} is not in its place")
+            raise bad_backup(f"{shown(self._prefix + path)} is not in its place")
         return name
 
     def _leave(self) -> None:
