@@ -334,7 +334,7 @@ def test_what_changes_while_it_is_looked_at(root: Path, tmp_path: Path, monkeypa
     """Committed, removed and pinned between two looks: nothing of it is damage."""
     made = Made(layer(c="3"))
     layout = made.write_layout(tmp_path / "another")
-    snapshot, image = Structure._snapshot, Index.get
+    snapshot, image = Structure._findings_of, Index.get
 
     with onlap.open(root) as store, onlap.open(root) as other:
         meanwhile: dict[str, Callable[[], object]] = {
@@ -354,7 +354,7 @@ def test_what_changes_while_it_is_looked_at(root: Path, tmp_path: Path, monkeypa
                 other.images.remove(name)
             return found
 
-        monkeypatch.setattr(Structure, "_snapshot", late)
+        monkeypatch.setattr(Structure, "_findings_of", late)
         monkeypatch.setattr(Index, "get", got)
         found = store.check().findings
     assert not meanwhile

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from onlap import errors
 from onlap.arguments import check_number
 from onlap.check.content import Content
-from onlap.check.findings import Finding, Report
+from onlap.check.findings import Finding, Report, identity
 from onlap.check.structure import Structure
 from onlap.content.store import ContentStore
 from onlap.progress import Callback
@@ -46,8 +46,8 @@ class Check:
                 check_number(value, name)
                 if value <= 0:
                     raise errors.InvalidArgument(f"the {name} is {value}", hint="it must be more than 0")
-        self._goes_on = after is not None
-        self._deep = deep or self._goes_on
+        self._continues = after is not None
+        self._deep = deep or self._continues
         self._structure = Structure(snapshotter, content)
         self._content = Content(
             snapshotter, content, after=after, max_duration=max_duration, rate=rate, progress=progress
@@ -59,17 +59,17 @@ class Check:
         Raises:
             OnlapError: something cannot be looked at.
         """
-        if not self._goes_on:
+        if not self._continues:
             yield from self._structure.findings()
         if self._deep:
             yield from self._content.findings()
 
     def repaired(self, findings: tuple[Finding, ...], left: tuple[Finding, ...]) -> Report:
         """The same after a repair that left some of it."""
-        still, known = {each[:3] for each in left}, {each[:3] for each in findings}
+        still, known = {identity(each) for each in left}, {identity(each) for each in findings}
         # What the repair itself leaves for the background is no finding.
-        new = tuple(each for each in left if each[:3] not in known and each.severity != "note")
-        return self.report(findings + new, tuple(each for each in findings if each[:3] not in still))
+        new = tuple(each for each in left if identity(each) not in known and each.severity != "note")
+        return self.report(findings + new, tuple(each for each in findings if identity(each) not in still))
 
     def report(self, findings: tuple[Finding, ...], repaired: tuple[Finding, ...] = ()) -> Report:
         """What was found, with what was looked at."""

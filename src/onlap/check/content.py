@@ -72,10 +72,10 @@ class Content:
         Raises:
             OnlapError: the catalog cannot be read.
         """
-        over = False
+        is_over = False
         if not self._last_blob:
-            over = yield from self._snapshots()
-        if not over:
+            is_over = yield from self._snapshots()
+        if not is_over:
             yield from self._blobs()
         self._report.finish(self.size)
 
@@ -87,6 +87,7 @@ class Content:
         return True
 
     def _spend(self, size: int) -> None:
+        """Count a chunk that was read, or with 0 a file; wait where that is too fast."""
         if not size:
             self.files += 1
             self._pace(FILE_COST)

@@ -111,6 +111,11 @@ class Finding(NamedTuple):
         return f"{self.kind}: {self.place}: {self.explanation}{detail}"
 
 
+def identity(finding: Finding) -> tuple[str, str, str | None]:
+    """What is the same of a finding in two checks: all but the detail, which may have other words the second time."""
+    return finding.kind, finding.thing, finding.path
+
+
 class Report(NamedTuple):
     """What a check found.
 

@@ -81,7 +81,7 @@ def rebuild(root: StrPath) -> Rebuilt:
                 hint="restore catalog.db from a backup; the trees are whole in snapshots/<id>/fs",
             )
         for name in strangers:
-            set_aside(layout, name)
+            move_to_unrecorded(layout, name)
         place = f"{layout.staging}/rebuild"
         remove_at(place)  # what a killed one left
         os.mkdir(place, 0o700)
@@ -156,7 +156,7 @@ def _has_parent(sidecar: Sidecar, found: Mapping[int, Sidecar]) -> bool:
     return True
 
 
-def set_aside(layout: Layout, name: str) -> None:
+def move_to_unrecorded(layout: Layout, name: str) -> None:
     """Move a directory of a snapshot to where no cleanup comes; raises OSError."""
     above = f"{layout.root}/{UNRECORDED}"
     with contextlib.suppress(FileExistsError):

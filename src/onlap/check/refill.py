@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
+from onlap import errors
 from onlap.catalog.disk.layout import QUARANTINE, dated_name
 from onlap.syscalls.files import RESOLVE_NO_XDEV, open_beneath, write_all
 from onlap.trees.manifest import Deviation, Entry
@@ -107,7 +108,7 @@ class Refill:
         finally:
             # The deepest first: to set what is in a directory changes its time.
             for path in sorted(self._touched & self._listed.keys(), key=lambda path: -path.count("/") - (path != ".")):
-                self._attempt(path, lambda path=path: self._set_attributes(path))  # type: ignore[misc]
+                self._attempt(path, lambda path=path: self._restore_attributes(path))  # type: ignore[misc]
 
     def _attempt(self, path: str, action: Callable[[], object]) -> None:
         try:
@@ -138,7 +139,7 @@ class Refill:
             if above not in self._listed and above in self.done:
                 self.done[path] = self.done[above]  # it went with its directory
                 return
-        with self._parent(path) as (fd, name):
+        with self._writable_parent(path) as (fd, name):
             self._aside.take(fd, name, path, move=True)
         self.done[path] = f"moved to {self._aside.name}"
 
@@ -150,7 +151,7 @@ class Refill:
             if number < len(group):
                 name = f"{new}.{number}"
                 os.link(new, name, src_dir_fd=self._staged, dst_dir_fd=self._staged, follow_symlinks=False)
-            with self._parent(each.path) as (fd, last):
+            with self._writable_parent(each.path) as (fd, last):
                 self._make_way(fd, last, each, wrong)
                 os.rename(name, last, src_dir_fd=self._staged, dst_dir_fd=fd)
             if stat.S_ISDIR(each.mode):
@@ -180,7 +181,7 @@ class Refill:
             os.symlink(entry.target, name, dir_fd=self._staged)
         else:
             os.mknod(name, kind | 0o600, entry.rdev, dir_fd=self._staged)
-        set_attributes(self._staged, name, entry)
+        _set_attributes_at(self._staged, name, entry)
         return name, how
 
     def _fill(self, entry: Entry, name: str) -> str:
@@ -199,15 +200,15 @@ class Refill:
             os.unlink(name, dir_fd=self._staged)
         raise OSError(failure)
 
-    def _set_attributes(self, path: str) -> None:
+    def _restore_attributes(self, path: str) -> None:
         if path == ".":
-            set_attributes(self._top, ".", self._listed[path])
+            _set_attributes_at(self._top, ".", self._listed[path])
             return
         with _opened_parent(self._top, path) as (fd, name):
-            set_attributes(fd, name, self._listed[path])
+            _set_attributes_at(fd, name, self._listed[path])
 
     @contextlib.contextmanager
-    def _parent(self, path: str) -> Iterator[tuple[int, str]]:
+    def _writable_parent(self, path: str) -> Iterator[tuple[int, str]]:
         """The directory that holds a file, to change it; its attributes are set back in the end."""
         with _opened_parent(self._top, path) as (fd, name):
             self._touched.add(os.path.dirname(path) or ".")
@@ -228,7 +229,7 @@ def _opened_parent(top: int, path: str) -> Iterator[tuple[int, str]]:
         os.close(fd)
 
 
-def open_file(top: int, path: str) -> int:
+def open_in_tree(top: int, path: str) -> int:
     """Open a regular file below a directory for reading, whatever is there by now; raises OSError."""
     with _opened_parent(top, path) as (fd, name):
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
@@ -248,7 +249,7 @@ def _copied(source: int, target: int) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def set_attributes(dir_fd: int, name: str, entry: Entry) -> None:
+def _set_attributes_at(dir_fd: int, name: str, entry: Entry) -> None:
     """Give a file the attributes that its manifest says, the times last; raises OSError."""
     # By a descriptor: whatever takes its name meanwhile is not changed, and nothing that is mounted on it.
     fd = open_beneath(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd, resolve=RESOLVE_NO_XDEV)
@@ -278,8 +279,10 @@ def _set_attributes(fd: int, entry: Entry) -> None:
     os.utime(path, ns=(status.st_atime_ns, entry.mtime_ns))
 
 
-def said(error: OSError) -> str:
+def said(error: OSError | errors.OnlapError) -> str:
     """What an error of a repair says to the user."""
+    if isinstance(error, errors.OnlapError):
+        return error.message
     if error.errno == errno.EXDEV:
         return "something is mounted there; unmount it first"
     return error.strerror or str(error)

@@ -20,8 +20,8 @@ from onlap.catalog.background import sidecars
 from onlap.catalog.disk.layout import ABOUT
 from onlap.catalog.records import COMMITTED, VIEW, Condition, Record
 from onlap.check.content import finding_of
-from onlap.check.findings import Finding
-from onlap.check.rebuild import adopt, set_aside
+from onlap.check.findings import Finding, identity
+from onlap.check.rebuild import adopt, move_to_unrecorded
 from onlap.check.refill import Aside, Refill, said
 from onlap.check.sources import Fetch, Sources
 from onlap.check.structure import Structure
@@ -84,7 +84,7 @@ class Repair:
         self.layout = snapshotter.catalog.layout
         self._quarantine = quarantine
         self._fetch = fetch
-        self._files: dict[str, list[Finding]] = {}
+        self._left_by_layer: dict[str, list[Finding]] = {}
         self.left: tuple[Finding, ...] = ()
 
     def run(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
@@ -96,17 +96,17 @@ class Repair:
         """
         with self._only_repair():
             for each in findings:
-                yield from self._attempt(each, self._one)
-            for record in self._layers(findings):
+                yield from self._attempt(each, self._repair_single)
+            for record in self._damaged_layers(findings):
                 mine = [each for each in findings if each.thing == record.name]
                 try:
-                    yield from self._layer(record, mine)
+                    yield from self._repair_layer(record, mine)
                 except (OSError, errors.OnlapError) as error:
-                    yield from (Done(each, f"not repaired: {_said(error)}") for each in mine if _is_of_layer(each))
+                    yield from (Done(each, f"not repaired: {said(error)}") for each in mine if _is_of_layer(each))
             # Last: the repairs may have changed the records.
             for each in findings:
                 if each.kind in ("sidecar-missing", "sidecar-damaged"):
-                    yield from self._attempt(each, self._sidecar)
+                    yield from self._attempt(each, self._write_sidecar)
         self.left = self._still_wrong(findings)
 
     @contextlib.contextmanager
@@ -130,24 +130,24 @@ class Repair:
         try:
             what = action(finding)
         except (OSError, errors.OnlapError) as error:
-            what = f"not repaired: {_said(error)}"
+            what = f"not repaired: {said(error)}"
         if what is not None:
             yield Done(finding, what)
 
     def _still_wrong(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
         found = list(Structure(self.snapshotter, self.content).findings())
-        known = {each[:3] for each in found}
+        known = {identity(each) for each in found}
         for each in findings:
             lasts = False
             if each.kind in _OF_FILES:
-                lasts = each.thing not in self._files
+                lasts = each.thing not in self._left_by_layer
             elif each.kind == "blob-damaged":
                 lasts = self.content.has(each.thing) and not self._is_whole(each.thing)
             elif each.kind == "manifest-damaged":
-                lasts = each[:3] not in known and not self._has_manifest(each.thing)
+                lasts = identity(each) not in known and not self._has_manifest(each.thing)
             if lasts:
                 found.append(each)
-        return (*found, *(each for several in self._files.values() for each in several))
+        return (*found, *(each for several in self._left_by_layer.values() for each in several))
 
     def _is_whole(self, digest: str) -> bool:
         try:
@@ -157,16 +157,16 @@ class Repair:
 
     def _has_manifest(self, name: str) -> bool:
         try:
-            return all(self.catalog.manifests.entries(record) is not None for record in self._named(name))
+            return all(self.catalog.manifests.entries(record) is not None for record in self._records_named(name))
         except errors.OnlapError:
             return False
 
-    def _named(self, name: str) -> list[Record]:
+    def _records_named(self, name: str) -> list[Record]:
         return list(self.catalog.walk(None, Condition("s.name = ?", (name,))))
 
     # All but layers
 
-    def _one(self, finding: Finding) -> str | None:
+    def _repair_single(self, finding: Finding) -> str | None:
         kind, thing = finding.kind, finding.thing
         if kind == "pin-dangling":
             self.catalog.database.write(pins.unpin_removed)
@@ -180,7 +180,7 @@ class Repair:
         if kind == "open-to-others":
             return self._close_to_others(thing)
         if kind == "workdir-missing":
-            for record in self._named(thing):
+            for record in self._records_named(thing):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(self.layout.work(record.id), 0o711)
             return "made"
@@ -214,7 +214,7 @@ class Repair:
         paths = [(f"{self.layout.root}/{thing}", 0o022 if thing == "." else 0o077)]
         if thing not in (".", "snapshots", "staging", "trash"):
             paths = []
-        paths += [(self.layout.snapshot(record.id), 0o022) for record in self._named(thing)]
+        paths += [(self.layout.snapshot(record.id), 0o022) for record in self._records_named(thing)]
         for path, wrong in paths:
             status = os.lstat(path)
             if status.st_uid != os.geteuid():
@@ -232,27 +232,27 @@ class Repair:
         self.catalog.database.write(lambda _: os.rename(self.content.path(digest), target))
         return f"moved to {os.path.relpath(target, self.layout.root)}"
 
-    def _sidecar(self, finding: Finding) -> str:
-        for record in self._named(finding.thing):
+    def _write_sidecar(self, finding: Finding) -> str:
+        for record in self._records_named(finding.thing):
             self.catalog.sidecars.write_one(record.id)
         return "written again"
 
     # Layers
 
-    def _layers(self, findings: tuple[Finding, ...]) -> list[Record]:
+    def _damaged_layers(self, findings: tuple[Finding, ...]) -> list[Record]:
         """The snapshots whose trees or manifests are damaged, each behind those that it is based on."""
         names = {each.thing for each in findings if _is_of_layer(each)}
-        found = [record for name in names for record in self._named(name)]
+        found = [record for name in names for record in self._records_named(name)]
         return sorted(found, key=lambda record: (len(self.snapshotter.ancestors(record)), record.id))
 
-    def _layer(self, record: Record, mine: list[Finding]) -> Iterator[Done]:
+    def _repair_layer(self, record: Record, mine: list[Finding]) -> Iterator[Done]:
         if any(each.kind == "committed-mounted" for each in mine):
             raise errors.Busy("it is mounted read-write; unmount it first", key=record.name)
         for each in mine:
             if each.kind in _OF_TREES:
-                yield Done(each, self._whole(record))
+                yield Done(each, self._restore_tree(record))
             elif each.kind in _OF_MANIFESTS:
-                yield Done(each, self._manifest(record))
+                yield Done(each, self._restore_manifest(record))
         of_files = [each for each in mine if each.kind in _OF_FILES]
         if record.kind == COMMITTED and is_directory(self.layout.tree(record.id)):
             listed = self.catalog.manifests.entries(record)
@@ -265,10 +265,10 @@ class Repair:
                     yield Done(each, f"not repaired: {why}" if each.path in lost else how)
                 lasting = [each for each in left if each.severity == "error"]
                 if lasting and self._quarantine:
-                    yield Done(lasting[0], self._set_aside(record))
+                    yield Done(lasting[0], self._quarantine_tree(record))
                     left = []
                 # Another owner may have a snapshot of that name.
-                self._files.setdefault(record.name, []).extend(left)
+                self._left_by_layer.setdefault(record.name, []).extend(left)
 
     def _refill(self, record: Record, listed: list[Entry], tree: str | None = None) -> tuple[Refill, list[Finding]]:
         """Refill a tree; what still differs then."""
@@ -295,7 +295,7 @@ class Repair:
             left = list(manifest.deviations(listed, top, unreadable=failures.__setitem__))
         return refill, [finding_of(record, each, failures.get(each.path)) for each in left]
 
-    def _whole(self, record: Record) -> str:
+    def _restore_tree(self, record: Record) -> str:
         """Make a tree again that is gone."""
         self._make_way(record)
         if is_directory(self.layout.tree(record.id)):
@@ -313,18 +313,18 @@ class Repair:
                 if left:
                     missing = f"{shown('/' + (left[0].path or ''))}: {left[0].explanation}"
                     return f"not repaired: of {len(left)} files the bytes are nowhere, as of {missing}"
-                self._place(record, made)
+                self._move_into_place(record, made)
             return "restored from its manifest"
         if record.empty or record.kind == VIEW:
             self.snapshotter.recreate(record)
-            self._note_again(record)
+            self._restore_its_manifest(record)
             return "restored, empty"
         if record.kind != COMMITTED:
             return "not repaired: what was written to it is gone"
         with Sources(self.snapshotter, self.content, record, fetch=self._fetch) as sources:
             for where, tree in sources.unpacked(fetch=self._fetch is not None):
-                self._place(record, tree)
-                self._note_again(record)
+                self._move_into_place(record, tree)
+                self._restore_its_manifest(record)
                 return f"unpacked again from {where}"
         return "not repaired: its blob is not here, or it was made from none"
 
@@ -332,12 +332,12 @@ class Repair:
         """Keep what is where a tree should be and is no directory."""
         snapshot, tree = self.layout.snapshot(record.id), self.layout.tree(record.id)
         if exists(snapshot) and not is_directory(snapshot, follow=False):
-            set_aside(self.layout, str(record.id))
+            move_to_unrecorded(self.layout, str(record.id))
         elif exists(tree) and not is_directory(tree, follow=False):
             with opened(snapshot) as fd:
                 Aside(fd).take(fd, "fs", ".", move=True)
 
-    def _place(self, record: Record, tree: str) -> None:
+    def _move_into_place(self, record: Record, tree: str) -> None:
         self._sync()
 
         def operation(connection: Connection) -> None:
@@ -348,7 +348,7 @@ class Repair:
 
         self.catalog.database.write(operation)
 
-    def _note_again(self, record: Record) -> None:
+    def _restore_its_manifest(self, record: Record) -> None:
         """Restore the manifest of a tree that was restored while it was gone."""
         if record.kind == COMMITTED and not self._write_manifest(record, self.layout.tree(record.id)):
             # It also said when the directories were made that no archive names.
@@ -359,7 +359,7 @@ class Repair:
         if self.snapshotter.syncs:
             self.catalog.sync()
 
-    def _manifest(self, record: Record) -> str:
+    def _restore_manifest(self, record: Record) -> str:
         """Make a manifest again, where the tree, or its blob, is proven to be what it said."""
         with Sources(self.snapshotter, self.content, record, fetch=self._fetch) as sources:
             trees = [("its tree", self.layout.tree(record.id))]
@@ -386,7 +386,7 @@ class Repair:
             return False
         return True
 
-    def _set_aside(self, record: Record) -> str:
+    def _quarantine_tree(self, record: Record) -> str:
         """Take a whole tree out of its place; who mounts it gets DataLoss."""
         with exclusion.removing(self.snapshotter, record):
             held = lock_directory(self.layout.snapshot(record.id))
@@ -404,7 +404,7 @@ class Repair:
         for each in self.left:
             if each.severity == "note":
                 continue
-            for record in self._named(each.thing) if _is_of_layer(each) else ():
+            for record in self._records_named(each.thing) if _is_of_layer(each) else ():
                 said.update(dict.fromkeys(self._advice(record)))
             if not _is_of_layer(each):
                 said[each.remedy] = None
@@ -435,9 +435,3 @@ class _OtherTree(Exception):
 
 def _is_of_layer(finding: Finding) -> bool:
     return finding.kind in _OF_TREES | _OF_FILES | _OF_MANIFESTS
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, errors.OnlapError):
-        return error.message
-    return said(error) if isinstance(error, OSError) else str(error)

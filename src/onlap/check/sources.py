@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from onlap import errors
 from onlap.catalog.disk.layout import QUARANTINE
 from onlap.catalog.records import COMMITTED, Condition, Record
-from onlap.check.refill import open_file
+from onlap.check.refill import open_in_tree
 from onlap.content.store import ContentStore
 from onlap.images.index import Image, Index
 from onlap.images.records import LABEL_LAYER
@@ -133,7 +133,7 @@ def _open(where: str, tree: str, path: str) -> Iterator[tuple[str, int]]:
     with ExitStack() as stack:
         try:
             top = stack.enter_context(opened(tree))
-            fd = open_file(top, path)
+            fd = open_in_tree(top, path)
             stack.callback(os.close, fd)
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return

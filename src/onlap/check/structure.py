@@ -35,7 +35,7 @@ _MOMENT = 1.0
 
 
 class Row(NamedTuple):
-    """What of a record says where it stands."""
+    """A snapshot's place in the chains of parents; the parent by its id."""
 
     name: str
     kind: str
@@ -73,7 +73,7 @@ class Structure:
         yield from chains(rows)
         for record in self.catalog.walk(None):
             self.snapshots += 1
-            yield from self._settled(record)
+            yield from self._lasting_findings(record)
         yield from self._pins()
         yield from self._images()
 
@@ -142,13 +142,13 @@ class Structure:
             for name in abandoned(runs):
                 yield Finding("run-left", f"runs/{name}")
 
-    def _settled(self, record: Record) -> list[Finding]:
+    def _lasting_findings(self, record: Record) -> list[Finding]:
         """What does not fit of a snapshot; looked at again when its record was changed or removed meanwhile."""
         now: Record | None = record
         while now is not None:
             failure = None
             try:
-                found = list(self._snapshot(now))
+                found = list(self._findings_of(now))
             except OSError as error:
                 found, failure = [], error
             if not found and failure is None:
@@ -161,7 +161,7 @@ class Structure:
             return found
         return []
 
-    def _snapshot(self, record: Record) -> Iterator[Finding]:
+    def _findings_of(self, record: Record) -> Iterator[Finding]:
         places = (self.layout.snapshot(record.id), self.layout.tree(record.id))
         if not all(is_directory(place, follow=False) for place in places):
             aside = is_directory(f"{self.layout.snapshot(record.id)}/{QUARANTINE}")

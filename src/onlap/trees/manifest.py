@@ -236,7 +236,7 @@ def read(file: BinaryIO, digest: str) -> list[Entry]:
 
 
 def iterate(file: BinaryIO, digest: str) -> Iterator[Entry]:
-    """The same one by one; whether the digest is right is known at the end.
+    """The entries of a manifest one by one. Whether its digest is right is known only at the end.
 
     Raises:
         DataLoss: it is damaged.
@@ -248,8 +248,7 @@ def iterate(file: BinaryIO, digest: str) -> Iterator[Entry]:
             while line := packed.readline():
                 found.update(line)
                 if line[:1] != b"#":
-                    entry = _parse(line)
-                    yield entry
+                    yield _parse(line)
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, KeyError, IndexError, OverflowError) as error:
         raise _damaged(digest) from error
     if f"sha256:{found.hexdigest()}" != digest:
