@@ -42,9 +42,9 @@ class Campaign:
         self.states = self.checks = self.lost = self.lives = 0
 
     def run(self, count: int, part: int = 0, parts: int = 1) -> None:
-        """Look at so many states: of a root that is made, then of one that is there and gets on."""
+        """Look at so many states: first of a life without a root, then of lives that find one."""
         self.look("build", "settle", "fill", "commit", limit=count // 10)
-        self.found()
+        self.found_root()
         # What is lost where nothing is synced: a layer that nothing takes along to the disk.
         self.look("settle", "fill", "commit", "prepare", limit=count // 10)
         for verbs in sequences(self.rng, part, parts):
@@ -52,8 +52,8 @@ class Campaign:
                 break
             self.look(*verbs, limit=min(25, count - self.states))
 
-    def found(self) -> None:
-        """From now on lives begin with a root in which there is something already, all of it on the disk."""
+    def found_root(self) -> None:
+        """Make a root with something in it, all of it on the disk; from now on every life begins with it."""
         assert self._founded is None
         self.disk.record()
         with self.filesystem.mounted() as top:
@@ -74,7 +74,7 @@ class Campaign:
             self.check(all_states[number], aftermath.allowed(life.models, entries, all_states[number]), verbs)
 
     def record(self, *verbs: str) -> tuple[Life, list[Entry]]:
-        """A life in which this is done, and the log of it."""
+        """Run these verbs in a new life; returns it, and the log of the disk."""
         self.disk.record()
         with self.filesystem.mounted() as top:
             life = self.life(top)
@@ -83,7 +83,7 @@ class Campaign:
         return life, self.disk.log()
 
     def life(self, top: Path) -> Life:
-        """One that has not begun yet."""
+        """A life that has not begun yet, with its root below this directory."""
         return Life(top / "root", self._sync, self.disk.mark, self._founded)
 
     def check(self, state: State, models: Sequence[Model], verbs: Sequence[str]) -> None:

@@ -124,7 +124,7 @@ class Life:
         return tree
 
     def new(self) -> tuple[int, dict[str, facts.Fact]]:
-        """Another tree."""
+        """The number and the files of a tree that no other snapshot has."""
         self.number += 1
         return self.number, facts.of_number(self.number)
 
@@ -232,7 +232,7 @@ def label(life: Life) -> None:
 
 
 def remove(life: Life) -> None:
-    """The youngest that has no children."""
+    """Remove the youngest snapshot that has no children; where there is none, a new one."""
     parents = {each.parent for each in life.model.snapshots.values()}
     names = [name for name, each in life.model.snapshots.items() if each.labels is not None and name not in parents]
     name = names[-1] if names else life.active()
@@ -353,7 +353,7 @@ def image_remove(life: Life) -> None:
 
 
 def image_commit(life: Life) -> None:
-    """Of a snapshot that is based on an image."""
+    """Commit an image of a snapshot that is based on one."""
     base = life.store.images.get(_image(life))
     life.number += 1
     key = f"active-{life.number}"

@@ -56,7 +56,7 @@ def build(directory: Path) -> Path:
 
 
 class Disk:
-    """A loop device on such a file.
+    """A loop device on the file that powerdisk.c serves.
 
     Attributes:
         device: its path.
@@ -108,7 +108,7 @@ class Disk:
                 assert answer == "ok\n", (command, answer)
 
     def record(self) -> None:
-        """Begin a log, with the disk as it was to begin with."""
+        """Begin a log, with the disk as it was at the last :meth:`keep`."""
         self._tell("record")
 
     def keep(self) -> None:
@@ -116,7 +116,7 @@ class Disk:
         self._tell("keep")
 
     def log(self) -> list[Entry]:
-        """End the log; what is in it. The disk is as it was to begin with."""
+        """End the log, and return it. The disk is then what it was when the log began."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("log 0\nrewind\n")
@@ -149,7 +149,7 @@ class Disk:
         self._tell(f"spoil {text}")
 
     def failed(self) -> int:
-        """How many writes and flushes were answered so since this was asked last."""
+        """How many writes and flushes were answered with EIO since this was asked last."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("failed\n")

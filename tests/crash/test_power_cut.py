@@ -48,7 +48,7 @@ class Machine:
         return onlap.open(self.root, **options)  # type: ignore[arg-type]
 
     def cut(self, flag: str) -> None:
-        """From now on nothing reaches the disk; then mount it again, which replays the journal."""
+        """From now on nothing reaches the disk."""
         fd = os.open(self.target, os.O_RDONLY)
         try:
             fcntl.ioctl(fd, FS_IOC_SHUTDOWN, struct.pack("I", FLAGS[flag]))
@@ -56,6 +56,7 @@ class Machine:
             os.close(fd)
 
     def reboot(self) -> None:
+        """Mount the filesystem again, which replays its journal."""
         mount, umount = capabilities.find_program("mount"), capabilities.find_program("umount")
         assert mount is not None
         assert umount is not None

@@ -115,7 +115,7 @@ def test_a_defect_is_found(
 ) -> None:
     """Else it would prove nothing that none is found."""
     campaign = start("ext4", "layer")
-    campaign.found()
+    campaign.found_root()
     campaign.look(*verbs, limit=100)
     defect(monkeypatch)
     with pytest.raises((Loss, AssertionError, OSError)):

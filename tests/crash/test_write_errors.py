@@ -132,7 +132,7 @@ def test_what_a_program_could_not_write_is_nothing_to_build_on(campaign: Campaig
         with open_store(top / "root") as store:
             go_on(store)
 
-    campaign.found()
+    campaign.found_root()
     disk.record()
     with campaign.filesystem.mounted() as top:
         apart(first)
@@ -169,7 +169,7 @@ LIVES = [
 
 def enumerate_failures(campaign: Campaign, each: int) -> str:
     """Let writes and flushes fail in all lives, so many in each; what was tried."""
-    campaign.found()
+    campaign.found_root()
     tried = refused = later = 0
     for verbs in LIVES:
         _, entries = campaign.record(*verbs)
