@@ -14,7 +14,7 @@ class Meaning(NamedTuple):
     """What a kind of finding means.
 
     Attributes:
-        severity: ``"error"``: something that was committed is lost or wrong. ``"warning"``: it is not, and may be soon.
+        severity: ``"error"``: something that was recorded is lost or wrong. ``"warning"``: nothing is lost yet.
             ``"note"``: left over, as it happens; the next cleanup takes it.
         explanation: what it is, in one sentence.
         remedy: what to do; ``{}`` stands for the thing.
