@@ -14,9 +14,9 @@ from typing import Any
 
 from onlap import errors
 from syscall_sweep import tracer
-from syscall_sweep.after import GO, After, Server, Task
 from syscall_sweep.children import Report, descriptors
 from syscall_sweep.copies import mounts_below, unmount_below
+from syscall_sweep.inspection import GO, Inspector, InspectorProcess, Task
 from syscall_sweep.scenes import Scene
 from syscall_sweep.states import Judge, State, plain
 from syscall_sweep.table import Call
@@ -86,14 +86,16 @@ class Program:
             raise RuntimeError(f"{self._name} does not work: {outcome.error} {outcome.findings}")
         return self._report.first("before"), self._report.first("after")
 
-    def run(self, point: Point, judge: Judge, after: After, server: Server, patience: float) -> Outcome:
+    def run(
+        self, point: Point, judge: Judge, inspector: Inspector, process: InspectorProcess, patience: float
+    ) -> Outcome:
         """Do it with something going wrong.
 
         Args:
             point: what, and where.
             judge: of the verb.
-            after: the second process, for a new one.
-            server: likewise, one that is there already.
+            inspector: what the second process does, where a new one is started for it.
+            process: a second process that runs already.
             patience: seconds after which something hangs.
         """
         self._point, self._judge = point, judge
@@ -103,18 +105,18 @@ class Program:
         signal.setitimer(signal.ITIMER_REAL, patience, patience)
         try:
             self._start(None)
-            self._follow(server.put)
+            self._follow(process.put)
             if self._kills:
                 # Fresh indeed, and not one that has seen many stores.
-                pid = self._report.fork(lambda: after.look(self._task()))
+                pid = self._report.fork(lambda: inspector.look(self._task()))
                 self._pids.append(pid)
                 if os.waitpid(pid, 0)[1]:
                     self._report.tell(finding="the process after it failed")
             else:
-                self._pids.append(server.pid)
+                self._pids.append(process.pid)
                 if not self._beside:
-                    server.put(self._task())
-                if not server.wait():
+                    process.put(self._task())
+                if not process.wait():
                     self._report.tell(finding="the process after it failed")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import onlap
 from onlap.catalog import helper
 from syscall_sweep import tracer
-from syscall_sweep.after import After, Server
 from syscall_sweep.children import Report
 from syscall_sweep.copies import Copy
+from syscall_sweep.inspection import Inspector, InspectorProcess
 from syscall_sweep.program import THREAD_LEFT, Outcome, Program
 from syscall_sweep.scenes import Scene
 from syscall_sweep.states import Judge
@@ -76,8 +76,8 @@ class Sweep:
         self._copy = Copy(self._scene.place)
         self._report = Report(base)
         self._judges: dict[str, Judge] = {}
-        self._after = After(self._scene, self.verbs, self._judges, self._report)
-        self._server: Server | None = None
+        self._inspector = Inspector(self._scene, self.verbs, self._judges, self._report)
+        self._process: InspectorProcess | None = None
 
     def record(self, verb: str) -> list[Case]:
         """Do a verb once; all of its points."""
@@ -103,11 +103,11 @@ class Sweep:
 
         point = tracer.Point(_NUMBERS[case.call], case.occurrence, error, fits)
         program = self._program(case.verb)
-        if self._server is None:
-            self._server = Server(self._after, self._report)
-        outcome = program.run(point, self._judges[case.verb], self._after, self._server, PATIENCE)
-        if not self._server.lives():
-            self._server = None
+        if self._process is None:
+            self._process = InspectorProcess(self._inspector, self._report)
+        outcome = program.run(point, self._judges[case.verb], self._inspector, self._process, PATIENCE)
+        if not self._process.lives():
+            self._process = None
         self._count(case, outcome)
         return outcome
 
@@ -129,8 +129,8 @@ class Sweep:
 
     def close(self) -> None:
         """End the second process."""
-        if self._server is not None:
-            self._server.close()
+        if self._process is not None:
+            self._process.close()
 
 
 _NUMBERS = {name: number for number, name in NAMES.items()}

@@ -1,4 +1,4 @@
-"""Another process looks at what one left, or leaves while it is still there."""
+"""A second process inspects what the first one has left behind, or leaves behind while it still lives."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Task(NamedTuple):
     unsynced: bool
 
 
-class After:
-    """The second process of each point.
+class Inspector:
+    """What the second process of each point does.
 
     Args:
         scene: where.
@@ -104,8 +104,8 @@ class After:
             self._report.tell(finding=f"{what}: {wrong}")
 
 
-class Server:
-    """A process that does what :class:`After` does for one point after the other.
+class InspectorProcess:
+    """A process that does what :class:`Inspector` does for one point after the other.
 
     A new one for each point would take most of the time. It has the scene open for no longer than a point.
 
@@ -114,7 +114,7 @@ class Server:
         report: where findings go.
     """
 
-    def __init__(self, after: After, report: Report) -> None:
+    def __init__(self, after: Inspector, report: Report) -> None:
         self._after = after
         self._report = report
         tasks, self._tasks = os.pipe()
