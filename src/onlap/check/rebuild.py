@@ -32,7 +32,7 @@ from onlap.images.records import LABEL_LAYER, ImageRecord, pin_owner
 from onlap.images.spec import model
 from onlap.layers.stream.digests import check_digest, digest_of
 from onlap.locks import FileLock, lock_directory
-from onlap.syscalls.files import is_directory
+from onlap.syscalls.files import is_directory, open_file
 from onlap.trees.remove import remove_at
 from onlap.trees.walk import opened
 
@@ -279,7 +279,7 @@ def _image(layout: Layout, record: ImageRecord) -> Image:
 def _document(layout: Layout, digest: str) -> bytes:
     with (
         errors.translated("read a document", key=digest),
-        open(f"{layout.blobs}/{check_digest(digest)}", "rb") as file,
+        open_file(f"{layout.blobs}/{check_digest(digest)}") as file,
     ):
         data = file.read(model.MAX_MANIFEST + model.MAX_CONFIG)
     if digest_of(data) != digest:
