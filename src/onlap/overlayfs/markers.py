@@ -32,7 +32,7 @@ class Markers:
             (:data:`onlap.trees.meta.OVERRIDE_XATTR`); by default only in the user flavour.
     """
 
-    __slots__ = ("flavour", "metacopy", "opaque", "prefix", "recorded", "redirect", "whiteout")
+    __slots__ = ("flavour", "metacopy", "opaque", "origin", "prefix", "recorded", "redirect", "whiteout")
 
     def __init__(self, flavour: str, *, recorded: bool | None = None) -> None:
         if flavour not in FLAVOURS:
@@ -41,6 +41,7 @@ class Markers:
         self.recorded = flavour == USER if recorded is None else recorded
         self.prefix = f"{flavour}.overlay."
         self.opaque = self.prefix + "opaque"
+        self.origin = self.prefix + "origin"
         self.redirect = self.prefix + "redirect"
         self.metacopy = self.prefix + "metacopy"
         self.whiteout = self.prefix + "whiteout"

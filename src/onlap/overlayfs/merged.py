@@ -105,12 +105,17 @@ class MergedDirectory:
 
     Attributes:
         parts: the directory in each layer, topmost first; none below an opaque one.
+        closed: whether these parts hide whatever more layers below had at this path: the lowest is opaque, or there is
+            a whiteout or a file below it.
+        redirected: whether parts are from another path of their layers.
     """
 
-    __slots__ = ("_entries", "_index", "_listed", "_stack", "_tried", "_whiteouts", "parts")
+    __slots__ = ("_entries", "_index", "_listed", "_stack", "_tried", "_whiteouts", "closed", "parts", "redirected")
 
-    def __init__(self, parts: Sequence[Part], stack: Stack) -> None:
+    def __init__(self, parts: Sequence[Part], stack: Stack, *, closed: bool = False, redirected: bool = False) -> None:
         self.parts = tuple(parts)
+        self.closed = closed
+        self.redirected = redirected
         self._stack = stack
         # How many of the uppermost parts are listed, which of those have a name, and which names are hidden there.
         self._listed = 0
@@ -137,14 +142,20 @@ class MergedDirectory:
 
     def lookup(self, name: str) -> Found | None:
         """The file ``name``; None if no layer has it or a whiteout hides it."""
+        found = self.topmost(name)
+        return None if found is None or self.is_whiteout(found) else found
+
+    def topmost(self, name: str) -> Found | None:
+        """The file ``name`` of the topmost layer that has one, also if it is a whiteout."""
         for part in self._having(name):
             status = _status(part.fd, name)
-            if status is None:
-                continue
-            if self._hides(part, name, status):
-                return None
-            return Found(part, name, status)
+            if status is not None:
+                return Found(part, name, status)
         return None
+
+    def is_whiteout(self, found: Found) -> bool:
+        """Whether a file of this directory is a whiteout, of either form."""
+        return self._hides(found.part, found.name, found.status)
 
     def beneath(self, found: Found) -> Found | None:
         """The file of the same name that would appear without the layer of ``found`` and those above it."""
@@ -157,23 +168,27 @@ class MergedDirectory:
     def open(self, name: str) -> MergedDirectory | None:
         """The directory ``name``; None if there is no such directory."""
         found: list[Part] = []
+        closed = redirected = False
         for part in self._having(name):
             status = _status(part.fd, name)
             if status is None:
                 continue
             if not stat.S_ISDIR(status.st_mode):
+                closed = True
                 break  # a whiteout or a file ends the merge, whatever lies below
             new = Part(self._stack, part, name, part.layer, (status.st_dev, status.st_ino))
             new.opaque = get_xattr(new.fd, self._stack.markers.opaque)
             found.append(new)
             if new.opaque == OPAQUE_YES:
+                closed = True
                 break
             # The layers below have the directory under another path.
             redirect = get_xattr(new.fd, self._stack.markers.redirect)
             if redirect is not None:
                 found += self._redirected(new.layer, redirect)
+                redirected = True
                 break
-        return MergedDirectory(found, self._stack) if found else None
+        return MergedDirectory(found, self._stack, closed=closed, redirected=redirected) if found else None
 
     def names(self) -> list[str]:
         """The names that the merged directory shows, sorted by their bytes."""

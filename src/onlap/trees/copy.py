@@ -57,6 +57,7 @@ class Copier:
             everything below them.
         avoid: directories, as ``(st_dev, st_ino)``, to leave out with everything below them.
         keep_markers: copy OverlayFS's own xattrs, as the copy of a layer needs; otherwise they are left out.
+        leave_out: names of further xattrs to leave out.
         merge: the target may hold files: a directory is merged with one of the same name, anything else is replaced.
         link: make files hard links of the source's files, instead of copies.
         progress: called with the entries and bytes done; an exception from it aborts the copy.
@@ -69,6 +70,7 @@ class Copier:
         exclude: Collection[str] = (),
         avoid: Collection[tuple[int, int]] = (),
         keep_markers: bool = False,
+        leave_out: Collection[str] = (),
         merge: bool = False,
         link: bool = False,
         progress: Callable[[int, int], None] | None = None,
@@ -78,6 +80,7 @@ class Copier:
         self._exclude = tuple(exclude)
         self._avoid = frozenset(avoid)
         self._keep_markers = keep_markers
+        self._leave_out = frozenset(leave_out)
         self._merge = merge
         self._hard_links = link
         self._progress = progress
@@ -368,7 +371,7 @@ class Copier:
     def _xattrs(self, source: str | int, target: str | int) -> None:
         follow = isinstance(source, int)
         for name in list_xattrs(source):
-            if not self._keep_markers and is_marker(name):
+            if name in self._leave_out or (not self._keep_markers and is_marker(name)):
                 continue
             try:
                 value = os.getxattr(source, name, follow_symlinks=follow)
