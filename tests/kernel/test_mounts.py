@@ -16,7 +16,7 @@ import pytest
 
 from kernel.helpers import OLD_KERNEL, mountinfo, output, python
 from onlap import errors
-from onlap.mounts import kernel, plan, userns
+from onlap.mounts import kernel, namespace, plan
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import MAX_DATA, MAX_LOWERS
@@ -421,9 +421,9 @@ def test_a_detached_body_that_raises(root: Path) -> None:
 UNPRIVILEGED = """
 import os, sys
 import onlap
-from onlap.mounts import plan, temporary
+from onlap.mounts import plan, userns
 root = sys.argv[1]
-assert not temporary.may_mount()
+assert not userns.may_mount()
 for name in ("a:b", "c,d", "upper", "work"):
     os.makedirs(f"{root}/{name}/d", exist_ok=True)
 open(root + "/a:b/d/f", "w").close()
@@ -479,7 +479,7 @@ except onlap.NotFound as error:
 @pytest.mark.needs("ordinary_user")
 def test_whether_we_may_mount_is_asked_without_a_file(ordinary: Path) -> None:
     """A directory to ask with stayed behind when the program was killed."""
-    code = "import tempfile\nfrom onlap.mounts.temporary import may_mount\ntempfile.tempdir = '/x'\nprint(may_mount())"
+    code = "import tempfile\nfrom onlap.mounts.userns import may_mount\ntempfile.tempdir = '/x'\nprint(may_mount())"
     assert output(code, ordinary, ordinary=True) == "False\n"
 
 
@@ -487,9 +487,12 @@ def test_an_interrupt_before_the_helper_has_its_plan(root: Path, monkeypatch: py
     def interrupted(_plan: Mount) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(userns, "_encode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        userns.detached(plan.bind(str(root)))
+    with namespace.Namespace() as helper:
+        monkeypatch.setattr(namespace, "_plain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            helper.detached(plan.bind(str(root)))
+        monkeypatch.undo()
+        os.close(helper.detached(plan.bind(str(root))))
 
 
 @pytest.mark.needs("ordinary_user")

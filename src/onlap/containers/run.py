@@ -29,7 +29,8 @@ from onlap.containers.signals import Forwarder
 from onlap.containers.users import find_user
 from onlap.errors import shown
 from onlap.images.records import LABEL_IMAGE, LABEL_IMAGE_DIGEST
-from onlap.mounts.temporary import may_mount, mounted
+from onlap.mounts.temporary import mounted
+from onlap.mounts.userns import may_mount
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter

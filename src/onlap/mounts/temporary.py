@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -17,24 +16,42 @@ from onlap.mounts import kernel, mountinfo
 from onlap.mounts.holders import holders, holders_of_mount
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import await_nobody, busy, unmount
+from onlap.mounts.userns import may_mount
 from onlap.syscalls.files import mount_id
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onlap.mounts.namespace import Namespace
+
+    Helper = Callable[[], Namespace]
+
 
 @contextlib.contextmanager
 def mounted(
-    plan: list[Mount], at: str | os.PathLike[str] | None = None, *, detached: bool = False, timeout: float = 5.0
+    plan: list[Mount],
+    at: str | os.PathLike[str] | None = None,
+    *,
+    detached: bool = False,
+    timeout: float = 5.0,
+    helper: Helper | None = None,
 ) -> Iterator[Path]:
-    """See :func:`onlap.mounted`; without ``at``, in a temporary directory."""
+    """See :func:`onlap.mounted`; without ``at``, in a temporary directory.
+
+    Args:
+        plan: likewise.
+        at: likewise.
+        detached: likewise.
+        timeout: likewise.
+        helper: returns the helper of the store that it belongs to; by default one is started for this mount.
+    """
     from pathlib import Path
 
     with ExitStack() as stack:
         if at is None and len(plan) == 1 and plan[0].needs_no_mount and (detached or not may_mount()):
             where = os.path.abspath(plan[0].source)
         elif detached or (at is None and not may_mount()):
-            where = _detached(plan, timeout, stack)
+            where = _detached(plan, helper, timeout, stack)
         else:
             where = _attached(plan, at, timeout, stack)
         yield Path(where)
@@ -71,34 +88,9 @@ def check_plan(mounts: object) -> list[Mount]:
     return plan
 
 
-def may_mount() -> bool:
-    """Whether this process may mount in its mount namespace (CAP_SYS_ADMIN), found by asking the kernel."""
-    from onlap.syscalls.mount import open_tree
-
-    # open_tree(OPEN_TREE_CLONE) checks the capability before anything else, changes nothing, and /proc is everywhere.
-    try:
-        fd = open_tree("/proc")
-    except OSError:
-        return _may_unmount()
-    os.close(fd)
-    return True
-
-
 def may_detach() -> bool:
     """Whether the mounts of a plan can be detached, by this process or by a helper."""
     return not may_mount() or kernel.layers_by() != kernel.LAYERS_BY_STRING
-
-
-def _may_unmount() -> bool:
-    # Before Linux 5.2 (ENOSYS above), or where /proc cannot be cloned: umount2(2) fails with EPERM without the
-    # capability, and with EINVAL with it, since the two flags exclude each other: nothing is ever unmounted.
-    from onlap.syscalls.mount import MNT_DETACH, MNT_EXPIRE, umount2
-
-    try:
-        umount2("/", MNT_EXPIRE | MNT_DETACH)
-    except OSError as error:
-        return error.errno == errno.EINVAL
-    return True
 
 
 def _attached(plan: list[Mount], at: str | os.PathLike[str] | None, timeout: float, stack: ExitStack) -> str:
@@ -162,7 +154,7 @@ def _remove_if_empty(directory: str) -> None:
         os.rmdir(directory)
 
 
-def _detached(plan: list[Mount], timeout: float, stack: ExitStack) -> str:
+def _detached(plan: list[Mount], helper: Helper | None, timeout: float, stack: ExitStack) -> str:
     if len(plan) > 1:
         raise errors.Unimplemented(
             "a plan of several mounts cannot be detached",
@@ -171,14 +163,21 @@ def _detached(plan: list[Mount], timeout: float, stack: ExitStack) -> str:
     if may_mount():
         fd = kernel.detached(plan[0])
     else:
-        from onlap.mounts import userns
-
-        fd = userns.detached(plan[0])
+        fd = _by_helper(plan[0], helper)
     if not plan[0].readonly:
         stack.callback(unless_forked(_await_nobody), plan[0], mount_id(fd), os.fstat(fd).st_dev, timeout)
     # Child processes reach it through this process's /proc, as long as it is open here.
     stack.callback(closed_in_children(fd))
     return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def _by_helper(plan: Mount, helper: Helper | None) -> int:
+    if helper is not None:
+        return helper().detached(plan)
+    from onlap.mounts.namespace import Namespace
+
+    with Namespace() as namespace:
+        return namespace.detached(plan)
 
 
 def _await_nobody(mount: Mount, number: int, device: int, timeout: float) -> None:

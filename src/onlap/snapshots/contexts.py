@@ -19,9 +19,9 @@ from onlap.errors import shown
 from onlap.forks import unless_forked
 from onlap.mounts import temporary
 from onlap.mounts.plan import Mount
-from onlap.mounts.temporary import may_mount
+from onlap.mounts.userns import may_mount
 from onlap.snapshots import exclusion
-from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.recorded import RecordedSnapshotter, open_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,7 +65,9 @@ def mounted(
         if root is not None:
             stack.enter_context(exclusion.mounting_plan(root, plan))
             run = stack.enter_context(Run(root))
-        yield stack.enter_context(_mounted_for(run, plan, at, detached, timeout))
+        yield stack.enter_context(
+            _mounted_for(run, plan, at, detached, timeout, snapshotter=None if root is None else open_at(root))
+        )
 
 
 def _layer(plan: list[Mount]) -> str:
@@ -75,7 +77,13 @@ def _layer(plan: list[Mount]) -> str:
 
 @contextlib.contextmanager
 def _mounted_for(
-    run: Run | None, plan: list[Mount], at: StrPath | None, detached: bool, timeout: float = 5.0
+    run: Run | None,
+    plan: list[Mount],
+    at: StrPath | None,
+    detached: bool,
+    timeout: float = 5.0,
+    *,
+    snapshotter: RecordedSnapshotter | None,
 ) -> Iterator[Path]:
     """Mount where a sweep finds it once the run is dead."""
     if run is not None and not detached:
@@ -83,7 +91,8 @@ def _mounted_for(
             run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
         elif may_mount():
             at = run.tree()
-    with temporary.mounted(plan, at, detached=detached, timeout=timeout) as tree:
+    helper = None if snapshotter is None else lambda: snapshotter.namespace
+    with temporary.mounted(plan, at, detached=detached, timeout=timeout, helper=helper) as tree:
         yield tree
 
 
@@ -120,7 +129,7 @@ def _mounted(
         mounting = exclusion.mounting(snapshotter, snapshotter.record(key), hidden=hidden, reading=reading)
         mounts = stack.enter_context(mounting)
         try:
-            tree = stack.enter_context(_mounted_for(run, mounts, at, detached))
+            tree = stack.enter_context(_mounted_for(run, mounts, at, detached, snapshotter=snapshotter))
         except errors.NotFound as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise snapshotter.missing("mount", key, error.__cause__) from error

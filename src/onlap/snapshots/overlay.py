@@ -218,7 +218,7 @@ def default_flavour() -> str:
 
     The kernel allows ``trusted.*`` only with CAP_SYS_ADMIN in the initial user namespace (xattr(7)).
     """
-    from onlap.mounts.temporary import may_mount
+    from onlap.mounts.userns import may_mount
 
     return TRUSTED if may_mount() and not in_user_namespace() else USER
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from sqlite3 import Connection
-from typing import Literal, NamedTuple, Self, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypedDict
 
 from onlap import errors
 from onlap.arguments import check_text
@@ -29,6 +30,9 @@ from onlap.syscalls.files import is_directory
 from onlap.trees.compare import NEVER, Change, Since
 from onlap.trees.meta import read_xattrs
 from onlap.trees.usage import Usage, usage
+
+if TYPE_CHECKING:
+    from onlap.mounts.namespace import Namespace
 
 # The longest time from the mkdir of a layer to its record: the transaction may wait for others.
 _BUILT_WITHIN_NS = 60 * 10**9
@@ -60,6 +64,15 @@ class Pair(NamedTuple):
 
     before: Record | None
     after: Record
+
+
+# By root: whose helper mounts a plan of which nothing else is known.
+_open: weakref.WeakValueDictionary[str, RecordedSnapshotter] = weakref.WeakValueDictionary()
+
+
+def open_at(root: str) -> RecordedSnapshotter | None:
+    """A snapshotter of a root that this process has open."""
+    return _open.get(root)
 
 
 class RecordedSnapshotter(ABC):
@@ -98,12 +111,14 @@ class RecordedSnapshotter(ABC):
         self._asynchronous_remove = asynchronous_remove
         self._ancestors: dict[int, tuple[int, ...]] = {}
         self.catalog = Catalog(root, create=create, timeout=timeout)
+        self._namespace: Namespace | None = None
         try:
             self._load_properties()
             recovery.recover(self.catalog, self.recreate)
         except BaseException:
             self.catalog.close()
             raise
+        _open[self.root] = self
 
     # For subclasses
 
@@ -199,13 +214,27 @@ class RecordedSnapshotter(ABC):
 
     @public
     def close(self) -> None:
-        """Release all resources; idempotent."""
+        """Release all resources, and end the programs that run in trees; idempotent."""
+        if _open.get(self.root) is self:
+            del _open[self.root]
+        namespace = self._namespace
+        if namespace is not None:
+            namespace.close()
         self.catalog.close()
 
     @property
     def root(self) -> str:
         """The root's absolute path."""
         return self.catalog.layout.root
+
+    @property
+    def namespace(self) -> Namespace:
+        """The helper that mounts without privilege and starts programs; there is none before it is needed."""
+        if self._namespace is None:
+            from onlap.mounts.namespace import Namespace
+
+            self._namespace = Namespace()
+        return self._namespace
 
     # Reading
 

@@ -124,6 +124,16 @@ def fs_context_log(fs: int) -> str:
         messages.append(message.decode("utf-8", "replace").strip()[2:])
 
 
+def clone_mount(mount_fd: int) -> int:
+    """Another detached mount of what a detached mount shows; EINVAL before Linux 6.15."""
+    return _libc.syscall(_libc.OPEN_TREE, mount_fd, b"", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH)
+
+
+def pivot_root(new_root: Path, put_old: Path) -> None:
+    """pivot_root(2)."""
+    _libc.call("pivot_root", fspath(new_root), fspath(put_old), path=new_root)
+
+
 def move_mount(mount_fd: int, target: Path) -> None:
     """Attach a detached mount at ``target``."""
     _libc.syscall(_libc.MOVE_MOUNT, mount_fd, b"", AT_FDCWD, fspath(target), MOVE_MOUNT_F_EMPTY_PATH, path=target)

@@ -13,9 +13,13 @@ from onlap.syscalls import _libc
 
 CLONE_FS = 0x200
 CLONE_NEWNS = 0x20000
+CLONE_NEWIPC = 0x8000000
 CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36  # Linux 3.4
 _NS_GET_USERNS = 0xB701  # Linux 4.9
 _NS_GET_OWNER_UID = 0xB704  # Linux 4.11
 
@@ -58,4 +62,18 @@ def set_dumpable() -> None:
 
     Source: prctl(2), proc(5); include/uapi/linux/prctl.h.
     """
-    _libc.call("prctl", ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3)
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def end_with_parent(number: int) -> None:
+    """prctl(PR_SET_PDEATHSIG): get this signal when the thread ends that forked this process."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def adopt_orphans() -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): become the parent of descendants whose own parent has ended."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    _libc.call("prctl", ctypes.c_int(option), ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3)

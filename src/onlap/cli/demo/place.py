@@ -9,7 +9,7 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.cli.terminal.text import size
 from onlap.errors import shown
-from onlap.mounts.temporary import may_mount
+from onlap.mounts.userns import may_mount
 from onlap.probing.probe import NATIVE, OVERLAY, overlay_mode
 
 # In a container /tmp is usually on the container's own overlay, which OverlayFS does not accept as an upper layer;

@@ -20,8 +20,7 @@ from onlap.cli import exits
 from onlap.errors import shown
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
-from onlap.mounts.temporary import may_mount
-from onlap.mounts.userns import enter_user_namespace
+from onlap.mounts.userns import enter_user_namespace, may_mount
 from onlap.syscalls import mount as calls
 from onlap.syscalls.namespaces import CLONE_NEWNS, unshare
 

@@ -51,7 +51,7 @@ def mount_arguments(parser: Parser) -> None:
 
 
 def mount(call: Call) -> None:
-    from onlap.mounts.temporary import may_mount
+    from onlap.mounts.userns import may_mount
 
     key, target = call.args.key, os.path.realpath(call.args.target)
     with call.store() as store:
