@@ -1,0 +1,1 @@
+"""A workspace's changes, merged back into the directory that was captured."""

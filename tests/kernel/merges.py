@@ -1,0 +1,106 @@
+"""What the tests of merges share: a captured directory, a workspace on the capture, and both trees afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from kernel.layer_oracle import TRUSTED
+from onlap.mounts.plan import overlay
+from onlap.snapshots.contexts import mounted
+from onlap.testing import Tree, differences, read_tree
+from onlap.testing.same import Listing
+from onlap.workspaces.merge.apply import apply
+from onlap.workspaces.merge.entries import Merged, MergePlan
+from onlap.workspaces.merge.plan import plan
+
+# Directories' times move with what is made in them.
+NOT_COMPARED = ("times",)
+
+
+class Workspace:
+    """A directory, what was captured of it, and what a workspace changed.
+
+    Args:
+        place: an empty directory, where OverlayFS works.
+        tree: what the directory has in the beginning.
+    """
+
+    def __init__(self, place: Path, tree: Tree) -> None:
+        self._place = place
+        self.target = place / "target"
+        self.target.mkdir()
+        tree.apply(self.target)
+        self.base = place / "base"
+        copy(self.target, self.base)
+        self.upper = place / "upper"
+        self.upper.mkdir()
+        shutil.copystat(self.base, self.upper)
+
+    @property
+    def before(self) -> list[str]:
+        """The layers of the capture."""
+        return [str(self.base)]
+
+    @property
+    def after(self) -> list[str]:
+        """The layers of the workspace."""
+        return [str(self.upper), str(self.base)]
+
+    @contextmanager
+    def mounted(self) -> Iterator[Path]:
+        """The workspace's tree, writable."""
+        work = self._place / "work"
+        work.mkdir()
+        with mounted(overlay((str(self.base),), upper=str(self.upper), work=str(work))) as tree:
+            yield tree
+        shutil.rmtree(work)
+
+    def change(self, tree: Tree) -> None:
+        """Change something in the workspace."""
+        with self.mounted() as merged:
+            tree.apply(merged)
+
+    def wanted(self) -> Listing:
+        """All that the workspace has."""
+        with self.mounted() as merged:
+            return read_tree(merged)
+
+    def plan(self, select: Sequence[str] = ()) -> MergePlan:
+        """The plan of a merge into the directory."""
+        return plan(self.before, self.after, TRUSTED, str(self.target), select=select)
+
+    def apply(self, done: MergePlan) -> Merged:
+        """Do a plan."""
+        return apply(done, self.after, TRUSTED)
+
+    def merge(self, select: Sequence[str] = ()) -> Merged:
+        """Plan and do."""
+        return self.apply(self.plan(select))
+
+    def states(self, select: Sequence[str] = ()) -> dict[str, str]:
+        """The state of each path of a plan; the reason for those in conflict."""
+        return {entry.path: entry.reason or entry.state for entry in self.plan(select).entries}
+
+    def left(self) -> list[str]:
+        """What merges have left beside the target, or in it."""
+        names = [*os.listdir(self._place), *os.listdir(self.target)]
+        return sorted(name for name in names if name.startswith(".") and "onlap" in name)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A complete copy of a tree."""
+    subprocess.run(["cp", "-a", "--", source, target], check=True)
+
+
+def unlike(one: Listing, other: Listing) -> list[str]:
+    """How two trees differ, but for the times of directories."""
+    return differences(one, other, ignore=NOT_COMPARED) + [
+        f"{path!r}: times"
+        for path in one.keys() & other.keys()
+        if one[path].type != "directory" and one[path].times != other[path].times
+    ]
