@@ -134,7 +134,11 @@ def search(flavour: str, examples: int) -> Callable[[], None]:
                 stack.enter_context(onlap.mounted(plan.overlay(tuple(map(str, each)), flags=markers.mount_flags)))
                 for each in (layers, with_one)
             ]
-            assert_same_tree(*trees)
+            try:
+                expected = read_tree(trees[0])
+            except FileNotFoundError:
+                return  # the kernel lists whiteouts as files in a directory that is not merged with any
+            assert_same_tree(expected, trees[1])
 
     return found
 

@@ -22,7 +22,7 @@ from onlap.overlayfs.markers import OPAQUE_XATTR_WHITEOUTS, OPAQUE_YES, Markers,
 from onlap.syscalls import files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # it may be a FIFO by now
 
 # How many descriptors stacks keep open: more than the kernel's limit of layers (fs/overlayfs/params.h, OVL_MAX_STACK:
 # 500), so that a directory of the highest stack can be read without reopening its parts; but only a share of the

@@ -211,7 +211,8 @@ def clamp_times(snapshotter: RecordedSnapshotter, record: Record, epoch: int) ->
     latest = epoch * 1_000_000_000
     pair = Pair(snapshotter.parent(record), record)
     with snapshotter.comparing(pair, "set the times of") as (before, after, since):
-        for change, _, found in stack_items(before, after, snapshotter.markers, since=since):
+        for item in stack_items(before, after, snapshotter.markers, since=since):
+            change, found = item.change, item.found
             if change.after is None or change.after.mtime_ns <= latest:
                 continue
             if found is not None and found.layer == 0:

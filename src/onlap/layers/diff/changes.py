@@ -47,11 +47,15 @@ class Item(NamedTuple):
         change: the change.
         directory: the merged directory that holds the file; None for the top directory and for deletions.
         found: the file in it; None likewise.
+        old_directory: the merged directory that held the old file; None for the top directory and what is added.
+        old: the old file in it; None likewise.
     """
 
     change: Change
     directory: MergedDirectory | None
     found: Found | None
+    old_directory: MergedDirectory | None = None
+    old: Found | None = None
 
 
 def stack_changes(
@@ -270,7 +274,9 @@ class _Walk:
         old = level.before.lookup(name) if level.before is not None else None
         new = level.after.lookup(name)
         if new is None:
-            return Item(Change(DELETED, path, self._meta(old), None), None, None) if old is not None else None
+            if old is None:
+                return None
+            return Item(Change(DELETED, path, self._meta(old), None), None, None, level.before, old)
         if old is None:
             return Item(Change(ADDED, path, None, self._meta(new)), level.after, new)
         is_directory = stat.S_ISDIR(new.status.st_mode)
@@ -285,7 +291,7 @@ class _Walk:
             what = self._beyond_attributes(level.before, level.after, old, new, path)
             if not what:
                 return None
-        return Item(Change(MODIFIED, path, old_meta, new_meta, what), level.after, new)
+        return Item(Change(MODIFIED, path, old_meta, new_meta, what), level.after, new, level.before, old)
 
     def _beyond_attributes(
         self, before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str
