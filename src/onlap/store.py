@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
 from onlap import errors
 from onlap.arguments import StrPath
@@ -17,6 +17,7 @@ from onlap.snapshots import contexts
 from onlap.snapshots.contract import Info
 from onlap.snapshots.opening import SnapshotterKind, open_snapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter, Sync
+from onlap.snapshots.results import Exported, Imported
 from onlap.syscalls.files import is_directory
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
@@ -35,40 +36,6 @@ if TYPE_CHECKING:
     from onlap.snapshots.archives import Format
 
 __all__ = ["Exported", "Imported", "Progress", "SnapshotterKind", "Store", "open", "open_snapshotter"]
-
-
-class Imported(NamedTuple):
-    """What :meth:`Store.import_` did.
-
-    Attributes:
-        info: the new snapshot.
-        entries: number of files, directories and links imported.
-        size: bytes of content.
-        skipped: how many entries of each kind could not be kept, as ``{"socket": 1}``; see
-            :class:`onlap.trees.copy.Copied`.
-    """
-
-    info: Info
-    entries: int
-    size: int
-    skipped: Mapping[str, int]
-
-
-class Exported(NamedTuple):
-    """What :meth:`Store.export` did.
-
-    Attributes:
-        entries: number of files, directories and links written.
-        size: bytes of content; for an archive, the size of the archive.
-        skipped: how many entries of each kind could not be kept, as ``{"socket": 1}``; see
-            :class:`onlap.trees.copy.Copied`.
-        archive: details of an archive; None for a directory.
-    """
-
-    entries: int
-    size: int
-    skipped: Mapping[str, int]
-    archive: Written | None
 
 
 @public
@@ -355,6 +322,34 @@ class Store:
                 done = (applied.entries, applied.uncompressed, applied.skipped)
             self.commit(name, key, labels)
         return Imported(self.stat(name), *done)
+
+    def capture(
+        self,
+        directory: StrPath,
+        name: str,
+        *,
+        onto: str | None = None,
+        exclude: Collection[str] = (),
+        labels: Mapping[str, str] | None = None,
+        patience: float = 30.0,
+        progress: Callback | None = None,
+    ) -> Info:
+        """Capture a directory as a committed snapshot, as it was at one moment; onto an earlier capture, what changed.
+
+        See :func:`onlap.workspaces.capture.capture.capture`.
+        """
+        from onlap.workspaces.capture.capture import capture
+
+        return capture(
+            self.snapshotter,
+            directory,
+            name,
+            onto=onto,
+            labels=labels,
+            exclude=exclude,
+            patience=patience,
+            progress=progress,
+        )
 
     def export(
         self,

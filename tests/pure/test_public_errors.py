@@ -158,6 +158,7 @@ STORE: dict[str, Call] = {
     "scratch": call(lambda g, _: _entered(g.store.scratch("base"))),
     "build": call(lambda g, new: _entered(g.store.build(new, "base"))),
     "import_": call(lambda g, new: g.store.import_(g.source, new)),
+    "capture": call(lambda g, new: g.store.capture(g.source, new)),
     "export": call(lambda g, new: g.store.export("base", g.directory / new)),
     "apply": active(lambda g, key: g.store.apply(key, io.BytesIO(g.layer))),
     "write_diff": active(lambda g, key: g.store.write_diff(key, io.BytesIO(), compression="gzip")),

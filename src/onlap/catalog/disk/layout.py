@@ -10,6 +10,7 @@
       snapshots/<id>/work     the workdir, while active
       snapshots/<id>/about/record     a copy of its record (onlap.catalog.background.sidecars)
       snapshots/<id>/about/manifest   what a committed layer holds (onlap.catalog.background.manifests)
+      snapshots/<id>/about/captured   what the captured directory looked like (onlap.workspaces.capture)
       snapshots/<id>/about/damaged    what a repair took out of the tree, or all of it (onlap.check)
       trash/<id>              removed trees, deleted later
       empty                   0755, never written: a lower layer where the kernel wants one
@@ -107,6 +108,10 @@ class Layout:
     def manifest(self, identifier: int) -> str:
         """What a committed snapshot's layer holds."""
         return f"{self.snapshots}/{identifier}/{ABOUT}/manifest"
+
+    def captured(self, identifier: int) -> str:
+        """What the directory that a snapshot was captured from looked like."""
+        return f"{self.snapshots}/{identifier}/{ABOUT}/captured"
 
     @property
     def blobs(self) -> str:
