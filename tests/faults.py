@@ -173,7 +173,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def public_names(kind: type) -> set[str]:
     """All that a caller may use of a class, in the way of a call or of a property."""
-    special = ("__init__", "__enter__", "__exit__", "__contains__", "__iter__")
+    special = ("__init__", "__enter__", "__exit__", "__contains__", "__getitem__", "__iter__", "__len__")
     names = {name for base in kind.__mro__ if base.__module__.startswith("onlap.") for name in vars(base)}
     chosen = {name for name in names if not name.startswith("_") or name in special}
     values = {name: getattr(kind, name) for name in chosen}

@@ -49,10 +49,14 @@ if TYPE_CHECKING:
     from onlap.snapshots.contract import Cleaner, Differ, Info, Snapshotter
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
-    from onlap.store import Exported, Imported, Progress, Store, open
+    from onlap.snapshots.transfer import Exported, Imported
+    from onlap.store import Progress, Store, open
     from onlap.trees.compare import Change
     from onlap.trees.meta import Meta
     from onlap.trees.usage import Usage
+    from onlap.workspaces.api import Workspaces
+    from onlap.workspaces.records import Checkpoint, Source
+    from onlap.workspaces.workspace import Workspace
 
 # PEP 562: a name is loaded when it is first used, so that a short command does not pay for what it never uses.
 _MODULES = {
@@ -72,10 +76,14 @@ _MODULES = {
     "onlap.snapshots.contract": "Cleaner Differ Info Snapshotter",
     "onlap.snapshots.native": "NativeSnapshotter",
     "onlap.snapshots.overlay": "OverlaySnapshotter Properties",
-    "onlap.store": "Exported Imported Progress Store open",
+    "onlap.snapshots.transfer": "Exported Imported",
+    "onlap.store": "Progress Store open",
     "onlap.trees.compare": "Change",
     "onlap.trees.meta": "Meta",
     "onlap.trees.usage": "Usage",
+    "onlap.workspaces.api": "Workspaces",
+    "onlap.workspaces.records": "Checkpoint Source",
+    "onlap.workspaces.workspace": "Workspace",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -86,6 +94,7 @@ __all__ = [
     "Busy",
     "Canceled",
     "Change",
+    "Checkpoint",
     "Cleaner",
     "DataLoss",
     "Differ",
@@ -112,10 +121,13 @@ __all__ = [
     "Report",
     "ResourceExhausted",
     "Snapshotter",
+    "Source",
     "Store",
     "Unavailable",
     "Unimplemented",
     "Usage",
+    "Workspace",
+    "Workspaces",
     "Written",
     "__version__",
     "mounted",

@@ -40,7 +40,7 @@ _DOING = {
 }
 
 
-_SPECIAL = ("__enter__", "__exit__", "__contains__", "__iter__")
+_SPECIAL = ("__enter__", "__exit__", "__contains__", "__getitem__", "__iter__", "__len__")
 
 
 def _raw() -> tuple[type[BaseException], ...]:

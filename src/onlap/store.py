@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, BinaryIO
 from onlap import errors
 from onlap.arguments import StrPath
 from onlap.boundary import public, public_class
-from onlap.errors import shown
 from onlap.mounts.plan import Mount
 from onlap.progress import Callback, Progress
 from onlap.snapshots import contexts
 from onlap.snapshots.contract import Info
 from onlap.snapshots.opening import SnapshotterKind, open_snapshotter
-from onlap.snapshots.recorded import Pair, RecordedSnapshotter, Sync
-from onlap.snapshots.results import Exported, Imported
+from onlap.snapshots.recorded import RecordedSnapshotter, Sync
 from onlap.syscalls.files import is_directory
 from onlap.trees.compare import Change
 from onlap.trees.usage import Usage
@@ -34,8 +32,10 @@ if TYPE_CHECKING:
     from onlap.layers.diff.write import Written
     from onlap.layers.stream.compression import Compression
     from onlap.snapshots.archives import Format
+    from onlap.snapshots.transfer import Exported, Imported
+    from onlap.workspaces.api import Workspaces
 
-__all__ = ["Exported", "Imported", "Progress", "SnapshotterKind", "Store", "open", "open_snapshotter"]
+__all__ = ["Progress", "SnapshotterKind", "Store", "open", "open_snapshotter"]
 
 
 @public
@@ -78,6 +78,7 @@ class Store:
         self.snapshotter = snapshotter
         self._content: ContentStore | None = None
         self._images: Images | None = None
+        self._workspaces: Workspaces | None = None
 
     def __enter__(self) -> Store:
         return self
@@ -87,6 +88,8 @@ class Store:
 
     def close(self) -> None:
         """Release all resources; idempotent."""
+        if self._workspaces is not None:
+            self._workspaces.close()
         self.snapshotter.close()
 
     @property
@@ -113,6 +116,16 @@ class Store:
 
             self._images = Images(self.snapshotter, self.content)
         return self._images
+
+    @property
+    def workspaces(self) -> Workspaces:
+        """The workspaces of the root."""
+        if self._workspaces is None:
+            from onlap.workspaces.api import Workspaces
+            from onlap.workspaces.site import Site
+
+            self._workspaces = Workspaces(Site(self.snapshotter), lambda: self.images)
+        return self._workspaces
 
     def __contains__(self, key: str) -> bool:
         try:
@@ -199,6 +212,7 @@ class Store:
         from onlap.containers import rundirs
 
         runs.sweep(self.snapshotter.catalog, rundirs.end)
+        self.workspaces.collect()
         if not is_directory(self.snapshotter.catalog.layout.content):
             return 0
         from onlap.images import garbage
@@ -305,23 +319,19 @@ class Store:
             FailedPrecondition: a file changed while it was read.
             OnlapError: of another kind, for an error of the filesystem.
         """
-        self.snapshotter.check_free(name)
-        from onlap.snapshots import archives, directories
+        from onlap.snapshots.transfer import import_
 
-        directory = archives.directory_of(source, format, "path to import")
-        if exclude and directory is None:
-            raise errors.InvalidArgument("nothing can be excluded from an archive", hint="unpack it first")
-        done: tuple[int, int, Mapping[str, int]]
-        with contexts.prepared(self.snapshotter, parent, "import") as key:
-            if directory is not None:
-                done = directories.copy_in(
-                    self.snapshotter, key, directory, exclude, allow_changes=allow_changes, progress=progress
-                )
-            else:
-                applied = archives.apply_layer(self.snapshotter, key, source, progress=progress)
-                done = (applied.entries, applied.uncompressed, applied.skipped)
-            self.commit(name, key, labels)
-        return Imported(self.stat(name), *done)
+        return import_(
+            self.snapshotter,
+            source,
+            name,
+            parent=parent,
+            format=format,
+            exclude=exclude,
+            allow_changes=allow_changes,
+            labels=labels,
+            progress=progress,
+        )
 
     def capture(
         self,
@@ -384,22 +394,19 @@ class Store:
             FailedPrecondition: the directory is not empty.
             OnlapError: of another kind, for an error of the filesystem or the mount.
         """
-        from onlap.snapshots import archives, directories
+        from onlap.snapshots.transfer import export
 
-        directory = archives.directory_of(out, format, "path to export to")
-        if directory is not None:
-            if compression is not None or level is not None or sparse:
-                raise errors.InvalidArgument(
-                    f"{shown(directory)} is a directory, and the options given are an archive's",
-                    key=directory,
-                    hint="let the path end in .tar, or say that the format is tar",
-                )
-            copied = directories.copy_out(self.snapshotter, key, directory, progress=progress)
-            return Exported(*copied, archive=None)
-        pair = Pair(None, self.snapshotter.record(key))
-        encoding = archives.encoding_for(out, compression, level, epoch, sparse=sparse)
-        done = archives.write_diff(self.snapshotter, pair, out, encoding, doing="export", progress=progress)
-        return Exported(done.entries, done.size, done.skipped, done)
+        return export(
+            self.snapshotter,
+            key,
+            out,
+            format=format,
+            compression=compression,
+            level=level,
+            epoch=epoch,
+            sparse=sparse,
+            progress=progress,
+        )
 
     def apply(
         self,

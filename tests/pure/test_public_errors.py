@@ -21,6 +21,8 @@ from onlap.images.api import Images
 from onlap.probing.probe import probe
 from onlap.snapshots.native import NativeSnapshotter
 from onlap.store import Store
+from onlap.workspaces.api import Workspaces
+from onlap.workspaces.workspace import Workspace
 from pure.image_makers import Faulty, Made, layer
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="tells calls by sys.monitoring, Python 3.12")
@@ -64,6 +66,17 @@ class Ground:
         key = self.new()
         (Path(self.store.prepare(key, "base")[0].source) / "more").write_text("more")
         return key
+
+    def workspace(self) -> str:
+        """A workspace with two checkpoints, and changes since."""
+        name = self.new()
+        made = self.store.workspaces.create(name, "base")
+        for checkpoint in ("first", "second", None):
+            with made.mounted() as tree:
+                (tree / f"file-{checkpoint}").write_text("text")
+            if checkpoint is not None:
+                made.checkpoint(checkpoint)
+        return name
 
     def image(self) -> str:
         """An image that others may lose."""
@@ -164,6 +177,44 @@ STORE: dict[str, Call] = {
     "write_diff": active(lambda g, key: g.store.write_diff(key, io.BytesIO(), compression="gzip")),
     "squash": active(lambda g, key: g.store.squash(key, f"{key}-flat")),
     "backup": call(lambda g, new: g.store.backup(g.directory / f"{new}.tar")),
+    "workspaces": call(lambda g, _: Store(g.store.snapshotter).workspaces),
+}
+
+WORKSPACES: dict[str, Call] = {
+    "__init__": call(lambda g, _: Workspaces(g.store.workspaces._site, lambda: g.store.images)),
+    "__iter__": call(lambda g, _: list(g.store.workspaces)),
+    "__contains__": call(lambda g, name: name in g.store.workspaces, Ground.workspace),
+    "__getitem__": call(lambda g, name: g.store.workspaces[name], Ground.workspace),
+    "__len__": call(lambda g, _: len(g.store.workspaces), Ground.workspace),
+    "get": call(lambda g, name: g.store.workspaces.get(name), Ground.workspace),
+    "create": call(lambda g, new: g.store.workspaces.create(new, "base")),
+    "remove": call(lambda g, name: g.store.workspaces.remove(name), Ground.workspace),
+    "collect": call(lambda g, _: g.store.workspaces.collect()),
+    "close": call(lambda g, _: g.store.workspaces.close(), Ground.workspace),
+}
+
+
+def workspace(act: Callable[[Workspace], object]) -> Call:
+    return call(lambda g, name: act(g.store.workspaces[name]), Ground.workspace)
+
+
+WORKSPACE: dict[str, Call] = {
+    "__init__": call(lambda g, name: Workspace(g.store.workspaces[name]._site, name), Ground.workspace),
+    "__enter__": workspace(_entered),
+    "__exit__": workspace(_entered),
+    "at": workspace(lambda ws: ws.at),
+    "source": workspace(lambda ws: ws.source),
+    "is_changed": workspace(lambda ws: ws.is_changed),
+    "log": workspace(lambda ws: ws.log()),
+    "mounted": workspace(lambda ws: _entered(ws.mounted())),
+    "checkpoint": workspace(lambda ws: ws.checkpoint("kept", durable=True)),
+    "rollback": workspace(lambda ws: ws.rollback("base")),
+    "forget": workspace(lambda ws: ws.forget("first")),
+    "keep": workspace(lambda ws: ws.keep(last=1)),
+    "fork": workspace(lambda ws: ws.fork()),
+    "forks": workspace(lambda ws: ws.forks(2)),
+    "diff": workspace(lambda ws: list(ws.diff("base"))),
+    "remove": workspace(lambda ws: ws.remove()),
 }
 
 SNAPSHOTTER: dict[str, Call] = {
@@ -231,8 +282,8 @@ FUNCTIONS: dict[str, Call] = {
 # Between the packages of Onlap: they take records, plans and transactions, and nobody else has these.
 INSIDE = {
     NativeSnapshotter: {
-        "ancestors", "comparing", "layers", "missing", "pair", "parent", "plan", "readonly_plan", "record", "recreate",
-        "since", "translated", "usage_of",
+        "ancestors", "compare", "comparing", "exists", "for_owner", "is_unchanged", "layers", "missing", "pair",
+        "parent", "plan", "readonly_plan", "record", "recreate", "since", "staged", "translated", "usage_of",
     },
     Images: {"keep", "record", "recording"},
 }  # fmt: skip
@@ -243,6 +294,8 @@ KINDS: dict[type, dict[str, Call]] = {
     NativeSnapshotter: SNAPSHOTTER,
     Images: IMAGES,
     ContentStore: CONTENT,
+    Workspaces: WORKSPACES,
+    Workspace: WORKSPACE,
 }
 
 

@@ -14,7 +14,8 @@ import contextlib
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from onlap import errors
 from onlap.arguments import check_number
@@ -35,6 +36,24 @@ from onlap.catalog.records import Condition, Kind, Record
 from onlap.errors import shown
 from onlap.locks import Flock, claim_directory, lock_directory
 from onlap.syscalls.files import exists
+
+
+class New(NamedTuple):
+    """A snapshot to be recorded.
+
+    Attributes:
+        name: its key or name.
+        kind: of the snapshot.
+        parent: its parent, of any owner.
+        labels: its labels.
+        staged: its tree in staging.
+    """
+
+    name: str
+    kind: Kind
+    parent: Record | None
+    labels: Mapping[str, str]
+    staged: str
 
 
 class Catalog:
@@ -245,21 +264,43 @@ class Catalog:
             InvalidArgument: the parent is not committed.
             AlreadyExists: the name is taken.
         """
+        return self.change(lambda c: [self.insert(c, owner, New(name, kind, parent, labels, staged))])[0]
 
-        def operation(connection: Connection) -> Record:
-            if parent is not None and not records.is_committed(connection, parent):
-                raise no_parent(parent.name)
-            identifier = records.next_id(connection, self._floor)
-            while exists(self.layout.snapshot(identifier)):
-                # Its transaction never committed. Its number is not used again: the tree keeps it in the trash.
-                self.trash.put(self.layout.snapshot(identifier))
-                identifier += 1
-            record = records.insert(connection, identifier, owner, name, parent, kind, labels)
-            os.rename(staged, self.layout.snapshot(identifier))
-            return record
+    def change(self, operation: Callable[[Connection], list[Record]], removed: Iterable[Record] = ()) -> list[Record]:
+        """Run a transaction that makes or changes snapshots, and deletes the records of others.
 
-        record = self.database.write(operation)
-        self.sidecars.changed(record.id)
+        Args:
+            operation: inside the transaction; composed of :meth:`insert` and the functions of
+                :mod:`onlap.catalog.records`. It returns the records that it made or changed.
+            removed: those that it deletes; their trees go to the trash.
+        """
+        changed = self.database.write(operation)
+        for record in changed:
+            if record.kind == records.COMMITTED:
+                self.usages.committed(record.id)
+                self.manifests.committed(record.id)
+            self.sidecars.changed(record.id)
+        for record in removed:
+            self._discard(record.id, record.name, wait=False)
+        if any(record.kind == records.COMMITTED for record in changed):
+            self._janitor.wake()
+        return changed
+
+    def insert(self, connection: Connection, owner: str, new: New) -> Record:
+        """In a write transaction: record a snapshot, and move its tree from staging to its place.
+
+        Raises:
+            NotFound, InvalidArgument, AlreadyExists: see :meth:`create`.
+        """
+        if new.parent is not None and not records.is_committed(connection, new.parent):
+            raise no_parent(new.parent.name)
+        identifier = records.next_id(connection, self._floor)
+        while exists(self.layout.snapshot(identifier)):
+            # Its transaction never committed. Its number is not used again: the tree keeps it in the trash.
+            self.trash.put(self.layout.snapshot(identifier))
+            identifier += 1
+        record = records.insert(connection, identifier, owner, new.name, new.parent, new.kind, new.labels)
+        os.rename(new.staged, self.layout.snapshot(identifier))
         return record
 
     def commit(
@@ -280,19 +321,16 @@ class Catalog:
             InvalidArgument: it already has another parent.
         """
 
-        def operation(connection: Connection) -> None:
+        def operation(connection: Connection) -> list[Record]:
             above = check_rebase(connection, owner, parent) if parent else None
             under = above.id if above else record.parent_id
             if not records.make_committed(connection, record, name, under, labels, empty):
                 # It has changed since it was read.
                 check_commit(connection, owner, name, record.name, parent)
                 raise records.not_found(record.name)
+            return [record._replace(kind=records.COMMITTED)]
 
-        self.database.write(operation)
-        self.usages.committed(record.id)
-        self.manifests.committed(record.id)
-        self.sidecars.changed(record.id)
-        self._janitor.wake()
+        self.change(operation)
 
     def remove(self, owner: str, name: str, *, wait: bool, only: int | None = None) -> None:
         """Remove a snapshot, and delete its tree.
@@ -326,6 +364,10 @@ class Catalog:
             return found.id
 
         identifier = self.garbage.with_space(lambda: self.database.write(operation))
+        self._discard(identifier, name, wait=wait)
+
+    def _discard(self, identifier: int, name: str, *, wait: bool) -> None:
+        """Delete the tree of a snapshot whose record is gone."""
         self.sidecars.removed(identifier)
         self.manifests.removed(identifier)
         # The snapshot is removed: a failure from here on only delays the release of its space.

@@ -21,6 +21,9 @@ VIEW: Final = "view"
 ACTIVE: Final = "active"
 COMMITTED: Final = "committed"
 
+# The owner of the snapshots of workspaces.
+WORKSPACES: Final = "workspaces"
+
 # Rows per page of a walk, as in containerd's proxy; no transaction is open between two pages.
 PAGE = 100
 
@@ -199,6 +202,24 @@ def set_highest_id(connection: Connection, highest: int) -> None:
     """Let the ids of new snapshots be higher than this one, since none is ever used again."""
     connection.execute("DELETE FROM sqlite_sequence WHERE name = 'snapshots'")
     connection.execute("INSERT INTO sqlite_sequence VALUES ('snapshots', ?)", (highest,))
+
+
+def all_where(connection: Connection, owner: str, condition: Condition) -> list[Record]:
+    """All records of an owner that meet a condition, inside one transaction."""
+    rows = connection.execute(f"{_SELECT} WHERE s.owner = ? AND ({condition.sql})", (owner, *condition.parameters))
+    return [_record(row) for row in rows]
+
+
+def names_between(connection: Connection, owner: str, first: str, last: str) -> list[str]:
+    """An owner's keys and names in a range."""
+    sql = "SELECT name FROM snapshots WHERE owner = ? AND name BETWEEN ? AND ? ORDER BY name"
+    return [row[0] for row in connection.execute(sql, (owner, first, last))]
+
+
+def labelled(connection: Connection, owner: str, key: str) -> dict[int, str]:
+    """The ids of an owner's snapshots with a label, and its values."""
+    sql = "SELECT s.id, l.value FROM labels l JOIN snapshots s ON s.id = l.snapshot WHERE l.key = ? AND s.owner = ?"
+    return dict(connection.execute(sql, (key, owner)))
 
 
 def is_committed(connection: Connection, record: Record) -> bool:

@@ -30,7 +30,7 @@ from onlap import errors
 from onlap.catalog import pins, records
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.log import warn
-from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
+from onlap.catalog.records import COMMITTED, HAS_LABEL, WORKSPACES, Condition, Record
 from onlap.errors import shown
 from onlap.forks import unless_forked
 from onlap.locks import Flock, claim_directory, lock_directory
@@ -368,10 +368,11 @@ def _sweep_missing(catalog: Catalog, place: str) -> int:
 
 
 def _labelled(catalog: Catalog, identifier: str) -> Iterator[Record]:
-    # Only those of the library and the command: a server's snapshots end when its client says so.
-    for record in catalog.walk("", Condition(HAS_LABEL, (LABEL, identifier))):
-        if record.kind != COMMITTED:
-            yield record
+    # Not those of servers, which end when a client says so.
+    for owner in ("", WORKSPACES):
+        for record in catalog.walk(owner, Condition(HAS_LABEL, (LABEL, identifier))):
+            if record.kind != COMMITTED:
+                yield record
 
 
 def forget(catalog: Catalog, identifier: str) -> None:
@@ -403,5 +404,5 @@ def _unlabel(catalog: Catalog, identifier: str) -> int:
     found = list(_labelled(catalog, identifier))
     for record in found:
         with contextlib.suppress(errors.NotFound):
-            catalog.update("", record.name, lambda c, now: records.set_labels(c, now.id, {LABEL: None}))
+            catalog.update(record.owner, record.name, lambda c, now: records.set_labels(c, now.id, {LABEL: None}))
     return len(found)

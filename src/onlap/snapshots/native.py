@@ -47,7 +47,7 @@ class NativeSnapshotter(RecordedSnapshotter):
                 # Otherwise a power cut could take files of the copy, and a later commit would lack them.
                 self.catalog.sync(since)
 
-    def _is_unchanged(self, record: Record) -> bool:
+    def is_unchanged(self, record: Record) -> bool:
         tree = self.catalog.layout.tree(record.id)
         if record.parent_id is not None or not is_empty_layer(tree):
             return False

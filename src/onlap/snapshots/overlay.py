@@ -157,7 +157,7 @@ class OverlaySnapshotter(RecordedSnapshotter):
         with self.catalog.hold([parent.id, *self.ancestors(parent)]):
             inherit(layout.tree(record.id), self.layers(parent), self.markers, since)
 
-    def _is_unchanged(self, record: Record) -> bool:
+    def is_unchanged(self, record: Record) -> bool:
         tree = self.catalog.layout.tree(record.id)
         if not is_empty_layer(tree):
             return False

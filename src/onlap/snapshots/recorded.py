@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import stat
 import weakref
@@ -112,6 +113,7 @@ class RecordedSnapshotter(ABC):
         self._ancestors: dict[int, tuple[int, ...]] = {}
         self.catalog = Catalog(root, create=create, timeout=timeout)
         self._namespace: Namespace | None = None
+        self._original: RecordedSnapshotter | None = None
         try:
             self._load_properties()
             recovery.recover(self.catalog, self.recreate)
@@ -137,7 +139,7 @@ class RecordedSnapshotter(ABC):
         """Fill a staging directory with the initial content of a snapshot; raises OSError."""
 
     @abstractmethod
-    def _is_unchanged(self, record: Record) -> bool:
+    def is_unchanged(self, record: Record) -> bool:
         """Whether an active snapshot was never changed, so that it can be recreated after a power cut."""
 
     def recreate(self, record: Record) -> bool:
@@ -202,6 +204,13 @@ class RecordedSnapshotter(ABC):
         """The owner whose snapshots it sees and makes; empty for the library and the command."""
         return self._owner
 
+    def for_owner(self, owner: str) -> Self:
+        """The same root as another owner sees it; it is closed with this one."""
+        other = copy.copy(self)
+        other._owner = owner
+        other._original = self
+        return other
+
     # Context manager
 
     @public
@@ -230,6 +239,8 @@ class RecordedSnapshotter(ABC):
     @property
     def namespace(self) -> Namespace:
         """The helper that mounts without privilege and starts programs; there is none before it is needed."""
+        if self._original is not None:
+            return self._original.namespace
         if self._namespace is None:
             from onlap.mounts.namespace import Namespace
 
@@ -251,8 +262,12 @@ class RecordedSnapshotter(ABC):
     def check_free(self, name: str) -> None:
         """Raise AlreadyExists when a name is taken."""
         check_name(name, "name")
-        if self.catalog.database.read(lambda c: records.exists(c, self._owner, name)):
+        if self.exists(name):
             raise records.already_exists(name)
+
+    def exists(self, name: str) -> bool:
+        """Whether a key or name is taken."""
+        return self.catalog.database.read(lambda c: records.exists(c, self._owner, name))
 
     def _info(self, record: Record) -> Info:
         return record.info
@@ -330,9 +345,10 @@ class RecordedSnapshotter(ABC):
     @public
     def diff(self, key: str, *, base: str | None = None) -> Iterator[Change]:
         """See :meth:`Differ.diff`. The directories of the layers are compared; nothing is mounted."""
-        return self._diff(self.pair(key, base))
+        return self.compare(self.pair(key, base))
 
-    def _diff(self, pair: Pair) -> Iterator[Change]:
+    def compare(self, pair: Pair) -> Iterator[Change]:
+        """How two snapshots differ, by their records."""
         with self.comparing(pair, "compare snapshot") as (before, after, since):
             yield from stack_changes(before, after, self.markers, since=since)
 
@@ -445,18 +461,24 @@ class RecordedSnapshotter(ABC):
         above = self.catalog.database.read(check)
         # Read first, since nothing may fail once the snapshot exists.
         below = () if above is None else (above.id, *self.ancestors(above))
+        with self.staged(key, kind, above, labels) as staged:
+            record = self.catalog.create(self._owner, key, kind, above, labels, staged)
+        return self._plan(record, below)
+
+    @contextlib.contextmanager
+    def staged(self, key: str, kind: Kind, parent: Record | None, labels: Mapping[str, str]) -> Iterator[str]:
+        """The tree of a new snapshot in staging, to be moved to its place inside the block."""
         with self.translated("prepare snapshot", key):
             staged = self._stage()
         try:
             with self.translated("prepare snapshot", key):
-                self._build(staged, kind, above, labels)
-                record = self.catalog.create(self._owner, key, kind, above, labels, staged)
+                self._build(staged, kind, parent, labels)
+                yield staged
         except BaseException:
             # If the transaction failed late, the tree has been renamed: it is an orphan, which cleanup deletes.
             with contextlib.suppress(OSError):
                 self.catalog.staging.discard(staged)
             raise
-        return self._plan(record, below)
 
     @public
     def commit(
@@ -491,7 +513,7 @@ class RecordedSnapshotter(ABC):
                     above = self.catalog.database.read(lambda c: check_rebase(c, self._owner, parent))
                     self._rebase(record, above)
                     made = record._replace(parent_id=above.id)  # what a power cut would recreate it from
-                empty = self._is_unchanged(made)
+                empty = self.is_unchanged(made)
                 if self.syncs and not empty:
                     self.catalog.sync()
             self.catalog.commit(self._owner, name, record, parent, labels or {}, empty)

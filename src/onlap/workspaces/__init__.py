@@ -1,1 +1,1 @@
-"""Workspaces: a line of snapshots with one writable top, forked, rolled back and merged back."""
+"""Workspaces: a file tree that is forked, checkpointed, rolled back and merged."""

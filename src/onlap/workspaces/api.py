@@ -1,0 +1,176 @@
+"""All workspaces of a root: made, opened by name, listed, removed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from onlap import errors
+from onlap.arguments import check_text
+from onlap.boundary import public_class
+from onlap.catalog.records import COMMITTED, Record
+from onlap.catalog.runs import Run, begin
+from onlap.errors import shown
+from onlap.progress import Callback
+from onlap.workspaces import chains, nodes
+from onlap.workspaces.records import (
+    AT,
+    BASE,
+    BASE_ID,
+    SOURCE,
+    WORKSPACE,
+    Source,
+    already_exists,
+    check_workspace_name,
+    top_key,
+)
+from onlap.workspaces.site import Site
+from onlap.workspaces.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onlap.images.api import Images
+
+
+@public_class
+class Workspaces(Mapping[str, Workspace]):
+    """The workspaces of a root, by name; :attr:`Store.workspaces`."""
+
+    def __init__(self, site: Site, images: Callable[[], Images]) -> None:
+        self._site = site
+        self._images = images
+
+    def __getitem__(self, name: str) -> Workspace:
+        check_text(name, "name of a workspace")
+        self._site.top(name)
+        return Workspace(self._site, name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._site.exists(name)
+
+    def get(self, name: str, default: object = None) -> object:  # type: ignore[override]
+        """The workspace of this name; ``default`` if there is none."""
+        try:
+            return self[name]
+        except errors.NotFound:
+            return default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._site.names())
+
+    def __len__(self) -> int:
+        return len(self._site.names())
+
+    def create(
+        self,
+        name: str | None,
+        source: str | Path,
+        *,
+        exclude: Collection[str] = (),
+        progress: Callback | None = None,
+    ) -> Workspace:
+        """Make a workspace.
+
+        A directory is captured: see :meth:`Store.capture`. The capture is kept, so that the next workspace of the same
+        directory copies only what changed since.
+
+        Args:
+            name: its name. None: an unnamed workspace, which ends with its ``with`` block, or with this process.
+            source: a ``Path`` is a directory; a ``str`` is the name of a committed snapshot or of an image.
+            exclude: of a directory, as for :meth:`Store.import_`.
+            progress: called with reports, at most ten times per second.
+
+        Raises:
+            AlreadyExists: there is such a workspace.
+            NotFound: there is no such directory, or neither a snapshot nor an image of that name.
+            InvalidArgument: there are both, or the snapshot is not committed.
+            FailedPrecondition: files of the directory did not stop changing; the error names one.
+            OnlapError: of another kind, for an error of the filesystem.
+        """
+        if name is not None:
+            check_workspace_name(name)
+            if name in self:
+                raise already_exists(name)
+        base, made_from = self._base(source, exclude, progress)
+        run = begin(self._site.snapshotter.catalog) if name is None else None
+        try:
+            return self._start(name, base, made_from, run)
+        except BaseException:
+            if run is not None:
+                run.close()
+            raise
+
+    def _start(self, name: str | None, base: Record, made_from: Source, run: Run | None) -> Workspace:
+        chosen = name if name is not None or run is None else f"unnamed-{run.id}"
+        assert chosen is not None
+        labels = {
+            WORKSPACE: chosen,
+            BASE: str(base.id),
+            AT: BASE_ID,
+            SOURCE: str(made_from),
+            **(run.labels if run is not None else {}),
+        }
+        try:
+            chains.start(self._site.snapshotter, [top_key(chosen)], base, [labels])
+        except errors.AlreadyExists as error:
+            raise already_exists(chosen) from error
+        return Workspace(self._site, chosen, run)
+
+    def _base(self, source: str | Path, exclude: Collection[str], progress: Callback | None) -> tuple[Record, Source]:
+        if isinstance(source, str):
+            if exclude:
+                raise errors.InvalidArgument("nothing can be excluded from a snapshot or an image")
+            return self._named(source, progress)
+        if not isinstance(source, os.PathLike):
+            raise errors.InvalidArgument(
+                f"{shown(repr(source))} is not a source", hint="pass the Path of a directory, or a snapshot's name"
+            )
+        raise errors.Unimplemented("directories cannot be captured yet", key=os.fspath(source))
+
+    def _named(self, name: str, progress: Callback | None) -> tuple[Record, Source]:
+        """The snapshot of a name, or that of the image of the name."""
+        snapshot = image = None
+        if self._site.store.exists(name):
+            snapshot = self._site.store.record(name)
+        images = self._images()
+        if name in images:
+            image = images.get(name)
+        if snapshot is None and image is None:
+            raise errors.NotFound(
+                f"there is no snapshot and no image {shown(name)}",
+                key=name,
+                hint=f"see: onlap ls, onlap image ls; or, if it is a directory, pass its Path: Path({name!r})",
+            )
+        if image is not None:
+            top = images.unpack(image, progress=progress)
+            if snapshot is not None and snapshot.name != top:
+                raise errors.InvalidArgument(
+                    f"there is a snapshot and an image {shown(name)}", key=name, hint="name the snapshot of the image"
+                )
+            return self._site.store.record(top), Source("image", name)
+        assert snapshot is not None
+        if snapshot.kind != COMMITTED:
+            raise errors.InvalidArgument(
+                f"snapshot {shown(name)} is {snapshot.kind}, not committed", key=name, hint="commit it first"
+            )
+        return snapshot, Source("snapshot", name)
+
+    def remove(self, name: str) -> None:
+        """See :meth:`Workspace.remove`."""
+        self[name].remove()
+
+    def collect(self) -> int:
+        """Remove checkpoints and captures that no workspace needs; :meth:`Store.cleanup` does this too.
+
+        The newest capture of a directory is kept for a week, so that the next workspace of it need not copy all.
+
+        Returns:
+            How many were removed.
+        """
+        return nodes.collect(self._site.snapshotter, nodes.newest_captures(self._site.snapshotter))
+
+    def close(self) -> None:
+        """Wait until all checkpoints are durable."""
+        self._site.durability.finish()

@@ -1,0 +1,110 @@
+"""When checkpoints become durable: their content is written to the disk in the background, many at once."""
+
+from __future__ import annotations
+
+from sqlite3 import Connection
+
+from onlap import errors
+from onlap.catalog import records as rows
+from onlap.catalog.catalog import Catalog
+from onlap.catalog.disk.boot import boot_id
+from onlap.catalog.helper import Helper, Job, nothing
+from onlap.catalog.log import warn
+from onlap.catalog.records import HAS_LABEL, Condition
+from onlap.errors import shown
+from onlap.workspaces.records import OWNER, UNSYNCED, node_id
+
+# What UNSYNCED says after a failed sync: nobody knows what the disk lacks.
+_FAILED = "failed"
+
+
+class Durability:
+    """Writes the content of checkpoints to the disk, and notes that it is there.
+
+    Args:
+        catalog: of the root.
+
+    Attributes:
+        suspect: ids of snapshots in the catalog that had not reached the disk at the last power cut.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._helper = Helper(self._serve)
+        found = catalog.database.read(lambda c: rows.labelled(c, OWNER, UNSYNCED))
+        boot = boot_id() if found else ""
+        self.suspect = frozenset(identifier for identifier, value in found.items() if value != boot)
+        if len(self.suspect) < len(found):
+            self.begin()  # another process did not get to it
+
+    def after_fork(self) -> None:
+        """In a forked child: the thread stayed with the parent."""
+        self._helper = Helper(self._serve)
+
+    def begin(self) -> None:
+        """Write what is there now, in the background."""
+        self._helper.put(Job(nothing))
+
+    def wait(self) -> None:
+        """Return when all checkpoints made so far are durable.
+
+        Raises:
+            OnlapError: they cannot be written.
+        """
+        self._helper.ask(Job(nothing))
+
+    def finish(self) -> None:
+        """Wait for what was begun, and leave what fails to the next process."""
+        if not self._helper.is_idle():
+            try:
+                self.wait()
+            except errors.OnlapError as error:
+                warn(f"some checkpoints are not durable: {error}")
+
+    def check(self, ids: tuple[int, ...], workspace: str) -> None:
+        """Raise DataLoss if one of these snapshots had not reached the disk at a power cut."""
+        lost = self.suspect.intersection(ids)
+        if not lost:
+            return
+        record = self._catalog.by_id(min(lost))
+        if record is not None:
+            raise errors.DataLoss(
+                f"checkpoint {shown(node_id(record))} of workspace {shown(workspace)} had not reached the disk "
+                "before a power cut, and may lack content",
+                key=workspace,
+                hint="go back to a checkpoint before it; see: onlap ws log",
+            )
+
+    def _serve(self, first: Job[object], _in_caller: bool) -> None:
+        jobs = [first, *self._helper.waiting()]
+        try:
+            self._write()
+        except errors.OnlapError as error:
+            warn(f"cannot write checkpoints to the disk: {error}")
+            for job in jobs:
+                job.error = error
+        finally:
+            for job in jobs:
+                job.finish()
+
+    def _write(self) -> None:
+        condition = Condition(HAS_LABEL, (UNSYNCED, boot_id()))
+        due = [record.id for record in self._catalog.walk(OWNER, condition)]
+        if not due:
+            return
+        try:
+            self._catalog.sync()
+        except errors.OnlapError:
+            self._label(due, _FAILED)
+            raise
+        self._label(due, None)
+
+    def _label(self, ids: list[int], value: str | None) -> None:
+        def operation(connection: Connection) -> None:
+            for identifier in ids:
+                if rows.by_id(connection, identifier) is not None:  # else it was removed meanwhile
+                    rows.set_labels(connection, identifier, {UNSYNCED: value})
+
+        self._catalog.database.write(operation)
+        for identifier in ids:
+            self._catalog.sidecars.changed(identifier)

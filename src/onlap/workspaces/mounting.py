@@ -1,0 +1,144 @@
+"""The tree of a workspace at one path, which stays the same while the layer below it is replaced."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from onlap import errors
+from onlap.arguments import StrPath, check_path
+from onlap.catalog.runs import begin
+from onlap.errors import shown
+from onlap.forks import closed_in_children
+from onlap.mounts import temporary
+from onlap.mounts.holders import holders_of_mount
+from onlap.mounts.unmount import await_nobody, unmount
+from onlap.mounts.userns import may_mount
+from onlap.snapshots import exclusion
+from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.syscalls.files import mount_id
+
+# Seconds to wait at the end for processes that still use the tree, as onlap.mounted does.
+_LEAVING = 5.0
+
+
+class Mounting:
+    """A mounted top; a context manager.
+
+    With the privilege to mount, the tree is at a mount point. Without, it is a detached mount behind a descriptor whose
+    number does not change.
+
+    Args:
+        snapshotter: of the workspaces.
+        key: of the top.
+        at: an existing directory; by default one below the root.
+
+    Attributes:
+        path: of the tree.
+    """
+
+    def __init__(self, snapshotter: RecordedSnapshotter, key: str, at: StrPath | None) -> None:
+        self._snapshotter = snapshotter
+        self._key = key
+        self._at = os.path.realpath(check_path(at, "mount point")) if at is not None else None
+        self._stack = ExitStack()
+        self._mount = ExitStack()
+        self._fd = -1
+        self._release: Callable[[], None] = lambda: None
+        self._fixed = True
+        self.path = ""
+
+    def __enter__(self) -> Mounting:
+        with ExitStack() as on_error:
+            on_error.callback(self._stack.close)
+            run = self._stack.enter_context(begin(self._snapshotter.catalog))
+            if may_mount():
+                if self._at is None:
+                    self._at = run.tree()
+                else:
+                    record = self._snapshotter.record(self._key)
+                    run.mounts_at(self._at, self._snapshotter.catalog.layout.tree(record.id))
+            self._stack.callback(self._close)
+            self.attach()
+            on_error.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def attach(self) -> None:
+        """Mount the top that the workspace has now."""
+        record = self._snapshotter.record(self._key)
+        hidden = self._at is None
+        with ExitStack() as stack:
+            plan = stack.enter_context(exclusion.mounting(self._snapshotter, record, hidden=hidden))
+            helper = lambda: self._snapshotter.namespace  # noqa: E731 - started only if it is needed
+            mounted = temporary.mounted(plan, self._at, detached=hidden, helper=helper)
+            path = os.fspath(stack.enter_context(mounted))
+            if self._at is not None:
+                self.path = self._at
+            elif len(plan) == 1 and plan[0].needs_no_mount:
+                self.path, self._fixed = path, False
+            else:
+                self._show(int(path.rpartition("/")[2]))
+            self._mount = stack.pop_all()
+
+    def _show(self, fd: int) -> None:
+        """Let the descriptor with our number be another file."""
+        if self._fd < 0:
+            self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            self._release = closed_in_children(self._fd)
+            self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        else:
+            os.dup2(fd, self._fd, inheritable=False)
+
+    def detach(self, wait: float) -> None:
+        """Unmount the top, so that another can take its place.
+
+        Args:
+            wait: seconds to wait for processes that use it.
+
+        Raises:
+            Busy: they still do; it stays mounted. ``.holders`` says who.
+            FailedPrecondition: the tree cannot be replaced under its path.
+        """
+        if not self._fixed:
+            raise errors.FailedPrecondition(
+                f"{shown(self.path)} is a copy, which cannot be replaced while it is in use",
+                key=self.path,
+                hint="end the block that mounted the workspace first, or use an overlay root",
+            )
+        try:
+            if self._at is not None:
+                unmount(self._at, timeout=wait)
+            else:
+                self._await_nobody(wait)
+        except errors.Busy as error:
+            error.hint = "end these processes, or wait for them (wait=SECONDS)"
+            raise
+        self._mount.close()
+
+    def _await_nobody(self, wait: float) -> None:
+        number, device = mount_id(self._fd), os.fstat(self._fd).st_dev
+        ours = f"pid {os.getpid()} "
+
+        def find() -> list[str]:
+            # Our own two descriptors are the mount.
+            return [line for line in holders_of_mount(number, device) if not line.startswith(ours) or "fd/" not in line]
+
+        await_nobody(self.path, find, timeout=wait)
+        # The number stays taken, or another thread might open a file under it.
+        nothing = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        try:
+            os.dup2(nothing, self._fd, inheritable=False)
+        finally:
+            os.close(nothing)
+
+    def _close(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self._mount.close)
+            if self._fd >= 0:
+                stack.callback(self._release)
+                self._await_nobody(_LEAVING)

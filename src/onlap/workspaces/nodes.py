@@ -1,0 +1,225 @@
+"""The checkpoints of all workspaces of a root: found, listed, forgotten, and removed when nobody needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from sqlite3 import Connection
+
+from onlap import errors
+from onlap.catalog import records as rows
+from onlap.catalog.records import HAS_LABEL, Condition, Record
+from onlap.errors import shown
+from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.workspaces.records import (
+    AT,
+    BASE,
+    BASE_ID,
+    CHANGED,
+    DIRECTORY,
+    FORGOTTEN,
+    OWNER,
+    UNSYNCED,
+    WORKSPACE,
+    Checkpoint,
+    base_name_label,
+    base_names_in,
+    is_capture,
+    is_node,
+    is_top,
+    name_label,
+    names_in,
+    node_id,
+    node_name,
+    parse_command,
+    workspace_of,
+)
+
+# How long a capture is kept for the next workspace of its directory.
+_KEEP_CAPTURE_NS = 7 * 24 * 3600 * 10**9
+
+
+def base_of(snapshotter: RecordedSnapshotter, record: Record) -> Record:
+    """The snapshot that the workspace of a top or a checkpoint was made from.
+
+    Raises:
+        DataLoss: its record is gone.
+    """
+    base = snapshotter.catalog.by_id(int(record.labels[BASE]))
+    if base is None:
+        raise errors.DataLoss(f"the base of {shown(record.name)} is gone", key=record.name)
+    return base
+
+
+def find(snapshotter: RecordedSnapshotter, top: Record, reference: Checkpoint | str) -> Record:
+    """The snapshot of a checkpoint that a workspace may use.
+
+    Args:
+        snapshotter: of the workspaces.
+        top: of the workspace.
+        reference: a checkpoint, its id, or a name that the workspace gave it.
+
+    Raises:
+        NotFound: there is none, or it is another tree's.
+    """
+    text = reference.id if isinstance(reference, Checkpoint) else reference
+    if not isinstance(text, str):
+        raise errors.InvalidArgument(
+            f"{shown(repr(reference))} is not a checkpoint", hint="pass a Checkpoint, its id, or its name"
+        )
+    if text == BASE_ID or base_name_label(text) in top.labels:
+        return base_of(snapshotter, top)
+    workspace = workspace_of(top.name)
+    named = Condition(HAS_LABEL, (name_label(text), workspace))
+    for record in snapshotter.catalog.walk(OWNER, named):
+        return record
+    with contextlib.suppress(errors.NotFound):
+        record = snapshotter.record(node_name(text))
+        if record.labels.get(BASE) == top.labels[BASE] and FORGOTTEN not in record.labels:
+            return record
+    raise errors.NotFound(
+        f"workspace {shown(workspace)} has no checkpoint {shown(text)}",
+        key=text,
+        hint=f"see: onlap ws log {shown(workspace)}",
+    )
+
+
+def describe(record: Record, top: Record) -> Checkpoint:
+    """A checkpoint as callers see it, with the names that the workspace of a top gave it."""
+    inodes, size = record.inodes, record.size
+    if CHANGED in record.labels:
+        inodes, size = map(int, record.labels[CHANGED].split())
+    if node_id(record) == BASE_ID:
+        names = base_names_in(top.labels)
+        return Checkpoint(BASE_ID, names, None, "", record.created_ns, (), inodes, size, durable=True)
+    return Checkpoint(
+        node_id(record),
+        names_in(record.labels, workspace_of(top.name)),
+        record.labels[AT],
+        record.labels[WORKSPACE],
+        record.created_ns,
+        parse_command(record.labels),
+        inodes,
+        size,
+        durable=UNSYNCED not in record.labels,
+    )
+
+
+def measured(snapshotter: RecordedSnapshotter, record: Record) -> Record:
+    """A checkpoint with the size of its change."""
+    if CHANGED in record.labels or record.size is not None:
+        return record
+    inodes, size = snapshotter.usage_of(record)
+    return record._replace(inodes=inodes, size=size)
+
+
+def _before(
+    snapshotter: RecordedSnapshotter, record: Record, known: Mapping[str, Record]
+) -> Iterator[tuple[str, Record]]:
+    """What a top or a checkpoint came from, nearest first, until a checkpoint that is known; without the base."""
+    at = record.labels[AT]
+    while at != BASE_ID and at not in known:
+        try:
+            record = snapshotter.record(node_name(at))
+        except errors.NotFound:
+            return  # removed meanwhile
+        yield at, record
+        at = record.labels[AT]
+
+
+def of_workspace(snapshotter: RecordedSnapshotter, top: Record) -> list[Record]:
+    """The checkpoints of a workspace and those that it came from, oldest first, without the base."""
+    own = snapshotter.catalog.walk(OWNER, Condition(HAS_LABEL, (WORKSPACE, workspace_of(top.name))))
+    found = {node_id(record): record for record in own if is_node(record)}
+    for start in [top, *found.values()]:
+        found.update(_before(snapshotter, start, found))
+    return sorted((r for r in found.values() if FORGOTTEN not in r.labels), key=lambda record: record.id)
+
+
+def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record]) -> None:
+    """Take checkpoints out of the history; what came after them is then after what came before them.
+
+    Raises:
+        OnlapError: an error of the catalog.
+    """
+    catalog = snapshotter.catalog
+    gone = {node_id(record): record for record in records}
+
+    def operation(connection: Connection) -> list[int]:
+        changed = []
+        for identifier in gone:
+            record = rows.find(connection, OWNER, node_name(identifier))
+            if record is None:
+                continue
+            after = Condition(HAS_LABEL, (AT, identifier))
+            for follower in rows.all_where(connection, OWNER, after):
+                rows.set_labels(connection, follower.id, {AT: record.labels[AT]})
+                changed.append(follower.id)
+            rows.set_labels(connection, record.id, {FORGOTTEN: "yes"})
+            changed.append(record.id)
+        return changed
+
+    for identifier in catalog.database.write(operation):
+        catalog.sidecars.changed(identifier)
+    collect(snapshotter)
+
+
+def newest_captures(snapshotter: RecordedSnapshotter) -> Callable[[Record], bool]:
+    """A function that tells whether a snapshot is the newest capture of its directory, and made within a week."""
+    newest = {record.labels[DIRECTORY]: record.id for record in snapshotter.catalog.walk(OWNER) if is_capture(record)}
+    since = time.time_ns() - _KEEP_CAPTURE_NS
+    return lambda record: (
+        is_capture(record) and newest.get(record.labels[DIRECTORY]) == record.id and record.created_ns > since
+    )
+
+
+def collect(snapshotter: RecordedSnapshotter, used: Callable[[Record], bool] = lambda _record: True) -> int:
+    """Remove the checkpoints that belong to no workspace or are forgotten, and on which nothing stands.
+
+    Args:
+        snapshotter: of the workspaces.
+        used: whether another snapshot without children, such as a capture, is still of use.
+
+    Returns:
+        How many were removed.
+
+    Raises:
+        OnlapError: an error of the catalog.
+    """
+    catalog = snapshotter.catalog
+    everything = list(catalog.walk(OWNER))
+    workspaces = {workspace_of(record.name) for record in everything if is_top(record)}
+    by_id = {node_id(record): record for record in everything if is_node(record)}
+    wanted: set[str] = set()
+    for record in everything:
+        at: str | None = record.labels.get(AT)
+        if is_node(record):
+            if FORGOTTEN in record.labels or record.labels[WORKSPACE] not in workspaces:
+                continue
+            at = node_id(record)
+        elif not is_top(record):
+            continue
+        while at is not None and at in by_id and at not in wanted:
+            wanted.add(at)
+            at = by_id[at].labels[AT]
+    children: dict[int, int] = {}
+    for record in everything:
+        if record.parent_id is not None:
+            children[record.parent_id] = children.get(record.parent_id, 0) + 1
+    removed = 0
+    for record in reversed(everything):  # a child has a higher id than its parent
+        if is_top(record) or children.get(record.id):
+            continue
+        if is_node(record):
+            kept = node_id(record) in wanted and FORGOTTEN not in record.labels
+        else:
+            kept = used(record)
+        if kept:
+            continue
+        with contextlib.suppress(errors.NotFound, errors.FailedPrecondition):  # another process was faster, or uses it
+            catalog.remove(OWNER, record.name, wait=False, only=record.id)
+            removed += 1
+            if record.parent_id is not None:
+                children[record.parent_id] -= 1
+    return removed

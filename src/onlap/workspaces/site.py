@@ -1,0 +1,64 @@
+"""What all workspaces of a store share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from sqlite3 import Connection
+
+from onlap import errors
+from onlap.catalog import records as rows
+from onlap.catalog.records import Record
+from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.workspaces.durability import Durability
+from onlap.workspaces.records import OWNER, not_found, top_key, workspace_of
+
+
+class Site:
+    """The workspaces' part of a root.
+
+    Args:
+        snapshotter: of the store.
+
+    Attributes:
+        store: the snapshotter of the store.
+        snapshotter: of the workspaces: the same root, another owner.
+        durability: writes checkpoints to the disk.
+    """
+
+    def __init__(self, snapshotter: RecordedSnapshotter) -> None:
+        self.store = snapshotter
+        self.snapshotter = snapshotter.for_owner(OWNER)
+        self.durability = Durability(snapshotter.catalog)
+
+    def top(self, name: str) -> Record:
+        """The top of a workspace; NotFound if there is none."""
+        try:
+            return self.snapshotter.record(top_key(name))
+        except errors.NotFound as error:
+            raise not_found(name) from error
+
+    def check_durable(self, record: Record, workspace: str) -> None:
+        """Raise DataLoss if a snapshot, or one below it, had not reached the disk at the last power cut."""
+        if self.durability.suspect:
+            self.durability.check((record.id, *self.snapshotter.ancestors(record)), workspace)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a workspace of this name."""
+        return self.snapshotter.exists(top_key(name))
+
+    def names(self) -> list[str]:
+        """The names of all workspaces, sorted."""
+
+        def operation(connection: Connection) -> list[str]:
+            return rows.names_between(connection, OWNER, top_key(""), top_key("\U0010ffff"))
+
+        return sorted(workspace_of(key) for key in self.snapshotter.catalog.database.read(operation))
+
+    def free_names(self, name: str, count: int) -> Iterator[str]:
+        """Names for forks of a workspace, which no workspace had when this was called."""
+        taken = set(self.names())
+        number = 0
+        while True:
+            number += 1
+            if (fork := f"{name}.{number}") not in taken:
+                yield fork

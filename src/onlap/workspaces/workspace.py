@@ -1,0 +1,410 @@
+"""A workspace: one writable tree that is checkpointed, rolled back, forked and compared."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from onlap import errors
+from onlap.arguments import StrPath, check_number
+from onlap.boundary import public_class
+from onlap.catalog.records import Record
+from onlap.catalog.runs import Run
+from onlap.errors import shown
+from onlap.mounts.unmount import attempts
+from onlap.snapshots.recorded import Pair
+from onlap.trees.compare import Change
+from onlap.workspaces import chains, nodes
+from onlap.workspaces.mounting import Mounting
+from onlap.workspaces.records import (
+    AT,
+    BASE_ID,
+    SOURCE,
+    UNSYNCED,
+    WORKSPACE,
+    Checkpoint,
+    Source,
+    already_exists,
+    base_name_label,
+    check_workspace_name,
+    name_label,
+    names_in,
+    next_labels,
+    node_id,
+    parse_source,
+    top_key,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onlap.workspaces.site import Site
+
+
+@public_class
+class Workspace:
+    """A named tree with one writable layer, on a history of checkpoints; made by :class:`Workspaces`.
+
+    It outlives the process: ``store.workspaces[name]`` opens it again. Several processes may open it; whatever would
+    pull the tree away under one that uses it raises Busy.
+
+    As a context manager, an unnamed workspace is removed at the end of the block; a named one stays.
+
+    Attributes:
+        name: its name.
+    """
+
+    def __init__(self, site: Site, name: str, run: Run | None = None) -> None:
+        self._site = site
+        self.name = name
+        self._run = run
+        self._mounting: Mounting | None = None
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._run is not None:
+            try:
+                self.remove()
+            finally:
+                self._run.close()
+
+    def __repr__(self) -> str:
+        return f"<Workspace {shown(self.name)}>"
+
+    # What it is
+
+    @property
+    def source(self) -> Source:
+        """What it was made from."""
+        return parse_source(self._top().labels[SOURCE])
+
+    @property
+    def at(self) -> Checkpoint:
+        """The checkpoint that it stands on."""
+        top = self._top()
+        return self._describe(nodes.find(self._site.snapshotter, top, top.labels[AT]))
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything was written since that checkpoint."""
+        return not self._site.snapshotter.is_unchanged(self._top())
+
+    def log(self) -> list[Checkpoint]:
+        """Its checkpoints, and those that it came from, oldest first; the base is the first.
+
+        Raises:
+            NotFound: there is no such workspace any more.
+        """
+        top = self._top()
+        base = nodes.base_of(self._site.snapshotter, top)
+        found = [base, *nodes.of_workspace(self._site.snapshotter, top)]
+        return [self._describe(nodes.measured(self._site.snapshotter, record), top) for record in found]
+
+    def _top(self) -> Record:
+        return self._site.top(self.name)
+
+    def _describe(self, record: Record, top: Record | None = None) -> Checkpoint:
+        return nodes.describe(record, top or self._top())
+
+    # The tree
+
+    @contextlib.contextmanager
+    def mounted(self, at: StrPath | None = None) -> Iterator[Path]:
+        """Mount its tree for the duration of a ``with`` block.
+
+        Inside the block, :meth:`checkpoint` and :meth:`rollback` replace the tree under the same path.
+
+        Args:
+            at: an existing directory; by default one below the root. Without the privilege to mount there is no mount
+                point: see :func:`onlap.mounted`.
+
+        Raises:
+            Busy: it is mounted already; or, at the end, a process still uses the tree.
+            DataLoss: it stands on a checkpoint that a power cut took.
+            OnlapError: see :func:`onlap.mounted`.
+        """
+        from pathlib import Path
+
+        self._check_kept(self._top())
+        if self._mounting is not None:
+            raise errors.Busy(
+                f"workspace {shown(self.name)} is mounted at {shown(self._mounting.path)} already",
+                key=self.name,
+                hint="use that path",
+                holders=[self._mounting.path],
+            )
+        with Mounting(self._site.snapshotter, top_key(self.name), at) as mounting:
+            self._mounting = mounting
+            try:
+                yield Path(mounting.path)
+            finally:
+                self._mounting = None
+
+    def _check_kept(self, top: Record) -> None:
+        self._site.check_durable(top, self.name)
+
+    def _replacing(self, wait: float, action: Callable[[Record], Record]) -> Record:
+        """Replace the top, under its mount if it is mounted here.
+
+        Args:
+            wait: seconds to wait while others use the tree.
+            action: replaces a top; raises Busy while it is used.
+        """
+        check_number(wait, "wait")
+        mounting = self._mounting
+        if mounting is not None:
+            mounting.detach(wait)
+        try:
+            for last in attempts(wait):
+                try:
+                    return action(self._top())
+                except (errors.Busy, errors.NotFound):
+                    # NotFound: another thread or process replaced the top, or removed the workspace.
+                    if last:
+                        raise
+            raise AssertionError("attempts() ends with the last one")
+        finally:
+            if mounting is not None:
+                mounting.attach()
+
+    # Checkpoints
+
+    def checkpoint(self, name: str | None = None, *, durable: bool = False, wait: float = 0.0) -> Checkpoint:
+        """Keep the present state, to go back to or to fork from.
+
+        The time does not depend on the size of the tree. If nothing was written since the last checkpoint, this is that
+        one. Other processes see it when this returns. It survives a power cut soon after; with ``durable``, when this
+        returns. A process that has a file of the tree open would go on changing what was kept, so none may.
+
+        Args:
+            name: a name for it, which no other checkpoint of the workspace has.
+            durable: wait until it survives a power cut.
+            wait: seconds to wait for processes that use the tree.
+
+        Raises:
+            Busy: a process uses the tree; ``.holders`` says who.
+            AlreadyExists: another checkpoint has the name.
+            DataLoss: the workspace stands on a checkpoint that a power cut took.
+            OnlapError: of another kind, for an error of the filesystem or the catalog.
+        """
+        if name is not None:
+            check_workspace_name(name)
+        snapshotter = self._site.snapshotter
+        top = self._top()
+        self._check_kept(top)
+        record = self._kept(top)
+        if record is not None:
+            if name is not None:
+                record = self._give_name(top, record, name)
+        else:
+            if name is not None:
+                self._check_unused(top, name)
+            names = {name_label(name): self.name} if name is not None else {}
+            record = self._replacing(wait, lambda now: chains.advance(snapshotter, now, names))
+            self._site.durability.begin()
+        if durable and UNSYNCED in record.labels:
+            self._site.durability.wait()
+            record = snapshotter.record(record.name)
+        return self._describe(record)
+
+    def _kept(self, top: Record) -> Record | None:
+        """The checkpoint that has the present state; None if something was written since."""
+        snapshotter = self._site.snapshotter
+        return nodes.find(snapshotter, top, top.labels[AT]) if snapshotter.is_unchanged(top) else None
+
+    def _check_unused(self, top: Record, name: str) -> None:
+        try:
+            record = nodes.find(self._site.snapshotter, top, name)
+        except errors.NotFound:
+            return
+        raise errors.AlreadyExists(
+            f"workspace {shown(self.name)} has a checkpoint {shown(name)} already",
+            key=name,
+            hint=f"choose another name, or forget that one: onlap ws forget {shown(self.name)} {shown(name)}"
+            if node_id(record) != BASE_ID
+            else "choose another name",
+        )
+
+    def _give_name(self, top: Record, record: Record, name: str) -> Record:
+        snapshotter = self._site.snapshotter
+        if node_id(record) == BASE_ID:
+            if base_name_label(name) not in top.labels:
+                self._check_unused(top, name)
+                snapshotter.label(top.name, {base_name_label(name): "yes"})
+            return record
+        if name in names_in(record.labels, self.name):
+            return record
+        self._check_unused(top, name)
+        snapshotter.label(record.name, {name_label(name): self.name})
+        return snapshotter.record(record.name)
+
+    def rollback(self, to: Checkpoint | str | None = None, *, wait: float = 0.0) -> Checkpoint:
+        """Go back to a checkpoint; what was written since the last one is discarded, all checkpoints stay.
+
+        Args:
+            to: any checkpoint in :meth:`log`, its id or a name; by default the last one.
+            wait: seconds to wait for processes that use the tree.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            NotFound: there is no such checkpoint.
+            Busy: a process uses the tree; ``.holders`` says who.
+            DataLoss: a power cut took the checkpoint.
+            OnlapError: of another kind, for an error of the filesystem or the catalog.
+        """
+        snapshotter = self._site.snapshotter
+        onto = self._find(to)
+        self._replacing(wait, lambda now: chains.reset(snapshotter, now, onto))
+        return self._describe(onto)
+
+    def _find(self, reference: Checkpoint | str | None) -> Record:
+        """The snapshot of a checkpoint, by default of the last one."""
+        snapshotter = self._site.snapshotter
+        top = self._top()
+        record = nodes.find(snapshotter, top, top.labels[AT] if reference is None else reference)
+        self._site.check_durable(record, self.name)
+        return record
+
+    def forget(self, checkpoint: Checkpoint | str) -> None:
+        """Remove a checkpoint from the history; its space is freed as soon as nothing stands on it.
+
+        Raises:
+            NotFound: there is no such checkpoint.
+            FailedPrecondition: it is the base, or the workspace stands on it.
+        """
+        top = self._top()
+        record = nodes.find(self._site.snapshotter, top, checkpoint)
+        if node_id(record) in (BASE_ID, top.labels[AT]):
+            raise errors.FailedPrecondition(
+                f"workspace {shown(self.name)} stands on checkpoint {shown(node_id(record))}",
+                key=self.name,
+                hint="go to another checkpoint first; the base stays as long as the workspace",
+            )
+        nodes.forget(self._site.snapshotter, [record])
+
+    def keep(self, *, last: int | None = None, newer_than: float | None = None, named: bool = True) -> int:
+        """Forget all checkpoints that this workspace made, but for those that are listed here.
+
+        The checkpoint that the workspace stands on stays, and so does the base.
+
+        Args:
+            last: this many of the newest.
+            newer_than: those of the last so many seconds.
+            named: those with a name.
+
+        Returns:
+            How many were forgotten.
+
+        Raises:
+            InvalidArgument: an argument is wrong.
+        """
+        if last is not None:
+            check_number(last, "number of checkpoints to keep", whole=True)
+        if newer_than is not None:
+            check_number(newer_than, "age of checkpoints to keep")
+        snapshotter = self._site.snapshotter
+        top = self._top()
+        own = [r for r in nodes.of_workspace(snapshotter, top) if r.labels[WORKSPACE] == self.name]
+        kept = {top.labels[AT]} | {node_id(record) for record in own[len(own) - min(last or 0, len(own)) :]}
+        since = time.time_ns() - int((newer_than or 0) * 1e9)
+        unwanted = [
+            record
+            for record in own
+            if node_id(record) not in kept
+            and not (newer_than is not None and record.created_ns >= since)
+            and not (named and names_in(record.labels, self.name))
+        ]
+        if unwanted:
+            nodes.forget(snapshotter, unwanted)
+        return len(unwanted)
+
+    # Forks
+
+    def fork(self, name: str | None = None, *, at: Checkpoint | str | None = None) -> Workspace:
+        """Another workspace, with the same tree and history; what is written in one is not seen in the other.
+
+        Args:
+            name: its name; by default this one's with a number.
+            at: the checkpoint that it begins at; by default the present state, which becomes a checkpoint.
+
+        Raises:
+            AlreadyExists: there is such a workspace.
+            OnlapError: see :meth:`checkpoint`.
+        """
+        if name is not None:
+            check_workspace_name(name)
+        return self._fork([name], at)[0]
+
+    def forks(self, count: int, *, at: Checkpoint | str | None = None) -> list[Workspace]:
+        """So many forks, made in one step.
+
+        Args:
+            count: how many.
+            at: as for :meth:`fork`.
+
+        Raises:
+            OnlapError: see :meth:`fork`; none is made then.
+        """
+        check_number(count, "number of forks", whole=True)
+        if count < 0:
+            raise errors.InvalidArgument(f"the number of forks is {count}")
+        return self._fork([None] * count, at)
+
+    def _fork(self, names: Sequence[str | None], at: Checkpoint | str | None) -> list[Workspace]:
+        snapshotter = self._site.snapshotter
+        onto = self._find(self.checkpoint() if at is None else at)
+        labels = next_labels(self._top().labels, node_id(onto))
+        while True:
+            free = self._site.free_names(self.name, len(names))
+            chosen = [name if name is not None else next(free) for name in names]
+            try:
+                chains.start(
+                    snapshotter,
+                    [top_key(name) for name in chosen],
+                    onto,
+                    [{**labels, WORKSPACE: name} for name in chosen],
+                )
+            except errors.AlreadyExists as error:
+                if None not in names:
+                    raise already_exists(chosen[0]) from error
+                continue  # another process took one of the names
+            return [Workspace(self._site, name) for name in chosen]
+
+    # Comparing
+
+    def diff(self, before: Checkpoint | str | None = None, after: Checkpoint | str | None = None) -> Iterator[Change]:
+        """How the tree differs between two states.
+
+        Args:
+            before: a checkpoint; by default the one that the workspace stands on.
+            after: a checkpoint; by default the present state.
+
+        Yields:
+            The changes, sorted by path.
+
+        Raises:
+            NotFound: there is no such checkpoint.
+            OnlapError: see :meth:`Store.diff`.
+        """
+        return self._site.snapshotter.compare(self._pair(before, after))
+
+    def _pair(self, before: Checkpoint | str | None, after: Checkpoint | str | None) -> Pair:
+        return Pair(self._find(before), self._top() if after is None else self._find(after))
+
+    # The end
+
+    def remove(self) -> None:
+        """Remove the workspace, and those of its checkpoints from which no other workspace came.
+
+        Raises:
+            NotFound: it is gone already.
+            Busy: a process uses its tree; ``.holders`` says who.
+        """
+        self._site.snapshotter.remove(self._top().name)
+        nodes.collect(self._site.snapshotter)
