@@ -37,6 +37,7 @@ class Ground:
     Attributes:
         store: with a committed snapshot ``base``, an image ``image:1`` and a blob.
         source: a directory to import.
+        target: another directory.
         layer: an archive.
         registry: where an image is to be had.
         blob: the digest of a blob that is there.
@@ -49,6 +50,8 @@ class Ground:
         self.source.mkdir()
         (self.source / "file").write_text("content")
         (self.source / "link").symlink_to("file")
+        self.target = directory / "target"
+        self.target.mkdir()
         self.layer = layer(a="1", b="2")
         Made(layer(a="1"), compressed=True).write_layout(directory / "layout")
         self.store = onlap.open(directory / "root", snapshotter="native", sync="none", timeout=5)
@@ -214,6 +217,9 @@ WORKSPACE: dict[str, Call] = {
     "fork": workspace(lambda ws: ws.fork()),
     "forks": workspace(lambda ws: ws.forks(2)),
     "diff": workspace(lambda ws: list(ws.diff("base"))),
+    "patch": workspace(lambda ws: ws.patch(io.BytesIO())),
+    "merge_plan": call(lambda g, name: g.store.workspaces[name].merge_plan(g.source), Ground.workspace),
+    "merge": call(lambda g, name: g.store.workspaces[name].merge(g.target), Ground.workspace),
     "remove": workspace(lambda ws: ws.remove()),
 }
 
@@ -282,8 +288,8 @@ FUNCTIONS: dict[str, Call] = {
 # Between the packages of Onlap: they take records, plans and transactions, and nobody else has these.
 INSIDE = {
     NativeSnapshotter: {
-        "ancestors", "compare", "comparing", "exists", "for_owner", "is_unchanged", "layers", "missing", "pair",
-        "parent", "plan", "readonly_plan", "record", "recreate", "since", "staged", "translated", "usage_of",
+        "ancestors", "compare", "comparing", "exists", "for_owner", "is_unchanged", "layers", "missing", "namespace",
+        "pair", "parent", "plan", "readonly_plan", "record", "recreate", "since", "staged", "translated", "usage_of",
     },
     Images: {"keep", "record", "recording"},
 }  # fmt: skip

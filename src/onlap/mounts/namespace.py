@@ -282,6 +282,7 @@ class Namespace:
                 answers.settimeout(_TIMEOUT)
                 _read(helper, answers, found)
                 fd = int.from_bytes(found[0][1][0][2], sys.byteorder)
+                answers.recv(1)  # the end: the helper has closed its own descriptor, which would keep the mount busy
                 kept = True
                 return fd
         finally:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.arguments import check_text
+from onlap.arguments import check_path, check_text, check_texts
 from onlap.boundary import public_class
-from onlap.catalog.records import COMMITTED, Record
+from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
 from onlap.catalog.runs import Run, begin
 from onlap.errors import shown
 from onlap.progress import Callback
@@ -18,10 +18,14 @@ from onlap.workspaces.records import (
     AT,
     BASE,
     BASE_ID,
+    CAPTURE,
+    DIRECTORY,
+    OWNER,
     SOURCE,
     WORKSPACE,
     Source,
     already_exists,
+    captured_from,
     check_workspace_name,
     top_key,
 )
@@ -127,7 +131,23 @@ class Workspaces(Mapping[str, Workspace]):
             raise errors.InvalidArgument(
                 f"{shown(repr(source))} is not a source", hint="pass the Path of a directory, or a snapshot's name"
             )
-        raise errors.Unimplemented("directories cannot be captured yet", key=os.fspath(source))
+        from onlap.workspaces.capture.capture import recapture
+
+        directory = os.path.realpath(check_path(source, "directory to capture"))
+        check_texts(exclude, "list of patterns to exclude")
+        which = captured_from(directory, exclude)
+        condition = Condition(HAS_LABEL, (DIRECTORY, which))
+        captures = list(self._site.snapshotter.catalog.walk(OWNER, condition))
+        record = recapture(
+            self._site.snapshotter,
+            directory,
+            captures[-1] if captures else None,
+            f"{CAPTURE}{os.urandom(6).hex()}",
+            labels={DIRECTORY: which},
+            exclude=exclude,
+            progress=progress,
+        )
+        return record, Source("directory", directory)
 
     def _named(self, name: str, progress: Callback | None) -> tuple[Record, Source]:
         """The snapshot of a name, or that of the image of the name."""

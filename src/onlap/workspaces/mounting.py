@@ -45,9 +45,10 @@ class Mounting:
         self._at = os.path.realpath(check_path(at, "mount point")) if at is not None else None
         self._stack = ExitStack()
         self._mount = ExitStack()
-        self._fd = -1
+        self._fd = self._inner = -1
         self._release: Callable[[], None] = lambda: None
         self._fixed = True
+        self._shown = False
         self.path = ""
 
     def __enter__(self) -> Mounting:
@@ -84,9 +85,11 @@ class Mounting:
             else:
                 self._show(int(path.rpartition("/")[2]))
             self._mount = stack.pop_all()
+            self._shown = True
 
     def _show(self, fd: int) -> None:
-        """Let the descriptor with our number be another file."""
+        """Let our descriptor be that of another mount, which the store closes."""
+        self._inner = fd
         if self._fd < 0:
             self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
             self._release = closed_in_children(self._fd)
@@ -118,15 +121,17 @@ class Mounting:
         except errors.Busy as error:
             error.hint = "end these processes, or wait for them (wait=SECONDS)"
             raise
+        self._shown = False
         self._mount.close()
 
     def _await_nobody(self, wait: float) -> None:
         number, device = mount_id(self._fd), os.fstat(self._fd).st_dev
         ours = f"pid {os.getpid()} "
+        mount = (f": fd/{self._fd}", f": fd/{self._inner}")
 
         def find() -> list[str]:
-            # Our own two descriptors are the mount.
-            return [line for line in holders_of_mount(number, device) if not line.startswith(ours) or "fd/" not in line]
+            found = holders_of_mount(number, device)
+            return [line for line in found if not (line.startswith(ours) and line.endswith(mount))]
 
         await_nobody(self.path, find, timeout=wait)
         # The number stays taken, or another thread might open a file under it.
@@ -141,4 +146,5 @@ class Mounting:
             stack.callback(self._mount.close)
             if self._fd >= 0:
                 stack.callback(self._release)
-                self._await_nobody(_LEAVING)
+                if self._shown:
+                    self._await_nobody(_LEAVING)

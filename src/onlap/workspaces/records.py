@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
@@ -52,7 +52,7 @@ _NAME = "onlap.io/checkpoint/"
 _BASE_NAME = "onlap.io/base-name/"
 # Of nodes: to be removed once no other snapshot stands on it.
 FORGOTTEN = "onlap.io/forgotten"
-# Of captures: the directory's path.
+# Of captures: captured_from() the directory.
 DIRECTORY = "onlap.io/directory"
 
 # Labels of more than 4 KiB are refused; a longer command is cut.
@@ -78,7 +78,7 @@ class Source(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A state of a workspace that can be gone back to.
+    """A state of a workspace that can be gone back to; two are equal if they are the same one.
 
     Attributes:
         id: of the checkpoint; ``"base"`` for what the workspace was made from.
@@ -101,6 +101,16 @@ class Checkpoint(NamedTuple):
     inodes: int | None
     size: int | None
     durable: bool
+
+    def __eq__(self, other: object) -> bool:
+        # What else there is changes with time.
+        return isinstance(other, Checkpoint) and (self.id, self.created_ns) == (other.id, other.created_ns)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.created_ns))
 
     @property
     def name(self) -> str | None:
@@ -211,6 +221,11 @@ def check_workspace_name(name: object) -> str:
 def format_path(path: str) -> str:
     """A path or name as a label, whose text has to be UTF-8."""
     return quote(os.fsencode(path), safe=_PLAIN)
+
+
+def captured_from(directory: str, exclude: Collection[str]) -> str:
+    """A directory that was captured, as a label: with what was left out, if anything was."""
+    return "?".join(format_path(part) for part in (directory, *sorted(exclude)))
 
 
 def parse_source(label: str) -> Source:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from onlap import errors
-from onlap.arguments import StrPath, check_number
+from onlap.arguments import StrPath, check_number, check_path
 from onlap.boundary import public_class
 from onlap.catalog.records import Record
 from onlap.catalog.runs import Run
 from onlap.errors import shown
 from onlap.mounts.unmount import attempts
+from onlap.snapshots.directories import check_outside
 from onlap.snapshots.recorded import Pair
-from onlap.trees.compare import Change
+from onlap.trees.compare import Change, Since
 from onlap.workspaces import chains, nodes
 from onlap.workspaces.mounting import Mounting
 from onlap.workspaces.records import (
@@ -40,6 +41,7 @@ from onlap.workspaces.records import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onlap.workspaces.merge.entries import Merged, MergePlan
     from onlap.workspaces.site import Site
 
 
@@ -396,6 +398,91 @@ class Workspace:
 
     def _pair(self, before: Checkpoint | str | None, after: Checkpoint | str | None) -> Pair:
         return Pair(self._find(before), self._top() if after is None else self._find(after))
+
+    def patch(
+        self, out: BinaryIO, before: Checkpoint | str | None = None, after: Checkpoint | str | None = None
+    ) -> None:
+        """Write the changes of text files as a unified diff, as ``git apply`` and ``patch -p1`` take it.
+
+        Binary files are named. Owners, and modes other than the executable bit, are left out.
+
+        Args:
+            out: an open binary file.
+            before: as for :meth:`diff`.
+            after: likewise.
+
+        Raises:
+            OnlapError: as :meth:`diff`.
+        """
+        from onlap.workspaces.patch import write_patch
+
+        with self._site.snapshotter.comparing(self._pair(before, after), "compare") as (old, new, since):
+            write_patch(old, new, self._site.snapshotter.markers, out, since=since)
+
+    # Merging back
+
+    def merge_plan(self, target: StrPath | None = None, *, select: Sequence[str] = ()) -> MergePlan:
+        """What :meth:`merge` would do: every path that the workspace changed since its base, and what is there now.
+
+        A merge into the directory that was killed is undone or finished first.
+
+        Args:
+            target: a directory; by default the one that was captured.
+            select: globs of paths; ``**`` stands for any directories. By default everything.
+
+        Raises:
+            InvalidArgument: the workspace was not made from a directory, and no target is given; or a pattern matches
+                nothing.
+            FailedPrecondition: the target is not a directory.
+            Busy: another merge into it is being done.
+            OnlapError: of another kind, for an error of the filesystem.
+        """
+        with self._merging(target) as (path, before, after, since):
+            from onlap.workspaces.merge.plan import plan
+
+            return plan(before, after, self._site.snapshotter.markers, path, select=select, since=since)
+
+    def merge(self, target: StrPath | None = None, *, select: Sequence[str] = ()) -> Merged:
+        """Bring the changes since the base back into a directory: all that are selected, or none.
+
+        Where the directory has changed what the workspace changed too, nothing is done. Nothing outside the directory
+        is touched. If this process is killed, the next plan or merge for the directory undoes or finishes the merge.
+
+        Args:
+            target: as for :meth:`merge_plan`.
+            select: likewise.
+
+        Raises:
+            FailedPrecondition: there are conflicts, or somebody changed a file meanwhile; nothing was changed.
+            OnlapError: see :meth:`merge_plan`.
+        """
+        with self._merging(target) as (path, before, after, since):
+            from onlap.workspaces.merge.apply import apply
+            from onlap.workspaces.merge.plan import plan
+
+            markers = self._site.snapshotter.markers
+            return apply(plan(before, after, markers, path, select=select, since=since), after, markers)
+
+    @contextlib.contextmanager
+    def _merging(self, target: StrPath | None) -> Iterator[tuple[str, list[str], list[str], Since]]:
+        top = self._top()
+        self._site.check_durable(top, self.name)
+        if target is not None:
+            path = check_path(target, "directory to merge into")
+        else:
+            source = parse_source(top.labels[SOURCE])
+            if source.kind != "directory":
+                raise errors.InvalidArgument(
+                    f"workspace {shown(self.name)} was made from {source.kind} {shown(source.name)}",
+                    key=self.name,
+                    hint="say which directory to merge into",
+                )
+            path = source.name
+        snapshotter = self._site.snapshotter
+        check_outside(snapshotter, path)
+        pair = Pair(nodes.base_of(snapshotter, top), top)
+        with snapshotter.comparing(pair, "merge") as (before, after, since):
+            yield path, before, after, since
 
     # The end
 
