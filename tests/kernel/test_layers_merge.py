@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import stat
@@ -21,6 +22,8 @@ from kernel.helpers import output
 from kernel.layer_stacks import METACOPY, REDIRECTS, Layers, entries, markers_of, written
 from kernel.test_acls import acl
 from onlap.layers import merge
+from onlap.layers.diff.changes import stack_changes, stack_items
+from onlap.layers.diff.write import write_layer
 from onlap.layers.merge import merge_layers
 from onlap.mounts import plan
 from onlap.overlayfs.markers import TRUSTED, USER, Markers, get_xattr, make_whiteout
@@ -139,8 +142,23 @@ def search(flavour: str, examples: int) -> Callable[[], None]:
             except FileNotFoundError:
                 return  # the kernel lists whiteouts as files in a directory that is not merged with any
             assert_same_tree(expected, trees[1])
+            same_for_onlap(layers, with_one, layers[last:], markers)
 
     return found
+
+
+def same_for_onlap(layers: Sequence[Path], with_one: Sequence[Path], below: Sequence[Path], markers: Markers) -> None:
+    """What Onlap finds in stacks with layers and with their merge, whatever the link counts say."""
+    one, other, lowest = ([*map(str, each)] for each in (layers, with_one, below))
+    archives = []
+    for stack in (one, other):
+        archives.append(io.BytesIO())
+        write_layer([], stack, markers, archives[-1])
+    assert archives[0].getvalue() == archives[1].getvalue()
+    assert list(stack_items(one, other, markers)) == []
+    assert list(stack_items(other, one, markers)) == []
+    assert list(stack_changes(lowest, one, markers)) == list(stack_changes(lowest, other, markers))
+    assert list(stack_changes(one, lowest, markers)) == list(stack_changes(other, lowest, markers))
 
 
 @pytest.mark.parametrize("flavour", [TRUSTED, USER])
