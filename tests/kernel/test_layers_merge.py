@@ -354,6 +354,19 @@ def test_a_limit_of_names_that_nobody_knew(loop_ext4: Callable[[int], Path], mon
     assert markers_of(target) == {"w": "whiteout"}
 
 
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_on_other_filesystems(loop_fs: Callable[..., Path], kind: str) -> None:
+    stack = Layers(make_empty(loop_fs(kind, capabilities.FILESYSTEMS[kind]) / "base"))
+    for tree in (BASE, *STEPS):
+        stack.add(tree)
+    layers = [*stack.stack]
+    target = one(stack, 4)
+    assert (target / "d" / "kept").samefile(layers[3] / "d" / "kept")
+    same_for_onlap(layers, stack.stack, [], Markers(TRUSTED))
+    with stack.mounted(stack._new("upper"), layers) as tree, stack.mounted(stack._new("upper"), [target]) as other:
+        assert_same_tree(tree, other, ignore=["times"])
+
+
 def test_very_deep_layers(root: Path) -> None:
     layers = [make_empty(root / str(number)) for number in range(2)]
     depth = 700  # more than descriptors, and the path is longer than the kernel takes

@@ -178,6 +178,13 @@ def test_texts_of_the_same_two_lines_take_no_time_for_ever() -> None:
     assert applied(old, found) == new
 
 
+def test_the_budget_is_for_a_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many parts, each of them small, take long, too."""
+    monkeypatch.setattr(hunks, "_BUDGET", 12)
+    found = b"".join(hunks.hunks(b"1\nr\n2\nM\n5\nr\n6\n", b"3\nr\n4\nM\n7\nr\n8\n"))
+    assert found.split(b"\n")[1:-1] == b"-1|+3| r|-2|+4| M|-5|-r|-6|+7|+r|+8".split(b"|")
+
+
 @pytest.fixture
 def trees(tmp_path: Path) -> tuple[Path, Path]:
     for name in ("before", "after"):
