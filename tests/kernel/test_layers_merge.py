@@ -27,6 +27,7 @@ from onlap.layers.diff.write import write_layer
 from onlap.layers.merge import merge_layers
 from onlap.mounts import plan
 from onlap.overlayfs.markers import TRUSTED, USER, Markers, get_xattr, make_whiteout
+from onlap.store import Store
 from onlap.testing import Tree, assert_same_tree, read_tree
 from onlap.trees.manifest import deviations
 from onlap.trees.manifest import entries as listed
@@ -281,6 +282,51 @@ def test_lists_and_sizes_of_the_layers_are_right_before_and_afterwards(stack: La
         assert list(deviations(own, fd)) == [], "the other names are gone"
 
 
+def test_a_store_with_layers_and_their_merge(stores: tuple[Store, Store], tmp_path: Path) -> None:
+    """Archives, comparisons, sizes and checks of snapshots whose layers share files."""
+    store = stores[0]
+    with store.build("s0") as tree:
+        BASE.apply(tree)
+    for number, step in enumerate(STEPS, 1):
+        with store.build(f"s{number}", f"s{number - 1}") as tree:
+            step.apply(tree)
+    store.cleanup(manifests=True)
+    sizes = {f"s{number}": store.usage(f"s{number}") for number in range(4)}
+    layers = [*map(Path, store.view("view", "s3")[0].lowers)][:3]
+    upper = store.prepare("merging", "s0")[0].upper
+    assert upper is not None
+    with opened(upper) as fd:
+        merge_layers([*map(str, layers)], fd, Markers(TRUSTED))
+    store.commit("merged", "merging")
+    store.remove("view")
+    store.cleanup(manifests=True)
+
+    assert {name: store.usage(name) for name in sizes} == sizes
+    assert list(store.diff("merged", base="s3")) == list(store.diff("s3", base="merged")) == []
+    assert list(store.diff("merged")) == list(store.diff("s3", base="s0"))
+    for squashed, top in (("a", "s3"), ("b", "merged")):
+        store.squash(top, squashed, base="s0")
+    archives = []
+    for name in ("s3", "merged", "a", "b"):
+        archives.append(io.BytesIO())
+        store.export(name, archives[-1])
+    assert len({archive.getvalue() for archive in archives}) == 1
+    store.cleanup(manifests=True)
+    assert store.check(deep=True).findings == ()
+    store.backup(tmp_path / "backup.tar")
+    for name in ("a", "b", "s3", "s2", "s1"):
+        store.remove(name)
+    store.cleanup()
+    assert store.check(deep=True).findings == ()
+    onlap.restore(tmp_path / "backup.tar", tmp_path / "again")
+    with onlap.open(tmp_path / "again") as restored:
+        assert restored.check(deep=True).findings == ()
+        for each, name in ((store, "merged"), (restored, "merged"), (restored, "s3")):
+            again = io.BytesIO()
+            each.export(name, again)
+            assert again.getvalue() == archives[0].getvalue()
+
+
 def test_a_copy_up_gives_one_name_again(stack: Layers) -> None:
     target = one(stack, 4)
     with stack.mounted(stack._new("upper"), [target]) as tree:
@@ -357,8 +403,8 @@ def test_a_limit_of_names_that_nobody_knew(loop_ext4: Callable[[int], Path], mon
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_on_other_filesystems(loop_fs: Callable[..., Path], kind: str) -> None:
     stack = Layers(make_empty(loop_fs(kind, capabilities.FILESYSTEMS[kind]) / "base"))
-    for tree in (BASE, *STEPS):
-        stack.add(tree)
+    for step in (BASE, *STEPS):
+        stack.add(step)
     layers = [*stack.stack]
     target = one(stack, 4)
     assert (target / "d" / "kept").samefile(layers[3] / "d" / "kept")

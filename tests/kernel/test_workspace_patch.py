@@ -58,8 +58,8 @@ MORE = (
 @pytest.mark.parametrize("flags", [(), METACOPY], ids=["plain", "metacopy"])
 def test_it_makes_the_tree_above_from_that_below(root: Path, flags: tuple[str, ...]) -> None:
     layers = Layers(root, flags)
-    for tree in (BASE, CHANGE, MORE):
-        layers.add(tree)
+    for step in (BASE, CHANGE, MORE):
+        layers.add(step)
     stacks = [layers.stack[2:], layers.stack[1:], layers.stack]
     for before, after in [(0, 1), (1, 2), (0, 2), (2, 0)]:
         out = io.BytesIO()

@@ -37,7 +37,8 @@ def merge_layers(layers: Sequence[str], target: int, markers: Markers) -> None:
     in the form of an xattr become devices. Directories are new. Two names of one file stay two names of one file.
     The cost is that of the entries in these layers; open descriptors are bounded, however deep they are.
 
-    The kernel must not use the layers as an upperdir meanwhile. If it fails, the target holds a part, to be removed.
+    The layers must not change meanwhile; and since their files are those of the target, none of them may be written to
+    afterwards: the target must not become an upperdir. If it fails, the target holds a part, to be removed.
 
     Args:
         layers: the directories of the layers, topmost first, with no redirects (``redirect_dir``) and no metacopies.
