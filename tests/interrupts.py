@@ -35,7 +35,9 @@ _HERE = os.path.dirname(onlap.__file__)
 _monitoring: Any = getattr(sys, "monitoring", None)  # from Python 3.12
 _TOOL = 3  # none of those that Python names for a purpose
 # Whose bytecodes count.
-_PLACES = tuple(f"{_HERE}/{place}" for place in ("catalog/", "content/", "images/", "snapshots/", "store.py"))
+_PLACES = tuple(
+    f"{_HERE}/{place}" for place in ("catalog/", "content/", "images/", "snapshots/", "workspaces/", "store.py")
+)
 
 
 class Interrupter:

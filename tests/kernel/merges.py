@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from faults import FAULTS, Fault, Injection
 from kernel.layer_oracle import TRUSTED
 from onlap.mounts.plan import overlay
 from onlap.snapshots.contexts import mounted
@@ -104,3 +106,91 @@ def unlike(one: Listing, other: Listing) -> list[str]:
         for path in one.keys() & other.keys()
         if one[path].type != "directory" and one[path].times != other[path].times
     ]
+
+
+# What is merged again and again.
+BASE = (
+    Tree()
+    .file("edited", b"before")
+    .file("removed", b"gone")
+    .directory("attributes", mode=0o755)
+    .directory("gone", mode=0o711, mtime_ns=10**18)
+    .file("gone/inside", b"inside")
+    .file("to-directory", b"a file")
+    .directory("to-file", mtime_ns=10**18)
+    .symlink("pointer", "edited")
+)
+CHANGES = (
+    Tree()
+    .write("edited", b"after, and longer")
+    .remove("removed")
+    .chmod("attributes", 0o700)
+    .xattr("attributes", "user.directory", b"yes")
+    .remove("gone/inside")
+    .remove("gone")
+    .remove("to-directory")
+    .directory("to-directory")
+    .file("to-directory/inside", b"new")
+    .remove("to-file")
+    .file("to-file", b"a file now")
+    .remove("pointer")
+    .symlink("pointer", "to-file")
+    .directory("new", mode=0o555)
+    .file("new/file", b"deep", mode=0o600)
+    .link("new/hard", "new/file")
+)
+
+
+def is_a_system_call(called: object) -> bool:
+    """Whether this is a function of Python's or ours that makes one."""
+    return FAULTS["EIO"].comes_from(called) or getattr(called, "__module__", "") == "onlap.syscalls._libc"
+
+
+def _kill() -> Exception:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("it was killed")
+
+
+KILL = Fault(_kill, is_a_system_call)
+
+
+class Scene:
+    """A merge that is done again and again, each time into the directory as it was captured."""
+
+    def __init__(self, place: Path) -> None:
+        self.workspace = Workspace(place, BASE)
+        self.workspace.change(CHANGES)
+        self.before = read_tree(self.workspace.target)
+        self.after = self.workspace.wanted()
+        self._kept = place / "kept"
+        copy(self.workspace.target, self._kept)
+
+    def restore(self) -> None:
+        """Let everything be as before."""
+        target = self.workspace.target
+        for path in [target, *(target.parent / name for name in self.workspace.left())]:
+            shutil.rmtree(path)
+        copy(self._kept, target)
+
+    def outcome(self) -> str:
+        """Which of both trees there is; fails for any other, and for anything that is left."""
+        assert not self.workspace.left()
+        now = read_tree(self.workspace.target)
+        if not unlike(now, self.after):
+            return "all"
+        assert not unlike(now, self.before)
+        return "nothing"
+
+
+def count(fault: Fault, act: Callable[[], object]) -> int:
+    """At how many places a fault may come."""
+    with Injection(fault, 0) as injection:
+        act()
+    return injection.count
+
+
+def places(scene: Scene) -> int:
+    """At how many system calls a merge could be killed."""
+    found = count(KILL, scene.workspace.merge)
+    assert scene.outcome() == "all"
+    return found

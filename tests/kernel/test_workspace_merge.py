@@ -18,7 +18,7 @@ pytestmark = pytest.mark.needs("overlay", "mount")
 
 BASE = (
     Tree()
-    .file("edited", b"before")
+    .file("edited", b"before", mtime_ns=10**18)
     .file("untouched", b"stays")
     .file("removed", b"gone")
     .file("mode", b"m", mode=0o640)
@@ -121,7 +121,7 @@ def test_a_time_alone_is_no_conflict(workspace: Workspace) -> None:
 CONFLICTS = {
     "edited": (Tree().write("edited", b"theirs"), "edited", "changed in the target"),
     "edited to the same size and time": (
-        Tree().write("edited", b"THEIRS").times("edited", 3),
+        Tree().write("edited", b"THEIRS").times("edited", 10**18),
         "edited",
         "changed in the target",
     ),

@@ -9,8 +9,9 @@ import stat
 from onlap.trees.meta import Meta, drop_acls
 from onlap.workspaces.merge.target import own_xattrs
 
-# What cannot be kept is left out, as by a copy: the filesystem or the user namespace does not have it.
-_NOT_KEPT = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL)
+# What cannot be kept is left out, as by a copy: an owner that the user namespace lacks, xattrs on some filesystems.
+_NO_OWNER = (errno.EPERM, errno.EINVAL)
+_NO_XATTR = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
 
 def give(path: str, wanted: Meta, had: Meta | None = None) -> None:
@@ -29,7 +30,7 @@ def give(path: str, wanted: Meta, had: Meta | None = None) -> None:
         try:
             os.chown(path, wanted.uid, wanted.gid, follow_symlinks=not link)
         except OSError as error:
-            if error.errno not in _NOT_KEPT:
+            if error.errno not in _NO_OWNER:
                 raise
     xattrs, old = own_xattrs(wanted), own_xattrs(had) if had is not None else {}
     if not link:
@@ -49,7 +50,8 @@ def _set_xattrs(path: str, wanted: dict[str, bytes], had: dict[str, bytes]) -> N
             try:
                 os.setxattr(path, name, value)
             except OSError as error:
-                if error.errno not in _NOT_KEPT:
+                # Of the other classes, a process in a user namespace may set only some.
+                if error.errno not in _NO_XATTR or (name.startswith("user.") and error.errno != errno.EOPNOTSUPP):
                     raise
 
 
