@@ -30,6 +30,7 @@ from onlap.workspaces.capture.fingerprint import Directories, Fingerprint, decod
 from onlap.workspaces.capture.layer import Layer
 from onlap.workspaces.capture.passes import Passes
 from onlap.workspaces.capture.scan import Scanner
+from onlap.workspaces.capture.work_trees import refresh_indexes
 
 # Seconds for which a directory may go on changing after it was copied.
 PATIENCE = 30.0
@@ -68,7 +69,8 @@ def capture(
 
     It is kept as :meth:`onlap.store.Store.import_` keeps it. Sockets, and what is mounted in it, are left out, as are
     this root and the directories of merges that are under way. With ``onto``, a walk of stats finds what has changed
-    since, and only that is read, and written as a layer on top.
+    since, and only that is read, and written as a layer on top. The index of a work tree of git is adapted to the
+    copies, so that the first ``git status`` in a fork reads no more files than in the original.
 
     A file that changes while it is read is read again, until a walk of stats finds that nothing has changed. What a
     program writes through a mapping (mmap) that it has written to before is seen only once the kernel has written
@@ -197,6 +199,8 @@ def take(
                 if reuse and last is not None:
                     return Captured(last, False, 0, dict(scanner.skipped))
                 layer.begin()
+            if isinstance(snapshotter, OverlaySnapshotter):  # from a native snapshot, each fork has copies of its own
+                refresh_indexes(snapshotter.layers(writing.record), snapshotter.markers, passes.known)
             _write_fingerprint(snapshotter, writing.record, Fingerprint(taken_ns, passes.known))
         snapshotter.commit(name, writing.record.name, labels)
         skipped = copier.skipped
