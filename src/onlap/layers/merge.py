@@ -5,6 +5,10 @@ lower file's link count as it is (Documentation/filesystems/overlayfs.rst, "Non-
 unchanged file in a mounted tree may count more names than the tree has, and so does a program that goes by it (tar,
 rsync -H: they note the file and find no second name). The copy-up of a change makes a file with one name again. The
 count falls when the other layers are removed. Onlap itself counts the names that a tree shows.
+
+Each new name, and each one that goes with another layer, also sets st_ctime. Programs that take it for a sign of a
+change read such files again: git, unless core.trustCtime is off; and :func:`onlap.trees.compare.may_differ`. So a layer
+with very many files that seldom changes is better left as it is, below those that are merged.
 """
 
 from __future__ import annotations
