@@ -46,6 +46,7 @@ def open(
     create: bool = True,
     sync: Sync | None = None,
     timeout: float = 30.0,
+    volatile: bool = False,
 ) -> Store:
     """Open a root, or make one.
 
@@ -56,14 +57,19 @@ def open(
         create: make the root if it does not exist.
         sync: ``"layer"`` (the default): a commit is durable with its content; ``"none"``: only its record is.
         timeout: how many seconds to wait for other processes.
+        volatile: make a root for what need not survive a reboot, where nothing waits for the disk. After a reboot it is
+            empty. An existing root stays what it is.
 
     Raises:
         NotFound: there is no root and ``create`` is false.
-        FailedPrecondition: the root is for another snapshotter, or is not trustworthy; the error says why.
+        FailedPrecondition: the root is for another snapshotter, is not volatile although that is wanted, or is not
+            trustworthy; the error says why.
         InvalidArgument: ``snapshotter`` or ``sync`` is another word.
         OnlapError: of another kind, for an error of the filesystem or the catalog.
     """
-    return Store(open_snapshotter(root, snapshotter=snapshotter, create=create, sync=sync, timeout=timeout))
+    return Store(
+        open_snapshotter(root, snapshotter=snapshotter, create=create, sync=sync, timeout=timeout, volatile=volatile)
+    )
 
 
 @public_class

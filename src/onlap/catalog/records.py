@@ -383,6 +383,12 @@ def delete(connection: Connection, identifier: int) -> None:
     connection.execute("DELETE FROM snapshots WHERE id = ?", (identifier,))
 
 
+def delete_all(connection: Connection) -> None:
+    """Delete every row but the settings."""
+    for table in ("labels", "pins", "manifests", "images", "snapshots"):
+        connection.execute(f"DELETE FROM {table}")
+
+
 def unmeasured(connection: Connection) -> list[int]:
     """Committed snapshots whose usage has not been measured; reads every record."""
     return [row[0] for row in connection.execute("SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL")]

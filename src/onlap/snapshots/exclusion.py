@@ -21,6 +21,7 @@ from onlap.layers.diff.changes import is_empty_layer
 from onlap.locks import Flock
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import attempts
+from onlap.trees.remove import remove_at
 
 if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter
@@ -214,7 +215,20 @@ def _only_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[
                 found,
                 "use that mount, or unmount it; two overlays must not share an upper layer",
             )
+        if snapshotter.volatile:
+            with snapshotter.translated("mount snapshot", record.name):
+                _allow_again(snapshotter.catalog.layout.work(record.id))
         yield
+
+
+def _allow_again(work: str) -> None:
+    """Let a layer be mounted again that was in a volatile overlay; the kernel refuses it, as it may have lost content.
+
+    Here nothing was lost, since the machine has not crashed: otherwise the root would have been emptied.
+    Source: overlayfs.rst, "Volatile mount"; fs/overlayfs/super.c, ovl_create_volatile_dirty.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        remove_at(f"{work}/work/incompat/volatile")
 
 
 def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bool) -> list[str]:

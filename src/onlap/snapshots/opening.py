@@ -25,6 +25,7 @@ def open_snapshotter(
     sync: Sync | None = None,
     timeout: float = 30.0,
     owner: str = "",
+    volatile: bool = False,
     overlay_options: Mapping[str, object] | None = None,
 ) -> RecordedSnapshotter:
     """The snapshotter of a root, for one owner.
@@ -36,6 +37,7 @@ def open_snapshotter(
         sync: likewise.
         timeout: likewise.
         owner: the owner whose snapshots it sees and makes.
+        volatile: see :func:`onlap.open`.
         overlay_options: more arguments of :class:`OverlaySnapshotter`, if the root is for that one.
 
     Raises:
@@ -47,13 +49,13 @@ def open_snapshotter(
 
     kind, flavour = _choose(root, create, timeout) if snapshotter == "auto" else (snapshotter, None)
     if kind == "native":
-        return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout)
+        return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout, volatile=volatile)
     if kind != "overlay":
         raise errors.InvalidArgument(f"there is no snapshotter {shown(kind)}", hint="overlay, native or auto")
     more: dict[str, Any] = dict(overlay_options or {})
     if flavour is not None:
         more["properties"] = Properties(flavour)
-    return OverlaySnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout, **more)
+    return OverlaySnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout, volatile=volatile, **more)
 
 
 def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | None]:

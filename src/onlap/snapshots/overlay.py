@@ -29,6 +29,9 @@ from onlap.trees.meta import list_xattrs, read_xattrs
 
 KIND = "overlay"
 
+# Mount option: no fsync(2) or sync(2) in the overlay reaches the disk (Linux 5.10; overlayfs.rst, "Volatile mount").
+VOLATILE = "volatile"
+
 # containerd's labels (snapshots/snapshotter.go): "container id:host id:length[,...]", and where the upperdir is.
 LABEL_UIDS = "containerd.io/snapshot/uidmapping"
 LABEL_GIDS = "containerd.io/snapshot/gidmapping"
@@ -110,6 +113,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
         self.properties = properties
         self.markers = Markers(properties.flavour)
         flags = list(self._mount_options)
+        if self.volatile:
+            flags.append(VOLATILE)
         if not any(flag.startswith("index=") for flag in flags):  # the user's own choice has precedence
             flags += without_index()
         flags += self.markers.mount_flags

@@ -20,6 +20,7 @@ from onlap.catalog.catalog import Catalog
 from onlap.catalog.checks import check_commit, check_parent, check_rebase, lost
 from onlap.catalog.disk.layout import ABOUT
 from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition, Info, Kind, Record
+from onlap.catalog.volatile import settle
 from onlap.errors import shown
 from onlap.layers.diff.changes import stack_changes
 from onlap.mounts.plan import Mount
@@ -58,6 +59,7 @@ class Options(TypedDict, total=False):
     asynchronous_remove: bool
     create: bool
     timeout: float
+    volatile: bool
 
 
 class Pair(NamedTuple):
@@ -87,6 +89,11 @@ class RecordedSnapshotter(ABC):
         asynchronous_remove: delete removed trees in the background. Otherwise ``remove`` returns after the deletion.
         create: make the root if it does not exist.
         timeout: how many seconds to wait for other processes.
+        volatile: make a root that is empty after a reboot, and write nothing to the disk before its time; see
+            :func:`onlap.open`.
+
+    Attributes:
+        volatile: whether it is such a root.
 
     Raises:
         InvalidArgument: ``sync`` is neither of these.
@@ -103,11 +110,11 @@ class RecordedSnapshotter(ABC):
         asynchronous_remove: bool = True,
         create: bool = True,
         timeout: float = 30.0,
+        volatile: bool = False,
     ) -> None:
         if sync not in (None, "layer", "none"):
             raise errors.InvalidArgument(f"sync is {sync!r}", hint='it can be "layer" or "none"')
         check_text(owner, "owner")
-        self._sync: Sync = sync or "layer"
         self._owner = owner
         self._asynchronous_remove = asynchronous_remove
         self._ancestors: dict[int, tuple[int, ...]] = {}
@@ -115,6 +122,8 @@ class RecordedSnapshotter(ABC):
         self._namespace: Namespace | None = None
         self._original: RecordedSnapshotter | None = None
         try:
+            self.volatile = settle(self.catalog, volatile)
+            self._sync: Sync = "none" if self.volatile else sync or "layer"
             self._load_properties()
             recovery.recover(self.catalog, self.recreate)
         except BaseException:

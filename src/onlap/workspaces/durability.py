@@ -23,13 +23,15 @@ class Durability:
 
     Args:
         catalog: of the root.
+        volatile: whether the root is volatile: then no checkpoint becomes durable.
 
     Attributes:
         suspect: ids of snapshots in the catalog that had not reached the disk at the last power cut.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, *, volatile: bool) -> None:
         self._catalog = catalog
+        self._volatile = volatile
         self._helper = Helper(self._serve)
         found = catalog.database.read(lambda c: rows.labelled(c, OWNER, UNSYNCED))
         boot = boot_id() if found else ""
@@ -41,9 +43,19 @@ class Durability:
         """In a forked child: the thread stayed with the parent."""
         self._helper = Helper(self._serve)
 
+    def check_possible(self) -> None:
+        """Raise FailedPrecondition in a volatile root."""
+        if self._volatile:
+            raise errors.FailedPrecondition(
+                f"the root {shown(self._catalog.layout.root)} is volatile: nothing in it survives a reboot",
+                key=self._catalog.layout.root,
+                hint="leave durable out, or use another root",
+            )
+
     def begin(self) -> None:
         """Write what is there now, in the background."""
-        self._helper.put(Job(nothing))
+        if not self._volatile:
+            self._helper.put(Job(nothing))
 
     def wait(self) -> None:
         """Return when all checkpoints made so far are durable.

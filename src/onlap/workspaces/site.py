@@ -8,7 +8,8 @@ from sqlite3 import Connection
 from onlap import errors
 from onlap.catalog import records as rows
 from onlap.catalog.records import Record
-from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.overlay import OverlaySnapshotter
+from onlap.snapshots.recorded import Pair, RecordedSnapshotter
 from onlap.workspaces.durability import Durability
 from onlap.workspaces.records import OWNER, not_found, top_key, workspace_of
 
@@ -28,7 +29,7 @@ class Site:
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
         self.store = snapshotter
         self.snapshotter = snapshotter.for_owner(OWNER)
-        self.durability = Durability(snapshotter.catalog)
+        self.durability = Durability(snapshotter.catalog, volatile=snapshotter.volatile)
 
     def top(self, name: str) -> Record:
         """The top of a workspace; NotFound if there is none."""
@@ -36,6 +37,16 @@ class Site:
             return self.snapshotter.record(top_key(name))
         except errors.NotFound as error:
             raise not_found(name) from error
+
+    def is_unchanged(self, top: Record) -> bool:
+        """Whether nothing was written to a top."""
+        if self.snapshotter.is_unchanged(top):
+            return True
+        if isinstance(self.snapshotter, OverlaySnapshotter):
+            return False
+        # A copy has all files of its parent.
+        changes = self.snapshotter.compare(Pair(self.snapshotter.parent(top), top))
+        return next(changes, None) is None
 
     def check_durable(self, record: Record, workspace: str) -> None:
         """Raise DataLoss if a snapshot, or one below it, had not reached the disk at the last power cut."""

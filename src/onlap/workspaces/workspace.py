@@ -93,7 +93,7 @@ class Workspace:
     @property
     def is_changed(self) -> bool:
         """Whether anything was written since that checkpoint."""
-        return not self._site.snapshotter.is_unchanged(self._top())
+        return not self._site.is_unchanged(self._top())
 
     def log(self) -> list[Checkpoint]:
         """Its checkpoints, and those that it came from, oldest first; the base is the first.
@@ -191,10 +191,13 @@ class Workspace:
             Busy: a process uses the tree; ``.holders`` says who.
             AlreadyExists: another checkpoint has the name.
             DataLoss: the workspace stands on a checkpoint that a power cut took.
+            FailedPrecondition: it is to be durable, and the root is volatile.
             OnlapError: of another kind, for an error of the filesystem or the catalog.
         """
         if name is not None:
             check_workspace_name(name)
+        if durable:
+            self._site.durability.check_possible()
         snapshotter = self._site.snapshotter
         top = self._top()
         self._check_kept(top)
@@ -215,8 +218,7 @@ class Workspace:
 
     def _kept(self, top: Record) -> Record | None:
         """The checkpoint that has the present state; None if something was written since."""
-        snapshotter = self._site.snapshotter
-        return nodes.find(snapshotter, top, top.labels[AT]) if snapshotter.is_unchanged(top) else None
+        return nodes.find(self._site.snapshotter, top, top.labels[AT]) if self._site.is_unchanged(top) else None
 
     def _check_unused(self, top: Record, name: str) -> None:
         try:
