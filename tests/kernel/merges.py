@@ -194,3 +194,17 @@ def places(scene: Scene) -> int:
     found = count(KILL, scene.workspace.merge)
     assert scene.outcome() == "all"
     return found
+
+
+def in_a_child(act: Callable[[], object], fault: Fault, number: int) -> int:
+    """Do something in a child with a fault; its exit status as by waitstatus_to_exitcode."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        with Injection(fault, number):
+            act()
+        status = 0
+    finally:
+        os._exit(status)
