@@ -81,6 +81,12 @@ class Ground:
                 made.checkpoint(checkpoint)
         return name
 
+    def captured(self) -> str:
+        """A workspace of a directory."""
+        name = self.new()
+        self.store.workspaces.create(name, self.source)
+        return name
+
     def image(self) -> str:
         """An image that others may lose."""
         name = f"{self.new()}:1"
@@ -220,6 +226,7 @@ WORKSPACE: dict[str, Call] = {
     "patch": workspace(lambda ws: ws.patch(io.BytesIO())),
     "merge_plan": call(lambda g, name: g.store.workspaces[name].merge_plan(g.source), Ground.workspace),
     "merge": call(lambda g, name: g.store.workspaces[name].merge(g.target), Ground.workspace),
+    "source_changes": call(lambda g, name: list(g.store.workspaces[name].source_changes()), Ground.captured),
     "remove": workspace(lambda ws: ws.remove()),
 }
 

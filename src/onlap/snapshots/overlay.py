@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Unpack
 
 from onlap import errors
@@ -188,15 +188,25 @@ class OverlaySnapshotter(RecordedSnapshotter):
 
     def layers(self, record: Record) -> list[str]:
         """The directories that make up a snapshot's tree, topmost first."""
-        own = [] if record.kind == VIEW else [self.catalog.layout.tree(record.id)]
-        return own + [self.catalog.layout.tree(identifier) for identifier in self.ancestors(record)]
+        own = [] if record.kind == VIEW else [record.id]
+        return self._directories((*own, *self.ancestors(record)))
+
+    def _directories(self, identifiers: Sequence[int]) -> list[str]:
+        """The layers of a snapshot and its ancestors, or of its ancestors; and the directory below, if there is one."""
+        layout = self.catalog.layout
+        found = [layout.tree(identifier) for identifier in identifiers]
+        if identifiers:
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(layout.live(identifiers[-1])))
+        return found
 
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         layout = self.catalog.layout
         if not ancestors and not (record.kind == ACTIVE and self._unpacked(record.name)):
             bind = plan.bind(layout.tree(record.id), readonly=record.kind == VIEW)
             return [bind._replace(flags=self._mapping_flags(record) + bind.flags)]
-        lowers = tuple(layout.tree(identifier) for identifier in ancestors) or (layout.empty,)
+        with self.translated("plan the mounts of snapshot", record.name):
+            lowers = tuple(self._directories(ancestors)) or (layout.empty,)
         if record.kind == VIEW and len(lowers) == 1:
             # Without an upper layer OverlayFS needs two lower layers.
             return [plan.bind(lowers[0], readonly=True)]

@@ -20,6 +20,7 @@ from onlap.workspaces.records import (
     BASE_ID,
     CAPTURE,
     DIRECTORY,
+    LIVE,
     OWNER,
     SOURCE,
     WORKSPACE,
@@ -73,6 +74,7 @@ class Workspaces(Mapping[str, Workspace]):
         source: str | Path,
         *,
         exclude: Collection[str] = (),
+        live: bool = False,
         progress: Callback | None = None,
     ) -> Workspace:
         """Make a workspace.
@@ -84,6 +86,10 @@ class Workspaces(Mapping[str, Workspace]):
             name: its name. None: an unnamed workspace, which ends with its ``with`` block, or with this process.
             source: a ``Path`` is a directory; a ``str`` is the name of a committed snapshot or of an image.
             exclude: of a directory, as for :meth:`Store.import_`.
+            live: do not copy the directory, but let it be the lowest layer itself. Nothing may write to it then: what
+                the tree shows of files that change there is undefined (overlayfs.rst, "Changes to underlying
+                filesystems"): old and new content, or both, for as long as the tree is mounted.
+                :meth:`Workspace.source_changes` tells whether it happened.
             progress: called with reports, at most ten times per second.
 
         Raises:
@@ -97,7 +103,7 @@ class Workspaces(Mapping[str, Workspace]):
             check_workspace_name(name)
             if name in self:
                 raise already_exists(name)
-        base, made_from = self._base(source, exclude, progress)
+        base, made_from = self._base(source, exclude, live, progress)
         run = begin(self._site.snapshotter.catalog) if name is None else None
         try:
             return self._start(name, base, made_from, run)
@@ -122,10 +128,12 @@ class Workspaces(Mapping[str, Workspace]):
             raise already_exists(chosen) from error
         return Workspace(self._site, chosen, run)
 
-    def _base(self, source: str | Path, exclude: Collection[str], progress: Callback | None) -> tuple[Record, Source]:
+    def _base(
+        self, source: str | Path, exclude: Collection[str], live: bool, progress: Callback | None
+    ) -> tuple[Record, Source]:
         if isinstance(source, str):
-            if exclude:
-                raise errors.InvalidArgument("nothing can be excluded from a snapshot or an image")
+            if exclude or live:
+                raise errors.InvalidArgument("exclude and live are for directories, not for snapshots and images")
             return self._named(source, progress)
         if not isinstance(source, os.PathLike):
             raise errors.InvalidArgument(
@@ -135,6 +143,14 @@ class Workspaces(Mapping[str, Workspace]):
 
         directory = os.path.realpath(check_path(source, "directory to capture"))
         check_texts(exclude, "list of patterns to exclude")
+        if live:
+            if exclude:
+                raise errors.InvalidArgument("nothing can be excluded from a directory that is a layer itself")
+            from onlap.workspaces.capture.live import link
+
+            return link(self._site.snapshotter, directory, f"{LIVE}{os.urandom(6).hex()}"), Source(
+                "directory", directory
+            )
         which = captured_from(directory, exclude)
         condition = Condition(HAS_LABEL, (DIRECTORY, which))
         captures = list(self._site.snapshotter.catalog.walk(OWNER, condition))

@@ -174,12 +174,12 @@ def newest_captures(snapshotter: RecordedSnapshotter) -> Callable[[Record], bool
     )
 
 
-def collect(snapshotter: RecordedSnapshotter, used: Callable[[Record], bool] = lambda _record: True) -> int:
+def collect(snapshotter: RecordedSnapshotter, used: Callable[[Record], bool] = is_capture) -> int:
     """Remove the checkpoints that belong to no workspace or are forgotten, and on which nothing stands.
 
     Args:
         snapshotter: of the workspaces.
-        used: whether another snapshot without children, such as a capture, is still of use.
+        used: whether another snapshot on which nothing stands is still of use; by default every capture is.
 
     Returns:
         How many were removed.

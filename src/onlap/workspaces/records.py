@@ -5,6 +5,7 @@
     top/<workspace>   active: the writable layer of a workspace
     node/<id>         committed: a checkpoint
     capture/<id>      committed: a directory as it was captured
+    live/<id>         committed: a directory itself
 
 Checkpoints form a tree, by :data:`AT`. That is not the tree of the snapshots' parents: a checkpoint that stands for
 several merged layers (:mod:`onlap.workspaces.chains`) has the snapshot below all of them as its parent.
@@ -29,6 +30,7 @@ OWNER = WORKSPACES
 _TOP = "top/"
 _NODE = "node/"
 CAPTURE = "capture/"
+LIVE = "live/"
 
 # The id of the checkpoint that a workspace began with, whatever snapshot that is.
 BASE_ID = "base"
@@ -226,6 +228,11 @@ def format_path(path: str) -> str:
 def captured_from(directory: str, exclude: Collection[str]) -> str:
     """A directory that was captured, as a label: with what was left out, if anything was."""
     return "?".join(format_path(part) for part in (directory, *sorted(exclude)))
+
+
+def excluded_in(label: str) -> tuple[str, ...]:
+    """What was left out of a captured directory, by the label of the capture."""
+    return tuple(os.fsdecode(unquote_to_bytes(part)) for part in label.split("?")[1:])
 
 
 def parse_source(label: str) -> Source:

@@ -22,6 +22,7 @@ from onlap.workspaces.mounting import Mounting
 from onlap.workspaces.records import (
     AT,
     BASE_ID,
+    DIRECTORY,
     SOURCE,
     UNSYNCED,
     WORKSPACE,
@@ -30,6 +31,7 @@ from onlap.workspaces.records import (
     already_exists,
     base_name_label,
     check_workspace_name,
+    excluded_in,
     name_label,
     names_in,
     next_labels,
@@ -83,6 +85,23 @@ class Workspace:
     def source(self) -> Source:
         """What it was made from."""
         return parse_source(self._top().labels[SOURCE])
+
+    def source_changes(self) -> Iterator[str]:
+        """The paths in the directory that the workspace was made from that are not as they were then.
+
+        Found by a walk of stats: a file that was written with what it had counts, too.
+
+        Raises:
+            InvalidArgument: it was not made from a directory.
+            NotFound: there is no such directory any more.
+            OnlapError: of another kind, for an error of the filesystem.
+        """
+        top = self._top()
+        directory = self._directory(top)
+        base = nodes.base_of(self._site.snapshotter, top)
+        from onlap.workspaces.capture.live import changes
+
+        return changes(self._site.snapshotter, base, directory, excluded_in(base.labels.get(DIRECTORY, "")))
 
     @property
     def at(self) -> Checkpoint:
@@ -469,22 +488,22 @@ class Workspace:
     def _merging(self, target: StrPath | None) -> Iterator[tuple[str, list[str], list[str], Since]]:
         top = self._top()
         self._site.check_durable(top, self.name)
-        if target is not None:
-            path = check_path(target, "directory to merge into")
-        else:
-            source = parse_source(top.labels[SOURCE])
-            if source.kind != "directory":
-                raise errors.InvalidArgument(
-                    f"workspace {shown(self.name)} was made from {source.kind} {shown(source.name)}",
-                    key=self.name,
-                    hint="say which directory to merge into",
-                )
-            path = source.name
+        path = self._directory(top) if target is None else check_path(target, "directory to merge into")
         snapshotter = self._site.snapshotter
         check_outside(snapshotter, path)
         pair = Pair(nodes.base_of(snapshotter, top), top)
         with snapshotter.comparing(pair, "merge") as (before, after, since):
             yield path, before, after, since
+
+    def _directory(self, top: Record) -> str:
+        source = parse_source(top.labels[SOURCE])
+        if source.kind != "directory":
+            raise errors.InvalidArgument(
+                f"workspace {shown(self.name)} was made from {source.kind} {shown(source.name)}, not from a directory",
+                key=self.name,
+                hint="say which directory is meant",
+            )
+        return source.name
 
     # The end
 

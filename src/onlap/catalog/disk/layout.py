@@ -11,6 +11,7 @@
       snapshots/<id>/about/record     a copy of its record (onlap.catalog.background.sidecars)
       snapshots/<id>/about/manifest   what a committed layer holds (onlap.catalog.background.manifests)
       snapshots/<id>/about/captured   what the captured directory looked like (onlap.workspaces.capture)
+      snapshots/<id>/about/live       a symlink to a directory of others that is the layer below (likewise)
       snapshots/<id>/about/damaged    what a repair took out of the tree, or all of it (onlap.check)
       trash/<id>              removed trees, deleted later
       empty                   0755, never written: a lower layer where the kernel wants one
@@ -108,6 +109,10 @@ class Layout:
     def manifest(self, identifier: int) -> str:
         """What a committed snapshot's layer holds."""
         return f"{self.snapshots}/{identifier}/{ABOUT}/manifest"
+
+    def live(self, identifier: int) -> str:
+        """A symlink to the directory that is the layer below a snapshot without a parent, if there is one."""
+        return f"{self.snapshots}/{identifier}/{ABOUT}/live"
 
     def captured(self, identifier: int) -> str:
         """What the directory that a snapshot was captured from looked like."""

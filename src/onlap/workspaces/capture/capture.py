@@ -201,7 +201,7 @@ def take(
                 layer.begin()
             if isinstance(snapshotter, OverlaySnapshotter):  # from a native snapshot, each fork has copies of its own
                 refresh_indexes(snapshotter.layers(writing.record), snapshotter.markers, passes.known)
-            _write_fingerprint(snapshotter, writing.record, Fingerprint(taken_ns, passes.known))
+            write_fingerprint(snapshotter, writing.record, Fingerprint(taken_ns, passes.known))
         snapshotter.commit(name, writing.record.name, labels)
         skipped = copier.skipped
         for kind, count in scanner.skipped.items():
@@ -264,7 +264,8 @@ def read_fingerprint(snapshotter: RecordedSnapshotter, record: Record) -> Finger
             return None
 
 
-def _write_fingerprint(snapshotter: RecordedSnapshotter, record: Record, fingerprint: Fingerprint) -> None:
+def write_fingerprint(snapshotter: RecordedSnapshotter, record: Record, fingerprint: Fingerprint) -> None:
+    """Note beside an active snapshot what the captured directory looked like; raises OSError."""
     catalog = snapshotter.catalog
     with catalog.staging.file(catalog.layout.captured(record.id)) as file:
         file.writelines(encode(fingerprint, now_ns()))
