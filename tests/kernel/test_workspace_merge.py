@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from kernel.layer_stacks import CAPABILITY
-from kernel.merges import Workspace, unlike
+from kernel.merges import Workspace, copy, unlike
 from onlap import errors
+from onlap.mounts.plan import overlay
+from onlap.snapshots.contexts import mounted
 from onlap.testing import Tree, read_tree
 
 pytestmark = pytest.mark.needs("overlay", "mount")
@@ -322,3 +327,51 @@ def test_very_deep(workspace: Workspace) -> None:
         os.close(here)
     assert workspace.merge() == (61, 0)
     assert set(workspace.states().values()) == {"same"}
+
+
+@contextmanager
+def filesystem(kind: str, place: Path, loop_fs: Callable[..., Path]) -> Iterator[Path]:
+    """A directory on another kind of filesystem."""
+    if kind != "tmpfs":
+        yield loop_fs(kind, 400 if kind == "xfs" else 130)
+        return
+    at = place / "elsewhere"
+    at.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", at], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
+def test_on_other_filesystems(workspace: Workspace, root: Path, loop_fs: Callable[..., Path], kind: str) -> None:
+    workspace.change(CHANGES)
+    with filesystem(kind, root, loop_fs) as place:
+        copy(workspace.target, place / "target")
+        workspace.target = place / "target"
+        assert workspace.merge() == (len(workspace.plan().entries), 0)
+        assert not unlike(workspace.wanted(), read_tree(workspace.target))
+        assert set(workspace.states().values()) == {"same"}
+        assert not [name for name in os.listdir(place) if "onlap" in name]
+
+
+@pytest.mark.parametrize("doomed", [False, True])
+def test_into_a_tree_that_is_itself_an_overlay(workspace: Workspace, root: Path, doomed: bool) -> None:
+    workspace.change(CHANGES)
+    (root / "lower").mkdir()
+    workspace.target.rename(root / "lower" / "target")
+    for name in ("over", "over-work"):
+        (root / name).mkdir()
+    with mounted(overlay((str(root / "lower"),), upper=str(root / "over"), work=str(root / "over-work"))) as tree:
+        workspace.target = tree / "target"
+        before = read_tree(workspace.target)
+        if doomed:
+            plan = workspace.plan()
+            with open(workspace.target / "removed", "r+b"), pytest.raises(errors.FailedPrecondition, match="writing"):
+                workspace.apply(plan)
+            assert not unlike(before, read_tree(workspace.target))
+        else:
+            workspace.merge()
+            assert not unlike(workspace.wanted(), read_tree(workspace.target))
+        assert os.listdir(tree) == ["target"]

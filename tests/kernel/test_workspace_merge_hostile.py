@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel.helpers import NOBODY, output, without
+from kernel.helpers import NOBODY, OPENAT2, output, without
 from kernel.merges import KILL, Workspace, copy, count, in_a_child, unlike
 from onlap import errors
 from onlap.testing import Tree, read_tree
@@ -239,6 +239,42 @@ def test_no_target(workspace: Workspace, what: str) -> None:
         workspace.plan()
     assert isinstance(raised.value, errors.NotFound if what == "missing" else errors.InvalidArgument)
     assert raised.value.key == str(workspace.target)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_mounts_on_an_old_kernel(workspace: Workspace, elsewhere: Path, planned: bool) -> None:
+    before = read_tree(elsewhere)
+    with ExitStack() as cleanup:
+        plan = workspace.plan()
+        cleanup.enter_context(bound(elsewhere / "kept", workspace.target / "kept"))
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                exec(without(OPENAT2), {})
+                workspace.apply(plan if planned else workspace.plan())
+            except errors.FailedPrecondition as error:
+                status = 0 if "mounted" in str(error) else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not unlike(before, read_tree(elsewhere))
+    workspace.merge()
+    assert not unlike(workspace.wanted(), read_tree(workspace.target))
+
+
+def test_what_the_kernel_refuses_is_named(workspace: Workspace) -> None:
+    before = read_tree(workspace.target)
+    path = workspace.target / "gone/inside"
+    if subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
+        pytest.skip("no immutable files here")
+    try:
+        with pytest.raises(errors.PermissionDenied, match="gone/inside"):
+            workspace.merge()
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+    assert not unlike(before, read_tree(workspace.target))
+    assert not workspace.left()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of renameat2 is that of x86_64")

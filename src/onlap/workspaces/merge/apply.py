@@ -106,6 +106,8 @@ def _do(step: Step, staging: int, target: Target) -> None:
         raise _changed(step.path, blocked.reason) from blocked
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         raise _changed(step.path, "it is not as it was") from error
+    except OSError as error:
+        raise target.named(error, step.path) from error
 
 
 def _take(step: Step, staging: int, target: Target) -> None:

@@ -158,6 +158,8 @@ class _Comparison:
             if change.after is None and blocked.reason in (GONE, A_FILE):
                 return MergeEntry(path, change, SAME)
             return MergeEntry(path, change, CONFLICT, blocked.reason)
+        except OSError as error:
+            raise self._target.named(error, path) from error
 
     def _compare(self, change: Change) -> MergeEntry:
         path, was = change.path, change.before

@@ -108,8 +108,14 @@ def left(target: Target, cleanup: ExitStack) -> list[Staging]:
             status = os.lstat(os.path.join(where, name))
         except (FileNotFoundError, PermissionError):
             continue
-        if _is_ours(status):
+        if not _is_ours(status):
+            continue
+        try:
             found.append(_claim(target, (where, name), cleanup))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # It belongs to the directory that the target is mounted on.
     return found
 
 

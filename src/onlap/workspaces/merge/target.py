@@ -65,6 +65,7 @@ class Target:
         self._above = ""
         self._directory = -1
         self.fd = os.open(self.path, OPEN_DIRECTORY)
+        self._mount = None if _has_openat2(self.fd) else files.mount_id(self.fd)
 
     def __enter__(self) -> Target:
         return self
@@ -77,6 +78,10 @@ class Target:
     def status(self) -> os.stat_result:
         """The directory's own status."""
         return os.fstat(self.fd)
+
+    def named(self, error: OSError, path: str) -> OSError:
+        """An error about ``path`` with the name that the caller knows, instead of one of /proc."""
+        return OSError(error.errno, error.strerror, os.path.join(self.path, path))
 
     def forget(self) -> None:
         """Close the directory that was used last."""
@@ -101,6 +106,9 @@ class Target:
             except OSError as error:
                 raise _blocked(error) from error
             self._above = above
+            if self._mount is not None and files.mount_id(self._directory) != self._mount:
+                self.forget()
+                raise Blocked(_A_MOUNT)
         return self._directory
 
     def place(self, path: str) -> int:
@@ -174,6 +182,17 @@ class Target:
             return found
         finally:
             os.close(fd)
+
+
+def _has_openat2(fd: int) -> bool:
+    """Whether the kernel keeps out of mounts by itself: since Linux 5.6."""
+    try:
+        os.close(files.openat2(".", _LOOK, dir_fd=fd, resolve=files.RESOLVE_BENEATH))
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return False
+    return True
 
 
 def open_regular(directory: int, name: str, inode: int) -> int:
