@@ -95,6 +95,11 @@ class Flock:
             except OSError:
                 pass  # EIO, EINTR: it is closed all the same (close(2))
 
+    def leave(self) -> None:
+        """Close the file, and leave the lock to a process that was given the descriptor; it ends with the last one."""
+        _open_flocks.pop(self.fd, None)
+        self._forget()
+
     def is_at(self, path: str) -> bool:
         """Whether the path still leads to it: the previous holder of the lock may have moved it away."""
         try:
@@ -103,7 +108,7 @@ class Flock:
             return False
 
     def _forget(self) -> None:
-        """In a forked child: only close it. LOCK_UN would take the lock from the parent."""
+        """Only close it. In a forked child LOCK_UN would take the lock from the parent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Unpack
 
 from onlap import errors
 from onlap.arguments import StrPath
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onlap.layers.diff.write import Written
     from onlap.layers.stream.compression import Compression
     from onlap.snapshots.archives import Format
+    from onlap.snapshots.running import Done, Options
     from onlap.snapshots.transfer import Exported, Imported
     from onlap.workspaces.api import Workspaces
 
@@ -285,6 +286,12 @@ class Store:
             OnlapError: see :func:`onlap.mounted` and :meth:`commit`; ``.key`` likewise.
         """
         return contexts.build(self.snapshotter, name, parent, labels)
+
+    def run(self, key: str, argv: Sequence[str], **options: Unpack[Options]) -> Done:
+        """Run a command in a snapshot's tree; this is not a sandbox. See :func:`onlap.snapshots.running.run`."""
+        from onlap.snapshots.running import run
+
+        return run(self.snapshotter, key, argv, **options)
 
     # Trees and layers, in and out
 
@@ -541,10 +548,8 @@ class Store:
             return check.report(findings)
         from onlap.check.repair import Repair
 
-        fetch = None
-        if from_registry:
-            access = None if isinstance(from_registry, bool) else from_registry
-            fetch = partial(self.images.refetch, access=access)
+        access = None if isinstance(from_registry, bool) else from_registry
+        fetch = partial(self.images.refetch, access=access) if from_registry else None
         repairing = Repair(self.snapshotter, self.content, quarantine=quarantine, fetch=fetch)
         for _ in repairing.run(findings):
             pass

@@ -184,6 +184,7 @@ STORE: dict[str, Call] = {
     "export": call(lambda g, new: g.store.export("base", g.directory / new)),
     "apply": active(lambda g, key: g.store.apply(key, io.BytesIO(g.layer))),
     "write_diff": active(lambda g, key: g.store.write_diff(key, io.BytesIO(), compression="gzip")),
+    "run": active(lambda g, key: g.store.run(key, ["true"], capture=True, input=b"x")),
     "squash": active(lambda g, key: g.store.squash(key, f"{key}-flat")),
     "backup": call(lambda g, new: g.store.backup(g.directory / f"{new}.tar")),
     "workspaces": call(lambda g, _: Store(g.store.snapshotter).workspaces),
@@ -295,7 +296,7 @@ FUNCTIONS: dict[str, Call] = {
 # Between the packages of Onlap: they take records, plans and transactions, and nobody else has these.
 INSIDE = {
     NativeSnapshotter: {
-        "ancestors", "compare", "comparing", "exists", "for_owner", "is_unchanged", "layers", "missing", "namespace",
+        "ancestors", "compare", "comparing", "exists", "for_owner", "is_unchanged", "layers", "missing",
         "pair", "parent", "plan", "readonly_plan", "record", "recreate", "since", "staged", "translated", "usage_of",
     },
     Images: {"keep", "record", "recording"},

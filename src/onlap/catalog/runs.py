@@ -34,7 +34,7 @@ from onlap.catalog.records import COMMITTED, HAS_LABEL, WORKSPACES, Condition, R
 from onlap.errors import shown
 from onlap.forks import unless_forked
 from onlap.locks import Flock, claim_directory, lock_directory
-from onlap.mounts import mountinfo
+from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
 from onlap.syscalls.files import exists
@@ -299,7 +299,10 @@ def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None]
             _unlabel(catalog, identifier)
         # Lazily only if the snapshot is removed: a process could go on writing to one that stays, unseen by a commit.
         lazy = any(True for _ in _labelled(catalog, identifier))
-        for target in _mounted(path):
+        mounted = _mounted(path)
+        if not mounted and _has_program(path):
+            return False
+        for target in mounted:
             unmount(target, timeout=0, lazy=lazy)
         forget(catalog, identifier)
         with errors.translated("remove it"):
@@ -331,6 +334,21 @@ def _mounted(path: str) -> list[str]:
         if topmost and _shows(topmost[0], layer):
             found += [at, *mountinfo.below(at)]
     return [os.fsdecode(target) for target in reversed(found)]
+
+
+def _has_program(path: str) -> bool:
+    """Whether a program of the run, or one that it left, is still in its tree, in a mount namespace of its own.
+
+    To remove the mount point would unmount it there (rmdir(2) does since Linux 3.18): no table would show it any more,
+    and a commit would not find who still writes.
+    """
+    if not exists(f"{path}/tree"):
+        return False
+    needle = os.fsencode(f"/{os.path.basename(path)}/tree")
+    with errors.translated("look for programs"):
+        return any(
+            entry.mountpoint.endswith(needle) for text in namespaces.tables() for entry in mountinfo.parse(text, needle)
+        )
 
 
 def _shows(entry: mountinfo.Entry, layer: str) -> bool:

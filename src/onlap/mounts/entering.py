@@ -30,7 +30,7 @@ from onlap.syscalls.files import (
     open_beneath,
     openat2,
 )
-from onlap.syscalls.namespaces import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID, end_with_parent, unshare
+from onlap.syscalls.namespaces import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID, end_with_parent, hide_process, unshare
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
 # As runc's default devices, by binds: a user namespace may not make nodes.
@@ -179,6 +179,7 @@ def _wait(child: int) -> NoReturn:
         os.kill(child, number)
 
     try:
+        hide_process()  # a program must not find the caller's environment in /proc/1
         for number in _FORWARDED:
             signal.signal(number, forward)
         for number in _FROM_TERMINALS:

@@ -46,21 +46,23 @@ def holders(target: str) -> list[str]:
     return found
 
 
-def holders_of_mount(number: int, device: int) -> list[str]:
+def holders_of_mount(number: int, device: int, kept: int = -1) -> list[str]:
     """What holds a detached mount, whose files have no paths; the result is as from :func:`holders`.
 
     Args:
         number: the id of the mount in mountinfo, which is unique across namespaces.
         device: of its filesystem, which is mounted nowhere else.
+        kept: a descriptor of this process that does not count.
     """
     line, of_device = b"mnt_id:\t%d\n" % number, b" %02x:%02x " % (os.major(device), os.minor(device))
     found: list[str] = []
     asked: set[int] = set()
+    own = (os.getpid(), f"fd/{kept}")
     # A new process has inherited from its parent, which may have ended before it was checked.
     while new := set(namespaces.pids()) - asked:
         asked |= new
         for pid in sorted(new):
-            held = [what for what, info in _files(pid) if line in info or of_device in info]
+            held = [what for what, info in _files(pid) if (line in info or of_device in info) and (pid, what) != own]
             found += [f"pid {pid} ({command(pid)}): {what}" for what in held]
     return found
 

@@ -18,6 +18,7 @@ import errno
 import marshal
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from onlap.mounts.plan import Mount
 # Seconds. Generous for a loaded machine.
 _TIMEOUT = 30.0
 _ANSWER = 65536
+_PYTHON_NEEDS = ("PYTHON", "LD_", "LC_", "LANG", "PATH")
+_KILLED = 128 + 9
 _FD = socket.CMSG_SPACE(4)
 
 
@@ -75,7 +78,7 @@ class _Process:
                 self._process = subprocess.Popen(
                     forks.python("-m", "onlap.mounts.namespace_helper", str(theirs.fileno())),
                     pass_fds=[theirs.fileno()],
-                    env=forks.environment(),
+                    env=_environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
@@ -109,8 +112,8 @@ class _Process:
         return ours
 
     def is_usable(self) -> bool:
-        """Whether it sees what this thread sees."""
-        return self.close.alive and self.seen_from == _view()
+        """Whether it lives, and sees what this thread sees."""
+        return self.close.alive and self._process.poll() is None and self.seen_from == _view()
 
     @property
     def pid(self) -> int:
@@ -143,12 +146,18 @@ class Program:
 
     Attributes:
         pid: its process, as a program outside a chroot sees it.
+        namespace: the name of its mount namespace.
+        ended: how it ended.
     """
 
-    def __init__(self, helper: _Process, answers: socket.socket) -> None:
+    def __init__(self, helper: _Process, answers: socket.socket, where: str) -> None:
         self._helper = helper  # which lives as long
+        self._where = where
         self._answers = answers
         self.pid = 0
+        self.namespace = ""
+        self.ended: Ended | None = None
+        self._refused = False
 
     def __enter__(self) -> Program:
         return self
@@ -160,19 +169,42 @@ class Program:
         """A descriptor that is readable when the program has ended."""
         return self._answers.fileno()
 
+    def begin(self) -> bool:
+        """Wait until it runs; False if there is no tree for it.
+
+        Raises:
+            NotStarted: the command cannot be executed.
+            OnlapError: something else went wrong before.
+        """
+        try:
+            kind, *rest = _read(self._helper, self._answers)
+        except _Gone:
+            raise
+        except (NotStarted, errors.OnlapError):
+            self._refused = True
+            raise
+        if kind == "absent":
+            self.ended = Ended(0, ())
+            return False
+        self.pid, self.namespace = rest
+        return True
+
     def wait(self, timeout: float | None = None) -> Ended | None:
         """Wait for its end; None after so many seconds.
 
         Raises:
             Unavailable: the helper was killed, and the program with it.
         """
+        if self.ended is not None:
+            return self.ended
         poll = select.poll()
         poll.register(self._answers, select.POLLIN)
         if not poll.poll(None if timeout is None else max(0.0, timeout * 1000)):
             return None
         kind, *fields = _read(self._helper, self._answers)
         assert kind == "ended", kind
-        return Ended(*fields)
+        self.ended = Ended(*fields)
+        return self.ended
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the process; nothing if it has ended."""
@@ -187,8 +219,75 @@ class Program:
             self._answers.send(what)
 
     def close(self) -> None:
-        """Let it go; if it runs, it is killed."""
-        self._answers.close()
+        """Let it go; if it runs, it is killed, and this waits for its end. In a forked child it does nothing else."""
+        try:
+            if self._answers.fileno() >= 0 and self.ended is None:
+                self.kill()
+                self._await_end()
+        finally:
+            self._answers.close()  # an interrupt: the helper kills it all the same
+
+    def _await_end(self) -> None:
+        while True:
+            try:
+                kind, *fields = _read(self._helper, self._answers)
+            except _Gone:
+                if self._refused:
+                    return
+                _kill_all(self._where, self.namespace)
+                self.ended = Ended(_KILLED, ())
+                return
+            except (NotStarted, errors.OnlapError):
+                self._refused = True
+                continue
+            if kind == "ended":
+                self.ended = Ended(*fields)
+                return
+
+
+def _kill_all(where: str, namespace: str) -> None:
+    """Kill every process that sees a tree mounted, when the helper was killed, and wait for their end.
+
+    Args:
+        where: the mount point.
+        namespace: the name of the mount namespace, in case it has another root; empty if it was not yet known.
+    """
+    from onlap.mounts.namespaces import pids
+
+    point = os.fsencode(where)
+    while True:
+        found = [pid for pid in pids() if _sees(pid, point, namespace)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                _kill_in(pid, point, namespace)
+
+
+def _sees(pid: int, point: bytes, namespace: str) -> bool:
+    from onlap.mounts import mountinfo
+    from onlap.mounts.namespaces import name_of, table
+
+    name = name_of(pid)
+    if name is None or name == name_of("self"):
+        return False
+    if name == namespace:
+        return True
+    found = table(pid)
+    needle = b"/".join(point.split(b"/")[-2:])  # of letters that are not escaped
+    return found is not None and any(entry.mountpoint == point for entry in mountinfo.parse(found[1], needle))
+
+
+def _kill_in(pid: int, point: bytes, namespace: str) -> None:
+    process = os.pidfd_open(pid)
+    try:
+        if _sees(pid, point, namespace):  # it is the one that was found, and not another with its number
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            poll.poll()
+    finally:
+        os.close(process)
 
 
 def _read(helper: _Process, answers: socket.socket, found: list[Any] | None = None) -> tuple[Any, ...]:
@@ -349,11 +448,9 @@ class Namespace:
         }
         helper, answers = self._request(b"start", task, list(fds.values()))
         with contextlib.ExitStack() as on_error:
-            program = on_error.enter_context(Program(helper, answers))
-            kind, *rest = _read(helper, answers)
-            if kind == "absent":
+            program = on_error.enter_context(Program(helper, answers, where))
+            if not program.begin():
                 return None
-            program.pid = rest[0]
             on_error.pop_all()
         return program
 
@@ -420,6 +517,11 @@ def _plain(plan: Mount) -> tuple[object, ...]:
         None if plan.work is None else path(plan.work),
         tuple(plan.flags),
     )
+
+
+def _environment() -> dict[str, str]:
+    """What a Python needs to start, and no more: root's programs could read the rest in the helper's /proc."""
+    return {name: value for name, value in forks.environment().items() if name.startswith(_PYTHON_NEEDS)}
 
 
 def _umask() -> int:

@@ -109,6 +109,7 @@ class Helper:
     """The loop."""
 
     def __init__(self, control: int) -> None:
+        os.set_inheritable(control, False)
         self._control = socket(fileno=control)
         self._epoll = select.epoll()
         self._programs: dict[int, Program] = {}
@@ -344,7 +345,7 @@ class Helper:
         if failure:
             program.answer(*marshal.loads(failure))
         else:
-            program.answer("started", program.pid)
+            program.answer("started", program.pid, program.namespace)
         self._settle(program)
 
     def _reap(self) -> None:

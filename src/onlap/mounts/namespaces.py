@@ -47,8 +47,15 @@ def name_of(pid: int | str) -> str | None:
 
 def tables() -> Iterator[bytes]:
     """The mountinfo of every mount namespace that has a process and belongs to root or to this process's user."""
+    for _, text in tables_of_processes():
+        yield text
+
+
+def tables_of_processes() -> Iterator[tuple[int | None, bytes]]:
+    """The same, each with a process in that namespace; None for the namespace of this process."""
     done: set[str] = set()
     roots: dict[str, set[bytes]] = {}
+    own = name_of("self")
     for pid in pids():
         name = name_of(pid)
         if name is None or name in done:
@@ -60,7 +67,7 @@ def tables() -> Iterator[bytes]:
         if whole or len(roots.setdefault(name, set())) >= _MAX_ROOTS:
             done.add(name)
         if text:
-            yield text
+            yield None if name == own else pid, text
 
 
 def table(pid: int, seen: set[bytes] | None = None) -> tuple[str, bytes, bool] | None:

@@ -22,9 +22,7 @@ from onlap.syscalls.files import mount_id
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from onlap.mounts.namespace import Namespace
-
-    Helper = Callable[[], Namespace]
+    from onlap.mounts.warm import Helper
 
 
 @contextlib.contextmanager
@@ -43,7 +41,7 @@ def mounted(
         at: likewise.
         detached: likewise.
         timeout: likewise.
-        helper: returns the helper of the store that it belongs to; by default one is started for this mount.
+        helper: of the store that it belongs to; by default one is started for this mount.
     """
     from pathlib import Path
 
@@ -165,7 +163,10 @@ def _detached(plan: list[Mount], helper: Helper | None, timeout: float, stack: E
     else:
         fd = _by_helper(plan[0], helper)
     if not plan[0].readonly:
-        stack.callback(unless_forked(_await_nobody), plan[0], mount_id(fd), os.fstat(fd).st_dev, timeout)
+        # A descriptor of which nobody knows, since the kernel gives the number of a mount that is gone to the next one.
+        kept = os.dup(fd)
+        stack.callback(closed_in_children(kept))
+        stack.callback(unless_forked(_await_nobody), plan[0], kept, timeout)
     # Child processes reach it through this process's /proc, as long as it is open here.
     stack.callback(closed_in_children(fd))
     return f"/proc/{os.getpid()}/fd/{fd}"
@@ -173,13 +174,14 @@ def _detached(plan: list[Mount], helper: Helper | None, timeout: float, stack: E
 
 def _by_helper(plan: Mount, helper: Helper | None) -> int:
     if helper is not None:
-        return helper().detached(plan)
+        return helper.namespace.detached(plan)
     from onlap.mounts.namespace import Namespace
 
     with Namespace() as namespace:
         return namespace.detached(plan)
 
 
-def _await_nobody(mount: Mount, number: int, device: int, timeout: float) -> None:
+def _await_nobody(mount: Mount, kept: int, timeout: float) -> None:
     # No unmount fails where a detached mount is in use, and its users would go on writing into a committed snapshot.
-    await_nobody(mount.upper or mount.source, lambda: holders_of_mount(number, device), timeout=timeout)
+    number, device = mount_id(kept), os.fstat(kept).st_dev
+    await_nobody(mount.upper or mount.source, lambda: holders_of_mount(number, device, kept), timeout=timeout)

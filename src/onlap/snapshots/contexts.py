@@ -20,8 +20,9 @@ from onlap.forks import unless_forked
 from onlap.mounts import temporary
 from onlap.mounts.plan import Mount
 from onlap.mounts.userns import may_mount
+from onlap.mounts.warm import Helper, of_root
 from onlap.snapshots import exclusion
-from onlap.snapshots.recorded import RecordedSnapshotter, open_at
+from onlap.snapshots.recorded import RecordedSnapshotter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +67,7 @@ def mounted(
             stack.enter_context(exclusion.mounting_plan(root, plan))
             run = stack.enter_context(Run(root))
         yield stack.enter_context(
-            _mounted_for(run, plan, at, detached, timeout, snapshotter=None if root is None else open_at(root))
+            _mounted_for(run, plan, at, detached, timeout, helper=None if root is None else of_root(root))
         )
 
 
@@ -83,7 +84,7 @@ def _mounted_for(
     detached: bool,
     timeout: float = 5.0,
     *,
-    snapshotter: RecordedSnapshotter | None,
+    helper: Helper | None,
 ) -> Iterator[Path]:
     """Mount where a sweep finds it once the run is dead."""
     if run is not None and not detached:
@@ -91,7 +92,6 @@ def _mounted_for(
             run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
         elif may_mount():
             at = run.tree()
-    helper = None if snapshotter is None else lambda: snapshotter.namespace
     with temporary.mounted(plan, at, detached=detached, timeout=timeout, helper=helper) as tree:
         yield tree
 
@@ -129,7 +129,7 @@ def _mounted(
         mounting = exclusion.mounting(snapshotter, snapshotter.record(key), hidden=hidden, reading=reading)
         mounts = stack.enter_context(mounting)
         try:
-            tree = stack.enter_context(_mounted_for(run, mounts, at, detached, snapshotter=snapshotter))
+            tree = stack.enter_context(_mounted_for(run, mounts, at, detached, helper=snapshotter.helper))
         except errors.NotFound as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise snapshotter.missing("mount", key, error.__cause__) from error

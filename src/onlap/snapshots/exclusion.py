@@ -51,17 +51,34 @@ def mounting(
         DataLoss: one of its layers is lost.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(snapshotter, record, shared=True))
-        record = _reread(snapshotter, record)
-        ancestors = snapshotter.ancestors(record)
-        stack.enter_context(snapshotter.catalog.hold([record.id, *(ancestors if hidden else ())]))
-        readonly = os.statvfs(snapshotter.root).f_flag & os.ST_RDONLY
-        mounts = snapshotter.readonly_plan(record) if readonly else snapshotter.plan(record)
+        mounts = stack.enter_context(_planned(snapshotter, record, hidden=hidden))
         if any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
             stack.enter_context(_only_overlay(snapshotter, record))
             if reading:
                 mounts = snapshotter.readonly_plan(record)
         yield mounts
+
+
+@contextlib.contextmanager
+def running(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[list[Mount]]:
+    """The same for a program that has the tree to itself, in a namespace; the overlay is for :func:`claim_overlay`.
+
+    Raises:
+        NotFound, Busy, DataLoss: as :func:`mounting`.
+    """
+    with _planned(snapshotter, record) as mounts:
+        yield mounts
+
+
+@contextlib.contextmanager
+def _planned(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True) -> Iterator[list[Mount]]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_locked(snapshotter, record, shared=True))
+        record = _reread(snapshotter, record)
+        ancestors = snapshotter.ancestors(record)
+        stack.enter_context(snapshotter.catalog.hold([record.id, *(ancestors if hidden else ())]))
+        readonly = os.statvfs(snapshotter.root).f_flag & os.ST_RDONLY
+        yield snapshotter.readonly_plan(record) if readonly else snapshotter.plan(record)
 
 
 @contextlib.contextmanager
@@ -203,32 +220,66 @@ def _only_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[
     The kernel only warns of a second one, and calls the behaviour undefined (Documentation/filesystems/overlayfs.rst,
     "Sharing and copying layers"). Several binds of one directory do no harm.
     """
-    with snapshotter.translated("mount snapshot", record.name):
-        held = Flock(snapshotter.catalog.layout.work(record.id))
-    with held:
+    with _work(snapshotter, record) as held:
         first = held.lock()
         found = _mounts_of(snapshotter, record, writable=True) or ([] if first else _lock_holders(held.fd, b"WRITE"))
         if found or not first:
-            raise _busy(
-                record,
-                "is mounted read-write already",
-                found,
-                "use that mount, or unmount it; two overlays must not share an upper layer",
-            )
-        if snapshotter.volatile:
-            with snapshotter.translated("mount snapshot", record.name):
-                _allow_again(snapshotter.catalog.layout.work(record.id))
+            raise _overlaid(record, found)
+        _allow_again(snapshotter, record)
         yield
 
 
-def _allow_again(work: str) -> None:
+def claim_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Flock | None:
+    """The lock of the overlay of a snapshot, to be left to who mounts it; None if it is held.
+
+    Raises:
+        Busy: it is mounted read-write, though nobody holds the lock: what a program left still runs in it.
+    """
+    with contextlib.ExitStack() as on_error:
+        held = on_error.enter_context(_work(snapshotter, record))
+        if not held.lock():
+            return None
+        found = _mounts_of(snapshotter, record, writable=True)
+        if found:
+            raise _overlaid(record, found)
+        _allow_again(snapshotter, record)
+        on_error.pop_all()
+        return held
+
+
+def check_ours(snapshotter: RecordedSnapshotter, record: Record, *, last: bool) -> None:
+    """Where :func:`claim_overlay` gave nothing: check that another thread of this process is about to mount, or done.
+
+    Raises:
+        Busy: another process has it mounted; or, with ``last``, this one has.
+    """
+    with _work(snapshotter, record) as held:
+        found = _lock_holders(held.fd, b"WRITE")
+        ours = all(holder.startswith(f"pid {os.getpid()} ") for holder in found)
+        if last or not ours:
+            raise _overlaid(record, _mounts_of(snapshotter, record, writable=True) or found)
+
+
+def _allow_again(snapshotter: RecordedSnapshotter, record: Record) -> None:
     """Let a layer be mounted again that was in a volatile overlay; the kernel refuses it, as it may have lost content.
 
     Here nothing was lost, since the machine has not crashed: otherwise the root would have been emptied.
     Source: overlayfs.rst, "Volatile mount"; fs/overlayfs/super.c, ovl_create_volatile_dirty.
     """
-    with contextlib.suppress(FileNotFoundError):
-        remove_at(f"{work}/work/incompat/volatile")
+    if not snapshotter.volatile:
+        return
+    with snapshotter.translated("mount snapshot", record.name), contextlib.suppress(FileNotFoundError):
+        remove_at(f"{snapshotter.catalog.layout.work(record.id)}/work/incompat/volatile")
+
+
+def _work(snapshotter: RecordedSnapshotter, record: Record) -> Flock:
+    with snapshotter.translated("mount snapshot", record.name):
+        return Flock(snapshotter.catalog.layout.work(record.id))
+
+
+def _overlaid(record: Record, found: list[str]) -> errors.Busy:
+    hint = "use that mount, or unmount it; two overlays must not share an upper layer"
+    return _busy(record, "is mounted read-write already", found, hint)
 
 
 def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bool) -> list[str]:

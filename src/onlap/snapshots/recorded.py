@@ -6,11 +6,10 @@ import contextlib
 import copy
 import os
 import stat
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from sqlite3 import Connection
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypedDict
+from typing import Literal, NamedTuple, Self, TypedDict
 
 from onlap import errors
 from onlap.arguments import check_text
@@ -24,6 +23,7 @@ from onlap.catalog.volatile import settle
 from onlap.errors import shown
 from onlap.layers.diff.changes import stack_changes
 from onlap.mounts.plan import Mount
+from onlap.mounts.warm import Helper
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import exclusion
 from onlap.snapshots import filters as language
@@ -32,9 +32,6 @@ from onlap.syscalls.files import is_directory
 from onlap.trees.compare import NEVER, Change, Since
 from onlap.trees.meta import read_xattrs
 from onlap.trees.usage import Usage, usage
-
-if TYPE_CHECKING:
-    from onlap.mounts.namespace import Namespace
 
 # The longest time from the mkdir of a layer to its record: the transaction may wait for others.
 _BUILT_WITHIN_NS = 60 * 10**9
@@ -67,15 +64,6 @@ class Pair(NamedTuple):
 
     before: Record | None
     after: Record
-
-
-# By root: whose helper mounts a plan of which nothing else is known.
-_open: weakref.WeakValueDictionary[str, RecordedSnapshotter] = weakref.WeakValueDictionary()
-
-
-def open_at(root: str) -> RecordedSnapshotter | None:
-    """A snapshotter of a root that this process has open."""
-    return _open.get(root)
 
 
 class RecordedSnapshotter(ABC):
@@ -119,7 +107,6 @@ class RecordedSnapshotter(ABC):
         self._asynchronous_remove = asynchronous_remove
         self._ancestors: dict[int, tuple[int, ...]] = {}
         self.catalog = Catalog(root, create=create, timeout=timeout)
-        self._namespace: Namespace | None = None
         self._original: RecordedSnapshotter | None = None
         try:
             self.volatile = settle(self.catalog, volatile)
@@ -129,7 +116,7 @@ class RecordedSnapshotter(ABC):
         except BaseException:
             self.catalog.close()
             raise
-        _open[self.root] = self
+        self.helper = Helper(self.root)
 
     # For subclasses
 
@@ -233,28 +220,13 @@ class RecordedSnapshotter(ABC):
     @public
     def close(self) -> None:
         """Release all resources, and end the programs that run in trees; idempotent."""
-        if _open.get(self.root) is self:
-            del _open[self.root]
-        namespace = self._namespace
-        if namespace is not None:
-            namespace.close()
+        self.helper.close()
         self.catalog.close()
 
     @property
     def root(self) -> str:
         """The root's absolute path."""
         return self.catalog.layout.root
-
-    @property
-    def namespace(self) -> Namespace:
-        """The helper that mounts without privilege and starts programs; there is none before it is needed."""
-        if self._original is not None:
-            return self._original.namespace
-        if self._namespace is None:
-            from onlap.mounts.namespace import Namespace
-
-            self._namespace = Namespace()
-        return self._namespace
 
     # Reading
 

@@ -6,6 +6,7 @@ import os
 
 from onlap.errors import shown
 from onlap.mounts import mountinfo, namespaces
+from onlap.mounts.holders import command
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.options import layer_paths, upperdirs
 from onlap.syscalls.files import exists
@@ -31,7 +32,7 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
         return []
     place, needle = _place(tree), _needle(tree)
     found = []
-    for text in namespaces.tables() if everywhere or overlaid else (mountinfo.own(),):
+    for pid, text in namespaces.tables_of_processes() if everywhere or overlaid else ((None, mountinfo.own()),):
         table = mountinfo.Table(text)
         for entry in mountinfo.parse(text, needle):
             if writable and entry.options.split(b",")[0] != b"rw":
@@ -41,7 +42,7 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
             else:
                 uses = place is not None and entry.device == place.device and _covers(entry.root, place.path)
             if uses:
-                found.append(shown(entry.mountpoint))
+                found.append(_text(entry, pid))
     return found
 
 
@@ -56,15 +57,21 @@ def mounts_of_plan(plan: list[Mount]) -> list[str]:
     tree = mount.lowers[0] if layers else mount.source
     place = _place(tree)
     found = []
-    for text in namespaces.tables():
+    for pid, text in namespaces.tables_of_processes():
         for entry in mountinfo.parse(text, _needle(tree)):
             if layers:
                 uses = entry.fstype == b"overlay" and layer_paths(entry.super_options) == layers
             else:
                 uses = place is not None and (entry.device, entry.root) == place
             if uses:
-                found.append(shown(entry.mountpoint))
+                found.append(_text(entry, pid))
     return found
+
+
+def _text(entry: mountinfo.Entry, pid: int | None) -> str:
+    """A mount for a message: one in another namespace says who is there, since nobody else can unmount it."""
+    where = shown(entry.mountpoint)
+    return where if pid is None else f"{where}, in the mount namespace of pid {pid} ({command(pid)})"
 
 
 def _place(tree: str) -> mountinfo.Place | None:

@@ -65,6 +65,11 @@ def set_dumpable() -> None:
     _prctl(_PR_SET_DUMPABLE, 1)
 
 
+def hide_process() -> None:
+    """prctl(PR_SET_DUMPABLE): keep this process's memory, environment and links in /proc from its user's programs."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
 def end_with_parent(number: int) -> None:
     """prctl(PR_SET_PDEATHSIG): get this signal when the thread ends that forked this process."""
     _prctl(_PR_SET_PDEATHSIG, number)

@@ -75,8 +75,7 @@ class Mounting:
         hidden = self._at is None
         with ExitStack() as stack:
             plan = stack.enter_context(exclusion.mounting(self._snapshotter, record, hidden=hidden))
-            helper = lambda: self._snapshotter.namespace  # noqa: E731 - started only if it is needed
-            mounted = temporary.mounted(plan, self._at, detached=hidden, helper=helper)
+            mounted = temporary.mounted(plan, self._at, detached=hidden, helper=self._snapshotter.helper)
             path = os.fspath(stack.enter_context(mounted))
             if self._at is not None:
                 self.path = self._at

@@ -1,0 +1,329 @@
+"""Programs in the tree of a snapshot, which is mounted for them alone (:mod:`onlap.mounts.namespace`)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from onlap import errors
+from onlap.arguments import (
+    StrPath,
+    as_name,
+    check_kind,
+    check_mapping,
+    check_number,
+    check_path,
+    check_text,
+    check_texts,
+)
+from onlap.boundary import public
+from onlap.catalog import runs
+from onlap.catalog.records import Record
+from onlap.errors import shown
+from onlap.mounts.plan import Mount
+from onlap.mounts.unmount import attempts
+from onlap.snapshots import exclusion
+from onlap.snapshots.streams import Streams
+
+if TYPE_CHECKING:
+    from onlap.mounts.namespace import Program
+    from onlap.snapshots.recorded import RecordedSnapshotter
+
+# Seconds to wait for another thread that is just mounting the tree, or unmounting it: either takes milliseconds.
+_JOINING = 2.0
+
+
+class Done(NamedTuple):
+    """How a command ended.
+
+    Attributes:
+        argv: the command.
+        status: its exit status as a shell shows it: 128+N when signal N ended it.
+        stdout: what it wrote there, if that was captured.
+        stderr: likewise.
+        timed_out: whether it was killed since it took too long.
+    """
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    timed_out: bool = False
+
+
+class Options(TypedDict, total=False):
+    """How a command is run: the keyword arguments of :func:`run`."""
+
+    cwd: StrPath | None
+    env: Mapping[str, str] | None
+    timeout: float | None
+    capture: bool
+    chroot: bool
+    input: bytes | None
+
+
+@public
+def run(
+    snapshotter: RecordedSnapshotter,
+    key: str,
+    argv: Sequence[str],
+    *,
+    cwd: StrPath | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    capture: bool = False,
+    chroot: bool = False,
+    input: bytes | None = None,
+) -> Done:
+    """Run a command in the tree of a snapshot, and wait for it.
+
+    It works in a mount namespace of its own, as an ordinary user too; several may run in one tree at the same time
+    (before Linux 6.15 one). The tree of a committed snapshot is read-only. ONLAP_KEY is set to the key.
+
+    **This is not a sandbox.** Without ``chroot`` the command has your files, processes and network. With it, it
+    sees no other files, processes or IPC; it has your network and, as root, root's power. See "What enter and run
+    isolate" in the documentation.
+
+    It has its own session and process group. After a timeout, and when this call is interrupted, it is killed
+    (SIGKILL) with everything that runs in the tree; so it is when this process ends. What it leaves in the
+    background runs on: until that ends the tree is Busy, and the error says what it is.
+
+    Args:
+        snapshotter: of the root.
+        key: a snapshot of any kind.
+        argv: the command; its first word is looked for in the PATH of ``env``.
+        cwd: the directory to work in, relative to the top of the tree; a symlink must not lead out of it.
+        env: its environment; by default that of this process.
+        timeout: seconds after which it is killed.
+        capture: return its output, which is kept in memory; what is written after its end is lost.
+        chroot: make the tree its root, with processes (a PID namespace), IPC and, where the tree has these
+            directories, a ``/proc`` and a ``/dev`` of its own.
+        input: what it reads; by default nothing.
+
+    Raises:
+        NotFound: there is no such snapshot, command or directory; ``.key`` says which.
+        PermissionDenied: the command is not executable, or this machine gives ordinary users no namespaces.
+        InvalidArgument: an argument is wrong, or ``cwd`` leads out of the tree.
+        Busy: see above, and :func:`onlap.mounted`.
+        Unavailable: the helper that started it was killed, and the command with it.
+        OnlapError: of another kind, for an error of the kernel.
+    """
+    check_text(key, "key")
+    command = _checked_command(argv)
+    if env is not None:
+        check_mapping(env, "environment")
+        for name, value in env.items():
+            for text in (name, value):
+                check_text(text, "environment")
+                _check_no_nul(text, "environment")
+    if timeout is not None:
+        check_number(timeout, "timeout")
+    if input is not None:
+        check_kind(input, bytes, "input")
+    environment = dict(os.environ if env is None else env)
+    with contextlib.ExitStack() as stack:
+        streams = Streams(stack, capture=capture, input=input)
+        starting = started(
+            snapshotter, key, command, env=environment, stdio=streams.theirs, cwd=cwd or "", chroot=chroot
+        )
+        try:
+            program = stack.enter_context(starting)
+        except CannotRun as error:
+            raise error.as_onlap_error() from error
+        status, timed_out = streams.communicate(program, timeout)
+    return Done(tuple(command), status, bytes(streams.stdout), bytes(streams.stderr), timed_out)
+
+
+class CannotRun(Exception):
+    """A command cannot be executed.
+
+    Attributes:
+        command: its first word.
+        errno: why.
+    """
+
+    def __init__(self, command: str, errno: int) -> None:
+        super().__init__(command, errno)
+        self.command = command
+        self.errno = errno
+
+    def __str__(self) -> str:
+        return f"cannot run {shown(self.command)}: {os.strerror(self.errno)}"
+
+    def as_onlap_error(self) -> errors.OnlapError:
+        """The same for callers of the library."""
+        if self.errno == errno.ENOENT:
+            hint = "it is looked for in the PATH of its environment; chrooted, inside the tree"
+            return errors.NotFound(str(self), key=self.command, hint=hint)
+        if self.errno == errno.EACCES:
+            hint = "it must be a file that may be executed (chmod +x), in directories that may be searched"
+            return errors.PermissionDenied(str(self), key=self.command, hint=hint)
+        if self.errno == errno.ENOEXEC:
+            hint = "a script begins with #! and its interpreter; or run: sh SCRIPT"
+            return errors.InvalidArgument(str(self), key=self.command, hint=hint)
+        found = errors.from_oserror(OSError(self.errno, os.strerror(self.errno)), doing="run", key=self.command)
+        found.message = str(self)
+        return found
+
+
+class Running:
+    """A program in a tree, for the time of a block.
+
+    Attributes:
+        pid: its process.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self.pid = program.pid
+        # Whether something may still be in the tree.
+        self.left = True
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when it has ended."""
+        return self._program.fileno()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for its end; its status as a shell shows it, None if it still runs after so many seconds.
+
+        Raises:
+            Unavailable: the helper was killed, and the program with it.
+        """
+        ended = self._program.wait(timeout)
+        if ended is None:
+            return None
+        self.left = bool(ended.left)
+        return ended.status
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal; nothing if it has ended."""
+        self._program.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill it, its process group and everything else in its tree."""
+        self._program.kill()
+
+    def end(self) -> None:
+        """If it runs, kill it, and wait."""
+        self._program.close()
+        if self._program.ended is not None:
+            self.left = bool(self._program.ended.left)
+
+
+@contextlib.contextmanager
+def started(
+    snapshotter: RecordedSnapshotter,
+    key: str,
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    stdio: Sequence[int],
+    cwd: StrPath = "",
+    chroot: bool = False,
+    terminal: bool = False,
+    open_files: tuple[int, int] | None = None,
+) -> Iterator[Running]:
+    """Start a command in a tree, to whose block it belongs: at the end it is killed, if it still runs.
+
+    Args:
+        snapshotter: of the root.
+        key: a snapshot of any kind; the tree of a committed one is read-only.
+        argv: the command.
+        env: its environment; ONLAP_KEY and PWD are set.
+        stdio: three descriptors.
+        cwd: the directory to work in, relative to the tree.
+        chroot: make the tree the root.
+        terminal: stay in this process's group, as a command in the foreground of its terminal.
+        open_files: its limits of open files, as of :func:`resource.getrlimit`.
+
+    Raises:
+        CannotRun: the command cannot be executed.
+        NotFound: there is no such snapshot, or no such directory in it.
+        Busy: an overlay of it is mounted read-write, other than for programs of this store.
+        OnlapError: as :func:`onlap.mounted`.
+    """
+    from onlap.mounts.namespace import NotStarted
+
+    directory = _checked_cwd(cwd, chroot)
+    record = snapshotter.record(key)
+    with runs.begin(snapshotter.catalog) as run, exclusion.running(snapshotter, record) as mounts:
+        try:
+            program = _start(
+                snapshotter,
+                record,
+                mounts,
+                argv,
+                where=run.tree(),
+                env={**env, "ONLAP_KEY": key},
+                stdio=stdio,
+                cwd=directory,
+                chroot=chroot,
+                terminal=terminal,
+                open_files=open_files,
+            )
+        except NotStarted as error:
+            raise CannotRun(argv[0], error.errno) from error
+        running = Running(program)
+        try:
+            yield running
+        finally:
+            try:
+                running.end()
+            finally:
+                if running.left:
+                    # The directory is a mount point in another namespace: without it the mount would leave the tables,
+                    # and a commit would not see who uses the tree.
+                    run.leave()
+
+
+def _start(
+    snapshotter: RecordedSnapshotter, record: Record, mounts: list[Mount], argv: Sequence[str], **options: Any
+) -> Program:
+    start = snapshotter.helper.namespace.start
+    if len(mounts) != 1 or mounts[0].type != "overlay" or mounts[0].upper is None:
+        program = start(argv, mounts, **options)
+        assert program is not None
+        return program
+    for last in attempts(_JOINING):
+        lock = exclusion.claim_overlay(snapshotter, record)
+        try:
+            program = start(argv, mounts, tree=record.id, lock=None if lock is None else lock.fd, **options)
+        finally:
+            if lock is not None:
+                lock.leave()
+        if program is not None:
+            return program
+        exclusion.check_ours(snapshotter, record, last=last)
+    raise AssertionError
+
+
+def _checked_command(argv: Sequence[str]) -> list[str]:
+    check_texts(argv, "command")
+    command = list(argv)
+    if not command:
+        raise errors.InvalidArgument("the command is empty", hint='give its words: ["make", "test"]')
+    for word in command:
+        _check_no_nul(word, "command")
+    return command
+
+
+def _check_no_nul(text: str, what: str) -> None:
+    if "\0" in text:
+        raise errors.InvalidArgument(f"the {what} has a NUL in {shown(text)}", hint="no program can be given one")
+    as_name(text, what)
+
+
+def _checked_cwd(cwd: StrPath, chroot: bool) -> str:
+    if not cwd or os.fspath(cwd) in ("", "."):
+        return ""
+    path = check_path(cwd, "directory to work in")
+    if os.path.isabs(path) and not chroot:
+        raise errors.InvalidArgument(
+            f"the directory to work in is {shown(path)}, outside of the tree",
+            key=path,
+            hint="give a directory of the tree, relative to its top",
+        )
+    return path.strip("/")

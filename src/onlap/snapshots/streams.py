@@ -1,0 +1,138 @@
+"""The standard streams of a program that a caller waits for: read and written without either blocking the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from onlap.forks import closed_in_children
+
+_CHUNK = 65536
+
+
+class Awaited(Protocol):
+    """A program, as :class:`onlap.snapshots.running.Running`."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its status; None if it still runs."""
+
+    def kill(self) -> None:
+        """Kill it, and whatever runs in its tree."""
+
+
+class Streams:
+    """Pipes where there is something to read or to write, otherwise the streams of this process, or /dev/null.
+
+    Args:
+        stack: closes what is open at its end.
+        capture: read the output.
+        input: what the program reads.
+
+    Attributes:
+        theirs: for the program: stdin, stdout, stderr.
+        stdout: what was read.
+        stderr: likewise.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, *, capture: bool, input: bytes | None) -> None:
+        self._stack = stack
+        self.stdout, self.stderr = bytearray(), bytearray()
+        self._sources: dict[int, bytearray] = {}
+        self._left = memoryview(input or b"")
+        self._sink: int | None = None
+        self._closing: dict[int, Callable[[], None]] = {}
+        if input:
+            stdin, self._sink = self._pipe()
+            os.set_blocking(self._sink, False)
+        else:
+            stdin = self._null()
+        self.theirs = (stdin, self._output(1, self.stdout, capture), self._output(2, self.stderr, capture))
+
+    def _output(self, number: int, buffer: bytearray, capture: bool) -> int:
+        if not capture:
+            try:
+                return self._kept(os.dup(number))
+            except OSError:  # this process has closed it
+                return self._null()
+        source, end = self._pipe()
+        os.set_blocking(source, False)
+        self._sources[source] = buffer
+        return end
+
+    def _null(self) -> int:
+        return self._kept(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+
+    def _pipe(self) -> tuple[int, int]:
+        reading, writing = os.pipe()
+        return self._kept(reading), self._kept(writing)
+
+    def _kept(self, fd: int) -> int:
+        # A forked child that kept the end of a pipe would keep the program from seeing that we are gone.
+        self._closing[fd] = closed_in_children(fd)
+        self._stack.callback(self._close, fd)
+        return fd
+
+    def _close(self, fd: int) -> None:
+        close = self._closing.pop(fd, None)
+        if close is not None:
+            close()
+
+    def communicate(self, program: Awaited, timeout: float | None) -> tuple[int, bool]:
+        """Read and write until the program ends; its status, and whether it was killed since it took too long.
+
+        Its end, and not that of its output, is waited for: what it has left in the background may keep that open.
+        """
+        for fd in self.theirs:
+            self._close(fd)
+        poll = select.poll()
+        poll.register(program.fileno(), select.POLLIN)
+        for fd in self._sources:
+            poll.register(fd, select.POLLIN)
+        if self._sink is not None:
+            poll.register(self._sink, select.POLLOUT)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        timed_out = False
+        while True:
+            ready = poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000)
+            for fd, _ in ready:
+                if fd in self._sources:
+                    self._read(fd, poll)
+                elif fd == self._sink:
+                    self._write(fd, poll)
+                elif (status := program.wait(0)) is not None:
+                    self._drain()
+                    return status, timed_out
+            if deadline is not None and time.monotonic() >= deadline:
+                program.kill()
+                timed_out, deadline = True, None
+
+    def _read(self, fd: int, poll: select.poll) -> None:
+        data = os.read(fd, _CHUNK)
+        self._sources[fd] += data
+        if not data:
+            poll.unregister(fd)
+            del self._sources[fd]
+
+    def _write(self, fd: int, poll: select.poll) -> None:
+        try:
+            self._left = self._left[os.write(fd, self._left[:_CHUNK]) :]
+        except BrokenPipeError:
+            self._left = self._left[:0]  # it does not read all of it, as head(1)
+        if not self._left:
+            poll.unregister(fd)
+            self._sink = None
+            self._close(fd)
+
+    def _drain(self) -> None:
+        """Read what the program had written when it ended."""
+        for fd, buffer in self._sources.items():
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(fd, _CHUNK):
+                    buffer += data
