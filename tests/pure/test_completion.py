@@ -222,6 +222,22 @@ def test_every_verb_and_its_options(ask: Ask) -> None:
     assert "--root" in ask("-")
 
 
+def test_workspaces_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) -> None:
+    (tmp_path / "tree").mkdir()
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        made = store.workspaces.create("w1", tmp_path / "tree")
+        identifier = made.checkpoint("green $x").id
+        made.fork("-w2", at="base")
+    monkeypatch.setenv("ONLAP_ROOT", str(tmp_path / "root"))
+    assert ask("ws", "log", "") == ["w1"]
+    assert ask("ws", "rm", "--", "w1", "") == ["-w2", "w1"]
+    assert ask("ws", "rollback", "w1", "") == ["base", "green $x", identifier]
+    assert ask("ws", "diff", "w1", "base", "gr") == ["green $x"]
+    assert ask("ws", "fork", "w1", "--at=b") == ["--at=base"]
+    assert ask("ws", "fork", "--at", "") == []
+    assert ask("ws", "checkpoint", "w1", "") == []
+
+
 @pytest.mark.parametrize(
     "words, wanted",
     [

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from onlap import errors
 from onlap.cli.call import Call
-from onlap.cli.parser import Parser, make_parser, split_verb
+from onlap.cli.parser import Parser, Words, make_parser, split_verb
 from onlap.cli.registry import GROUPS, VERBS, of_group
 from onlap.cli.terminal.output import Output
 
@@ -145,7 +145,7 @@ def _of_verb(parser: Parser, before: Sequence[str], last: str, out: Output) -> _
     action = action or _positional(parser, len(words.others))
     if action is None:
         return
-    for name in _values(parser, action, words.options, out):
+    for name in _values(parser, action, words, out):
         if prefix or words.dashes or not name.startswith("-"):
             yield prefix + name, ""
 
@@ -159,21 +159,27 @@ def _positional(parser: Parser, count: int) -> argparse.Action | None:
     return None
 
 
-def _values(parser: Parser, action: argparse.Action, options: Sequence[str], out: Output) -> Iterator[str]:
+def _values(parser: Parser, action: argparse.Action, words: Words, out: Output) -> Iterator[str]:
     if action.choices is not None:
         yield from map(str, action.choices)
         return
-    images, snapshots = action.dest in parser.images, action.dest in parser.keys
-    if not images and not snapshots:
+    named = (parser.keys, parser.images, parser.workspaces, parser.checkpoints)
+    snapshots, images, workspaces, checkpoints = (action.dest in each for each in named)
+    if not (snapshots or images or workspaces or checkpoints):
         return
     from onlap.cli.shared.images import images_of
     from onlap.cli.shared.snapshots import records
 
     only_root = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     only_root.add_argument("--root")
-    with Call(only_root.parse_known_args(options)[0], out).store() as store:
+    with Call(only_root.parse_known_args(words.options)[0], out).store() as store:
         if snapshots:
             yield from (record.name for record in records(store))
+        if workspaces:
+            yield from store.workspaces
+        if checkpoints and words.others:
+            for checkpoint in store.workspaces[words.others[0]].log():
+                yield from (*checkpoint.names, checkpoint.id)
         if images:
             with contextlib.suppress(errors.Unimplemented):  # without their libraries there are none
                 yield from (image.name for image in images_of(store).list())

@@ -40,8 +40,10 @@ class Parser(argparse.ArgumentParser):
     """The parser of one verb, including the options of every verb.
 
     Attributes:
-        keys: the arguments that are keys or names of snapshots, for the check and for completion.
+        keys: the arguments that are keys or names of snapshots, for completion.
         images: the arguments that are names of images, for completion.
+        workspaces: those that are names of workspaces, likewise.
+        checkpoints: those that are checkpoints of the workspace in the first argument, likewise.
         takes_command: whether the user's command line begins behind the first argument.
         options_behind: whether options of the verb may stand between the two.
     """
@@ -54,8 +56,12 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
         )
+        # Those that the catalog stores, which must be UTF-8.
+        self._texts: list[str] = []
         self.keys: list[str] = []
         self.images: list[str] = []
+        self.workspaces: list[str] = []
+        self.checkpoints: list[str] = []
         self.takes_command = False
         self.options_behind = False
         every = self.add_argument_group("options of every verb")
@@ -73,10 +79,21 @@ class Parser(argparse.ArgumentParser):
     def key(self, dest: str, *, nargs: str | None = None, metavar: str = "KEY", help: str) -> None:
         """Add an argument, or an option with a value, that is a key or name of a snapshot."""
         self.keys.append(self._add_name(dest, nargs, metavar, help))
+        self._texts.append(self.keys[-1])
 
     def image(self, dest: str, *, nargs: str | None = None, metavar: str = "IMAGE", help: str) -> None:
         """Add an argument, or an option with a value, that is the name of an image."""
         self.images.append(self._add_name(dest, nargs, metavar, help))
+
+    def workspace(self, dest: str, *, nargs: str | None = None, metavar: str = "NAME", help: str) -> None:
+        """Add an argument that is the name of a workspace."""
+        self.workspaces.append(self._add_name(dest, nargs, metavar, help))
+        self._texts.append(self.workspaces[-1])
+
+    def checkpoint(self, dest: str, *, nargs: str | None = None, metavar: str, help: str) -> None:
+        """Add an argument, or an option with a value, that is the name or id of a checkpoint."""
+        self.checkpoints.append(self._add_name(dest, nargs, metavar, help))
+        self._texts.append(self.checkpoints[-1])
 
     def _add_name(self, dest: str, nargs: str | None, metavar: str, help: str) -> str:
         return self.add_argument(dest, nargs=nargs, metavar=metavar, help=help).dest
@@ -114,10 +131,10 @@ class Parser(argparse.ArgumentParser):
         # argparse alone cannot take "diff A --exit-code B": an optional argument ends at the first option.
         args = self.parse_args([*words.options, "--", *words.others] if words.others else words.options)
         args.command = words.command
-        for dest in self.keys:
+        for dest in self._texts:
             value = getattr(args, dest)
-            for key in value if isinstance(value, list) else [value]:
-                check_text(key, "key")
+            for text in value if isinstance(value, list) else [value]:
+                check_text(text, "key" if dest in self.keys else "name")
         return args
 
     def split(self, arguments: Iterable[str]) -> Words:

@@ -59,6 +59,7 @@ _MOUNTING = "mounting"
 _CONTENT = "content"
 _MAINTENANCE = "maintenance"
 _IMAGES = "images"
+_WORKSPACES = "workspaces"
 _DOCKER = "Docker's data roots"
 _SERVE = "serve"
 
@@ -106,6 +107,17 @@ VERBS = {
         Verb("image diff", "image.inspection", _IMAGES, "show how two images differ, path by path"),
         Verb("image files", "image.inspection", _IMAGES, "show which layer each file comes from, and what it hides"),
         Verb("image commit", "image.commit", _IMAGES, "make an image of an active snapshot"),
+        Verb("ws new", "ws.lifetime", _WORKSPACES, "make a workspace of a directory, a snapshot or an image"),
+        Verb("ws ls", "ws.lifetime", _WORKSPACES, "list the workspaces"),
+        Verb("ws checkpoint", "ws.history", _WORKSPACES, "keep the present state of a workspace"),
+        Verb("ws rollback", "ws.history", _WORKSPACES, "go back to a checkpoint"),
+        Verb("ws fork", "ws.lifetime", _WORKSPACES, "make more workspaces with the same tree"),
+        Verb("ws log", "ws.history", _WORKSPACES, "show the checkpoints of a workspace as a tree"),
+        Verb("ws diff", "ws.changes", _WORKSPACES, "show what a workspace changed"),
+        Verb("ws merge", "ws.changes", _WORKSPACES, "bring what a workspace changed back into the directory"),
+        Verb("ws forget", "ws.history", _WORKSPACES, "remove checkpoints from the history"),
+        Verb("ws keep", "ws.history", _WORKSPACES, "forget all checkpoints but the newest and the named ones"),
+        Verb("ws rm", "ws.lifetime", _WORKSPACES, "remove workspaces, and free their space"),
         Verb("docker ls", "docker", _DOCKER, "list the layers of a Docker data root, their owners and their sizes"),
         Verb("docker tree", "docker", _DOCKER, "show which of them is the parent of which"),
         Verb("docker diff", "docker", _DOCKER, "show what one of them changed"),

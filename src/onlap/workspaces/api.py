@@ -170,8 +170,14 @@ class Workspaces(Mapping[str, Workspace]):
         snapshot = image = None
         if self._site.store.exists(name):
             snapshot = self._site.store.record(name)
-        images = self._images()
-        if name in images:
+        try:
+            images = self._images()
+        except errors.Unavailable as error:
+            # Without the libraries that images need there are none.
+            if snapshot is None or not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            images = None
+        if images is not None and name in images:
             image = images.get(name)
         if snapshot is None and image is None:
             raise errors.NotFound(
@@ -179,7 +185,7 @@ class Workspaces(Mapping[str, Workspace]):
                 key=name,
                 hint=f"see: onlap ls, onlap image ls; or, if it is a directory, pass its Path: Path({name!r})",
             )
-        if image is not None:
+        if images is not None and image is not None:
             top = images.unpack(image, progress=progress)
             if snapshot is not None and snapshot.name != top:
                 raise errors.InvalidArgument(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from onlap.cli.terminal.output import Output
+from onlap.errors import shown
 from onlap.trees.compare import Change
 from onlap.trees.meta import Meta
 
@@ -21,6 +23,17 @@ def summary(kinds: Mapping[str, int]) -> str:
 def path_of(change: Change) -> str:
     """The path from the top of the tree, as ``/etc/passwd``."""
     return "/" if change.path == "." else "/" + change.path
+
+
+def show_changes(out: Output, changes: Iterable[Change]) -> int:
+    """Print changes, one per line; how many there are."""
+    number = 0
+    for number, change in enumerate(changes, 1):  # noqa: B007 - it is the count at the end
+        if out.json:
+            out.item(change_as_json(change))
+        else:
+            out.line(f"{out.paint(change.kind, STYLES[change.kind])} {shown(path_of(change))}")
+    return number
 
 
 def change_as_json(change: Change) -> dict[str, object]:

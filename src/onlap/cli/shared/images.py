@@ -28,9 +28,12 @@ def images_of(store: Store) -> Images:
     """
     try:
         return store.images
-    except ModuleNotFoundError as error:
+    except errors.Unavailable as error:
+        cause = error.__cause__
+        if not isinstance(cause, ModuleNotFoundError):
+            raise
         raise errors.Unimplemented(
-            f"images need the library {error.name}", hint=f"install it: pip install {error.name}"
+            f"images need the library {cause.name}", hint=f"install it: pip install {cause.name}"
         ) from error
 
 

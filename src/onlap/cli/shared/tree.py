@@ -12,9 +12,13 @@ from onlap.cli.terminal.text import age
 from onlap.errors import shown
 from onlap.store import Store
 
-# A branch, the last branch, and what continues below each of them.
 _DRAWN = ("├─ ", "└─ ", "│  ", "   ")
 _ASCII = ("|- ", "`- ", "|  ", "   ")
+
+
+def strokes() -> tuple[str, str, str, str]:
+    """What draws a branch, the last branch, and what continues below each of them."""
+    return _DRAWN if can_draw() else _ASCII
 
 
 def print_tree(out: Output, store: Store, key: str | None = None) -> None:
@@ -64,7 +68,7 @@ def _in_order(every: dict[int, Record]) -> Iterator[tuple[Record, int, str]]:
     for record in every.values():
         # If a parent was removed between two pages of the walk, its children are roots.
         children.setdefault(record.parent_id if record.parent_id in every else None, []).append(record)
-    branch, last_branch, line, space = _DRAWN if can_draw() else _ASCII
+    branch, last_branch, line, space = strokes()
     pending = [(record, 0, "", "") for record in reversed(children.get(None, []))]
     while pending:
         record, depth, lines, below = pending.pop()

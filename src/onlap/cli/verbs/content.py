@@ -11,7 +11,7 @@ from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.shared.archives import STANDARD_OUTPUT, destination, source_date_epoch
-from onlap.cli.shared.changes import STYLES, change_as_json, path_of
+from onlap.cli.shared.changes import show_changes
 from onlap.cli.shared.snapshots import as_json, measure
 from onlap.cli.terminal.text import amount
 from onlap.errors import shown
@@ -41,7 +41,7 @@ def diff_arguments(parser: Parser) -> None:
 
 
 def diff(call: Call) -> int:
-    args, out = call.args, call.out
+    args = call.args
     if args.tar is not None:
         if args.exit_code:
             raise UsageError("--exit-code has no meaning with --tar, which writes a layer")
@@ -51,14 +51,8 @@ def diff(call: Call) -> int:
         value = getattr(args, option.lstrip("-"))
         if value is not None and value is not False:
             raise UsageError(f"{option} is for an archive: give its file with --tar")
-    differs = False
     with call.store() as store:
-        for change in store.diff(args.key, base=args.base):
-            differs = True
-            if out.json:
-                out.item(change_as_json(change))
-            else:
-                out.line(f"{out.paint(change.kind, STYLES[change.kind])} {shown(path_of(change))}")
+        differs = show_changes(call.out, store.diff(args.key, base=args.base)) > 0
     return exits.NO if differs and args.exit_code else exits.DONE
 
 

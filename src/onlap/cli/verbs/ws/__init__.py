@@ -1,0 +1,1 @@
+"""``onlap ws``: the verbs for workspaces; and ``onlap try``."""
