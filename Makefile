@@ -118,7 +118,7 @@ test-long: $(STAMP) peers-soft ## the same with the long tests and the long Hypo
 
 bench: $(STAMP) peers-soft ## the benchmarks, beside the peers
 	@$(PRIVATE); status=0; \
-	for name in containerd docker images layers snapshots; do \
+	for name in containerd docker images layers snapshots workspaces; do \
 		echo "== $$name"; $$private $(BIN)/python -m "bench.$$name" $(ARGS) || status=1; \
 	done; \
 	exit $$status

@@ -280,11 +280,48 @@ class Row(NamedTuple):
         """The row as text, under HEADINGS; the ratio with its range over the rounds."""
         by_round = [ours / peer for ours, peer in zip(self.ours, self.peer, strict=True)]
         ratio = f"{_number(self.ratio)}x ({_number(min(by_round))}-{_number(max(by_round))})"
-        verdict = "" if self.reach == Reach() else self.reach.judge(self.ratio)
-        return [self.what, self.unit, spread(self.peer), spread(self.ours), ratio, str(self.reach), verdict]
+        return [self.what, self.unit, spread(self.peer), spread(self.ours), ratio, str(self.reach), self.verdict]
+
+    @property
+    def verdict(self) -> str:
+        """See Reach.judge; empty if there is nothing to reach."""
+        return "" if self.reach == Reach() else self.reach.judge(self.ratio)
+
+    def as_json(self) -> Result:
+        """The row for the file of results."""
+        return {**self._asdict(), "reach": self.reach._asdict(), "ratio": self.ratio}
 
 
 HEADINGS = ["what", "unit", "peer", "Onlap", "Onlap / peer", "to reach (stretch)", "verdict"]
+
+
+class Figure(NamedTuple):
+    """A line of a table without a peer: a measure, a value a round, and what it may be at most."""
+
+    what: str
+    unit: str
+    ours: Sequence[float]
+    most: float | None = None
+    stretch: float | None = None
+
+    def cells(self) -> list[str]:
+        """The figure as text, under FIGURE_HEADINGS."""
+        most, stretch = ("-" if limit is None else f"<= {limit:g}" for limit in (self.most, self.stretch))
+        return [self.what, self.unit, spread(self.ours), most, stretch, self.verdict]
+
+    @property
+    def verdict(self) -> str:
+        """See Reach.judge; empty if there is nothing to reach."""
+        if self.most is None:
+            return ""
+        return Reach(most=self.most, stretch=self.stretch).judge(statistics.median(self.ours))
+
+    def as_json(self) -> Result:
+        """The figure for the file of results."""
+        return self._asdict()
+
+
+FIGURE_HEADINGS = ["what", "unit", "Onlap", "to reach", "stretch", "verdict"]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -340,7 +377,7 @@ class Details(NamedTuple):
 def report(
     name: str,
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | Sequence[Figure],
     *,
     where: Mapping[str, str],
     notes: str = "",
@@ -351,15 +388,15 @@ def report(
     """Print the tables, write .cache/bench/NAME.json, and with ``record`` publish (a short run is none)."""
     if sys.stderr.isatty():
         progress("")
-    print(text_table(HEADINGS, [row.cells() for row in rows]))
+    print(text_table(_headings(rows), [row.cells() for row in rows]))
     if details is not None:
         print(f"\n{details.caption}\n{text_table(details.headings, details.lines)}")
-    below = [row.what for row in rows if row.reach.judge(row.ratio) == "below"]
+    below = [row.what for row in rows if row.verdict == "below"]
     print(f"\nbelow what is to be reached: {'; '.join(below) or 'nothing'}")
     document = {
         "name": name,
         "conditions": dict(where),
-        "rows": [{**row._asdict(), "reach": row.reach._asdict(), "ratio": row.ratio} for row in rows],
+        "rows": [row.as_json() for row in rows],
         "runs": dict(runs),
     }
     result = CACHE / "bench" / f"{name}.json"
@@ -369,6 +406,10 @@ def report(
     if record:
         publish(name, title, rows, where=where, notes=notes, details=details)
         print(f"wrote {DOCUMENT.relative_to(REPOSITORY)}")
+
+
+def _headings(rows: Sequence[Row] | Sequence[Figure]) -> Sequence[str]:
+    return FIGURE_HEADINGS if rows and isinstance(rows[0], Figure) else HEADINGS
 
 
 PREAMBLE = """\
@@ -383,7 +424,7 @@ rounds, with the smallest and the largest in brackets. The bracket of a ratio ha
 def publish(
     name: str,
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | Sequence[Figure],
     *,
     where: Mapping[str, str],
     notes: str = "",
@@ -394,7 +435,7 @@ def publish(
     parts = [
         f"## {title}",
         "; ".join(f"{key}: {value}" for key, value in where.items()),
-        markdown_table(HEADINGS, [row.cells() for row in rows]),
+        markdown_table(_headings(rows), [row.cells() for row in rows]),
         notes,
     ]
     if details is not None:
