@@ -314,6 +314,7 @@ class Copier:
                 self._clone = False
             else:
                 return status.st_size
+        _await_write(source)
         if has_holes(status):
             ranges = list(data_ranges(source, status.st_size))
             if ranges != [(0, status.st_size)]:
@@ -408,6 +409,20 @@ def copy_attributes(source: str, target: str) -> None:
     """
     with opened(source) as one, opened(target) as other:
         Copier().attributes(one, other)
+
+
+def _await_write(fd: int) -> None:
+    """Wait for the end of a write(2) that is under way.
+
+    It sets the file's times before it changes the content (mm/filemap.c, __generic_file_write_iter), so that a reader
+    which met half of it would see no later times either. Ext4, btrfs and tmpfs read without the inode's lock; their
+    SEEK_DATA takes it. Xfs reads with it.
+    """
+    try:
+        os.lseek(fd, 0, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EINVAL):  # it has no data, or the filesystem has no such call
+            raise
 
 
 def has_holes(status: os.stat_result) -> bool:
