@@ -20,7 +20,7 @@ from onlap.store import Store
 from onlap.testing import Tree
 from onlap.testing.same import assert_same_tree, read_tree
 from onlap.workspaces.capture import clock
-from onlap.workspaces.capture.capture import recapture, take
+from onlap.workspaces.capture.capture import MOST_LAYERS, recapture, take
 
 pytestmark = pytest.mark.needs("overlay")
 
@@ -129,6 +129,20 @@ def test_nothing_changed(stores: tuple[Store, Store], source: Path) -> None:
         made = recapture(store.snapshotter, source, last, "more")
         assert (made.name, made.parent) == ("more", "same")
         assert_captured(store, "more", source)
+
+
+def test_captures_without_end_do_not_make_a_chain_without_end(stores: tuple[Store, Store], source: Path) -> None:
+    FULL.apply(source)
+    for store in stores:
+        last = recapture(store.snapshotter, source, None, "first")
+        for number in range(2 * MOST_LAYERS):
+            (source / f"new{number}").write_text("")
+            (source / f"new{number - 3}").unlink(missing_ok=True)
+            last = recapture(store.snapshotter, source, last, f"n{number}")
+            assert last.name == f"n{number}"
+            assert len(store.snapshotter.ancestors(last)) < MOST_LAYERS
+            assert recapture(store.snapshotter, source, last, "same") == last
+        assert_captured(store, last.name, source)
 
 
 def test_an_edit_that_restores_size_and_time(store: Store, source: Path) -> None:

@@ -83,13 +83,13 @@ def check_moment(tree: Path) -> int:
     return found[0]
 
 
-def captures(store: Store, source: Path, count: int) -> tuple[int, int]:
+def captures(store: Store, source: Path, count: int, prefix: str = "n") -> tuple[int, int]:
     """Capture so many times; returns how often that succeeded, and how many generations were met."""
     chance = random.Random(count)
     last, met, done = None, set(), 0
     for number in range(count):
         try:
-            info = store.capture(source, f"n{number}", onto=last if chance.random() < 0.9 else None, patience=2)
+            info = store.capture(source, f"{prefix}{number}", onto=last if chance.random() < 0.9 else None, patience=2)
         except errors.FailedPrecondition:
             continue  # it did not come to rest for so long
         last = info.name
@@ -125,7 +125,7 @@ def test_no_torn_file_beside_a_writer(store: Store, source: Path, seed: int) -> 
 def test_no_torn_file_in_a_thousand_captures(store: Store, source: Path) -> None:
     for seed in range(10):
         with writing(source, seed):
-            captures(store, source, 100)
+            captures(store, source, 100, f"{seed}-")
 
 
 def test_a_directory_that_does_not_come_to_rest(store: Store, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ from onlap.workspaces.capture.work_trees import refresh_indexes
 
 # Seconds for which a directory may go on changing after it was copied.
 PATIENCE = 30.0
+# The longest chain of captures that :func:`recapture` makes. OverlayFS looks a name up in every layer that has its
+# directory, and takes no more than 500; workspaces stand on these.
+MOST_LAYERS = 16
 
 
 class Captured(NamedTuple):
@@ -132,7 +135,8 @@ def recapture(
         progress: called with reports.
 
     Returns:
-        ``last``, if nothing has changed, otherwise a new snapshot.
+        ``last``, if nothing has changed, otherwise a new snapshot. Its parent is ``last``, or, so that chains end, the
+        first of the captures that lie below.
 
     Raises:
         OnlapError: see :func:`capture`.
@@ -187,11 +191,21 @@ def take(
         # A symlink is followed: the caller means its target.
         with errors.translated(doing, key=path):
             source = stack.enter_context(opened(path, OPEN_DIRECTORY & ~os.O_NOFOLLOW))
+        reliable = _reliable(earlier, source)
+        if reuse and parent is not None and len(snapshotter.ancestors(parent)) + 1 >= MOST_LAYERS:
+            with errors.translated(doing, key=path):
+                differs = _differs(source, scanner, reliable, patience)
+            if differs:
+                # What has changed since the oldest one is copied, so that the chain begins anew.
+                parent = snapshotter.catalog.by_id(snapshotter.ancestors(parent)[-1])
+                earlier = read_fingerprint(snapshotter, parent) if parent is not None else None
+                parent = parent if earlier is not None else None
+                reliable = _reliable(earlier, source)
         writing = _Writing(snapshotter, parent, stack)
         copier = Copier(allow_changes=True)
         layer = Layer(writing.begin, copier, whiteouts=isinstance(snapshotter, OverlaySnapshotter))
         below: Directories = earlier.directories if earlier is not None else {}
-        passes = Passes(source, layer, scanner, below, _reliable(earlier, source), report)
+        passes = Passes(source, layer, scanner, below, reliable, report)
         taken_ns = now_ns()
         with errors.translated(doing, key=path), writing.locks:
             passes.run(patience)
@@ -207,6 +221,24 @@ def take(
         for kind, count in scanner.skipped.items():
             skipped[kind] = skipped.get(kind, 0) + count
         return Captured(snapshotter.record(name), True, layer.entries, skipped)
+
+
+class _Differs(Exception):
+    """Something would have to be written."""
+
+
+def _differs(source: int, scanner: Scanner, known: Directories, patience: float) -> bool:
+    """Whether a directory is not as it was; raises as :meth:`Passes.run`."""
+
+    def begin() -> int:
+        raise _Differs
+
+    layer = Layer(begin, Copier(), whiteouts=False)
+    try:
+        Passes(source, layer, scanner, known, known, lambda _entries: None).run(patience)
+    except _Differs:
+        return True
+    return False
 
 
 class _Writing:
