@@ -243,7 +243,62 @@ def test_chroot(onlap: Command, tmp_path: Path) -> None:
     assert "cannot run nothing" in onlap.fails(127, "enter", "work", "--chroot", "--", "nothing")
 
 
+# unshare
+
+
+@pytest.mark.needs("overlay", "mount")
+def test_unshare_mounts_for_nobody_else(onlap: Command, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    script = f"""
+onlap() {{ {sys.executable} -m onlap --root {onlap.root} "$@"; }}
+onlap mount work {target} && ls {target} && echo > {target}/new
+grep -c " {target} " /proc/self/mountinfo
+"""
+    done = onlap.run("unshare", "sh", "-c", script)
+    assert (done.returncode, done.stdout.split()) == (0, ["d", "f", "1"]), done.stderr
+    assert list(target.iterdir()) == []
+    assert onlap("diff", "work") == "A /new\n"
+    onlap("commit", "next", "work")
+
+
+def test_unshare_ends_as_its_command(onlap: Command) -> None:
+    assert onlap.run("unshare", "--", "sh", "-c", "exit 9").returncode == 9
+    assert onlap.run("unshare", "echo", "--json", "-q").stdout == "--json -q\n"
+    assert onlap.run("unshare", input=b"exit 7\n").returncode == 7
+    assert onlap.fails(127, "unshare", "--", "none") == "cannot run none: No such file or directory"
+    assert onlap.fails(126, "unshare", "--", "/etc") == "cannot run /etc: Permission denied"
+    assert "unrecognized" in onlap.fails(125, "unshare", "--frob", "true")
+
+
 # Without privilege
+
+
+@pytest.mark.needs("userns", "overlay")
+def test_an_ordinary_user_unshares(user: Command) -> None:
+    """The library mounts at directories there, and the user stays who it is."""
+    target = user.root.parent / "scratch"
+    code = f"""
+import os, onlap
+from onlap.mounts.userns import may_mount
+assert may_mount()
+with onlap.open({str(user.root)!r}) as store:
+    with store.mounted("work", {str(target)!r}) as tree:
+        assert os.path.ismount(tree) and tree.resolve() == tree
+        (tree / "new").write_text("1")
+        (tree / "f").unlink()
+    with store.build("built", "base") as tree:
+        os.chdir(tree)
+        assert os.getcwd() == str(tree)
+        os.chdir("/")
+    assert store.run("work", ["cat", "new"], capture=True).stdout == b"1"
+print(os.getuid(), os.geteuid())
+"""
+    done = user.run("unshare", "--", sys.executable, "-c", code)
+    uid = 65534 if os.geteuid() == 0 else os.geteuid()
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{uid} {uid}\n", "")
+    assert user("diff", "work") == "D /f\nA /new\n"
+    user("commit", "next", "work")
 
 
 @pytest.mark.needs("userns", "overlay")

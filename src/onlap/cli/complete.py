@@ -130,7 +130,7 @@ def _of_verb(parser: Parser, before: Sequence[str], last: str, out: Output) -> _
     """What can stand behind a verb and the words before."""
     words = parser.split(before)
     action = words.waiting
-    if parser.takes_command and words.others and action is None:
+    if parser.takes_command and (words.others or words.command) and action is None:
         an_option = parser.options_behind and last.startswith("-") and not words.command and not words.dashes
         if not an_option:
             return  # a word of the user's own command line

@@ -45,6 +45,7 @@ class Parser(argparse.ArgumentParser):
         workspaces: those that are names of workspaces, likewise.
         checkpoints: those that are checkpoints of the workspace in the first argument, likewise.
         takes_command: whether the user's command line begins behind the first argument.
+        only_command: whether there is no first argument.
         options_behind: whether options of the verb may stand between the two.
     """
 
@@ -63,6 +64,7 @@ class Parser(argparse.ArgumentParser):
         self.workspaces: list[str] = []
         self.checkpoints: list[str] = []
         self.takes_command = False
+        self.only_command = False
         self.options_behind = False
         every = self.add_argument_group("options of every verb")
         every.add_argument("-h", "--help", action="help", help="show this help")
@@ -98,14 +100,16 @@ class Parser(argparse.ArgumentParser):
     def _add_name(self, dest: str, nargs: str | None, metavar: str, help: str) -> str:
         return self.add_argument(dest, nargs=nargs, metavar=metavar, help=help).dest
 
-    def command(self, metavar: str, *, options_behind: bool = False) -> None:
+    def command(self, metavar: str = "", *, options_behind: bool = False) -> None:
         """Take what follows the first argument, or a ``--`` behind it, as a command line, into ``command``.
 
-        With ``options_behind``, options right behind the first argument still belong to the verb.
+        Without ``metavar`` there is no first argument. With ``options_behind``, options right behind the first argument
+        still belong to the verb.
         """
         self.takes_command = True
+        self.only_command = not metavar
         self.options_behind = options_behind
-        self.usage = f"{self.prog} [OPTION...] {metavar} [[--] CMD [ARG...]]"
+        self.usage = f"{self.prog} [OPTION...] {metavar} [[--] CMD [ARG...]]".replace("  ", " ")
 
     def repeatable(self, *flags: str, metavar: str, help: str) -> None:
         """Add an option that may be given several times; its values are a list."""
@@ -147,7 +151,9 @@ class Parser(argparse.ArgumentParser):
         rest = iter(arguments)
         for word in rest:
             is_option = word.startswith("-") and word not in ("-", "--")
-            if self.takes_command and others and not (is_option and self.options_behind):
+            if self.takes_command and (
+                not is_option if self.only_command else others and not (is_option and self.options_behind)
+            ):
                 dashes = word == "--"
                 command = [*rest] if dashes else [word, *rest]
             elif word == "--":

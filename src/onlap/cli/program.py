@@ -16,7 +16,7 @@ from onlap.cli.terminal.output import Output, complain
 from onlap.cli.terminal.text import safe
 
 # Verbs that run the user's command, and end with its status.
-_RUNNERS = frozenset({"enter", "run"})
+_RUNNERS = frozenset({"enter", "run", "unshare"})
 
 
 def run(argv: list[str]) -> int:

@@ -80,6 +80,7 @@ VERBS = {
         Verb("mount", "mounting", _MOUNTING, "mount a snapshot at a directory"),
         Verb("umount", "mounting", _MOUNTING, "unmount a snapshot"),
         Verb("enter", "enter", _MOUNTING, "run a command in a snapshot's tree, in its own namespace"),
+        Verb("unshare", "unshare", _MOUNTING, "run a command in namespaces where the library can mount"),
         Verb("diff", "content", _CONTENT, "show what a snapshot changed, or how two differ"),
         Verb("apply", "content", _CONTENT, "apply a layer archive to an active snapshot"),
         Verb("import", "content", _CONTENT, "import a directory or an archive as a committed snapshot"),

@@ -45,14 +45,17 @@ def mounted(
     """
     from pathlib import Path
 
+    from onlap.mounts.paths import TreePath
+
+    kind: type[Path] = Path
     with ExitStack() as stack:
         if at is None and len(plan) == 1 and plan[0].needs_no_mount and (detached or not may_mount()):
             where = os.path.abspath(plan[0].source)
         elif detached or (at is None and not may_mount()):
-            where = _detached(plan, helper, timeout, stack)
+            where, kind = _detached(plan, helper, timeout, stack), TreePath
         else:
             where = _attached(plan, at, timeout, stack)
-        yield Path(where)
+        yield kind(where)
 
 
 def await_leaving(directory: Path) -> None:

@@ -20,6 +20,9 @@ CLONE_NEWPID = 0x20000000
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36  # Linux 3.4
+_PR_CAP_AMBIENT = 47  # Linux 4.3
+_PR_CAP_AMBIENT_RAISE = 2
+_CAPABILITY_VERSION_3 = 0x20080522
 _NS_GET_USERNS = 0xB701  # Linux 4.9
 _NS_GET_OWNER_UID = 0xB704  # Linux 4.11
 
@@ -80,5 +83,23 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _prctl(option: int, value: int) -> None:
-    _libc.call("prctl", ctypes.c_int(option), ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3)
+def keep_capabilities() -> None:
+    """Let a program that this process becomes keep its capabilities, whoever its user is (the ambient set).
+
+    Source: capset(2), capabilities(7), PR_CAP_AMBIENT in prctl(2); include/uapi/linux/capability.h.
+    """
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(struct.calcsize("6I"))
+    _libc.call("capget", header, data)
+    sets = struct.unpack("6I", data.raw)
+    # Each half has the effective, the permitted and the inheritable ones; an ambient one must be in the last two.
+    _libc.call("capset", header, struct.pack("6I", sets[0], sets[1], sets[1], sets[3], sets[4], sets[4]))
+    permitted = sets[1] | sets[4] << 32
+    for number in range(64):
+        if permitted >> number & 1:
+            _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number)
+
+
+def _prctl(option: int, value: int, third: int = 0) -> None:
+    rest = (third, 0, 0)
+    _libc.call("prctl", ctypes.c_int(option), ctypes.c_ulong(value), *map(ctypes.c_ulong, rest))
