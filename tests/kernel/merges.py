@@ -30,10 +30,12 @@ class Workspace:
     Args:
         place: an empty directory, where OverlayFS works.
         tree: what the directory has in the beginning.
+        flags: more options of the workspace's mounts.
     """
 
-    def __init__(self, place: Path, tree: Tree) -> None:
+    def __init__(self, place: Path, tree: Tree, flags: tuple[str, ...] = ()) -> None:
         self._place = place
+        self._flags = flags
         self.target = place / "target"
         self.target.mkdir()
         tree.apply(self.target)
@@ -58,7 +60,7 @@ class Workspace:
         """The workspace's tree, writable."""
         work = self._place / "work"
         work.mkdir()
-        with mounted(overlay((str(self.base),), upper=str(self.upper), work=str(work))) as tree:
+        with mounted(overlay((str(self.base),), upper=str(self.upper), work=str(work), flags=self._flags)) as tree:
             yield tree
         shutil.rmtree(work)
 

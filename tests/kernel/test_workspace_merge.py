@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel.layer_stacks import CAPABILITY
+from kernel.layer_stacks import CAPABILITY, METACOPY
 from kernel.merges import Workspace, copy, unlike
 from onlap import errors
 from onlap.mounts.plan import overlay
@@ -375,3 +375,20 @@ def test_into_a_tree_that_is_itself_an_overlay(workspace: Workspace, root: Path,
             workspace.merge()
             assert not unlike(workspace.wanted(), read_tree(workspace.target))
         assert os.listdir(tree) == ["target"]
+
+
+def test_renamed_directories_and_files_without_data(root: Path) -> None:
+    workspace = Workspace(root, BASE, METACOPY)
+    workspace.change(Tree().rename("gone", "renamed").chmod("kept/inside", 0o600).rename("kept", "moved"))
+    workspace.merge()
+    assert not unlike(workspace.wanted(), read_tree(workspace.target))
+    assert (workspace.target / "moved/inside").read_bytes() == b"inside"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u4e00" * 85])
+def test_a_target_with_a_long_name(workspace: Workspace, name: str) -> None:
+    workspace.target = workspace.target.rename(workspace.target.with_name(name))
+    workspace.change(CHANGES)
+    workspace.merge()
+    assert not unlike(workspace.wanted(), read_tree(workspace.target))
+    assert not workspace.left()

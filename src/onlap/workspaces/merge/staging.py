@@ -23,6 +23,9 @@ from onlap.workspaces.merge.target import Target
 # What makes it impossible to have the directory next to the target.
 _NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.ENAMETOOLONG)
 
+# Bytes of a directory's name; with what is added to it, a name has at most 255.
+_LONG = 200
+
 
 class Staging:
     """A staging directory that this process has the lock of.
@@ -121,6 +124,10 @@ def left(target: Target, cleanup: ExitStack) -> list[Staging]:
 
 def _places(target: Target) -> list[tuple[str, str]]:
     above, name = os.path.split(target.path)
+    if len(os.fsencode(name)) > _LONG:
+        import hashlib
+
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
     name = f".{name or 'root'}.onlap-merge"
     return [(above, name), (target.path, name)] if above != target.path else [(above, name)]
 

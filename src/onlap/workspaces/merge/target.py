@@ -65,7 +65,11 @@ class Target:
         self._above = ""
         self._directory = -1
         self.fd = os.open(self.path, OPEN_DIRECTORY)
-        self._mount = None if _has_openat2(self.fd) else files.mount_id(self.fd)
+        try:
+            self._mount = None if _has_openat2(self.fd) else files.mount_id(self.fd)
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def __enter__(self) -> Target:
         return self

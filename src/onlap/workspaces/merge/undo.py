@@ -99,19 +99,18 @@ def _undo(staging: Staging, target: Target, steps: tuple[Step, ...]) -> None:
 
 
 def _keep(staging: Staging, kept: dict[str, Step], target: Target) -> None:
+    # First: from then on no recovery finds it, and takes a file that is missing at its name for one that went back.
+    where = staging.set_aside()
     names = {}
     for entry in files.list_directory(staging.fd):
-        if entry.name in kept:
-            names[entry.name] = f"{entry.name}-{os.path.basename(kept[entry.name].path)}"[:200]
-        elif entry.name != journal.JOURNAL:
+        if entry.name not in kept:
             remove(staging.fd, entry.name)
-    for name, shown_name in names.items():
-        os.rename(name, shown_name, src_dir_fd=staging.fd, dst_dir_fd=staging.fd)
-    where = staging.set_aside()
-    os.unlink(journal.JOURNAL, dir_fd=staging.fd)
+            continue
+        last = os.fsencode(os.path.basename(kept[entry.name].path))[:200]
+        names[entry.name] = f"{entry.name}-{os.fsdecode(last)}"
+        os.rename(entry.name, names[entry.name], src_dir_fd=staging.fd, dst_dir_fd=staging.fd)
     listed = ", ".join(
-        f"{shown(kept[name].path)} is now {shown(os.path.join(where, shown_name))}"
-        for name, shown_name in sorted(names.items())[:10]
+        f"{shown(kept[name].path)} is now {shown(os.path.join(where, at))}" for name, at in sorted(names.items())[:10]
     )
     more = f", and {len(names) - 10} more" if len(names) > 10 else ""
     raise errors.FailedPrecondition(
