@@ -6,6 +6,7 @@
       tree/           where a snapshot is mounted
       at, layer       symlinks, for a mount elsewhere: its mount point, and one of the layers mounted there
       partial         a symlink to what is being written elsewhere, under a temporary name
+      frozen          the paths of control groups in which processes are frozen, one per line
       ...             whatever else the work needs, as a container's files
     ROOT/runs/<id>.kept   the work is over and its results stay, but this could not be written to the catalog
 
@@ -35,6 +36,7 @@ from onlap.errors import shown
 from onlap.forks import unless_forked
 from onlap.locks import Flock, claim_directory, lock_directory
 from onlap.mounts import mountinfo, namespaces
+from onlap.mounts.freezer import thaw
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import layer_paths
 from onlap.syscalls.files import exists
@@ -114,6 +116,18 @@ class Run:
         """Record, in advance, that a file or directory is being written elsewhere, to be renamed in the end."""
         with contextlib.suppress(OSError):  # an export from a full disk has to work
             os.symlink(path, f"{self.directory}/partial")
+
+    def freezes(self, group: str) -> None:
+        """Record, in advance, that processes are frozen in a control group.
+
+        Raises:
+            OnlapError: an error of the filesystem.
+        """
+        with (
+            errors.translated("note what is frozen", key=self.directory),
+            open(f"{self.directory}/frozen", "a", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            file.write(f"{group}\n")
 
     def _new(self, name: str, make: Callable[..., object], *args: object) -> str:
         path = f"{self.directory}/{name}"
@@ -294,6 +308,7 @@ def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None]
     with held:
         if end_container is not None:
             end_container(path)
+        _thaw(path)
         identifier, kept, _ = os.path.basename(path).partition(_KEPT)
         if kept:
             _unlabel(catalog, identifier)
@@ -309,6 +324,18 @@ def _sweep_one(catalog: Catalog, path: str, end_container: Callable[[str], None]
             _remove_partial(path)
             _remove(path)
     return True
+
+
+def _thaw(path: str) -> None:
+    """Let the processes run again that a run had frozen."""
+    with errors.translated("let frozen processes run again", key=path):
+        try:
+            with open(f"{path}/frozen", encoding="utf-8", errors="surrogateescape") as file:
+                groups = file.read().splitlines()
+        except FileNotFoundError:
+            return
+        for group in groups:
+            thaw(group)
 
 
 def _remove_partial(path: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from onlap.syscalls.namespaces import owner_of
 
@@ -68,6 +68,24 @@ def tables_of_processes() -> Iterator[tuple[int | None, bytes]]:
             done.add(name)
         if text:
             yield None if name == own else pid, text
+
+
+def members(matches: Callable[[bytes], bool]) -> list[int]:
+    """The processes in mount namespaces, other than this one's, whose mountinfo matches."""
+    known: dict[str, bool] = {name: False for name in (name_of("self"),) if name is not None}
+    found = []
+    for pid in pids():
+        name = name_of(pid)
+        if name is None:
+            continue
+        if name not in known:
+            read = table(pid)
+            if read is None:
+                continue
+            known[name] = matches(read[1])
+        if known[name]:
+            found.append(pid)
+    return found
 
 
 def table(pid: int, seen: set[bytes] | None = None) -> tuple[str, bytes, bool] | None:

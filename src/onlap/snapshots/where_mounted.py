@@ -46,6 +46,21 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
     return found
 
 
+def is_upper_in(text: bytes, tree: str) -> bool:
+    """Whether a mount table has an overlay with this upper layer."""
+    place, table = _place(tree), mountinfo.Table(text)
+    return any(
+        entry.fstype == b"overlay"
+        and any(_is(table, path, os.fsencode(tree), place) for path in upperdirs(entry.super_options))
+        for entry in mountinfo.parse(text, _needle(tree))
+    )
+
+
+def users_of(tree: str) -> set[int]:
+    """The processes in mount namespaces other than ours in which an overlay with this upper layer is mounted."""
+    return set(namespaces.members(lambda text: is_upper_in(text, tree)))
+
+
 def mounts_of_plan(plan: list[Mount]) -> list[str]:
     """Where a plan without an upper layer is mounted, as text: the same layers in the same order, or the same bind.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from sqlite3 import Connection
 
 from onlap.catalog import records as rows
@@ -21,11 +21,14 @@ from onlap.layers.merge import merge_layers
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.trees.copy import Copier, copy_tree
 from onlap.trees.usage import usage
 from onlap.trees.walk import opened
 from onlap.workspaces.records import (
+    AT,
     BASE_ID,
     CHANGED,
+    COMMAND,
     LEVEL,
     OWNER,
     UNSYNCED,
@@ -141,6 +144,46 @@ def _merge(
             return [new, catalog.insert(connection, OWNER, New(top.name, ACTIVE, new, labels, staged))]
 
         return catalog.change(operation, removed=[top])[0]
+
+
+def copy(
+    snapshotter: RecordedSnapshotter, top: Record, names: Mapping[str, str], still: Callable[[], bool]
+) -> Record | None:
+    """Make a checkpoint of a copy of the top's layer, while others have the top mounted and do not run.
+
+    Args:
+        snapshotter: of the workspaces.
+        top: it goes on with what it has, on the same snapshot as before.
+        names: labels that give the checkpoint names.
+        still: tells afterwards whether nobody has written meanwhile.
+
+    Returns:
+        The snapshot of the checkpoint; None if somebody has.
+
+    Raises:
+        FailedPrecondition: a file changed while it was copied.
+        NotFound: the top is gone or has been committed meanwhile.
+        OnlapError: an error of the filesystem.
+    """
+    catalog = snapshotter.catalog
+    identifier = os.urandom(6).hex()
+    node = {**node_labels(top.labels), **names, UNSYNCED: boot_id()}
+    below = snapshotter.parent(top)
+    with snapshotter.staged(node_name(identifier), COMMITTED, below, {}) as staged:
+        copy_tree(catalog.layout.tree(top.id), f"{staged}/fs", Copier(keep_markers=True))
+        if not still():
+            catalog.staging.discard(staged)
+            return None
+
+        def operation(connection: Connection) -> list[Record]:
+            now = rows.by_id(connection, top.id)
+            if now is None or now.name != top.name or now.kind != top.kind:
+                raise rows.not_found(top.name)
+            new = catalog.insert(connection, OWNER, New(node_name(identifier), COMMITTED, below, node, staged))
+            rows.set_labels(connection, top.id, {AT: identifier, COMMAND: None})
+            return [new, top]
+
+        return catalog.change(operation)[0]
 
 
 def reset(snapshotter: RecordedSnapshotter, top: Record, onto: Record) -> Record:

@@ -17,7 +17,7 @@ from onlap.mounts.unmount import attempts
 from onlap.snapshots.directories import check_outside
 from onlap.snapshots.recorded import Pair
 from onlap.trees.compare import Change, Since
-from onlap.workspaces import chains, nodes
+from onlap.workspaces import chains, freezing, nodes
 from onlap.workspaces.mounting import Mounting
 from onlap.workspaces.records import (
     AT,
@@ -194,7 +194,9 @@ class Workspace:
 
     # Checkpoints
 
-    def checkpoint(self, name: str | None = None, *, durable: bool = False, wait: float = 0.0) -> Checkpoint:
+    def checkpoint(
+        self, name: str | None = None, *, durable: bool = False, wait: float = 0.0, freeze: bool = False
+    ) -> Checkpoint:
         """Keep the present state, to go back to or to fork from.
 
         The time does not depend on the size of the tree. If nothing was written since the last checkpoint, this is that
@@ -205,9 +207,12 @@ class Workspace:
             name: a name for it, which no other checkpoint of the workspace has.
             durable: wait until it survives a power cut.
             wait: seconds to wait for processes that use the tree.
+            freeze: if programs run in the tree (:meth:`run`, ``onlap ws run``), freeze them in control groups, keep a
+                copy of what the workspace has written, and let them run again. The time is that of the copy.
 
         Raises:
             Busy: a process uses the tree; ``.holders`` says who.
+            Unimplemented: there is no freezer of control groups that this user may use.
             AlreadyExists: another checkpoint has the name.
             DataLoss: the workspace stands on a checkpoint that a power cut took.
             FailedPrecondition: it is to be durable, and the root is volatile.
@@ -228,7 +233,12 @@ class Workspace:
             if name is not None:
                 self._check_unused(top, name)
             names = {name_label(name): self.name} if name is not None else {}
-            record = self._replacing(wait, lambda now: chains.advance(snapshotter, now, names))
+            try:
+                record = self._replacing(wait, lambda now: chains.advance(snapshotter, now, names))
+            except errors.Busy:
+                if not freeze or self._mounting is not None:
+                    raise
+                record = freezing.checkpoint(snapshotter, self._top(), names)
             self._site.durability.begin()
         if durable and UNSYNCED in record.labels:
             self._site.durability.wait()
