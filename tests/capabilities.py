@@ -11,6 +11,7 @@ Names: `mount`, `overlay`, `userns`, `ordinary_user`, `loop`, `fuse`, `ext4`, `x
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 import shutil
@@ -234,11 +235,22 @@ def _try_filesystem(kind: str, scratch: str) -> None:
     _run("mount", "-t", kind, "-o", "loop", image, target)
 
 
+def _try_cgroup2(scratch: str) -> None:
+    with open("/proc/mounts", encoding="utf-8") as file:
+        found = [line.split()[1] for line in file if line.split()[2] == "cgroup2"]
+    if not found:
+        raise OSError(errno.ENOENT, "no control groups of version 2 are mounted")
+    group = f"{found[0]}/onlap-trial-{os.getpid()}"
+    os.mkdir(group)
+    os.rmdir(group)
+
+
 TRIALS: dict[str, Callable[[str], None]] = {
     "mount": _try_mount,
     "overlay": _try_overlay,
     "userns": _try_userns,
     "ordinary_user": _try_ordinary_user,
+    "cgroup2": _try_cgroup2,
     "loop": _try_loop,
     "fuse": _try_fuse,
     **{kind: functools.partial(_try_filesystem, kind) for kind in FILESYSTEMS},

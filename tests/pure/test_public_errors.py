@@ -217,6 +217,7 @@ WORKSPACE: dict[str, Call] = {
     "is_changed": workspace(lambda ws: ws.is_changed),
     "log": workspace(lambda ws: ws.log()),
     "mounted": workspace(lambda ws: _entered(ws.mounted())),
+    "run": workspace(lambda ws: ws.run(["true"])),
     "checkpoint": workspace(lambda ws: ws.checkpoint("kept", durable=True)),
     "rollback": workspace(lambda ws: ws.rollback("base")),
     "forget": workspace(lambda ws: ws.forget("first")),

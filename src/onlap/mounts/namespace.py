@@ -400,6 +400,7 @@ class Namespace:
         chroot: bool = False,
         tree: int | None = None,
         lock: int | None = None,
+        mounted: int | None = None,
         terminal: bool = False,
         open_files: tuple[int, int] | None = None,
     ) -> Program | None:
@@ -416,6 +417,7 @@ class Namespace:
             tree: a number for the tree if it is an overlay that can be written to, which is mounted once for all its
                 programs; then ``lock`` is the descriptor of a flock that says that it is mounted, or None to join.
             lock: see there; the flock ends with the last of these programs.
+            mounted: a descriptor of the tree, which this process has mounted already, instead of the plan.
             terminal: stay in this process's group, which may have a terminal; otherwise a new session.
             open_files: its limits (RLIMIT_NOFILE); by default those of this process.
 
@@ -433,6 +435,8 @@ class Namespace:
         fds = {"stdin": stdio[0], "stdout": stdio[1], "stderr": stdio[2]}
         if lock is not None:
             fds["lock"] = lock
+        if mounted is not None:
+            fds["mounted"] = mounted
         task = {
             "argv": list(argv),
             "mounts": [_plain(mount) for mount in mounts],

@@ -13,6 +13,7 @@ Few imports: it starts in the time that the first mount takes.
 
 from __future__ import annotations
 
+import errno
 import marshal
 import os
 import resource
@@ -226,6 +227,8 @@ class Helper:
             mount = joined
             if "lock" in given:
                 fds.remove(given["lock"])  # the tree's now
+        elif "mounted" in given:
+            mount = self._cloned(given["mounted"])
         try:
             self._fork(task, plan, mount, given, answers, key)
         except BaseException:
@@ -269,6 +272,15 @@ class Helper:
             return calls.clone_mount(first), first
         except OSError:
             return first, -1
+
+    def _cloned(self, fd: int) -> int:
+        """A mount that the caller gave, for one program."""
+        try:
+            return calls.clone_mount(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 6.15 only a mount of our own namespace can be cloned
+                raise
+        return os.dup(fd)
 
     def _leave(self, key: int) -> None:
         tree = self._trees[key]

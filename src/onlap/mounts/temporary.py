@@ -161,10 +161,7 @@ def _detached(plan: list[Mount], helper: Helper | None, timeout: float, stack: E
             "a plan of several mounts cannot be detached",
             hint="give a mount point, with the privilege to mount there",
         )
-    if may_mount():
-        fd = kernel.detached(plan[0])
-    else:
-        fd = _by_helper(plan[0], helper)
+    fd = detached(plan[0], helper)
     if not plan[0].readonly:
         # A descriptor of which nobody knows, since the kernel gives the number of a mount that is gone to the next one.
         kept = os.dup(fd)
@@ -175,7 +172,15 @@ def _detached(plan: list[Mount], helper: Helper | None, timeout: float, stack: E
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 
-def _by_helper(plan: Mount, helper: Helper | None) -> int:
+def detached(plan: Mount, helper: Helper | None) -> int:
+    """A descriptor of a detached mount, with or without the privilege to mount; see :func:`mounted`.
+
+    Raises:
+        PermissionDenied: mounting is not allowed here, not even in a user namespace.
+        OnlapError: of another kind, for an error of the kernel.
+    """
+    if may_mount():
+        return kernel.detached(plan)
     if helper is not None:
         return helper.namespace.detached(plan)
     from onlap.mounts.namespace import Namespace

@@ -77,6 +77,7 @@ def run(
     capture: bool = False,
     chroot: bool = False,
     input: bytes | None = None,
+    mounted: int | None = None,
 ) -> Done:
     """Run a command in the tree of a snapshot, and wait for it.
 
@@ -102,6 +103,7 @@ def run(
         chroot: make the tree its root, with processes (a PID namespace), IPC and, where the tree has these
             directories, a ``/proc`` and a ``/dev`` of its own.
         input: what it reads; by default nothing.
+        mounted: a descriptor of the tree, if the caller has mounted it, and holds the locks for that.
 
     Raises:
         NotFound: there is no such snapshot, command or directory; ``.key`` says which.
@@ -127,7 +129,14 @@ def run(
     with contextlib.ExitStack() as stack:
         streams = Streams(stack, capture=capture, input=input)
         starting = started(
-            snapshotter, key, command, env=environment, stdio=streams.theirs, cwd=cwd or "", chroot=chroot
+            snapshotter,
+            key,
+            command,
+            env=environment,
+            stdio=streams.theirs,
+            cwd=cwd or "",
+            chroot=chroot,
+            mounted=mounted,
         )
         try:
             program = stack.enter_context(starting)
@@ -225,6 +234,7 @@ def started(
     chroot: bool = False,
     terminal: bool = False,
     open_files: tuple[int, int] | None = None,
+    mounted: int | None = None,
 ) -> Iterator[Running]:
     """Start a command in a tree, to whose block it belongs: at the end it is killed, if it still runs.
 
@@ -238,6 +248,7 @@ def started(
         chroot: make the tree the root.
         terminal: stay in this process's group, as a command in the foreground of its terminal.
         open_files: its limits of open files, as of :func:`resource.getrlimit`.
+        mounted: see :func:`run`.
 
     Raises:
         CannotRun: the command cannot be executed.
@@ -249,7 +260,9 @@ def started(
 
     directory = _checked_cwd(cwd, chroot)
     record = snapshotter.record(key)
-    with runs.begin(snapshotter.catalog) as run, exclusion.running(snapshotter, record) as mounts:
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(runs.begin(snapshotter.catalog))
+        mounts = stack.enter_context(exclusion.running(snapshotter, record)) if mounted is None else []
         try:
             program = _start(
                 snapshotter,
@@ -263,6 +276,7 @@ def started(
                 chroot=chroot,
                 terminal=terminal,
                 open_files=open_files,
+                mounted=mounted,
             )
         except NotStarted as error:
             raise CannotRun(argv[0], error.errno) from error

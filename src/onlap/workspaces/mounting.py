@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from onlap import errors
@@ -19,6 +19,7 @@ from onlap.mounts.userns import may_mount
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.files import mount_id
+from onlap.syscalls.mount import open_tree
 
 # Seconds to wait at the end for processes that still use the tree, as onlap.mounted does.
 _LEAVING = 5.0
@@ -45,7 +46,7 @@ class Mounting:
         self._at = os.path.realpath(check_path(at, "mount point")) if at is not None else None
         self._stack = ExitStack()
         self._mount = ExitStack()
-        self._fd = self._inner = -1
+        self._fd = -1
         self._release: Callable[[], None] = lambda: None
         self._fixed = True
         self._shown = False
@@ -75,26 +76,39 @@ class Mounting:
         hidden = self._at is None
         with ExitStack() as stack:
             plan = stack.enter_context(exclusion.mounting(self._snapshotter, record, hidden=hidden))
-            mounted = temporary.mounted(plan, self._at, detached=hidden, helper=self._snapshotter.helper)
-            path = os.fspath(stack.enter_context(mounted))
             if self._at is not None:
+                stack.enter_context(temporary.mounted(plan, self._at))
                 self.path = self._at
             elif len(plan) == 1 and plan[0].needs_no_mount:
-                self.path, self._fixed = path, False
+                self.path, self._fixed = plan[0].source, False
             else:
-                self._show(int(path.rpartition("/")[2]))
+                self._show(temporary.detached(plan[0], self._snapshotter.helper))
             self._mount = stack.pop_all()
-            self._shown = True
 
     def _show(self, fd: int) -> None:
-        """Let our descriptor be that of another mount, which the store closes."""
-        self._inner = fd
+        """Let our descriptor be that of another mount."""
         if self._fd < 0:
-            self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-            self._release = closed_in_children(self._fd)
-            self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+            self._fd = fd
+            self._release = closed_in_children(fd)
+            self.path = f"/proc/{os.getpid()}/fd/{fd}"
         else:
-            os.dup2(fd, self._fd, inheritable=False)
+            try:
+                os.dup2(fd, self._fd, inheritable=False)
+            finally:
+                os.close(fd)
+        self._shown = True
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor of the tree's mount, for another namespace; raises OSError."""
+        if self._at is None:
+            yield self._fd
+            return
+        fd = open_tree(os.fsencode(self._at))  # a mount can be cloned only in its own namespace
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def detach(self, wait: float) -> None:
         """Unmount the top, so that another can take its place.
@@ -125,14 +139,7 @@ class Mounting:
 
     def _await_nobody(self, wait: float) -> None:
         number, device = mount_id(self._fd), os.fstat(self._fd).st_dev
-        ours = f"pid {os.getpid()} "
-        mount = (f": fd/{self._fd}", f": fd/{self._inner}")
-
-        def find() -> list[str]:
-            found = holders_of_mount(number, device)
-            return [line for line in found if not (line.startswith(ours) and line.endswith(mount))]
-
-        await_nobody(self.path, find, timeout=wait)
+        await_nobody(self.path, lambda: holders_of_mount(number, device, self._fd), timeout=wait)
         # The number stays taken, or another thread might open a file under it.
         nothing = os.open("/", os.O_PATH | os.O_CLOEXEC)
         try:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from onlap import errors
+from onlap.arguments import StrPath
 from onlap.errors import shown
+from onlap.snapshots.running import Done, run
 from onlap.trees.compare import Change
 from onlap.workspaces.records import Checkpoint, Source
+
+if TYPE_CHECKING:
+    from onlap.workspaces.mounting import Mounting
+    from onlap.workspaces.site import Site
 
 Isolation = Literal["none", "namespace", "runtime"]
 
@@ -47,3 +55,35 @@ def chosen_isolation(isolation: str | None, source: Source) -> str:
     if isolation not in _CHOICES:
         raise errors.InvalidArgument(f"there is no isolation {shown(isolation)}", hint=", ".join(_CHOICES))
     return isolation
+
+
+class Task(NamedTuple):
+    """A command and how it runs; see :meth:`Workspace.run`."""
+
+    argv: Sequence[str]
+    cwd: StrPath | None
+    env: Mapping[str, str] | None
+    timeout: float | None
+    capture: bool
+    input: bytes | None
+
+
+def execute(site: Site, key: str, isolation: str, task: Task, mounting: Mounting | None) -> Done:
+    """Run a command in a top, which may be mounted here already."""
+    with contextlib.ExitStack() as stack:
+        mounted = None
+        if mounting is not None:
+            stack.enter_context(errors.translated("open the tree", key=mounting.path))
+            mounted = stack.enter_context(mounting.opened())
+        return run(
+            site.snapshotter,
+            key,
+            task.argv,
+            cwd=task.cwd,
+            env=task.env,
+            timeout=task.timeout,
+            capture=task.capture,
+            input=task.input,
+            chroot=isolation == "namespace",
+            mounted=mounted,
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from onlap import errors
@@ -22,6 +23,7 @@ from onlap.workspaces.mounting import Mounting
 from onlap.workspaces.records import (
     AT,
     BASE_ID,
+    COMMAND,
     DIRECTORY,
     SOURCE,
     UNSYNCED,
@@ -32,6 +34,7 @@ from onlap.workspaces.records import (
     base_name_label,
     check_workspace_name,
     excluded_in,
+    format_command,
     name_label,
     names_in,
     next_labels,
@@ -39,6 +42,7 @@ from onlap.workspaces.records import (
     parse_source,
     top_key,
 )
+from onlap.workspaces.running import Isolation, Ran, Task, chosen_isolation, execute
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,6 +195,71 @@ class Workspace:
         finally:
             if mounting is not None:
                 mounting.attach()
+
+    # Commands
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        isolation: Isolation | None = None,
+        cwd: StrPath | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        capture: bool = False,
+        input: bytes | None = None,
+    ) -> Ran:
+        """Run a command in the tree, and wait for it; what it changed is known exactly.
+
+        What was written before becomes a checkpoint first, so that the command starts on a layer of its own. While
+        another command runs in the workspace this cannot be: then the changes are those since the last checkpoint.
+
+        **"none" is not a sandbox**: the command has this user's files, processes and network; see
+        :func:`onlap.snapshots.running.run`, also for what happens to it at the end.
+
+        Args:
+            argv: the command.
+            isolation: ``"none"``: its working directory is the tree, in a mount namespace of its own;
+                ``"namespace"``: the tree is its root, with processes and IPC of its own; ``"runtime"``: in a container,
+                by runc or crun. By default what the workspace was made from decides: ``"runtime"`` for an image,
+                ``"none"`` for a directory or a snapshot.
+            cwd: the directory to work in, relative to the top of the tree.
+            env: its environment, to which ONLAP_WORKSPACE is added; by default that of this process.
+            timeout: seconds after which it is killed.
+            capture: return its output.
+            input: what it reads; by default nothing.
+
+        Raises:
+            NotFound: there is no such command or directory; ``.key`` says which.
+            Busy: the tree is mounted by another process.
+            ResourceExhausted: it filled the disk, or the workspace's own limit.
+            Unimplemented: no container runtime is installed.
+            OnlapError: see :func:`onlap.snapshots.running.run` and :meth:`checkpoint`.
+        """
+        top = self._top()
+        how = chosen_isolation(isolation, parse_source(top.labels[SOURCE]))
+        self._check_kept(top)
+        before = self._fresh(top)
+        environment = {**(os.environ if env is None else env), "ONLAP_WORKSPACE": self.name}
+        task = Task(argv, cwd=cwd, env=environment, timeout=timeout, capture=capture, input=input)
+        try:
+            done = execute(self._site, top_key(self.name), how, task, self._mounting)
+        finally:
+            self._note_command(argv)
+        changes = self._site.snapshotter.compare(Pair(before, self._top()))
+        return Ran(*done, before=self._describe(before), changes=tuple(changes))
+
+    def _fresh(self, top: Record) -> Record:
+        """The checkpoint with the present state; the last one while something else uses the tree."""
+        try:
+            return self._find(self.checkpoint())
+        except errors.Busy:
+            return self._find(top.labels[AT])
+
+    def _note_command(self, argv: Sequence[str]) -> None:
+        top = self._top()
+        if not self._site.is_unchanged(top):
+            self._site.snapshotter.label(top.name, {COMMAND: format_command(argv)})
 
     # Checkpoints
 

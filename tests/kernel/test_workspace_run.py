@@ -1,0 +1,209 @@
+"""Commands in workspaces, and the tree at one path, as whoever runs the tests and as an ordinary user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kernel.helpers import output
+
+pytestmark = pytest.mark.needs("overlay")
+
+# Each test is a program of its own: a user cannot be changed back.
+PRELUDE = """
+import os, pathlib, subprocess, sys, threading
+import onlap
+root = sys.argv[1]
+os.environ["HOME"] = root
+os.environ["PATH"] = os.defpath
+source = pathlib.Path(root, "source")
+(source / "d").mkdir(parents=True)
+(source / "f").write_text("content")
+store = onlap.open(root + "/store", snapshotter="overlay", sync="none")
+ws = store.workspaces.create("w", source)
+sh = lambda script, **options: ws.run(["sh", "-c", script], capture=True, **options)
+def raises(kind, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except kind as error:
+        return error
+    raise AssertionError("nothing was raised")
+paths = lambda changes: [(change.kind, change.path) for change in changes]
+"""
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.needs("userns", "ordinary_user"))])
+def who(request: pytest.FixtureRequest) -> bool:
+    """Whether to be an ordinary user."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def place(who: bool, root: Path, request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue("ordinary") if who else root
+    return found
+
+
+def test_what_each_command_changed_and_the_way_back(who: bool, place: Path) -> None:
+    code = """
+first = sh("echo $ONLAP_WORKSPACE; rm f; echo one > n; mkdir d/e")
+assert first.stdout == b"w\\n" and first.status == 0
+assert paths(first.changes) == [("C", "d"), ("A", "d/e"), ("D", "f"), ("A", "n")], first.changes
+assert first.before.id == "base"
+second = sh("echo two >> n; exit 3", cwd="d/..")
+assert second.status == 3 and paths(second.changes) == [("C", "n")]
+third = sh("cat n")
+assert third.stdout == b"one\\ntwo\\n" and third.changes == ()
+assert sh("true").before == third.before
+log = ws.log()
+assert [c.command[2:] for c in log] == [(), ("echo $ONLAP_WORKSPACE; rm f; echo one > n; mkdir d/e",),
+                                        ("echo two >> n; exit 3",)], log
+ws.rollback(second.before)
+assert sh("cat n").stdout == b"one\\n"
+ws.rollback(first.before)
+assert sh("ls").stdout == b"d\\nf\\n"
+killed = sh("echo x > x; sleep 60", timeout=0.5)
+assert killed.timed_out and killed.status == 137 and paths(killed.changes) == [("A", "x")]
+assert raises(onlap.NotFound, ws.run, ["no-such-command"]).key == "no-such-command"
+raises(onlap.InvalidArgument, ws.run, ["true"], isolation="vm")
+"""
+    output(PRELUDE + code, place, ordinary=who)
+
+
+def test_the_tree_stays_at_one_path(who: bool, place: Path) -> None:
+    code = """
+descriptors = len(os.listdir("/proc/self/fd"))
+with ws.mounted() as tree:
+    path = os.fspath(tree)
+    assert "mounted" in str(raises(onlap.Busy, ws.mounted().__enter__))
+    (tree / "a").write_text("1")
+    one = ws.checkpoint("one")
+    assert ws.checkpoint() == one and ws.at == one
+    (tree / "a").write_text("2")
+    ws.rollback()
+    assert (tree / "a").read_text() == "1"
+    ran = sh("echo 3 > a; pwd")
+    assert (tree / "a").read_text() == "3\\n" and paths(ran.changes) == [("C", "a")] and ran.before == one
+    with open(tree / "b", "w") as held:
+        busy = raises(onlap.Busy, ws.checkpoint)
+        assert any(f"pid {os.getpid()} " in line for line in busy.holders), busy.holders
+        assert "wait" in busy.hint
+        held.write("still there")
+    assert (tree / "b").read_text() == "still there"
+    timer = threading.Timer(0.3, held.close)
+    with open(tree / "b") as held:
+        timer = threading.Timer(0.3, held.close)
+        timer.start()
+        ws.checkpoint("two", wait=30)
+        timer.join()
+    child = subprocess.Popen(["sleep", "60"], cwd=tree)
+    busy = raises(onlap.Busy, ws.rollback, "one")
+    assert any(f"pid {child.pid} " in line for line in busy.holders), busy.holders
+    child.kill()
+    child.wait()
+    ws.rollback("one")
+    assert sorted(os.listdir(tree)) == ["a", "d", "f"]
+    assert os.fspath(tree) == path
+assert len(os.listdir("/proc/self/fd")) <= descriptors + 2, os.listdir("/proc/self/fd")
+ws.checkpoint()
+store.close()
+"""
+    output(PRELUDE + code, place, ordinary=who)
+
+
+def test_two_commands_share_the_tree(who: bool, place: Path) -> None:
+    code = """
+os.mkfifo(source / "fifo")
+ws = store.workspaces.create("shared", source)
+results = []
+thread = threading.Thread(target=lambda: results.append(ws.run(["sh", "-c", "echo a > a; cat fifo > from"])))
+thread.start()
+second = ws.run(["sh", "-c", "echo b > b; echo word > fifo"])
+thread.join()
+assert second.status == 0 and results[0].status == 0
+assert {"a", "b", "from"} <= {path for _, path in paths(ws.diff("base"))}
+assert ws.run(["cat", "from"], capture=True).stdout == b"word\\n"
+"""
+    output(PRELUDE + code, place, ordinary=who)
+
+
+def test_a_root_of_its_own(who: bool, place: Path) -> None:
+    code = """
+import shutil
+busybox = shutil.which("busybox")
+if busybox is None:
+    print("no busybox")
+    sys.exit()
+os.mkdir(source / "bin")
+os.mkdir(source / "proc")
+shutil.copy(busybox, source / "bin/busybox")
+ws = store.workspaces.create("chrooted", source)
+ran = ws.run(["/bin/busybox", "sh", "-c", "/bin/busybox pwd; /bin/busybox ls /; echo $$; echo x > /new"],
+             isolation="namespace", capture=True)
+assert ran.stdout.split() == [b"/", b"bin", b"d", b"f", b"proc", ran.stdout.split()[-1]], ran
+assert int(ran.stdout.split()[-1]) < 10 and paths(ran.changes) == [("A", "new")]
+"""
+    output(PRELUDE + code, place, ordinary=who)
+
+
+@pytest.mark.needs("cgroup2")
+def test_a_checkpoint_freezes_what_runs(root: Path) -> None:
+    code = """
+os.mkfifo(source / "fifo")
+ws = store.workspaces.create("running", source)
+script = "echo start > log; exec 3<>fifo; while ! read -t 0 line <&3; do i=$((i+1)); echo $i $i > count; done"
+results = []
+thread = threading.Thread(target=lambda: results.append(ws.run(["bash", "-c", script], timeout=60)))
+thread.start()
+while "A" not in "".join(kind for kind, path in paths(ws.diff("base")) if path == "count"):
+    pass
+assert raises(onlap.Busy, ws.checkpoint, "refused").holders
+kept = [ws.checkpoint(f"kept-{number}", freeze=True) for number in range(5)]
+assert ws.at == kept[-1]
+fork = ws.fork(at=kept[0])
+with fork.mounted() as tree:
+    (tree / "mine").write_text("x")
+    assert (tree / "log").read_text() == "start\\n"
+ws.run(["sh", "-c", "echo x > fifo"])
+thread.join()
+assert results[0].status == 0, results
+counts = []
+for one in kept:
+    ws.rollback(one)
+    words = ws.run(["cat", "count"], capture=True).stdout.split()
+    assert len(set(words)) <= 1, words
+    counts += [int(words[0])] if words else []
+assert counts == sorted(counts), counts
+hierarchy = [line.split()[1] for line in open("/proc/mounts") if line.split()[2] == "cgroup2"][0]
+assert not [name for name in os.listdir(hierarchy) if name.startswith("onlap-frozen-")]
+"""
+    output(PRELUDE + code, root)
+
+
+@pytest.mark.needs("cgroup2")
+def test_what_a_killed_program_froze_runs_again_after_the_next_cleanup(root: Path) -> None:
+    code = """
+import signal, time
+script = "while [ ! -e stop ]; do echo > alive; done"
+thread = threading.Thread(target=lambda: ws.run(["sh", "-c", script], timeout=60))
+thread.start()
+while not ws.is_changed:
+    pass
+pid = os.fork()
+if pid == 0:
+    from onlap.workspaces import chains
+    chains.copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    other = onlap.open(root + "/store")
+    other.workspaces["w"].checkpoint(freeze=True)
+    os._exit(1)
+assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+hierarchy = [line.split()[1] for line in open("/proc/mounts") if line.split()[2] == "cgroup2"][0]
+frozen = lambda: [path for path, _, _ in os.walk(hierarchy) if "onlap-frozen-" in path]
+assert frozen()
+store.cleanup()
+assert not frozen()
+assert ws.run(["touch", "stop"]).status == 0
+thread.join()
+"""
+    output(PRELUDE + code, root)
