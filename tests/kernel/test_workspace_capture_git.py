@@ -124,6 +124,30 @@ def test_an_index_that_has_other_names_or_is_none_stays(store: Store, root: Path
         assert (tree / "other/.git/index").read_text() == "DIRC and something else"
 
 
+def test_a_commit_in_a_workspace_is_merged_back(store: Store, root: Path) -> None:
+    at = repository(root / "r")
+    workspace = store.workspaces.create("w", at)
+    with workspace.mounted() as tree:
+        (tree / "a").write_text("more than it was")
+        git(tree, "commit", "-qam", "more")
+    os.utime(at / "d/h")
+    git(at, "status")  # takes up the new time
+    workspace.merge()
+    assert git(at, "log", "--format=%s") == "more\nfirst\n"
+    assert git(at, "status", "--porcelain") == ""
+
+
+def test_an_add_in_the_target_is_a_conflict(store: Store, root: Path) -> None:
+    at = repository(root / "r")
+    workspace = store.workspaces.create("w", at)
+    with workspace.mounted() as tree:
+        (tree / "a").write_text("more than it was")
+        git(tree, "add", "a")
+    (at / "a-b").write_text("other")
+    git(at, "add", "a-b")
+    assert [entry.path for entry in workspace.merge_plan().entries if entry.state == "conflict"] == [".git/index"]
+
+
 AS_USER = """
 import os, sys
 from pathlib import Path

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gits import git, repository
-from onlap.workspaces.capture.git_index import Copy, Stats, refreshed
+from onlap.workspaces.capture.git_index import Copy, Stats, refreshed, without_stats
 
 pytestmark = pytest.mark.needs("peer:git")
 
@@ -65,6 +65,7 @@ def test_git_reads_the_stats_of_the_copies(tmp_path: Path, settings: dict[str, s
     new = refresh(at, data)
     assert new is not None
     assert len(new) == len(data)
+    assert without_stats(new) == without_stats(data)
     index.write_bytes(new)
     after = listed(at)
     assert [path for path, _ in after] == [path for path, _ in before]
@@ -153,3 +154,4 @@ def test_nothing_is_raised_by_what_is_none(
 def test_nothing_is_raised_by_any_bytes(data: bytes) -> None:
     refreshed(data, LATER, lambda _path: None)
     refreshed(b"DIRC" + data, LATER, lambda _path: None)
+    assert without_stats(data) == data

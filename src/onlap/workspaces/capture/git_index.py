@@ -25,7 +25,7 @@ _STATS = struct.Struct(">10I")
 _CTIME = struct.Struct(">II")
 _INODE = struct.Struct(">I")
 _OWNER = struct.Struct(">II")
-_CTIME_AT, _INODE_AT, _OWNER_AT = 0, 20, 28
+_CTIME_AT, _INODE_AT, _MODE_AT, _OWNER_AT = 0, 20, 24, 28
 _EXTENSION = struct.Struct(">4sI")
 _FLAGS = struct.Struct(">H")
 
@@ -71,25 +71,48 @@ def refreshed(data: bytes, mtime_ns: int, look: Look) -> bytes | None:
         mtime_ns: when it was written, as stat(2) says.
         look: finds the files.
     """
+    read = _read(data)
+    if read is None:
+        return None
+    body, digest, entries = read
+    exchanged = 0
+    for start, path in entries:
+        exchanged += _exchange(body, start, path, mtime_ns, look)
+    if not exchanged:
+        return None
+    # Of no digest there are zeroes.
+    return bytes(body) + (_HASHES[len(digest)](body).digest() if any(digest) else digest)
+
+
+def without_stats(data: bytes) -> bytes:
+    """What an index says but for its stats: a work tree and its copy have the same; other bytes are returned as is."""
+    read = _read(data)
+    if read is None:
+        return data
+    body, _, entries = read
+    for start, _ in entries:
+        body[start : start + _MODE_AT] = bytes(_MODE_AT)
+        body[start + _OWNER_AT : start + _STATS.size] = bytes(_STATS.size - _OWNER_AT)
+    return bytes(body)
+
+
+def _read(data: bytes) -> tuple[bytearray, bytes, list[tuple[int, bytes]]] | None:
+    """The index without its digest, the digest, and where the entries are; None if it is unusual, or none."""
     for length, make in _HASHES.items():
         if len(data) < _HEADER.size + length:
             continue
-        body, digest = memoryview(data)[:-length], data[-length:]
-        skipped = not any(digest)
-        if not skipped and make(body).digest() != digest:
+        body, digest = bytearray(data[:-length]), data[-length:]
+        if any(digest) and make(body).digest() != digest:
             continue
         try:
-            changed = _exchanged(bytearray(body), length, mtime_ns, look)
+            return body, digest, _entries(body, length)
         except (struct.error, ValueError, IndexError):
             continue
-        if changed is None:
-            return None
-        return bytes(changed) + (digest if skipped else make(changed).digest())
     return None
 
 
-def _exchanged(body: bytearray, length: int, mtime_ns: int, look: Look) -> bytearray | None:
-    """The index without its digest; None if nothing changes. Raises ValueError and the like if it is unusual."""
+def _entries(body: bytearray, length: int) -> list[tuple[int, bytes]]:
+    """Where the stats of each file are. Raises ValueError and the like if it is unusual."""
     signature, version, count = _HEADER.unpack_from(body)
     if signature != b"DIRC" or version not in (2, 3, 4):
         raise ValueError("not an index, or of another version")
@@ -112,11 +135,7 @@ def _exchanged(body: bytearray, length: int, mtime_ns: int, look: Look) -> bytea
         if not (flags & _STAGE or more & _INTENT_TO_ADD):
             found.append((start, path))
     _check_extensions(body, at)
-    # Only now, since only now it is certain that it is an index of this kind.
-    exchanged = 0
-    for start, path in found:
-        exchanged += _exchange(body, start, path, mtime_ns, look)
-    return body if exchanged else None
+    return found
 
 
 def _path(body: bytearray, version: int, start: int, at: int, before: bytes) -> tuple[bytes, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from onlap.syscalls import files
 from onlap.trees.compare import DELETED, NEVER, Change, Since
 from onlap.trees.meta import Meta
 from onlap.trees.walk import open_on_mount
+from onlap.workspaces.capture.git_index import without_stats
 from onlap.workspaces.merge.entries import APPLY, CONFLICT, SAME, TOP, MergeEntry, MergePlan, Seen, above, order
 from onlap.workspaces.merge.select import selected, with_parents
 from onlap.workspaces.merge.stacks import Paths
@@ -122,6 +124,12 @@ def _is_made(change: Change) -> bool:
     return change.after is not None and change.after.is_dir and not (change.before is not None and change.before.is_dir)
 
 
+def _index_digest(fd: int) -> bytes:
+    with open(fd, "rb", buffering=0, closefd=False) as file:
+        data = file.read()
+    return hashlib.sha256(without_stats(data)).digest()
+
+
 class _Comparison:
     """A comparison of changes with the target.
 
@@ -174,17 +182,26 @@ class _Comparison:
         if stat.S_ISREG(seen.meta.mode) and (same or captured):
             seen = seen._replace(digest=self._target.digest(path, seen))
             same = same and seen.digest == self._digest(self._new, path)
-            captured = captured and not same and seen.digest == self._digest(self._old, path)
+            captured = captured and not same and self._is_captured(path, seen)
         if same:
             return MergeEntry(path, change, SAME, "", seen)
         if captured:
             return MergeEntry(path, change, APPLY, "", seen)
         return MergeEntry(path, change, CONFLICT, _APPEARED if was is None else _CHANGED, seen)
 
-    def _digest(self, stack: Paths, path: str) -> bytes:
+    def _is_captured(self, path: str, seen: Seen) -> bool:
+        """Whether the target still has the content of a file that was captured."""
+        if seen.digest == self._digest(self._old, path):
+            return True
+        # The stats in git's index were exchanged for those of the copies, and any git may take up new ones.
+        if not f"/{path}".endswith("/.git/index"):
+            return False
+        return self._target.digest(path, seen, _index_digest) == self._digest(self._old, path, _index_digest)
+
+    def _digest(self, stack: Paths, path: str, of: Callable[[int], bytes] = digest) -> bytes:
         fd = stack.data(path)
         try:
-            return digest(fd)
+            return of(fd)
         finally:
             os.close(fd)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from onlap.syscalls import files
 from onlap.trees.meta import ACCESS_ACL, DEFAULT_ACL, Meta, read_directory_meta, read_meta
@@ -164,8 +165,13 @@ class Target:
         finally:
             os.close(fd)
 
-    def digest(self, path: str, seen: Seen) -> bytes:
+    def digest(self, path: str, seen: Seen, of: Callable[[int], bytes] | None = None) -> bytes:
         """The SHA-256 of a regular file's content.
+
+        Args:
+            path: from the top.
+            seen: the file.
+            of: makes another digest of an open file.
 
         Raises:
             Blocked: it cannot be reached.
@@ -179,7 +185,7 @@ class Target:
             raise Moving from None
         try:
             before = os.fstat(fd)
-            found = digest(fd)
+            found = (of or digest)(fd)
             after = os.fstat(fd)
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise Moving
