@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from onlap.snapshots.contract import Cleaner, Differ, Info, Snapshotter
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
+    from onlap.snapshots.running import Done
     from onlap.snapshots.transfer import Exported, Imported
     from onlap.store import Progress, Store, open
     from onlap.trees.compare import Change
@@ -76,6 +77,7 @@ _MODULES = {
     "onlap.snapshots.contract": "Cleaner Differ Info Snapshotter",
     "onlap.snapshots.native": "NativeSnapshotter",
     "onlap.snapshots.overlay": "OverlaySnapshotter Properties",
+    "onlap.snapshots.running": "Done",
     "onlap.snapshots.transfer": "Exported Imported",
     "onlap.store": "Progress Store open",
     "onlap.trees.compare": "Change",
@@ -99,6 +101,7 @@ __all__ = [
     "DataLoss",
     "Differ",
     "DigestMismatch",
+    "Done",
     "Exported",
     "FailedPrecondition",
     "Feature",

@@ -60,6 +60,11 @@ class TreePath(type(Path())):  # type: ignore[misc] # PosixPath, and in its plac
         return type(self)(here)
 
 
+def tree_path(where: str) -> Path:
+    """The path of a tree: a :class:`TreePath` where it is detached."""
+    return TreePath(where) if _ROOT.fullmatch(where) else Path(where)
+
+
 def _link(path: str, *, strict: bool) -> str | None:
     """Where a symlink leads; None if it is none, or, unless ``strict``, if it does not exist."""
     try:

@@ -43,19 +43,16 @@ def mounted(
         timeout: likewise.
         helper: of the store that it belongs to; by default one is started for this mount.
     """
-    from pathlib import Path
+    from onlap.mounts.paths import tree_path
 
-    from onlap.mounts.paths import TreePath
-
-    kind: type[Path] = Path
     with ExitStack() as stack:
         if at is None and len(plan) == 1 and plan[0].needs_no_mount and (detached or not may_mount()):
             where = os.path.abspath(plan[0].source)
         elif detached or (at is None and not may_mount()):
-            where, kind = _detached(plan, helper, timeout, stack), TreePath
+            where = _detached(plan, helper, timeout, stack)
         else:
             where = _attached(plan, at, timeout, stack)
-        yield kind(where)
+        yield tree_path(where)
 
 
 def await_leaving(directory: Path) -> None:

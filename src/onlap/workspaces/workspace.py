@@ -152,7 +152,6 @@ class Workspace:
             DataLoss: it stands on a checkpoint that a power cut took.
             OnlapError: see :func:`onlap.mounted`.
         """
-        from pathlib import Path
 
         self._check_kept(self._top())
         if self._mounting is not None:
@@ -162,10 +161,12 @@ class Workspace:
                 hint="use that path",
                 holders=[self._mounting.path],
             )
+        from onlap.mounts.paths import tree_path
+
         with Mounting(self._site.snapshotter, top_key(self.name), at) as mounting:
             self._mounting = mounting
             try:
-                yield Path(mounting.path)
+                yield tree_path(mounting.path)
             finally:
                 self._mounting = None
 
