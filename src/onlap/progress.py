@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from onlap import errors
+from onlap import cancellation, errors
 from onlap.boundary import mark_callers_own
 
 # Seconds. More frequent callbacks are of no use to a reader, and would cost more than the work on small files.
@@ -52,6 +52,7 @@ class Reporter:
                 f"the callback for progress is {errors.shown(repr(callback)[:100])}", hint="it must be callable"
             )
         self._callback = callback
+        self._call = cancellation.current()
         self._stage = stage
         self._unit = unit
         self.total = total
@@ -60,6 +61,8 @@ class Reporter:
 
     def __call__(self, done: int, item: str | None = None) -> None:
         """Report how much is done."""
+        if self._call is not None:
+            self._call.check()
         if self._callback is None:
             return
         now = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from faults import public_names
 
 TOP = Path(__file__).resolve().parents[2]
 PACKAGE = TOP / "src" / "onlap"
@@ -84,6 +87,47 @@ def test_exports_are_sorted_and_exist(module: str) -> None:
     assert names == sorted(set(names))
     for name in names:
         getattr(exporting, name)
+
+
+def _loaded(name: str) -> type:
+    module, _, attribute = name.rpartition(".")
+    loaded: type = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "mirrored, mirror, left_out",
+    [
+        # "in" and len() cannot be awaited; an attribute that is no property is not compared.
+        ("onlap.store.Store", "onlap.aio.Store", {"__contains__", "content", "workspaces"}),
+        ("onlap.workspaces.api.Workspaces", "onlap.aio.Workspaces", {"__contains__", "__len__"}),
+        ("onlap.workspaces.workspace.Workspace", "onlap.aio.Workspace", set()),
+        (
+            "onlap.images.api.Images",
+            "onlap.aio.images.Images",
+            {"__contains__", "__iter__", "keep", "record", "recording"},
+        ),
+    ],
+    ids=["Store", "Workspaces", "Workspace", "Images"],
+)
+def test_asyncio_has_every_public_method(mirrored: str, mirror: str, left_out: set[str]) -> None:
+    """A new method gets a line in src/onlap/aio/stores.py: call, block, steps or attribute."""
+    there, here = (_loaded(name) for name in (mirrored, mirror))
+    renamed = {"__enter__": "__aenter__", "__exit__": "__aexit__", "__iter__": "__aiter__"}
+    own = {*renamed, "__init__", "close", "get", "images", "root"}
+    names = public_names(there) - left_out
+    assert {name for name in names if not hasattr(here, renamed.get(name, name))} == set()
+    for name in names - own:
+        one, other = getattr(there, name), getattr(here, name)
+        assert one.__doc__ == other.__doc__, name
+        if not isinstance(one, property):
+            assert inspect.signature(one) == inspect.signature(other), name
+
+
+def test_asyncio_opens_a_root_as_without() -> None:
+    import onlap.aio
+
+    assert inspect.signature(onlap.aio.open) == inspect.signature(onlap.open)
 
 
 def test_version_is_said_once() -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from onlap import errors
+from onlap import cancellation, errors
 from onlap.arguments import (
     StrPath,
     as_name,
@@ -282,7 +282,8 @@ def started(
             raise CannotRun(argv[0], error.errno) from error
         running = Running(program)
         try:
-            yield running
+            with cancellation.stopping(running.kill):
+                yield running
         finally:
             try:
                 running.end()

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from sqlite3 import Connection
 
+from onlap import cancellation, errors
 from onlap.catalog import records as rows
 from onlap.catalog.catalog import New
 from onlap.catalog.disk.boot import boot_id
@@ -237,7 +238,15 @@ def start(
             new = zip(keys, labels, staged, strict=True)
             return [catalog.insert(connection, OWNER, New(key, ACTIVE, onto, each, place)) for key, each, place in new]
 
-        return catalog.change(operation)
+        made = catalog.change(operation)
+    cancellation.made(lambda: _withdraw(snapshotter, made))
+    return made
+
+
+def _withdraw(snapshotter: RecordedSnapshotter, tops: Sequence[Record]) -> None:
+    for top in tops:
+        with contextlib.suppress(errors.NotFound):
+            snapshotter.remove(top.name)
 
 
 def _delete(connection: Connection, record: Record) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from sqlite3 import Connection
 
-from onlap import errors
+from onlap import cancellation, errors
 from onlap.catalog import records as rows
 from onlap.catalog.records import HAS_LABEL, Condition, Record
 from onlap.errors import shown
@@ -85,6 +86,47 @@ def find(snapshotter: RecordedSnapshotter, top: Record, reference: Checkpoint | 
     )
 
 
+def check_unused(snapshotter: RecordedSnapshotter, top: Record, name: str) -> None:
+    """Raise AlreadyExists if a workspace has a checkpoint of this name."""
+    try:
+        record = find(snapshotter, top, name)
+    except errors.NotFound:
+        return
+    workspace = workspace_of(top.name)
+    raise errors.AlreadyExists(
+        f"workspace {shown(workspace)} has a checkpoint {shown(name)} already",
+        key=name,
+        hint=f"choose another name, or forget that one: onlap ws forget {shown(workspace)} {shown(name)}"
+        if node_id(record) != BASE_ID
+        else "choose another name",
+    )
+
+
+def give_name(snapshotter: RecordedSnapshotter, top: Record, record: Record, name: str) -> Record:
+    """Give a checkpoint a name in a workspace; its snapshot as it is then.
+
+    Raises:
+        AlreadyExists: another checkpoint of the workspace has the name.
+    """
+    if node_id(record) == BASE_ID:
+        key, label, value = top.name, base_name_label(name), "yes"
+        given = label in top.labels
+    else:
+        key, label, value = record.name, name_label(name), workspace_of(top.name)
+        given = name in names_in(record.labels, value)
+    if given:
+        return record
+    check_unused(snapshotter, top, name)
+    snapshotter.label(key, {label: value})
+    cancellation.made(partial(_take_label, snapshotter, key, label))
+    return record if key == top.name else snapshotter.record(key)
+
+
+def _take_label(snapshotter: RecordedSnapshotter, key: str, label: str) -> None:
+    with contextlib.suppress(errors.NotFound):
+        snapshotter.label(key, {label: None})
+
+
 def describe(record: Record, top: Record) -> Checkpoint:
     """A checkpoint as callers see it, with the names that the workspace of a top gave it."""
     inodes, size = record.inodes, record.size
@@ -156,7 +198,8 @@ def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record]) -> None:
             for follower in rows.all_where(connection, OWNER, after):
                 rows.set_labels(connection, follower.id, {AT: record.labels[AT]})
                 changed.append(follower.id)
-            rows.set_labels(connection, record.id, {FORGOTTEN: "yes"})
+            names = {key: None for key in record.labels if key.startswith(name_label(""))}
+            rows.set_labels(connection, record.id, {**names, FORGOTTEN: "yes"})
             changed.append(record.id)
         return changed
 

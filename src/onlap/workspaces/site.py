@@ -10,8 +10,9 @@ from onlap.catalog import records as rows
 from onlap.catalog.records import Record
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
+from onlap.workspaces import nodes
 from onlap.workspaces.durability import Durability
-from onlap.workspaces.records import OWNER, not_found, top_key, workspace_of
+from onlap.workspaces.records import AT, OWNER, not_found, top_key, workspace_of
 
 
 class Site:
@@ -39,7 +40,12 @@ class Site:
             raise not_found(name) from error
 
     def is_unchanged(self, top: Record) -> bool:
-        """Whether nothing was written to a top."""
+        """Whether a top has the state of its checkpoint: nothing was written to it, and it lies on nothing else.
+
+        It lies on a forgotten checkpoint if that came after the one that is now its own.
+        """
+        if top.parent_id != nodes.find(self.snapshotter, top, top.labels[AT]).id:
+            return False
         if self.snapshotter.is_unchanged(top):
             return True
         if isinstance(self.snapshotter, OverlaySnapshotter):

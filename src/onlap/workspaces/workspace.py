@@ -6,9 +6,10 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
-from onlap import errors
+from onlap import cancellation, errors
 from onlap.arguments import StrPath, check_number, check_path
 from onlap.boundary import public_class
 from onlap.catalog.records import Record
@@ -31,7 +32,6 @@ from onlap.workspaces.records import (
     Checkpoint,
     Source,
     already_exists,
-    base_name_label,
     check_workspace_name,
     excluded_in,
     format_command,
@@ -192,6 +192,7 @@ class Workspace:
                     # NotFound: another thread or process replaced the top, or removed the workspace.
                     if last:
                         raise
+                    cancellation.check()
             raise AssertionError("attempts() ends with the last one")
         finally:
             if mounting is not None:
@@ -298,10 +299,10 @@ class Workspace:
         record = self._kept(top)
         if record is not None:
             if name is not None:
-                record = self._give_name(top, record, name)
+                record = nodes.give_name(snapshotter, top, record, name)
         else:
             if name is not None:
-                self._check_unused(top, name)
+                nodes.check_unused(snapshotter, top, name)
             names = {name_label(name): self.name} if name is not None else {}
             try:
                 record = self._replacing(wait, lambda now: chains.advance(snapshotter, now, names))
@@ -309,6 +310,7 @@ class Workspace:
                 if not freeze or self._mounting is not None:
                     raise
                 record = freezing.checkpoint(snapshotter, self._top(), names)
+            cancellation.made(partial(nodes.forget, snapshotter, [record]))
             self._site.durability.begin()
         if durable and UNSYNCED in record.labels:
             self._site.durability.wait()
@@ -318,32 +320,6 @@ class Workspace:
     def _kept(self, top: Record) -> Record | None:
         """The checkpoint that has the present state; None if something was written since."""
         return nodes.find(self._site.snapshotter, top, top.labels[AT]) if self._site.is_unchanged(top) else None
-
-    def _check_unused(self, top: Record, name: str) -> None:
-        try:
-            record = nodes.find(self._site.snapshotter, top, name)
-        except errors.NotFound:
-            return
-        raise errors.AlreadyExists(
-            f"workspace {shown(self.name)} has a checkpoint {shown(name)} already",
-            key=name,
-            hint=f"choose another name, or forget that one: onlap ws forget {shown(self.name)} {shown(name)}"
-            if node_id(record) != BASE_ID
-            else "choose another name",
-        )
-
-    def _give_name(self, top: Record, record: Record, name: str) -> Record:
-        snapshotter = self._site.snapshotter
-        if node_id(record) == BASE_ID:
-            if base_name_label(name) not in top.labels:
-                self._check_unused(top, name)
-                snapshotter.label(top.name, {base_name_label(name): "yes"})
-            return record
-        if name in names_in(record.labels, self.name):
-            return record
-        self._check_unused(top, name)
-        snapshotter.label(record.name, {name_label(name): self.name})
-        return snapshotter.record(record.name)
 
     def rollback(self, to: Checkpoint | str | None = None, *, wait: float = 0.0) -> Checkpoint:
         """Go back to a checkpoint; what was written since the last one is discarded, all checkpoints stay.
