@@ -392,3 +392,36 @@ def test_a_target_with_a_long_name(workspace: Workspace, name: str) -> None:
     workspace.merge()
     assert not unlike(workspace.wanted(), read_tree(workspace.target))
     assert not workspace.left()
+
+
+@pytest.mark.needs("peer:git")
+def test_an_index_of_git_that_differs_only_in_stats_is_no_conflict(root: Path) -> None:
+    def git(tree: Path, *arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "safe.directory=*", *arguments]
+        done = subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    workspace = Workspace(root, Tree().directory("sub").file("sub/a", b"a", mtime_ns=10**18))
+    git(workspace.target, "init", "-q")
+    git(workspace.target, "add", ".")
+    git(workspace.target, "commit", "-qm", "one")
+    os.utime(workspace.target / ".git/index", ns=(10**18 + 10**10, 10**18 + 10**10))  # else its entries are racy
+    shutil.rmtree(workspace.base)
+    copy(workspace.target, workspace.base)
+    git(workspace.base, "status")  # as a capture does, it exchanges the stats
+    index = Path(".git/index")
+    assert (workspace.base / index).read_bytes() != (workspace.target / index).read_bytes()
+    with workspace.mounted() as tree:
+        (tree / "b").write_text("b")
+        git(tree, "add", "b")
+        git(tree, "commit", "-qm", "two")
+    assert set(workspace.states().values()) == {"apply"}
+    shutil.copytree(workspace.target, root / "another", symlinks=True)
+    workspace.merge()
+    assert git(workspace.target, "status", "--porcelain") == ""
+    assert git(workspace.target, "log", "--format=%s") == "two\none\n"
+    # What was staged there meanwhile is a conflict.
+    workspace.target = root / "another"
+    (workspace.target / "c").write_text("c")
+    git(workspace.target, "add", "c")
+    assert workspace.states()[str(index)] == "changed in the target"
