@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import socket
 import stat
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import onlap
-from kernel.helpers import output
+from kernel.helpers import output, python
 from onlap import errors
 from onlap.store import Store
 from onlap.testing import Tree
@@ -330,6 +331,48 @@ def test_check_backup_and_rebuild_do_not_mind(store: Store, source: Path, root: 
     onlap.restore(root / "backup.tar", root / "restored")
     with onlap.open(root / "restored", sync="none") as other:
         assert_captured(other, "next", source)
+
+
+KILLED = """
+import os, signal, sys
+import onlap
+from onlap.workspaces.capture.layer import Layer
+put = Layer.put
+def killed(*arguments):
+    put(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+Layer.put = killed
+with onlap.open(sys.argv[1], sync="none") as store:
+    store.capture(sys.argv[2], "next", onto="base")
+"""
+
+
+def test_a_killed_capture_leaves_nothing(store: Store, source: Path) -> None:
+    FULL.apply(source)
+    store.capture(source, "base")
+    (source / "new").write_text("")
+    with python(KILLED, store.root, source) as child:
+        child.communicate(timeout=50)
+    assert child.returncode == -signal.SIGKILL
+    assert [info.kind for info in store.walk()] == ["committed", "active"]
+    store.cleanup()
+    assert [info.name for info in store.walk()] == ["base"]
+    store.capture(source, "next", onto="base")
+    assert_captured(store, "next", source)
+
+
+def test_a_callback_may_cancel(store: Store, source: Path) -> None:
+    FULL.apply(source)
+
+    def cancel(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.capture(source, "base", progress=cancel)
+    assert list(store.walk()) == []
+    seen: list[onlap.Progress] = []
+    store.capture(source, "base", progress=seen.append)
+    assert (seen[-1].stage, seen[-1].done, seen[-1].unit) == ("capture", 9, "files")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -209,6 +209,7 @@ def take(
         taken_ns = now_ns()
         with errors.translated(doing, key=path), writing.locks:
             passes.run(patience)
+            report.finish(passes.entries)
             if not layer.begun:
                 if reuse and last is not None:
                     return Captured(last, False, 0, dict(scanner.skipped))

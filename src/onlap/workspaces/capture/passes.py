@@ -56,6 +56,7 @@ class Passes:
 
     Attributes:
         known: what the directory holds, after :meth:`run`.
+        entries: how many files and directories that is.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Passes:
         self._report = report
         self._clock = Clock(source)
         self._seen: dict[str, Listed] = {}
-        self._entries = 0
+        self.entries = 0
         # By directory, what this pass reads again, and the next one; the name "." is the directory's own.
         self._doubtful: dict[str, set[str]] = {}
         self._again: dict[str, set[str]] = {}
@@ -100,7 +101,7 @@ class Passes:
         """
         self._pass()
         until = time.monotonic() + patience
-        report, self._report = self._report, lambda _entries: None
+        self._report = lambda _entries: None
         while self._changed is not None:
             if time.monotonic() >= until:
                 raise errors.FailedPrecondition(
@@ -110,7 +111,6 @@ class Passes:
                 )
             self._wait()
             self._pass()
-        report(self._entries)
 
     def _wait(self) -> None:
         """Wait until another reading can tell; mostly for a tick of the kernel's clock, some milliseconds."""
@@ -121,7 +121,7 @@ class Passes:
         self._changed = None
         self._certain_from = 0
         self._doubtful, self._again = self._again, {}
-        self._seen, self._entries = {}, 0
+        self._seen, self.entries = {}, 0
         self._paths, self._copied, self._first = {}, set(), {}
         self._scanner.skipped.clear()
         descent = Descent(self._source)
@@ -190,8 +190,8 @@ class Passes:
         except OSError as error:
             raise errors.from_oserror(error, doing=f"capture {shown(path or '.')}", key=path or ".") from error
         self._seen[path] = scan.listed
-        self._entries += len(scan.listed.rows) // ROW - 1
-        self._report(self._entries)
+        self.entries += len(scan.listed.rows) // ROW - 1
+        self._report(self.entries)
         for device, inode, name in scan.linked:
             self._paths.setdefault((device, inode), set()).add(prefix + name)
         doubtful = self._doubtful.get(path, set())
