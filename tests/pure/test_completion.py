@@ -226,6 +226,8 @@ def test_workspaces_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "tree").mkdir()
     with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
         made = store.workspaces.create("w1", tmp_path / "tree")
+        with made.mounted() as tree:
+            (tree / "new").write_text("")
         identifier = made.checkpoint("green $x").id
         made.fork("-w2", at="base")
     monkeypatch.setenv("ONLAP_ROOT", str(tmp_path / "root"))

@@ -45,8 +45,8 @@ MEANINGS = {
     "10": "not supported by this kernel, filesystem or snapshotter",
     "11": "data loss: what was stored is gone or damaged",
     "70": "a bug in Onlap; `-vv` shows where",
-    "125": "`enter`, `run` and `unshare`: Onlap itself failed; every other status is the command's",
-    "126": "`enter`, `run` and `unshare`: the command cannot be run",
-    "127": "`enter`, `run` and `unshare`: there is no such command",
+    "125": "of verbs that run a command: Onlap itself failed; every other status is the command's",
+    "126": "of these: the command cannot be run",
+    "127": "of these: there is no such command",
     "128+N": "ended by signal N",
 }

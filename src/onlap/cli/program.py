@@ -16,13 +16,13 @@ from onlap.cli.terminal.output import Output, complain
 from onlap.cli.terminal.text import safe
 
 # Verbs that run the user's command, and end with its status.
-_RUNNERS = frozenset({"enter", "run", "unshare"})
+_RUNNERS = frozenset({"enter", "run", "try", "unshare", "ws run", "ws shell"})
 
 
 def run(argv: list[str]) -> int:
     """Run a command line; nothing is raised."""
     verb, arguments = split_verb(argv)
-    out = _first_output(argv if verb not in _RUNNERS else argv[: argv.index(verb)])
+    out = _first_output(argv[: argv.index(verb.split()[0])] if verb in _RUNNERS else argv)
     process.prepare()
     try:
         status = _run(verb, arguments, out)

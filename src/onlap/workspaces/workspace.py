@@ -13,7 +13,7 @@ from onlap import cancellation, errors
 from onlap.arguments import StrPath, check_number, check_path
 from onlap.boundary import public_class
 from onlap.catalog.records import Record
-from onlap.catalog.runs import Run
+from onlap.catalog.runs import LABEL, Run
 from onlap.errors import shown
 from onlap.mounts.unmount import attempts
 from onlap.snapshots.directories import check_outside
@@ -409,7 +409,8 @@ class Workspace:
         """Another workspace, with the same tree and history; what is written in one is not seen in the other.
 
         Args:
-            name: its name; by default this one's with a number.
+            name: its name; by default this one's with a number. Without one, the fork of an unnamed workspace ends with
+                that one's process at the latest.
             at: the checkpoint that it begins at; by default the present state, which becomes a checkpoint.
 
         Raises:
@@ -439,6 +440,8 @@ class Workspace:
         snapshotter = self._site.snapshotter
         onto = self._find(self.checkpoint() if at is None else at)
         labels = next_labels(self._top().labels, node_id(onto))
+        if None not in names:  # without a name, the fork of an unnamed workspace ends with that
+            labels.pop(LABEL, None)
         while True:
             free = self._site.free_names(self.name, len(names))
             chosen = [name if name is not None else next(free) for name in names]

@@ -109,6 +109,11 @@ class Output:
         if self.verbose and not self.quiet:
             self._tell(text, {"note": {"message": text}})
 
+    def report(self, thing: Mapping[str, object], *lines: str) -> None:
+        """Print what was done on stderr, where stdout belongs to the user's command."""
+        if not self.quiet:
+            complain(dumped(thing) if self.json else "\n".join((f"onlap: {lines[0]}", *lines[1:])))
+
     def warn(self, text: str) -> None:
         """Print what the user should know although the verb succeeds."""
         if not self.quiet:

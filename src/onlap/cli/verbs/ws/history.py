@@ -25,6 +25,7 @@ def checkpoint_arguments(parser: Parser) -> None:
     parser.workspace("name", help="the workspace")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a name for it")
     parser.add_argument("--durable", action="store_true", help="end when it survives a power cut")
+    parser.add_argument("--freeze", action="store_true", help="stop the programs that run in the tree for a moment")
     _wait_argument(parser)
 
 
@@ -36,7 +37,9 @@ def checkpoint(call: Call) -> None:
     args = call.args
     wait = seconds(args.wait)
     with call.store() as store:
-        made = store.workspaces[args.name].checkpoint(args.checkpoint, durable=args.durable, wait=wait)
+        made = store.workspaces[args.name].checkpoint(
+            args.checkpoint, durable=args.durable, wait=wait, freeze=args.freeze
+        )
     call.out.show(checkpoint_as_json(made), made.id)
 
 

@@ -1,0 +1,93 @@
+"""A command of the user's in a tree: its streams, terminal and signals are this process's, and so is its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from onlap import errors
+from onlap.cli import exits
+from onlap.cli.terminal.output import Output
+
+if TYPE_CHECKING:
+    from onlap.snapshots.running import CannotRun, Running
+
+
+def command_or_shell(command: Sequence[str], *, chroot: bool = False) -> list[str]:
+    """The command, by default the user's shell."""
+    # With --chroot the user's shell need not exist; sh mostly does.
+    return list(command) or ["/bin/sh" if chroot else os.environ.get("SHELL") or "/bin/sh"]
+
+
+def wait(out: Output, starting: contextlib.AbstractContextManager[Running], *, timeout: float | None = None) -> int:
+    """Start a command, and wait for its end.
+
+    Args:
+        out: for a warning when it is killed.
+        starting: as :func:`onlap.snapshots.running.started`, with ``terminal``.
+        timeout: seconds after which it is killed.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        CannotRun: it cannot be executed; see :func:`cannot_run`.
+    """
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(_Signals())
+        running = stack.enter_context(starting)
+        signals.pass_on_to(running)
+        status = running.wait(timeout)
+        if status is None:
+            running.kill()
+            status = running.wait()
+            out.warn(f"the command was killed after {timeout:g} s")
+        assert status is not None
+        return status
+
+
+def cannot_run(out: Output, error: CannotRun) -> int:
+    """Report that a command cannot be executed; the exit status, as of env(1)."""
+    out.error("Command", str(error))
+    return exits.NO_COMMAND if isinstance(error.as_onlap_error(), errors.NotFound) else exits.CANNOT_RUN
+
+
+class _Signals:
+    """Leaves the terminal's signals, which both get, to a program, and passes on those that others send to us."""
+
+    def __init__(self) -> None:
+        self._running: Running | None = None
+        self._early: list[int] = []
+
+    def __enter__(self) -> _Signals:
+        # Handlers, since SIG_IGN would be inherited and a handler is not.
+        handlers = {
+            signal.SIGINT: self._ignore,
+            signal.SIGQUIT: self._ignore,
+            signal.SIGTERM: self._pass_on,
+            signal.SIGHUP: self._pass_on,
+        }
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def pass_on_to(self, running: Running) -> None:
+        """Pass them on to this program, also those that came before it ran."""
+        self._running = running
+        for number in self._early:
+            running.send_signal(number)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if self._running is None:
+            self._early.append(number)
+        else:
+            self._running.send_signal(number)
+
+    def _ignore(self, _number: int, _frame: object) -> None:
+        pass
