@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from onlap.snapshots.recorded import RecordedSnapshotter
 
 # Seconds to wait for another thread that is just mounting the tree, or unmounting it: either takes milliseconds.
-_JOINING = 2.0
+_JOINING = 5.0
 
 
 class Done(NamedTuple):
