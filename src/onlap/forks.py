@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, Protocol
 
 P = ParamSpec("P")
 
+
+class Closeable(Protocol):
+    """A file or a socket."""
+
+    def close(self) -> None:
+        """Close it; idempotent."""
+
+
 # A different one in each process: a pid is not enough, since a child may start a PID namespace, and be 1 there as well.
 _here = object()
-# Descriptors to close in children.
+# Descriptors to close in children, and what has some.
 _to_close: set[int] = set()
+_things: weakref.WeakSet[Closeable] = weakref.WeakSet()
 
 
 def unless_forked(action: Callable[P, object]) -> Callable[P, None]:
@@ -44,6 +54,11 @@ def closed_in_children(fd: int) -> Callable[[], None]:
     return unless_forked(close)
 
 
+def close_in_children(thing: Closeable) -> None:
+    """Have something closed in forked children; in this process it closes when it is not referenced any more."""
+    _things.add(thing)
+
+
 def python(*arguments: str) -> list[str]:
     """A command that runs Python with :func:`environment`, without site-packages, which cost half its startup time."""
     return [sys.executable, "-S", "-P", *arguments]
@@ -59,6 +74,9 @@ def _after_fork_in_child() -> None:
     _here = object()
     while _to_close:
         os.close(_to_close.pop())
+    for thing in list(_things):
+        thing.close()
+    _things.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

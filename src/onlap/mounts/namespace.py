@@ -89,7 +89,7 @@ class _Process:
         self._control = ours
         # Also at exit, and when nobody has closed it; a forked child only closes what it inherited.
         self.close = weakref.finalize(self, _end, ours, self._stderr, self._process, os.getpid())
-        _sockets.add(ours)
+        forks.close_in_children(ours)
 
     def request(self, what: bytes, task: Mapping[str, Any], fds: Sequence[int] = ()) -> socket.socket:
         """Send a request; returns the socket for the answers.
@@ -100,7 +100,7 @@ class _Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs, open(os.memfd_create("onlap-request", os.MFD_CLOEXEC), "w+b") as text:
-                _sockets.add(ours)
+                forks.close_in_children(ours)
                 text.write(marshal.dumps(dict(task)))
                 text.flush()
                 socket.send_fds(self._control, [what], [theirs.fileno(), text.fileno(), *fds])
@@ -536,13 +536,9 @@ def _umask() -> int:
 
 
 _all: weakref.WeakSet[Namespace] = weakref.WeakSet()
-# The life lines of helpers and programs: a forked child that kept one would keep those alive.
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    for line in list(_sockets):
-        line.close()
     for namespace in list(_all):
         namespace.reset()
 

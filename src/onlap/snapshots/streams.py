@@ -6,10 +6,10 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Callable
+from io import FileIO
 from typing import Protocol
 
-from onlap.forks import closed_in_children
+from onlap.forks import close_in_children
 
 _CHUNK = 65536
 
@@ -42,12 +42,13 @@ class Streams:
     """
 
     def __init__(self, stack: contextlib.ExitStack, *, capture: bool, input: bytes | None) -> None:
-        self._stack = stack
         self.stdout, self.stderr = bytearray(), bytearray()
         self._sources: dict[int, bytearray] = {}
         self._left = memoryview(input or b"")
         self._sink: int | None = None
-        self._closing: dict[int, Callable[[], None]] = {}
+        # As files, which are closed when an interrupt drops them.
+        self._files: dict[int, FileIO] = {}
+        stack.callback(self._close_all)
         if input:
             stdin, self._sink = self._pipe()
             os.set_blocking(self._sink, False)
@@ -70,19 +71,26 @@ class Streams:
         return self._kept(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
 
     def _pipe(self) -> tuple[int, int]:
-        reading, writing = os.pipe()
-        return self._kept(reading), self._kept(writing)
+        reading, writing = map(FileIO, os.pipe())
+        return self._keep(reading), self._keep(writing)
 
     def _kept(self, fd: int) -> int:
+        return self._keep(FileIO(fd))
+
+    def _keep(self, file: FileIO) -> int:
         # A forked child that kept the end of a pipe would keep the program from seeing that we are gone.
-        self._closing[fd] = closed_in_children(fd)
-        self._stack.callback(self._close, fd)
-        return fd
+        close_in_children(file)
+        self._files[file.fileno()] = file
+        return file.fileno()
 
     def _close(self, fd: int) -> None:
-        close = self._closing.pop(fd, None)
-        if close is not None:
-            close()
+        file = self._files.pop(fd, None)
+        if file is not None:
+            file.close()
+
+    def _close_all(self) -> None:
+        for fd in list(self._files):
+            self._close(fd)
 
     def communicate(self, program: Awaited, timeout: float | None) -> tuple[int, bool]:
         """Read and write until the program ends; its status, and whether it was killed since it took too long.
