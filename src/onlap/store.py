@@ -131,7 +131,7 @@ class Store:
             from onlap.workspaces.api import Workspaces
             from onlap.workspaces.site import Site
 
-            self._workspaces = Workspaces(Site(self.snapshotter), lambda: self.images)
+            self._workspaces = Workspaces(Site(self.snapshotter, lambda: self.images))
         return self._workspaces
 
     def __contains__(self, key: str) -> bool:

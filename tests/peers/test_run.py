@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 import capabilities
+from peers.programs import make_tree
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-PROGRAMS = ("cat", "env", "id", "ln", "ls", "mkdir", "rm", "sh", "sleep", "tty")
 
 pytestmark = pytest.mark.needs("overlay", "peer:runc")
 
@@ -102,24 +102,6 @@ def onlap(module_command: Command) -> Iterator[Command]:
     assert module_command.runs() == []
     assert cgroups() == groups
     assert os.fsencode(module_command.root) not in Path("/proc/self/mountinfo").read_bytes()
-
-
-def make_tree(top: Path) -> None:
-    """A tree with some of this machine's programs, and the libraries that they need."""
-    for name in ("bin", "etc", "root"):
-        (top / name).mkdir(parents=True)
-    for name in PROGRAMS:
-        program = shutil.which(name)
-        assert program is not None
-        shutil.copy(os.path.realpath(program), top / "bin" / name)
-        listing = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
-        for library in (word for word in listing.split() if word.startswith("/")):
-            where = top / library.lstrip("/")
-            where.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(os.path.realpath(library), where)
-    (top / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n")
-    (top / "etc" / "group").write_text("root:x:0:\napp:x:1001:\nwheel:x:10:app\n")
-    (top / "bin" / "data").write_text("no program")
 
 
 def cgroups() -> list[Path]:

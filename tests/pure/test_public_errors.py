@@ -191,7 +191,7 @@ STORE: dict[str, Call] = {
 }
 
 WORKSPACES: dict[str, Call] = {
-    "__init__": call(lambda g, _: Workspaces(g.store.workspaces._site, lambda: g.store.images)),
+    "__init__": call(lambda g, _: Workspaces(g.store.workspaces._site)),
     "__iter__": call(lambda g, _: list(g.store.workspaces)),
     "__contains__": call(lambda g, name: name in g.store.workspaces, Ground.workspace),
     "__getitem__": call(lambda g, name: g.store.workspaces[name], Ground.workspace),

@@ -15,6 +15,7 @@ import resource
 import stat
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from onlap import errors
@@ -34,6 +35,7 @@ from onlap.mounts.userns import may_mount
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.streams import Streams
 
 if TYPE_CHECKING:
     from onlap.images import Image, Images
@@ -68,10 +70,30 @@ class Ended(NamedTuple):
     Attributes:
         status: of its command, or 128 plus the number of the signal that ended it; 126 and 127 as from env(1).
         problem: why the command could not be run; None where it was run.
+        stdout: what it wrote there, if that was captured.
+        stderr: likewise.
+        timed_out: whether it was killed since it took too long.
     """
 
     status: int
     problem: str | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    timed_out: bool = False
+
+
+class Attended(NamedTuple):
+    """How a caller attends to a container, instead of giving it this process's standard streams.
+
+    Attributes:
+        capture: return its output; otherwise it gets this process's.
+        input: what it reads; None: nothing.
+        timeout: seconds after which it is killed.
+    """
+
+    capture: bool
+    input: bytes | None
+    timeout: float | None
 
 
 def find_source(
@@ -105,7 +127,7 @@ def find_source(
         found = images()
         image = found.labelled(record.labels)
         if image is not None:  # else it was removed; the tree is complete without it
-            return _source(found, name, image)
+            return image_source(found, name, image)
     return Source(name)
 
 
@@ -123,7 +145,7 @@ def _image_source(images: Images, name: str, progress: Callback | None, pull: Pu
         newest = True
     if newest and pull is not None:
         image = _pulled(name, pull)
-    return _source(images, images.unpack(image, progress=progress), image)
+    return image_source(images, images.unpack(image, progress=progress), image)
 
 
 def _pulled(name: str, pull: Pull) -> Image:
@@ -137,7 +159,8 @@ def _pulled(name: str, pull: Pull) -> Image:
         ) from error
 
 
-def _source(images: Images, snapshot: str, image: Image) -> Source:
+def image_source(images: Images, snapshot: str, image: Image) -> Source:
+    """A snapshot with the defaults of an image."""
     execution = images.config(image).execution
     defaults = Defaults(
         entrypoint=tuple(execution.entrypoint or ()),
@@ -156,6 +179,7 @@ def run(
     *,
     keep: str | None = None,
     search: str = "",
+    attended: Attended | None = None,
 ) -> Ended:
     """Run a container, and wait for its end. It gets this process's standard streams and signals.
 
@@ -165,6 +189,7 @@ def run(
         options: the caller's.
         keep: keep its snapshot under this key; else it is removed. An active snapshot always stays.
         search: directories to look for a runtime in before the usual ones, in the form of PATH.
+        attended: what to do with its streams, and when to end it.
 
     Raises:
         PermissionDenied: this process may not mount.
@@ -219,7 +244,7 @@ def run(
             with mount_points.made(
                 directory, rundirs.rootfs(directory), _mount_points(options, binds) if stays else ()
             ):
-                return _run_any(runtimes, directory)
+                return _run_any(runtimes, directory, attended)
 
 
 def _prepare(
@@ -308,14 +333,14 @@ def find_problem(
     return Failure(f"there is no command {shown(command)} in the tree", runtime.NO_COMMAND)
 
 
-def _run_any(runtimes: list[str], directory: str) -> Ended:
+def _run_any(runtimes: list[str], directory: str, attended: Attended | None) -> Ended:
     """Run the container with the first runtime that can make it.
 
     A failure is not remembered for later runs: the reason may be a volume of this container.
     """
     failures = []
     for each in runtimes:
-        ended, failure = _run_with(each, directory)
+        ended, failure = _run_with(each, directory, attended)
         if failure is None:
             return ended
         if failure.status is not None:
@@ -328,7 +353,35 @@ def _run_any(runtimes: list[str], directory: str) -> Ended:
     )
 
 
-def _run_with(program: str, directory: str) -> tuple[Ended, Failure | None]:
+class _Container:
+    """A container whose streams are attended to (:class:`onlap.snapshots.streams.Awaited`)."""
+
+    def __init__(self, process: subprocess.Popen[bytes], pidfd: int, end: Callable[[], None]) -> None:
+        self._process = process
+        self._pidfd = pidfd
+        self.kill = end
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when the runtime has ended."""
+        return self._pidfd
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The runtime's status; None if it still runs."""
+        return self._process.poll()
+
+
+def _attend(
+    process: subprocess.Popen[bytes], streams: Streams, timeout: float | None, end: Callable[[], None]
+) -> Ended:
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        status, timed_out = streams.communicate(_Container(process, pidfd, end), timeout)
+    finally:
+        os.close(pidfd)
+    return Ended(status, None, bytes(streams.stdout), bytes(streams.stderr), timed_out)
+
+
+def _run_with(program: str, directory: str, attended: Attended | None) -> tuple[Ended, Failure | None]:
     for path in (runtime.log(directory), runtime.pid_file(directory)):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -337,18 +390,27 @@ def _run_with(program: str, directory: str) -> tuple[Ended, Failure | None]:
     identifier = rundirs.container_id(directory)
     words = "run", "--bundle", directory, "--pid-file", runtime.pid_file(directory), identifier
     forwarder = Forwarder()
-    with forwarder.installed():
-        try:
-            # No environment: the runtime needs none, and LISTEN_FDS would pass descriptors to the container.
-            process = subprocess.Popen(runtime.command(program, directory, *words), env={})
-            forwarder.attach(process)
-            status = forwarder.wait(process)
-        finally:
-            # The runtime does so itself, unless it was killed.
-            runtime.delete(program, directory, identifier)
+    with contextlib.ExitStack() as stack:
+        stdio: Sequence[int | None] = (None, None, None)
+        if attended is not None:
+            streams = Streams(stack, capture=attended.capture, input=attended.input)
+            stdio = streams.theirs
+        stack.enter_context(forwarder.installed())
+        # The runtime does so itself, unless it was killed.
+        stack.callback(runtime.delete, program, directory, identifier)
+        # No environment: the runtime needs none, and LISTEN_FDS would pass descriptors to the container.
+        command = runtime.command(program, directory, *words)
+        process = subprocess.Popen(command, env={}, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
+        forwarder.attach(process)
+        if attended is None:
+            ended = Ended(forwarder.wait(process))
+        else:
+            end = partial(runtime.delete, program, directory, identifier)
+            ended = _attend(process, streams, attended.timeout, end)
+    status = ended.status
     if status < 0:
         orphans.end(identifier)
     failure = runtime.read_failure(directory) if status != 0 else None
     if forwarder.ended_by is not None:
         status = 128 + forwarder.ended_by
-    return Ended(128 - status if status < 0 else status), failure
+    return ended._replace(status=128 - status if status < 0 else status), failure

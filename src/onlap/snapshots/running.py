@@ -114,7 +114,7 @@ def run(
         OnlapError: of another kind, for an error of the kernel.
     """
     check_text(key, "key")
-    command = _checked_command(argv)
+    command = checked_command(argv)
     if env is not None:
         check_mapping(env, "environment")
         for name, value in env.items():
@@ -315,7 +315,8 @@ def _start(
     raise AssertionError
 
 
-def _checked_command(argv: Sequence[str]) -> list[str]:
+def checked_command(argv: Sequence[str]) -> list[str]:
+    """The words of a command; InvalidArgument if it is none."""
     check_texts(argv, "command")
     command = list(argv)
     if not command:

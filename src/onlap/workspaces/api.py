@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from onlap import errors
@@ -36,16 +36,13 @@ from onlap.workspaces.workspace import Workspace
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from onlap.images.api import Images
-
 
 @public_class
 class Workspaces(Mapping[str, Workspace]):
     """The workspaces of a root, by name; :attr:`Store.workspaces`."""
 
-    def __init__(self, site: Site, images: Callable[[], Images]) -> None:
+    def __init__(self, site: Site) -> None:
         self._site = site
-        self._images = images
 
     def __getitem__(self, name: str) -> Workspace:
         check_text(name, "name of a workspace")
@@ -171,7 +168,7 @@ class Workspaces(Mapping[str, Workspace]):
         if self._site.store.exists(name):
             snapshot = self._site.store.record(name)
         try:
-            images = self._images()
+            images = self._site.images()
         except errors.Unavailable as error:
             # Without the libraries that images need there are none.
             if snapshot is None or not isinstance(error.__cause__, ModuleNotFoundError):

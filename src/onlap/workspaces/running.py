@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from onlap import errors
-from onlap.arguments import StrPath
+from onlap.arguments import StrPath, check_path
+from onlap.catalog.records import Record
 from onlap.errors import shown
-from onlap.snapshots.running import Done, run
+from onlap.snapshots.running import Done, checked_command, run
 from onlap.trees.compare import Change
-from onlap.workspaces.records import Checkpoint, Source
+from onlap.workspaces.records import Checkpoint, Source, workspace_of
 
 if TYPE_CHECKING:
     from onlap.workspaces.mounting import Mounting
@@ -58,18 +60,25 @@ def chosen_isolation(isolation: str | None, source: Source) -> str:
 
 
 class Task(NamedTuple):
-    """A command and how it runs; see :meth:`Workspace.run`."""
+    """A command and how it runs; see :meth:`Workspace.run`.
+
+    Attributes:
+        added: variables in addition to its environment.
+    """
 
     argv: Sequence[str]
     cwd: StrPath | None
     env: Mapping[str, str] | None
+    added: Mapping[str, str]
     timeout: float | None
     capture: bool
     input: bytes | None
 
 
-def execute(site: Site, key: str, isolation: str, task: Task, mounting: Mounting | None) -> Done:
+def execute(site: Site, top: Record, isolation: str, task: Task, mounting: Mounting | None) -> Done:
     """Run a command in a top, which may be mounted here already."""
+    if isolation == "runtime":
+        return _in_container(site, top, task, mounting)
     with contextlib.ExitStack() as stack:
         mounted = None
         if mounting is not None:
@@ -77,13 +86,42 @@ def execute(site: Site, key: str, isolation: str, task: Task, mounting: Mounting
             mounted = stack.enter_context(mounting.opened())
         return run(
             site.snapshotter,
-            key,
+            top.name,
             task.argv,
             cwd=task.cwd,
-            env=task.env,
+            env={**os.environ, **task.added} if task.env is None else {**task.env, **task.added},
             timeout=task.timeout,
             capture=task.capture,
             input=task.input,
             chroot=isolation == "namespace",
             mounted=mounted,
         )
+
+
+def _in_container(site: Site, top: Record, task: Task, mounting: Mounting | None) -> Done:
+    from onlap.containers import run as containers
+    from onlap.containers.options import Options
+    from onlap.containers.runtime import NO_COMMAND
+
+    if mounting is not None:
+        raise errors.Busy(
+            f"workspace {shown(workspace_of(top.name))} is mounted at {shown(mounting.path)}",
+            key=workspace_of(top.name),
+            hint="a container mounts it itself: end the block that mounted it first",
+            holders=[mounting.path],
+        )
+    argv = checked_command(task.argv)
+    directory = None if task.cwd is None else f"/{check_path(task.cwd, 'directory to work in').strip('/')}"
+    options = Options(command=tuple(argv), entrypoint=(), env={**(task.env or {}), **task.added}, workdir=directory)
+    ended = containers.run(
+        site.snapshotter,
+        site.container_source(top),
+        options,
+        attended=containers.Attended(task.capture, task.input, task.timeout),
+    )
+    if ended.problem is not None:
+        missing = ended.status == NO_COMMAND
+        raise (errors.NotFound if missing else errors.PermissionDenied)(
+            f"cannot run {shown(argv[0])}: {ended.problem}", key=argv[0], hint="it is looked for in the workspace"
+        )
+    return Done(tuple(argv), ended.status, ended.stdout, ended.stderr, ended.timed_out)

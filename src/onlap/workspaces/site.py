@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from sqlite3 import Connection
+from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.catalog import records as rows
@@ -12,7 +13,11 @@ from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
 from onlap.workspaces import nodes
 from onlap.workspaces.durability import Durability
-from onlap.workspaces.records import AT, OWNER, not_found, top_key, workspace_of
+from onlap.workspaces.records import AT, OWNER, SOURCE, not_found, parse_source, top_key, workspace_of
+
+if TYPE_CHECKING:
+    from onlap.containers import run as container
+    from onlap.images.api import Images
 
 
 class Site:
@@ -20,14 +25,17 @@ class Site:
 
     Args:
         snapshotter: of the store.
+        images: returns the images of the store.
 
     Attributes:
+        images: likewise.
         store: the snapshotter of the store.
         snapshotter: of the workspaces: the same root, another owner.
         durability: writes checkpoints to the disk.
     """
 
-    def __init__(self, snapshotter: RecordedSnapshotter) -> None:
+    def __init__(self, snapshotter: RecordedSnapshotter, images: Callable[[], Images]) -> None:
+        self.images = images
         self.store = snapshotter
         self.snapshotter = snapshotter.for_owner(OWNER)
         self.durability = Durability(snapshotter.catalog, volatile=snapshotter.volatile)
@@ -70,6 +78,19 @@ class Site:
             return rows.names_between(connection, OWNER, top_key(""), top_key("\U0010ffff"))
 
         return sorted(workspace_of(key) for key in self.snapshotter.catalog.database.read(operation))
+
+    def container_source(self, top: Record) -> container.Source:
+        """What a container starts with in a workspace: what the image says that it was made from, if it is still here.
+
+        Raises:
+            OnlapError: the image cannot be read.
+        """
+        from onlap.containers import run as container
+
+        made_from = parse_source(top.labels[SOURCE])
+        if made_from.kind == "image" and made_from.name in self.images():
+            return container.image_source(self.images(), top.name, self.images().get(made_from.name))
+        return container.Source(top.name)
 
     def free_names(self, name: str, count: int) -> Iterator[str]:
         """Names for forks of a workspace, which no workspace had when this was called."""

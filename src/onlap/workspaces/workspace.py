@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -152,7 +151,6 @@ class Workspace:
             DataLoss: it stands on a checkpoint that a power cut took.
             OnlapError: see :func:`onlap.mounted`.
         """
-
         self._check_kept(self._top())
         if self._mounting is not None:
             raise errors.Busy(
@@ -226,7 +224,8 @@ class Workspace:
                 by runc or crun. By default what the workspace was made from decides: ``"runtime"`` for an image,
                 ``"none"`` for a directory or a snapshot.
             cwd: the directory to work in, relative to the top of the tree.
-            env: its environment, to which ONLAP_WORKSPACE is added; by default that of this process.
+            env: its environment, to which ONLAP_WORKSPACE is added; by default that of this process. In a container it
+                is added to that of the image.
             timeout: seconds after which it is killed.
             capture: return its output.
             input: what it reads; by default nothing.
@@ -242,10 +241,10 @@ class Workspace:
         how = chosen_isolation(isolation, parse_source(top.labels[SOURCE]))
         self._check_kept(top)
         before = self._fresh(top)
-        environment = {**(os.environ if env is None else env), "ONLAP_WORKSPACE": self.name}
-        task = Task(argv, cwd=cwd, env=environment, timeout=timeout, capture=capture, input=input)
+        added = {"ONLAP_WORKSPACE": self.name}
+        task = Task(argv, cwd, env, added, timeout, capture, input)
         try:
-            done = execute(self._site, top_key(self.name), how, task, self._mounting)
+            done = execute(self._site, self._top(), how, task, self._mounting)
         finally:
             self._note_command(argv)
         changes = self._site.snapshotter.compare(Pair(before, self._top()))
