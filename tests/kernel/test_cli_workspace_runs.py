@@ -316,3 +316,9 @@ def test_try_asks_on_a_terminal(onlap: Command, answers: list[bytes], applied: b
     assert (b"+c\\e[1m" in seen) == (len(answers) == 2)
     assert b"c\x1b[1m" not in seen
     assert names(onlap) == []
+
+
+def test_a_live_workspace(onlap: Command) -> None:
+    onlap("ws", "new", "w", ".", "--live")
+    assert reported(onlap, "sh", "-c", "rm b.txt") == "onlap: w: 0 added, 0 changed, 1 deleted\n  D /b.txt\n"
+    assert (onlap.directory / "b.txt").exists()

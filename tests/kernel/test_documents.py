@@ -18,6 +18,23 @@ from onlap.serve.containerd.status import CODES
 
 TOP = Path(__file__).resolve().parents[2]
 PAGES = sorted(page.relative_to(TOP) for page in (TOP / "docs").rglob("*.md"))
+# What verbs that run a command say there: a summary, and changes by path or as a patch.
+ON_STDERR = (
+    "onlap: ",
+    "  A ",
+    "  C ",
+    "  D ",
+    "A /",
+    "C /",
+    "D /",
+    "diff --git",
+    "deleted",
+    "index",
+    "---",
+    "+++",
+    "@@",
+    "-",
+)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -39,12 +56,26 @@ def shell(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.needs("overlay")
 def test_the_python_of_the_readme(tmp_path: Path, shell: dict[str, str]) -> None:
-    (code,) = blocks("README.md", "python")
+    code = blocks("README.md", "python")[1]
     moved = code.replace("/tmp/onlap-example", str(tmp_path / "root"))
     done = subprocess.run(
         [sys.executable, "-c", moved], cwd=TOP, env=shell, capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.stderr, done.returncode) == ("A hello.py\n", "", 0)
+
+
+@pytest.mark.needs("overlay")
+def test_the_workspace_of_the_readme(tmp_path: Path, shell: dict[str, str]) -> None:
+    (tmp_path / "repo" / "src").mkdir(parents=True)
+    for name in ("README", "bug.py", "src/main.py"):
+        (tmp_path / "repo" / name).write_text(f"{name}\n")
+    moved = blocks("README.md", "python")[0].replace("/tmp/onlap-example", str(tmp_path / "root"))
+    done = subprocess.run(
+        [sys.executable, "-c", moved], cwd=tmp_path, env=shell, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("C README\nD src\n", "", 0)
+    assert (tmp_path / "repo" / "bug.py").read_text() == "fixed\n"
+    assert (tmp_path / "repo" / "README").read_text() == "README\n"
 
 
 @pytest.mark.needs("overlay")
@@ -113,6 +144,34 @@ def test_a_how_to_guide(tmp_path: Path, shell: dict[str, str], page: str) -> Non
     run("sh", "-euc", "onlap prepare work base; onlap enter work sh -c 'echo more > NEWS'; onlap commit next work")
     for code in blocks(document, "sh"):
         run("sh", "-euc", code)
+
+
+@pytest.mark.needs("overlay")
+@pytest.mark.parametrize("page", ["agent-sandbox", "parallel-attempts", "try"])
+def test_a_guide_to_workspaces(tmp_path: Path, shell: dict[str, str], page: str) -> None:
+    """As the other guides; their commands say on stderr what was changed."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "hello.py").write_text("print('hello')\n")
+    environment = {**shell, "ONLAP_ROOT": str(tmp_path / "root")}
+    document = f"docs/how-to/{page}.md"
+    if python := blocks(document, "python"):
+        done = subprocess.run(
+            [sys.executable, "-c", "".join(python)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    for code in blocks(document, "sh"):
+        done = subprocess.run(
+            ["sh", "-euc", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert {line for line in done.stderr.splitlines() if not line.startswith(ON_STDERR)} == set()
+    left = subprocess.run(["onlap", "ws", "ls", "-q"], env=environment, capture_output=True, text=True, check=True)
+    assert left.stdout == ""
 
 
 @pytest.mark.parametrize("document", PAGES, ids=str)

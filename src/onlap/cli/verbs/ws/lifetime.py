@@ -28,6 +28,9 @@ def new_arguments(parser: Parser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a directory, a snapshot or an image")
     parser.keys.append("source")
     parser.images.append("source")
+    parser.add_argument(
+        "--live", action="store_true", help="do not copy the directory; then nothing may write to it meanwhile"
+    )
     parser.repeatable(
         "--exclude",
         metavar="P",
@@ -40,7 +43,7 @@ def new(call: Call) -> None:
     with call.store(create=True) as store:
         source = source_of(store, args.source)
         with call.progress() as report:
-            made = store.workspaces.create(args.name, source, exclude=args.exclude, progress=report)
+            made = store.workspaces.create(args.name, source, exclude=args.exclude, live=args.live, progress=report)
         if out.json:
             out.item(workspace_as_json(made))
     out.note(f"{shown(args.name)} is ready: onlap ws run {shown(args.name)} -- CMD")
