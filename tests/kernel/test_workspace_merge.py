@@ -193,6 +193,12 @@ def test_what_both_have_done_is_the_same(workspace: Workspace) -> None:
     assert set(workspace.states().values()) == {"same"}
 
 
+def test_a_directory_that_became_a_symlink_is_merged_once(workspace: Workspace) -> None:
+    workspace.change(Tree().remove("kept/inside").remove("kept").symlink("kept", "/"))
+    assert workspace.merge() == (2, 0)
+    assert workspace.states() == {"kept": "same", "kept/inside": "same"}
+
+
 def test_changed_since_the_plan(workspace: Workspace) -> None:
     workspace.change(CHANGES)
     plan = workspace.plan()

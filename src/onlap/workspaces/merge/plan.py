@@ -158,6 +158,11 @@ class _Comparison:
         directory = self._entries.get(above(path)) if path != TOP else None
         if directory is not None and directory.state == APPLY and _is_made(directory.change):
             return MergeEntry(path, change, APPLY)  # the target has no such directory yet
+        if directory is not None and directory.state == SAME and change.after is None:
+            after = directory.change.after
+            if after is None or not after.is_dir:
+                # The target, too, has something else there by now, maybe a symlink.
+                return MergeEntry(path, change, SAME)
         try:
             return self._compare(change)
         except Moving:
