@@ -2,22 +2,14 @@
 
 After each step both must have answered the same: the same kind of error, the same infos, trees and changes.
 
-What the kernel does otherwise on an overlay than on a plain filesystem, and is left out here:
-
-- rename(2) of a directory of a lower layer is EXDEV (overlayfs.rst, "redirect_dir"): then nothing is done to the model;
-- of two files of one size and time the model always reads the content, and an overlay where that time is a whole second
-  (or where one stack lies on the other): so it is such a time that files here may have in common;
-- a file with several names in a lower layer becomes two files when one of them is written to (overlayfs.rst, "index"):
-  such files are not written to in place, and hard links are not compared.
+Of two files of one size and time the model always reads the content, and an overlay where that time is a whole second
+(or where one stack lies on the other): so it is such a time that files here may have in common.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import os
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -29,64 +21,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import capabilities
 import onlap
+from kernel.programs import START, Programs, Work, directory, numbers, steps
 from onlap import errors
 from onlap.overlayfs.markers import TRUSTED, USER
 from onlap.snapshots.contract import ACTIVE, COMMITTED, Info, Snapshotter
 from onlap.snapshots.memory import MemorySnapshotter
-from onlap.testing import OverlayFactory, Tree, assert_same_tree, read_tree
+from onlap.testing import OverlayFactory, Tree, assert_same_tree
 
 NAMES = ["a", "b", "c", "d", "e/f"]
-PATHS = ["x", "y", "d", "d/x", "d/y", "d/e", "d/e/x", "f", "f/x", "caf\udce9"]
 LABELS = st.dictionaries(st.sampled_from(["l", "m.n"]), st.sampled_from(["", "1", "2"]), max_size=2)
 FIELDPATHS = st.sampled_from([(), ("labels",), ("labels.l",), ("labels.m.n", "labels.l"), ("parent",)])
 
-Work = tuple[str, int, int, bytes, int]
-
 names = st.sampled_from(NAMES)
-START = 1_500_000_000 * 10**9
-
-
-class Step(NamedTuple):
-    """What is done to a tree: what of it needs a file of one name only, and whose times it moves."""
-
-    make: Callable[[str, str, bytes, int], Tree]
-    in_place: bool = False
-    touches: str = ""  # "p": the file at path; "P": its directory; "Q": the other path's directory
-
-
-STEPS = {
-    "mkdir": Step(lambda p, q, data, mode: Tree().directory(p, mode=mode | 0o700), touches="pP"),
-    "create": Step(lambda p, q, data, mode: Tree().file(p, data, mode=mode), touches="pP"),
-    "symlink": Step(lambda p, q, data, mode: Tree().symlink(p, q), touches="pP"),
-    "fifo": Step(lambda p, q, data, mode: Tree().fifo(p, mode=mode), touches="pP"),
-    "write": Step(lambda p, q, data, mode: Tree().write(p, data), in_place=True, touches="p"),
-    "append": Step(lambda p, q, data, mode: Tree().append(p, data), in_place=True, touches="p"),
-    "replace": Step(lambda p, q, data, mode: Tree().replace(p, data, mode=mode), touches="pP"),
-    "remove": Step(lambda p, q, data, mode: Tree().remove(p), touches="P"),
-    "remake": Step(lambda p, q, data, mode: Tree().remove(p).directory(p, mode=mode | 0o700), touches="pP"),
-    "rename": Step(lambda p, q, data, mode: Tree().rename(p, q), touches="PQ"),
-    "link": Step(lambda p, q, data, mode: Tree().link(p, q), touches="P"),
-    "chmod": Step(lambda p, q, data, mode: Tree().chmod(p, mode | 0o700), in_place=True),
-    "chown": Step(lambda p, q, data, mode: Tree().chown(p, mode, len(data)), in_place=True),
-    "set": Step(lambda p, q, data, mode: Tree().xattr(p, "user.x", data), in_place=True),
-    "unset": Step(lambda p, q, data, mode: Tree().xattr(p, "user.x", None), in_place=True),
-}
-MAKERS = {"mkdir", "create", "symlink", "fifo"}
-ON_TOP = {"chmod", "chown", "set", "unset"}
-numbers = st.integers(0, 63)
-steps = st.lists(
-    st.tuples(
-        st.sampled_from(sorted(STEPS)),
-        numbers,
-        numbers,
-        st.binary(max_size=3),
-        st.sampled_from([0o644, 0o755, 0o600, 0o1777]),
-    ),
-    min_size=3,
-    max_size=12,
-)
 
 
 def attempt(call: Callable[[], Any]) -> tuple[str, Any]:
@@ -99,17 +46,6 @@ def attempt(call: Callable[[], Any]) -> tuple[str, Any]:
 
 def plain(info: Info | None) -> tuple[object, ...] | None:
     return info and (info.name, info.parent, info.kind, dict(info.labels), info.created_ns == info.updated_ns)
-
-
-@functools.cache
-def directory() -> str:
-    """Memory, where it takes overlays and user xattrs (Linux 6.6): thousands of commits would wait for a disk."""
-    memory = "/dev/shm"
-    if os.path.isdir(memory) and os.access(memory, os.W_OK) and capabilities.overlay_on(memory).ok:
-        with tempfile.NamedTemporaryFile(dir=memory) as file:
-            if not number(lambda: os.setxattr(file.name, "user.x", b"1")):
-                return memory
-    return capabilities.overlay_directory()[0]
 
 
 class Side(NamedTuple):
@@ -141,7 +77,7 @@ class Machine(RuleBasedStateMachine):
         self.factory = OverlayFactory(self.flavour)
         self.open()
         self.model = Side(MemorySnapshotter(f"{self.place}/model"), False)
-        self.time = START
+        self.programs = Programs()
 
     def open(self) -> None:
         self.opened = self.factory(f"{self.place}/root")
@@ -200,10 +136,10 @@ class Machine(RuleBasedStateMachine):
 
     def set_time(self, key: str, path: str) -> None:
         """Fresh trees were made at two moments: give both the same, to compare them to the nanosecond."""
-        self.time += 1_000_000_007
+        now = self.programs.next_time()
         for side in (self.overlay, self.model):
             with side.tree(key) as top:
-                Tree().times(path, self.time).apply(top)
+                Tree().times(path, now).apply(top)
 
     @rule(key=names, data=st.data())
     def view(self, key: str, data: st.DataObject) -> None:
@@ -281,43 +217,10 @@ class Machine(RuleBasedStateMachine):
 
     def write_into(self, key: str, work: list[Work]) -> None:
         with self.overlay.tree(key) as ours, self.model.tree(key) as model:
-            for verb, one, two, content, mode in work:
-                # Mostly what is there: a path that is not has little to tell.
-                there = sorted(os.fsdecode(path) for path in read_tree(model) if path != b".")
-                pool = PATHS if verb in MAKERS else [*there, PATHS[one % len(PATHS)]]
-                if verb in ON_TOP:
-                    pool = [".", *pool]
-                path, other = pool[one % len(pool)], [*PATHS, *there][two % (len(PATHS) + len(there))]
-                step = STEPS[verb]
-                # Every other file has the time that all of them may have.
-                self.step(
-                    step, step.make(path, other, content, mode), path, other, START if two % 2 else 0, ours, model
-                )
+            self.programs.run(work, ours, model)
             assert_same_tree(model, ours, ignore=("links",))
         with self.overlay.tree(key) as ours, self.model.tree(key) as model:
             assert_same_tree(model, ours, ignore=("links",))
-
-    def step(self, step: Step, tree: Tree, path: str, other: str, when: int, ours: Path, model: Path) -> None:
-        several = several_names(model / path)
-        if step.in_place and several:
-            return
-        done = number(lambda: tree.apply(ours))
-        if done == errno.EXDEV:
-            return
-        assert number(lambda: tree.apply(model)) == done, (
-            f"{tree!r} on the overlay: {errno.errorcode.get(done, 'done')}"
-        )
-        # Both happened at times of their own, also what failed half-way: give both the same.
-        self.time += 1_000_000_007
-        when = when or self.time
-        # A directory on the way may be a symlink to it: its own time is that of what it points to.
-        parents = {"P": os.path.dirname(path) or ".", "Q": os.path.dirname(other) or "."}
-        for letter in step.touches:
-            for top in (ours, model):
-                if letter == "p" and not done:
-                    Tree().times(path, when).apply(top)
-                elif letter != "p" and (top / parents[letter]).is_dir():
-                    os.utime(top / parents[letter], ns=(self.time, self.time))
 
     @precondition(lambda self: self.of_kind(COMMITTED))
     @rule(data=st.data())
@@ -351,23 +254,6 @@ class Machine(RuleBasedStateMachine):
 
 class UserMachine(Machine):
     flavour = USER
-
-
-def several_names(path: Path) -> bool:
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
-    return status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode)
-
-
-def number(call: Callable[[], None]) -> int:
-    """The errno of what it raises, 0 if it raises nothing."""
-    try:
-        call()
-    except OSError as error:
-        return error.errno or -1
-    return 0
 
 
 # The profile "long" has its own numbers.
