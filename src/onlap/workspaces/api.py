@@ -23,11 +23,11 @@ from onlap.workspaces.records import (
     LIVE,
     OWNER,
     SOURCE,
-    WORKSPACE,
     Source,
     already_exists,
     captured_from,
     check_workspace_name,
+    first_labels,
     top_key,
 )
 from onlap.workspaces.site import Site
@@ -113,7 +113,7 @@ class Workspaces(Mapping[str, Workspace]):
         chosen = name if name is not None or run is None else f"unnamed-{run.id}"
         assert chosen is not None
         labels = {
-            WORKSPACE: chosen,
+            **first_labels(chosen),
             BASE: str(base.id),
             AT: BASE_ID,
             SOURCE: str(made_from),

@@ -30,6 +30,7 @@ from onlap.workspaces.records import (
     BASE_ID,
     CHANGED,
     COMMAND,
+    FORGOTTEN,
     LEVEL,
     OWNER,
     UNSYNCED,
@@ -134,7 +135,8 @@ def _merge(
     ids = [top.id, *(record.id for record in merged)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(catalog.hold(ids))
-        layer = stack.enter_context(snapshotter.staged(node_name(identifier), COMMITTED, below, {}))
+        # Without a parent: whose xattrs the top would have, also those that were removed since.
+        layer = stack.enter_context(snapshotter.staged(node_name(identifier), COMMITTED, None, {}))
         with snapshotter.translated("merge the layers of", top.name), opened(f"{layer}/fs") as target:
             merge_layers([catalog.layout.tree(each) for each in ids], target, snapshotter.markers)
         staged = stack.enter_context(snapshotter.staged(top.name, ACTIVE, top, labels))
@@ -206,6 +208,7 @@ def reset(snapshotter: RecordedSnapshotter, top: Record, onto: Record) -> Record
 
         def operation(connection: Connection) -> list[Record]:
             _delete(connection, top)
+            _check_kept(connection, onto)
             return [catalog.insert(connection, OWNER, New(top.name, ACTIVE, onto, labels, staged))]
 
         return catalog.change(operation, removed=[top])[0]
@@ -235,6 +238,7 @@ def start(
         ]
 
         def operation(connection: Connection) -> list[Record]:
+            _check_kept(connection, onto)
             new = zip(keys, labels, staged, strict=True)
             return [catalog.insert(connection, OWNER, New(key, ACTIVE, onto, each, place)) for key, each, place in new]
 
@@ -247,6 +251,13 @@ def _withdraw(snapshotter: RecordedSnapshotter, tops: Sequence[Record]) -> None:
     for top in tops:
         with contextlib.suppress(errors.NotFound):
             snapshotter.remove(top.name)
+
+
+def _check_kept(connection: Connection, onto: Record) -> None:
+    """NotFound if a checkpoint has been forgotten since it was looked up."""
+    now = rows.by_id(connection, onto.id)
+    if now is None or FORGOTTEN in now.labels:
+        raise rows.not_found(onto.name)
 
 
 def _delete(connection: Connection, record: Record) -> None:

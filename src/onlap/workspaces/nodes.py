@@ -20,6 +20,7 @@ from onlap.workspaces.records import (
     CHANGED,
     DIRECTORY,
     FORGOTTEN,
+    LINE,
     OWNER,
     UNSYNCED,
     WORKSPACE,
@@ -71,14 +72,14 @@ def find(snapshotter: RecordedSnapshotter, top: Record, reference: Checkpoint | 
         )
     if text == BASE_ID or base_name_label(text) in top.labels:
         return base_of(snapshotter, top)
-    workspace = workspace_of(top.name)
-    named = Condition(HAS_LABEL, (name_label(text), workspace))
+    named = Condition(HAS_LABEL, (name_label(text), top.labels[LINE]))
     for record in snapshotter.catalog.walk(OWNER, named):
         return record
     with contextlib.suppress(errors.NotFound):
         record = snapshotter.record(node_name(text))
         if record.labels.get(BASE) == top.labels[BASE] and FORGOTTEN not in record.labels:
             return record
+    workspace = workspace_of(top.name)
     raise errors.NotFound(
         f"workspace {shown(workspace)} has no checkpoint {shown(text)}",
         key=text,
@@ -112,8 +113,8 @@ def give_name(snapshotter: RecordedSnapshotter, top: Record, record: Record, nam
         key, label, value = top.name, base_name_label(name), "yes"
         given = label in top.labels
     else:
-        key, label, value = record.name, name_label(name), workspace_of(top.name)
-        given = name in names_in(record.labels, value)
+        key, label, value = record.name, name_label(name), top.labels[LINE]
+        given = name in names_in(record.labels, top.labels)
     if given:
         return record
     check_unused(snapshotter, top, name)
@@ -137,7 +138,7 @@ def describe(record: Record, top: Record) -> Checkpoint:
         return Checkpoint(BASE_ID, names, None, "", record.created_ns, (), inodes, size, durable=True)
     return Checkpoint(
         node_id(record),
-        names_in(record.labels, workspace_of(top.name)),
+        names_in(record.labels, top.labels),
         record.labels[AT],
         record.labels[WORKSPACE],
         record.created_ns,
@@ -172,40 +173,51 @@ def _before(
 
 def of_workspace(snapshotter: RecordedSnapshotter, top: Record) -> list[Record]:
     """The checkpoints of a workspace and those that it came from, oldest first, without the base."""
-    own = snapshotter.catalog.walk(OWNER, Condition(HAS_LABEL, (WORKSPACE, workspace_of(top.name))))
+    own = snapshotter.catalog.walk(OWNER, Condition(HAS_LABEL, (LINE, top.labels[LINE])))
     found = {node_id(record): record for record in own if is_node(record)}
     for start in [top, *found.values()]:
         found.update(_before(snapshotter, start, found))
     return sorted((r for r in found.values() if FORGOTTEN not in r.labels), key=lambda record: record.id)
 
 
-def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record]) -> None:
+def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record]) -> dict[str, str]:
     """Take checkpoints out of the history; what came after them is then after what came before them.
+
+    Those that a workspace stands on stay: its tree would not be that of any checkpoint in its history.
+
+    Returns:
+        The ids of these, and for each one such workspace.
 
     Raises:
         OnlapError: an error of the catalog.
     """
     catalog = snapshotter.catalog
-    gone = {node_id(record): record for record in records}
+    identifiers = [node_id(record) for record in records]
 
-    def operation(connection: Connection) -> list[int]:
-        changed = []
-        for identifier in gone:
+    def operation(connection: Connection) -> tuple[list[int], dict[str, str]]:
+        changed, stay = [], {}
+        for identifier in identifiers:
             record = rows.find(connection, OWNER, node_name(identifier))
-            if record is None:
+            if record is None or FORGOTTEN in record.labels:
                 continue
-            after = Condition(HAS_LABEL, (AT, identifier))
-            for follower in rows.all_where(connection, OWNER, after):
+            followers = rows.all_where(connection, OWNER, Condition(HAS_LABEL, (AT, identifier)))
+            standing = [workspace_of(follower.name) for follower in followers if is_top(follower)]
+            if standing:
+                stay[identifier] = min(standing)
+                continue
+            for follower in followers:
                 rows.set_labels(connection, follower.id, {AT: record.labels[AT]})
                 changed.append(follower.id)
             names = {key: None for key in record.labels if key.startswith(name_label(""))}
             rows.set_labels(connection, record.id, {**names, FORGOTTEN: "yes"})
             changed.append(record.id)
-        return changed
+        return changed, stay
 
-    for identifier in catalog.database.write(operation):
+    changed, stay = catalog.database.write(operation)
+    for identifier in changed:
         catalog.sidecars.changed(identifier)
     collect(snapshotter)
+    return stay
 
 
 def newest_captures(snapshotter: RecordedSnapshotter) -> Callable[[Record], bool]:
@@ -232,13 +244,13 @@ def collect(snapshotter: RecordedSnapshotter, used: Callable[[Record], bool] = i
     """
     catalog = snapshotter.catalog
     everything = list(catalog.walk(OWNER))
-    workspaces = {workspace_of(record.name) for record in everything if is_top(record)}
+    lines = {record.labels[LINE] for record in everything if is_top(record)}
     by_id = {node_id(record): record for record in everything if is_node(record)}
     wanted: set[str] = set()
     for record in everything:
         at: str | None = record.labels.get(AT)
         if is_node(record):
-            if FORGOTTEN in record.labels or record.labels[WORKSPACE] not in workspaces:
+            if FORGOTTEN in record.labels or record.labels[LINE] not in lines:
                 continue
             at = node_id(record)
         elif not is_top(record):

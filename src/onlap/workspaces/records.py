@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote_to_bytes
 from onlap import errors
 from onlap.arguments import check_text
 from onlap.catalog.records import WORKSPACES, Record
+from onlap.catalog.runs import LABEL as RUN
 from onlap.errors import shown
 from onlap.snapshots.contract import check_name
 
@@ -35,8 +36,10 @@ LIVE = "live/"
 # The id of the checkpoint that a workspace began with, whatever snapshot that is.
 BASE_ID = "base"
 
-# Labels. Of tops and nodes: the workspace; the id of the base's snapshot in the catalog; the checkpoint below.
+# Labels. Of tops and nodes: the workspace; an id of it, since another may have its name when it is gone; the id of the
+# base's snapshot in the catalog; the checkpoint below.
 WORKSPACE = "onlap.io/workspace"
+LINE = "onlap.io/line"
 BASE = "onlap.io/base"
 AT = "onlap.io/at"
 # Of tops: what the workspace was made from: str() of a Source.
@@ -48,7 +51,7 @@ LEVEL = "onlap.io/level"
 CHANGED = "onlap.io/changed"
 # Of nodes: the boot (random(4), boot_id) in which the content was written, until it has reached the disk.
 UNSYNCED = "onlap.io/unsynced"
-# Of nodes: this and a name that a workspace gave the checkpoint; the value is the workspace.
+# Of nodes: this and a name that a workspace gave the checkpoint; the value is the workspace's LINE.
 _NAME = "onlap.io/checkpoint/"
 # Of tops: this and a name that the workspace gave its base, which may be another owner's snapshot.
 _BASE_NAME = "onlap.io/base-name/"
@@ -156,7 +159,7 @@ def workspace_of(key: str) -> str:
 
 
 def name_label(name: str) -> str:
-    """The label that gives a checkpoint a name; its value is the workspace."""
+    """The label that gives a checkpoint a name; its value is the :data:`LINE` of the workspace."""
     return _NAME + name
 
 
@@ -165,9 +168,9 @@ def base_name_label(name: str) -> str:
     return _BASE_NAME + name
 
 
-def names_in(labels: Mapping[str, str], workspace: str) -> tuple[str, ...]:
-    """The names that a workspace gave a checkpoint, by its labels."""
-    found = (key for key, value in labels.items() if key.startswith(_NAME) and value == workspace)
+def names_in(labels: Mapping[str, str], top: Mapping[str, str]) -> tuple[str, ...]:
+    """The names that a workspace gave a checkpoint, by the labels of this and of the workspace's top."""
+    found = (key for key, value in labels.items() if key.startswith(_NAME) and value == top[LINE])
     return tuple(sorted(key.removeprefix(_NAME) for key in found))
 
 
@@ -178,12 +181,25 @@ def base_names_in(labels: Mapping[str, str]) -> tuple[str, ...]:
 
 def node_labels(top: Mapping[str, str]) -> dict[str, str]:
     """The labels that the checkpoint of a top takes over."""
-    return {key: top[key] for key in (WORKSPACE, BASE, AT, COMMAND) if key in top}
+    return {key: top[key] for key in (WORKSPACE, LINE, BASE, AT, COMMAND) if key in top}
+
+
+def first_labels(workspace: str) -> dict[str, str]:
+    """What the labels of a new workspace's top say about itself."""
+    return {WORKSPACE: workspace, LINE: os.urandom(6).hex()}
 
 
 def next_labels(top: Mapping[str, str], at: str) -> dict[str, str]:
     """The labels of the top that follows, on a checkpoint."""
     return {**{key: value for key, value in top.items() if key != COMMAND}, AT: at}
+
+
+def fork_labels(top: Mapping[str, str], at: str, workspace: str, *, named: bool) -> dict[str, str]:
+    """The labels of a fork's top, on a checkpoint of the workspace of another top; a named one ends with no run."""
+    kept = {key: value for key, value in next_labels(top, at).items() if not key.startswith(_BASE_NAME)}
+    if named:
+        kept.pop(RUN, None)
+    return {**kept, **first_labels(workspace)}
 
 
 def format_command(argv: Sequence[str]) -> str:

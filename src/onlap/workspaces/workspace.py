@@ -12,7 +12,7 @@ from onlap import cancellation, errors
 from onlap.arguments import StrPath, check_number, check_path
 from onlap.boundary import public_class
 from onlap.catalog.records import Record
-from onlap.catalog.runs import LABEL, Run
+from onlap.catalog.runs import Run
 from onlap.errors import shown
 from onlap.mounts.unmount import attempts
 from onlap.snapshots.directories import check_outside
@@ -25,18 +25,18 @@ from onlap.workspaces.records import (
     BASE_ID,
     COMMAND,
     DIRECTORY,
+    LINE,
     SOURCE,
     UNSYNCED,
-    WORKSPACE,
     Checkpoint,
     Source,
     already_exists,
     check_workspace_name,
     excluded_in,
+    fork_labels,
     format_command,
     name_label,
     names_in,
-    next_labels,
     node_id,
     parse_source,
     top_key,
@@ -302,7 +302,7 @@ class Workspace:
         else:
             if name is not None:
                 nodes.check_unused(snapshotter, top, name)
-            names = {name_label(name): self.name} if name is not None else {}
+            names = {name_label(name): top.labels[LINE]} if name is not None else {}
             try:
                 record = self._replacing(wait, lambda now: chains.advance(snapshotter, now, names))
             except errors.Busy:
@@ -354,22 +354,23 @@ class Workspace:
 
         Raises:
             NotFound: there is no such checkpoint.
-            FailedPrecondition: it is the base, or the workspace stands on it.
+            FailedPrecondition: it is the base, or a workspace stands on it.
         """
-        top = self._top()
-        record = nodes.find(self._site.snapshotter, top, checkpoint)
-        if node_id(record) in (BASE_ID, top.labels[AT]):
+        snapshotter = self._site.snapshotter
+        record = nodes.find(snapshotter, self._top(), checkpoint)
+        identifier = node_id(record)
+        standing = self.name if identifier == BASE_ID else nodes.forget(snapshotter, [record]).get(identifier)
+        if standing is not None:
             raise errors.FailedPrecondition(
-                f"workspace {shown(self.name)} stands on checkpoint {shown(node_id(record))}",
-                key=self.name,
-                hint="go to another checkpoint first; the base stays as long as the workspace",
+                f"workspace {shown(standing)} stands on checkpoint {shown(identifier)}",
+                key=standing,
+                hint="let it go to another checkpoint first; the base stays as long as the workspace",
             )
-        nodes.forget(self._site.snapshotter, [record])
 
     def keep(self, *, last: int | None = None, newer_than: float | None = None, named: bool = True) -> int:
         """Forget all checkpoints that this workspace made, but for those that are listed here.
 
-        The checkpoint that the workspace stands on stays, and so does the base.
+        Checkpoints that a workspace stands on stay, and so does the base.
 
         Args:
             last: this many of the newest.
@@ -388,7 +389,7 @@ class Workspace:
             check_number(newer_than, "age of checkpoints to keep")
         snapshotter = self._site.snapshotter
         top = self._top()
-        own = [r for r in nodes.of_workspace(snapshotter, top) if r.labels[WORKSPACE] == self.name]
+        own = [r for r in nodes.of_workspace(snapshotter, top) if r.labels[LINE] == top.labels[LINE]]
         kept = {top.labels[AT]} | {node_id(record) for record in own[len(own) - min(last or 0, len(own)) :]}
         since = time.time_ns() - int((newer_than or 0) * 1e9)
         unwanted = [
@@ -396,11 +397,11 @@ class Workspace:
             for record in own
             if node_id(record) not in kept
             and not (newer_than is not None and record.created_ns >= since)
-            and not (named and names_in(record.labels, self.name))
+            and not (named and names_in(record.labels, top.labels))
         ]
-        if unwanted:
-            nodes.forget(snapshotter, unwanted)
-        return len(unwanted)
+        if not unwanted:
+            return 0
+        return len(unwanted) - len(nodes.forget(snapshotter, unwanted))
 
     # Forks
 
@@ -438,9 +439,7 @@ class Workspace:
     def _fork(self, names: Sequence[str | None], at: Checkpoint | str | None) -> list[Workspace]:
         snapshotter = self._site.snapshotter
         onto = self._find(self.checkpoint() if at is None else at)
-        labels = next_labels(self._top().labels, node_id(onto))
-        if None not in names:  # without a name, the fork of an unnamed workspace ends with that
-            labels.pop(LABEL, None)
+        top = self._top()
         while True:
             free = self._site.free_names(self.name, len(names))
             chosen = [name if name is not None else next(free) for name in names]
@@ -449,7 +448,10 @@ class Workspace:
                     snapshotter,
                     [top_key(name) for name in chosen],
                     onto,
-                    [{**labels, WORKSPACE: name} for name in chosen],
+                    [
+                        fork_labels(top.labels, node_id(onto), name, named=given is not None)
+                        for name, given in zip(chosen, names, strict=True)
+                    ],
                 )
             except errors.AlreadyExists as error:
                 if None not in names:
