@@ -13,13 +13,14 @@ from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
 from onlap.catalog.runs import Run, begin
 from onlap.errors import shown
 from onlap.progress import Callback
-from onlap.workspaces import chains, nodes
+from onlap.workspaces import chains, limits, nodes
 from onlap.workspaces.records import (
     AT,
     BASE,
     BASE_ID,
     CAPTURE,
     DIRECTORY,
+    LIMITS,
     LIVE,
     OWNER,
     SOURCE,
@@ -72,6 +73,8 @@ class Workspaces(Mapping[str, Workspace]):
         *,
         exclude: Collection[str] = (),
         live: bool = False,
+        max_bytes: int | None = None,
+        max_inodes: int | None = None,
         progress: Callback | None = None,
     ) -> Workspace:
         """Make a workspace.
@@ -87,10 +90,14 @@ class Workspaces(Mapping[str, Workspace]):
                 the tree shows of files that change there is undefined (overlayfs.rst, "Changes to underlying
                 filesystems"): old and new content, or both, for as long as the tree is mounted.
                 :meth:`Workspace.source_changes` tells whether it happened.
+            max_bytes: what one command of :meth:`Workspace.run` may write at most, in forks too. It is kept in memory
+                until the command ends.
+            max_inodes: how many files, directories and links it may make, likewise.
             progress: called with reports, at most ten times per second.
 
         Raises:
             AlreadyExists: there is such a workspace.
+            Unimplemented: there are limits, and no privilege to mount; or the root has native copies.
             NotFound: there is no such directory, or neither a snapshot nor an image of that name.
             InvalidArgument: there are both, or the snapshot is not committed.
             FailedPrecondition: files of the directory did not stop changing; the error names one.
@@ -100,19 +107,24 @@ class Workspaces(Mapping[str, Workspace]):
             check_workspace_name(name)
             if name in self:
                 raise already_exists(name)
+        limited = limits.checked(self._site.snapshotter, max_bytes, max_inodes)
         base, made_from = self._base(source, exclude, live, progress)
+        labels = {LIMITS: limited.label} if limited is not None else {}
         run = begin(self._site.snapshotter.catalog) if name is None else None
         try:
-            return self._start(name, base, made_from, run)
+            return self._start(name, base, made_from, labels, run)
         except BaseException:
             if run is not None:
                 run.close()
             raise
 
-    def _start(self, name: str | None, base: Record, made_from: Source, run: Run | None) -> Workspace:
+    def _start(
+        self, name: str | None, base: Record, made_from: Source, labels: Mapping[str, str], run: Run | None
+    ) -> Workspace:
         chosen = name if name is not None or run is None else f"unnamed-{run.id}"
         assert chosen is not None
         labels = {
+            **labels,
             **first_labels(chosen),
             BASE: str(base.id),
             AT: BASE_ID,

@@ -44,6 +44,8 @@ BASE = "onlap.io/base"
 AT = "onlap.io/at"
 # Of tops: what the workspace was made from: str() of a Source.
 SOURCE = "onlap.io/source"
+# Of tops: what a command may write, as "bytes inodes" (onlap.workspaces.limits).
+LIMITS = "onlap.io/limits"
 # Of tops and nodes: the command that made the changes, as a JSON list.
 COMMAND = "onlap.io/command"
 # Of nodes: how often layers were merged into it; what it changed, as "inodes bytes", if the layer holds more than that.

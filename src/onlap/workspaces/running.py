@@ -13,6 +13,7 @@ from onlap.catalog.records import Record
 from onlap.errors import shown
 from onlap.snapshots.running import Done, checked_command, run
 from onlap.trees.compare import Change
+from onlap.workspaces import limits
 from onlap.workspaces.records import Checkpoint, Source, workspace_of
 
 if TYPE_CHECKING:
@@ -77,11 +78,20 @@ class Task(NamedTuple):
 
 def execute(site: Site, top: Record, isolation: str, task: Task, mounting: Mounting | None) -> Done:
     """Run a command in a top, which may be mounted here already."""
+    limited = limits.parse(top)
+    if limited is not None and (isolation == "runtime" or mounting is not None):
+        raise errors.Unimplemented(
+            f"the limits of workspace {shown(workspace_of(top.name))} hold neither in a container nor under a mount",
+            key=workspace_of(top.name),
+            hint="choose another isolation, and end the block that mounted it",
+        )
     if isolation == "runtime":
         return _in_container(site, top, task, mounting)
     with contextlib.ExitStack() as stack:
         mounted = None
-        if mounting is not None:
+        if limited is not None:
+            mounted = stack.enter_context(limits.enforced(site.snapshotter, top, limited))
+        elif mounting is not None:
             stack.enter_context(errors.translated("open the tree", key=mounting.path))
             mounted = stack.enter_context(mounting.opened())
         return run(
