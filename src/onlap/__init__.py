@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from onlap._version import __version__
 
 if TYPE_CHECKING:
+    from onlap import aio as aio
     from onlap.check.backups.restore import restore
     from onlap.check.backups.summary import Backup
     from onlap.check.findings import Finding, Report
@@ -141,11 +142,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name == "aio":
+        return import_module("onlap.aio")
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'onlap' has no attribute {name!r}")
-    from importlib import import_module
-
     value = getattr(import_module(module), name)
     globals()[name] = value
     return value

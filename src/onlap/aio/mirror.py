@@ -1,9 +1,11 @@
 """How a method of a class is mirrored for asyncio: its arguments and result, with exact types, in one line.
 
->>> class Store(Mirror[onlap.Store]):
-...     stat = call(onlap.Store.stat)      # Info = await store.stat(key)
-...     walk = steps(onlap.Store.walk)     # async for info in store.walk()
-...     build = block(onlap.Store.build)   # async with store.build(name) as tree
+::
+
+    class Store(Mirror[onlap.Store]):
+        stat = call(onlap.Store.stat)      # info = await store.stat(key)
+        walk = steps(onlap.Store.walk)     # async for info in store.walk()
+        build = block(onlap.Store.build)   # async with store.build(name) as tree
 """
 
 from __future__ import annotations
