@@ -180,10 +180,15 @@ def of_workspace(snapshotter: RecordedSnapshotter, top: Record) -> list[Record]:
     return sorted((r for r in found.values() if FORGOTTEN not in r.labels), key=lambda record: record.id)
 
 
-def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record]) -> dict[str, str]:
+def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record], *, everywhere: bool = False) -> dict[str, str]:
     """Take checkpoints out of the history; what came after them is then after what came before them.
 
-    Those that a workspace stands on stay: its tree would not be that of any checkpoint in its history.
+    Those that a workspace stands on stay.
+
+    Args:
+        snapshotter: of the workspaces.
+        records: of the checkpoints.
+        everywhere: take these out, too. A tree that lies on one then counts as changed.
 
     Returns:
         The ids of these, and for each one such workspace.
@@ -202,7 +207,7 @@ def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record]) -> dict[
                 continue
             followers = rows.all_where(connection, OWNER, Condition(HAS_LABEL, (AT, identifier)))
             standing = [workspace_of(follower.name) for follower in followers if is_top(follower)]
-            if standing:
+            if standing and not everywhere:
                 stay[identifier] = min(standing)
                 continue
             for follower in followers:

@@ -309,7 +309,7 @@ class Workspace:
                 if not freeze or self._mounting is not None:
                     raise
                 record = freezing.checkpoint(snapshotter, self._top(), names)
-            cancellation.made(partial(nodes.forget, snapshotter, [record]))
+            cancellation.made(partial(nodes.forget, snapshotter, [record], everywhere=True))
             self._site.durability.begin()
         if durable and UNSYNCED in record.labels:
             self._site.durability.wait()
