@@ -25,6 +25,13 @@ _to_close: set[int] = set()
 _things: weakref.WeakSet[Closeable] = weakref.WeakSet()
 
 
+class _Restarted(Protocol):
+    def after_fork(self) -> None: ...
+
+
+_to_restart: weakref.WeakSet[_Restarted] = weakref.WeakSet()
+
+
 def unless_forked(action: Callable[P, object]) -> Callable[P, None]:
     """``action`` for this process; in a child that is forked later, it does nothing.
 
@@ -59,6 +66,11 @@ def close_in_children(thing: Closeable) -> None:
     _things.add(thing)
 
 
+def restarted_in_children(thing: _Restarted) -> None:
+    """Call ``after_fork`` of a thing that has a thread, in each forked child: the thread stays with the parent."""
+    _to_restart.add(thing)
+
+
 def python(*arguments: str) -> list[str]:
     """A command that runs Python with :func:`environment`, without site-packages, which cost half its startup time."""
     return [sys.executable, "-S", "-P", *arguments]
@@ -77,6 +89,8 @@ def _after_fork_in_child() -> None:
     for thing in list(_things):
         thing.close()
     _things.clear()
+    for each in list(_to_restart):
+        each.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -118,20 +118,23 @@ def _check_active(root: str, tree: str) -> None:
 
 
 @contextlib.contextmanager
-def changing(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[None]:
+def changing(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[Record]:
     """Lock an active snapshot's tree in order to commit it or to write into its directory.
+
+    Yields:
+        The record as it is now.
 
     Raises:
         Busy: it is mounted read-write; or another program writes to it for longer than the store's timeout.
         NotFound: it was removed or committed meanwhile.
     """
     with _locked(snapshotter, record, shared=False):
-        _reread(snapshotter, record)
+        now = _reread(snapshotter, record)
         found = _mounts_of(snapshotter, record, writable=True)
         if found:
             hint = "unmount it first; programs with open files there would continue to write into the layer"
             raise _busy(record, "is mounted read-write", found, hint)
-        yield
+        yield now
 
 
 @contextlib.contextmanager

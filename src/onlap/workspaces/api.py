@@ -223,5 +223,6 @@ class Workspaces(Mapping[str, Workspace]):
         return nodes.collect(self._site.snapshotter, nodes.newest_captures(self._site.snapshotter))
 
     def close(self) -> None:
-        """Wait until all checkpoints are durable."""
+        """Wait until all checkpoints are durable, and what was mounted has ended."""
+        self._site.endings.wait()
         self._site.durability.finish()

@@ -64,9 +64,9 @@ def advance(snapshotter: RecordedSnapshotter, top: Record, names: Mapping[str, s
         OnlapError: an error of the filesystem.
     """
     identifier = os.urandom(6).hex()
-    node = {**node_labels(top.labels), **(names or {}), UNSYNCED: boot_id()}
-    labels = next_labels(top.labels, identifier)
-    with exclusion.changing(snapshotter, top):
+    with exclusion.changing(snapshotter, top) as top:
+        node = {**node_labels(top.labels), **(names or {}), UNSYNCED: boot_id()}
+        labels = next_labels(top.labels, identifier)
         merged = _absorbed(snapshotter, top)
         if not merged:
             return _commit(snapshotter, top, identifier, node, labels)
@@ -96,24 +96,28 @@ def _absorbed(snapshotter: RecordedSnapshotter, top: Record) -> list[Record]:
     """The checkpoints below a top that its own is to be merged with, uppermost first."""
     if not isinstance(snapshotter, OverlaySnapshotter) or snapshotter.properties.redirect_dir:
         return []  # a copy has no layers below; and redirects lead from one layer into another
-    found: list[Record] = []
-    level = 0
-    while len(alike := _alike(snapshotter, found[-1] if found else top, level)) == _BASE - 1:
-        found += alike
-        level += 1
-    return found
+
+    def query(connection: Connection) -> list[Record]:
+        found: list[Record] = []
+        level = 0
+        while len(alike := _alike(connection, found[-1] if found else top, level)) == _BASE - 1:
+            found += alike
+            level += 1
+        return found
+
+    return snapshotter.catalog.database.read(query)
 
 
-def _alike(snapshotter: RecordedSnapshotter, above: Record, level: int) -> list[Record]:
+def _alike(connection: Connection, above: Record, level: int) -> list[Record]:
     """The next checkpoints below that have a level, as many as are merged at most."""
     found: list[Record] = []
-    record: Record | None = above
+    record = above
     while len(found) < _BASE - 1:
-        assert record is not None
-        record = snapshotter.parent(record)
-        if record is None or node_id(record) == BASE_ID or _level(record) != level:
+        below = rows.by_id(connection, record.parent_id) if record.parent_id is not None else None
+        if below is None or node_id(below) == BASE_ID or _level(below) != level:
             break
-        found.append(record)
+        found.append(below)
+        record = below
     return found
 
 
@@ -203,11 +207,10 @@ def reset(snapshotter: RecordedSnapshotter, top: Record, onto: Record) -> Record
         OnlapError: an error of the filesystem.
     """
     catalog = snapshotter.catalog
-    labels = next_labels(top.labels, node_id(onto))
-    with exclusion.removing(snapshotter, top), snapshotter.staged(top.name, ACTIVE, onto, labels) as staged:
+    with exclusion.removing(snapshotter, top), snapshotter.staged(top.name, ACTIVE, onto, top.labels) as staged:
 
         def operation(connection: Connection) -> list[Record]:
-            _delete(connection, top)
+            labels = next_labels(_delete(connection, top), node_id(onto))
             _check_kept(connection, onto)
             return [catalog.insert(connection, OWNER, New(top.name, ACTIVE, onto, labels, staged))]
 
@@ -260,8 +263,10 @@ def _check_kept(connection: Connection, onto: Record) -> None:
         raise rows.not_found(onto.name)
 
 
-def _delete(connection: Connection, record: Record) -> None:
+def _delete(connection: Connection, record: Record) -> Mapping[str, str]:
+    """Delete the record of a top; returns the labels that it had."""
     now = rows.by_id(connection, record.id)
     if now is None or now.name != record.name or now.kind != record.kind:
         raise rows.not_found(record.name)
     rows.delete(connection, record.id)
+    return now.labels

@@ -12,8 +12,11 @@ from onlap.catalog.helper import Helper, Job, nothing
 from onlap.catalog.log import warn
 from onlap.catalog.records import HAS_LABEL, Condition
 from onlap.errors import shown
+from onlap.forks import restarted_in_children
 from onlap.workspaces.records import OWNER, UNSYNCED, node_id
 
+# Seconds that a checkpoint waits for others, to be written with them. Each write competes with what is done meanwhile.
+_TOGETHER = 0.1
 # What UNSYNCED says after a failed sync: nobody knows what the disk lacks.
 _FAILED = "failed"
 
@@ -32,7 +35,8 @@ class Durability:
     def __init__(self, catalog: Catalog, *, volatile: bool) -> None:
         self._catalog = catalog
         self._volatile = volatile
-        self._helper = Helper(self._serve)
+        self.after_fork()
+        restarted_in_children(self)
         found = catalog.database.read(lambda c: rows.labelled(c, OWNER, UNSYNCED))
         boot = boot_id() if found else ""
         self.suspect = frozenset(identifier for identifier, value in found.items() if value != boot)
@@ -42,6 +46,7 @@ class Durability:
     def after_fork(self) -> None:
         """In a forked child: the thread stayed with the parent."""
         self._helper = Helper(self._serve)
+        self._due = False
 
     def check_possible(self) -> None:
         """Raise FailedPrecondition in a volatile root."""
@@ -53,9 +58,11 @@ class Durability:
             )
 
     def begin(self) -> None:
-        """Write what is there now, in the background."""
-        if not self._volatile:
-            self._helper.put(Job(nothing))
+        """Write what is there now, in the background and soon."""
+        # The thread ends its wait for more before it looks what there is to write.
+        if not self._volatile and not self._due:
+            self._due = True
+            self._helper.put(_Later(nothing))
 
     def wait(self) -> None:
         """Return when all checkpoints made so far are durable.
@@ -87,8 +94,11 @@ class Durability:
                 hint="go back to a checkpoint before it; see: onlap ws log",
             )
 
-    def _serve(self, first: Job[object], _in_caller: bool) -> None:
+    def _serve(self, first: Job[object], in_caller: bool) -> None:
         jobs = [first, *self._helper.waiting()]
+        if not in_caller and all(isinstance(job, _Later) for job in jobs):
+            jobs += self._helper.await_more(_TOGETHER)
+        self._due = False
         try:
             self._write()
         except errors.OnlapError as error:
@@ -120,3 +130,9 @@ class Durability:
         self._catalog.database.write(operation)
         for identifier in ids:
             self._catalog.sidecars.changed(identifier)
+
+
+class _Later(Job[None]):
+    """A job that nobody waits for."""
+
+    __slots__ = ()

@@ -20,6 +20,7 @@ from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.files import mount_id
 from onlap.syscalls.mount import open_tree
+from onlap.workspaces.endings import Endings, another_mount
 
 # Seconds to wait at the end for processes that still use the tree, as onlap.mounted does.
 _LEAVING = 5.0
@@ -33,6 +34,7 @@ class Mounting:
 
     Args:
         snapshotter: of the workspaces.
+        endings: of the store.
         key: of the top.
         at: an existing directory; by default one below the root.
 
@@ -40,8 +42,9 @@ class Mounting:
         path: of the tree.
     """
 
-    def __init__(self, snapshotter: RecordedSnapshotter, key: str, at: StrPath | None) -> None:
+    def __init__(self, snapshotter: RecordedSnapshotter, endings: Endings, key: str, at: StrPath | None) -> None:
         self._snapshotter = snapshotter
+        self._endings = endings
         self._key = key
         self._at = os.path.realpath(check_path(at, "mount point")) if at is not None else None
         self._stack = ExitStack()
@@ -50,6 +53,8 @@ class Mounting:
         self._release: Callable[[], None] = lambda: None
         self._fixed = True
         self._shown = False
+        # The upper layer of the last overlay that was mounted here.
+        self._upper: str | None = None
         self.path = ""
 
     def __enter__(self) -> Mounting:
@@ -76,6 +81,10 @@ class Mounting:
         hidden = self._at is None
         with ExitStack() as stack:
             plan = stack.enter_context(exclusion.mounting(self._snapshotter, record, hidden=hidden))
+            if self._upper is not None and self._upper in (plan[0].upper, *plan[0].lowers):
+                # An upper layer must not be in two overlays at the same time.
+                self._endings.wait()
+            self._upper = plan[0].upper
             if self._at is not None:
                 stack.enter_context(temporary.mounted(plan, self._at))
                 self.path = self._at
@@ -126,14 +135,19 @@ class Mounting:
                 key=self.path,
                 hint="end the block that mounted the workspace first, or use an overlay root",
             )
+        last: int | None = None
         try:
             if self._at is not None:
+                last = another_mount(self._at)
                 unmount(self._at, timeout=wait)
             else:
                 self._await_nobody(wait)
         except errors.Busy as error:
             error.hint = "end these processes, or wait for them (wait=SECONDS)"
             raise
+        finally:
+            if last is not None:
+                self._endings.postpone(last)
         self._shown = False
         self._mount.close()
 
@@ -149,6 +163,7 @@ class Mounting:
 
     def _close(self) -> None:
         with ExitStack() as stack:
+            stack.callback(self._endings.wait)
             stack.callback(self._mount.close)
             if self._fd >= 0:
                 stack.callback(self._release)

@@ -87,6 +87,16 @@ def find(snapshotter: RecordedSnapshotter, top: Record, reference: Checkpoint | 
     )
 
 
+def below(snapshotter: RecordedSnapshotter, top: Record) -> Record:
+    """The snapshot of the checkpoint that a workspace stands on.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    at = top.labels[AT]
+    return base_of(snapshotter, top) if at == BASE_ID else snapshotter.record(node_name(at))
+
+
 def check_unused(snapshotter: RecordedSnapshotter, top: Record, name: str) -> None:
     """Raise AlreadyExists if a workspace has a checkpoint of this name."""
     try:

@@ -13,6 +13,7 @@ from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
 from onlap.workspaces import nodes
 from onlap.workspaces.durability import Durability
+from onlap.workspaces.endings import Endings
 from onlap.workspaces.records import AT, OWNER, SOURCE, not_found, parse_source, top_key, workspace_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Site:
         store: the snapshotter of the store.
         snapshotter: of the workspaces: the same root, another owner.
         durability: writes checkpoints to the disk.
+        endings: what was mounted, and is about to end.
     """
 
     def __init__(self, snapshotter: RecordedSnapshotter, images: Callable[[], Images]) -> None:
@@ -39,6 +41,7 @@ class Site:
         self.store = snapshotter
         self.snapshotter = snapshotter.for_owner(OWNER)
         self.durability = Durability(snapshotter.catalog, volatile=snapshotter.volatile)
+        self.endings = Endings()
 
     def top(self, name: str) -> Record:
         """The top of a workspace; NotFound if there is none."""

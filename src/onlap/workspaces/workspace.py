@@ -110,7 +110,7 @@ class Workspace:
     def at(self) -> Checkpoint:
         """The checkpoint that it stands on."""
         top = self._top()
-        return self._describe(nodes.find(self._site.snapshotter, top, top.labels[AT]))
+        return self._describe(nodes.below(self._site.snapshotter, top), top)
 
     @property
     def is_changed(self) -> bool:
@@ -161,7 +161,7 @@ class Workspace:
             )
         from onlap.mounts.paths import tree_path
 
-        with Mounting(self._site.snapshotter, top_key(self.name), at) as mounting:
+        with Mounting(self._site.snapshotter, self._site.endings, top_key(self.name), at) as mounting:
             self._mounting = mounting
             try:
                 yield tree_path(mounting.path)
@@ -299,6 +299,7 @@ class Workspace:
         if record is not None:
             if name is not None:
                 record = nodes.give_name(snapshotter, top, record, name)
+                top = self._top()  # a name of the base is a label of it
         else:
             if name is not None:
                 nodes.check_unused(snapshotter, top, name)
@@ -314,11 +315,11 @@ class Workspace:
         if durable and UNSYNCED in record.labels:
             self._site.durability.wait()
             record = snapshotter.record(record.name)
-        return self._describe(record)
+        return self._describe(record, top)
 
     def _kept(self, top: Record) -> Record | None:
         """The checkpoint that has the present state; None if something was written since."""
-        return nodes.find(self._site.snapshotter, top, top.labels[AT]) if self._site.is_unchanged(top) else None
+        return nodes.below(self._site.snapshotter, top) if self._site.is_unchanged(top) else None
 
     def rollback(self, to: Checkpoint | str | None = None, *, wait: float = 0.0) -> Checkpoint:
         """Go back to a checkpoint; what was written since the last one is discarded, all checkpoints stay.
@@ -337,15 +338,16 @@ class Workspace:
             OnlapError: of another kind, for an error of the filesystem or the catalog.
         """
         snapshotter = self._site.snapshotter
-        onto = self._find(to)
+        top = self._top()
+        onto = self._find(to, top)
         self._replacing(wait, lambda now: chains.reset(snapshotter, now, onto))
-        return self._describe(onto)
+        return self._describe(onto, top)
 
-    def _find(self, reference: Checkpoint | str | None) -> Record:
+    def _find(self, reference: Checkpoint | str | None, top: Record | None = None) -> Record:
         """The snapshot of a checkpoint, by default of the last one."""
         snapshotter = self._site.snapshotter
-        top = self._top()
-        record = nodes.find(snapshotter, top, top.labels[AT] if reference is None else reference)
+        top = top or self._top()
+        record = nodes.below(snapshotter, top) if reference is None else nodes.find(snapshotter, top, reference)
         self._site.check_durable(record, self.name)
         return record
 
