@@ -112,6 +112,12 @@ class Run:
         self._new("layer", lambda path: os.symlink(layer, path))
         self._new("at", lambda path: os.symlink(target, path))
 
+    def mounts_instead(self, layer: str) -> None:
+        """Record, in advance, that another layer is being mounted at the same place."""
+        self._new("layer.new", lambda path: os.symlink(layer, path))
+        with errors.translated("note what is mounted", key=self.directory):
+            os.rename(f"{self.directory}/layer.new", f"{self.directory}/layer")
+
     def writes(self, path: str) -> None:
         """Record, in advance, that a file or directory is being written elsewhere, to be renamed in the end."""
         with contextlib.suppress(OSError):  # an export from a full disk has to work

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 
 from onlap import errors
 from onlap.arguments import StrPath, check_path
-from onlap.catalog.runs import begin
+from onlap.catalog.runs import Run, begin
 from onlap.errors import shown
-from onlap.forks import closed_in_children
+from onlap.forks import closed_in_children, unless_forked
 from onlap.mounts import temporary
 from onlap.mounts.holders import holders_of_mount
 from onlap.mounts.unmount import await_nobody, unmount
@@ -49,6 +49,7 @@ class Mounting:
         self._at = os.path.realpath(check_path(at, "mount point")) if at is not None else None
         self._stack = ExitStack()
         self._mount = ExitStack()
+        self._run: Run | None = None
         self._fd = -1
         self._release: Callable[[], None] = lambda: None
         self._fixed = True
@@ -65,9 +66,9 @@ class Mounting:
                 if self._at is None:
                     self._at = run.tree()
                 else:
-                    record = self._snapshotter.record(self._key)
-                    run.mounts_at(self._at, self._snapshotter.catalog.layout.tree(record.id))
-            self._stack.callback(self._close)
+                    run.mounts_at(self._at, self._snapshotter.root)
+                    self._run = run
+            self._stack.callback(unless_forked(self._close))
             self.attach()
             on_error.pop_all()
         return self
@@ -79,6 +80,8 @@ class Mounting:
         """Mount the top that the workspace has now."""
         record = self._snapshotter.record(self._key)
         hidden = self._at is None
+        if self._run is not None:
+            self._run.mounts_instead(self._snapshotter.catalog.layout.tree(record.id))
         with ExitStack() as stack:
             plan = stack.enter_context(exclusion.mounting(self._snapshotter, record, hidden=hidden))
             if self._upper is not None and self._upper in (plan[0].upper, *plan[0].lowers):

@@ -14,6 +14,7 @@ from onlap.boundary import public_class
 from onlap.catalog.records import Record
 from onlap.catalog.runs import Run
 from onlap.errors import shown
+from onlap.forks import unless_forked
 from onlap.mounts.unmount import attempts
 from onlap.snapshots.directories import check_outside
 from onlap.snapshots.recorded import Pair
@@ -68,11 +69,15 @@ class Workspace:
         self.name = name
         self._run = run
         self._mounting: Mounting | None = None
+        self._end = unless_forked(self._remove_unnamed)
 
     def __enter__(self) -> Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _remove_unnamed(self) -> None:
         if self._run is not None:
             try:
                 self.remove()
