@@ -139,7 +139,9 @@ $(STAMP): pyproject.toml
 		echo "Making $(VENV) with $$py"; "$$py" -m venv --clear $(VENV) || exit 1; \
 	fi; \
 	echo 'Installing Onlap and its tools into $(VENV)'; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,containerd]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,containerd,examples]' && \
+	: 'Its own dependencies are clients of language models, which the tests of examples/ do not need.' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'mini-swe-agent>=2.4,<3'
 	@touch $@
 
 # What only "docs" and "dist" need.
