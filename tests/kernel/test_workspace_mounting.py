@@ -105,3 +105,33 @@ while not all(each.durable for each in ws.log()):
     time.sleep(0.01)
 """
     output(PRELUDE + code, root)
+
+
+def test_removing_a_fork_takes_what_only_it_kept(root: Path) -> None:
+    code = """
+def count():
+    return len(os.listdir(sys.argv[1] + "/snapshots"))
+
+def write(ws, text):
+    with ws.mounted() as tree:
+        (tree / "f").write_text(text)
+    return ws.checkpoint()
+
+alone = count()
+write(ws, "1")
+one, two = ws.forks(2)
+write(two, "2")
+full = count()
+one.remove()
+assert count() == full - 1
+one = ws.fork("one")
+ws.remove()
+assert count() == full - 1, "the forks stand on its checkpoint"
+two.remove()
+assert count() == full - 3, "the checkpoint of this fork went with it"
+write(one, "3")
+one.rollback("base")
+one.remove()
+assert count() == alone - 1
+"""
+    output(PRELUDE + code, root)

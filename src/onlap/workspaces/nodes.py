@@ -35,6 +35,7 @@ from onlap.workspaces.records import (
     node_id,
     node_name,
     parse_command,
+    top_key,
     workspace_of,
 )
 
@@ -242,6 +243,22 @@ def newest_captures(snapshotter: RecordedSnapshotter) -> Callable[[Record], bool
     return lambda record: (
         is_capture(record) and newest.get(record.labels[DIRECTORY]) == record.id and record.created_ns > since
     )
+
+
+def are_left(snapshotter: RecordedSnapshotter, top: Record) -> bool:
+    """Whether :func:`collect` may find something after a top was removed; it looks at everything, and this does not."""
+    made = snapshotter.catalog.walk(OWNER, Condition(HAS_LABEL, (LINE, top.labels[LINE])))
+    if any(map(is_node, made)):
+        return True
+    if top.labels[AT] == BASE_ID:
+        return False
+    try:
+        at = below(snapshotter, top)
+        other = snapshotter.record(top_key(at.labels[WORKSPACE]))
+    except errors.NotFound:
+        return True
+    # If the workspace that made that checkpoint is still there, it keeps it, and all before.
+    return FORGOTTEN in at.labels or other.labels[LINE] != at.labels[LINE]
 
 
 def collect(snapshotter: RecordedSnapshotter, used: Callable[[Record], bool] = is_capture) -> int:

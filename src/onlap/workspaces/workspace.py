@@ -581,5 +581,7 @@ class Workspace:
             NotFound: it is gone already.
             Busy: a process uses its tree; ``.holders`` says who.
         """
-        self._site.snapshotter.remove(self._top().name)
-        nodes.collect(self._site.snapshotter)
+        top = self._top()
+        self._site.snapshotter.remove(top.name)
+        if nodes.are_left(self._site.snapshotter, top):
+            nodes.collect(self._site.snapshotter)
