@@ -44,6 +44,8 @@ BASE = "onlap.io/base"
 AT = "onlap.io/at"
 # Of tops: what the workspace was made from: str() of a Source.
 SOURCE = "onlap.io/source"
+# Of tops: the checkpoints that were merged into a directory, the latest ones, with spaces between.
+MERGED = "onlap.io/merged"
 # Of tops: what a command may write, as "bytes inodes" (onlap.workspaces.limits).
 LIMITS = "onlap.io/limits"
 # Of tops and nodes: the command that made the changes, as a JSON list.

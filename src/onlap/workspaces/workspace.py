@@ -16,10 +16,9 @@ from onlap.catalog.runs import Run
 from onlap.errors import shown
 from onlap.forks import unless_forked
 from onlap.mounts.unmount import attempts
-from onlap.snapshots.directories import check_outside
 from onlap.snapshots.recorded import Pair
-from onlap.trees.compare import Change, Since
-from onlap.workspaces import chains, freezing, nodes
+from onlap.trees.compare import Change
+from onlap.workspaces import chains, freezing, merging, nodes
 from onlap.workspaces.mounting import Mounting
 from onlap.workspaces.records import (
     AT,
@@ -525,42 +524,34 @@ class Workspace:
             Busy: another merge into it is being done.
             OnlapError: of another kind, for an error of the filesystem.
         """
-        with self._merging(target) as (path, before, after, since):
-            from onlap.workspaces.merge.plan import plan
+        top = self._top()
+        with merging.planning(self._site, top, top, self._target(top, target)) as planned:
+            return planned(select)
 
-            return plan(before, after, self._site.snapshotter.markers, path, select=select, since=since)
-
-    def merge(self, target: StrPath | None = None, *, select: Sequence[str] = ()) -> Merged:
+    def merge(self, target: StrPath | None = None, *, select: Sequence[str] = (), wait: float = 0.0) -> Merged:
         """Bring the changes since the base back into a directory: all that are selected, or none.
 
-        Where the directory has changed what the workspace changed too, nothing is done. Nothing outside the directory
-        is touched. If this process is killed, the next plan or merge for the directory undoes or finishes the merge.
+        The present state becomes a checkpoint first. Where the directory has changed what the workspace changed too,
+        nothing is done; what it has from an earlier merge of the workspace is no such change. Nothing outside the
+        directory is touched. If this process is killed, the next plan or merge for the directory undoes or finishes the
+        merge.
 
         Args:
             target: as for :meth:`merge_plan`.
             select: likewise.
+            wait: as for :meth:`checkpoint`.
 
         Raises:
             FailedPrecondition: there are conflicts, or somebody changed a file meanwhile; nothing was changed.
-            OnlapError: see :meth:`merge_plan`.
+            OnlapError: see :meth:`merge_plan` and :meth:`checkpoint`.
         """
-        with self._merging(target) as (path, before, after, since):
-            from onlap.workspaces.merge.apply import apply
-            from onlap.workspaces.merge.plan import plan
-
-            markers = self._site.snapshotter.markers
-            return apply(plan(before, after, markers, path, select=select, since=since), after, markers)
-
-    @contextlib.contextmanager
-    def _merging(self, target: StrPath | None) -> Iterator[tuple[str, list[str], list[str], Since]]:
+        state = self._find(self.checkpoint(wait=wait))
         top = self._top()
+        return merging.merge(self._site, top, state, self._target(top, target), select)
+
+    def _target(self, top: Record, target: StrPath | None) -> str:
         self._site.check_durable(top, self.name)
-        path = self._directory(top) if target is None else check_path(target, "directory to merge into")
-        snapshotter = self._site.snapshotter
-        check_outside(snapshotter, path)
-        pair = Pair(nodes.base_of(snapshotter, top), top)
-        with snapshotter.comparing(pair, "merge") as (before, after, since):
-            yield path, before, after, since
+        return self._directory(top) if target is None else check_path(target, "directory to merge into")
 
     def _directory(self, top: Record) -> str:
         source = parse_source(top.labels[SOURCE])

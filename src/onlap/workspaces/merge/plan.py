@@ -52,6 +52,7 @@ def plan(
     *,
     select: Sequence[str] = (),
     since: Since = (NEVER, NEVER),
+    merged: Sequence[Sequence[str]] = (),
 ) -> MergePlan:
     """Compare what a workspace changed with the directory that was captured; a merge that was killed is undone first.
 
@@ -65,6 +66,8 @@ def plan(
         select: globs of the paths to merge, see :func:`onlap.workspaces.merge.select.selected`; all without any. New
             directories that a selected path is in are included.
         since: see :func:`onlap.layers.diff.changes.stack_changes`.
+        merged: layers of each state of the workspace that was merged before. What the target has of such a state is
+            the workspace's own, and may be replaced.
 
     Raises:
         Busy: another merge into the directory is being done.
@@ -77,8 +80,16 @@ def plan(
         place = cleanup.enter_context(Target(target))
         new = cleanup.enter_context(Stack(after, markers))
         old = Paths(cleanup.enter_context(Stack(before, markers, beside=new)))
-        changes = _selected(_changes(before, after, markers, since, old), select)
-        found = _Comparison(place, old, Paths(new)).entries(changes)
+        own = [Paths(cleanup.enter_context(Stack(layers, markers, beside=new))) for layers in merged]
+        changes = _changes(before, after, markers, since, old)
+        reverted: dict[str, _Changed] = {}
+        for layers, state in zip(merged, own, strict=True):
+            since_then = _changes(layers, after, markers, since, state)
+            reverted |= {path: changed for path, changed in since_then.items() if path not in changes}
+        chosen = _selected({**reverted, **changes}, select)
+        comparison = _Comparison(place, old, Paths(new), own)
+        # Where the workspace has again what was captured, it only takes back what it had merged.
+        found = [e for e in comparison.entries(chosen) if e.path in changes or e.state == APPLY]
         return MergePlan(place.path, place.status.st_ino, tuple(found))
 
 
@@ -137,12 +148,14 @@ class _Comparison:
         target: the directory.
         old: what was captured.
         new: what the workspace has.
+        merged: states of the workspace that were merged before.
     """
 
-    def __init__(self, target: Target, old: Paths, new: Paths) -> None:
+    def __init__(self, target: Target, old: Paths, new: Paths, merged: Sequence[Paths]) -> None:
         self._target = target
         self._old = old
         self._new = new
+        self._merged = merged
         self._entries: dict[str, MergeEntry] = {}
 
     def entries(self, changes: Sequence[_Changed]) -> list[MergeEntry]:
@@ -181,7 +194,8 @@ class _Comparison:
         if seen is None:
             if now is None:
                 return MergeEntry(path, change, SAME)
-            return MergeEntry(path, change, *((APPLY, "") if was is None else (CONFLICT, _REMOVED)))
+            unknown = was is not None and all(state.meta(path) is not None for state in self._merged)
+            return MergeEntry(path, change, *((CONFLICT, _REMOVED) if unknown else (APPLY, "")))
         same = now is not None and alike(seen.meta, now)
         captured = was is not None and alike(seen.meta, was)
         if stat.S_ISREG(seen.meta.mode) and (same or captured):
@@ -192,7 +206,22 @@ class _Comparison:
             return MergeEntry(path, change, SAME, "", seen)
         if captured:
             return MergeEntry(path, change, APPLY, "", seen)
+        for state in self._merged:
+            own = self._as_merged(state, path, seen)
+            if own is not None:
+                return MergeEntry(path, change, APPLY, "", own)
         return MergeEntry(path, change, CONFLICT, _APPEARED if was is None else _CHANGED, seen)
+
+    def _as_merged(self, state: Paths, path: str, seen: Seen) -> Seen | None:
+        """What the target has, if that is what a merge of a state wrote there."""
+        meta = state.meta(path)
+        if meta is None or not alike(seen.meta, as_written(meta)):
+            return None
+        if stat.S_ISREG(seen.meta.mode):
+            seen = seen._replace(digest=seen.digest or self._target.digest(path, seen))
+            if seen.digest != self._digest(state, path):
+                return None
+        return seen
 
     def _is_captured(self, path: str, seen: Seen) -> bool:
         """Whether the target still has the content of a file that was captured."""
@@ -204,7 +233,11 @@ class _Comparison:
         return self._target.digest(path, seen, _index_digest) == self._digest(self._old, path, _index_digest)
 
     def _digest(self, stack: Paths, path: str, of: Callable[[int], bytes] = digest) -> bytes:
-        fd = stack.data(path)
+        """The digest of a regular file; empty if the state has none there."""
+        try:
+            fd = stack.data(path)
+        except FileNotFoundError:
+            return b""
         try:
             return of(fd)
         finally:
