@@ -90,6 +90,11 @@ class Run:
         self._held.release()
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it belongs to this process, which is not a forked child, and has not ended."""
+        return self._held.fd >= 0
+
+    @property
     def labels(self) -> dict[str, str]:
         """The labels of a snapshot that ends with the run."""
         return {LABEL: self.id}

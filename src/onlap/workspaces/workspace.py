@@ -14,7 +14,6 @@ from onlap.boundary import public_class
 from onlap.catalog.records import Record
 from onlap.catalog.runs import Run
 from onlap.errors import shown
-from onlap.forks import unless_forked
 from onlap.mounts.unmount import attempts
 from onlap.snapshots.recorded import Pair
 from onlap.trees.compare import Change
@@ -68,16 +67,12 @@ class Workspace:
         self.name = name
         self._run = run
         self._mounting: Mounting | None = None
-        self._end = unless_forked(self._remove_unnamed)
 
     def __enter__(self) -> Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _remove_unnamed(self) -> None:
-        if self._run is not None:
+        if self._run is not None and self._run.is_ours:
             try:
                 self.remove()
             finally:
