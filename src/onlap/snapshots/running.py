@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from onlap import cancellation, errors
@@ -65,6 +65,21 @@ class Options(TypedDict, total=False):
     input: bytes | None
 
 
+class Foreground(NamedTuple):
+    """How a command runs in the foreground of its caller's terminal, as one of the command line.
+
+    Attributes:
+        stdio: its standard streams.
+        open_files: its limits of open files, see :func:`started`.
+        attend: starts it by entering :func:`started`, and waits for its end; gets the seconds after which to kill it,
+            and returns its status, and whether it was killed.
+    """
+
+    stdio: tuple[int, int, int]
+    open_files: tuple[int, int] | None
+    attend: Callable[[contextlib.AbstractContextManager[Running], float | None], tuple[int, bool]]
+
+
 @public
 def run(
     snapshotter: RecordedSnapshotter,
@@ -78,6 +93,7 @@ def run(
     chroot: bool = False,
     input: bytes | None = None,
     mounted: int | None = None,
+    foreground: Foreground | None = None,
 ) -> Done:
     """Run a command in the tree of a snapshot, and wait for it.
 
@@ -104,6 +120,7 @@ def run(
             directories, a ``/proc`` and a ``/dev`` of its own.
         input: what it reads; by default nothing.
         mounted: a descriptor of the tree, if the caller has mounted it, and holds the locks for that.
+        foreground: run it in the foreground; then nothing is captured, and ``input`` is not read.
 
     Raises:
         NotFound: there is no such snapshot, command or directory; ``.key`` says which.
@@ -133,12 +150,17 @@ def run(
             key,
             command,
             env=environment,
-            stdio=streams.theirs,
+            stdio=streams.theirs if foreground is None else foreground.stdio,
             cwd=cwd or "",
             chroot=chroot,
+            terminal=foreground is not None,
+            open_files=None if foreground is None else foreground.open_files,
             mounted=mounted,
         )
         try:
+            if foreground is not None:
+                status, timed_out = foreground.attend(starting, timeout)
+                return Done(tuple(command), status, timed_out=timed_out)
             program = stack.enter_context(starting)
         except CannotRun as error:
             raise error.as_onlap_error() from error

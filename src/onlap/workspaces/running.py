@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -11,7 +12,7 @@ from onlap import errors
 from onlap.arguments import StrPath, check_path
 from onlap.catalog.records import Record
 from onlap.errors import shown
-from onlap.snapshots.running import Done, checked_command, run
+from onlap.snapshots.running import CannotRun, Done, Foreground, checked_command, run
 from onlap.trees.compare import Change
 from onlap.workspaces import limits
 from onlap.workspaces.records import Checkpoint, Source, workspace_of
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 Isolation = Literal["none", "namespace", "runtime"]
 
-_CHOICES = ("none", "namespace", "runtime")
+_CHOICES: tuple[Isolation, ...] = ("none", "namespace", "runtime")
 
 
 class Ran(NamedTuple):
@@ -47,7 +48,7 @@ class Ran(NamedTuple):
     changes: tuple[Change, ...]
 
 
-def chosen_isolation(isolation: str | None, source: Source) -> str:
+def chosen_isolation(isolation: str | None, source: Source) -> Isolation:
     """How a command is isolated, if the caller does not say: an image is a whole system, a directory is a project.
 
     Raises:
@@ -55,9 +56,10 @@ def chosen_isolation(isolation: str | None, source: Source) -> str:
     """
     if isolation is None:
         return "runtime" if source.kind == "image" else "none"
-    if isolation not in _CHOICES:
-        raise errors.InvalidArgument(f"there is no isolation {shown(isolation)}", hint=", ".join(_CHOICES))
-    return isolation
+    for choice in _CHOICES:
+        if choice == isolation:
+            return choice
+    raise errors.InvalidArgument(f"there is no isolation {shown(isolation)}", hint=", ".join(_CHOICES))
 
 
 class Task(NamedTuple):
@@ -65,15 +67,17 @@ class Task(NamedTuple):
 
     Attributes:
         added: variables in addition to its environment.
+        foreground: run it in the foreground; see :func:`onlap.snapshots.running.run`.
     """
 
     argv: Sequence[str]
     cwd: StrPath | None
     env: Mapping[str, str] | None
-    added: Mapping[str, str]
     timeout: float | None
-    capture: bool
-    input: bytes | None
+    capture: bool = False
+    input: bytes | None = None
+    added: Mapping[str, str] = {}
+    foreground: Foreground | None = None
 
 
 def execute(site: Site, top: Record, isolation: str, task: Task, mounting: Mounting | None) -> Done:
@@ -105,6 +109,7 @@ def execute(site: Site, top: Record, isolation: str, task: Task, mounting: Mount
             input=task.input,
             chroot=isolation == "namespace",
             mounted=mounted,
+            foreground=task.foreground,
         )
 
 
@@ -122,16 +127,28 @@ def _in_container(site: Site, top: Record, task: Task, mounting: Mounting | None
         )
     argv = checked_command(task.argv)
     directory = None if task.cwd is None else f"/{check_path(task.cwd, 'directory to work in').strip('/')}"
-    options = Options(command=tuple(argv), entrypoint=(), env={**(task.env or {}), **task.added}, workdir=directory)
+    in_front = task.foreground is not None
+    options = Options(
+        command=tuple(argv),
+        entrypoint=(),
+        env={**(task.env or {}), **task.added},
+        workdir=directory,
+        terminal=in_front and task.timeout is None and os.isatty(0) and os.isatty(1),
+    )
+    # In the foreground it gets this process's streams; but somebody has to look at the clock.
+    attended = None
+    if not in_front or task.timeout is not None:
+        attended = containers.Attended(task.capture, task.input, task.timeout)
     ended = containers.run(
         site.snapshotter,
         site.container_source(top),
         options,
-        attended=containers.Attended(task.capture, task.input, task.timeout),
+        attended=attended,
     )
     if ended.problem is not None:
         missing = ended.status == NO_COMMAND
+        cause = CannotRun(argv[0], errno.ENOENT if missing else errno.EACCES)
         raise (errors.NotFound if missing else errors.PermissionDenied)(
             f"cannot run {shown(argv[0])}: {ended.problem}", key=argv[0], hint="it is looked for in the workspace"
-        )
+        ) from cause
     return Done(tuple(argv), ended.status, ended.stdout, ended.stderr, ended.timed_out)

@@ -236,16 +236,18 @@ class Workspace:
             Unimplemented: no container runtime is installed.
             OnlapError: see :func:`onlap.snapshots.running.run` and :meth:`checkpoint`.
         """
+        return self._carry_out(isolation, Task(argv, cwd, env, timeout, capture, input))
+
+    def _carry_out(self, isolation: Isolation | None, task: Task) -> Ran:
+        task = task._replace(added={"ONLAP_WORKSPACE": self.name})
         top = self._top()
         how = chosen_isolation(isolation, parse_source(top.labels[SOURCE]))
         self._check_kept(top)
         before = self._fresh(top)
-        added = {"ONLAP_WORKSPACE": self.name}
-        task = Task(argv, cwd, env, added, timeout, capture, input)
         try:
             done = execute(self._site, self._top(), how, task, self._mounting)
         finally:
-            self._note_command(argv)
+            self._note_command(task.argv)
         changes = self._site.snapshotter.compare(Pair(before, self._top()))
         return Ran(*done, before=self._describe(before), changes=tuple(changes))
 

@@ -13,7 +13,7 @@ from onlap.cli import exits
 from onlap.cli.terminal.output import Output
 
 if TYPE_CHECKING:
-    from onlap.snapshots.running import CannotRun, Running
+    from onlap.snapshots.running import Running
 
 
 def command_or_shell(command: Sequence[str], *, chroot: bool = False) -> list[str]:
@@ -22,37 +22,36 @@ def command_or_shell(command: Sequence[str], *, chroot: bool = False) -> list[st
     return list(command) or ["/bin/sh" if chroot else os.environ.get("SHELL") or "/bin/sh"]
 
 
-def wait(out: Output, starting: contextlib.AbstractContextManager[Running], *, timeout: float | None = None) -> int:
+def attend(starting: contextlib.AbstractContextManager[Running], timeout: float | None = None) -> tuple[int, bool]:
     """Start a command, and wait for its end.
 
     Args:
-        out: for a warning when it is killed.
         starting: as :func:`onlap.snapshots.running.started`, with ``terminal``.
         timeout: seconds after which it is killed.
 
     Returns:
-        The exit status.
+        The exit status, and whether it was killed.
 
     Raises:
-        CannotRun: it cannot be executed; see :func:`cannot_run`.
+        CannotRun: it cannot be executed.
     """
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         running = stack.enter_context(starting)
         signals.pass_on_to(running)
         status = running.wait(timeout)
-        if status is None:
+        timed_out = status is None
+        if timed_out:
             running.kill()
             status = running.wait()
-            out.warn(f"the command was killed after {timeout:g} s")
         assert status is not None
-        return status
+        return status, timed_out
 
 
-def cannot_run(out: Output, error: CannotRun) -> int:
+def cannot_run(out: Output, error: errors.OnlapError) -> int:
     """Report that a command cannot be executed; the exit status, as of env(1)."""
-    out.error("Command", str(error))
-    return exits.NO_COMMAND if isinstance(error.as_onlap_error(), errors.NotFound) else exits.CANNOT_RUN
+    out.error("Command", error.message)
+    return exits.NO_COMMAND if isinstance(error, errors.NotFound) else exits.CANNOT_RUN
 
 
 class _Signals:

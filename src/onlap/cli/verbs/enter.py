@@ -26,7 +26,7 @@ def enter_arguments(parser: Parser) -> None:
 
 
 def enter(call: Call) -> int:
-    from onlap.cli.shared.foreground import cannot_run, command_or_shell, wait
+    from onlap.cli.shared.foreground import attend, cannot_run, command_or_shell
     from onlap.snapshots.running import CannotRun, started
 
     args = call.args
@@ -42,6 +42,6 @@ def enter(call: Call) -> int:
             open_files=process.open_files_before(),
         )
         try:
-            return wait(call.out, starting)
+            return attend(starting)[0]
         except CannotRun as error:
-            return cannot_run(call.out, error)
+            return cannot_run(call.out, error.as_onlap_error())

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli import process
 from onlap.cli.call import Call
-from onlap.cli.parser import Parser
+from onlap.cli.parser import Parser, UsageError
 from onlap.cli.shared.changes import path_of, summary
-from onlap.cli.shared.foreground import cannot_run, command_or_shell, wait
+from onlap.cli.shared.foreground import attend, cannot_run, command_or_shell
 from onlap.cli.shared.workspaces import seconds
 from onlap.errors import shown
-from onlap.snapshots.running import CannotRun, started
-from onlap.workspaces.records import COMMAND, OWNER, format_command, top_key
+from onlap.snapshots.running import CannotRun, Foreground
+from onlap.workspaces.foreground import run as in_foreground
+from onlap.workspaces.running import chosen_isolation
 
 if TYPE_CHECKING:
-    from onlap.store import Store
-    from onlap.trees.compare import Change
-    from onlap.workspaces.records import Checkpoint
+    from onlap.workspaces.running import Isolation, Ran
     from onlap.workspaces.workspace import Workspace
 
 # Paths that the summary names.
 _NAMED = 10
-
-
-class Ended(NamedTuple):
-    """How a command in a workspace ended.
-
-    Attributes:
-        status: its exit status.
-        before: the checkpoint that has the state before it.
-        changes: what it changed.
-    """
-
-    status: int
-    before: Checkpoint
-    changes: list[Change]
 
 
 def run_arguments(parser: Parser) -> None:
@@ -71,7 +55,13 @@ def shell_arguments(parser: Parser) -> None:
 def _running_arguments(parser: Parser) -> None:
     parser.workspace("name", help="the workspace")
     parser.add_argument("--cwd", metavar="DIR", help="where in the tree it starts, relative to its top")
-    parser.add_argument("--chroot", action="store_true", help="make the tree its root")
+    parser.add_argument(
+        "--isolation",
+        choices=("none", "namespace", "runtime"),
+        help="none: the tree is its working directory; namespace: its root; runtime: in a container (of an image: "
+        "runtime, else none)",
+    )
+    parser.add_argument("--chroot", action="store_true", help="the same as --isolation namespace")
 
 
 def run(call: Call) -> int:
@@ -85,60 +75,48 @@ def shell(call: Call) -> int:
 
 def _run(call: Call, command: Sequence[str], timeout: float | None) -> int:
     args, out = call.args, call.out
+    if args.chroot and args.isolation not in (None, "namespace"):
+        raise UsageError("--chroot is --isolation namespace")
     with call.store(sweep=True) as store:
         workspace = store.workspaces[args.name]
-        words = command_or_shell(command, chroot=args.chroot)
+        isolation = chosen_isolation("namespace" if args.chroot else args.isolation, workspace.source)
+        words = command_or_shell(command, chroot=isolation != "none")
         try:
-            ended = run_in(call, store, workspace, words, cwd=args.cwd or "", chroot=args.chroot, timeout=timeout)
-        except CannotRun as error:
-            return cannot_run(out, error)
-        kinds = Counter(change.kind for change in ended.changes)
-        lines = [f"  {change.kind} {shown(path_of(change))}" for change in ended.changes[:_NAMED]]
-        if len(ended.changes) > _NAMED:
-            lines.append(f"  and {len(ended.changes) - _NAMED:,} more: onlap ws diff {shown(args.name)}")
+            ran = run_in(call, workspace, words, isolation=isolation, cwd=args.cwd, timeout=timeout)
+        except errors.OnlapError as error:
+            if isinstance(error.__cause__, CannotRun):
+                return cannot_run(out, error)
+            raise
+        kinds = Counter(change.kind for change in ran.changes)
+        lines = [f"  {change.kind} {shown(path_of(change))}" for change in ran.changes[:_NAMED]]
+        if len(ran.changes) > _NAMED:
+            lines.append(f"  and {len(ran.changes) - _NAMED:,} more: onlap ws diff {shown(args.name)}")
         out.report(
-            {"workspace": args.name, "status": ended.status, "before": ended.before.id, "changes": len(ended.changes)},
-            f"{shown(args.name)}: {summary(kinds) if ended.changes else 'nothing changed'}",
+            {"workspace": args.name, "status": ran.status, "before": ran.before.id, "changes": len(ran.changes)},
+            f"{shown(args.name)}: {summary(kinds) if ran.changes else 'nothing changed'}",
             *lines,
         )
-    return ended.status
+    return ran.status
 
 
 def run_in(
     call: Call,
-    store: Store,
     workspace: Workspace,
     command: Sequence[str],
     *,
-    cwd: str = "",
-    chroot: bool = False,
+    isolation: Isolation | None = None,
+    cwd: str | None = None,
     timeout: float | None = None,
-    stdio: Sequence[int] = (0, 1, 2),
-) -> Ended:
+    stdio: tuple[int, int, int] = (0, 1, 2),
+) -> Ran:
     """Run a command in the foreground, on a layer of its own.
 
     Raises:
-        CannotRun: it cannot be executed.
+        OnlapError: see :meth:`Workspace.run`; the cause of one for a command that cannot be executed is a CannotRun.
     """
-    try:
-        before = workspace.checkpoint()  # which also finds out whether a power cut took what it stands on
-    except errors.Busy:  # another command runs in it: the changes are those since the last checkpoint
-        before = workspace.at
-    snapshotter = store.snapshotter.for_owner(OWNER)
-    key = top_key(workspace.name)
-    starting = started(
-        snapshotter,
-        key,
-        command,
-        env={**os.environ, "ONLAP_WORKSPACE": workspace.name},
-        stdio=stdio,
-        cwd=cwd,
-        chroot=chroot,
-        terminal=True,
-        open_files=process.open_files_before(),
-    )
-    status = wait(call.out, starting, timeout=timeout)
-    changes = list(workspace.diff(before))
-    if changes:
-        snapshotter.label(key, {COMMAND: format_command(command)})
-    return Ended(status, before, changes)
+    call.out.flush()
+    foreground = Foreground(stdio, process.open_files_before(), attend)
+    ran = in_foreground(workspace, command, foreground, isolation=isolation, cwd=cwd, timeout=timeout)
+    if ran.timed_out:
+        call.out.warn(f"the command was killed after {timeout:g} s")
+    return ran

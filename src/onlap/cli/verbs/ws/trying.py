@@ -16,12 +16,13 @@ from onlap.cli.shared.patches import write_patch
 from onlap.cli.terminal.output import complain
 from onlap.cli.terminal.text import count
 from onlap.cli.verbs.ws.changes import show_conflicts
-from onlap.cli.verbs.ws.running import Ended, run_in
+from onlap.cli.verbs.ws.running import run_in
 from onlap.errors import shown
 from onlap.snapshots.running import CannotRun
 
 if TYPE_CHECKING:
     from onlap.workspaces.merge.entries import Merged
+    from onlap.workspaces.running import Ran
     from onlap.workspaces.workspace import Workspace
 
 
@@ -68,27 +69,29 @@ def try_(call: Call) -> int:
         with made as workspace:
             stdio = (0, 2, 2) if call.out.json else (0, 1, 2)
             try:
-                ended = run_in(call, store, workspace, command_or_shell(args.command), stdio=stdio)
-            except CannotRun as error:
-                return cannot_run(call.out, error)
-            return _Trial(call, workspace, ended).decide()
+                ran = run_in(call, workspace, command_or_shell(args.command), stdio=stdio)
+            except errors.OnlapError as error:
+                if isinstance(error.__cause__, CannotRun):
+                    return cannot_run(call.out, error)
+                raise
+            return _Trial(call, workspace, ran).decide()
 
 
 class _Trial:
     """What a command did to a copy of a directory, and what becomes of it."""
 
-    def __init__(self, call: Call, workspace: Workspace, ended: Ended) -> None:
+    def __init__(self, call: Call, workspace: Workspace, ran: Ran) -> None:
         self._call = call
         self._out = call.out
         self._workspace = workspace
-        self._ended = ended
+        self._ran = ran
 
     def decide(self) -> int:
         """Show the changes, and apply them, keep them or drop them; the exit status."""
-        args, ended = self._call.args, self._ended
+        args, ran = self._call.args, self._ran
         self._show()
-        status, merged, kept = ended.status, None, args.keep
-        if not ended.changes:
+        status, merged, kept = ran.status, None, args.keep
+        if not ran.changes:
             self._say("nothing changed")
         elif args.yes or (not args.no and args.keep is None and self._asked()):
             merged, kept = self._apply()
@@ -97,21 +100,21 @@ class _Trial:
             self._say(f"kept as workspace {shown(kept)}: onlap ws merge {shown(kept)}")
         if self._out.json:
             applied = merged.applied if merged is not None else 0
-            self._out.item({"status": ended.status, "applied": applied, "workspace": kept})
+            self._out.item({"status": ran.status, "applied": applied, "workspace": kept})
         return status
 
     def _show(self) -> None:
         if self._out.json:
-            for change in self._ended.changes:
+            for change in self._ran.changes:
                 self._out.item(change_as_json(change))
         elif self._call.args.patch:
             self._show_patch()
         elif not self._out.quiet:
-            for change in self._ended.changes:
+            for change in self._ran.changes:
                 complain(f"{change.kind} {shown(path_of(change))}")
 
     def _show_patch(self) -> None:
-        before = self._ended.before
+        before = self._ran.before
         write_patch(sys.stderr, lambda out: self._workspace.patch(out, before))
 
     def _say(self, text: str) -> None:
@@ -123,9 +126,9 @@ class _Trial:
         if self._out.json or not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
             self._say("nothing was applied: give --yes to apply, --keep NAME to keep the copy, --no for neither")
             return False
-        ended = f" (it ended with {self._ended.status})" if self._ended.status else ""
+        ended = f" (it ended with {self._ran.status})" if self._ran.status else ""
         while True:
-            sys.stderr.write(f"onlap: apply {count(len(self._ended.changes), 'change')}{ended}? [y/N/d for the diff] ")
+            sys.stderr.write(f"onlap: apply {count(len(self._ran.changes), 'change')}{ended}? [y/N/d for the diff] ")
             sys.stderr.flush()
             answer = sys.stdin.readline().strip().lower()
             if answer in ("d", "diff"):
