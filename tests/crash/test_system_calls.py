@@ -31,6 +31,8 @@ POINTS = {
     "native": 250,
     "images": 290,
     "images on copies": 190,
+    "workspaces": 300,
+    "workspaces of copies": 150,
     "driver overlay2": 230,
     "driver overlay": 190,
 }

@@ -12,6 +12,9 @@ from typing import Any, Generic, TypeVar
 import onlap
 from onlap.graphdrivers import Driver, open_driver
 from onlap.store import SnapshotterKind, Store
+from onlap.workspaces import chains
+from onlap.workspaces.records import OWNER
+from onlap.workspaces.workspace import Workspace
 from pure.image_makers import Made, layer
 from syscall_sweep.copies import contents, mounts_below
 
@@ -149,6 +152,77 @@ class StoreScene(Scene[Store]):
         return found
 
 
+class WorkspaceScene(StoreScene):
+    """A root with workspaces: of a snapshot and of a directory, with checkpoints and a fork.
+
+    Args:
+        base: see :class:`Scene`.
+        kind: the snapshotter.
+    """
+
+    def __init__(self, base: str, kind: SnapshotterKind) -> None:
+        super().__init__(base, kind)
+        chains._BASE = 3  # so that few checkpoints are merged
+
+    def make(self) -> None:
+        os.mkdir(self.place)
+        os.mkdir(f"{self.place}/out")
+        write_inputs(self.base)
+        os.makedirs(f"{self.place}/source/sub")
+        Path(self.place, "source/sub/file").write_text("file")
+        with self.open() as store:
+            store.prepare("b")
+            store.apply("b", f"{self.base}/base.tar")
+            store.commit("top", "b")
+            ws = store.workspaces.create("ws", "top")
+            for name in ("first", "second"):
+                write_in(store, ws, "new", name)
+                ws.checkpoint(name)
+            write_in(store, ws, "new", "written")
+            store.workspaces.create("taken", Path(self.place, "source"))
+            write_in(store, store.workspaces["taken"], "sub/file", "changed")
+            fork = ws.fork("fork", at="first")
+            write_in(store, fork, "more", "of the fork")
+            fork.checkpoint("its")
+            store.cleanup()
+
+    def observe(self, handle: Store, *, everything: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        snapshotter = handle.snapshotter.for_owner(OWNER)
+        layout = snapshotter.catalog.layout
+        for name in sorted(handle.workspaces):
+            if name.startswith("unnamed-") and not everything:
+                continue  # its run is over: a cleanup takes it
+            ws = handle.workspaces[name]
+            log = ws.log()
+            order = {checkpoint.id: number for number, checkpoint in enumerate(log)}
+            top = snapshotter.record(f"top/{name}")
+            layers = [_without_links(contents(layout.tree(each))) for each in (top.id, *snapshotter.ancestors(top))]
+            found[f"workspace {name}"] = [
+                [[each.names, order.get(each.parent or "", -1), each.inodes, each.command] for each in log],
+                order[ws.at.id],
+                [[change.kind, change.path] for change in ws.diff("base")],
+                layers,
+            ]
+        records = {record.name: record for record in snapshotter.catalog.walk(OWNER)}
+        if everything:
+            known = {f"node/{each.id}" for ws in handle.workspaces.values() for each in ws.log()}
+            below = {record.parent for record in records.values()}
+            lost = [name for name in records if name.startswith("node/") and name not in known | below]
+            assert not lost, f"checkpoints of nobody: {lost}"
+        return found
+
+    def use(self, handle: Store, word: str) -> None:
+        ws = handle.workspaces.create(word, "top")
+        write_in(handle, ws, word, word)
+        ws.checkpoint(word)
+        write_in(handle, ws, word, "again")
+        ws.rollback()
+        ws.fork(f"{word}-fork").remove()
+        ws.remove()
+        super().use(handle, word)
+
+
 class DriverScene(Scene[Driver]):
     """The home of a graph driver with a few layers.
 
@@ -219,6 +293,19 @@ def write(store: Store, key: str, name: str, text: str) -> None:
     """Write a file into the layer of an active snapshot."""
     record = store.snapshotter.record(key)
     Path(store.snapshotter.catalog.layout.tree(record.id), name).write_text(text)
+
+
+def _without_links(found: Any) -> Any:
+    # Files are linked into merged layers, until the others are removed.
+    return {path: [*entry[:4], *entry[5:]] for path, entry in found.items()} if isinstance(found, dict) else found
+
+
+def write_in(store: Store, ws: Workspace, path: str, text: str) -> None:
+    """Write a file into the layer of a workspace, without a mount."""
+    record = store.snapshotter.for_owner(OWNER).record(f"top/{ws.name}")
+    file = Path(store.snapshotter.catalog.layout.tree(record.id), path)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
 
 
 def write_inputs(base: str) -> None:

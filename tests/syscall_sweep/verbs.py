@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from onlap.graphdrivers import Driver
 from onlap.store import Store
-from syscall_sweep.scenes import DriverScene, Scene, StoreScene, write
+from onlap.workspaces.workspace import Workspace
+from syscall_sweep.scenes import DriverScene, Scene, StoreScene, WorkspaceScene, write, write_in
 
 
 class Verb(NamedTuple):
@@ -164,6 +165,54 @@ IMAGES: dict[str, Verb] = {
 }  # fmt: skip
 
 
+def _in_the_tree(scene: Scene[Store], store: Store) -> None:
+    ws = store.workspaces["ws"]
+    with ws.mounted() as tree:
+        _write(tree / "etc" / "mounted", "here")
+        ws.checkpoint("mounted")
+
+
+def _kept(scene: Scene[Store], store: Store) -> None:
+    with store.workspaces.create(None, "top") as ws:
+        with ws.mounted() as tree:
+            _write(tree / "etc" / "mounted", "here")
+        ws.checkpoint("gone with it")
+
+
+def _ws(name: str) -> Callable[[Store], Workspace]:
+    return lambda store: store.workspaces[name]
+
+
+_FORK, _TAKEN, _WS = _ws("fork"), _ws("taken"), _ws("ws")
+
+WORKSPACES: dict[str, Verb] = {
+    "create": Verb(lambda _, store: store.workspaces.create("fresh", "top"), ("fresh", "top")),
+    "create of a directory": Verb(
+        lambda scene, store: store.workspaces.create("fresh", Path(scene.base, "source")), ("fresh", "source")
+    ),
+    "create of the same directory": Verb(
+        lambda scene, store: store.workspaces.create("fresh", Path(scene.place, "source")), ("fresh", "source")
+    ),
+    "unnamed": Verb(_kept, ("unnamed", "top")),
+    "checkpoint": Verb(lambda _, store: _FORK(store).checkpoint("next"), ("fork", "next"),
+                       before=lambda _, store: write_in(store, _FORK(store), "more", "twice")),
+    "checkpoint that merges": Verb(lambda _, store: _WS(store).checkpoint("third", durable=True), ("ws", "third")),
+    "checkpoint of nothing": Verb(lambda _, store: _FORK(store).checkpoint("again"), ("fork", "again", "node")),
+    "checkpoint in the tree": Verb(_in_the_tree, ("ws", "mounted"), loose=("workspace ws",)),
+    "rollback": Verb(lambda _, store: _WS(store).rollback(), ("ws", "node")),
+    "rollback to the base": Verb(lambda _, store: _WS(store).rollback("base"), ("ws", "top")),
+    "fork": Verb(lambda _, store: _WS(store).fork("fresh", at="first"), ("ws", "fresh", "node")),
+    "forks": Verb(lambda _, store: _WS(store).forks(3, at="base"), ("ws", "top")),
+    "forget": Verb(lambda _, store: _WS(store).forget("first"), ("ws", "first", "node")),
+    "keep": Verb(lambda _, store: _WS(store).keep(named=False), ("ws", "node")),
+    "remove": Verb(lambda _, store: _WS(store).remove(), ("ws",)),
+    "remove the last of a capture": Verb(lambda _, store: _TAKEN(store).remove(), ("taken",)),
+    "diff": Verb(lambda _, store: list(_WS(store).diff("base")), ("ws", "top", "node")),
+    "close": Verb(lambda _, store: store.close(), (), closes=True,
+                  before=lambda _, store: _WS(store).checkpoint("last")),
+}  # fmt: skip
+
+
 def _apply_diff(scene: Scene[Driver], driver: Driver) -> None:
     driver.apply_diff("empty", "two", io.BytesIO(scene.layer))
 
@@ -192,11 +241,16 @@ DRIVER: dict[str, Verb] = {
 # What is swept by one run of the program: which scene, and which verbs on it.
 _COPIES = {name: verb for name, verb in STORE.items() if name != "commit on a parent"}
 
+# A copy cannot be replaced under its path.
+_COPIED = {name: verb for name, verb in WORKSPACES.items() if name != "checkpoint in the tree"}
+
 PARTS: dict[str, tuple[Callable[[str], Scene[Any]], dict[str, Verb]]] = {
     "overlay": (lambda base: StoreScene(base, "overlay"), STORE),
     "native": (lambda base: StoreScene(base, "native"), _COPIES),
     "images": (lambda base: StoreScene(base, "overlay"), IMAGES),
     "images on copies": (lambda base: StoreScene(base, "native"), IMAGES),
+    "workspaces": (lambda base: WorkspaceScene(base, "overlay"), WORKSPACES),
+    "workspaces of copies": (lambda base: WorkspaceScene(base, "native"), _COPIED),
     "driver overlay2": (lambda base: DriverScene(base, "overlay2"), DRIVER),
     "driver overlay": (lambda base: DriverScene(base, "overlay"), DRIVER),
 }
