@@ -181,7 +181,8 @@ def test_a_second_command_at_the_same_time_is_refused_or_runs(made: Command) -> 
 
 def test_a_signal_reaches_the_command(made: Command) -> None:
     process = subprocess.Popen(
-        made.line("ws", "run", "w", "--", "sh", "-c", "trap 'echo got > got; exit 9' TERM; echo up; sleep 30 & wait"),
+        made.line("ws", "run", "w", "--", "sh", "-c", "trap 'echo got > got; exit 9' TERM; echo up; read line"),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=made.directory,
@@ -190,7 +191,9 @@ def test_a_signal_reaches_the_command(made: Command) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    process.communicate()
     assert (process.returncode, b"A /got" in said) == (9, True)
 
 

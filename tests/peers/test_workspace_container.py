@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import onlap
+from commandline import Command
 from onlap import Store, Workspace, errors
 from peers.programs import make_tree
 
@@ -81,3 +82,16 @@ def test_a_snapshot_in_a_container(store: Store) -> None:
     workspace = store.workspaces.create("s", "base")
     ran = workspace.run(["sh", "-c", "echo $$"], isolation="runtime", capture=True)
     assert ran.stdout == b"1\n"
+
+
+def test_on_the_command_line(workspace: Workspace, store: Store) -> None:
+    onlap = Command(Path(store.root), bare=False)
+    script = "pwd; echo $FROM $ONLAP_WORKSPACE; cat; echo x > made; exit 3"
+    done = onlap.run("ws", "run", "w", "sh", "-c", script, input=b"input")
+    assert (done.returncode, done.stdout) == (3, "/srv\nthe image w\ninput")
+    assert "  A /srv/made\n" in done.stderr
+    assert onlap.run("ws", "shell", "w", "--cwd", "/", input=b"pwd; exit 4").stdout == "/\n"
+    assert onlap.run("ws", "run", "w", "--timeout", "1", "sleep", "60").returncode == 137
+    assert onlap.run("ws", "run", "w", "nothing").returncode == 127
+    outside = onlap.run("ws", "run", "w", "--isolation", "none", "sh", "-c", 'test "$PWD" != /srv')
+    assert outside.returncode == 0

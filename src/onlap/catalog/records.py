@@ -362,9 +362,17 @@ def removable(connection: Connection, owner: str, name: str) -> Removable:
 
 
 def children(connection: Connection, identifier: int) -> list[str]:
-    """The names of up to three children."""
-    rows = connection.execute("SELECT name FROM snapshots WHERE parent = ? LIMIT 3", (identifier,))
-    return [row[0] for row in rows]
+    """The names of up to three children; of workspaces, what their users know."""
+    rows = connection.execute("SELECT owner, name FROM snapshots WHERE parent = ? LIMIT 3", (identifier,))
+    return [name if owner != WORKSPACES else subject(owner, name) for owner, name in rows]
+
+
+def subject(owner: str, name: str) -> str:
+    """What an error calls a snapshot: the writable layer of a workspace is the workspace, to its users."""
+    kind, slash, rest = name.partition("/")
+    if owner == WORKSPACES and slash:
+        return {"top": "workspace ", "node": "checkpoint "}.get(kind, f"{kind} ") + rest
+    return f"snapshot {name}"
 
 
 def count_views(connection: Connection, parent: int | None, but: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.catalog import look_up
-from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Record
+from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, WORKSPACES, Record, subject
 from onlap.errors import shown
 from onlap.layers.diff.changes import is_empty_layer
 from onlap.locks import Flock
@@ -178,7 +178,7 @@ def _reread(snapshotter: RecordedSnapshotter, record: Record) -> Record:
     if now is None or now.kind != COMMITTED:
         raise records.not_found(record.name)
     raise errors.NotFound(
-        f"snapshot {shown(record.name)} no longer exists",
+        f"{shown(subject(record.owner, record.name))} no longer exists",
         key=record.name,
         hint=f"it was committed as {shown(now.name)} meanwhile",
     )
@@ -309,7 +309,11 @@ def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bo
 
 def _busy(record: Record, state: str, holders: list[str], hint: str) -> errors.Busy:
     where = f": {holders[0]}" if holders else ""
-    return errors.Busy(f"snapshot {shown(record.name)} {state}{where}", key=record.name, hint=hint, holders=holders)
+    message = f"{shown(subject(record.owner, record.name))} {state}{where}"
+    if record.owner != WORKSPACES:
+        return errors.Busy(message, key=record.name, hint=hint, holders=holders)
+    name = record.name.partition("/")[2]
+    return errors.Busy(message, key=name, hint="let what uses it end first", holders=holders)
 
 
 def _lock_holders(fd: int, how: bytes) -> list[str]:

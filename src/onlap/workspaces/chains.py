@@ -17,7 +17,8 @@ from onlap import cancellation, errors
 from onlap.catalog import records as rows
 from onlap.catalog.catalog import New
 from onlap.catalog.disk.boot import boot_id
-from onlap.catalog.records import ACTIVE, COMMITTED, Record
+from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, Condition, Record
+from onlap.errors import shown
 from onlap.layers.merge import merge_layers
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
@@ -32,8 +33,12 @@ from onlap.workspaces.records import (
     COMMAND,
     FORGOTTEN,
     LEVEL,
+    LINE,
     OWNER,
     UNSYNCED,
+    WORKSPACE,
+    name_label,
+    names_in,
     next_labels,
     node_id,
     node_labels,
@@ -83,6 +88,7 @@ def _commit(
     with snapshotter.staged(top.name, ACTIVE, top, labels) as staged:
 
         def operation(connection: Connection) -> list[Record]:
+            _check_unused(connection, node)
             committed = rows.make_committed(connection, top, node_name(identifier), top.parent_id, node, False)
             if not committed:
                 raise rows.not_found(top.name)
@@ -146,6 +152,7 @@ def _merge(
         staged = stack.enter_context(snapshotter.staged(top.name, ACTIVE, top, labels))
 
         def operation(connection: Connection) -> list[Record]:
+            _check_unused(connection, node)
             _delete(connection, top)
             new = catalog.insert(connection, OWNER, New(node_name(identifier), COMMITTED, below, node, layer))
             return [new, catalog.insert(connection, OWNER, New(top.name, ACTIVE, new, labels, staged))]
@@ -254,6 +261,17 @@ def _withdraw(snapshotter: RecordedSnapshotter, tops: Sequence[Record]) -> None:
     for top in tops:
         with contextlib.suppress(errors.NotFound):
             snapshotter.remove(top.name)
+
+
+def _check_unused(connection: Connection, node: Mapping[str, str]) -> None:
+    """AlreadyExists if another thread or process gave another checkpoint one of the names meanwhile."""
+    for name in names_in(node, node):
+        if rows.all_where(connection, OWNER, Condition(HAS_LABEL, (name_label(name), node[LINE]))):
+            raise errors.AlreadyExists(
+                f"workspace {shown(node[WORKSPACE])} has a checkpoint {shown(name)} already",
+                key=name,
+                hint="choose another name",
+            )
 
 
 def _check_kept(connection: Connection, onto: Record) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -54,6 +55,7 @@ class Mounting:
         self._release: Callable[[], None] = lambda: None
         self._fixed = True
         self._shown = False
+        self._replacing = allocate_lock()
         # The upper layer of the last overlay that was mounted here.
         self._upper: str | None = None
         self.path = ""
@@ -69,14 +71,14 @@ class Mounting:
                     run.mounts_at(self._at, self._snapshotter.root)
                     self._run = run
             self._stack.callback(unless_forked(self._close))
-            self.attach()
+            self._attach()
             on_error.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def attach(self) -> None:
+    def _attach(self) -> None:
         """Mount the top that the workspace has now."""
         record = self._snapshotter.record(self._key)
         hidden = self._at is None
@@ -122,8 +124,11 @@ class Mounting:
         finally:
             os.close(fd)
 
-    def detach(self, wait: float) -> None:
-        """Unmount the top, so that another can take its place.
+    @contextlib.contextmanager
+    def away(self, wait: float) -> Iterator[None]:
+        """Unmount the top for the duration of a ``with`` block, so that another can take its place.
+
+        One thread at a time does this.
 
         Args:
             wait: seconds to wait for processes that use it.
@@ -138,12 +143,22 @@ class Mounting:
                 key=self.path,
                 hint="end the block that mounted the workspace first, or use an overlay root",
             )
+        with self._replacing:
+            self._detach(wait)
+            try:
+                yield
+            finally:
+                self._attach()
+
+    def _detach(self, wait: float) -> None:
         last: int | None = None
         try:
             if self._at is not None:
                 last = another_mount(self._at)
-                unmount(self._at, timeout=wait)
-            else:
+                # Not mounted: an interrupt came between this and the next mount.
+                with contextlib.suppress(errors.InvalidArgument):
+                    unmount(self._at, timeout=wait)
+            elif self._shown:
                 self._await_nobody(wait)
         except errors.Busy as error:
             error.hint = "end these processes, or wait for them (wait=SECONDS)"
@@ -151,12 +166,12 @@ class Mounting:
         finally:
             if last is not None:
                 self._endings.postpone(last)
-        self._shown = False
         self._mount.close()
 
     def _await_nobody(self, wait: float) -> None:
         number, device = mount_id(self._fd), os.fstat(self._fd).st_dev
         await_nobody(self.path, lambda: holders_of_mount(number, device, self._fd), timeout=wait)
+        self._shown = False
         # The number stays taken, or another thread might open a file under it.
         nothing = os.open("/", os.O_PATH | os.O_CLOEXEC)
         try:

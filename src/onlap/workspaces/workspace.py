@@ -179,9 +179,7 @@ class Workspace:
         """
         check_number(wait, "wait")
         mounting = self._mounting
-        if mounting is not None:
-            mounting.detach(wait)
-        try:
+        with mounting.away(wait) if mounting is not None else contextlib.nullcontext():
             for last in attempts(wait):
                 try:
                     return action(self._top())
@@ -191,9 +189,6 @@ class Workspace:
                         raise
                     cancellation.check()
             raise AssertionError("attempts() ends with the last one")
-        finally:
-            if mounting is not None:
-                mounting.attach()
 
     # Commands
 

@@ -51,8 +51,12 @@ def containerd(call: Call) -> int:
     if not where:
         raise UsageError("serve containerd needs --socket")
     check_text(args.owner, "owner")
+    from onlap.catalog.records import WORKSPACES
+
     if not args.owner:
         raise UsageError("the owner of a server's snapshots cannot be empty: that is the command's own")
+    if args.owner == WORKSPACES:
+        raise UsageError(f"the snapshots of the owner {WORKSPACES} are those of workspaces; choose another owner")
     try:
         from onlap.serve.containerd.server import Server
 

@@ -99,11 +99,7 @@ class Layer:
         while len(self._fresh) <= len(self._names):
             self.entries += 1
             fd, fresh = _into(self._descent.fd, self._names[len(self._fresh) - 1], fresh=self._fresh[-1])
-            try:
-                self._descent.enter(fd)
-            except OSError:
-                os.close(fd)
-                raise
+            self._descent.enter(fd)
             self._fresh.append(fresh)
         return self._descent.fd
 
