@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +211,11 @@ def test_never(): pass
     out = project.run("-x")
     assert "1 failed" in out, out
     assert "error" not in out.rpartition("\n=")[2], out
+
+
+def test_the_guide(project: Project) -> None:
+    (project.path / "fixtures" / "site" / "pages").mkdir(parents=True)
+    (project.path / "fixtures" / "site" / "pages" / "home").write_text("home\n")
+    page = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "fixtures.md"
+    project.write("".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)))
+    assert "22 passed" in project.run()
