@@ -51,6 +51,7 @@ def bench() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--no-docker", action="store_true", help="leave out docker commit and docker run")
     chosen = lib.options(parser, rounds=5)
+    load = f"{os.getloadavg()[0]:.1f} before the first run"
     sizes = Sizes(files=2_000, calls=5, forks=50, cycles=200) if chosen.quick else Sizes()
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, (2 if chosen.quick else 8) << 30))
@@ -71,7 +72,7 @@ def bench() -> None:
         "workspaces",
         "Workspaces",
         figures(runs, long, sizes),
-        where=lib.conditions(peers=versions(docker=not chosen.no_docker)),
+        where=lib.conditions(peers=versions(docker=not chosen.no_docker), load=load),
         notes=NOTES,
         details=beside(runs, long),
         runs={**runs, "long": [long]},
@@ -359,7 +360,8 @@ def work(root: str, directory: str, cycles: int) -> lib.Result:
         young = store.workspaces.create("young", Path(directory))
         old = store.workspaces.create("old", Path(directory))
         cycle(store, young, files, 1)
-        cycle(store, old, files, min(cycles, 200))  # what is made once is there, and the caches are filled
+        # What is made once is there then, and caches and lists have their size.
+        cycle(store, old, files, min(cycles, 500))
         forget_all(old)
         settled(store)
         before = left_over(root)
@@ -401,6 +403,7 @@ def left_over(root: str) -> lib.Result:
         "mounts": len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "directories": sum(len(os.listdir(f"{root}/{name}")) for name in ("snapshots", "runs", "staging", "trash")),
+        "blocks": sys.getallocatedblocks(),
         "memory_mib": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20),
     }
 
@@ -474,7 +477,8 @@ def figures(runs: dict[str, list[lib.Result]], long: lib.Result, sizes: Sizes) -
         f(f"{sizes.cycles:,} cycles of checkpoint and rollback: mounts left", "", one["mounts"], 0, 0),
         f("descriptors left", "", one["descriptors"], 0, 0),
         f("directories left", "", one["directories"], 0, 0),
-        f("memory left", "MiB", one["memory_mib"], 1, 0),
+        f("thousands of Python's memory blocks left", "", [blocks / 1000 for blocks in one["blocks"]], 1, 0),
+        f("resident memory that the process kept", "MiB", one["memory_mib"]),
         f("one cycle, with its writes", "ms", one["cycle_ms"]),
     ]
 

@@ -45,6 +45,8 @@ def parse(text: bytes, *needles: bytes) -> Iterator[Entry]:
         text: the file.
         needles: parse only the lines that contain one of these; for 20,000 mounts this takes milliseconds.
     """
+    if needles and not any(needle in text for needle in needles):
+        return
     for line in text.split(b"\n"):
         if needles and not any(needle in line for needle in needles):
             continue

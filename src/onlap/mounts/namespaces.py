@@ -60,7 +60,7 @@ def tables_of_processes() -> Iterator[tuple[int | None, bytes]]:
         name = name_of(pid)
         if name is None or name in done:
             continue
-        found = table(pid, roots.setdefault(name, set()))
+        found = table(pid, roots.setdefault(name, set()), own)
         if found is None:
             continue
         name, text, whole = found
@@ -88,12 +88,13 @@ def members(matches: Callable[[bytes], bool]) -> list[int]:
     return found
 
 
-def table(pid: int, seen: set[bytes] | None = None) -> tuple[str, bytes, bool] | None:
+def table(pid: int, seen: set[bytes] | None = None, own: str | None = None) -> tuple[str, bytes, bool] | None:
     """The mount table of a process.
 
     Args:
         pid: the process.
         seen: the process roots whose tables have been read; its own is added, and its table read only if it is new.
+        own: the name of this process's namespace, if the caller has it.
 
     Returns:
         The name of its mount namespace; its mountinfo, empty if it is not trusted; whether the table is complete, so
@@ -108,16 +109,17 @@ def table(pid: int, seen: set[bytes] | None = None) -> tuple[str, bytes, bool] |
         # into one that it created, but not back: so the namespace afterwards decides. The open directory belongs to
         # this process, even if its pid is reused.
         mountinfo = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process)
-        with open(mountinfo, "rb") as file:
+        # Unbuffered, which spares some system calls per process.
+        with open(mountinfo, "rb", buffering=0) as file:
             name = os.readlink("ns/mnt", dir_fd=process)
-            if not _is_trusted(process, name):
+            if name != (own or name_of("self")) and not _is_trusted(process):
                 return name, b"", True
             root = os.readlink(b"root", dir_fd=process)
             if seen is not None:
                 if root in seen:
                     return name, b"", False
                 seen.add(root)
-            text = file.read()
+            text = file.readall()
     except OSError:
         # Whatever prevents reading another process: it ended (ENOENT, ESRCH, EINVAL), or it is hidden (EACCES).
         return None
@@ -127,9 +129,8 @@ def table(pid: int, seen: set[bytes] | None = None) -> tuple[str, bytes, bool] |
     return name, text, bool(text) and root == b"/"
 
 
-def _is_trusted(process: int, name: str) -> bool:
-    if name == name_of("self"):
-        return True
+def _is_trusted(process: int) -> bool:
+    """Whether the namespace of a process, which is not ours, belongs to root or to this user."""
     fd = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process)
     try:
         owner = owner_of(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from onlap.errors import shown
@@ -30,7 +31,8 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
     overlaid = exists(f"{work}/work")
     if not overlaid and not bound:
         return []
-    place, needle = _place(tree), _needle(tree)
+    needle = _needle(tree)
+    place = functools.cache(lambda: _place(tree))  # mostly nothing is found, and it is not needed
     found = []
     for pid, text in namespaces.tables_of_processes() if everywhere or overlaid else ((None, mountinfo.own()),):
         table = mountinfo.Table(text)
@@ -38,9 +40,10 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
             if writable and entry.options.split(b",")[0] != b"rw":
                 continue
             if entry.fstype == b"overlay":
-                uses = any(_is(table, path, os.fsencode(tree), place) for path in upperdirs(entry.super_options))
+                uses = any(_is(table, path, os.fsencode(tree), place()) for path in upperdirs(entry.super_options))
             else:
-                uses = place is not None and entry.device == place.device and _covers(entry.root, place.path)
+                at = place()
+                uses = at is not None and entry.device == at.device and _covers(entry.root, at.path)
             if uses:
                 found.append(_text(entry, pid))
     return found

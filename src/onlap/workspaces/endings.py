@@ -33,10 +33,17 @@ class Endings:
         self._waiting: list[Callable[[], None]] = []
         self._due = False
 
-    def postpone(self, fd: int) -> None:
-        """Close the last descriptor of an overlay later; it is the caller's no longer."""
+    def postpone(self, fd: int, *, soon: bool) -> None:
+        """Close the last descriptor of an overlay beside the caller, whose it is no longer.
+
+        Args:
+            fd: the descriptor.
+            soon: at once, since the caller will wait for it; otherwise together with others.
+        """
         self._waiting.append(closed_in_children(fd))
-        if len(self._waiting) > _MOST:
+        if soon:
+            self._helper.put(Job(nothing))
+        elif len(self._waiting) > _MOST:
             self.wait()
         elif not self._due:
             self._due = True

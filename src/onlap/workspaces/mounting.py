@@ -125,13 +125,14 @@ class Mounting:
             os.close(fd)
 
     @contextlib.contextmanager
-    def away(self, wait: float) -> Iterator[None]:
+    def away(self, wait: float, *, discarded: bool) -> Iterator[None]:
         """Unmount the top for the duration of a ``with`` block, so that another can take its place.
 
         One thread at a time does this.
 
         Args:
             wait: seconds to wait for processes that use it.
+            discarded: the other will not lie on it.
 
         Raises:
             Busy: they still do; it stays mounted. ``.holders`` says who.
@@ -144,13 +145,13 @@ class Mounting:
                 hint="end the block that mounted the workspace first, or use an overlay root",
             )
         with self._replacing:
-            self._detach(wait)
+            self._detach(wait, discarded)
             try:
                 yield
             finally:
                 self._attach()
 
-    def _detach(self, wait: float) -> None:
+    def _detach(self, wait: float, discarded: bool) -> None:
         last: int | None = None
         try:
             if self._at is not None:
@@ -165,7 +166,7 @@ class Mounting:
             raise
         finally:
             if last is not None:
-                self._endings.postpone(last)
+                self._endings.postpone(last, soon=not discarded)
         self._mount.close()
 
     def _await_nobody(self, wait: float) -> None:

@@ -170,16 +170,17 @@ class Workspace:
     def _check_kept(self, top: Record) -> None:
         self._site.check_durable(top, self.name)
 
-    def _replacing(self, wait: float, action: Callable[[Record], Record]) -> Record:
+    def _replacing(self, wait: float, action: Callable[[Record], Record], *, discarded: bool = False) -> Record:
         """Replace the top, under its mount if it is mounted here.
 
         Args:
             wait: seconds to wait while others use the tree.
             action: replaces a top; raises Busy while it is used.
+            discarded: the new one will not lie on the old one.
         """
         check_number(wait, "wait")
         mounting = self._mounting
-        with mounting.away(wait) if mounting is not None else contextlib.nullcontext():
+        with mounting.away(wait, discarded=discarded) if mounting is not None else contextlib.nullcontext():
             for last in attempts(wait):
                 try:
                     return action(self._top())
@@ -336,7 +337,7 @@ class Workspace:
         snapshotter = self._site.snapshotter
         top = self._top()
         onto = self._find(to, top)
-        self._replacing(wait, lambda now: chains.reset(snapshotter, now, onto))
+        self._replacing(wait, lambda now: chains.reset(snapshotter, now, onto), discarded=True)
         return self._describe(onto, top)
 
     def _find(self, reference: Checkpoint | str | None, top: Record | None = None) -> Record:
