@@ -112,6 +112,7 @@ def make_tree(directory: Path, files: int) -> Path:
         ["init", "--quiet"],
         ["add", "--all"],
         ["-c", "user.name=bench", "-c", "user.email=bench@localhost", "commit", "--quiet", "--message", "all"],
+        ["gc", "--quiet", "--prune=now"],  # else there are as many files of git
     ):
         subprocess.run(["git", "-C", directory, *words], check=True)
     return directory
