@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from faults import spread
+from kernel.helpers import output
 from onlap import aio, cancellation, errors
 from onlap.progress import Progress
 from onlap.workspaces.records import OWNER
@@ -385,3 +386,39 @@ def test_a_canceled_command_of_a_workspace_can_be_taken_back(root: Path) -> None
             assert [change.path async for change in ws.diff("base")] == ["before"]
 
     asyncio.run(main())
+
+
+@pytest.mark.needs("overlay", "userns", "ordinary_user")
+def test_an_ordinary_user_has_the_same(ordinary: Path) -> None:
+    code = """
+import asyncio, os, pathlib, sys, onlap
+root = pathlib.Path(sys.argv[1])
+os.environ.update(HOME=str(root), PATH=os.defpath)
+(root / "repo").mkdir()
+(root / "repo/file").write_text("text")
+async def main():
+    async with onlap.aio.open(root / "root", sync="none") as store:
+        ws = await store.workspaces.create("w", root / "repo")
+        # The helper that mounts is started by a thread which ends before the next call.
+        for name in "abc":
+            ran = await ws.run(["sh", "-c", f"pwd; echo {name} > {name}"], capture=True)
+            assert ran.status == 0 and ran.stdout != b"/\\n", ran
+        async with asyncio.TaskGroup() as group:
+            forks = [group.create_task(ws.fork()) for _ in range(5)]
+        async with asyncio.TaskGroup() as group:
+            for fork in forks:
+                group.create_task(fork.result().run(["rm", "a"]))
+        async with ws.mounted() as tree:
+            (tree / "d").write_text("d")
+        assert [change.path async for change in ws.diff("base")] == list("abcd")
+        os.mkfifo(root / "fifo")
+        task = asyncio.ensure_future(ws.run(["sh", "-c", f"echo begun > {root}/fifo; sleep 1000"]))
+        await asyncio.to_thread((root / "fifo").read_text)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        await ws.remove()
+asyncio.run(main())
+print("done")
+"""
+    assert output(code, ordinary, ordinary=True) == "done\n"
