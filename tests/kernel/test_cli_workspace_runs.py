@@ -325,3 +325,12 @@ def test_a_live_workspace(onlap: Command) -> None:
     onlap("ws", "new", "w", ".", "--live")
     assert reported(onlap, "sh", "-c", "rm b.txt") == "onlap: w: 0 added, 0 changed, 1 deleted\n  D /b.txt\n"
     assert (onlap.directory / "b.txt").exists()
+
+
+@pytest.mark.needs("mount")
+def test_limits(onlap: Command) -> None:
+    onlap("ws", "new", "w", ".", "--max-bytes", "1M", "--max-inodes", "100")
+    full = onlap.run("ws", "run", "w", "sh", "-c", "head -c 5000000 /dev/zero > big")
+    assert full.returncode == 125
+    assert "workspace w" in full.stderr
+    assert reported(onlap, "touch", "small").endswith("A /small\n")

@@ -100,6 +100,8 @@ def test_a_directory_whose_name_is_not_utf8(onlap: Command, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "status, arguments, said",
     [
+        (2, ("new", "x", ".", "--max-bytes", "much"), "--max-bytes is much"),
+        (2, ("new", "x", ".", "--max-inodes", "many"), "invalid int value"),
         (4, ("new", "w", "."), "there is a workspace w already"),
         (6, ("new", "a\x1b[31m", "."), "a\\e[31m cannot be a name"),
         (6, ("new", b"a\xff", "."), "a\\xff"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from onlap import errors
-from onlap.cli.parser import UsageError
 from onlap.cli.shared.images import images_of
 from onlap.cli.shared.tree import strokes
 from onlap.cli.terminal.text import for_shell
@@ -17,13 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from onlap.store import Store
-    from onlap.workspaces.records import Checkpoint
+    from onlap.workspaces.records import Checkpoint, Source
     from onlap.workspaces.workspace import Workspace
 
 # Characters of a command that a table shows.
 _COMMAND = 60
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def source_of(store: Store, text: str) -> str | Path:
@@ -59,14 +56,24 @@ def _is_name(store: Store, text: str) -> bool:
         return False
 
 
-def workspace_as_json(workspace: Workspace) -> dict[str, object]:
+class Listed(NamedTuple):
+    """What a list says of a workspace: see :class:`onlap.workspaces.workspace.Workspace`."""
+
+    name: str
+    source: Source
+    at: Checkpoint
+    changed: bool
+
+
+def listed(workspace: Workspace) -> Listed:
+    """What a list says of a workspace."""
+    return Listed(workspace.name, workspace.source, workspace.at, workspace.is_changed)
+
+
+def listed_as_json(found: Listed) -> dict[str, object]:
     """A workspace as a JSON object."""
-    return {
-        "name": workspace.name,
-        "source": workspace.source._asdict(),
-        "at": checkpoint_as_json(workspace.at),
-        "changed": workspace.is_changed,
-    }
+    at = checkpoint_as_json(found.at)
+    return {"name": found.name, "source": found.source._asdict(), "at": at, "changed": found.changed}
 
 
 def checkpoint_as_json(checkpoint: Checkpoint) -> dict[str, object]:
@@ -117,19 +124,3 @@ def in_order(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Checkpoint, st
         for each in reversed(following):
             last = each is following[-1]
             pending.append((each, below + (last_branch if last else branch), below + (space if last else line)))
-
-
-def seconds(text: str) -> float:
-    """A duration in seconds, as ``90``, ``15m``, ``2h`` or ``7d``.
-
-    Raises:
-        UsageError: it is none.
-    """
-    number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
-    try:
-        found = float(number) * unit
-    except ValueError:
-        found = -1.0
-    if not 0 <= found < float("inf"):
-        raise UsageError(f"{shown(text)} is not a duration; give seconds, or as 15m, 2h, 7d")
-    return found

@@ -9,6 +9,7 @@ from onlap import errors
 from onlap.cli import exits
 from onlap.cli.call import Call, check_access
 from onlap.cli.parser import Parser, UsageError
+from onlap.cli.shared.amounts import byte_count
 from onlap.cli.shared.images import registry_access, registry_arguments
 from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from onlap.check.findings import Finding
 
 _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def check_arguments(parser: Parser) -> None:
@@ -62,7 +62,7 @@ def check(call: Call) -> int:
             deep=deep,
             after=args.after,
             max_duration=args.max_duration,
-            rate=_bytes(args.rate),
+            rate=None if args.rate is None else byte_count(args.rate, "--rate"),
             progress=report,
         )
         findings = []
@@ -145,14 +145,3 @@ def _verdict(findings: tuple[Finding, ...]) -> str:
     severities = [each.severity for each in findings]
     counts = [count(severities.count(word), word) for word in _STYLES if word in severities]
     return ", ".join(counts) or "nothing found"
-
-
-def _bytes(text: str | None) -> float | None:
-    """A number of bytes, with an ending of K, M or G (of 1,024)."""
-    if text is None:
-        return None
-    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].upper() in ("K", "M", "G") else (text, "")
-    try:
-        return float(number) * _UNITS[unit]
-    except ValueError:
-        raise UsageError(f"--rate is {shown(text)}; give a number of bytes, as 50M") from None

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
-from onlap.cli.shared.workspaces import checkpoint_as_json, checkpoint_text, command_text, in_order, seconds
+from onlap.cli.shared.amounts import seconds
+from onlap.cli.shared.workspaces import checkpoint_as_json, checkpoint_text, command_text, in_order
 from onlap.cli.terminal.text import NOTHING, age, count, size
 from onlap.errors import shown
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
-from onlap.cli.shared.workspaces import checkpoint_text, source_of, workspace_as_json
+from onlap.cli.shared.amounts import byte_count
+from onlap.cli.shared.workspaces import Listed, checkpoint_text, listed, listed_as_json, source_of
 from onlap.cli.terminal.text import age
 from onlap.errors import shown
 
 if TYPE_CHECKING:
-    from onlap.workspaces.workspace import Workspace
+    from onlap.store import Store
 
 
 def new_arguments(parser: Parser) -> None:
@@ -31,6 +35,8 @@ def new_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--live", action="store_true", help="do not copy the directory; then nothing may write to it meanwhile"
     )
+    parser.add_argument("--max-bytes", metavar="N", help="what one command may write, kept in memory; 50M is 50 MiB")
+    parser.add_argument("--max-inodes", metavar="N", type=int, help="how many files and directories it may make")
     parser.repeatable(
         "--exclude",
         metavar="P",
@@ -40,12 +46,21 @@ def new_arguments(parser: Parser) -> None:
 
 def new(call: Call) -> None:
     args, out = call.args, call.out
+    max_bytes = None if args.max_bytes is None else int(byte_count(args.max_bytes, "--max-bytes"))
     with call.store(create=True) as store:
         source = source_of(store, args.source)
         with call.progress() as report:
-            made = store.workspaces.create(args.name, source, exclude=args.exclude, live=args.live, progress=report)
+            made = store.workspaces.create(
+                args.name,
+                source,
+                exclude=args.exclude,
+                live=args.live,
+                max_bytes=max_bytes,
+                max_inodes=args.max_inodes,
+                progress=report,
+            )
         if out.json:
-            out.item(workspace_as_json(made))
+            out.item(listed_as_json(listed(made)))
     out.note(f"{shown(args.name)} is ready: onlap ws run {shown(args.name)} -- CMD")
 
 
@@ -73,7 +88,7 @@ def fork(call: Call) -> None:
         else:
             made = [workspace.fork(args.new, at=args.at)]
         for each in made:
-            call.out.show(workspace_as_json(each) if call.out.json else {}, shown(each.name))
+            call.out.show(listed_as_json(listed(each)) if call.out.json else {}, shown(each.name))
 
 
 def ls_arguments(parser: Parser) -> None:
@@ -88,16 +103,20 @@ def ls(call: Call) -> None:
     out = call.out
     now = time.time_ns()
 
-    def row(workspace: Workspace) -> tuple[str, ...]:
-        source, at = workspace.source, workspace.at
-        changed = "yes" if workspace.is_changed else "no"
-        made_from = f"{source.kind} {shown(source.name)}"
-        return shown(workspace.name), made_from, checkpoint_text(at), age(at.created_ns, now), changed
+    def row(found: Listed) -> tuple[str, ...]:
+        changed = "yes" if found.changed else "no"
+        made_from = f"{found.source.kind} {shown(found.source.name)}"
+        return shown(found.name), made_from, checkpoint_text(found.at), age(found.at.created_ns, now), changed
 
     with call.store() as store:
-        found = (store.workspaces[name] for name in store.workspaces)
         header = ("NAME", "SOURCE", "AT", "AGE", "CHANGED")
-        out.listing(found, workspace_as_json, lambda workspace: workspace.name, header, row, right=(3,))
+        out.listing(_listed(store), listed_as_json, lambda found: found.name, header, row, right=(3,))
+
+
+def _listed(store: Store) -> Iterator[Listed]:
+    for name in store.workspaces:
+        with contextlib.suppress(errors.NotFound):  # removed meanwhile
+            yield listed(store.workspaces[name])
 
 
 def rm_arguments(parser: Parser) -> None:

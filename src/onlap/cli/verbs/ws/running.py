@@ -10,9 +10,9 @@ from onlap import errors
 from onlap.cli import process
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
+from onlap.cli.shared.amounts import seconds
 from onlap.cli.shared.changes import path_of, summary
 from onlap.cli.shared.foreground import attend, cannot_run, command_or_shell
-from onlap.cli.shared.workspaces import seconds
 from onlap.errors import shown
 from onlap.snapshots.running import CannotRun, Foreground
 from onlap.workspaces.foreground import run as in_foreground
