@@ -141,6 +141,11 @@ def test_rm_goes_on_after_a_failure(made: Command, repo: Path) -> None:
     assert (repo / "b.txt").read_text() == "two\n"
 
 
+def test_a_library_that_is_missing(made: Command) -> None:
+    """Without site-packages; workspaces of directories and snapshots need none."""
+    assert "check needs the Python module msgspec" in made.fails(10, "check")
+
+
 # Checkpoints
 
 

@@ -58,6 +58,12 @@ def _run(verb: str | None, arguments: list[str], out: Output) -> int:
         return exits.SIGNAL + signal.SIGINT
     except process.Terminated as end:
         return exits.SIGNAL + end.number
+    except ModuleNotFoundError as error:
+        # Of a library that is installed with Onlap; the core works without.
+        _traceback(out)
+        message = f"{verb} needs the Python module {error.name}, which is not installed"
+        out.error("Unimplemented", message, hint="install Onlap with its dependencies (pip)")
+        return exits.RUN_FAILED if runs else exits.BY_KIND["Unimplemented"]
     except Exception as error:  # noqa: BLE001 - the last resort: one line for the user instead of a traceback
         _traceback(out)
         from traceback import extract_tb
