@@ -306,15 +306,28 @@ async def _put_back(store: aio.Store) -> None:
 
 
 @KINDS
-def test_what_an_undone_checkpoint_had_is_in_the_next(root: Path, kind: str) -> None:
+def test_what_an_undone_checkpoint_had_is_in_the_next(root: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cancellation.made
+
     async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        def made(undo: Callable[[], object]) -> None:
+            """Canceled once it is made."""
+            real(undo)
+            canceled = threading.Event()
+            loop.call_soon_threadsafe(task.cancel)
+            loop.call_soon_threadsafe(canceled.set)
+            assert canceled.wait(60)
+
         async with opened(root, kind) as store:
             ws = await store.workspaces.create("w", repository(root))
             await write(ws, "one")
-            task = asyncio.ensure_future(ws.checkpoint("first"))
-            asyncio.get_running_loop().call_soon(lambda: asyncio.get_running_loop().call_soon(task.cancel))
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            with monkeypatch.context() as patch:
+                patch.setattr(cancellation, "made", made)
+                task = asyncio.ensure_future(ws.checkpoint("first"))
+                with pytest.raises(asyncio.CancelledError):
+                    await task
             assert await ws.is_changed
             assert [change.path async for change in ws.diff()] == ["one"]
             done = await ws.checkpoint("first")
