@@ -293,10 +293,17 @@ def test_try_that_is_killed_leaves_nothing(onlap: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "answers, applied",
-    [([b"y\n"], True), ([b"n\n"], False), ([b"\n"], False), ([b"\x04"], False), ([b"d\n", b"yes\n"], True)],
+    "answers, applied, ends",
+    [
+        ([b"y\n"], True, 0),
+        ([b"n\n"], False, 0),
+        ([b"\n"], False, 0),
+        ([b"\x04"], False, 0),
+        ([b"d\n", b"yes\n"], True, 0),
+        ([b"\x03"], False, 128 + signal.SIGINT),
+    ],
 )
-def test_try_asks_on_a_terminal(onlap: Command, answers: list[bytes], applied: bool) -> None:
+def test_try_asks_on_a_terminal(onlap: Command, answers: list[bytes], applied: bool, ends: int) -> None:
     script = r"tty; printf 'c\033[1m' > c"
     line = [os.fspath(word) for word in onlap.line("try", "sh", "-c", script)]
     pid, terminal = pty.fork()
@@ -311,7 +318,7 @@ def test_try_asks_on_a_terminal(onlap: Command, answers: list[bytes], applied: b
         os.write(terminal, answer)
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert os.waitstatus_to_exitcode(status) == ends
     assert b"/dev/pts/" in seen
     assert b"A /c\r\n" in seen
     assert (onlap.directory / "c").exists() == applied

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,23 @@ def test_diff(made: Command) -> None:
     assert (patch.returncode, patch.stderr) == (1, "")
     assert "-one\n+changed\n" in patch.stdout
     assert made.run("ws", "diff", "w", "--patch", "--exit-code").returncode == 0
+
+
+def test_a_patch_that_cannot_be_written(made: Command) -> None:
+    tree = tree_of(made, "w")
+    for number in range(300):
+        (tree / f"f{number}").write_text("line\n" * 200)
+    line = made.line("ws", "diff", "w", "--patch")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=made.environment())
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
+    process.stderr.close()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, env=made.environment(), text=True)
+    assert (done.returncode, done.stderr.startswith("onlap: cannot write the patch: No space left")) == (8, True)
 
 
 def test_merge(made: Command, repo: Path) -> None:

@@ -37,6 +37,7 @@ def overview() -> str:
         "  onlap enter work sh -c 'echo hello > greeting'",
         "  onlap diff work                   # A /greeting",
         "  onlap commit next work            # what was written is the next layer",
+        "  onlap try -- make format          # in a copy of this directory; shows what it did, and asks",
         "",
         "exit status:",
         *(f"  {status:<5}  {meaning.replace('`', '')}" for status, meaning in exits.MEANINGS.items()),

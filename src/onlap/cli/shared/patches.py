@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 from typing import IO, BinaryIO, cast
 
-from onlap.cli.terminal.output import is_terminal
+from onlap import errors
+from onlap.cli.terminal.output import is_terminal, written
 from onlap.cli.terminal.text import safe
 
 # SGR numbers, by how a line begins.
@@ -20,41 +21,73 @@ def write_patch(stream: IO[str] | None, write: Callable[[BinaryIO], None]) -> No
     Args:
         stream: standard output or standard error; None if that is closed.
         write: gets a binary file.
+
+    Raises:
+        BrokenPipeError: the reader of the pipe left, which is not an error to report.
+        OnlapError: the patch cannot be made, or the stream not be written to.
     """
     if stream is None:
         return
-    if not is_terminal(stream):
-        write(cast(BinaryIO, stream.buffer))  # type: ignore[attr-defined]
-        stream.flush()
-        return
-    lines = _Lines(stream, colours=not os.environ.get("NO_COLOR"))
-    write(cast(BinaryIO, lines))
-    lines.close()
+    out = _Lines(stream) if is_terminal(stream) else _Stream(stream)
+    with written("write the patch"):
+        try:
+            write(cast(BinaryIO, out))
+            out.close()
+        except errors.OnlapError:
+            if out.error is not None:  # else it is not about the stream
+                raise out.error from None
+            raise
 
 
-class _Lines(io.RawIOBase):
-    """Shows what is written to it line by line."""
+class _Stream(io.RawIOBase):
+    """Passes on what is written to it.
 
-    def __init__(self, stream: IO[str], *, colours: bool) -> None:
+    Attributes:
+        error: why something could not be written.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
-        self._colours = colours
-        self._rest = b""
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: object) -> int:
         given = bytes(cast(bytes, data))
-        *lines, self._rest = (self._rest + given).split(b"\n")
-        for line in lines:
-            self._show(line)
+        try:
+            self._pass_on(given)
+        except OSError as error:
+            self.error = error
+            raise
         return len(given)
+
+    def close(self) -> None:
+        if not self.closed and self.error is None:
+            self._stream.flush()
+        super().close()
+
+    def _pass_on(self, given: bytes) -> None:
+        cast(io.TextIOWrapper, self._stream).buffer.write(given)
+
+
+class _Lines(_Stream):
+    """Shows what is written to it line by line."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(stream)
+        self._colours = not os.environ.get("NO_COLOR")
+        self._rest = b""
 
     def close(self) -> None:
         if not self.closed and self._rest:
             self._show(self._rest)
         super().close()
-        self._stream.flush()
+
+    def _pass_on(self, given: bytes) -> None:
+        *lines, self._rest = (self._rest + given).split(b"\n")
+        for line in lines:
+            self._show(line)
 
     def _show(self, line: bytes) -> None:
         text = "\t".join(safe(part) for part in os.fsdecode(line).split("\t"))

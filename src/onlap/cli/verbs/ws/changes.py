@@ -11,7 +11,7 @@ from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.shared.changes import STYLES, change_as_json, path_of, show_changes
 from onlap.cli.shared.patches import write_patch
-from onlap.cli.terminal.output import Output, written
+from onlap.cli.terminal.output import Output
 from onlap.cli.terminal.text import count
 from onlap.errors import shown
 
@@ -43,8 +43,7 @@ def diff(call: Call) -> int:
         workspace = store.workspaces[args.name]
         if args.patch:
             differs = args.exit_code and any(True for _ in workspace.diff(args.before, args.after))
-            with written("write the patch"):
-                write_patch(sys.stdout, lambda out: workspace.patch(out, args.before, args.after))
+            write_patch(sys.stdout, lambda out: workspace.patch(out, args.before, args.after))
         else:
             differs = show_changes(call.out, workspace.diff(args.before, args.after)) > 0
     return exits.NO if differs and args.exit_code else exits.DONE
