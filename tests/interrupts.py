@@ -27,6 +27,7 @@ from typing import Any
 import onlap
 from onlap import errors
 from onlap.catalog.disk import sync
+from onlap.catalog.records import WORKSPACES
 from onlap.store import Store
 
 # Seconds after which something hangs; what is waited for takes milliseconds.
@@ -181,6 +182,55 @@ def _import_image(store: Store, number: int) -> None:
     store.images.import_(store.root.parent / f"image-{number}.tar", name=f"again-{number}:1")
 
 
+def _workspace(store: Store, number: int) -> None:
+    """One with a checkpoint, and something written since."""
+    ws = store.workspaces.create(f"ws-{number}", "base")
+    for content in ("kept", "written"):
+        record = store.snapshotter.for_owner(WORKSPACES).record(f"top/{ws.name}")
+        Path(store.snapshotter.catalog.layout.tree(record.id), "file").write_text(content)
+        if content == "kept":
+            ws.checkpoint("kept")
+
+
+def _checkpoint_within(store: Store, number: int) -> None:
+    ws = store.workspaces[f"ws-{number}"]
+    with ws.mounted() as tree:
+        (tree / "within").write_text("within")
+        ws.checkpoint("new")
+
+
+def _forget(store: Store, number: int) -> None:
+    ws = store.workspaces[f"ws-{number}"]
+    ws.rollback("base")
+    ws.forget("kept")
+
+
+def _check_workspace(store: Store, scenario: str, number: int, acknowledged: bool) -> None:
+    """Nothing that was kept is lost, and the workspace can be used."""
+    name = f"ws-{number}"
+    if scenario == "ws checkpoint within":
+        store.cleanup()  # the end of the block was interrupted
+    there = name in store.workspaces
+    assert there or not acknowledged or scenario == "ws remove"
+    assert not there or not acknowledged or scenario != "ws remove"
+    if not there or scenario == "ws create":
+        return
+    ws = store.workspaces[name]
+    names = {each for checkpoint in ws.log() for each in checkpoint.names}
+    assert "kept" in names or scenario == "ws forget"
+    assert "new" in names or not acknowledged or not scenario.startswith("ws checkpoint")
+    ws.rollback("kept" if "kept" in names else None)
+    record = store.snapshotter.for_owner(WORKSPACES).record(f"top/{name}")
+    if "kept" in names:
+        parent = store.snapshotter.parent(record)
+        assert parent is not None
+        assert Path(store.snapshotter.catalog.layout.tree(parent.id), "file").read_text() == "kept"
+    Path(store.snapshotter.catalog.layout.tree(record.id), "more").write_text("more")
+    ws.checkpoint("more")
+    ws.fork(f"{name}-fork").remove()
+    ws.remove()
+
+
 # What is done before, and what is interrupted.
 SCENARIOS: dict[str, tuple[Callable[[Store, int], object], Callable[[Store, int], object]]] = {
     "stat": (lambda store, n: None, lambda store, n: store.stat("competitor")),
@@ -202,6 +252,13 @@ SCENARIOS: dict[str, tuple[Callable[[Store, int], object], Callable[[Store, int]
     "mounted": (_written, lambda store, n: _within(store.mounted(f"key-{n}"), n)),
     "scratch": (lambda store, n: None, lambda store, n: _within(store.scratch("base"), n)),
     "build": (lambda store, n: None, lambda store, n: _within(store.build(f"name-{n}", "base"), n)),
+    "ws create": (lambda store, n: None, lambda store, n: store.workspaces.create(f"ws-{n}", "base")),
+    "ws checkpoint": (_workspace, lambda store, n: store.workspaces[f"ws-{n}"].checkpoint("new", durable=True)),
+    "ws checkpoint within": (_workspace, _checkpoint_within),
+    "ws rollback": (_workspace, lambda store, n: store.workspaces[f"ws-{n}"].rollback("base")),
+    "ws fork": (_workspace, lambda store, n: store.workspaces[f"ws-{n}"].forks(2, at="kept")),
+    "ws forget": (_workspace, _forget),
+    "ws remove": (_workspace, lambda store, n: store.workspaces[f"ws-{n}"].remove()),
     "image import": (_image, _import_image),
     "image commit": (
         _container,
@@ -240,7 +297,10 @@ def interrupt(root: str, scenario: str, every: int) -> int:
             points += 1
             number += every
         competitors.close()
+        for name in list(store.workspaces):
+            store.workspaces.remove(name)
         store.cleanup()
+        assert not list(store.snapshotter.catalog.walk(WORKSPACES))
         for record in store.snapshotter.catalog.walk(None):
             # Nothing that has a record was thrown away behind it.
             assert os.path.isdir(store.snapshotter.catalog.layout.tree(record.id)), record
@@ -263,6 +323,8 @@ def _check(store: Store, scenario: str, number: int, acknowledged: bool) -> None
         assert name in store or not acknowledged
     if scenario == "label" and acknowledged:
         assert store.stat("base").labels["n"] == str(number)
+    if scenario.startswith("ws"):
+        _check_workspace(store, scenario, number, acknowledged)
     if scenario.startswith("image") and acknowledged:
         gone, there = {
             "image import": ("", f"again-{number}:1"),

@@ -18,8 +18,10 @@ from onlap import locks
 _EVERY = {"stat": 11, "prepare": 41, "commit": 67, "remove": 53, "open and close": 389, "fork": 9}
 _EVERY |= {"view": 43, "label": 29, "apply": 79, "import": 389, "export": 59, "squash": 397, "cleanup": 293}
 _EVERY |= {"mounted": 97, "scratch": 251, "build": 397, "image import": 389, "image commit": 499, "image remove": 97}
+_EVERY |= {"ws create": 197, "ws checkpoint": 197, "ws checkpoint within": 397, "ws rollback": 97, "ws fork": 97}
+_EVERY |= {"ws forget": 197, "ws remove": 297}
 # These mount an overlay.
-_MOUNTING = ("mounted", "scratch", "build")
+_MOUNTING = ("mounted", "scratch", "build", "ws checkpoint within")
 SCENARIOS = [
     pytest.param(scenario, marks=[pytest.mark.needs("overlay")] if scenario in _MOUNTING else [])
     for scenario in interrupts.SCENARIOS
