@@ -81,7 +81,7 @@ def test_what_a_source_is(onlap: Command, repo: Path, tmp_path: Path) -> None:
     assert sources == {"dot": "directory", "dotted": "directory", "of-base": "snapshot", "of-slash": "snapshot"}
     (tmp_path / "a" / "base").mkdir(parents=True)
     assert here.fails(6, "ws", "new", "w", "a/base").endswith("give ./a/base")
-    assert "nothing can be excluded" in here.fails(6, "ws", "new", "w", "base", "--exclude", "x")
+    assert "are for directories, not for snapshots" in here.fails(6, "ws", "new", "w", "base", "--exclude", "x")
 
 
 def test_new_makes_a_root(repo: Path, tmp_path: Path) -> None:
@@ -288,4 +288,4 @@ def test_the_conflicts_of_a_merge(made: Command, repo: Path) -> None:
     assert made("ws", "merge", "w", "--select", "b.txt") == f"merged 1 path into {repo}\n"
     made("import", repo, "base")
     made("ws", "new", "of-base", "base")
-    assert "say which directory to merge into" in made.fails(6, "ws", "merge", "of-base")
+    assert "was made from snapshot base, not from a directory" in made.fails(6, "ws", "merge", "of-base")
