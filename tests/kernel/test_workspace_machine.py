@@ -66,6 +66,7 @@ class Line:
         at: the id of the checkpoint that it stands on.
         base: what it was made from.
         base_names: what it calls that.
+        merged: whether it, or what it was forked from, was merged into the target.
         tree: a plain directory with its tree.
     """
 
@@ -73,6 +74,7 @@ class Line:
         self.at = "base"
         self.base = base
         self.base_names: set[str] = set()
+        self.merged = False
         self.tree = tree
 
 
@@ -357,6 +359,7 @@ class Machine(RuleBasedStateMachine):
         copy = self.copy_of(line, identifier)
         made = self.lines[new.name] = Line(line.base, self.copy(copy))
         made.at = identifier
+        made.merged = line.merged
         self.as_kept(new.name)
 
     @precondition(lambda self: self.lines)
@@ -433,6 +436,14 @@ class Machine(RuleBasedStateMachine):
         workspace.merge(self.target)
         wanted = {path: node for path, node in before.items() if path not in changed}
         wanted |= {path: new[path] for path in changed & new.keys()}
+        if line.merged:
+            # What was merged earlier, and has been changed in the target since, may stay so.
+            after = read_tree(self.target)
+            for path in changed:
+                if not unlike(before.get(path), after.get(path)):
+                    wanted.pop(path, None)
+                    wanted |= {path: before[path]} if path in before else {}
+        line.merged = True
         assert_same_tree(wanted, self.target, ignore=MERGED)
         assert all(entry.state == "same" for entry in workspace.merge_plan(self.target).entries)
 
