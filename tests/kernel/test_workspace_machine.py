@@ -66,7 +66,7 @@ class Line:
         at: the id of the checkpoint that it stands on.
         base: what it was made from.
         base_names: what it calls that.
-        merged: whether it, or what it was forked from, was merged into the target.
+        merged: the paths that it, or what it was forked from, brought into the target.
         tree: a plain directory with its tree.
     """
 
@@ -74,7 +74,7 @@ class Line:
         self.at = "base"
         self.base = base
         self.base_names: set[str] = set()
-        self.merged = False
+        self.merged: set[bytes] = set()
         self.tree = tree
 
 
@@ -359,7 +359,7 @@ class Machine(RuleBasedStateMachine):
         copy = self.copy_of(line, identifier)
         made = self.lines[new.name] = Line(line.base, self.copy(copy))
         made.at = identifier
-        made.merged = line.merged
+        made.merged = set(line.merged)
         self.as_kept(new.name)
 
     @precondition(lambda self: self.lines)
@@ -426,6 +426,7 @@ class Machine(RuleBasedStateMachine):
         line, workspace = self.lines[name], self.workspace(name)
         base, new, before = read_tree(line.base), read_tree(line.tree), read_tree(self.target)
         changed = {path for path in base.keys() | new.keys() if unlike(base.get(path), new.get(path))}
+        changed |= line.merged
         conflicts = workspace.merge_plan(self.target).conflicts
         if conflicts:
             assert any(unlike(base.get(path), before.get(path)) for path in base.keys() | before.keys())
@@ -443,7 +444,7 @@ class Machine(RuleBasedStateMachine):
                 if not unlike(before.get(path), after.get(path)):
                     wanted.pop(path, None)
                     wanted |= {path: before[path]} if path in before else {}
-        line.merged = True
+        line.merged |= changed
         assert_same_tree(wanted, self.target, ignore=MERGED)
         assert all(entry.state == "same" for entry in workspace.merge_plan(self.target).entries)
 
