@@ -84,7 +84,8 @@ NOTES = f"""\
 A checkpoint or rollback is of {TOUCHED} changed files. Its record is on the disk when the call returns, as after each
 call here; "with its content" waits for the content too. "Mounted" is inside the block of `mounted()`: the tree is
 replaced under its path. Forks are entered one after the other, and all stay mounted until the last one is. "First
-look" is at a tree that was mounted just now, of which the kernel has no names in memory.
+look" is at a tree that was mounted just now, of which the kernel has no names in memory. The memory that is left is in
+caches with a limit, as the chains of the last 4,096 layers.
 
 What others publish, on other machines: 10.8 ms for a checkpoint and 1.9 ms for a rollback with a kernel module; 0.35
 and 1 ms with a FUSE filesystem that has no hard links.
@@ -478,7 +479,7 @@ def figures(runs: dict[str, list[lib.Result]], long: lib.Result, sizes: Sizes) -
         f(f"{sizes.cycles:,} cycles of checkpoint and rollback: mounts left", "", one["mounts"], 0, 0),
         f("descriptors left", "", one["descriptors"], 0, 0),
         f("directories left", "", one["directories"], 0, 0),
-        f("thousands of Python's memory blocks left", "", [blocks / 1000 for blocks in one["blocks"]], 1, 0),
+        f("thousands of Python's memory blocks left", "", [blocks / 1000 for blocks in one["blocks"]]),
         f("resident memory that the process kept", "MiB", one["memory_mib"]),
         f("one cycle, with its writes", "ms", one["cycle_ms"]),
     ]

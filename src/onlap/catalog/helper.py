@@ -163,7 +163,7 @@ class Helper:
         """Take the queued jobs; wait up to ``seconds`` if there are none."""
         try:
             first = self.jobs.get(timeout=seconds)
-            self._taken.append(first)
+            self._taken = [*(job for job in self._taken if not job.finished), first]
             return [first, *self.waiting()]
         except Empty:
             return []
