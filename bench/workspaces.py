@@ -397,6 +397,10 @@ def settled(store: Store) -> None:
     store.workspaces.collect()
     store.cleanup()
     gc.collect()
+    # Threads for it end after a second without work; until then they may have files open.
+    threads, deadline = "/proc/self/task", time.monotonic() + 60
+    while len(os.listdir(threads)) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def left_over(root: str) -> lib.Result:
