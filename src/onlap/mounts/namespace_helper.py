@@ -408,7 +408,11 @@ class Helper:
             try:
                 name = os.readlink(f"/proc/{pid}/ns/mnt")
             except OSError:
-                continue  # it has ended, too
+                # It ends. As process 1 of a PID namespace it waits for those in there, without a namespace of its own by
+                # then (kernel/pid_namespace.c, zap_pid_ns_processes): what was killed is to be gone when we say so.
+                if program.killed:
+                    found.append(pid)
+                continue
             # In a namespace that is nobody's it made one of its own, and may have begun in this tree.
             if name == program.namespace or name not in others:
                 found.append(pid)
