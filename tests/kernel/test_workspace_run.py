@@ -274,3 +274,36 @@ with ws.mounted(place) as tree:
     assert os.listdir(tree) == ["d", "f"] or os.listdir(tree) == ["f", "d"]
 """
     output(PRELUDE + code, root)
+
+
+def test_nothing_is_lost_that_is_written_while_the_tree_is_replaced(who: bool, place: Path) -> None:
+    code = """
+written, refused = [], []
+stop = threading.Event()
+def write(tree):
+    number = 0
+    while not stop.is_set():
+        name = f"written-{number}"
+        number += 1
+        try:
+            fd = os.open(tree / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            os.close(fd)
+            written.append(name)
+        except OSError as error:
+            refused.append(error.errno)
+with ws.mounted() as tree:
+    thread = threading.Thread(target=write, args=(tree,))
+    thread.start()
+    try:
+        for _ in range(25):
+            ws.checkpoint(wait=20)
+    finally:
+        stop.set()
+        thread.join()
+    there = set(os.listdir(tree))
+    assert written and not [name for name in written if name not in there]
+import errno
+assert set(refused) <= {errno.EROFS, errno.ENOENT}, set(refused)
+assert os.listdir(root + "/store/empty") == []
+"""
+    output(PRELUDE + code, place, ordinary=who)

@@ -5,6 +5,7 @@
     ROOT/runs/<id>/   0700; the program holds its flock for as long as the work takes
       tree/           where a snapshot is mounted
       at, layer       symlinks, for a mount elsewhere: its mount point, and one of the layers mounted there
+      behind          likewise, what is mounted under that
       partial         a symlink to what is being written elsewhere, under a temporary name
       frozen          the paths of control groups in which processes are frozen, one per line
       ...             whatever else the work needs, as a container's files
@@ -118,9 +119,11 @@ class Run:
         self._new("at", lambda path: os.symlink(target, path))
 
     def mounts_instead(self, layer: str) -> None:
-        """Record, in advance, that another layer is being mounted at the same place."""
+        """Record, in advance, that a layer is being mounted on the first one, in place of the last."""
         self._new("layer.new", lambda path: os.symlink(layer, path))
         with errors.translated("note what is mounted", key=self.directory):
+            if not os.path.lexists(f"{self.directory}/behind"):
+                os.rename(f"{self.directory}/layer", f"{self.directory}/behind")
             os.rename(f"{self.directory}/layer.new", f"{self.directory}/layer")
 
     def writes(self, path: str) -> None:
@@ -364,13 +367,18 @@ def _mounted(path: str) -> list[str]:
     """The mount points of a run, the deepest first."""
     found = mountinfo.below(os.fsencode(path))
     try:
-        at, layer = os.fsencode(os.readlink(f"{path}/at")), os.readlink(f"{path}/layer")
+        at, layers = os.fsencode(os.readlink(f"{path}/at")), [os.readlink(f"{path}/layer")]
     except OSError:
         pass  # it mounted nothing elsewhere
     else:
-        topmost = [entry for entry in mountinfo.parse(mountinfo.own()) if entry.mountpoint == at][-1:]
-        if topmost and _shows(topmost[0], layer):
-            found += [at, *mountinfo.below(at)]
+        with contextlib.suppress(FileNotFoundError):
+            layers.append(os.readlink(f"{path}/behind"))
+        there = [entry for entry in mountinfo.parse(mountinfo.own()) if entry.mountpoint == at]
+        ours = []
+        while there and any(_shows(there[-1], layer) for layer in layers):
+            ours.append(there.pop().mountpoint)
+        if ours:
+            found += [*ours, *mountinfo.below(at)]
     return [os.fsdecode(target) for target in reversed(found)]
 
 

@@ -408,8 +408,8 @@ class Helper:
             try:
                 name = os.readlink(f"/proc/{pid}/ns/mnt")
             except OSError:
-                # It ends. As process 1 of a PID namespace it waits for those in there, without a namespace of its own by
-                # then (kernel/pid_namespace.c, zap_pid_ns_processes): what was killed is to be gone when we say so.
+                # It ends. Process 1 of a PID namespace then waits for those in there, and has no namespace any more
+                # (kernel/pid_namespace.c, zap_pid_ns_processes). What was killed is to be gone when we say so.
                 if program.killed:
                     found.append(pid)
                 continue

@@ -13,7 +13,7 @@ from onlap.arguments import StrPath, check_path
 from onlap.catalog.runs import Run, begin
 from onlap.errors import shown
 from onlap.forks import closed_in_children, unless_forked
-from onlap.mounts import temporary
+from onlap.mounts import plan, temporary
 from onlap.mounts.holders import holders_of_mount
 from onlap.mounts.unmount import await_nobody, unmount
 from onlap.mounts.userns import may_mount
@@ -21,6 +21,7 @@ from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.files import mount_id
 from onlap.syscalls.mount import open_tree
+from onlap.trees.walk import opened
 from onlap.workspaces.endings import Endings, another_mount
 
 # Seconds to wait at the end for processes that still use the tree, as onlap.mounted does.
@@ -31,7 +32,8 @@ class Mounting:
     """A mounted top; a context manager.
 
     With the privilege to mount, the tree is at a mount point. Without, it is a detached mount behind a descriptor whose
-    number does not change.
+    number does not change. While one layer takes the place of another, an empty read-only directory is there: what
+    somebody writes in that moment fails, and is not lost in a directory that nobody will see.
 
     Args:
         snapshotter: of the workspaces.
@@ -51,6 +53,8 @@ class Mounting:
         self._stack = ExitStack()
         self._mount = ExitStack()
         self._run: Run | None = None
+        # The empty directory behind the tree: the id of its mount, or its descriptor.
+        self._nothing = -1
         self._fd = -1
         self._release: Callable[[], None] = lambda: None
         self._fixed = True
@@ -64,12 +68,18 @@ class Mounting:
         with ExitStack() as on_error:
             on_error.callback(self._stack.close)
             run = self._stack.enter_context(begin(self._snapshotter.catalog))
+            nothing = plan.bind(self._snapshotter.catalog.layout.empty, readonly=True)
             if may_mount():
                 if self._at is None:
                     self._at = run.tree()
                 else:
-                    run.mounts_at(self._at, self._snapshotter.root)
+                    run.mounts_at(self._at, nothing.source)
                     self._run = run
+                self._stack.enter_context(temporary.mounted([nothing], self._at))
+                self._nothing = _mount_at(self._at)
+            else:
+                self._nothing = temporary.detached(nothing, self._snapshotter.helper)
+                self._stack.callback(closed_in_children(self._nothing))
             self._stack.callback(unless_forked(self._close))
             self._attach()
             on_error.pop_all()
@@ -85,18 +95,18 @@ class Mounting:
         if self._run is not None:
             self._run.mounts_instead(self._snapshotter.catalog.layout.tree(record.id))
         with ExitStack() as stack:
-            plan = stack.enter_context(exclusion.mounting(self._snapshotter, record, hidden=hidden))
-            if self._upper is not None and self._upper in (plan[0].upper, *plan[0].lowers):
+            mounts = stack.enter_context(exclusion.mounting(self._snapshotter, record, hidden=hidden))
+            if self._upper is not None and self._upper in (mounts[0].upper, *mounts[0].lowers):
                 # An upper layer must not be in two overlays at the same time.
                 self._endings.wait()
-            self._upper = plan[0].upper
+            self._upper = mounts[0].upper
             if self._at is not None:
-                stack.enter_context(temporary.mounted(plan, self._at))
+                stack.enter_context(temporary.mounted(mounts, self._at))
                 self.path = self._at
-            elif len(plan) == 1 and plan[0].needs_no_mount:
-                self.path, self._fixed = plan[0].source, False
+            elif len(mounts) == 1 and mounts[0].needs_no_mount:
+                self.path, self._fixed = mounts[0].source, False
             else:
-                self._show(temporary.detached(plan[0], self._snapshotter.helper))
+                self._show(temporary.detached(mounts[0], self._snapshotter.helper))
             self._mount = stack.pop_all()
 
     def _show(self, fd: int) -> None:
@@ -155,9 +165,8 @@ class Mounting:
         last: int | None = None
         try:
             if self._at is not None:
-                last = another_mount(self._at)
-                # Not mounted: an interrupt came between this and the next mount.
-                with contextlib.suppress(errors.InvalidArgument):
+                if _mount_at(self._at) != self._nothing:  # otherwise an interrupt came between this and the next mount
+                    last = another_mount(self._at)
                     unmount(self._at, timeout=wait)
             elif self._shown:
                 self._await_nobody(wait)
@@ -174,11 +183,7 @@ class Mounting:
         await_nobody(self.path, lambda: holders_of_mount(number, device, self._fd), timeout=wait)
         self._shown = False
         # The number stays taken, or another thread might open a file under it.
-        nothing = os.open("/", os.O_PATH | os.O_CLOEXEC)
-        try:
-            os.dup2(nothing, self._fd, inheritable=False)
-        finally:
-            os.close(nothing)
+        os.dup2(self._nothing, self._fd, inheritable=False)
 
     def _close(self) -> None:
         with ExitStack() as stack:
@@ -188,3 +193,9 @@ class Mounting:
                 stack.callback(self._release)
                 if self._shown:
                     self._await_nobody(_LEAVING)
+
+
+def _mount_at(path: str) -> int:
+    """The id of the mount that a path leads to; raises OSError."""
+    with opened(path, os.O_PATH | os.O_CLOEXEC) as fd:
+        return mount_id(fd)
