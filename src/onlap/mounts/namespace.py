@@ -35,7 +35,8 @@ _TIMEOUT = 30.0
 _ANSWER = 65536
 _PYTHON_NEEDS = ("PYTHON", "LD_", "LC_", "LANG", "PATH")
 _KILLED = 128 + 9
-_FD = socket.CMSG_SPACE(4)
+# An answer has two descriptors at most.
+_FDS = socket.CMSG_SPACE(8)
 
 
 class NotStarted(Exception):
@@ -201,10 +202,24 @@ class Program:
         poll.register(self._answers, select.POLLIN)
         if not poll.poll(None if timeout is None else max(0.0, timeout * 1000)):
             return None
-        kind, *fields = _read(self._helper, self._answers)
-        assert kind == "ended", kind
-        self.ended = Ended(*fields)
+        self._hear_end()
         return self.ended
+
+    def _hear_end(self) -> None:
+        """Read the next answer, which mostly is the last.
+
+        The last program in a tree gets the tree's mount and its lock. To close the mount writes the whole filesystem of
+        the upper layer back (ovl_sync_fs, fs/overlayfs/super.c), for which other programs of the helper must not wait.
+        """
+        found: list[Any] = []
+        try:
+            kind, *fields = _read(self._helper, self._answers, found)
+            if kind == "ended":
+                self.ended = Ended(*fields)
+        finally:
+            for _, _, content in found[0][1] if found else ():
+                for at in range(0, len(content) - 3, 4):
+                    os.close(int.from_bytes(content[at : at + 4], sys.byteorder))
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the process; nothing if it has ended."""
@@ -228,9 +243,9 @@ class Program:
             self._answers.close()  # an interrupt: the helper kills it all the same
 
     def _await_end(self) -> None:
-        while True:
+        while self.ended is None:
             try:
-                kind, *fields = _read(self._helper, self._answers)
+                self._hear_end()
             except _Gone:
                 if self._refused:
                     return
@@ -239,10 +254,6 @@ class Program:
                 return
             except (NotStarted, errors.OnlapError):
                 self._refused = True
-                continue
-            if kind == "ended":
-                self.ended = Ended(*fields)
-                return
 
 
 def _kill_all(where: str, namespace: str) -> None:
@@ -300,7 +311,7 @@ def _read(helper: _Process, answers: socket.socket, found: list[Any] | None = No
     received: list[Any] = [] if found is None else found
     try:
         # In one step of the interpreter: between two, an interrupt would lose a descriptor that has come.
-        received.extend(map(answers.recvmsg, (_ANSWER,), (_FD,), (socket.MSG_CMSG_CLOEXEC,)))
+        received.extend(map(answers.recvmsg, (_ANSWER,), (_FDS,), (socket.MSG_CMSG_CLOEXEC,)))
     except TimeoutError as error:
         raise errors.Unavailable("the helper that mounts does not answer", hint="try again") from error
     except ConnectionResetError:

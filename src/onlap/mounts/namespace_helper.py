@@ -21,7 +21,7 @@ import select
 import signal
 import sys
 from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET, socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onlap import errors
@@ -50,11 +50,10 @@ class Tree:
         self.lock = lock
         self.users = 0
 
-    def close(self) -> None:
-        """Unmount it, and release the lock; the programs' own mounts of it are gone."""
-        for fd in (self.mount, self.lock):
-            if fd >= 0:
-                os.close(fd)
+    @property
+    def fds(self) -> list[int]:
+        """Its descriptors; closed in this order they unmount it, and release the lock."""
+        return [fd for fd in (self.mount, self.lock) if fd >= 0]
 
 
 class Program:
@@ -83,10 +82,11 @@ class Program:
         self.status: int | None = None
         self.killed = False
 
-    def answer(self, *message: Any) -> None:
-        """Tell the caller, if it is still there."""
+    def answer(self, *message: Any, fds: Sequence[int] = ()) -> None:
+        """Tell the caller, if it is still there, and give it descriptors."""
         try:
-            self.answers.send(marshal.dumps(message))
+            rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+            self.answers.sendmsg([marshal.dumps(message)], [(SOL_SOCKET, SCM_RIGHTS, rights)] if rights else [])
         except OSError:
             return
 
@@ -233,7 +233,7 @@ class Helper:
             self._fork(task, plan, mount, given, answers, key)
         except BaseException:
             if key is not None:
-                self._leave(key)
+                _close(self._leave(key))
             raise
         finally:
             if mount >= 0:
@@ -282,12 +282,14 @@ class Helper:
                 raise
         return os.dup(fd)
 
-    def _leave(self, key: int) -> None:
+    def _leave(self, key: int) -> list[int]:
+        """Let a program leave a tree; if it was the last, returns what is to be closed then."""
         tree = self._trees[key]
         tree.users -= 1
-        if not tree.users:
-            del self._trees[key]
-            tree.close()
+        if tree.users:
+            return []
+        del self._trees[key]
+        return tree.fds
 
     def _fork(
         self,
@@ -389,9 +391,9 @@ class Helper:
             self._left.update(left)
             self._left_in.add(program.namespace)
         del self._programs[program.pid]
-        if program.tree is not None:
-            self._leave(program.tree)
-        program.answer("ended", program.status, left)
+        fds = self._leave(program.tree) if program.tree is not None else []
+        program.answer("ended", program.status, left, fds=fds)
+        _close(fds)
         fd = program.answers.fileno()
         if self._by_fd.pop(fd, None) is not None:
             self._epoll.unregister(fd)
@@ -417,6 +419,11 @@ class Helper:
             if name == program.namespace or name not in others:
                 found.append(pid)
         return found
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _children() -> list[int]:
