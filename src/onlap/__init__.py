@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from onlap.snapshots.contract import Cleaner, Differ, Info, Snapshotter
     from onlap.snapshots.native import NativeSnapshotter
     from onlap.snapshots.overlay import OverlaySnapshotter, Properties
-    from onlap.snapshots.running import Done
-    from onlap.snapshots.transfer import Exported, Imported
+    from onlap.snapshots.running.run import Done
+    from onlap.snapshots.transfer.api import Exported, Imported
     from onlap.store import Progress, Store, open
     from onlap.trees.compare import Change
     from onlap.trees.meta import Meta
@@ -78,8 +78,8 @@ _MODULES = {
     "onlap.snapshots.contract": "Cleaner Differ Info Snapshotter",
     "onlap.snapshots.native": "NativeSnapshotter",
     "onlap.snapshots.overlay": "OverlaySnapshotter Properties",
-    "onlap.snapshots.running": "Done",
-    "onlap.snapshots.transfer": "Exported Imported",
+    "onlap.snapshots.running.run": "Done",
+    "onlap.snapshots.transfer.api": "Exported Imported",
     "onlap.store": "Progress Store open",
     "onlap.trees.compare": "Change",
     "onlap.trees.meta": "Meta",

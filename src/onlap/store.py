@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from onlap.layers.apply.archive import Applied, Limits
     from onlap.layers.diff.write import Written
     from onlap.layers.stream.compression import Compression
-    from onlap.snapshots.archives import Format
-    from onlap.snapshots.running import Done, Options
-    from onlap.snapshots.transfer import Exported, Imported
+    from onlap.snapshots.running.run import Done, Options
+    from onlap.snapshots.transfer.api import Exported, Imported
+    from onlap.snapshots.transfer.archives import Format
     from onlap.workspaces.api import Workspaces
 
 __all__ = ["Progress", "SnapshotterKind", "Store", "open", "open_snapshotter"]
@@ -289,7 +289,7 @@ class Store:
 
     def run(self, key: str, argv: Sequence[str], **options: Unpack[Options]) -> Done:
         """Run a command in a snapshot's tree; this is not a sandbox. See :func:`onlap.snapshots.running.run`."""
-        from onlap.snapshots.running import run
+        from onlap.snapshots.running.run import run
 
         return run(self.snapshotter, key, argv, **options)
 
@@ -332,7 +332,7 @@ class Store:
             FailedPrecondition: a file changed while it was read.
             OnlapError: of another kind, for an error of the filesystem.
         """
-        from onlap.snapshots.transfer import import_
+        from onlap.snapshots.transfer.api import import_
 
         return import_(
             self.snapshotter,
@@ -407,7 +407,7 @@ class Store:
             FailedPrecondition: the directory is not empty.
             OnlapError: of another kind, for an error of the filesystem or the mount.
         """
-        from onlap.snapshots.transfer import export
+        from onlap.snapshots.transfer.api import export
 
         return export(
             self.snapshotter,
@@ -449,7 +449,7 @@ class Store:
             DigestMismatch: it does not have the expected digest.
             OnlapError: of another kind, for an error of the filesystem.
         """
-        from onlap.snapshots import archives
+        from onlap.snapshots.transfer import archives
 
         return archives.apply_layer(
             self.snapshotter, key, layer, digest=digest, diff_id=diff_id, limits=limits, progress=progress
@@ -488,7 +488,7 @@ class Store:
             InvalidArgument: there is no such compression or level, or ``out`` lies inside the root.
             OnlapError: of another kind, for an error of the filesystem.
         """
-        from onlap.snapshots import archives
+        from onlap.snapshots.transfer import archives
 
         encoding = archives.encoding_for(out, compression, level, epoch, content, sparse)
         return archives.write_diff(self.snapshotter, self.snapshotter.pair(key, base), out, encoding, progress=progress)
@@ -591,7 +591,7 @@ class Store:
             AlreadyExists: the name is taken.
             OnlapError: of another kind, for an error of the filesystem.
         """
-        from onlap.snapshots import archives
+        from onlap.snapshots.transfer import archives
 
         self.stat(top)
         with contexts.prepared(self.snapshotter, base, "squash") as key:

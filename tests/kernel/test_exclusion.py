@@ -102,7 +102,7 @@ def mount_and_write(store: Store) -> None:
 def test_nothing_begins_in_the_middle_of_a_commit(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parent: str | None, how: str
 ) -> None:
-    from onlap.snapshots import directories
+    from onlap.snapshots.transfer import directories
 
     (tmp_path / "late").touch()
 

@@ -16,7 +16,8 @@ import pytest
 
 from kernel.helpers import OLD_KERNEL, mountinfo, output, python
 from onlap import errors
-from onlap.mounts import kernel, namespace, plan
+from onlap.mounts import kernel, plan
+from onlap.mounts.helper import client
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import unmount
 from onlap.overlayfs.options import MAX_DATA, MAX_LOWERS
@@ -487,8 +488,8 @@ def test_an_interrupt_before_the_helper_has_its_plan(root: Path, monkeypatch: py
     def interrupted(_plan: Mount) -> bytes:
         raise KeyboardInterrupt
 
-    with namespace.Namespace() as helper:
-        monkeypatch.setattr(namespace, "_plain", interrupted)
+    with client.Client() as helper:
+        monkeypatch.setattr(client, "_plain", interrupted)
         with pytest.raises(KeyboardInterrupt):
             helper.detached(plan.bind(str(root)))
         monkeypatch.undo()

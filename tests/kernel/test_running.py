@@ -212,7 +212,7 @@ threads = [threading.Thread(target=body, args=(number,)) for number in range(20)
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert not failed, failed
-assert len({thread for thread in os.listdir(f"/proc/{store.snapshotter.helper.namespace.pid}/task")}) == 1
+assert len({thread for thread in os.listdir(f"/proc/{store.snapshotter.helper.client.pid}/task")}) == 1
 assert len([pid for pid in open(f"/proc/self/task/{os.getpid()}/children").read().split()]) == 1
 before = set(os.listdir("/proc/self/fd"))
 sh("true")
@@ -230,7 +230,7 @@ os.mkfifo(root + "/fifo")
 def kill():
     with open(root + "/fifo") as file:
         file.read()
-    os.kill(store.snapshotter.helper.namespace.pid, signal.SIGKILL)
+    os.kill(store.snapshotter.helper.client.pid, signal.SIGKILL)
 sh("true")
 threading.Thread(target=kill).start()
 script = f"sleep 100 & echo $! > {root}/pids; setsid sleep 100 & echo $! >> {root}/pids; echo > {root}/fifo; wait"
@@ -238,7 +238,7 @@ raises(onlap.Unavailable, sh, script)
 assert all(ended(int(pid)) for pid in open(root + "/pids").read().split())
 assert sh("cat f").stdout == b"content"
 def kill_helper():
-    pid = store.snapshotter.helper.namespace.pid
+    pid = store.snapshotter.helper.client.pid
     if pid is not None:  # root mounts without one
         os.kill(pid, signal.SIGKILL)
         assert ended(pid)

@@ -17,7 +17,7 @@ import onlap
 from kernel.helpers import mountinfo, python
 from onlap import errors
 from onlap.store import Store
-from onlap.workspaces import chains
+from onlap.workspaces.history import chains
 from onlap.workspaces.records import OWNER
 from onlap.workspaces.workspace import Workspace
 from syscall_sweep.children import descriptors

@@ -27,7 +27,7 @@ from onlap import errors
 from onlap.store import SnapshotterKind
 from onlap.testing import Tree, assert_same_tree, differences, read_tree
 from onlap.testing.same import Listing, Node
-from onlap.workspaces import chains
+from onlap.workspaces.history import chains
 from onlap.workspaces.records import Checkpoint
 from onlap.workspaces.workspace import Workspace
 

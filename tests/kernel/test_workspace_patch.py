@@ -12,7 +12,7 @@ import pytest
 from kernel.layer_stacks import METACOPY, Layers
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.testing import Tree, assert_same_tree
-from onlap.workspaces.patch import write_patch
+from onlap.workspaces.patch.patch import write_patch
 
 pytestmark = [pytest.mark.needs("overlay"), pytest.mark.skipif(shutil.which("git") is None, reason="no git")]
 

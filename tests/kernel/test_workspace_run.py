@@ -209,7 +209,7 @@ while not ws.is_changed:
     pass
 pid = os.fork()
 if pid == 0:
-    from onlap.workspaces import chains
+    from onlap.workspaces.history import chains
     chains.copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     other = onlap.open(root + "/store")
     other.workspaces["w"].checkpoint(freeze=True)

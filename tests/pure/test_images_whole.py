@@ -17,7 +17,7 @@ from onlap.containers.run import find_source
 from onlap.images import Image, Images
 from onlap.images.commit import commit
 from onlap.images.unpack import intake
-from onlap.snapshots.archives import write_diff
+from onlap.snapshots.transfer.archives import write_diff
 from onlap.store import Store
 from pure.image_makers import Made, digest_of, layer
 

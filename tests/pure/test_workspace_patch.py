@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from onlap.overlayfs.markers import Markers
 from onlap.testing import Tree
 from onlap.trees.compare import ALWAYS
-from onlap.workspaces import hunks
-from onlap.workspaces.patch import write_patch
+from onlap.workspaces.patch import hunks
+from onlap.workspaces.patch.patch import write_patch
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 needs_patch = pytest.mark.skipif(shutil.which("patch") is None, reason="patch is not installed")

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import onlap
 from onlap.graphdrivers import Driver, open_driver
 from onlap.store import SnapshotterKind, Store
-from onlap.workspaces import chains
+from onlap.workspaces.history import chains
 from onlap.workspaces.records import OWNER
 from onlap.workspaces.workspace import Workspace
 from pure.image_makers import Made, layer

@@ -15,9 +15,9 @@ from onlap.check.refill import open_in_tree
 from onlap.content.store import ContentStore
 from onlap.images.index import Image, Index
 from onlap.images.records import LABEL_LAYER
-from onlap.snapshots.archives import apply_layer
 from onlap.snapshots.contexts import prepared
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.transfer.archives import apply_layer
 from onlap.syscalls.files import is_directory
 from onlap.trees.manifest import Entry
 from onlap.trees.walk import opened

@@ -35,7 +35,7 @@ from onlap.mounts.userns import may_mount
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
-from onlap.snapshots.streams import Streams
+from onlap.snapshots.running.streams import Streams
 
 if TYPE_CHECKING:
     from onlap.images import Image, Images
@@ -354,7 +354,7 @@ def _run_any(runtimes: list[str], directory: str, attended: Attended | None) -> 
 
 
 class _Container:
-    """A container whose streams are attended to (:class:`onlap.snapshots.streams.Awaited`)."""
+    """A container whose streams are attended to (:class:`onlap.snapshots.running.streams.Awaited`)."""
 
     def __init__(self, process: subprocess.Popen[bytes], pidfd: int, end: Callable[[], None]) -> None:
         self._process = process

@@ -22,7 +22,7 @@ from onlap.syscalls.files import mount_id
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from onlap.mounts.warm import Helper
+    from onlap.mounts.helper.lazy import Helper
 
 
 @contextlib.contextmanager
@@ -179,11 +179,11 @@ def detached(plan: Mount, helper: Helper | None) -> int:
     if may_mount():
         return kernel.detached(plan)
     if helper is not None:
-        return helper.namespace.detached(plan)
-    from onlap.mounts.namespace import Namespace
+        return helper.client.detached(plan)
+    from onlap.mounts.helper.client import Client
 
-    with Namespace() as namespace:
-        return namespace.detached(plan)
+    with Client() as client:
+        return client.detached(plan)
 
 
 def _await_nobody(mount: Mount, kept: int, timeout: float) -> None:

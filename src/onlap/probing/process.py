@@ -188,7 +188,7 @@ def _drop() -> None:
 def _mount_in_namespace(case: Case) -> tuple[bool, str, list[int]]:
     """Have a child mount an overlay in a user namespace, and send back its descriptor.
 
-    A fork, whereas Onlap itself starts a new program (:mod:`onlap.mounts.namespace`), which this user may not be
+    A fork, whereas Onlap itself starts a new program (:mod:`onlap.mounts.helper.client`), which this user may not be
     able to read.
 
     Returns:

@@ -18,9 +18,9 @@ from onlap.catalog.runs import Run, begin, root_of, run_if_writable
 from onlap.errors import shown
 from onlap.forks import unless_forked
 from onlap.mounts import temporary
+from onlap.mounts.helper.lazy import Helper, of_root
 from onlap.mounts.plan import Mount
 from onlap.mounts.userns import may_mount
-from onlap.mounts.warm import Helper, of_root
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
 

@@ -22,8 +22,8 @@ from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition,
 from onlap.catalog.volatile import settle
 from onlap.errors import shown
 from onlap.layers.diff.changes import stack_changes
+from onlap.mounts.helper.lazy import Helper
 from onlap.mounts.plan import Mount
-from onlap.mounts.warm import Helper
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import exclusion
 from onlap.snapshots import filters as language

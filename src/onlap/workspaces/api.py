@@ -13,7 +13,7 @@ from onlap.catalog.records import COMMITTED, HAS_LABEL, Condition, Record
 from onlap.catalog.runs import Run, begin
 from onlap.errors import shown
 from onlap.progress import Callback
-from onlap.workspaces import chains, limits, nodes
+from onlap.workspaces.history import chains, checkpoints
 from onlap.workspaces.records import (
     AT,
     BASE,
@@ -32,6 +32,7 @@ from onlap.workspaces.records import (
     top_key,
 )
 from onlap.workspaces.site import Site
+from onlap.workspaces.tree import limits
 from onlap.workspaces.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class Workspaces(Mapping[str, Workspace]):
         Returns:
             How many were removed.
         """
-        return nodes.collect(self._site.snapshotter, nodes.newest_captures(self._site.snapshotter))
+        return checkpoints.collect(self._site.snapshotter, checkpoints.newest_captures(self._site.snapshotter))
 
     def close(self) -> None:
         """Wait until all checkpoints are durable, and what was mounted has ended."""

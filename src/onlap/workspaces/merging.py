@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from onlap import errors
 from onlap.catalog.records import Record
-from onlap.snapshots.directories import check_outside
 from onlap.snapshots.recorded import Pair
-from onlap.workspaces import nodes
+from onlap.snapshots.transfer.directories import check_outside
+from onlap.workspaces.history import checkpoints
 from onlap.workspaces.merge.apply import apply
 from onlap.workspaces.merge.entries import Merged, MergePlan
 from onlap.workspaces.merge.plan import plan
@@ -48,11 +48,11 @@ def planning(site: Site, top: Record, state: Record, target: str) -> Iterator[Ca
     snapshotter = site.snapshotter
     check_outside(snapshotter, target)
     with contextlib.ExitStack() as stack:
-        pair = Pair(nodes.base_of(snapshotter, top), state)
+        pair = Pair(checkpoints.base_of(snapshotter, top), state)
         before, after, since = stack.enter_context(snapshotter.comparing(pair, "merge"))
         merged = []
         for identifier in top.labels.get(MERGED, "").split():
             with contextlib.suppress(errors.NotFound):  # it was forgotten
-                earlier = Pair(nodes.find(snapshotter, top, identifier), state)
+                earlier = Pair(checkpoints.find(snapshotter, top, identifier), state)
                 merged.append(stack.enter_context(snapshotter.comparing(earlier, "merge"))[0])
         yield lambda select: plan(before, after, snapshotter.markers, target, select=select, since=since, merged=merged)

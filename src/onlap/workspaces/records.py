@@ -8,7 +8,7 @@
     live/<id>         committed: a directory itself
 
 Checkpoints form a tree, by :data:`AT`. That is not the tree of the snapshots' parents: a checkpoint that stands for
-several merged layers (:mod:`onlap.workspaces.chains`) has the snapshot below all of them as its parent.
+several merged layers (:mod:`onlap.workspaces.history.chains`) has the snapshot below all of them as its parent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ AT = "onlap.io/at"
 SOURCE = "onlap.io/source"
 # Of tops: the checkpoints that were merged into a directory, the latest ones, with spaces between.
 MERGED = "onlap.io/merged"
-# Of tops: what a command may write, as "bytes inodes" (onlap.workspaces.limits).
+# Of tops: what a command may write, as "bytes inodes" (onlap.workspaces.tree.limits).
 LIMITS = "onlap.io/limits"
 # Of tops and nodes: the command that made the changes, as a JSON list.
 COMMAND = "onlap.io/command"

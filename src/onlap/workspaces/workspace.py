@@ -17,8 +17,8 @@ from onlap.errors import shown
 from onlap.mounts.unmount import attempts
 from onlap.snapshots.recorded import Pair
 from onlap.trees.compare import Change
-from onlap.workspaces import chains, freezing, merging, nodes
-from onlap.workspaces.mounting import Mounting
+from onlap.workspaces import merging
+from onlap.workspaces.history import chains, checkpoints, freezing
 from onlap.workspaces.records import (
     AT,
     BASE_ID,
@@ -40,7 +40,8 @@ from onlap.workspaces.records import (
     parse_source,
     top_key,
 )
-from onlap.workspaces.running import Isolation, Ran, Task, chosen_isolation, execute
+from onlap.workspaces.tree.mounting import Mounting
+from onlap.workspaces.tree.running import Isolation, Ran, Task, chosen_isolation, execute
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +101,7 @@ class Workspace:
         """
         top = self._top()
         directory = self._directory(top)
-        base = nodes.base_of(self._site.snapshotter, top)
+        base = checkpoints.base_of(self._site.snapshotter, top)
         from onlap.workspaces.capture.live import changes
 
         return changes(self._site.snapshotter, base, directory, excluded_in(base.labels.get(DIRECTORY, "")))
@@ -109,7 +110,7 @@ class Workspace:
     def at(self) -> Checkpoint:
         """The checkpoint that it stands on."""
         top = self._top()
-        return self._describe(nodes.below(self._site.snapshotter, top), top)
+        return self._describe(checkpoints.below(self._site.snapshotter, top), top)
 
     @property
     def is_changed(self) -> bool:
@@ -123,15 +124,15 @@ class Workspace:
             NotFound: there is no such workspace any more.
         """
         top = self._top()
-        base = nodes.base_of(self._site.snapshotter, top)
-        found = [base, *nodes.of_workspace(self._site.snapshotter, top)]
-        return [self._describe(nodes.measured(self._site.snapshotter, record), top) for record in found]
+        base = checkpoints.base_of(self._site.snapshotter, top)
+        found = [base, *checkpoints.of_workspace(self._site.snapshotter, top)]
+        return [self._describe(checkpoints.measured(self._site.snapshotter, record), top) for record in found]
 
     def _top(self) -> Record:
         return self._site.top(self.name)
 
     def _describe(self, record: Record, top: Record | None = None) -> Checkpoint:
-        return nodes.describe(record, top or self._top())
+        return checkpoints.describe(record, top or self._top())
 
     # The tree
 
@@ -295,11 +296,11 @@ class Workspace:
         record = self._kept(top)
         if record is not None:
             if name is not None:
-                record = nodes.give_name(snapshotter, top, record, name)
+                record = checkpoints.give_name(snapshotter, top, record, name)
                 top = self._top()  # a name of the base is a label of it
         else:
             if name is not None:
-                nodes.check_unused(snapshotter, top, name)
+                checkpoints.check_unused(snapshotter, top, name)
             names = {name_label(name): top.labels[LINE]} if name is not None else {}
             try:
                 record = self._replacing(wait, lambda now: chains.advance(snapshotter, now, names))
@@ -307,7 +308,7 @@ class Workspace:
                 if not freeze or self._mounting is not None:
                     raise
                 record = freezing.checkpoint(snapshotter, self._top(), names)
-            cancellation.made(partial(nodes.forget, snapshotter, [record], everywhere=True))
+            cancellation.made(partial(checkpoints.forget, snapshotter, [record], everywhere=True))
             self._site.durability.begin()
         if durable and UNSYNCED in record.labels:
             self._site.durability.wait()
@@ -316,7 +317,7 @@ class Workspace:
 
     def _kept(self, top: Record) -> Record | None:
         """The checkpoint that has the present state; None if something was written since."""
-        return nodes.below(self._site.snapshotter, top) if self._site.is_unchanged(top) else None
+        return checkpoints.below(self._site.snapshotter, top) if self._site.is_unchanged(top) else None
 
     def rollback(self, to: Checkpoint | str | None = None, *, wait: float = 0.0) -> Checkpoint:
         """Go back to a checkpoint; what was written since the last one is discarded, all checkpoints stay.
@@ -344,7 +345,9 @@ class Workspace:
         """The snapshot of a checkpoint, by default of the last one."""
         snapshotter = self._site.snapshotter
         top = top or self._top()
-        record = nodes.below(snapshotter, top) if reference is None else nodes.find(snapshotter, top, reference)
+        record = (
+            checkpoints.below(snapshotter, top) if reference is None else checkpoints.find(snapshotter, top, reference)
+        )
         self._site.check_durable(record, self.name)
         return record
 
@@ -356,9 +359,9 @@ class Workspace:
             FailedPrecondition: it is the base, or a workspace stands on it.
         """
         snapshotter = self._site.snapshotter
-        record = nodes.find(snapshotter, self._top(), checkpoint)
+        record = checkpoints.find(snapshotter, self._top(), checkpoint)
         identifier = node_id(record)
-        standing = self.name if identifier == BASE_ID else nodes.forget(snapshotter, [record]).get(identifier)
+        standing = self.name if identifier == BASE_ID else checkpoints.forget(snapshotter, [record]).get(identifier)
         if standing is not None:
             raise errors.FailedPrecondition(
                 f"workspace {shown(standing)} stands on checkpoint {shown(identifier)}",
@@ -388,7 +391,7 @@ class Workspace:
             check_number(newer_than, "age of checkpoints to keep")
         snapshotter = self._site.snapshotter
         top = self._top()
-        own = [r for r in nodes.of_workspace(snapshotter, top) if r.labels[LINE] == top.labels[LINE]]
+        own = [r for r in checkpoints.of_workspace(snapshotter, top) if r.labels[LINE] == top.labels[LINE]]
         kept = {top.labels[AT]} | {node_id(record) for record in own[len(own) - min(last or 0, len(own)) :]}
         since = time.time_ns() - int((newer_than or 0) * 1e9)
         unwanted = [
@@ -400,7 +403,7 @@ class Workspace:
         ]
         if not unwanted:
             return 0
-        return len(unwanted) - len(nodes.forget(snapshotter, unwanted))
+        return len(unwanted) - len(checkpoints.forget(snapshotter, unwanted))
 
     # Forks
 
@@ -494,7 +497,7 @@ class Workspace:
         Raises:
             OnlapError: as :meth:`diff`.
         """
-        from onlap.workspaces.patch import write_patch
+        from onlap.workspaces.patch.patch import write_patch
 
         with self._site.snapshotter.comparing(self._pair(before, after), "compare") as (old, new, since):
             write_patch(old, new, self._site.snapshotter.markers, out, since=since)
@@ -567,5 +570,5 @@ class Workspace:
         """
         top = self._top()
         self._site.snapshotter.remove(top.name)
-        if nodes.are_left(self._site.snapshotter, top):
-            nodes.collect(self._site.snapshotter)
+        if checkpoints.are_left(self._site.snapshotter, top):
+            checkpoints.collect(self._site.snapshotter)

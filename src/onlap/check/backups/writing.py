@@ -44,8 +44,8 @@ from onlap.layers.format.writer import TarWriter
 from onlap.layers.stream.digests import PREFIX
 from onlap.layers.stream.sink import ArchiveSink
 from onlap.progress import Callback, Reporter
-from onlap.snapshots import archives
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.transfer import archives
 from onlap.trees import manifest, walk
 from onlap.trees.manifest import Entry, opened_unchanged
 from onlap.trees.meta import read_xattrs

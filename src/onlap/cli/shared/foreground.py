@@ -13,7 +13,7 @@ from onlap.cli import exits
 from onlap.cli.terminal.output import Output
 
 if TYPE_CHECKING:
-    from onlap.snapshots.running import Running
+    from onlap.snapshots.running.run import Running
 
 
 def command_or_shell(command: Sequence[str], *, chroot: bool = False) -> list[str]:
@@ -26,7 +26,7 @@ def attend(starting: contextlib.AbstractContextManager[Running], timeout: float 
     """Start a command, and wait for its end.
 
     Args:
-        starting: as :func:`onlap.snapshots.running.started`, with ``terminal``.
+        starting: as :func:`onlap.snapshots.running.run.started`, with ``terminal``.
         timeout: seconds after which it is killed.
 
     Returns:

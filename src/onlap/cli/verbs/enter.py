@@ -27,7 +27,7 @@ def enter_arguments(parser: Parser) -> None:
 
 def enter(call: Call) -> int:
     from onlap.cli.shared.foreground import attend, cannot_run, command_or_shell
-    from onlap.snapshots.running import CannotRun, started
+    from onlap.snapshots.running.run import CannotRun, started
 
     args = call.args
     with call.store(sweep=True) as store:

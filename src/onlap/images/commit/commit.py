@@ -28,7 +28,7 @@ from onlap.layers.diff.write import Encoding
 from onlap.layers.stream.compression import Compression
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
-from onlap.snapshots.archives import clamp_times, write_diff
+from onlap.snapshots.transfer.archives import clamp_times, write_diff
 
 # RFC 3339 has years of four digits.
 _LAST_SECOND = 253402300799

@@ -22,7 +22,7 @@ from onlap.layers.stream.digests import check_content
 from onlap.layers.stream.pipeline import Pipeline
 from onlap.progress import Callback, OnProgress, Reporter
 from onlap.snapshots import contexts
-from onlap.snapshots.directories import copy_in
+from onlap.snapshots.transfer.directories import copy_in
 from onlap.syscalls.files import is_directory
 
 

@@ -7,7 +7,7 @@ from onlap.catalog.records import Record
 from onlap.images.records import LABEL_LAYER
 from onlap.images.unpack.contract import Unpacking, drop_active, new_key
 from onlap.images.unpack.threads import ThreadPool
-from onlap.snapshots.archives import apply_layer
+from onlap.snapshots.transfer.archives import apply_layer
 
 
 class CopiesUnpacking(Unpacking):

@@ -14,12 +14,12 @@ from onlap.cli.shared.amounts import seconds
 from onlap.cli.shared.changes import path_of, summary
 from onlap.cli.shared.foreground import attend, cannot_run, command_or_shell
 from onlap.errors import shown
-from onlap.snapshots.running import CannotRun, Foreground
-from onlap.workspaces.foreground import run as in_foreground
-from onlap.workspaces.running import chosen_isolation
+from onlap.snapshots.running.run import CannotRun, Foreground
+from onlap.workspaces.tree.foreground import run as in_foreground
+from onlap.workspaces.tree.running import chosen_isolation
 
 if TYPE_CHECKING:
-    from onlap.workspaces.running import Isolation, Ran
+    from onlap.workspaces.tree.running import Isolation, Ran
     from onlap.workspaces.workspace import Workspace
 
 # Paths that the summary names.

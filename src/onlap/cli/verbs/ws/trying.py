@@ -18,11 +18,11 @@ from onlap.cli.terminal.text import count
 from onlap.cli.verbs.ws.changes import show_conflicts
 from onlap.cli.verbs.ws.running import run_in
 from onlap.errors import shown
-from onlap.snapshots.running import CannotRun
+from onlap.snapshots.running.run import CannotRun
 
 if TYPE_CHECKING:
     from onlap.workspaces.merge.entries import Merged
-    from onlap.workspaces.running import Ran
+    from onlap.workspaces.tree.running import Ran
     from onlap.workspaces.workspace import Workspace
 
 

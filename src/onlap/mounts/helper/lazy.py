@@ -1,4 +1,4 @@
-"""The helper of a store, before it is needed: :mod:`onlap.mounts.namespace` is loaded by the first mount or program."""
+"""What a store keeps of its helper: :mod:`onlap.mounts.helper.client` is loaded by the first mount or program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onlap.mounts.namespace import Namespace
+    from onlap.mounts.helper.client import Client
 
 
 class Helper:
@@ -17,19 +17,19 @@ class Helper:
     """
 
     def __init__(self, root: str) -> None:
-        self._made: dict[str, Namespace] = {}
+        self._made: dict[str, Client] = {}
         self._root = root
         _of_roots[root] = self
 
     @property
-    def namespace(self) -> Namespace:
+    def client(self) -> Client:
         """The helper itself; it is a process only when something was asked of it."""
         made = self._made.get("")
         if made is None:
-            from onlap.mounts.namespace import Namespace
+            from onlap.mounts.helper.client import Client
 
             # One step of the interpreter: two threads that come here at once get the same one.
-            made = self._made.setdefault("", Namespace())
+            made = self._made.setdefault("", Client())
         return made
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ _CHUNK = 65536
 
 
 class Awaited(Protocol):
-    """A program, as :class:`onlap.snapshots.running.Running`."""
+    """A program, as :class:`onlap.snapshots.running.run.Running`."""
 
     def fileno(self) -> int:
         """A descriptor that is readable when it has ended."""

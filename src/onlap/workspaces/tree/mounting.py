@@ -22,7 +22,7 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.files import mount_id
 from onlap.syscalls.mount import open_tree
 from onlap.trees.walk import opened
-from onlap.workspaces.endings import Endings, another_mount
+from onlap.workspaces.tree.endings import Endings, another_mount
 
 # Seconds to wait at the end for processes that still use the tree, as onlap.mounted does.
 _LEAVING = 5.0

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from onlap.arguments import StrPath
 from onlap.boundary import public
-from onlap.snapshots.running import Foreground
-from onlap.workspaces.running import Isolation, Ran, Task
+from onlap.snapshots.running.run import Foreground
+from onlap.workspaces.tree.running import Isolation, Ran, Task
 
 if TYPE_CHECKING:
     from onlap.workspaces.workspace import Workspace
@@ -35,7 +35,7 @@ def run(
         timeout: likewise; with it, a container reads nothing.
 
     Raises:
-        OnlapError: see :meth:`Workspace.run`; its cause is :class:`onlap.snapshots.running.CannotRun` if the command
-            cannot be executed.
+        OnlapError: see :meth:`Workspace.run`; its cause is a :class:`onlap.snapshots.running.run.CannotRun` if the
+            command cannot be executed.
     """
     return workspace._carry_out(isolation, Task(argv, cwd, None, timeout, foreground=foreground))

@@ -1,8 +1,8 @@
-"""The program that mounts and starts programs for a store: ``python3 -m onlap.mounts.namespace_helper CONTROL``.
+"""The program that mounts and starts programs for a store: ``python3 -m onlap.mounts.helper.server CONTROL``.
 
-One thread, one loop: requests come through CONTROL, a socket of :mod:`onlap.mounts.namespace`, each with a socket for
-its answers and a memfd with its text. An ordinary user's helper has user and mount namespaces of its own. One that may
-mount stays in the namespaces of its caller, whose view of the machine it so keeps; it attaches nothing there.
+One thread, one loop: requests come through CONTROL, a socket of :mod:`onlap.mounts.helper.client`, each with a socket
+for its answers and a memfd with its text. An ordinary user's helper has its own user and mount namespaces. One that may
+mount stays in its caller's namespaces, and so sees the machine as the caller does; it attaches nothing there.
 
 It ends with its caller: when CONTROL is closed, or the caller's process has ended, whoever else holds the socket. It
 adopts what its programs leave behind (PR_SET_CHILD_SUBREAPER), so that it can say whether anything is left in a tree,
@@ -25,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onlap import errors
-from onlap.mounts import entering, kernel
+from onlap.mounts import kernel
+from onlap.mounts.helper import entering
 from onlap.mounts.plan import Mount
 from onlap.mounts.userns import enter_user_namespace, may_mount
 from onlap.syscalls import mount as calls
@@ -106,7 +107,7 @@ def _kill(pid: int) -> None:
         return  # it has ended, or has no process group yet
 
 
-class Helper:
+class Server:
     """The loop."""
 
     def __init__(self, control: int) -> None:
@@ -468,4 +469,4 @@ def as_plan(fields: tuple[Any, ...]) -> Mount:
 
 
 if __name__ == "__main__":
-    Helper(int(sys.argv[1])).serve()
+    Server(int(sys.argv[1])).serve()

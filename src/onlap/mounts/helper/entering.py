@@ -1,4 +1,4 @@
-"""How a child of the helper becomes a program in a tree (:mod:`onlap.mounts.namespace_helper`).
+"""How a child of the helper becomes a program in a tree (:mod:`onlap.mounts.helper.server`).
 
 The tree is mounted in a mount namespace of the program's own, at a directory that exists in all of them; so getcwd(2)
 works in it, no other process sees it, and it is gone with the last process in there. Chrooted, the tree is the root:
@@ -53,7 +53,7 @@ def become(
     """In a forked child: do what the task says, and never return.
 
     Args:
-        task: see :meth:`onlap.mounts.namespace.Namespace.start`.
+        task: see :meth:`onlap.mounts.helper.client.Client.start`.
         plan: what to mount.
         mount: a detached mount of it; -1: mount the plan.
         given: descriptors: stdin, stdout, stderr.

@@ -12,14 +12,14 @@ from onlap import errors
 from onlap.arguments import StrPath, check_path
 from onlap.catalog.records import Record
 from onlap.errors import shown
-from onlap.snapshots.running import CannotRun, Done, Foreground, checked_command, run
+from onlap.snapshots.running.run import CannotRun, Done, Foreground, checked_command, run
 from onlap.trees.compare import Change
-from onlap.workspaces import limits
 from onlap.workspaces.records import Checkpoint, Source, workspace_of
+from onlap.workspaces.tree import limits
 
 if TYPE_CHECKING:
-    from onlap.workspaces.mounting import Mounting
     from onlap.workspaces.site import Site
+    from onlap.workspaces.tree.mounting import Mounting
 
 Isolation = Literal["none", "namespace", "runtime"]
 

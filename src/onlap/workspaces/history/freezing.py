@@ -13,7 +13,7 @@ from onlap.mounts.freezer import frozen
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.snapshots.where_mounted import is_upper_in, users_of
-from onlap.workspaces import chains
+from onlap.workspaces.history import chains
 from onlap.workspaces.records import workspace_of
 
 # A program that is started meanwhile may write while its tree is copied; then it is copied again.
@@ -21,12 +21,12 @@ _TRIES = 5
 
 
 def checkpoint(snapshotter: RecordedSnapshotter, top: Record, names: Mapping[str, str]) -> Record:
-    """See :func:`onlap.workspaces.chains.copy`; the programs are those in mount namespaces of their own.
+    """See :func:`onlap.workspaces.history.chains.copy`; the programs are those in mount namespaces of their own.
 
     Raises:
         Busy: the tree is also mounted in this namespace, where everybody may write to it.
         Unimplemented: there is no freezer that this user may use.
-        OnlapError: see :func:`onlap.workspaces.chains.copy`.
+        OnlapError: see :func:`onlap.workspaces.history.chains.copy`.
     """
     tree, name = snapshotter.catalog.layout.tree(top.id), workspace_of(top.name)
     with (

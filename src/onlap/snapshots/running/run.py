@@ -1,4 +1,4 @@
-"""Programs in the tree of a snapshot, which is mounted for them alone (:mod:`onlap.mounts.namespace`)."""
+"""Programs in the tree of a snapshot, which is mounted for them alone (:mod:`onlap.mounts.helper.client`)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from onlap.errors import shown
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import attempts
 from onlap.snapshots import exclusion
-from onlap.snapshots.streams import Streams
+from onlap.snapshots.running.streams import Streams
 
 if TYPE_CHECKING:
-    from onlap.mounts.namespace import Program
+    from onlap.mounts.helper.client import Program
     from onlap.snapshots.recorded import RecordedSnapshotter
 
 # Seconds to wait for another thread that is just mounting the tree, or unmounting it: either takes milliseconds.
@@ -278,7 +278,7 @@ def started(
         Busy: an overlay of it is mounted read-write, other than for programs of this store.
         OnlapError: as :func:`onlap.mounted`.
     """
-    from onlap.mounts.namespace import NotStarted
+    from onlap.mounts.helper.client import NotStarted
 
     directory = _checked_cwd(cwd, chroot)
     record = snapshotter.record(key)
@@ -319,7 +319,7 @@ def started(
 def _start(
     snapshotter: RecordedSnapshotter, record: Record, mounts: list[Mount], argv: Sequence[str], **options: Any
 ) -> Program:
-    start = snapshotter.helper.namespace.start
+    start = snapshotter.helper.client.start
     if len(mounts) != 1 or mounts[0].type != "overlay" or mounts[0].upper is None:
         program = start(argv, mounts, **options)
         assert program is not None

@@ -1,6 +1,6 @@
 """The helper of a store in this process: it mounts without privilege, and starts programs in trees.
 
-One process (:mod:`onlap.mounts.namespace_helper`), started when it is first needed and kept, since starting it takes
+One process (:mod:`onlap.mounts.helper.server`), started when it is first needed and kept, since starting it takes
 40 ms and a mount of its own one. Each request has a socket of its own for the answers, which goes to the helper with
 the request; so callers' threads share nothing that an interrupt could leave half done. A program's socket is its life
 line: when it is closed, for whatever reason, the helper ends the program.
@@ -77,7 +77,7 @@ class _Process:
                 # A new program rather than a fork: the caller may have threads, and SQLite connections that a fork
                 # breaks. Its own process group: a terminal's Ctrl-C is not for it.
                 self._process = subprocess.Popen(
-                    forks.python("-m", "onlap.mounts.namespace_helper", str(theirs.fileno())),
+                    forks.python("-m", "onlap.mounts.helper.server", str(theirs.fileno())),
                     pass_fds=[theirs.fileno()],
                     env=_environment(),
                     stdin=subprocess.DEVNULL,
@@ -336,7 +336,7 @@ class _Gone(errors.Unavailable):
         super().__init__(f"the helper that mounts and starts programs has ended: {why}", hint="try again")
 
 
-class Namespace:
+class Client:
     """What a store has one of: a helper, when it is needed; a context manager that ends it."""
 
     def __init__(self) -> None:
@@ -349,7 +349,7 @@ class Namespace:
         self._process: _Process | None = None
         self._starting = allocate_lock()
 
-    def __enter__(self) -> Namespace:
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -546,12 +546,12 @@ def _umask() -> int:
     return int(status(os.getpid()).get("Umask", "022"), 8)
 
 
-_all: weakref.WeakSet[Namespace] = weakref.WeakSet()
+_all: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    for namespace in list(_all):
-        namespace.reset()
+    for client in list(_all):
+        client.reset()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

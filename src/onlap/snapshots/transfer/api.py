@@ -11,10 +11,11 @@ from onlap.errors import shown
 from onlap.layers.diff.write import Written
 from onlap.layers.stream.compression import Compression
 from onlap.progress import Callback
-from onlap.snapshots import archives, contexts, directories
-from onlap.snapshots.archives import Format
+from onlap.snapshots import contexts
 from onlap.snapshots.contract import Info
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
+from onlap.snapshots.transfer import archives, directories
+from onlap.snapshots.transfer.archives import Format
 
 
 class Imported(NamedTuple):

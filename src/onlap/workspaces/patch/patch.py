@@ -22,7 +22,7 @@ from onlap.layers.diff.changes import Item, stack_items
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Found, MergedDirectory
 from onlap.trees.compare import NEVER, Since, same_content
-from onlap.workspaces.hunks import hunks
+from onlap.workspaces.patch.hunks import hunks
 
 LARGEST = 4 * 1024 * 1024
 # Each line costs some fifty bytes of memory besides its own.

@@ -19,9 +19,9 @@ from onlap.layers.diff.write import Encoding, Written, piped, write_layer
 from onlap.layers.stream.compression import BZIP2, GZIP, NONE, XZ, ZSTD, Compression
 from onlap.progress import Callback
 from onlap.snapshots import exclusion
-from onlap.snapshots.directories import check_outside
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
+from onlap.snapshots.transfer.directories import check_outside
 from onlap.syscalls.files import exists, is_directory, is_file
 from onlap.trees import atomic
 from onlap.trees.walk import OPEN_DIRECTORY

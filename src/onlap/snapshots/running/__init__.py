@@ -1,0 +1,1 @@
+"""Programs in the tree of a snapshot."""

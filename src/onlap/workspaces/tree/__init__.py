@@ -1,0 +1,1 @@
+"""The tree of a workspace: mounted, and commands in it."""
