@@ -135,3 +135,127 @@ one.remove()
 assert count() == alone - 1
 """
     output(PRELUDE + code, root)
+
+
+WITH_A_COMMAND = """
+import threading
+from onlap import errors
+(fifo := pathlib.Path(sys.argv[1] + "/fifo")).parent.mkdir(exist_ok=True)
+os.mkfifo(fifo)
+
+class Running:
+    def __init__(self, ws, script=""):
+        self.thread = threading.Thread(target=self.run, args=(ws, f"read line < {fifo}; {script}"))
+
+    def run(self, ws, script):
+        self.ran = ws.run(["sh", "-c", script])
+
+    def __enter__(self):
+        self.thread.start()
+        self.end = open(fifo, "w")  # which waits for the command to begin
+        return self
+
+    def __exit__(self, *_):
+        self.end.close()
+        self.thread.join()
+"""
+
+
+@pytest.mark.parametrize("ordinarily", [False, True])
+def test_the_tree_stays_while_a_command_uses_it(root: Path, request: pytest.FixtureRequest, ordinarily: bool) -> None:
+    code = """
+with ws.mounted() as tree:
+    (tree / "g").write_text("before")
+    with Running(ws, "echo command > h") as running:
+        for replace in (ws.checkpoint, ws.rollback, lambda: ws.rollback(wait=0.01)):
+            (tree / "g").write_text("beside")
+            try:
+                replace()
+            except errors.Busy as error:
+                assert any("(sh)" in holder for holder in error.holders), error.holders
+            else:
+                raise AssertionError("it is in use")
+            assert (tree / "g").read_text() == "beside"
+        # A second command finds the tree, too.
+        assert ws.run(["cat", "g"], capture=True).stdout == b"beside"
+    assert running.ran.status == 0
+    assert ws.checkpoint() == ws.at
+    assert (tree / "h").read_text() == "command\\n"
+"""
+    where = request.getfixturevalue("ordinary") if ordinarily else root
+    output(PRELUDE + WITH_A_COMMAND + code, where, ordinary=ordinarily)
+
+
+@pytest.mark.needs("mount")
+@pytest.mark.parametrize("propagation", ["MS_PRIVATE", "MS_SHARED"])
+def test_mounts_of_workspaces_do_not_meet(root: Path, propagation: str) -> None:
+    """Neither in other namespaces, which have a copy of every mount, nor where mounts are shared."""
+    code = """
+with store.build("system") as tree:
+    for name in ("proc", "dev"):
+        (tree / name).mkdir()
+other = store.workspaces.create("other", "system")
+mounts = len(pathlib.Path("/proc/self/mountinfo").read_text().splitlines())
+with other.mounted() as system, ws.mounted() as tree:
+    assert os.listdir(sys.argv[1] + "/empty") == []
+    with Running(other):
+        (tree / "g").write_text("1")
+        ws.checkpoint()
+        assert (tree / "g").read_text() == "1"
+    try:
+        other.run(["nothing"], isolation="namespace")
+    except errors.NotFound as error:
+        assert error.key == "nothing"
+    assert os.listdir(system / "dev") == os.listdir(system / "proc") == []
+    assert len(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()) == mounts + 4
+assert len(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()) == mounts
+"""
+    apart = f"""
+from onlap.syscalls import mount, namespaces
+namespaces.unshare(namespaces.CLONE_NEWNS)
+mount.mount("none", "/", None, mount.MS_REC | mount.{propagation}, None)
+"""
+    output(apart + PRELUDE + WITH_A_COMMAND + code, root)
+
+
+def test_a_checkpoint_after_the_end_of_the_block_mounts_nothing(root: Path) -> None:
+    """Another thread may come to it only then."""
+    code = """
+mounts = pathlib.Path("/proc/self/mountinfo").read_text()
+with ws.mounted() as tree:
+    (tree / "f").write_text("1")
+    mounting = ws._mounting
+with mounting.away(0, discarded=False):
+    ws.checkpoint()
+assert not overlays() and pathlib.Path("/proc/self/mountinfo").read_text() == mounts
+ws.remove()
+"""
+    output(PRELUDE + code, root)
+
+
+def test_who_comes_second_begins_again(root: Path) -> None:
+    code = """
+from onlap.workspaces.history import chains
+again = []
+
+def second(name):
+    first = getattr(chains, name)
+    def late(*arguments):
+        setattr(chains, name, first)
+        other = store.workspaces["ws"]
+        again.append(other.checkpoint())
+        return first(*arguments)
+    setattr(chains, name, late)
+
+def write(text):
+    with ws.mounted() as tree:
+        (tree / "f").write_text(text)
+
+write("1")
+second("advance")
+assert ws.checkpoint("both") == again[0] and ws.at.names == ("both",)
+write("2")
+second("reset")
+assert ws.rollback("both").id == again[0].id == ws.at.id
+"""
+    output(PRELUDE + code, root)

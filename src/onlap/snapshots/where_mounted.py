@@ -49,19 +49,25 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
     return found
 
 
-def is_upper_in(text: bytes, tree: str) -> bool:
-    """Whether a mount table has an overlay with this upper layer."""
+def is_upper_in(text: bytes, tree: str, but: str | None = None) -> bool:
+    """Whether a mount table has an overlay with this upper layer, at another mount point than ``but``."""
     place, table = _place(tree), mountinfo.Table(text)
     return any(
         entry.fstype == b"overlay"
+        and (but is None or entry.mountpoint != os.fsencode(but))
         and any(_is(table, path, os.fsencode(tree), place) for path in upperdirs(entry.super_options))
         for entry in mountinfo.parse(text, _needle(tree))
     )
 
 
-def users_of(tree: str) -> set[int]:
-    """The processes in mount namespaces other than ours in which an overlay with this upper layer is mounted."""
-    return set(namespaces.members(lambda text: is_upper_in(text, tree)))
+def users_of(tree: str, but: str | None = None) -> set[int]:
+    """The processes in mount namespaces other than ours in which an overlay with this upper layer is mounted.
+
+    Args:
+        tree: the upper layer.
+        but: a mount point that does not count.
+    """
+    return set(namespaces.members(lambda text: is_upper_in(text, tree, but)))
 
 
 def mounts_of_plan(plan: list[Mount]) -> list[str]:

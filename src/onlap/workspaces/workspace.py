@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from onlap import cancellation, errors
 from onlap.arguments import StrPath, check_number, check_path
@@ -46,8 +46,11 @@ from onlap.workspaces.tree.running import Isolation, Ran, Task, chosen_isolation
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onlap.snapshots.running.run import Done
     from onlap.workspaces.merge.entries import Merged, MergePlan
     from onlap.workspaces.site import Site
+
+T = TypeVar("T")
 
 
 @public_class
@@ -171,22 +174,31 @@ class Workspace:
     def _check_kept(self, top: Record) -> None:
         self._site.check_durable(top, self.name)
 
-    def _replacing(self, wait: float, action: Callable[[Record], Record], *, discarded: bool = False) -> Record:
+    def _with_top(self, action: Callable[[Record], T]) -> T:
+        """Do something with the top; again with the next one if another thread or process replaces it meanwhile."""
+        while True:
+            top = self._top()
+            try:
+                return action(top)
+            except errors.NotFound:
+                if self._top().id == top.id:
+                    raise
+            cancellation.check()
+
+    def _replacing(self, wait: float, action: Callable[[], Record], *, discarded: bool = False) -> Record:
         """Replace the top, under its mount if it is mounted here.
 
         Args:
             wait: seconds to wait while others use the tree.
-            action: replaces a top; raises Busy while it is used.
+            action: replaces it; raises Busy while it is used.
             discarded: the new one will not lie on the old one.
         """
-        check_number(wait, "wait")
         mounting = self._mounting
         with mounting.away(wait, discarded=discarded) if mounting is not None else contextlib.nullcontext():
             for last in attempts(wait):
                 try:
-                    return action(self._top())
-                except (errors.Busy, errors.NotFound):
-                    # NotFound: another thread or process replaced the top, or removed the workspace.
+                    return action()
+                except errors.Busy:
                     if last:
                         raise
                     cancellation.check()
@@ -240,11 +252,15 @@ class Workspace:
         top = self._top()
         how = chosen_isolation(isolation, parse_source(top.labels[SOURCE]))
         self._check_kept(top)
-        before = self._fresh(top)
-        try:
-            done = execute(self._site, self._top(), how, task, self._mounting)
-        finally:
-            self._note_command(task.argv)
+
+        def start(top: Record) -> tuple[Record, Done]:
+            before = self._fresh(top)
+            try:
+                return before, execute(self._site, self._top(), how, task, self._mounting)
+            finally:
+                self._note_command(task.argv)
+
+        before, done = self._with_top(start)
         changes = self._site.snapshotter.compare(Pair(before, self._top()))
         return Ran(*done, before=self._describe(before), changes=tuple(changes))
 
@@ -290,8 +306,11 @@ class Workspace:
             check_workspace_name(name)
         if durable:
             self._site.durability.check_possible()
+        check_number(wait, "wait")
+        return self._with_top(lambda top: self._checkpoint(top, name, durable, wait, freeze))
+
+    def _checkpoint(self, top: Record, name: str | None, durable: bool, wait: float, freeze: bool) -> Checkpoint:
         snapshotter = self._site.snapshotter
-        top = self._top()
         self._check_kept(top)
         record = self._kept(top)
         if record is not None:
@@ -303,11 +322,11 @@ class Workspace:
                 checkpoints.check_unused(snapshotter, top, name)
             names = {name_label(name): top.labels[LINE]} if name is not None else {}
             try:
-                record = self._replacing(wait, lambda now: chains.advance(snapshotter, now, names))
+                record = self._replacing(wait, lambda: chains.advance(snapshotter, top, names))
             except errors.Busy:
                 if not freeze or self._mounting is not None:
                     raise
-                record = freezing.checkpoint(snapshotter, self._top(), names)
+                record = freezing.checkpoint(snapshotter, top, names)
             cancellation.made(partial(checkpoints.forget, snapshotter, [record], everywhere=True))
             self._site.durability.begin()
         if durable and UNSYNCED in record.labels:
@@ -335,11 +354,14 @@ class Workspace:
             DataLoss: a power cut took the checkpoint.
             OnlapError: of another kind, for an error of the filesystem or the catalog.
         """
-        snapshotter = self._site.snapshotter
-        top = self._top()
-        onto = self._find(to, top)
-        self._replacing(wait, lambda now: chains.reset(snapshotter, now, onto), discarded=True)
-        return self._describe(onto, top)
+        check_number(wait, "wait")
+
+        def reset(top: Record) -> Checkpoint:
+            onto = self._find(to, top)
+            self._replacing(wait, lambda: chains.reset(self._site.snapshotter, top, onto), discarded=True)
+            return self._describe(onto, top)
+
+        return self._with_top(reset)
 
     def _find(self, reference: Checkpoint | str | None, top: Record | None = None) -> Record:
         """The snapshot of a checkpoint, by default of the last one."""

@@ -104,6 +104,8 @@ def _enter(task: Mapping[str, Any], plan: list[Mount], mount: int, report: int, 
         calls.mount("none", "/", None, calls.MS_REC | calls.MS_SLAVE, None)
         if mount >= 0:
             calls.move_mount(mount, where)
+            # It may be a clone of a shared mount, which would get what is mounted in here.
+            calls.mount("none", where, None, calls.MS_PRIVATE, None)
         else:
             for part in plan:
                 kernel.attach(part, os.path.join(where, part.target.lstrip("/")) if part.target else where)

@@ -7,6 +7,7 @@ import os
 from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from weakref import WeakSet
 
 from onlap import errors
 from onlap.arguments import StrPath, check_path
@@ -14,13 +15,14 @@ from onlap.catalog.runs import Run, begin
 from onlap.errors import shown
 from onlap.forks import closed_in_children, unless_forked
 from onlap.mounts import plan, temporary
-from onlap.mounts.holders import holders_of_mount
+from onlap.mounts.holders import command, holders_of_mount
 from onlap.mounts.unmount import await_nobody, unmount
 from onlap.mounts.userns import may_mount
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
+from onlap.snapshots.where_mounted import users_of
 from onlap.syscalls.files import mount_id
-from onlap.syscalls.mount import open_tree
+from onlap.syscalls.mount import MS_PRIVATE, MS_SHARED, mount, open_tree
 from onlap.trees.walk import opened
 from onlap.workspaces.tree.endings import Endings, another_mount
 
@@ -60,6 +62,10 @@ class Mounting:
         self._fixed = True
         self._shown = False
         self._replacing = allocate_lock()
+        self._ended = False
+        # The commands of this process that are in the tree, and whether there was ever one: it may have left programs.
+        self._commands: WeakSet[_Command] = WeakSet()
+        self._entered = False
         # The upper layer of the last overlay that was mounted here.
         self._upper: str | None = None
         self.path = ""
@@ -77,6 +83,12 @@ class Mounting:
                     self._run = run
                 self._stack.enter_context(temporary.mounted([nothing], self._at))
                 self._nothing = _mount_at(self._at)
+                with errors.translated("mount", key=self._at):
+                    # Apart from the filesystem that it is a part of, which may be shared: what is mounted here would
+                    # be mounted there, too. And shared with the namespaces that are made while it is there: they get
+                    # copies of what is mounted here, which have to go with it.
+                    for propagation in (MS_PRIVATE, MS_SHARED):
+                        mount("none", self._at, None, propagation, None)
             else:
                 self._nothing = temporary.detached(nothing, self._snapshotter.helper)
                 self._stack.callback(closed_in_children(self._nothing))
@@ -86,7 +98,9 @@ class Mounting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with self._replacing:
+            self._ended = True
+            self._stack.close()
 
     def _attach(self) -> None:
         """Mount the top that the workspace has now."""
@@ -124,15 +138,25 @@ class Mounting:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor of the tree's mount, for another namespace; raises OSError."""
-        if self._at is None:
-            yield self._fd
-            return
-        fd = open_tree(os.fsencode(self._at))  # a mount can be cloned only in its own namespace
+        """A descriptor of the tree's mount, for a command in another namespace; until it has ended nothing is replaced.
+
+        Raises:
+            OSError: it cannot be opened.
+            OnlapError: the tree was not there, and cannot be mounted.
+        """
+        entering = _Command()
+        with self._replacing:
+            if not self._is_there():
+                self._attach()
+            self._entered = True
+            self._commands.add(entering)
+            # In its own namespace, where alone a mount can be cloned.
+            fd = os.dup(self._fd) if self._at is None else open_tree(os.fsencode(self._at))
         try:
             yield fd
         finally:
             os.close(fd)
+            self._commands.discard(entering)
 
     @contextlib.contextmanager
     def away(self, wait: float, *, discarded: bool) -> Iterator[None]:
@@ -155,21 +179,31 @@ class Mounting:
                 hint="end the block that mounted the workspace first, or use an overlay root",
             )
         with self._replacing:
+            if self._ended:
+                yield
+                return
             self._detach(wait, discarded)
             try:
                 yield
             finally:
                 self._attach()
 
+    def _is_there(self) -> bool:
+        """Whether the top is mounted; otherwise an interrupt or an error came between it and the next one."""
+        return self._shown if self._at is None else _mount_at(self._at) != self._nothing
+
     def _detach(self, wait: float, discarded: bool) -> None:
         last: int | None = None
         try:
-            if self._at is not None:
-                if _mount_at(self._at) != self._nothing:  # otherwise an interrupt came between this and the next mount
+            if self._is_there():
+                if self._entered:
+                    # A program has the mount in its own namespace, and does not keep ours from being unmounted.
+                    await_nobody(self.path, self._programs, timeout=wait)
+                if self._at is not None:
                     last = another_mount(self._at)
                     unmount(self._at, timeout=wait)
-            elif self._shown:
-                self._await_nobody(wait)
+                else:
+                    self._await_nobody(wait)
         except errors.Busy as error:
             error.hint = "end these processes, or wait for them (wait=SECONDS)"
             raise
@@ -177,6 +211,14 @@ class Mounting:
             if last is not None:
                 self._endings.postpone(last, soon=not discarded)
         self._mount.close()
+
+    def _programs(self) -> list[str]:
+        """Who is in the tree, by mounts of their own."""
+        assert self._upper is not None
+        pids = users_of(self._upper, self._at)
+        if not pids and self._commands:
+            pids.add(os.getpid())  # a command is just being started
+        return [f"pid {pid} ({command(pid)})" for pid in sorted(pids)]
 
     def _await_nobody(self, wait: float) -> None:
         number, device = mount_id(self._fd), os.fstat(self._fd).st_dev
@@ -193,6 +235,10 @@ class Mounting:
                 stack.callback(self._release)
                 if self._shown:
                     self._await_nobody(_LEAVING)
+
+
+class _Command:
+    """A command that runs in a tree."""
 
 
 def _mount_at(path: str) -> int:
