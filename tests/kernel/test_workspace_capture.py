@@ -21,7 +21,7 @@ from onlap.store import Store
 from onlap.testing import Tree
 from onlap.testing.same import assert_same_tree, read_tree
 from onlap.workspaces.capture import clock
-from onlap.workspaces.capture.capture import MOST_LAYERS, recapture, take
+from onlap.workspaces.capture.capture import MOST_LAYERS, take
 
 pytestmark = pytest.mark.needs("overlay")
 
@@ -124,10 +124,10 @@ def test_nothing_changed(stores: tuple[Store, Store], source: Path) -> None:
         store.capture(source, "base")
         assert not list(store.diff(store.capture(source, "same", onto="base").name))
         last = store.snapshotter.record("same")
-        assert recapture(store.snapshotter, source, last, "more") == last
+        assert take(store.snapshotter, source, last, "more", reuse=True).record == last
         assert "more" not in store
         (source / "d/f").write_text("other")
-        made = recapture(store.snapshotter, source, last, "more")
+        made = take(store.snapshotter, source, last, "more", reuse=True).record
         assert (made.name, made.parent) == ("more", "same")
         assert_captured(store, "more", source)
 
@@ -135,14 +135,14 @@ def test_nothing_changed(stores: tuple[Store, Store], source: Path) -> None:
 def test_captures_without_end_do_not_make_a_chain_without_end(stores: tuple[Store, Store], source: Path) -> None:
     FULL.apply(source)
     for store in stores:
-        last = recapture(store.snapshotter, source, None, "first")
+        last = take(store.snapshotter, source, None, "first", reuse=True).record
         for number in range(2 * MOST_LAYERS):
             (source / f"new{number}").write_text("")
             (source / f"new{number - 3}").unlink(missing_ok=True)
-            last = recapture(store.snapshotter, source, last, f"n{number}")
+            last = take(store.snapshotter, source, last, f"n{number}", reuse=True).record
             assert last.name == f"n{number}"
             assert len(store.snapshotter.ancestors(last)) < MOST_LAYERS
-            assert recapture(store.snapshotter, source, last, "same") == last
+            assert take(store.snapshotter, source, last, "same", reuse=True).record == last
         assert_captured(store, last.name, source)
 
 
@@ -249,7 +249,7 @@ def test_what_is_mounted_in_it_is_not_entered(store: Store, source: Path, root: 
     with onlap.mounted(onlap.Mount("bind", str(other), flags=("rbind",)), source / "here"):
         done = take(store.snapshotter, source, store.snapshotter.record("base"), "next")
         assert done.skipped == {"mountpoint": 1}
-        assert recapture(store.snapshotter, source, done.record, "same") == done.record
+        assert take(store.snapshotter, source, done.record, "same", reuse=True).record == done.record
     with store.mounted("next") as tree:
         assert os.listdir(tree / "here") == []
     store.capture(source, "again", onto="next")

@@ -61,8 +61,10 @@ def test_nothing_of_it_is_left_when_no_workspace_stands_on_it(store: Store, dire
 
 @pytest.mark.parametrize("live", [True, False])
 def test_changes_in_the_directory_are_found(store: Store, directory: Path, live: bool) -> None:
-    workspace = store.workspaces.create("w", directory, live=live)
-    assert list(workspace.source_changes()) == []
+    for name in ("one", "two", "three", "w"):
+        (directory / "young").write_text(name)  # what was written just before is no change
+        workspace = store.workspaces.create(name, directory, live=live)
+        assert list(workspace.source_changes()) == []
     (directory / "below/file").write_text("new")
     (directory / "gone").unlink()
     (directory / "added").symlink_to("gone")

@@ -14,6 +14,9 @@ from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from onlap import errors
+from onlap.forks import restarted_in_children
+
 T = TypeVar("T")
 
 # Seconds that an idle thread waits for more work: starting one takes as long as a few jobs (60 us), and one that stays
@@ -190,3 +193,66 @@ class Helper:
         except BaseException as error:  # noqa: BLE001 - raised in the waiting threads; most likely MemoryError
             for job in self._taken:
                 job.fail(error)
+
+
+class Batches:
+    """Work that one thread does for many callers at once. A forked child begins with nothing to do.
+
+    Args:
+        work: does all that there is to do. Callers that wait get its OnlapError.
+        seconds: how long what nobody waits for is put off, so that more of it is done at once.
+    """
+
+    def __init__(self, work: Callable[[], None], seconds: float) -> None:
+        self._work = work
+        self._seconds = seconds
+        self.after_fork()
+        restarted_in_children(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: the thread stayed with the parent."""
+        self._helper = Helper(self._serve)
+        self._due = False
+
+    def later(self) -> None:
+        """Ask for the work, to be done soon."""
+        # The thread ends its wait for more before it looks what there is to do.
+        if not self._due:
+            self._due = True
+            self._helper.put(_Later(nothing))
+
+    def now(self) -> None:
+        """Ask for the work, to be done at once, without waiting for it."""
+        self._helper.put(Job(nothing))
+
+    def wait(self) -> None:
+        """Return when all is done that there was to do at this call.
+
+        Raises:
+            OnlapError: it could not be done.
+        """
+        self._helper.ask(Job(nothing))
+
+    def is_idle(self) -> bool:
+        """Whether nothing is being done or was asked for."""
+        return self._helper.is_idle()
+
+    def _serve(self, first: Job[object], in_caller: bool) -> None:
+        jobs = [first, *self._helper.waiting()]
+        if not in_caller and all(isinstance(job, _Later) for job in jobs):
+            jobs += self._helper.await_more(self._seconds)
+        self._due = False
+        try:
+            self._work()
+        except errors.OnlapError as error:
+            for job in jobs:
+                job.error = error
+        finally:
+            for job in jobs:
+                job.finish()
+
+
+class _Later(Job[None]):
+    """A job that nobody waits for."""
+
+    __slots__ = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from onlap import errors
 from onlap.arguments import check_path, check_text, check_texts
@@ -38,6 +38,8 @@ from onlap.workspaces.workspace import Workspace
 if TYPE_CHECKING:
     from pathlib import Path
 
+T = TypeVar("T")
+
 
 @public_class
 class Workspaces(Mapping[str, Workspace]):
@@ -54,7 +56,7 @@ class Workspaces(Mapping[str, Workspace]):
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._site.exists(name)
 
-    def get(self, name: str, default: object = None) -> object:  # type: ignore[override]
+    def get(self, name: str, default: T | None = None) -> Workspace | T | None:  # type: ignore[override]
         """The workspace of this name; ``default`` if there is none."""
         try:
             return self[name]
@@ -149,7 +151,7 @@ class Workspaces(Mapping[str, Workspace]):
             raise errors.InvalidArgument(
                 f"{shown(repr(source))} is not a source", hint="pass the Path of a directory, or a snapshot's name"
             )
-        from onlap.workspaces.capture.capture import recapture
+        from onlap.workspaces.capture.capture import take
 
         directory = os.path.realpath(check_path(source, "directory to capture"))
         check_texts(exclude, "list of patterns to exclude")
@@ -164,7 +166,7 @@ class Workspaces(Mapping[str, Workspace]):
         which = captured_from(directory, exclude)
         condition = Condition(HAS_LABEL, (DIRECTORY, which))
         captures = list(self._site.snapshotter.catalog.walk(OWNER, condition))
-        record = recapture(
+        captured = take(
             self._site.snapshotter,
             directory,
             captures[-1] if captures else None,
@@ -172,8 +174,9 @@ class Workspaces(Mapping[str, Workspace]):
             labels={DIRECTORY: which},
             exclude=exclude,
             progress=progress,
+            reuse=True,
         )
-        return record, Source("directory", directory)
+        return captured.record, Source("directory", directory)
 
     def _named(self, name: str, progress: Callback | None) -> tuple[Record, Source]:
         """The snapshot of a name, or that of the image of the name."""

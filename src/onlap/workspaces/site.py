@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from sqlite3 import Connection
 from typing import TYPE_CHECKING
@@ -95,11 +96,7 @@ class Site:
             return container.image_source(self.images(), top.name, self.images().get(made_from.name))
         return container.Source(top.name)
 
-    def free_names(self, name: str, count: int) -> Iterator[str]:
-        """Names for forks of a workspace, which no workspace had when this was called."""
+    def free_names(self, name: str) -> Iterator[str]:
+        """Names for forks of a workspace that no workspace has now."""
         taken = set(self.names())
-        number = 0
-        while True:
-            number += 1
-            if (fork := f"{name}.{number}") not in taken:
-                yield fork
+        return (fork for number in itertools.count(1) if (fork := f"{name}.{number}") not in taken)

@@ -154,7 +154,7 @@ class Workspace:
             DataLoss: it stands on a checkpoint that a power cut took.
             OnlapError: see :func:`onlap.mounted`.
         """
-        self._check_kept(self._top())
+        self._check_durable(self._top())
         if self._mounting is not None:
             raise errors.Busy(
                 f"workspace {shown(self.name)} is mounted at {shown(self._mounting.path)} already",
@@ -171,8 +171,9 @@ class Workspace:
             finally:
                 self._mounting = None
 
-    def _check_kept(self, top: Record) -> None:
-        self._site.check_durable(top, self.name)
+    def _check_durable(self, record: Record) -> None:
+        """Raise DataLoss if a power cut took the checkpoint, or one that a top or it lies on."""
+        self._site.check_durable(record, self.name)
 
     def _with_top(self, action: Callable[[Record], T]) -> T:
         """Do something with the top; again with the next one if another thread or process replaces it meanwhile."""
@@ -251,7 +252,7 @@ class Workspace:
         task = task._replace(added={"ONLAP_WORKSPACE": self.name})
         top = self._top()
         how = chosen_isolation(isolation, parse_source(top.labels[SOURCE]))
-        self._check_kept(top)
+        self._check_durable(top)
 
         def start(top: Record) -> tuple[Record, Done]:
             before = self._fresh(top)
@@ -311,9 +312,9 @@ class Workspace:
 
     def _checkpoint(self, top: Record, name: str | None, durable: bool, wait: float, freeze: bool) -> Checkpoint:
         snapshotter = self._site.snapshotter
-        self._check_kept(top)
-        record = self._kept(top)
-        if record is not None:
+        self._check_durable(top)
+        if self._site.is_unchanged(top):
+            record = checkpoints.below(snapshotter, top)
             if name is not None:
                 record = checkpoints.give_name(snapshotter, top, record, name)
                 top = self._top()  # a name of the base is a label of it
@@ -333,10 +334,6 @@ class Workspace:
             self._site.durability.wait()
             record = snapshotter.record(record.name)
         return self._describe(record, top)
-
-    def _kept(self, top: Record) -> Record | None:
-        """The checkpoint that has the present state; None if something was written since."""
-        return checkpoints.below(self._site.snapshotter, top) if self._site.is_unchanged(top) else None
 
     def rollback(self, to: Checkpoint | str | None = None, *, wait: float = 0.0) -> Checkpoint:
         """Go back to a checkpoint; what was written since the last one is discarded, all checkpoints stay.
@@ -370,7 +367,7 @@ class Workspace:
         record = (
             checkpoints.below(snapshotter, top) if reference is None else checkpoints.find(snapshotter, top, reference)
         )
-        self._site.check_durable(record, self.name)
+        self._check_durable(record)
         return record
 
     def forget(self, checkpoint: Checkpoint | str) -> None:
@@ -465,7 +462,7 @@ class Workspace:
         onto = self._find(self.checkpoint() if at is None else at)
         top = self._top()
         while True:
-            free = self._site.free_names(self.name, len(names))
+            free = self._site.free_names(self.name)
             chosen = [name if name is not None else next(free) for name in names]
             try:
                 chains.start(
@@ -568,7 +565,7 @@ class Workspace:
         return merging.merge(self._site, top, state, self._target(top, target), select)
 
     def _target(self, top: Record, target: StrPath | None) -> str:
-        self._site.check_durable(top, self.name)
+        self._check_durable(top)
         return self._directory(top) if target is None else check_path(target, "directory to merge into")
 
     def _directory(self, top: Record) -> str:

@@ -114,11 +114,11 @@ def _enter(task: Mapping[str, Any], plan: list[Mount], mount: int, report: int, 
     os.write(report, os.fsencode(os.readlink("/proc/self/ns/mnt")) + b"\n")
     tree = os.open(where, _DIRECTORY | os.O_CLOEXEC)
     if task["chroot"]:
-        _start_init(report)
+        _start_init()
         _make_root(tree)
         tree = os.open("/", _DIRECTORY | os.O_CLOEXEC)
         where = ""
-        _start_first(report)
+        _start_first()
     task["env"]["PWD"] = f"{where}/{task['cwd']}".rstrip("/") or "/"
     return _directory_in(tree, task["cwd"], chroot=task["chroot"])
 
@@ -157,7 +157,7 @@ def _make_clean(task: Mapping[str, Any], given: Mapping[str, int]) -> None:
 # As the root
 
 
-def _start_init(report: int) -> None:
+def _start_init() -> None:
     """Go on in a child that is process 1 of its own PID namespace; this process waits for it, and ends as it does."""
     unshare(CLONE_NEWPID | CLONE_NEWIPC)
     pid = os.fork()
@@ -166,7 +166,7 @@ def _start_init(report: int) -> None:
     end_with_parent(signal.SIGKILL)
 
 
-def _start_first(report: int) -> None:
+def _start_first() -> None:
     """Go on in a child of process 1, which reaps: a program need not, and would get no signals that it has no handler
     for (pid_namespaces(7))."""
     pid = os.fork()

@@ -34,7 +34,7 @@ from onlap.workspaces.capture.work_trees import refresh_indexes
 
 # Seconds for which a directory may go on changing after it was copied.
 PATIENCE = 30.0
-# The longest chain of captures that :func:`recapture` makes. OverlayFS looks a name up in every layer that has its
+# The longest chain of captures that are reused. OverlayFS looks a name up in every layer that has its
 # directory, and takes no more than 500; workspaces stand on these.
 MOST_LAYERS = 16
 
@@ -109,51 +109,6 @@ def capture(
     return snapshotter.stat(name)
 
 
-@public
-def recapture(
-    snapshotter: RecordedSnapshotter,
-    directory: StrPath,
-    last: Record | None,
-    name: str,
-    *,
-    labels: Mapping[str, str] | None = None,
-    exclude: Collection[str] = (),
-    patience: float = PATIENCE,
-    progress: Callback | None = None,
-) -> Record:
-    """Capture a directory, unless the last capture is what it still holds.
-
-    Args:
-        snapshotter: of the root; its owner is that of the snapshots.
-        directory: as for :func:`capture`, like the rest.
-        last: an earlier capture; None if there is none. If it has no usable fingerprint, all is captured anew, without
-            a parent.
-        name: of the new capture.
-        labels: likewise.
-        exclude: what is left out.
-        patience: see :meth:`Passes.run`.
-        progress: called with reports.
-
-    Returns:
-        ``last``, if nothing has changed, otherwise a new snapshot. Its parent is ``last``, or, so that chains end, the
-        first of the captures that lie below.
-
-    Raises:
-        OnlapError: see :func:`capture`.
-    """
-    return take(
-        snapshotter,
-        directory,
-        last,
-        name,
-        labels=labels,
-        exclude=exclude,
-        patience=patience,
-        progress=progress,
-        reuse=True,
-    ).record
-
-
 def take(
     snapshotter: RecordedSnapshotter,
     directory: StrPath,
@@ -166,7 +121,20 @@ def take(
     progress: Callback | None = None,
     reuse: bool = False,
 ) -> Captured:
-    """Capture a directory onto the last capture; with ``reuse`` only if something has changed.
+    """Capture a directory, as :func:`capture` does.
+
+    Args:
+        snapshotter: of the root; its owner is that of the snapshots.
+        directory: its path.
+        last: an earlier capture; None if there is none. If it has no usable fingerprint, all of the directory is
+            captured, without a parent.
+        name: of the new capture.
+        labels: of it.
+        exclude: what is left out.
+        patience: see :meth:`Passes.run`.
+        progress: called with reports.
+        reuse: if nothing has changed, make no snapshot: the result is ``last``. The parent of a new one is ``last``,
+            or the first of the captures below, so that chains do not grow without end.
 
     Raises:
         OnlapError: see :func:`capture`.

@@ -45,6 +45,13 @@ def latest_ns() -> int:
     return time.time_ns()
 
 
+def await_tick() -> None:
+    """Return when what was changed before the call has an earlier ctime than what will be changed."""
+    started = latest_ns()
+    while now_ns() <= started:
+        time.sleep(0.001)
+
+
 class Clock:
     """When a stamp of a file is old enough.
 

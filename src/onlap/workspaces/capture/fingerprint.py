@@ -35,7 +35,7 @@ _NUMBER = 8
 WIDTH = 5
 MODE, INODE, SIZE, MTIME, CTIME = range(WIDTH)
 ROW = WIDTH * _NUMBER
-_SUBDIRECTORY = (stat.S_IFDIR, 0, 0, 0, 0)
+SUBDIRECTORY = (stat.S_IFDIR, 0, 0, 0, 0)
 _MOUNTPOINT = (stat.S_IFDIR | 0o700, 0, 0, 0, 0)
 # st_ino has 64 bits without a sign.
 _POSITIVE = (1 << 63) - 1
@@ -104,9 +104,6 @@ def row_of(status: os.stat_result) -> bytes:
 def directory_row(status: os.stat_result) -> list[int]:
     """The numbers of a directory's own row."""
     return [status.st_mode, status.st_ino, status.st_dev, status.st_mtime_ns, status.st_ctime_ns]
-
-
-SUBDIRECTORY = list(_SUBDIRECTORY)
 
 
 def packed(values: list[int]) -> bytes:

@@ -14,7 +14,7 @@ from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.walk import Descent, open_on_mount, opened
 from onlap.workspaces.capture.capture import read_fingerprint, write_fingerprint
-from onlap.workspaces.capture.clock import now_ns
+from onlap.workspaces.capture.clock import await_tick, now_ns
 from onlap.workspaces.capture.fingerprint import Directories, Fingerprint, Listed
 from onlap.workspaces.capture.scan import Scanner
 
@@ -44,8 +44,8 @@ def link(snapshotter: RecordedSnapshotter, directory: str, name: str) -> Record:
                 hint="use a root elsewhere",
             )
     with errors.translated("look at the directory", key=directory), opened(directory) as source:
-        taken_ns = now_ns()
-        fingerprint = Fingerprint(taken_ns, _survey(snapshotter, source, ()))
+        await_tick()  # otherwise what was written just before would count as changed
+        fingerprint = Fingerprint(now_ns(), _survey(snapshotter, source, ()))
     with contexts.prepared(snapshotter, None, "live") as key:
         record = snapshotter.record(key)
         with errors.translated("make the snapshot", key=directory):

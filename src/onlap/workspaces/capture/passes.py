@@ -275,18 +275,14 @@ class Passes:
         for paths in self._paths.values():
             if len(paths) == 1:
                 continue
+            places = [path.rpartition("/") for path in paths]
             copied = len(paths & self._copied)
-            unsure = sum(name in self._again.get(above, ()) for above, _, name in map(_parted, paths))
+            unsure = sum(name in self._again.get(above, ()) for above, _, name in places)
             if {copied, unsure} <= {0, len(paths)}:
                 continue
-            for path in paths:
-                above, _, name = _parted(path)
+            for above, _, name in places:
                 self._again.setdefault(above, set()).add(name)
-                self._note(path)
-
-
-def _parted(path: str) -> tuple[str, str, str]:
-    return path.rpartition("/")
+                self._note(_join(above, name))
 
 
 def _ctimes(scan: Scan) -> Iterator[tuple[str, int]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import MergedDirectory, Stack
 from onlap.syscalls import files
+from onlap.trees.walk import opened
 from onlap.workspaces.capture.fingerprint import NOTHING, Directories, numbers
 from onlap.workspaces.capture.git_index import Copy, Stats, refreshed
 
@@ -58,11 +59,8 @@ def _work_trees(known: Directories) -> Iterator[str]:
 
 
 def _open(layer: str, path: str) -> int:
-    top = os.open(layer, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(layer) as top:
         return files.open_beneath(path, os.O_RDWR | os.O_NONBLOCK, dir_fd=top, resolve=0)
-    finally:
-        os.close(top)
 
 
 def _refresh(fd: int, finder: _Finder) -> bool:

@@ -218,7 +218,7 @@ def reset(snapshotter: RecordedSnapshotter, top: Record, onto: Record) -> Record
 
         def operation(connection: Connection) -> list[Record]:
             labels = next_labels(_delete(connection, top), node_id(onto))
-            _check_kept(connection, onto)
+            _check_not_forgotten(connection, onto)
             return [catalog.insert(connection, OWNER, New(top.name, ACTIVE, onto, labels, staged))]
 
         return catalog.change(operation, removed=[top])[0]
@@ -248,7 +248,7 @@ def start(
         ]
 
         def operation(connection: Connection) -> list[Record]:
-            _check_kept(connection, onto)
+            _check_not_forgotten(connection, onto)
             new = zip(keys, labels, staged, strict=True)
             return [catalog.insert(connection, OWNER, New(key, ACTIVE, onto, each, place)) for key, each, place in new]
 
@@ -274,7 +274,7 @@ def _check_unused(connection: Connection, node: Mapping[str, str]) -> None:
             )
 
 
-def _check_kept(connection: Connection, onto: Record) -> None:
+def _check_not_forgotten(connection: Connection, onto: Record) -> None:
     """NotFound if a checkpoint has been forgotten since it was looked up."""
     now = rows.by_id(connection, onto.id)
     if now is None or FORGOTTEN in now.labels:

@@ -8,11 +8,10 @@ from onlap import errors
 from onlap.catalog import records as rows
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.disk.boot import boot_id
-from onlap.catalog.helper import Helper, Job, nothing
+from onlap.catalog.helper import Batches
 from onlap.catalog.log import warn
 from onlap.catalog.records import HAS_LABEL, Condition
 from onlap.errors import shown
-from onlap.forks import restarted_in_children
 from onlap.workspaces.records import OWNER, UNSYNCED, node_id
 
 # Seconds that a checkpoint waits for others, to be written with them. Each write competes with what is done meanwhile.
@@ -35,18 +34,12 @@ class Durability:
     def __init__(self, catalog: Catalog, *, volatile: bool) -> None:
         self._catalog = catalog
         self._volatile = volatile
-        self.after_fork()
-        restarted_in_children(self)
+        self._writes = Batches(self._try_to_write, _TOGETHER)
         found = catalog.database.read(lambda c: rows.labelled(c, OWNER, UNSYNCED))
         boot = boot_id() if found else ""
         self.suspect = frozenset(identifier for identifier, value in found.items() if value != boot)
         if len(self.suspect) < len(found):
             self.begin()  # another process did not get to it
-
-    def after_fork(self) -> None:
-        """In a forked child: the thread stayed with the parent."""
-        self._helper = Helper(self._serve)
-        self._due = False
 
     def check_possible(self) -> None:
         """Raise FailedPrecondition in a volatile root."""
@@ -59,10 +52,8 @@ class Durability:
 
     def begin(self) -> None:
         """Write what is there now, in the background and soon."""
-        # The thread ends its wait for more before it looks what there is to write.
-        if not self._volatile and not self._due:
-            self._due = True
-            self._helper.put(_Later(nothing))
+        if not self._volatile:
+            self._writes.later()
 
     def wait(self) -> None:
         """Return when all checkpoints made so far are durable.
@@ -70,11 +61,11 @@ class Durability:
         Raises:
             OnlapError: they cannot be written.
         """
-        self._helper.ask(Job(nothing))
+        self._writes.wait()
 
     def finish(self) -> None:
         """Wait for what was begun, and leave what fails to the next process."""
-        if not self._helper.is_idle():
+        if not self._writes.is_idle():
             try:
                 self.wait()
             except errors.OnlapError as error:
@@ -94,20 +85,12 @@ class Durability:
                 hint="go back to a checkpoint before it; see: onlap ws log",
             )
 
-    def _serve(self, first: Job[object], in_caller: bool) -> None:
-        jobs = [first, *self._helper.waiting()]
-        if not in_caller and all(isinstance(job, _Later) for job in jobs):
-            jobs += self._helper.await_more(_TOGETHER)
-        self._due = False
+    def _try_to_write(self) -> None:
         try:
             self._write()
         except errors.OnlapError as error:
             warn(f"cannot write checkpoints to the disk: {error}")
-            for job in jobs:
-                job.error = error
-        finally:
-            for job in jobs:
-                job.finish()
+            raise
 
     def _write(self) -> None:
         condition = Condition(HAS_LABEL, (UNSYNCED, boot_id()))
@@ -130,9 +113,3 @@ class Durability:
         self._catalog.database.write(operation)
         for identifier in ids:
             self._catalog.sidecars.changed(identifier)
-
-
-class _Later(Job[None]):
-    """A job that nobody waits for."""
-
-    __slots__ = ()

@@ -17,7 +17,6 @@ from onlap.overlayfs.markers import Markers
 from onlap.overlayfs.merged import Stack
 from onlap.syscalls import files
 from onlap.trees.compare import DELETED, NEVER, Change, Since
-from onlap.trees.meta import Meta
 from onlap.trees.walk import open_on_mount
 from onlap.workspaces.capture.git_index import without_stats
 from onlap.workspaces.merge.entries import APPLY, CONFLICT, SAME, TOP, MergeEntry, MergePlan, Seen, above, order
@@ -266,7 +265,7 @@ class _Comparison:
                 gone.setdefault(above(path), set()).add(path.rpartition("/")[2])
         for path, entry in list(self._entries.items()):
             after = entry.change.after
-            if entry.state != APPLY or entry.seen is None or not _was_directory(entry.seen):
+            if entry.state != APPLY or entry.seen is None or not entry.seen.meta.is_dir:
                 continue
             if after is not None and after.is_dir:
                 continue
@@ -279,8 +278,3 @@ class _Comparison:
             return [entry.name for entry in files.list_directory(fd)]
         finally:
             os.close(fd)
-
-
-def _was_directory(seen: Seen) -> bool:
-    meta: Meta = seen.meta
-    return meta.is_dir

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from onlap.catalog.helper import Helper, Job, nothing
+from onlap.catalog.helper import Batches
 from onlap.forks import closed_in_children, restarted_in_children
 from onlap.syscalls.mount import open_tree
 
@@ -24,14 +24,13 @@ class Endings:
     """The overlays of a store that are about to end."""
 
     def __init__(self) -> None:
+        self._ends = Batches(self._end, _TOGETHER)
         self.after_fork()
         restarted_in_children(self)
 
     def after_fork(self) -> None:
         """In a forked child: they are the parent's."""
-        self._helper = Helper(self._serve)
         self._waiting: list[Callable[[], None]] = []
-        self._due = False
 
     def postpone(self, fd: int, *, soon: bool) -> None:
         """Close the last descriptor of an overlay beside the caller, whose it is no longer.
@@ -42,35 +41,20 @@ class Endings:
         """
         self._waiting.append(closed_in_children(fd))
         if soon:
-            self._helper.put(Job(nothing))
+            self._ends.now()
         elif len(self._waiting) > _MOST:
             self.wait()
-        elif not self._due:
-            self._due = True
-            self._helper.put(_Later(nothing))
+        else:
+            self._ends.later()
 
     def wait(self) -> None:
         """Return when all that were postponed have ended."""
-        if self._waiting or not self._helper.is_idle():
-            self._helper.ask(Job(nothing))
+        if self._waiting or not self._ends.is_idle():
+            self._ends.wait()
 
-    def _serve(self, first: Job[object], in_caller: bool) -> None:
-        jobs = [first, *self._helper.waiting()]
-        if not in_caller and all(isinstance(job, _Later) for job in jobs):
-            jobs += self._helper.await_more(_TOGETHER)
-        self._due = False
-        try:
-            while self._waiting:
-                self._waiting.pop(0)()
-        finally:
-            for job in jobs:
-                job.finish()
-
-
-class _Later(Job[None]):
-    """A job that nobody waits for."""
-
-    __slots__ = ()
+    def _end(self) -> None:
+        while self._waiting:
+            self._waiting.pop(0)()
 
 
 def another_mount(path: str) -> int | None:

@@ -80,7 +80,7 @@ class Task(NamedTuple):
     foreground: Foreground | None = None
 
 
-def execute(site: Site, top: Record, isolation: str, task: Task, mounting: Mounting | None) -> Done:
+def execute(site: Site, top: Record, isolation: Isolation, task: Task, mounting: Mounting | None) -> Done:
     """Run a command in a top, which may be mounted here already."""
     limited = limits.parse(top)
     if limited is not None and (isolation == "runtime" or mounting is not None):
