@@ -17,7 +17,7 @@ import onlap
 from kernel.helpers import mountinfo, python
 from onlap import errors
 from onlap.store import Store
-from onlap.workspaces.history import chains
+from onlap.workspaces.history import chains, durability
 from onlap.workspaces.records import OWNER
 from onlap.workspaces.workspace import Workspace
 from syscall_sweep.children import descriptors
@@ -280,6 +280,21 @@ def test_a_backup_and_a_rebuilt_catalog_keep_them(store: Store, root: Path) -> N
     )
     assert done.returncode == 0, done
     check(root / "root")
+
+
+def test_what_is_in_a_backup_is_durable(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the root that it is of had not yet written it to the disk, and the next machine has another boot."""
+    monkeypatch.setattr(durability.Durability, "begin", lambda _: None)
+    ws = store.workspaces.create("w", "base")
+    write(ws, "one")
+    assert not ws.checkpoint().durable
+    store.backup(root / "backup.tar", active=True)
+    onlap.restore(root / "backup.tar", root / "restored")
+    for module in (durability, chains):
+        monkeypatch.setattr(module, "boot_id", lambda: "of another machine")
+    with onlap.open(root / "restored", sync="none") as again:
+        assert again.workspaces["w"].at.durable
+        assert read(again.workspaces["w"]) == "one"
 
 
 # Several at once

@@ -31,6 +31,7 @@ from onlap import errors
 from onlap.arguments import StrPath
 from onlap.catalog import pins, records
 from onlap.catalog.background import sidecars
+from onlap.catalog.disk.boot import boot_id
 from onlap.catalog.pins import Pin
 from onlap.catalog.records import COMMITTED, Record
 from onlap.catalog.runs import LABEL
@@ -51,6 +52,7 @@ from onlap.trees.manifest import Entry, opened_unchanged
 from onlap.trees.meta import read_xattrs
 from onlap.trees.usage import usage
 from onlap.trees.walk import opened
+from onlap.workspaces.records import UNSYNCED
 
 FORMAT = 1
 HEAD = "backup.json"
@@ -141,7 +143,7 @@ def back_up(
             writer = _Writer(snapshotter, sink, report)
             writer.document(HEAD, head.encode(), head.created_ns)
             for record in chosen:
-                data = sidecars.encode(catalog.sidecars.expected(record))
+                data = sidecars.encode(catalog.sidecars.expected(_synced(record)))
                 writer.document(f"snapshots/{record.id}/record", data, record.updated_ns)
             for record in chosen:
                 with errors.translated("back up", key=record.name):
@@ -185,6 +187,13 @@ def _read(connection: Connection, owner: str, active: bool) -> tuple[Head, list[
     for digest in head.blobs:
         pins.pin(connection, owner, digest=digest)
     return head, chosen
+
+
+def _synced(record: Record) -> Record:
+    """A snapshot's record without the note that a power cut may take its content: the archive has it."""
+    if UNSYNCED not in record.labels or record.labels[UNSYNCED] != boot_id():
+        return record
+    return record._replace(labels={key: value for key, value in record.labels.items() if key != UNSYNCED})
 
 
 def _size(snapshotter: RecordedSnapshotter, record: Record) -> int:
