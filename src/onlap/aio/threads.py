@@ -22,7 +22,7 @@ _THREADS = 16
 
 
 class Threads:
-    """At most so many threads, which end with the store.
+    """A pool of threads, which end with the store.
 
     Attributes:
         closed: whether the store is.

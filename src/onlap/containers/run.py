@@ -72,7 +72,7 @@ class Ended(NamedTuple):
         problem: why the command could not be run; None where it was run.
         stdout: what it wrote there, if that was captured.
         stderr: likewise.
-        timed_out: whether it was killed since it took too long.
+        timed_out: whether it was killed after its timeout.
     """
 
     status: int

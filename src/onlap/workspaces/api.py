@@ -89,18 +89,18 @@ class Workspaces(Mapping[str, Workspace]):
             name: its name. None: an unnamed workspace, which ends with its ``with`` block, or with this process.
             source: a ``Path`` is a directory; a ``str`` is the name of a committed snapshot or of an image.
             exclude: of a directory, as for :meth:`Store.import_`.
-            live: do not copy the directory, but let it be the lowest layer itself. Nothing may write to it then: what
-                the tree shows of files that change there is undefined (overlayfs.rst, "Changes to underlying
-                filesystems"): old and new content, or both, for as long as the tree is mounted.
-                :meth:`Workspace.source_changes` tells whether it happened.
-            max_bytes: what one command of :meth:`Workspace.run` may write at most, in forks too. It is kept in memory
-                until the command ends.
+            live: use the directory itself as the lowest layer, without a copy. Nothing may write to it then: what the
+                tree shows of files that change there is undefined (overlayfs.rst, "Changes to underlying filesystems"):
+                old content, new content, or both, for as long as the tree is mounted.
+                :meth:`Workspace.source_changes` lists such files.
+            max_bytes: how much one command of :meth:`Workspace.run` may write, in forks too. It is kept in memory until
+                the command ends.
             max_inodes: how many files, directories and links it may make, likewise.
             progress: called with reports, at most ten times per second.
 
         Raises:
             AlreadyExists: there is such a workspace.
-            Unimplemented: there are limits, and no privilege to mount; or the root has native copies.
+            Unimplemented: limits without the privilege to mount; limits or ``live`` in a root of native copies.
             NotFound: there is no such directory, or neither a snapshot nor an image of that name.
             InvalidArgument: there are both, or the snapshot is not committed.
             FailedPrecondition: files of the directory did not stop changing; the error names one.

@@ -87,7 +87,7 @@ class Source(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A state of a workspace that can be gone back to; two are equal if they are the same one.
+    """A state of a workspace to go back to. Two are equal if they have the same id and time.
 
     Attributes:
         id: of the checkpoint; ``"base"`` for what the workspace was made from.
@@ -96,7 +96,7 @@ class Checkpoint(NamedTuple):
         workspace: the workspace that made it; empty for the base.
         created_ns: nanoseconds since the epoch.
         command: the command that made the changes, if :meth:`Workspace.run` did.
-        inodes: how many files and directories it changed; None: not measured yet, but :meth:`Workspace.log` does.
+        inodes: how many files and directories it changed; None if not measured, as :meth:`Workspace.log` does.
         size: bytes of these, likewise.
         durable: whether it survives a power cut.
     """

@@ -57,8 +57,8 @@ T = TypeVar("T")
 class Workspace:
     """A named tree with one writable layer, on a history of checkpoints; made by :class:`Workspaces`.
 
-    It outlives the process: ``store.workspaces[name]`` opens it again. Several processes may open it; whatever would
-    pull the tree away under one that uses it raises Busy.
+    It outlives the process: ``store.workspaces[name]`` opens it again. Several processes may open it; a call that would
+    replace a tree in use raises Busy.
 
     As a context manager, an unnamed workspace is removed at the end of the block; a named one stays.
 
@@ -93,9 +93,9 @@ class Workspace:
         return parse_source(self._top().labels[SOURCE])
 
     def source_changes(self) -> Iterator[str]:
-        """The paths in the directory that the workspace was made from that are not as they were then.
+        """The paths that have changed in the directory since the workspace was made from it.
 
-        Found by a walk of stats: a file that was written with what it had counts, too.
+        They are found by their stats, so a file that was written again with the same content counts too.
 
         Raises:
             InvalidArgument: it was not made from a directory.
@@ -389,13 +389,13 @@ class Workspace:
             )
 
     def keep(self, *, last: int | None = None, newer_than: float | None = None, named: bool = True) -> int:
-        """Forget all checkpoints that this workspace made, but for those that are listed here.
+        """Forget all checkpoints that this workspace made, except those that an argument keeps.
 
         Checkpoints that a workspace stands on stay, and so does the base.
 
         Args:
             last: this many of the newest.
-            newer_than: those of the last so many seconds.
+            newer_than: those that are younger than this, in seconds.
             named: those with a name.
 
         Returns:
@@ -427,7 +427,7 @@ class Workspace:
     # Forks
 
     def fork(self, name: str | None = None, *, at: Checkpoint | str | None = None) -> Workspace:
-        """Another workspace, with the same tree and history; what is written in one is not seen in the other.
+        """Make another workspace with the same tree and history; what is written in one is not seen in the other.
 
         Args:
             name: its name; by default this one's with a number. Without one, the fork of an unnamed workspace ends with
@@ -443,7 +443,7 @@ class Workspace:
         return self._fork([name], at)[0]
 
     def forks(self, count: int, *, at: Checkpoint | str | None = None) -> list[Workspace]:
-        """So many forks, made in one step.
+        """Make several forks in one step.
 
         Args:
             count: how many.

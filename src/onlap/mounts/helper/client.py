@@ -191,7 +191,7 @@ class Program:
         return True
 
     def wait(self, timeout: float | None = None) -> Ended | None:
-        """Wait for its end; None after so many seconds.
+        """Wait for its end; None after the timeout (in seconds).
 
         Raises:
             Unavailable: the helper was killed, and the program with it.

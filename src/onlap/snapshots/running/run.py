@@ -44,7 +44,7 @@ class Done(NamedTuple):
         status: its exit status as a shell shows it: 128+N when signal N ended it.
         stdout: what it wrote there, if that was captured.
         stderr: likewise.
-        timed_out: whether it was killed since it took too long.
+        timed_out: whether it was killed after its timeout.
     """
 
     argv: tuple[str, ...]
@@ -218,7 +218,7 @@ class Running:
         return self._program.fileno()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for its end; its status as a shell shows it, None if it still runs after so many seconds.
+        """Wait for its end; its status as a shell shows it, None if it still runs after the timeout (in seconds).
 
         Raises:
             Unavailable: the helper was killed, and the program with it.

@@ -93,7 +93,7 @@ class Streams:
             self._close(fd)
 
     def communicate(self, program: Awaited, timeout: float | None) -> tuple[int, bool]:
-        """Read and write until the program ends; its status, and whether it was killed since it took too long.
+        """Read and write until the program ends; its status, and whether it was killed after its timeout.
 
         Its end, and not that of its output, is waited for: what it has left in the background may keep that open.
         """

@@ -34,9 +34,10 @@ class Ran(NamedTuple):
         status: its exit status as a shell shows it: 128+N when signal N ended it.
         stdout: what it wrote there, if that was captured.
         stderr: likewise.
-        timed_out: whether it was killed since it took too long.
+        timed_out: whether it was killed after its timeout.
         before: the checkpoint that has the state before it.
-        changes: what it changed, sorted by path. A command that ran beside it in the workspace may have done some.
+        changes: what it changed, sorted by path; with what another command changed that ran in the workspace at the
+            same time.
     """
 
     argv: tuple[str, ...]
@@ -49,7 +50,7 @@ class Ran(NamedTuple):
 
 
 def chosen_isolation(isolation: str | None, source: Source) -> Isolation:
-    """How a command is isolated, if the caller does not say: an image is a whole system, a directory is a project.
+    """How a command is isolated; by default as its source needs: an image is a whole system, a directory a project.
 
     Raises:
         InvalidArgument: there is no such isolation.

@@ -32,7 +32,7 @@ def diff_arguments(parser: Parser) -> None:
     parser.checkpoint("before", nargs="?", metavar="A", help="an id or a name in onlap ws log")
     parser.checkpoint("after", nargs="?", metavar="B", help="likewise (the present state)")
     parser.add_argument("--patch", action="store_true", help="as a unified diff")
-    parser.add_argument("--exit-code", action="store_true", help="end with 1 if anything differs")
+    parser.add_argument("--exit-code", action="store_true", help="exit with 1 if anything differs")
 
 
 def diff(call: Call) -> int:

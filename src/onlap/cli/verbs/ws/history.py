@@ -25,8 +25,10 @@ def checkpoint_arguments(parser: Parser) -> None:
     )
     parser.workspace("name", help="the workspace")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a name for it")
-    parser.add_argument("--durable", action="store_true", help="end when it survives a power cut")
-    parser.add_argument("--freeze", action="store_true", help="stop the programs that run in the tree for a moment")
+    parser.add_argument("--durable", action="store_true", help="wait until it survives a power cut")
+    parser.add_argument(
+        "--freeze", action="store_true", help="freeze the programs that run in the tree, instead of failing"
+    )
     _wait_argument(parser)
 
 
@@ -132,14 +134,14 @@ def forget(call: Call) -> int:
 
 def keep_arguments(parser: Parser) -> None:
     parser.explain(
-        "Forget the checkpoints that the workspace NAME made, but for the newest, those with a name, and the one\n"
-        "that it stands on.",
+        "Forget the checkpoints that the workspace NAME made, except the newest, those with a name, and the one that\n"
+        "it stands on.",
         "onlap ws keep fix-42 --last 100 --newer-than 2d",
     )
     parser.workspace("name", help="the workspace")
     parser.add_argument("--last", metavar="N", type=int, help="keep this many of the newest")
-    parser.add_argument("--newer-than", metavar="AGE", help="keep those of this time, as 15m, 2h or 7d")
-    parser.add_argument("--forget-named", action="store_true", help="a name alone keeps none")
+    parser.add_argument("--newer-than", metavar="AGE", help="keep those that are younger, as 15m, 2h or 7d")
+    parser.add_argument("--forget-named", action="store_true", help="forget those with a name too")
 
 
 def keep(call: Call) -> None:

@@ -23,20 +23,22 @@ def new_arguments(parser: Parser) -> None:
     parser.explain(
         "Make the workspace NAME: a writable tree that can be checkpointed, rolled back, forked and merged back. A\n"
         "SOURCE with a / in it, or . or .., is a directory; it is captured as it is at one moment, and the next\n"
-        "workspace of it copies only what changed since. Any other SOURCE is the name of a committed snapshot or of\n"
+        "workspace of it copies only what has changed. Any other SOURCE is the name of a committed snapshot or of\n"
         "an image. The root is made if it does not exist.",
         "onlap ws new fix-42 ./repo --exclude '*.o'",
         "onlap ws new trial debian:13",
     )
-    parser.add_argument("name", metavar="NAME", help="of the workspace")
+    parser.add_argument("name", metavar="NAME", help="the name of the workspace")
     parser.add_argument("source", metavar="SOURCE", help="a directory, a snapshot or an image")
     parser.keys.append("source")
     parser.images.append("source")
     parser.add_argument(
-        "--live", action="store_true", help="do not copy the directory; then nothing may write to it meanwhile"
+        "--live", action="store_true", help="use the directory itself, not a copy; then nothing may write to it"
     )
-    parser.add_argument("--max-bytes", metavar="N", help="what one command may write, kept in memory; 50M is 50 MiB")
-    parser.add_argument("--max-inodes", metavar="N", type=int, help="how many files and directories it may make")
+    parser.add_argument(
+        "--max-bytes", metavar="N", help="limit what one command may write, kept in memory (50M: 50 MiB)"
+    )
+    parser.add_argument("--max-inodes", metavar="N", type=int, help="limit how many files and directories it may make")
     parser.repeatable(
         "--exclude",
         metavar="P",
@@ -74,7 +76,7 @@ def fork_arguments(parser: Parser) -> None:
     parser.workspace("name", help="the workspace")
     parser.add_argument("new", nargs="?", metavar="NEW", help="the name of the fork (NAME with a number)")
     parser.checkpoint("--at", metavar="C", help="the checkpoint to begin at")
-    parser.add_argument("-n", "--count", metavar="COUNT", type=int, help="make so many, named by numbers")
+    parser.add_argument("-n", "--count", metavar="COUNT", type=int, help="make this many, with numbers as names")
 
 
 def fork(call: Call) -> None:

@@ -58,8 +58,8 @@ def _running_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--isolation",
         choices=("none", "namespace", "runtime"),
-        help="none: the tree is its working directory; namespace: its root; runtime: in a container (of an image: "
-        "runtime, else none)",
+        help="none: the tree is its working directory; namespace: its root; runtime: in a container (runtime for an "
+        "image, else none)",
     )
     parser.add_argument("--chroot", action="store_true", help="the same as --isolation namespace")
 

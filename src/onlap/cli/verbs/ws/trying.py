@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 def try_arguments(parser: Parser) -> None:
     parser.explain(
-        "Run CMD in a copy of the current directory, which costs about nothing where the filesystem can share\n"
-        "content; show what it changed there, and ask whether to apply that to the directory. Nothing else is\n"
-        "isolated: CMD has your files, processes and network. Without a terminal, and without --yes or --no,\n"
-        "nothing is applied. If somebody changed the same paths meanwhile, nothing is applied either, and the copy\n"
-        "is kept as a workspace. Without CMD it is a shell.\n\n"
+        "Run CMD in a copy of the current directory, which costs almost nothing where the filesystem has reflinks;\n"
+        "show what it changed there, and ask whether to apply that to the directory. Nothing else is isolated: CMD\n"
+        "has your files, processes and network. Without a terminal, and without --yes or --no, nothing is applied.\n"
+        "If somebody changed the same paths in the meantime, nothing is applied either, and the copy is kept as a\n"
+        "workspace. Without CMD it is a shell.\n\n"
         "What was changed goes to standard error. With --json it goes to standard output, one object per change and\n"
         "one for the end, and the output of CMD to standard error.\n\n"
         "The exit status is CMD's; else 125 when onlap fails, 126 when CMD cannot be run, 127 when it does not\n"
@@ -41,12 +41,10 @@ def try_arguments(parser: Parser) -> None:
         "onlap try --yes -- make format",
         "onlap try --keep refactoring -- ./rename.sh && onlap ws diff refactoring base --patch",
     )
-    parser.add_argument(
-        "--yes", action="store_true", help="apply the changes without a question, whatever CMD's status"
-    )
-    parser.add_argument("--no", action="store_true", help="discard the changes without a question")
+    parser.add_argument("--yes", action="store_true", help="apply the changes without asking, whatever CMD's status")
+    parser.add_argument("--no", action="store_true", help="discard the changes without asking")
     parser.add_argument("--patch", action="store_true", help="show the changes as a unified diff")
-    parser.add_argument("--keep", metavar="NAME", help="keep the copy as the workspace NAME; nothing is asked")
+    parser.add_argument("--keep", metavar="NAME", help="keep the copy as the workspace NAME, without asking")
     parser.repeatable(
         "--exclude",
         metavar="P",
