@@ -422,7 +422,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.lines)
     @rule(which=numbers)
     def merge(self, which: int) -> None:
-        name = self.pick(which)
+        name = self.pick(which, native=False)
+        self.check_checkpoint(name, None, False)  # which a merge makes otherwise
         line, workspace = self.lines[name], self.workspace(name)
         base, new, before = read_tree(line.base), read_tree(line.tree), read_tree(self.target)
         changed = {path for path in base.keys() | new.keys() if unlike(base.get(path), new.get(path))}
