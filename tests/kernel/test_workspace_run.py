@@ -119,6 +119,16 @@ with ws.mounted() as tree:
     ws.rollback("one")
     assert sorted(os.listdir(tree)) == ["a", "d", "f"]
     assert os.fspath(tree) == path
+child = None
+def leave():
+    global child
+    with ws.mounted() as tree:
+        child = subprocess.Popen(["sleep", "60"], cwd=tree)
+busy = raises(onlap.Busy, leave)
+assert any(f"pid {child.pid} " in line for line in busy.holders), busy.holders
+child.kill()
+child.wait()
+store.cleanup()
 more = collections.Counter(descriptors()) - collections.Counter(before)
 assert not more, more
 ws.checkpoint()

@@ -14,7 +14,7 @@ from onlap.arguments import StrPath, check_path
 from onlap.catalog.runs import Run, begin
 from onlap.errors import shown
 from onlap.forks import closed_in_children, unless_forked
-from onlap.mounts import plan, temporary
+from onlap.mounts import kernel, plan, temporary
 from onlap.mounts.holders import command, holders_of_mount
 from onlap.mounts.unmount import await_nobody, unmount
 from onlap.mounts.userns import may_mount
@@ -81,7 +81,8 @@ class Mounting:
                 else:
                     run.mounts_at(self._at, nothing.source)
                     self._run = run
-                self._stack.enter_context(temporary.mounted([nothing], self._at))
+                kernel.attach(nothing, self._at)
+                self._stack.callback(unless_forked(self._uncover))
                 self._nothing = _mount_at(self._at)
                 with errors.translated("mount", key=self._at):
                     # Apart from the filesystem that it is a part of, which may be shared: what is mounted here would
@@ -101,6 +102,13 @@ class Mounting:
         with self._replacing:
             self._ended = True
             self._stack.close()
+
+    def _uncover(self) -> None:
+        """Unmount the empty directory, unless the tree is still on it, in use: then the next sweep does it."""
+        assert self._at is not None
+        with errors.translated("unmount", key=self._at):
+            if _mount_at(self._at) == self._nothing:
+                unmount(self._at)
 
     def _attach(self) -> None:
         """Mount the top that the workspace has now."""
