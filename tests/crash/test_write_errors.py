@@ -19,6 +19,7 @@ from crash.filesystems import SIZES, states
 from crash.powerdisk import Disk, Entry, mark
 from onlap import errors
 from onlap.store import Store
+from onlap.workspaces.history.durability import Durability
 
 pytestmark = pytest.mark.needs("overlay", "loop", "fuse", "peer:gcc")
 
@@ -102,6 +103,96 @@ def test_after_a_failed_sync_nothing_that_was_active_is_committed(campaign: Camp
         assert refused(store, *KEYS) == KEYS
         for key in KEYS:
             store.remove(key)
+
+
+@kinds
+@pytest.mark.parametrize("told", ["the workspace", "another"])
+def test_a_checkpoint_that_could_not_be_written_never_counts_as_durable(
+    campaign: Campaign, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = campaign.disk
+
+    def life() -> None:
+        monkeypatch.setattr(Durability, "begin", lambda _: None)
+        with (
+            campaign.filesystem.mounting() as top,
+            open_store(top / "root") as store,
+            open_store(top / "root") as other,
+        ):
+            with store.build("base") as base:
+                (base / "file").write_text("base")
+            ws = store.workspaces.create("ws", "base")
+            with ws.mounted() as place:
+                (place / "file").write_text(SPOILED * 1000)
+                disk.spoil(SPOILED)
+                ws.checkpoint("spoiled")
+                if told == "another":
+                    other.prepare("key")
+                    (tree(other, "key") / "file").write_text("another")
+                    with pytest.raises(errors.OnlapError):
+                        other.commit("committed", "key")
+                else:
+                    with pytest.raises(errors.DataLoss):
+                        ws.checkpoint(durable=True)
+                disk.spoil()
+                with open_store(top / "root") as late:
+                    # The kernel does not tell it.
+                    asked = ws if told == "the workspace" else late.workspaces["ws"]
+                    for _ in range(2):
+                        with pytest.raises(errors.DataLoss, match="had not reached the disk"):
+                            asked.checkpoint(durable=True)
+                ws.rollback("base")
+                (place / "file").write_text("after")
+                ws.checkpoint("after")
+            with open_store(top / "root") as late:
+                assert late.workspaces["ws"].checkpoint(durable=True).durable
+
+    def later() -> None:
+        with open_store(top / "root") as store:
+            ws = store.workspaces["ws"]
+            with ws.mounted() as place:
+                assert (place / "file").read_text() == "after"
+            with pytest.raises(errors.DataLoss, match="had not reached the disk"):
+                ws.rollback("spoiled")
+
+    apart(life)
+    with campaign.filesystem.mounted() as top:
+        later()
+
+
+@kinds
+@pytest.mark.parametrize("below", [0, 5])
+def test_after_a_failed_sync_no_top_of_a_workspace_becomes_a_checkpoint(campaign: Campaign, below: int) -> None:
+    """Also if its layer is merged with those of the checkpoints below it."""
+
+    def life() -> None:
+        with (
+            campaign.filesystem.mounting() as top,
+            open_store(top / "root") as store,
+            open_store(top / "root") as other,
+        ):
+            with store.build("base") as base:
+                (base / "file").write_text("base")
+            ws = store.workspaces.create("ws", "base")
+            with ws.mounted() as place:
+                for number in range(below):
+                    (place / "file").write_text(str(number))
+                    ws.checkpoint(durable=True)
+                (place / "file").write_text(SPOILED * 1000)
+                campaign.disk.spoil(SPOILED)
+                other.prepare("key")
+                (tree(other, "key") / "file").write_text("another")
+                with pytest.raises(errors.OnlapError):
+                    other.commit("committed", "key")
+                campaign.disk.spoil()
+                with pytest.raises(errors.DataLoss, match="workspace ws may lack content"):
+                    ws.checkpoint()
+                ws.rollback()
+                assert (place / "file").read_text() == (str(below - 1) if below else "base")
+                (place / "file").write_text("after")
+                ws.checkpoint()
+
+    apart(life)
 
 
 @kinds

@@ -290,7 +290,7 @@ def make_committed(
     if changed:
         replace_labels(connection, record.id, labels)
         if not empty:
-            _check_kept(connection, record)
+            check_kept(connection, record)
     return bool(changed)
 
 
@@ -303,12 +303,22 @@ def note_loss(connection: Connection) -> None:
     put_setting(connection, _LOST_UP_TO, str(next_id(connection, 0) - 1))
 
 
-def _check_kept(connection: Connection, record: Record) -> None:
-    if record.id <= int(setting(connection, _LOST_UP_TO) or 0):
+def lost_up_to(connection: Connection) -> int:
+    """The id of the last snapshot whose content may not be on the disk, since its write-back failed; 0 without any."""
+    return int(setting(connection, _LOST_UP_TO) or 0)
+
+
+def check_kept(connection: Connection, record: Record) -> None:
+    """Raise DataLoss if what was written to an active snapshot may not be on the disk."""
+    if record.id <= lost_up_to(connection):
+        hint = "remove the snapshot, prepare another, and write or apply the content again"
+        if record.owner == WORKSPACES:
+            hint = "go back to a checkpoint: onlap ws rollback"
+        which = shown(subject(record.owner, record.name))
         raise errors.DataLoss(
-            f"snapshot {shown(record.name)} may lack content: it was active when writes to the disk failed",
+            f"{which} may lack content: it was active when writes to the disk failed",
             key=record.name,
-            hint="see dmesg; then remove the snapshot, prepare another, and write or apply the content again",
+            hint=f"see dmesg; then {hint}",
         )
 
 

@@ -299,7 +299,7 @@ class Workspace:
             Busy: a process uses the tree; ``.holders`` says who.
             Unimplemented: there is no freezer of control groups that this user may use.
             AlreadyExists: another checkpoint has the name.
-            DataLoss: the workspace stands on a checkpoint that a power cut took.
+            DataLoss: the workspace stands on a checkpoint that a power cut took, or could not be written to the disk.
             FailedPrecondition: it is to be durable, and the root is volatile.
             OnlapError: of another kind, for an error of the filesystem or the catalog.
         """
@@ -330,9 +330,11 @@ class Workspace:
                 record = freezing.checkpoint(snapshotter, top, names)
             cancellation.made(partial(checkpoints.forget, snapshotter, [record], everywhere=True))
             self._site.durability.begin()
-        if durable and UNSYNCED in record.labels:
-            self._site.durability.wait()
-            record = snapshotter.record(record.name)
+        if durable:
+            if UNSYNCED in record.labels:
+                self._site.durability.wait()
+                record = snapshotter.record(record.name)
+            self._site.durability.check_written((record.id, *snapshotter.ancestors(record)), self.name)
         return self._describe(record, top)
 
     def rollback(self, to: Checkpoint | str | None = None, *, wait: float = 0.0) -> Checkpoint:

@@ -153,6 +153,7 @@ def _merge(
 
         def operation(connection: Connection) -> list[Record]:
             _check_unused(connection, node)
+            rows.check_kept(connection, top)
             _delete(connection, top)
             new = catalog.insert(connection, OWNER, New(node_name(identifier), COMMITTED, below, node, layer))
             return [new, catalog.insert(connection, OWNER, New(top.name, ACTIVE, new, labels, staged))]
@@ -193,6 +194,7 @@ def copy(
             now = rows.by_id(connection, top.id)
             if now is None or now.name != top.name or now.kind != top.kind:
                 raise rows.not_found(top.name)
+            rows.check_kept(connection, top)
             new = catalog.insert(connection, OWNER, New(node_name(identifier), COMMITTED, below, node, staged))
             rows.set_labels(connection, top.id, {AT: identifier, COMMAND: None})
             return [new, top]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from sqlite3 import Connection
 
 from onlap import errors
@@ -28,7 +29,8 @@ class Durability:
         volatile: whether the root is volatile: then no checkpoint becomes durable.
 
     Attributes:
-        suspect: ids of snapshots in the catalog that had not reached the disk at the last power cut.
+        suspect: ids of snapshots in the catalog that had not reached the disk at the last power cut, or could not be
+            written.
     """
 
     def __init__(self, catalog: Catalog, *, volatile: bool) -> None:
@@ -72,15 +74,20 @@ class Durability:
                 warn(f"some checkpoints are not durable: {error}")
 
     def check(self, ids: tuple[int, ...], workspace: str) -> None:
-        """Raise DataLoss if one of these snapshots had not reached the disk at a power cut."""
-        lost = self.suspect.intersection(ids)
-        if not lost:
-            return
-        record = self._catalog.by_id(min(lost))
+        """Raise DataLoss if one of these snapshots has not reached the disk, and never will."""
+        self._check(self.suspect.intersection(ids), workspace)
+
+    def check_written(self, ids: tuple[int, ...], workspace: str) -> None:
+        """Raise DataLoss if one of these snapshots has not reached the disk."""
+        found = self._catalog.database.read(lambda c: rows.labelled(c, OWNER, UNSYNCED))
+        self._check(found.keys() & set(ids), workspace)
+
+    def _check(self, lost: Collection[int], workspace: str) -> None:
+        record = self._catalog.by_id(min(lost)) if lost else None
         if record is not None:
             raise errors.DataLoss(
                 f"checkpoint {shown(node_id(record))} of workspace {shown(workspace)} had not reached the disk "
-                "before a power cut, and may lack content",
+                "before a power cut or a failure of the disk, and may lack content",
                 key=workspace,
                 hint="go back to a checkpoint before it; see: onlap ws log",
             )
@@ -105,11 +112,17 @@ class Durability:
         self._label(due, None)
 
     def _label(self, ids: list[int], value: str | None) -> None:
-        def operation(connection: Connection) -> None:
+        def operation(connection: Connection) -> list[int]:
+            # The kernel tells of a failed write once. If it told somebody else, the sync here has succeeded.
+            lost = rows.lost_up_to(connection)
+            failed = []
             for identifier in ids:
                 if rows.by_id(connection, identifier) is not None:  # else it was removed meanwhile
-                    rows.set_labels(connection, identifier, {UNSYNCED: value})
+                    now = _FAILED if identifier <= lost else value
+                    rows.set_labels(connection, identifier, {UNSYNCED: now})
+                    failed += [identifier] if now == _FAILED else []
+            return failed
 
-        self._catalog.database.write(operation)
+        self.suspect = self.suspect.union(self._catalog.database.write(operation))
         for identifier in ids:
             self._catalog.sidecars.changed(identifier)
