@@ -225,7 +225,7 @@ mounts = pathlib.Path("/proc/self/mountinfo").read_text()
 with ws.mounted() as tree:
     (tree / "f").write_text("1")
     mounting = ws._mounting
-with mounting.away(0, discarded=False):
+with mounting.unmounted(0, discarded=False):
     ws.checkpoint()
 assert not overlays() and pathlib.Path("/proc/self/mountinfo").read_text() == mounts
 ws.remove()

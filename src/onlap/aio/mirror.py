@@ -54,7 +54,7 @@ class Mirror(Generic[S]):
     def __repr__(self) -> str:
         return f"<aio of {self.sync!r}>"
 
-    def _alone(self) -> AbstractAsyncContextManager[object]:
+    def _exclusive(self) -> AbstractAsyncContextManager[object]:
         return contextlib.nullcontext()
 
 
@@ -62,36 +62,36 @@ def call(
     method: Callable[Concatenate[S, P], T],
     *,
     undo: Callable[..., object] | None = None,
-    alone: bool = False,
-    apart: bool = False,
+    exclusive: bool = False,
+    own_thread: bool = False,
 ) -> Method[P, Coroutine[Any, Any, T]]:
     """Mirror a method as a coroutine.
 
     Args:
         method: the method.
         undo: called with the object, what the method returned, and the arguments, if the task was canceled meanwhile.
-        alone: while another call of this kind is made for the same workspace, wait.
-        apart: make the call in a thread of its own, since it may last; what it has made then stays.
+        exclusive: wait for other such calls for the same workspace.
+        own_thread: make the call in a thread of its own, since it may take long; what it has made stays.
     """
-    return giving(lambda _threads, made: made, method, undo=undo, alone=alone, apart=apart)
+    return wrapping(lambda _threads, made: made, method, undo=undo, exclusive=exclusive, own_thread=own_thread)
 
 
-def giving(
+def wrapping(
     make: Callable[[Threads, T], R],
     method: Callable[Concatenate[S, P], T],
     *,
     undo: Callable[..., object] | None = None,
-    alone: bool = False,
-    apart: bool = False,
+    exclusive: bool = False,
+    own_thread: bool = False,
 ) -> Method[P, Coroutine[Any, Any, R]]:
-    """Mirror a method as :func:`call` does, and what it returns as well.
+    """Mirror a method as :func:`call` does, and wrap what it returns.
 
     Args:
-        make: makes what the coroutine returns of what the method returned.
+        make: makes the result of the coroutine from what the method returned.
         method: the method.
         undo: as for :func:`call`, like the rest.
-        alone: likewise.
-        apart: likewise.
+        exclusive: likewise.
+        own_thread: likewise.
     """
 
     @functools.wraps(method)
@@ -99,8 +99,8 @@ def giving(
         progress = _report_in_loop(named)
         bound = partial(method, self.sync, *arguments, **named)
         undone = None if undo is None else lambda made: undo(self.sync, made, *arguments, **named)
-        async with self._alone() if alone else contextlib.nullcontext():
-            made = await self._threads.call(bound, undo=undone, apart=apart)
+        async with self._exclusive() if exclusive else contextlib.nullcontext():
+            made = await self._threads.call(bound, undo=undone, own_thread=own_thread)
         if progress is not None and progress.error is not None:
             raise progress.error
         return make(self._threads, made)
@@ -153,11 +153,11 @@ def block(
             yield value
         except BaseException as error:
             leave = partial(manager.__exit__, type(error), error, error.__traceback__)
-            if not await threads.call(leave, whole=True):
+            if not await threads.call(leave, shielded=True):
                 raise
         else:
             undone = None if undo is None else lambda _: undo(self.sync, None, *arguments, **named)
-            await threads.call(partial(manager.__exit__, None, None, None), undo=undone, whole=True)
+            await threads.call(partial(manager.__exit__, None, None, None), undo=undone, shielded=True)
 
     return cast("Method[P, AbstractAsyncContextManager[T]]", mirrored)
 
@@ -190,7 +190,7 @@ def steps(method: Callable[Concatenate[S, P], Iterator[T]]) -> Method[P, AsyncGe
         finally:
             close = getattr(iterator, "close", None)
             if close is not None:
-                await threads.call(close, whole=True)
+                await threads.call(close, shielded=True)
 
     return cast("Method[P, AsyncGenerator[T, None]]", mirrored)
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from onlap import errors
-from onlap.aio.mirror import Mirror, attribute, block, call, giving, steps
+from onlap.aio.mirror import Mirror, attribute, block, call, steps, wrapping
 from onlap.aio.threads import Threads
 from onlap.store import Store as SyncStore
 from onlap.store import open as open_store
@@ -51,14 +51,14 @@ class Workspace(Mirror[workspace.Workspace]):
     is_changed = attribute(workspace.Workspace, lambda ws: ws.is_changed)
     log = call(workspace.Workspace.log)
     mounted = block(workspace.Workspace.mounted)
-    run = call(workspace.Workspace.run, apart=True)
-    checkpoint = call(workspace.Workspace.checkpoint, alone=True)
-    rollback = call(workspace.Workspace.rollback, alone=True)
+    run = call(workspace.Workspace.run, own_thread=True)
+    checkpoint = call(workspace.Workspace.checkpoint, exclusive=True)
+    rollback = call(workspace.Workspace.rollback, exclusive=True)
     forget = call(workspace.Workspace.forget)
     keep = call(workspace.Workspace.keep)
-    fork = giving(lambda threads, made: Workspace(made, threads), workspace.Workspace.fork, alone=True)
-    forks = giving(
-        lambda threads, made: [Workspace(each, threads) for each in made], workspace.Workspace.forks, alone=True
+    fork = wrapping(lambda threads, made: Workspace(made, threads), workspace.Workspace.fork, exclusive=True)
+    forks = wrapping(
+        lambda threads, made: [Workspace(each, threads) for each in made], workspace.Workspace.forks, exclusive=True
     )
     diff = steps(workspace.Workspace.diff)
     patch = call(workspace.Workspace.patch)
@@ -71,9 +71,9 @@ class Workspace(Mirror[workspace.Workspace]):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._threads.call(partial(self.sync.__exit__, None, None, None), whole=True)
+        await self._threads.call(partial(self.sync.__exit__, None, None, None), shielded=True)
 
-    def _alone(self) -> AbstractAsyncContextManager[object]:
+    def _exclusive(self) -> AbstractAsyncContextManager[object]:
         # A checkpoint that is about to be undone must not be what another call returns.
         return self._threads.locks.setdefault(self.name, asyncio.Lock())
 
@@ -84,8 +84,8 @@ class Workspaces(Mirror[workspaces.Workspaces]):
     __contains__ = None  # a lookup has to be awaited: await workspaces.get(name)
     __iter__ = None
 
-    __getitem__ = giving(lambda threads, made: Workspace(made, threads), workspaces.Workspaces.__getitem__)
-    create = giving(
+    __getitem__ = wrapping(lambda threads, made: Workspace(made, threads), workspaces.Workspaces.__getitem__)
+    create = wrapping(
         lambda threads, made: Workspace(made, threads),
         workspaces.Workspaces.create,
         undo=lambda _workspaces, made, *_, **__: made.__exit__(None, None, None),
@@ -143,7 +143,7 @@ class Store(Mirror[SyncStore]):
     mounted = block(SyncStore.mounted)
     scratch = block(SyncStore.scratch)
     build = block(SyncStore.build, undo=_remove_key)
-    run = call(SyncStore.run, apart=True)
+    run = call(SyncStore.run, own_thread=True)
     import_ = call(SyncStore.import_, undo=_remove_second)
     capture = call(SyncStore.capture, undo=_remove_second)
     export = call(SyncStore.export)
@@ -156,7 +156,7 @@ class Store(Mirror[SyncStore]):
     async def close(self) -> None:
         """Release all resources; idempotent."""
         if not self._threads.closed:
-            await self._threads.call(self.sync.close, whole=True)
+            await self._threads.call(self.sync.close, shielded=True)
             self._threads.close()
 
     async def __aenter__(self) -> Self:

@@ -44,8 +44,8 @@ class Threads:
         function: Callable[[], T],
         *,
         undo: Callable[[T], object] | None = None,
-        apart: bool = False,
-        whole: bool = False,
+        own_thread: bool = False,
+        shielded: bool = False,
     ) -> T:
         """Make a call in a thread.
 
@@ -55,16 +55,16 @@ class Threads:
         Args:
             function: the call.
             undo: undoes what it returned, beside what the code that makes things undoes (:mod:`onlap.cancellation`).
-            apart: in a thread of its own, since it may last; what it has made then stays.
-            whole: make the call in any case, to its end.
+            own_thread: in a thread of its own, since it may take long; what it has made stays.
+            shielded: do not cancel the call with the task.
         """
         call = Call()
-        future = self._submit(partial(_performed, call, function), apart)
+        future = self._submit(partial(_performed, call, function), own_thread)
         waiting = asyncio.wrap_future(future)
         try:
             await asyncio.wait([waiting])  # which does not cancel it
         except asyncio.CancelledError as canceled:
-            if not whole:
+            if not shielded:
                 if future.cancel():  # it had not begun
                     raise
                 call.cancel()
@@ -73,18 +73,18 @@ class Threads:
             def undone() -> None:
                 if undo is not None and future.exception() is None:
                     undo(future.result())
-                if not apart:
+                if not own_thread:
                     call.undo()
 
-            undoing = asyncio.wrap_future(self._submit(undone, apart))
+            undoing = asyncio.wrap_future(self._submit(undone, own_thread))
             await _certainly(undoing)
             if (error := undoing.exception()) is not None:
                 canceled.add_note(f"what the canceled call made could not be undone: {error}")
             raise
         return waiting.result()
 
-    def _submit(self, function: Callable[[], T], apart: bool) -> Future[T]:
-        executor = ThreadPoolExecutor(1, "onlap") if apart else self._executor
+    def _submit(self, function: Callable[[], T], own_thread: bool) -> Future[T]:
+        executor = ThreadPoolExecutor(1, "onlap") if own_thread else self._executor
         try:
             return executor.submit(contextvars.copy_context().run, function)
         except RuntimeError as error:
@@ -92,7 +92,7 @@ class Threads:
                 raise errors.ResourceExhausted(str(error), hint="raise the limit on threads (ulimit -u)") from error
             raise errors.FailedPrecondition("the store is closed", hint="open it again") from error
         finally:
-            if apart:
+            if own_thread:
                 executor.shutdown(wait=False)
 
 

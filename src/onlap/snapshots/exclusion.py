@@ -61,7 +61,7 @@ def mounting(
 
 @contextlib.contextmanager
 def running(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[list[Mount]]:
-    """The same for a program that has the tree to itself, in a namespace; the overlay is for :func:`claim_overlay`.
+    """As :func:`mounting`, for a program in a mount namespace; :func:`claim_overlay` takes the lock of the overlay.
 
     Raises:
         NotFound, Busy, DataLoss: as :func:`mounting`.
@@ -251,7 +251,7 @@ def claim_overlay(snapshotter: RecordedSnapshotter, record: Record) -> Flock | N
 
 
 def check_ours(snapshotter: RecordedSnapshotter, record: Record, *, last: bool) -> None:
-    """Where :func:`claim_overlay` gave nothing: check that another thread of this process is about to mount, or done.
+    """After :func:`claim_overlay` returned None: check that it is this process that has the lock.
 
     Raises:
         Busy: another process has it mounted; or, with ``last``, this one has.

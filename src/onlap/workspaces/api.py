@@ -112,33 +112,24 @@ class Workspaces(Mapping[str, Workspace]):
                 raise already_exists(name)
         limited = limits.checked(self._site.snapshotter, max_bytes, max_inodes)
         base, made_from = self._base(source, exclude, live, progress)
-        labels = {LIMITS: limited.label} if limited is not None else {}
-        run = begin(self._site.snapshotter.catalog) if name is None else None
+        labels = {BASE: str(base.id), AT: BASE_ID, SOURCE: str(made_from)}
+        if limited is not None:
+            labels[LIMITS] = limited.label
+        if name is not None:
+            return self._start(name, base, labels)
+        run = begin(self._site.snapshotter.catalog)
         try:
-            return self._start(name, base, made_from, labels, run)
+            return self._start(f"unnamed-{run.id}", base, {**labels, **run.labels}, run)
         except BaseException:
-            if run is not None:
-                run.close()
+            run.close()
             raise
 
-    def _start(
-        self, name: str | None, base: Record, made_from: Source, labels: Mapping[str, str], run: Run | None
-    ) -> Workspace:
-        chosen = name if name is not None or run is None else f"unnamed-{run.id}"
-        assert chosen is not None
-        labels = {
-            **labels,
-            **first_labels(chosen),
-            BASE: str(base.id),
-            AT: BASE_ID,
-            SOURCE: str(made_from),
-            **(run.labels if run is not None else {}),
-        }
+    def _start(self, name: str, base: Record, labels: Mapping[str, str], run: Run | None = None) -> Workspace:
         try:
-            chains.start(self._site.snapshotter, [top_key(chosen)], base, [labels])
+            chains.start(self._site.snapshotter, [top_key(name)], base, [{**labels, **first_labels(name)}])
         except errors.AlreadyExists as error:
-            raise already_exists(chosen) from error
-        return Workspace(self._site, chosen, run)
+            raise already_exists(name) from error
+        return Workspace(self._site, name, run)
 
     def _base(
         self, source: str | Path, exclude: Collection[str], live: bool, progress: Callback | None
@@ -149,7 +140,8 @@ class Workspaces(Mapping[str, Workspace]):
             return self._named(source, progress)
         if not isinstance(source, os.PathLike):
             raise errors.InvalidArgument(
-                f"{shown(repr(source))} is not a source", hint="pass the Path of a directory, or a snapshot's name"
+                f"{shown(repr(source))} is not a source",
+                hint="pass a directory's Path, or a snapshot's or image's name",
             )
         from onlap.workspaces.capture.capture import take
 

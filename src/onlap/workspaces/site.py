@@ -84,7 +84,7 @@ class Site:
         return sorted(workspace_of(key) for key in self.snapshotter.catalog.database.read(operation))
 
     def container_source(self, top: Record) -> container.Source:
-        """What a container starts with in a workspace: what the image says that it was made from, if it is still here.
+        """What a container in a workspace starts with: the configuration of its image, if that is still here.
 
         Raises:
             OnlapError: the image cannot be read.

@@ -195,7 +195,7 @@ class Workspace:
             discarded: the new one will not lie on the old one.
         """
         mounting = self._mounting
-        with mounting.away(wait, discarded=discarded) if mounting is not None else contextlib.nullcontext():
+        with mounting.unmounted(wait, discarded=discarded) if mounting is not None else contextlib.nullcontext():
             for last in attempts(wait):
                 try:
                     return action()
@@ -591,5 +591,5 @@ class Workspace:
         """
         top = self._top()
         self._site.snapshotter.remove(top.name)
-        if checkpoints.are_left(self._site.snapshotter, top):
+        if checkpoints.may_leave_some(self._site.snapshotter, top):
             checkpoints.collect(self._site.snapshotter)

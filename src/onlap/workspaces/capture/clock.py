@@ -63,7 +63,7 @@ class Clock:
         self._distance = _ELSEWHERE if files.filesystem_magic(fd) in _REMOTE else 0
 
     def certain_from(self, ctime_ns: int) -> int:
-        """From when on (ns, by :func:`now_ns`) a reading of a file is certain to come after what its ctime stands for.
+        """The time (ns, by :func:`now_ns`) since which a reading certainly comes after the change that set the ctime.
 
         A change after such a reading has a later ctime.
         """

@@ -80,7 +80,7 @@ def refreshed(data: bytes, mtime_ns: int, look: Look) -> bytes | None:
         exchanged += _exchange(body, start, path, mtime_ns, look)
     if not exchanged:
         return None
-    # Of no digest there are zeroes.
+    # Without a digest (index.skipHash) there are zeroes.
     return bytes(body) + (_HASHES[len(digest)](body).digest() if any(digest) else digest)
 
 

@@ -18,7 +18,8 @@ from onlap.workspaces.capture.fingerprint import CTIME, SUBDIRECTORY, Listed, di
 # The directories of merges that are under way, beside what they bring into place; see onlap.workspaces.merge.
 _MERGE_STARTS, _MERGE_ENDS = ".", ".onlap-merge"
 
-_LOWEST, _SOCKET = stat.S_IFREG, stat.S_IFSOCK
+# From the one up to the other, a mode is that of a regular file or a symlink, which are always kept.
+_REGULAR, _SOCKET = stat.S_IFREG, stat.S_IFSOCK
 
 
 class Scan(NamedTuple):
@@ -96,7 +97,7 @@ class Scanner:
             except FileNotFoundError:
                 continue  # the directory's own ctime shows it to the next pass
             mode, ctime_ns = status.st_mode, status.st_ctime_ns
-            if not _LOWEST <= mode < _SOCKET and self._skips(status):
+            if not _REGULAR <= mode < _SOCKET and self._skips(status):
                 continue
             names.append(name)
             values += (mode, status.st_ino, status.st_size, status.st_mtime_ns, ctime_ns)

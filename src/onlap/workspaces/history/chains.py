@@ -99,7 +99,7 @@ def _commit(
 
 
 def _absorbed(snapshotter: RecordedSnapshotter, top: Record) -> list[Record]:
-    """The checkpoints below a top that its own is to be merged with, uppermost first."""
+    """The checkpoints below a top that its checkpoint is to be merged with, uppermost first."""
     if not isinstance(snapshotter, OverlaySnapshotter) or snapshotter.properties.redirect_dir:
         return []  # a copy has no layers below; and redirects lead from one layer into another
 
@@ -162,15 +162,15 @@ def _merge(
 
 
 def copy(
-    snapshotter: RecordedSnapshotter, top: Record, names: Mapping[str, str], still: Callable[[], bool]
+    snapshotter: RecordedSnapshotter, top: Record, names: Mapping[str, str], all_frozen: Callable[[], bool]
 ) -> Record | None:
-    """Make a checkpoint of a copy of the top's layer, while others have the top mounted and do not run.
+    """Make a checkpoint of a copy of the top's layer, while the programs that have it mounted are frozen.
 
     Args:
         snapshotter: of the workspaces.
-        top: it goes on with what it has, on the same snapshot as before.
+        top: it keeps what it has, on the same snapshot as before.
         names: labels that give the checkpoint names.
-        still: tells afterwards whether nobody has written meanwhile.
+        all_frozen: tells afterwards whether nobody can have written meanwhile.
 
     Returns:
         The snapshot of the checkpoint; None if somebody has.
@@ -186,7 +186,7 @@ def copy(
     below = snapshotter.parent(top)
     with snapshotter.staged(node_name(identifier), COMMITTED, below, {}) as staged:
         copy_tree(catalog.layout.tree(top.id), f"{staged}/fs", Copier(keep_markers=True))
-        if not still():
+        if not all_frozen():
             catalog.staging.discard(staged)
             return None
 

@@ -245,8 +245,8 @@ def newest_captures(snapshotter: RecordedSnapshotter) -> Callable[[Record], bool
     )
 
 
-def are_left(snapshotter: RecordedSnapshotter, top: Record) -> bool:
-    """Whether :func:`collect` may find something after a top was removed; it looks at everything, and this does not."""
+def may_leave_some(snapshotter: RecordedSnapshotter, top: Record) -> bool:
+    """Whether there may be something for :func:`collect`, which looks at everything, now that a top was removed."""
     made = snapshotter.catalog.walk(OWNER, Condition(HAS_LABEL, (LINE, top.labels[LINE])))
     if any(map(is_node, made)):
         return True

@@ -40,9 +40,9 @@ def checkpoint(snapshotter: RecordedSnapshotter, top: Record, names: Mapping[str
                 key=name,
                 hint="unmount it there first",
             )
-        with frozen(lambda: users_of(tree), run.freezes, run.id) as still:
+        with frozen(lambda: users_of(tree), run.freezes, run.id) as all_frozen:
             for _ in range(_TRIES):
-                record = chains.copy(snapshotter, top, names, still)
+                record = chains.copy(snapshotter, top, names, all_frozen)
                 if record is not None:
                     return record
     raise errors.Busy(f"programs are started in workspace {shown(name)} all the time", key=name, hint="try again later")

@@ -55,8 +55,9 @@ class Mounting:
         self._stack = ExitStack()
         self._mount = ExitStack()
         self._run: Run | None = None
-        # The empty directory behind the tree: the id of its mount, or its descriptor.
-        self._nothing = -1
+        # The empty directory behind the tree: the id of its mount; or its descriptor, if it is detached.
+        self._empty_mount = -1
+        self._empty_fd = -1
         self._fd = -1
         self._release: Callable[[], None] = lambda: None
         self._fixed = True
@@ -74,16 +75,16 @@ class Mounting:
         with ExitStack() as on_error:
             on_error.callback(self._stack.close)
             run = self._stack.enter_context(begin(self._snapshotter.catalog))
-            nothing = plan.bind(self._snapshotter.catalog.layout.empty, readonly=True)
+            empty = plan.bind(self._snapshotter.catalog.layout.empty, readonly=True)
             if may_mount():
                 if self._at is None:
                     self._at = run.tree()
                 else:
-                    run.mounts_at(self._at, nothing.source)
+                    run.mounts_at(self._at, empty.source)
                     self._run = run
-                kernel.attach(nothing, self._at)
+                kernel.attach(empty, self._at)
                 self._stack.callback(unless_forked(self._uncover))
-                self._nothing = _mount_at(self._at)
+                self._empty_mount = _mount_at(self._at)
                 with errors.translated("mount", key=self._at):
                     # Apart from the filesystem that it is a part of, which may be shared: what is mounted here would
                     # be mounted there, too. And shared with the namespaces that are made while it is there: they get
@@ -91,8 +92,8 @@ class Mounting:
                     for propagation in (MS_PRIVATE, MS_SHARED):
                         mount("none", self._at, None, propagation, None)
             else:
-                self._nothing = temporary.detached(nothing, self._snapshotter.helper)
-                self._stack.callback(closed_in_children(self._nothing))
+                self._empty_fd = temporary.detached(empty, self._snapshotter.helper)
+                self._stack.callback(closed_in_children(self._empty_fd))
             self._stack.callback(unless_forked(self._close))
             self._attach()
             on_error.pop_all()
@@ -107,7 +108,7 @@ class Mounting:
         """Unmount the empty directory, unless the tree is still on it, in use: then the next sweep does it."""
         assert self._at is not None
         with errors.translated("unmount", key=self._at):
-            if _mount_at(self._at) == self._nothing:
+            if _mount_at(self._at) == self._empty_mount:
                 unmount(self._at)
 
     def _attach(self) -> None:
@@ -167,7 +168,7 @@ class Mounting:
             self._commands.discard(entering)
 
     @contextlib.contextmanager
-    def away(self, wait: float, *, discarded: bool) -> Iterator[None]:
+    def unmounted(self, wait: float, *, discarded: bool) -> Iterator[None]:
         """Unmount the top for the duration of a ``with`` block, so that another can take its place.
 
         One thread at a time does this.
@@ -198,7 +199,7 @@ class Mounting:
 
     def _is_there(self) -> bool:
         """Whether the top is mounted; otherwise an interrupt or an error came between it and the next one."""
-        return self._shown if self._at is None else _mount_at(self._at) != self._nothing
+        return self._shown if self._at is None else _mount_at(self._at) != self._empty_mount
 
     def _detach(self, wait: float, discarded: bool) -> None:
         last: int | None = None
@@ -233,7 +234,7 @@ class Mounting:
         await_nobody(self.path, lambda: holders_of_mount(number, device, self._fd), timeout=wait)
         self._shown = False
         # The number stays taken, or another thread might open a file under it.
-        os.dup2(self._nothing, self._fd, inheritable=False)
+        os.dup2(self._empty_fd, self._fd, inheritable=False)
 
     def _close(self) -> None:
         with ExitStack() as stack:
