@@ -71,21 +71,28 @@ class Ground:
         return key
 
     def workspace(self) -> str:
-        """A workspace with two checkpoints, and changes since."""
+        """A workspace at its base, with a checkpoint."""
         name = self.new()
         made = self.store.workspaces.create(name, "base")
-        for checkpoint in ("first", "second", None):
-            with made.mounted() as tree:
-                (tree / f"file-{checkpoint}").write_text("text")
-            if checkpoint is not None:
-                made.checkpoint(checkpoint)
+        with made.mounted() as tree:
+            (tree / "file").write_text("text")
+        made.checkpoint("first")
+        made.rollback("base")
         return name
 
-    def captured(self) -> str:
-        """A workspace of a directory."""
-        name = self.new()
-        self.store.workspaces.create(name, self.source)
+    def changed(self) -> str:
+        """The same with changes."""
+        name = self.workspace()
+        with self.store.workspaces[name].mounted() as tree:
+            (tree / "more").write_text("text")
         return name
+
+    def shared(self) -> str:
+        """The same for what changes nothing in it."""
+        if "shared" not in self.store.workspaces:
+            self.store.workspaces.create("shared", self.source)
+            self.store.workspaces["shared"].run(["sh", "-c", "echo text > file"])
+        return "shared"
 
     def image(self) -> str:
         """An image that others may lose."""
@@ -193,14 +200,14 @@ STORE: dict[str, Call] = {
 WORKSPACES: dict[str, Call] = {
     "__init__": call(lambda g, _: Workspaces(g.store.workspaces._site)),
     "__iter__": call(lambda g, _: list(g.store.workspaces)),
-    "__contains__": call(lambda g, name: name in g.store.workspaces, Ground.workspace),
-    "__getitem__": call(lambda g, name: g.store.workspaces[name], Ground.workspace),
-    "__len__": call(lambda g, _: len(g.store.workspaces), Ground.workspace),
-    "get": call(lambda g, name: g.store.workspaces.get(name), Ground.workspace),
+    "__contains__": call(lambda g, name: name in g.store.workspaces, Ground.shared),
+    "__getitem__": call(lambda g, name: g.store.workspaces[name], Ground.shared),
+    "__len__": call(lambda g, _: len(g.store.workspaces), Ground.shared),
+    "get": call(lambda g, name: g.store.workspaces.get(name), Ground.shared),
     "create": call(lambda g, new: g.store.workspaces.create(new, "base")),
     "remove": call(lambda g, name: g.store.workspaces.remove(name), Ground.workspace),
     "collect": call(lambda g, _: g.store.workspaces.collect()),
-    "close": call(lambda g, _: g.store.workspaces.close(), Ground.workspace),
+    "close": call(lambda g, _: g.store.workspaces.close(), Ground.shared),
 }
 
 
@@ -208,27 +215,31 @@ def workspace(act: Callable[[Workspace], object]) -> Call:
     return call(lambda g, name: act(g.store.workspaces[name]), Ground.workspace)
 
 
+def reading(act: Callable[[Workspace], object]) -> Call:
+    return call(lambda g, name: act(g.store.workspaces[name]), Ground.shared)
+
+
 WORKSPACE: dict[str, Call] = {
-    "__init__": call(lambda g, name: Workspace(g.store.workspaces[name]._site, name), Ground.workspace),
+    "__init__": call(lambda g, name: Workspace(g.store.workspaces[name]._site, name), Ground.shared),
     "__enter__": workspace(_entered),
     "__exit__": workspace(_entered),
-    "at": workspace(lambda ws: ws.at),
-    "source": workspace(lambda ws: ws.source),
-    "is_changed": workspace(lambda ws: ws.is_changed),
-    "log": workspace(lambda ws: ws.log()),
-    "mounted": workspace(lambda ws: _entered(ws.mounted())),
+    "at": reading(lambda ws: ws.at),
+    "source": reading(lambda ws: ws.source),
+    "is_changed": reading(lambda ws: ws.is_changed),
+    "log": reading(lambda ws: ws.log()),
+    "mounted": reading(lambda ws: _entered(ws.mounted())),
     "run": workspace(lambda ws: ws.run(["true"])),
-    "checkpoint": workspace(lambda ws: ws.checkpoint("kept", durable=True)),
-    "rollback": workspace(lambda ws: ws.rollback("base")),
+    "checkpoint": call(lambda g, name: g.store.workspaces[name].checkpoint("kept", durable=True), Ground.changed),
+    "rollback": call(lambda g, name: g.store.workspaces[name].rollback("base"), Ground.changed),
     "forget": workspace(lambda ws: ws.forget("first")),
     "keep": workspace(lambda ws: ws.keep(last=1)),
-    "fork": workspace(lambda ws: ws.fork()),
-    "forks": workspace(lambda ws: ws.forks(2)),
-    "diff": workspace(lambda ws: list(ws.diff("base"))),
-    "patch": workspace(lambda ws: ws.patch(io.BytesIO())),
-    "merge_plan": call(lambda g, name: g.store.workspaces[name].merge_plan(g.source), Ground.workspace),
-    "merge": call(lambda g, name: g.store.workspaces[name].merge(g.target), Ground.workspace),
-    "source_changes": call(lambda g, name: list(g.store.workspaces[name].source_changes()), Ground.captured),
+    "fork": call(lambda g, name: g.store.workspaces[name].fork(), Ground.changed),
+    "forks": call(lambda g, name: g.store.workspaces[name].forks(2), Ground.changed),
+    "diff": reading(lambda ws: list(ws.diff("base"))),
+    "patch": reading(lambda ws: ws.patch(io.BytesIO())),
+    "merge_plan": reading(lambda ws: ws.merge_plan()),
+    "merge": call(lambda g, name: g.store.workspaces[name].merge(g.target), Ground.changed),
+    "source_changes": reading(lambda ws: list(ws.source_changes())),
     "remove": workspace(lambda ws: ws.remove()),
 }
 
