@@ -93,3 +93,23 @@ def test_a_native_root_has_no_such_layers(root: Path, directory: Path) -> None:
         pytest.raises(errors.Unimplemented, match="no layers"),
     ):
         store.workspaces.create("w", directory, live=True)
+
+
+def test_after_a_restore_the_directory_is_missing_and_not_empty(store: Store, directory: Path) -> None:
+    workspace = store.workspaces.create("w", directory, live=True)
+    with workspace.mounted() as tree:
+        (tree / "added").touch()
+    archive, restored = directory.with_name("archive.tar"), directory.with_name("restored")
+    store.backup(archive, active=True)
+    onlap.restore(archive, restored)
+    with onlap.open(restored) as other:
+        workspace = other.workspaces["w"]
+        with pytest.raises(errors.NotFound, match="not-in-the-backup"), workspace.mounted():
+            pass
+        with pytest.raises(errors.NotFound, match="not-in-the-backup"):
+            workspace.merge()
+        for live in restored.glob("snapshots/*/about/live"):
+            live.unlink()
+            live.symlink_to(directory)
+        with workspace.mounted() as tree:
+            assert sorted(os.listdir(tree)) == ["added", "below", "gone"]

@@ -23,7 +23,7 @@ from onlap.catalog.background.sidecars import Sidecar
 from onlap.catalog.catalog import Catalog
 from onlap.catalog.disk.layout import ABOUT, OURS, UNRECORDED, Layout
 from onlap.catalog.pins import Pin
-from onlap.catalog.records import ACTIVE, COMMITTED
+from onlap.catalog.records import ACTIVE, COMMITTED, WORKSPACES
 from onlap.check.backups.summary import Backup
 from onlap.check.backups.unpacking import Archive, Tree, bad_backup
 from onlap.check.backups.writing import BLOBS, FORMAT, HEAD, Head
@@ -45,6 +45,7 @@ from onlap.syscalls.files import exists
 from onlap.trees import manifest
 from onlap.trees.remove import remove_at
 from onlap.trees.walk import NEW_FILE, opened
+from onlap.workspaces.records import LIVE
 
 # What a restore moves up.
 _MOVED = OURS - {"lost+found", UNRECORDED}
@@ -258,6 +259,10 @@ def _write(archive: Archive, head: Head, catalog: Catalog) -> int:
         with opened(layout.record(record.id), NEW_FILE) as fd:
             files.write_all(fd, data[record.id])
             os.utime(fd, ns=(record.updated_ns, record.updated_ns))
+        if record.owner == WORKSPACES and record.name.startswith(LIVE):
+            # A backup has no directory of others. Without this, workspaces on it would show nothing in its place.
+            final = os.path.dirname(layout.root)  # where all of this is moved in the end
+            os.symlink(f"{final}/snapshots/{record.id}/{ABOUT}/not-in-the-backup", layout.live(record.id))
         if record.manifest is not None:
             archive.file(f"snapshots/{record.id}/manifest", layout.manifest(record.id))
         if record.kind == ACTIVE and head.settings["snapshotter"] == "overlay":

@@ -1,1 +1,1 @@
-"""The checkpoints of workspaces: made, found, forgotten, merged behind, written to the disk."""
+"""The checkpoints of workspaces: made, found, forgotten, merged into fewer layers, written to the disk."""
