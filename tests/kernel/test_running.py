@@ -18,8 +18,9 @@ import os, select, signal, subprocess, sys, threading
 import onlap
 from onlap.mounts.namespaces import pids
 root = sys.argv[1]
-for number in (signal.SIGINT, signal.SIGQUIT):  # ignored where the tests run in the background of a shell
-    signal.signal(number, signal.SIG_DFL)
+# Both are ignored where the tests run in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 os.environ["HOME"] = root
 os.environ["PATH"] = os.defpath
 source = root + "/source"

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.cli import exits
+from onlap.cli import exits, process
 from onlap.cli.terminal.output import Output
+from onlap.snapshots.running.run import CannotRun, Foreground
 
 if TYPE_CHECKING:
     from onlap.snapshots.running.run import Running
@@ -22,19 +23,17 @@ def command_or_shell(command: Sequence[str], *, chroot: bool = False) -> list[st
     return list(command) or ["/bin/sh" if chroot else os.environ.get("SHELL") or "/bin/sh"]
 
 
-def attend(starting: contextlib.AbstractContextManager[Running], timeout: float | None = None) -> tuple[int, bool]:
-    """Start a command, and wait for its end.
+def foreground(stdio: tuple[int, int, int] = (0, 1, 2)) -> Foreground:
+    """How a command runs in the foreground of this one.
 
     Args:
-        starting: as :func:`onlap.snapshots.running.run.started`, with ``terminal``.
-        timeout: seconds after which it is killed.
-
-    Returns:
-        The exit status, and whether it was killed.
-
-    Raises:
-        CannotRun: it cannot be executed.
+        stdio: its standard streams.
     """
+    return Foreground(stdio, process.open_files_before(), _attend)
+
+
+def _attend(starting: contextlib.AbstractContextManager[Running], timeout: float | None) -> tuple[int, bool]:
+    """See :class:`Foreground`."""
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         running = stack.enter_context(starting)
@@ -49,7 +48,9 @@ def attend(starting: contextlib.AbstractContextManager[Running], timeout: float 
 
 
 def cannot_run(out: Output, error: errors.OnlapError) -> int:
-    """Report that a command cannot be executed; the exit status, as of env(1)."""
+    """Report that a command cannot be executed; the exit status, as of env(1). Any other error is raised again."""
+    if not isinstance(error.__cause__, CannotRun):
+        raise error
     out.error("Command", error.message)
     return exits.NO_COMMAND if isinstance(error, errors.NotFound) else exits.CANNOT_RUN
 

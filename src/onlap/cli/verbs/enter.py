@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from onlap.cli import process
+from onlap import errors
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
 
@@ -26,22 +24,13 @@ def enter_arguments(parser: Parser) -> None:
 
 
 def enter(call: Call) -> int:
-    from onlap.cli.shared.foreground import attend, cannot_run, command_or_shell
-    from onlap.snapshots.running.run import CannotRun, started
+    from onlap.cli.shared.foreground import cannot_run, command_or_shell, foreground
+    from onlap.snapshots.running.run import run
 
     args = call.args
+    command = command_or_shell(args.command, chroot=args.chroot)
     with call.store(sweep=True) as store:
-        starting = started(
-            store.snapshotter,
-            args.key,
-            command_or_shell(args.command, chroot=args.chroot),
-            env=dict(os.environ),
-            stdio=(0, 1, 2),
-            chroot=args.chroot,
-            terminal=True,
-            open_files=process.open_files_before(),
-        )
         try:
-            return attend(starting)[0]
-        except CannotRun as error:
-            return cannot_run(call.out, error.as_onlap_error())
+            return run(store.snapshotter, args.key, command, chroot=args.chroot, foreground=foreground()).status
+        except errors.OnlapError as error:
+            return cannot_run(call.out, error)

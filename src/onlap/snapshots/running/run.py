@@ -70,9 +70,9 @@ class Foreground(NamedTuple):
 
     Attributes:
         stdio: its standard streams.
-        open_files: its limits of open files, see :func:`started`.
-        attend: starts it by entering :func:`started`, and waits for its end; gets the seconds after which to kill it,
-            and returns its status, and whether it was killed.
+        open_files: its limits of open files, as of :func:`resource.getrlimit`; None for those of this process.
+        attend: starts it by entering the given block, and waits for its end. It gets the seconds after which to kill
+            it, and returns its status, and whether it was killed.
     """
 
     stdio: tuple[int, int, int]
@@ -145,13 +145,13 @@ def run(
     environment = dict(os.environ if env is None else env)
     with contextlib.ExitStack() as stack:
         streams = Streams(stack, capture=capture, input=input)
-        starting = started(
+        starting = _started(
             snapshotter,
             key,
             command,
-            env=environment,
+            cwd=_checked_cwd(cwd, chroot),
+            env={**environment, "ONLAP_KEY": key},
             stdio=streams.theirs if foreground is None else foreground.stdio,
-            cwd=cwd or "",
             chroot=chroot,
             terminal=foreground is not None,
             open_files=None if foreground is None else foreground.open_files,
@@ -245,61 +245,30 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(
-    snapshotter: RecordedSnapshotter,
-    key: str,
-    argv: Sequence[str],
-    *,
-    env: Mapping[str, str],
-    stdio: Sequence[int],
-    cwd: StrPath = "",
-    chroot: bool = False,
-    terminal: bool = False,
-    open_files: tuple[int, int] | None = None,
-    mounted: int | None = None,
+def _started(
+    snapshotter: RecordedSnapshotter, key: str, argv: Sequence[str], *, mounted: int | None, **options: Any
 ) -> Iterator[Running]:
     """Start a command in a tree, to whose block it belongs: at the end it is killed, if it still runs.
 
     Args:
         snapshotter: of the root.
-        key: a snapshot of any kind; the tree of a committed one is read-only.
+        key: a snapshot of any kind.
         argv: the command.
-        env: its environment; ONLAP_KEY and PWD are set.
-        stdio: three descriptors.
-        cwd: the directory to work in, relative to the tree.
-        chroot: make the tree the root.
-        terminal: stay in this process's group, as a command in the foreground of its terminal.
-        open_files: its limits of open files, as of :func:`resource.getrlimit`.
         mounted: see :func:`run`.
+        options: see :meth:`onlap.mounts.helper.client.Client.start`.
 
     Raises:
         CannotRun: the command cannot be executed.
-        NotFound: there is no such snapshot, or no such directory in it.
-        Busy: an overlay of it is mounted read-write, other than for programs of this store.
-        OnlapError: as :func:`onlap.mounted`.
+        OnlapError: see :func:`run`.
     """
     from onlap.mounts.helper.client import NotStarted
 
-    directory = _checked_cwd(cwd, chroot)
     record = snapshotter.record(key)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.begin(snapshotter.catalog))
         mounts = stack.enter_context(exclusion.running(snapshotter, record)) if mounted is None else []
         try:
-            program = _start(
-                snapshotter,
-                record,
-                mounts,
-                argv,
-                where=run.tree(),
-                env={**env, "ONLAP_KEY": key},
-                stdio=stdio,
-                cwd=directory,
-                chroot=chroot,
-                terminal=terminal,
-                open_files=open_files,
-                mounted=mounted,
-            )
+            program = _start(snapshotter, record, mounts, argv, where=run.tree(), mounted=mounted, **options)
         except NotStarted as error:
             raise CannotRun(argv[0], error.errno) from error
         running = Running(program)
@@ -354,7 +323,7 @@ def _check_no_nul(text: str, what: str) -> None:
     as_name(text, what)
 
 
-def _checked_cwd(cwd: StrPath, chroot: bool) -> str:
+def _checked_cwd(cwd: StrPath | None, chroot: bool) -> str:
     if not cwd or os.fspath(cwd) in ("", "."):
         return ""
     path = check_path(cwd, "directory to work in")

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.cli import process
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.shared.amounts import seconds
 from onlap.cli.shared.changes import path_of, summary
-from onlap.cli.shared.foreground import attend, cannot_run, command_or_shell
+from onlap.cli.shared.foreground import cannot_run, command_or_shell, foreground
 from onlap.errors import shown
-from onlap.snapshots.running.run import CannotRun, Foreground
 from onlap.workspaces.tree.foreground import run as in_foreground
 from onlap.workspaces.tree.running import chosen_isolation
 
@@ -84,9 +82,7 @@ def _run(call: Call, command: Sequence[str], timeout: float | None) -> int:
         try:
             ran = run_in(call, workspace, words, isolation=isolation, cwd=args.cwd, timeout=timeout)
         except errors.OnlapError as error:
-            if isinstance(error.__cause__, CannotRun):
-                return cannot_run(out, error)
-            raise
+            return cannot_run(out, error)
         kinds = Counter(change.kind for change in ran.changes)
         lines = [f"  {change.kind} {shown(path_of(change))}" for change in ran.changes[:_NAMED]]
         if len(ran.changes) > _NAMED:
@@ -115,8 +111,7 @@ def run_in(
         OnlapError: see :meth:`Workspace.run`; the cause of one for a command that cannot be executed is a CannotRun.
     """
     call.out.flush()
-    foreground = Foreground(stdio, process.open_files_before(), attend)
-    ran = in_foreground(workspace, command, foreground, isolation=isolation, cwd=cwd, timeout=timeout)
+    ran = in_foreground(workspace, command, foreground(stdio), isolation=isolation, cwd=cwd, timeout=timeout)
     if ran.timed_out:
         call.out.warn(f"the command was killed after {timeout:g} s")
     return ran

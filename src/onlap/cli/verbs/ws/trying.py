@@ -18,7 +18,6 @@ from onlap.cli.terminal.text import count
 from onlap.cli.verbs.ws.changes import show_conflicts
 from onlap.cli.verbs.ws.running import run_in
 from onlap.errors import shown
-from onlap.snapshots.running.run import CannotRun
 
 if TYPE_CHECKING:
     from onlap.workspaces.merge.entries import Merged
@@ -69,9 +68,7 @@ def try_(call: Call) -> int:
             try:
                 ran = run_in(call, workspace, command_or_shell(args.command), stdio=stdio)
             except errors.OnlapError as error:
-                if isinstance(error.__cause__, CannotRun):
-                    return cannot_run(call.out, error)
-                raise
+                return cannot_run(call.out, error)
             return _Trial(call, workspace, ran).decide()
 
 
