@@ -196,6 +196,10 @@ _BY_ERRNO: dict[int, tuple[type[OnlapError], str | None]] = {
     _errno.EISDIR: (InvalidArgument, "it must be a file, not a directory"),
     _errno.ELOOP: (InvalidArgument, "there are too many symbolic links in the path"),
     _errno.ENAMETOOLONG: (InvalidArgument, "a name has at most 255 bytes, a path 4095"),
+    _errno.E2BIG: (
+        InvalidArgument,
+        "all arguments and the environment have at most a quarter of ulimit -s, each 128 KiB",
+    ),
     _errno.ENOSYS: (Unimplemented, "this kernel does not have the system call"),
     _errno.EOPNOTSUPP: (Unimplemented, "this filesystem does not support it"),
     _errno.ENOTCONN: (Unavailable, "the program that serves the filesystem (FUSE) has ended; mount it again"),

@@ -197,6 +197,26 @@ store.commit("next", "work")
     output(PRELUDE + code, place, ordinary=who)
 
 
+def test_what_writes_without_end_in_the_background(who: bool, place: Path) -> None:
+    code = """
+done = sh("yes & sleep 0.1")
+assert done.status == 0 and set(done.stdout) <= set(b"y\\n")
+"""
+    output(PRELUDE + code, place, ordinary=who)
+
+
+def test_wrong_arguments(who: bool, place: Path) -> None:
+    code = """
+for name in ("", "A=B"):
+    assert "has the name" in str(raises(onlap.InvalidArgument, sh, "true", env={name: "x"}))
+assert "empty" in str(raises(onlap.InvalidArgument, store.run, "work", [""]))
+assert "too long" in str(raises(onlap.InvalidArgument, sh, "true", env={"A": "x" * 3_000_000}))
+assert sh("true", timeout=float("inf")).status == 0
+assert sh("true", timeout=1e30).status == 0
+"""
+    output(PRELUDE + code, place, ordinary=who)
+
+
 def test_many_threads(who: bool, place: Path) -> None:
     code = """
 failed = []
@@ -251,6 +271,30 @@ with store.mounted("work", detached=True) as tree:
 kill_helper()
 assert sh("cat f").stdout == b"content"
 store.commit("next", "work")
+"""
+    output(PRELUDE + code, place, ordinary=who)
+
+
+def test_a_stopped_helper(who: bool, place: Path) -> None:
+    """A program may stop its parent: a timeout ends it all the same, and nothing outlives a caller that is killed."""
+    code = """
+assert sh("kill -STOP $PPID; sleep 100", timeout=0.1).timed_out
+assert sh("cat f").stdout == b"content"
+os.kill(store.snapshotter.helper.client.pid, signal.SIGSTOP)
+assert sh("cat f").stdout == b"content"
+os.kill(store.snapshotter.helper.client.pid, signal.SIGSTOP)
+store.close()
+os.mkfifo(root + "/fifo")
+child = '''
+import onlap, sys
+root = sys.argv[1]
+with onlap.open(root + "/store") as store:
+    store.run("work", ["sh", "-c", f"kill -STOP $PPID; sleep 100 & echo $! > {root}/fifo; wait"])
+'''
+caller = subprocess.Popen([sys.executable, "-c", child, root])
+pid = int(open(root + "/fifo").read())
+caller.kill()
+assert ended(pid)
 """
     output(PRELUDE + code, place, ordinary=who)
 

@@ -535,9 +535,10 @@ class Workspace:
             select: globs of paths; ``**`` stands for any directories. By default everything.
 
         Raises:
-            InvalidArgument: the workspace was not made from a directory, and no target is given; or a pattern matches
-                nothing.
-            FailedPrecondition: the target is not a directory.
+            InvalidArgument: the workspace was not made from a directory, and no target is given; the target is not a
+                directory; or a pattern matches nothing.
+            NotFound: there is no such target.
+            FailedPrecondition: something of a merge that was killed could not be undone; it says where that is kept.
             Busy: another merge into it is being done.
             OnlapError: of another kind, for an error of the filesystem.
         """

@@ -32,6 +32,10 @@ from onlap.mounts.plan import Mount
 
 # Seconds. Generous for a loaded machine.
 _TIMEOUT = 30.0
+# After which a helper that does not answer may be a stopped one.
+_WAKE = 0.5
+# Of poll(2), in milliseconds.
+_LONGEST = 2**31 - 1
 _ANSWER = 65536
 _PYTHON_NEEDS = ("PYTHON", "LD_", "LC_", "LANG", "PATH")
 _KILLED = 128 + 9
@@ -56,7 +60,7 @@ class Ended(NamedTuple):
 
     Attributes:
         status: as a shell shows it: 128+N for a signal.
-        left: the processes that it left in its tree, which is still mounted for them.
+        left: processes that it left in its tree, which is still mounted for them; not all, if there are many.
     """
 
     status: int
@@ -98,6 +102,7 @@ class _Process:
         Raises:
             BrokenPipeError: the helper has ended.
         """
+        self.wake()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs, open(os.memfd_create("onlap-request", os.MFD_CLOEXEC), "w+b") as text:
@@ -116,6 +121,10 @@ class _Process:
         """Whether it lives, and sees what this thread sees."""
         return self.close.alive and self._process.poll() is None and self.seen_from == _view()
 
+    def wake(self) -> None:
+        """Let it go on if somebody has stopped it, as a program may stop its parent."""
+        self._process.send_signal(signal.SIGCONT)
+
     @property
     def pid(self) -> int:
         """Of its process."""
@@ -131,6 +140,7 @@ def _end(control: socket.socket, stderr: int, process: subprocess.Popen[bytes], 
     control.close()
     os.close(stderr)
     if os.getpid() == owner:
+        process.send_signal(signal.SIGCONT)
         process.wait()  # for its programs, which it kills
     else:
         process.returncode = 0  # not this process's child
@@ -178,6 +188,8 @@ class Program:
             OnlapError: something else went wrong before.
         """
         try:
+            while not _is_readable(self._answers, _WAKE):
+                self._helper.wake()  # the program may be faster than the answer
             kind, *rest = _read(self._helper, self._answers)
         except _Gone:
             raise
@@ -198,9 +210,7 @@ class Program:
         """
         if self.ended is not None:
             return self.ended
-        poll = select.poll()
-        poll.register(self._answers, select.POLLIN)
-        if not poll.poll(None if timeout is None else max(0.0, timeout * 1000)):
+        if not _is_readable(self._answers, timeout):
             return None
         self._hear_end()
         return self.ended
@@ -228,6 +238,7 @@ class Program:
     def kill(self) -> None:
         """Kill it, its process group and whatever else runs in its tree; wait for the end with :meth:`wait`."""
         self._tell(b"kill")
+        self._helper.wake()
 
     def _tell(self, what: bytes) -> None:
         with contextlib.suppress(OSError):  # the helper has ended, and the program with it
@@ -299,6 +310,13 @@ def _kill_in(pid: int, point: bytes, namespace: str) -> None:
             poll.poll()
     finally:
         os.close(process)
+
+
+def _is_readable(answers: socket.socket, timeout: float | None) -> bool:
+    """Whether there is an answer within so many seconds."""
+    poll = select.poll()
+    poll.register(answers, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else min(max(0.0, timeout * 1000), _LONGEST)))
 
 
 def _read(helper: _Process, answers: socket.socket, found: list[Any] | None = None) -> tuple[Any, ...]:

@@ -30,11 +30,13 @@ from onlap.mounts.helper import entering
 from onlap.mounts.plan import Mount
 from onlap.mounts.userns import enter_user_namespace, may_mount
 from onlap.syscalls import mount as calls
-from onlap.syscalls.namespaces import adopt_orphans
+from onlap.syscalls.namespaces import adopt_orphans, end_with_parent
 
 # The kernel passes at most 253 descriptors at once (SCM_MAX_FD); a request has at most six.
 _MAX_FDS = 16
 _MAX_ANSWER = 32768
+# Processes that an answer names.
+_SHOWN = 100
 
 
 class Tree:
@@ -100,11 +102,11 @@ class Program:
                 _kill(-self.pid)
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: int = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
-        return  # it has ended, or has no process group yet
+        return  # it has ended, has no process group yet, or became another user's by set-user-ID
 
 
 class Server:
@@ -133,6 +135,8 @@ class Server:
         for end in (self._woken, waker):
             os.set_blocking(end, False)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        # With that the kernel wakes a stopped process whose caller has ended (setpgid(2), "orphaned process group").
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         adopt_orphans()
         _raise_open_files()
@@ -141,6 +145,8 @@ class Server:
                 enter_user_namespace()
             except errors.PermissionDenied as error:
                 self._refusal = error
+        # If a program of ours has stopped us, we go on when our caller ends, and see that.
+        end_with_parent(signal.SIGCONT)
         for fd in (control, self._woken, self._caller):
             if fd >= 0:
                 self._epoll.register(fd, select.EPOLLIN)
@@ -336,7 +342,7 @@ class Server:
             data = b""
         if data.isdigit():
             if program.status is None:
-                os.kill(program.pid, int(data))
+                _kill(program.pid, int(data))
             return
         # "kill", or the caller has closed it: it was interrupted, or was killed.
         if not data:
@@ -393,7 +399,7 @@ class Server:
             self._left_in.add(program.namespace)
         del self._programs[program.pid]
         fds = self._leave(program.tree) if program.tree is not None else []
-        program.answer("ended", program.status, left, fds=fds)
+        program.answer("ended", program.status, left[:_SHOWN], fds=fds)
         _close(fds)
         fd = program.answers.fileno()
         if self._by_fd.pop(fd, None) is not None:

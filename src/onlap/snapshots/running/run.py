@@ -132,16 +132,7 @@ def run(
     """
     check_text(key, "key")
     command = checked_command(argv)
-    if env is not None:
-        check_mapping(env, "environment")
-        for name, value in env.items():
-            for text in (name, value):
-                check_text(text, "environment")
-                _check_no_nul(text, "environment")
-    if timeout is not None:
-        check_number(timeout, "timeout")
-    if input is not None:
-        check_kind(input, bytes, "input")
+    check_options(env, timeout, input)
     environment = dict(os.environ if env is None else env)
     with contextlib.ExitStack() as stack:
         streams = Streams(stack, capture=capture, input=input)
@@ -310,11 +301,31 @@ def checked_command(argv: Sequence[str]) -> list[str]:
     """The words of a command; InvalidArgument if it is none."""
     check_texts(argv, "command")
     command = list(argv)
-    if not command:
+    if not command or not command[0]:
         raise errors.InvalidArgument("the command is empty", hint='give its words: ["make", "test"]')
     for word in command:
         _check_no_nul(word, "command")
     return command
+
+
+def check_options(env: Mapping[str, str] | None, timeout: float | None, input: bytes | None) -> None:
+    """Raise InvalidArgument unless these are what :func:`run` takes."""
+    if env is not None:
+        check_mapping(env, "environment")
+        for name, value in env.items():
+            for text in (name, value):
+                check_text(text, "environment")
+                _check_no_nul(text, "environment")
+            if not name or "=" in name:
+                raise errors.InvalidArgument(
+                    f"the environment has the name {shown(repr(name))}",
+                    key=name,
+                    hint="a name is not empty, and has no =",
+                )
+    if timeout is not None:
+        check_number(timeout, "timeout")
+    if input is not None:
+        check_kind(input, bytes, "input")
 
 
 def _check_no_nul(text: str, what: str) -> None:

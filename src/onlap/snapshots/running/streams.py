@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import time
@@ -12,6 +13,8 @@ from typing import Protocol
 from onlap.forks import close_in_children
 
 _CHUNK = 65536
+# Of poll(2), in milliseconds; longer waits are done in parts.
+_LONGEST = 2**31 - 1
 
 
 class Awaited(Protocol):
@@ -108,7 +111,8 @@ class Streams:
         deadline = None if timeout is None else time.monotonic() + timeout
         timed_out = False
         while True:
-            ready = poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000)
+            left = None if deadline is None else min(max(0.0, deadline - time.monotonic()) * 1000, _LONGEST)
+            ready = poll.poll(left)
             for fd, _ in ready:
                 if fd in self._sources:
                     self._read(fd, poll)
@@ -139,8 +143,7 @@ class Streams:
             self._close(fd)
 
     def _drain(self) -> None:
-        """Read what the program had written when it ended."""
+        """Read what the program had written when it ended: what the pipes hold now, which others may fill again."""
         for fd, buffer in self._sources.items():
             with contextlib.suppress(BlockingIOError):
-                while data := os.read(fd, _CHUNK):
-                    buffer += data
+                buffer += os.read(fd, fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ))

@@ -70,13 +70,14 @@ def plan(
 
     Raises:
         Busy: another merge into the directory is being done.
-        FailedPrecondition: the target is not a directory; something of a merge that was killed could not be undone.
-        InvalidArgument: a pattern matches nothing.
+        NotFound: there is no such target.
+        FailedPrecondition: something of a merge that was killed could not be undone.
+        InvalidArgument: the target is not a directory; a pattern matches nothing.
         OnlapError: something cannot be read.
     """
-    recover(target)
     with translated("plan the merge", key=target), ExitStack() as cleanup:
         place = cleanup.enter_context(Target(target))
+        recover(target)
         new = cleanup.enter_context(Stack(after, markers))
         old = Paths(cleanup.enter_context(Stack(before, markers, beside=new)))
         own = [Paths(cleanup.enter_context(Stack(layers, markers, beside=new))) for layers in merged]

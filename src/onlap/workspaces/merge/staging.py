@@ -145,7 +145,10 @@ def _claim(target: Target, place: tuple[str, str], cleanup: ExitStack) -> Stagin
     else:
         if not _is_ours(status):
             raise PermissionError(errno.EACCES, "it is another user's, or not a directory", os.path.join(where, name))
-    held = claim_directory(path_of(parent, name))
+    try:
+        held = claim_directory(path_of(parent, name))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.path.join(where, name)) from error
     if held is None:
         raise errors.Busy(
             f"another merge into {shown(target.path)} is being done", key=target.path, hint="try again when it is done"

@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from onlap.syscalls import files
 from onlap.trees.meta import ACCESS_ACL, DEFAULT_ACL, Meta, read_directory_meta, read_meta
@@ -76,8 +77,10 @@ class Target:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.forget()
-        os.close(self.fd)
+        try:
+            self.forget()
+        finally:
+            os.close(self.fd)
 
     @property
     def status(self) -> os.stat_result:
@@ -212,14 +215,17 @@ def open_regular(directory: int, name: str, inode: int) -> int:
         FileNotFoundError: it is another file.
         OSError: it cannot be opened.
     """
-    place = open_on_mount(directory, name, _LOOK)
-    try:
-        status = os.fstat(place)
-        if status.st_ino != inode or not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(errno.ENOENT, "it was replaced meanwhile", name)
-        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(place)
+    with ExitStack() as on_error:
+        with ExitStack() as stack:
+            place = open_on_mount(directory, name, _LOOK)
+            stack.callback(os.close, place)
+            status = os.fstat(place)
+            if status.st_ino != inode or not stat.S_ISREG(status.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "it was replaced meanwhile", name)
+            fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+            on_error.callback(os.close, fd)
+        on_error.pop_all()
+    return fd
 
 
 def digest(fd: int) -> bytes:

@@ -12,7 +12,7 @@ from onlap import errors
 from onlap.arguments import StrPath, check_path
 from onlap.catalog.records import Record
 from onlap.errors import shown
-from onlap.snapshots.running.run import CannotRun, Done, Foreground, checked_command, run
+from onlap.snapshots.running.run import CannotRun, Done, Foreground, check_options, checked_command, run
 from onlap.trees.compare import Change
 from onlap.workspaces.records import Checkpoint, Source, workspace_of
 from onlap.workspaces.tree import limits
@@ -127,6 +127,7 @@ def _in_container(site: Site, top: Record, task: Task, mounting: Mounting | None
             holders=[mounting.path],
         )
     argv = checked_command(task.argv)
+    check_options(task.env, task.timeout, task.input)
     directory = None if task.cwd is None else f"/{check_path(task.cwd, 'directory to work in').strip('/')}"
     in_front = task.foreground is not None
     options = Options(
