@@ -1,0 +1,1 @@
+"""Verbs that run a command: in a tree, in a container, in namespaces."""
