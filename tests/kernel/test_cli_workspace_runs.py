@@ -298,6 +298,7 @@ def test_try_that_is_killed_leaves_nothing(onlap: Command) -> None:
         ([b"y\n"], True, 0),
         ([b"n\n"], False, 0),
         ([b"\n"], False, 0),
+        ([b"\xff\n"], False, 0),
         ([b"\x04"], False, 0),
         ([b"d\n", b"yes\n"], True, 0),
         ([b"\x03"], False, 128 + signal.SIGINT),
@@ -326,6 +327,22 @@ def test_try_asks_on_a_terminal(onlap: Command, answers: list[bytes], applied: b
     assert (b"+c\\e[1m" in seen) == (len(answers) == 2)
     assert b"c\x1b[1m" not in seen
     assert names(onlap) == []
+
+
+def test_try_without_standard_error(onlap: Command) -> None:
+    """What is said there is not for standard output, and nothing is asked."""
+    line = [os.fspath(word) for word in onlap.line("try", "touch", "new")]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(onlap.directory)
+        os.close(2)
+        os.execve(line[0], line, onlap.environment())
+    _, status = os.waitpid(pid, 0)
+    os.write(terminal, b"\n")  # which the terminal echoes
+    seen = os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert seen == b"\r\n"
 
 
 def test_a_live_workspace(onlap: Command) -> None:

@@ -150,6 +150,8 @@ def written(doing: str) -> Iterator[None]:
 
 def complain(line: str) -> None:
     """Print a line on stderr, if that is open."""
+    if sys.stderr is None:  # print() would take standard output
+        return
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:

@@ -63,7 +63,7 @@ def apply(plan: MergePlan, after: Sequence[str], markers: Markers) -> Merged:
     recover(plan.target)
     if not chosen:
         return Merged(0, same)
-    with translated("merge", key=plan.target), ExitStack() as cleanup:
+    with translated(f"merge into {shown(plan.target)}", key=plan.target), ExitStack() as cleanup:
         target = cleanup.enter_context(Target(plan.target))
         if target.path != plan.target or target.status.st_ino != plan.inode:
             raise _changed(plan.target, "it is another directory now")

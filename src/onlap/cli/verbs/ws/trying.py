@@ -118,18 +118,19 @@ class _Trial:
 
     def _asked(self) -> bool:
         """Whether the user wants the changes."""
-        if self._out.json or not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+        ends = (sys.stdin, sys.stderr)
+        if self._out.json or not all(stream is not None and stream.isatty() for stream in ends):
             self._say("nothing was applied: give --yes to apply, --keep NAME to keep the copy, --no for neither")
             return False
         ended = f" (it ended with {self._ran.status})" if self._ran.status else ""
         while True:
             sys.stderr.write(f"onlap: apply {count(len(self._ran.changes), 'change')}{ended}? [y/N/d for the diff] ")
             sys.stderr.flush()
-            answer = sys.stdin.readline().strip().lower()
-            if answer in ("d", "diff"):
+            answer = sys.stdin.buffer.readline().strip().lower()
+            if answer in (b"d", b"diff"):
                 self._show_patch()
             else:
-                return answer in ("y", "yes")
+                return answer in (b"y", b"yes")
 
     def _apply(self) -> tuple[Merged | None, str | None]:
         """Merge; the copy is kept if that fails. What was merged, and the name of the workspace that stays."""
