@@ -33,6 +33,7 @@ POINTS = {
     "images on copies": 190,
     "workspaces": 300,
     "workspaces of copies": 150,
+    "merges": 120,
     "driver overlay2": 230,
     "driver overlay": 190,
 }

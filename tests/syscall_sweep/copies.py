@@ -95,8 +95,13 @@ def mounts_below(place: str) -> list[str]:
 _HANDLES = ("overlay.origin", "overlay.impure", "overlay.uuid", "overlay.nlink")
 
 
-def contents(place: str) -> dict[str, object]:
-    """All of a tree but its times: of each path its type, mode, owner, xattrs and content."""
+def contents(place: str, *, times: bool = False) -> dict[str, object]:
+    """All of a tree but its times: of each path its type, mode, owner, xattrs and content.
+
+    Args:
+        place: the tree.
+        times: when files were written, too; not directories, in which others put files.
+    """
     found: dict[str, object] = {}
     for path in sorted(_paths(place)):
         status = os.lstat(path)
@@ -113,7 +118,8 @@ def contents(place: str) -> dict[str, object]:
         }
         links = 0 if stat.S_ISDIR(status.st_mode) else status.st_nlink
         found[path.removeprefix(place) or "/"] = [
-            status.st_mode, status.st_uid, status.st_gid, status.st_rdev, links, xattrs, content
+            status.st_mode, status.st_uid, status.st_gid, status.st_rdev, links, xattrs, content,
+            status.st_mtime_ns if times and not stat.S_ISDIR(status.st_mode) else 0,
         ]  # fmt: skip
     return found
 

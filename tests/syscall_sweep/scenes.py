@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import onlap
+from kernel.merges import BASE, CHANGES
 from onlap.graphdrivers import Driver, open_driver
 from onlap.store import SnapshotterKind, Store
 from onlap.workspaces.history import chains
@@ -221,6 +222,42 @@ class WorkspaceScene(StoreScene):
         ws.fork(f"{word}-fork").remove()
         ws.remove()
         super().use(handle, word)
+
+
+class MergeScene(WorkspaceScene):
+    """A directory, a root with a workspace of it that changed it in every way, and the directory again as it is wanted.
+
+    Args:
+        base: see :class:`Scene`.
+        kind: the snapshotter.
+    """
+
+    def make(self) -> None:
+        os.mkdir(self.place)
+        os.mkdir(f"{self.place}/out")
+        write_inputs(self.base)
+        target = Path(self.place, "target")
+        target.mkdir()
+        BASE.apply(target)
+        with self.open() as store:
+            store.prepare("b")
+            store.apply("b", f"{self.base}/base.tar")
+            store.commit("top", "b")
+            ws = store.workspaces.create("ws", target)
+            with ws.mounted() as tree:
+                CHANGES.apply(tree)
+            ws.checkpoint()
+            store.cleanup()
+
+    def observe(self, handle: Store, *, everything: bool = False) -> dict[str, Any]:
+        found = super().observe(handle, everything=everything)
+        # Whoever plans a merge brings one that ended early to its end.
+        found["plan"] = [
+            [entry.path, entry.state, entry.reason] for entry in handle.workspaces["ws"].merge_plan().entries
+        ]
+        found["target"] = contents(f"{self.place}/target", times=True)
+        found["beside it"] = sorted(os.listdir(self.place))
+        return found
 
 
 class DriverScene(Scene[Driver]):

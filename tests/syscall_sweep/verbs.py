@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from onlap import errors
 from onlap.graphdrivers import Driver
 from onlap.store import Store
 from onlap.workspaces.workspace import Workspace
-from syscall_sweep.scenes import DriverScene, Scene, StoreScene, WorkspaceScene, write, write_in
+from syscall_sweep.scenes import DriverScene, MergeScene, Scene, StoreScene, WorkspaceScene, write, write_in
 
 
 class Verb(NamedTuple):
@@ -213,6 +215,31 @@ WORKSPACES: dict[str, Verb] = {
 }  # fmt: skip
 
 
+def _undone(scene: Scene[Store], store: Store) -> None:
+    """A merge that ends when all is in place already, and so goes back."""
+    try:
+        writing = os.open(f"{scene.place}/target/edited", os.O_RDWR)
+    except OSError as error:
+        raise Theirs from error
+    try:
+        _WS(store).merge()
+    except errors.FailedPrecondition as error:
+        if "open for writing" not in error.message:
+            raise
+    finally:
+        os.close(writing)
+
+
+MERGES: dict[str, Verb] = {
+    "merge": Verb(lambda _, store: _WS(store).merge(), ("ws", "target", "node")),
+    "merge that is undone": Verb(_undone, ("ws", "target", "node", "edited")),
+    "plan": Verb(lambda _, store: _WS(store).merge_plan(), ("ws", "target", "node")),
+    "merge some": Verb(
+        lambda _, store: _WS(store).merge(select=["new/**", "to-*/**", "edited"]), ("ws", "target", "node")
+    ),
+}
+
+
 def _apply_diff(scene: Scene[Driver], driver: Driver) -> None:
     driver.apply_diff("empty", "two", io.BytesIO(scene.layer))
 
@@ -251,6 +278,7 @@ PARTS: dict[str, tuple[Callable[[str], Scene[Any]], dict[str, Verb]]] = {
     "images on copies": (lambda base: StoreScene(base, "native"), IMAGES),
     "workspaces": (lambda base: WorkspaceScene(base, "overlay"), WORKSPACES),
     "workspaces of copies": (lambda base: WorkspaceScene(base, "native"), _COPIED),
+    "merges": (lambda base: MergeScene(base, "overlay"), MERGES),
     "driver overlay2": (lambda base: DriverScene(base, "overlay2"), DRIVER),
     "driver overlay": (lambda base: DriverScene(base, "overlay"), DRIVER),
 }
