@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
@@ -35,7 +34,6 @@ from onlap.workspaces.records import (
     fork_labels,
     format_command,
     name_label,
-    names_in,
     node_id,
     parse_source,
     top_key,
@@ -411,17 +409,7 @@ class Workspace:
         if newer_than is not None:
             check_number(newer_than, "age of checkpoints to keep")
         snapshotter = self._site.snapshotter
-        top = self._top()
-        own = [r for r in checkpoints.of_workspace(snapshotter, top) if r.labels[LINE] == top.labels[LINE]]
-        kept = {top.labels[AT]} | {node_id(record) for record in own[len(own) - min(last or 0, len(own)) :]}
-        since = time.time_ns() - int((newer_than or 0) * 1e9)
-        unwanted = [
-            record
-            for record in own
-            if node_id(record) not in kept
-            and not (newer_than is not None and record.created_ns >= since)
-            and not (named and names_in(record.labels, top.labels))
-        ]
+        unwanted = checkpoints.not_kept(snapshotter, self._top(), last or 0, newer_than, named=named)
         if not unwanted:
             return 0
         return len(unwanted) - len(checkpoints.forget(snapshotter, unwanted))

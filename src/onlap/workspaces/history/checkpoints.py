@@ -191,6 +191,22 @@ def of_workspace(snapshotter: RecordedSnapshotter, top: Record) -> list[Record]:
     return sorted((r for r in found.values() if FORGOTTEN not in r.labels), key=lambda record: record.id)
 
 
+def not_kept(
+    snapshotter: RecordedSnapshotter, top: Record, last: int, newer_than: float | None, *, named: bool
+) -> list[Record]:
+    """The checkpoints that a workspace made and that :meth:`Workspace.keep` forgets; the arguments are the same."""
+    own = [r for r in of_workspace(snapshotter, top) if r.labels[LINE] == top.labels[LINE]]
+    kept = {top.labels[AT]} | {node_id(record) for record in own[len(own) - min(last, len(own)) :]}
+    since = time.time_ns() - int((newer_than or 0) * 1e9)
+    return [
+        record
+        for record in own
+        if node_id(record) not in kept
+        and not (newer_than is not None and record.created_ns >= since)
+        and not (named and names_in(record.labels, top.labels))
+    ]
+
+
 def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record], *, everywhere: bool = False) -> dict[str, str]:
     """Take checkpoints out of the history; what came after them is then after what came before them.
 
