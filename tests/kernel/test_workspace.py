@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -360,6 +362,9 @@ def cycle(store: Store, ws: Workspace, count: int) -> tuple[object, ...]:
     store.workspaces.close()
     store.cleanup()
     gc.collect()
+    # Threads end after a second without work; until then they may have files open.
+    while _thread._count():
+        time.sleep(0.01)
     where = {name: len(os.listdir(store.root / name)) for name in ("snapshots", "staging", "trash", "runs")}
     # The catalog keeps some connections, for whoever reads at the same time.
     open_files = [link for link in descriptors().values() if str(store.root) in link and "/catalog.db" not in link]
