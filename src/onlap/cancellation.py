@@ -49,6 +49,10 @@ class Call:
         while self._made:
             self._made.pop()()
 
+    def keep(self) -> None:
+        """Let what it made so far not be undone."""
+        self._made.clear()
+
     @contextlib.contextmanager
     def _stopping(self, stop: Callable[[], object]) -> Iterator[None]:
         with self._lock:
@@ -83,6 +87,13 @@ def made(undo: Callable[[], object]) -> None:
     call = _current.get()
     if call is not None:
         call._note(undo)
+
+
+def keep() -> None:
+    """What this thread has made so far stays, even if its work is canceled."""
+    call = _current.get()
+    if call is not None:
+        call.keep()
 
 
 def stopping(stop: Callable[[], object]) -> contextlib.AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import onlap
-from onlap import Store, Workspace, errors
+from onlap import Store, Workspace, cancellation, errors
 
 pytestmark = pytest.mark.needs("overlay")
 
@@ -112,3 +112,27 @@ def test_a_merged_state_that_was_forgotten_is_unknown(workspace: Workspace, targ
     (target / "a").write_text("captured")
     workspace.merge()
     assert (target / "a").read_text() == "two"
+
+
+def test_merges_that_had_conflicts_do_not_displace_one_that_was_done(workspace: Workspace, target: Path) -> None:
+    write(workspace, a="one")
+    workspace.merge()
+    (target / "b").write_text("theirs")
+    for number in range(10):
+        write(workspace, a=f"{number}", b=f"{number}")
+        with pytest.raises(errors.FailedPrecondition, match=r"b \(changed in the target\)"):
+            workspace.merge()
+    (target / "b").write_text("captured")
+    workspace.merge()
+    assert contents(target) == {"a": "9", "b": "9", "d/c": "captured"}
+
+
+def test_a_canceled_merge_that_is_done_is_remembered(workspace: Workspace, target: Path) -> None:
+    write(workspace, a="one")
+    with cancellation.Call() as call:
+        workspace.merge()
+    call.cancel()
+    call.undo()
+    write(workspace, a="two")
+    workspace.merge()
+    assert contents(target)["a"] == "two"

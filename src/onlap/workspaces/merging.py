@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-from onlap import errors
+from onlap import cancellation, errors
 from onlap.catalog.records import Record
 from onlap.snapshots.recorded import Pair
 from onlap.snapshots.transfer.directories import check_outside
@@ -36,8 +36,10 @@ def merge(site: Site, top: Record, state: Record, target: str, select: Sequence[
     with planning(site, top, state, target) as planned:
         made = planned(select)
         # Noted before it is done, and harmless if it is not: what the directory has of it is looked for in any case.
+        # But not if it cannot be done: it would displace one that was.
         earlier = [each for each in top.labels.get(MERGED, "").split() if each != node_id(state)]
-        if node_id(state) != BASE_ID:
+        if node_id(state) != BASE_ID and not made.conflicts:
+            cancellation.keep()  # a canceled merge is done all the same
             site.snapshotter.label(top.name, {MERGED: " ".join([*earlier, node_id(state)][-_REMEMBERED:])})
         return apply(made, site.snapshotter.layers(state), site.snapshotter.markers)
 
