@@ -103,9 +103,12 @@ class _Call:
 
     @property
     def subject(self) -> str | None:
-        """What it was called for: the first text or path among the arguments."""
-        given = (*self._arguments[:3], *self._named.values())
-        return next((str(each) for each in given if isinstance(each, (str, os.PathLike))), None)
+        """What it was called for: the first text, path or thing with a name among the arguments."""
+        for each in (*self._arguments[:3], *self._named.values()):
+            name = each if isinstance(each, (str, os.PathLike)) else getattr(each, "name", None)
+            if isinstance(name, (str, os.PathLike)):
+                return str(name)
+        return None
 
     def __str__(self) -> str:
         subject = self.subject
