@@ -76,8 +76,14 @@ class Project:
         return done.stdout
 
 
+@pytest.fixture
+def project(root: Path) -> Project:
+    return Project(root)
+
+
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.needs("ordinary_user"))], ids=["self", "ordinary"])
-def project(request: pytest.FixtureRequest, root: Path) -> Project:
+def anybodys(request: pytest.FixtureRequest, root: Path) -> Project:
+    """A project of whoever runs the tests, and one of an ordinary user."""
     if request.param:
         return Project(request.getfixturevalue("ordinary"), ordinary=True)
     return Project(root)
@@ -100,18 +106,18 @@ def test_own(overlay_tree, overlay_store, number):
 
 
 @pytest.mark.parametrize("workers", ["0", "4"])
-def test_each_test_has_a_tree_of_its_own_and_the_source_is_captured_once(project: Project, workers: str) -> None:
-    project.write(ISOLATED)
-    out = project.run("-n", workers)
+def test_each_test_has_a_tree_of_its_own_and_the_source_is_captured_once(anybodys: Project, workers: str) -> None:
+    anybodys.write(ISOLATED)
+    out = anybodys.run("-n", workers)
     assert "12 passed" in out, out
 
 
 @pytest.mark.needs("overlay")
-def test_a_run_says_how_its_trees_are_made(project: Project) -> None:
-    project.write("def test_it(overlay_tree): overlay_tree(SOURCE)\ndef test_other(): pass\n")
-    made = "copies, since this process may not mount" if project.ordinary else "overlays"
-    assert f"onlap: trees are {made}" in project.run()
-    assert "onlap" not in project.run("-k", "other", "-q").replace(str(project.path), "")
+def test_a_run_says_how_its_trees_are_made(anybodys: Project) -> None:
+    anybodys.write("def test_it(overlay_tree): overlay_tree(SOURCE)\ndef test_other(): pass\n")
+    made = "copies, since this process may not mount" if anybodys.ordinary else "overlays"
+    assert f"onlap: trees are {made}" in anybodys.run()
+    assert "onlap" not in anybodys.run("-k", "other", "-q").replace(str(anybodys.path), "")
 
 
 def test_a_source_that_changed_is_captured_again(project: Project) -> None:
@@ -143,8 +149,8 @@ def test_none(overlay_tree):
     assert "there is no snapshot and no image none" in out
 
 
-def test_a_process_that_is_left_in_a_tree_fails_the_test_and_is_named(project: Project) -> None:
-    project.write("""
+def test_a_process_that_is_left_in_a_tree_fails_the_test_and_is_named(anybodys: Project) -> None:
+    anybodys.write("""
 def test_leaving(overlay_tree, request):
     child = subprocess.Popen(["sleep", "1000"], cwd=overlay_tree(SOURCE))
     print(f"child={child.pid}=")
@@ -155,10 +161,10 @@ def test_after(overlay_tree):
     os.kill(int(pathlib.Path("pid").read_text()), signal.SIGKILL)
     os.waitpid(int(pathlib.Path("pid").read_text()), 0)
 """)
-    out = project.run("-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning")
+    out = anybodys.run("-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning")
     assert "2 passed, 1 error" in out, out
     assert "processes were left in the trees of this test" in out
-    assert f"pid {(project.path / 'pid').read_text()}" in out
+    assert f"pid {(anybodys.path / 'pid').read_text()}" in out
 
 
 @pytest.mark.parametrize("where", ["in the test", "while it captures"])

@@ -365,6 +365,6 @@ def test_nothing_else_leaves_a_public_call(
         ground.store.label("base", {"number": str(number)})
         return count
 
-    most = 1000 if request.config.getoption("--long") else 3
+    most = 1000 if request.config.getoption("--long") else 2
     for number in spread(at(0), most):
         at(number)
