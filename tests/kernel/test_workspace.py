@@ -185,6 +185,18 @@ def test_a_checkpoint_that_another_workspace_stands_on_stays(store: Store) -> No
     assert read(ws) == "two"
 
 
+def test_what_is_kept_is_a_number_of_checkpoints_or_an_age(store: Store) -> None:
+    ws = store.workspaces.create("w", "base")
+    for text in ("one", "two"):
+        write(ws, text)
+        ws.checkpoint()
+    for wrong in ({"last": -1}, {"newer_than": -1.0}):
+        with pytest.raises(errors.InvalidArgument):
+            ws.keep(**wrong)
+    assert ws.keep(newer_than=float("inf")) == 0
+    assert ws.keep(last=1) == 1
+
+
 def test_others_leave_workspaces_alone(store: Store) -> None:
     ws = store.workspaces.create("w", "base")
     write(ws, "one")

@@ -408,6 +408,8 @@ class Workspace:
             check_number(last, "number of checkpoints to keep", whole=True)
         if newer_than is not None:
             check_number(newer_than, "age of checkpoints to keep")
+        if (last or 0) < 0 or (newer_than or 0) < 0:
+            raise errors.InvalidArgument("fewer than no checkpoints cannot be kept", hint="give 0 or more")
         snapshotter = self._site.snapshotter
         unwanted = checkpoints.not_kept(snapshotter, self._top(), last or 0, newer_than, named=named)
         if not unwanted:

@@ -197,7 +197,7 @@ def not_kept(
     """The checkpoints that a workspace made and that :meth:`Workspace.keep` forgets; the arguments are the same."""
     own = [r for r in of_workspace(snapshotter, top) if r.labels[LINE] == top.labels[LINE]]
     kept = {top.labels[AT]} | {node_id(record) for record in own[len(own) - min(last, len(own)) :]}
-    since = time.time_ns() - int((newer_than or 0) * 1e9)
+    since = time.time_ns() - (newer_than or 0) * 1e9
     return [
         record
         for record in own
