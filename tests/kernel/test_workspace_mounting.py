@@ -218,6 +218,30 @@ mount.mount("none", "/", None, mount.MS_REC | mount.{propagation}, None)
     output(apart + PRELUDE + WITH_A_COMMAND + code, root)
 
 
+@pytest.mark.needs("mount")
+def test_what_somebody_mounted_on_top_is_not_unmounted(root: Path) -> None:
+    code = """
+from onlap import errors
+from onlap.syscalls import mount
+with ws.mounted() as tree:
+    (tree / "f").write_text("1")
+    mount.mount("none", tree, "tmpfs", 0, None)
+    (tree / "theirs").touch()
+    for replace in (ws.checkpoint, ws.rollback):
+        try:
+            replace()
+        except errors.Busy as error:
+            assert "on top of it" in error.holders[0]
+        else:
+            raise AssertionError("it was unmounted")
+        assert os.listdir(tree) == ["theirs"]
+    mount.umount2(tree)
+    ws.checkpoint()
+    assert (tree / "f").read_text() == "1"
+"""
+    output(PRELUDE + code, root)
+
+
 def test_a_checkpoint_after_the_end_of_the_block_mounts_nothing(root: Path) -> None:
     """Another thread may come to it only then."""
     code = """

@@ -16,7 +16,7 @@ from onlap.errors import shown
 from onlap.forks import closed_in_children, unless_forked
 from onlap.mounts import kernel, plan, temporary
 from onlap.mounts.holders import command, holders_of_mount
-from onlap.mounts.unmount import await_nobody, unmount
+from onlap.mounts.unmount import await_nobody, busy, unmount
 from onlap.mounts.userns import may_mount
 from onlap.snapshots import exclusion
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -125,6 +125,7 @@ class Mounting:
             self._upper = mounts[0].upper
             if self._at is not None:
                 stack.enter_context(temporary.mounted(mounts, self._at))
+                self._number = _mount_at(self._at)
                 self.path = self._at
             elif len(mounts) == 1 and mounts[0].needs_no_mount:
                 self.path, self._fixed = mounts[0].source, False
@@ -209,6 +210,8 @@ class Mounting:
                     # A program has the mount in its own namespace, and does not keep ours from being unmounted.
                     await_nobody(self.path, self._programs, timeout=wait)
                 if self._at is not None:
+                    if _mount_at(self._at) != self._number:
+                        raise busy(self._at, [f"mount {shown(self._at)}, on top of it"], "")
                     last = another_mount(self._at)
                     unmount(self._at, timeout=wait)
                 else:
