@@ -5,16 +5,18 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import shutil
 import sys
 import threading
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from faults import Injection, spread
-from kernel.merges import KILL, Scene, places, unlike
+from kernel.merges import KILL, Scene, count, places, unlike
 from onlap import errors
 from onlap.syscalls import files
 from onlap.testing import read_tree
@@ -258,3 +260,22 @@ def test_races(scene: Scene) -> None:
 def test_many_races(scene: Scene) -> None:
     for seed in range(1000, 6000):
         race(scene, seed)
+
+
+@pytest.mark.parametrize("path", ["gone", "to-file"])
+def test_a_directory_that_is_exchanged_for_a_symlink(scene: Scene, path: str) -> None:
+    """Whenever that is, it is a conflict, and nothing else."""
+    target = scene.workspace.target
+    away = target.parent / "away"
+
+    def exchange() -> None:
+        (target / path).rename(away)
+        (target / path).symlink_to(away)
+
+    for number in spread(count(KILL, scene.workspace.plan), 40):
+        with Meddler(exchange, number), suppress(errors.FailedPrecondition):
+            scene.workspace.merge()
+        assert not away.exists() or (away / "inside").exists() == (path == "gone")
+        scene.restore()
+        if away.exists():
+            shutil.rmtree(away)

@@ -270,7 +270,16 @@ class _Comparison:
                 continue
             if after is not None and after.is_dir:
                 continue
-            if set(self._names(path)) - gone.get(path, set()):
+            try:
+                names = set(self._names(path))
+            except (
+                Blocked,
+                FileNotFoundError,
+                NotADirectoryError,
+            ):  # it was the directory that was seen, and is not any more
+                self._entries[path] = entry._replace(state=CONFLICT, reason=_MOVING)
+                continue
+            if names - gone.get(path, set()):
                 self._entries[path] = entry._replace(state=CONFLICT, reason=_NOT_EMPTY)
 
     def _names(self, path: str) -> list[str]:

@@ -18,7 +18,7 @@ from onlap.workspaces.merge.attributes import give, new_directory
 from onlap.workspaces.merge.entries import MergeEntry, above
 from onlap.workspaces.merge.journal import Step
 from onlap.workspaces.merge.stacks import Paths
-from onlap.workspaces.merge.target import Blocked, Target, as_written
+from onlap.workspaces.merge.target import Blocked, Moving, Target, as_written
 
 _File = tuple[int, int]
 
@@ -121,7 +121,7 @@ class Preparation:
             return
         try:
             seen = self._target.look(path)
-        except Blocked:
+        except (Blocked, Moving):  # which the steps will find
             return
         if seen is None or not seen.meta.is_dir or seen.meta.uid != os.geteuid():
             return
