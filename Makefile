@@ -55,7 +55,7 @@ define run_tests
 		$$private $(BIN)/python -m pytest -q --durations=15 --durations-min=0.5 $(1) "$$@" $$dirs $(ARGS); rc=$$?; \
 		[ $$rc -eq 0 ] || [ $$rc -eq 5 ] || status=$$rc; \
 	}; \
-	suite 'pure kernel' -n 2; \
+	suite 'pure kernel' -n 3; \
 	mkdir -p .cache; (suite crash -n 0; exit $$status) >.cache/crash.log 2>&1 & beside=$$!; \
 	suite peers -n 0; \
 	wait $$beside || status=$$?; cat .cache/crash.log; \

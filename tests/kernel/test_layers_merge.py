@@ -384,6 +384,7 @@ def link_for_ever(source: Path, directory: int) -> None:
         os.link(source, f"{source.name}{number}", dst_dir_fd=directory)
 
 
+@pytest.mark.long
 def test_a_limit_of_names_that_nobody_knew(loop_ext4: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     top = loop_ext4(16)
     monkeypatch.setattr(merge, "_TOO_MANY", 100_000)
