@@ -56,7 +56,7 @@ define run_tests
 		[ $$rc -eq 0 ] || [ $$rc -eq 5 ] || status=$$rc; \
 	}; \
 	suite 'pure kernel' -n 3; \
-	mkdir -p .cache; (suite crash -n 0; exit $$status) >.cache/crash.log 2>&1 & beside=$$!; \
+	mkdir -p .cache; (suite crash -n 2 --dist loadfile; exit $$status) >.cache/crash.log 2>&1 & beside=$$!; \
 	suite peers -n 0; \
 	wait $$beside || status=$$?; cat .cache/crash.log; \
 	took=$$(($$(date +%s) - started)); echo; \
@@ -103,10 +103,10 @@ dist: $(TOOLS_STAMP) ## sdist and wheel, in dist; checked, and the wheel install
 	build/wheel/bin/python -c 'import onlap; assert "build/wheel" in onlap.__file__, onlap.__file__'; \
 	build/wheel/bin/python -m pytest -q -p no:cacheprovider -o 'pythonpath=tests .' $(WHEEL_TESTS)
 
-# 720 s on 2 cores is the budget of the whole run.
+# 720 s on 2 cores is the budget of the whole run; a machine that is busy or slower gets a quarter more.
 test: $(STAMP) peers-soft ## the tests, in a virtual environment that this makes
 	$(run_tests); \
-	if [ "$${CI-}" = true ] && [ $$took -gt 720 ]; then echo "Over the budget of 720 s." >&2; status=1; fi; \
+	if [ "$${CI-}" = true ] && [ $$took -gt 900 ]; then echo "Over the budget of 720 s by more than a quarter." >&2; status=1; fi; \
 	exit $$status
 
 test-crash: $(STAMP) ## the tests of crashes alone; more of them with ARGS=--long

@@ -108,7 +108,8 @@ class Mounting:
         """Unmount the empty directory, unless the tree is still on it, in use: then the next sweep does it."""
         assert self._at is not None
         with errors.translated("unmount", key=self._at):
-            if _mount_at(self._at) == self._empty_mount:
+            # -1: an error came before it was known, and nothing lies on it yet.
+            if self._empty_mount in (-1, _mount_at(self._at)):
                 unmount(self._at)
 
     def _attach(self) -> None:
