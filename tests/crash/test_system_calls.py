@@ -68,7 +68,7 @@ def test_some_system_calls(tmp_path: Path, part: str, capsys: pytest.CaptureFixt
     counts = swept(tmp_path / "sweep", part, POINTS[part], capsys)
     assert counts["points"] == POINTS[part] + counts.get("a thread was left, once", 0)
     # Threads take turns in another order, and a call is made once less: few points may come to nothing.
-    assert counts.get("not reached", 0) < POINTS[part] / 10
+    assert counts.get("not reached", 0) < POINTS[part] / 5
     assert counts["killed"] > POINTS[part] / 10
     assert counts["raised, undone"] > POINTS[part] / 10
 
