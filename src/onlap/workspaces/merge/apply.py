@@ -111,13 +111,13 @@ def _do(step: Step, staging: int, target: Target) -> None:
 
 
 def _take(step: Step, staging: int, target: Target) -> None:
-    files.renameat2(target.parent(step.path), _name(step), staging, step.name, files.RENAME_NOREPLACE)
+    files.renameat2(*target.at(step.path), staging, step.name, files.RENAME_NOREPLACE)
     _check(step, staging)
 
 
 def _rmdir(step: Step, _: int, target: Target) -> None:
     assert step.old is not None
-    directory, name = target.parent(step.path), _name(step)
+    directory, name = target.at(step.path)
     if os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino != step.old[0]:
         raise _changed(step.path, "it was replaced")
     try:
@@ -129,11 +129,11 @@ def _rmdir(step: Step, _: int, target: Target) -> None:
 
 
 def _put(step: Step, staging: int, target: Target) -> None:
-    files.renameat2(staging, step.name, target.parent(step.path), _name(step), files.RENAME_NOREPLACE)
+    files.renameat2(staging, step.name, *target.at(step.path), files.RENAME_NOREPLACE)
 
 
 def _swap(step: Step, staging: int, target: Target) -> None:
-    files.renameat2(staging, step.name, target.parent(step.path), _name(step), files.RENAME_EXCHANGE)
+    files.renameat2(staging, step.name, *target.at(step.path), files.RENAME_EXCHANGE)
     _check(step, staging)
 
 
@@ -202,10 +202,6 @@ def _check_all(chosen: Sequence[MergeEntry], steps: Sequence[Step], staging: int
             finally:
                 os.close(fd)
         _check(step, staging)
-
-
-def _name(step: Step) -> str:
-    return step.path.rpartition("/")[2]
 
 
 def _changed(path: str, how: str) -> errors.FailedPrecondition:

@@ -19,7 +19,7 @@ from onlap.trees.walk import NEW_FILE, OPEN_FILE, opened
 
 _PARTIAL = "journal.partial"
 JOURNAL = "journal"
-FINISHED = "finished"
+_FINISHED = "finished"
 
 # The target's file is moved to the staging directory.
 TAKE = "take"
@@ -60,12 +60,10 @@ class Journal(NamedTuple):
     Attributes:
         inode: of the target.
         steps: in the order in which they are taken.
-        finished: whether all of them were.
     """
 
     inode: int
     steps: tuple[Step, ...]
-    finished: bool
 
 
 def write(staging: int, inode: int, steps: list[Step]) -> None:
@@ -97,12 +95,12 @@ def write(staging: int, inode: int, steps: list[Step]) -> None:
 def finish(staging: int) -> None:
     """Mark the merge as finished, once all that it did is on the disk; raises OSError."""
     files.syncfs(staging)
-    os.rename(JOURNAL, FINISHED, src_dir_fd=staging, dst_dir_fd=staging)
+    os.rename(JOURNAL, _FINISHED, src_dir_fd=staging, dst_dir_fd=staging)
     os.fsync(staging)
 
 
 def read(staging: int, where: str) -> Journal | None:
-    """The journal in a staging directory; None if there is none, so that the merge has not touched anything.
+    """The journal in a staging directory; None if there is nothing to undo: the merge is finished, or did not begin.
 
     Args:
         staging: a descriptor of the staging directory.
@@ -116,16 +114,14 @@ def read(staging: int, where: str) -> Journal | None:
     import json
 
     names = {entry.name for entry in files.list_directory(staging)}
-    if FINISHED in names:
-        return Journal(0, (), True)
-    if JOURNAL not in names:
+    if _FINISHED in names or JOURNAL not in names:
         return None
     with opened(JOURNAL, OPEN_FILE, dir_fd=staging) as fd, open(fd, "rb", closefd=False) as file:
         digest, _, body = file.read().partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise errors.DataLoss(f"the journal of a merge is damaged: {shown(where)}", key=where)
     read = json.loads(body)
-    return Journal(read["inode"], tuple(_step(each) for each in read["steps"]), False)
+    return Journal(read["inode"], tuple(_step(each) for each in read["steps"]))
 
 
 def _plain(step: Step) -> list[Any]:

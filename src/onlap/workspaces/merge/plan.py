@@ -22,16 +22,7 @@ from onlap.workspaces.capture.git_index import without_stats
 from onlap.workspaces.merge.entries import APPLY, CONFLICT, SAME, TOP, MergeEntry, MergePlan, Seen, above, order
 from onlap.workspaces.merge.select import selected, with_parents
 from onlap.workspaces.merge.stacks import Paths
-from onlap.workspaces.merge.target import (
-    A_FILE,
-    GONE,
-    Blocked,
-    Moving,
-    Target,
-    alike,
-    as_written,
-    digest,
-)
+from onlap.workspaces.merge.target import A_FILE, GONE, Blocked, Moving, Target, alike, as_written, digest
 from onlap.workspaces.merge.undo import recover
 
 _File = tuple[int, int]
@@ -254,10 +245,9 @@ class _Comparison:
             inodes = {entry.seen.inode if entry.seen is not None else None for entry in group}
             if len(inodes) == 1 and all(entry.state == SAME for entry in group):
                 continue
-            if len(group) > 1:
-                for entry in group:
-                    if entry.state == SAME:
-                        self._entries[entry.path] = entry._replace(state=APPLY)
+            for entry in group:
+                if entry.state == SAME:
+                    self._entries[entry.path] = entry._replace(state=APPLY)
 
     def _find_what_is_not_empty(self) -> None:
         gone: dict[str, set[str]] = {}
@@ -272,18 +262,15 @@ class _Comparison:
                 continue
             try:
                 names = set(self._names(path))
-            except (
-                Blocked,
-                FileNotFoundError,
-                NotADirectoryError,
-            ):  # it was the directory that was seen, and is not any more
+            except (Blocked, FileNotFoundError, NotADirectoryError):
+                # It was the directory that was seen, and is not any more.
                 self._entries[path] = entry._replace(state=CONFLICT, reason=_MOVING)
                 continue
             if names - gone.get(path, set()):
                 self._entries[path] = entry._replace(state=CONFLICT, reason=_NOT_EMPTY)
 
     def _names(self, path: str) -> list[str]:
-        fd = open_on_mount(self._target.parent(path), path.rpartition("/")[2])
+        fd = open_on_mount(*self._target.at(path))
         try:
             return [entry.name for entry in files.list_directory(fd)]
         finally:

@@ -76,7 +76,8 @@ class Preparation:
             path, seen, after = entry.path, entry.seen, entry.change.after
             was_directory = seen is not None and seen.meta.is_dir
             if after is not None and after.is_dir and seen is not None and was_directory:
-                attributes.append(self._changed_directory(entry, after))
+                sides = (seen.inode, seen.meta), (seen.inode, as_written(after))
+                attributes.append(Step(journal.ATTRIBUTES, path, "", *sides))
                 continue
             self._open_up(above(path))
             if seen is not None and was_directory:
@@ -109,11 +110,6 @@ class Preparation:
                 inode, _, now = self._writable[step.path]
                 attributes[at] = step._replace(old=(inode, now))
         return [*restore, *first, *reversed(take), *put, *reversed(attributes)]
-
-    def _changed_directory(self, entry: MergeEntry, after: Meta) -> Step:
-        assert entry.seen is not None
-        inode, seen = entry.seen.inode, entry.seen.meta
-        return Step(journal.ATTRIBUTES, entry.path, "", (inode, seen), (inode, as_written(after)))
 
     def _open_up(self, path: str) -> None:
         """Let an ordinary user write to a directory of theirs that is read-only, as long as the merge takes."""

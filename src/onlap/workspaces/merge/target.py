@@ -97,16 +97,16 @@ class Target:
         if fd >= 0:
             os.close(fd)
 
-    def parent(self, path: str) -> int:
-        """A descriptor of the directory that holds ``path``, valid until the next call.
+    def at(self, path: str) -> tuple[int, str]:
+        """A descriptor of the directory that holds ``path``, valid until the next call, and its name there.
 
         Raises:
             Blocked: there is none, or something else is on the way.
             OSError: it cannot be opened.
         """
-        above = path.rpartition("/")[0]
+        above, _, name = path.rpartition("/")
         if not above:
-            return self.fd
+            return self.fd, name
         if above != self._above or self._directory < 0:
             self.forget()
             try:
@@ -117,7 +117,7 @@ class Target:
             if self._mount is not None and files.mount_id(self._directory) != self._mount:
                 self.forget()
                 raise Blocked(_A_MOUNT)
-        return self._directory
+        return self._directory, name
 
     def place(self, path: str) -> int:
         """A descriptor of ``path`` itself, whatever it is, which allows only to look at it (``O_PATH``).
@@ -128,9 +128,9 @@ class Target:
         """
         if path == TOP:
             return os.dup(self.fd)
-        directory = self.parent(path)
+        directory, name = self.at(path)
         try:
-            return open_on_mount(directory, path.rpartition("/")[2], _LOOK)
+            return open_on_mount(directory, name, _LOOK)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -146,7 +146,7 @@ class Target:
         """
         if path == TOP:
             return Seen(self.status.st_ino, read_directory_meta(self.fd))
-        directory, name = self.parent(path), path.rpartition("/")[2]
+        directory, name = self.at(path)
         try:
             fd = self.place(path)
         except FileNotFoundError:
@@ -181,7 +181,7 @@ class Target:
             Moving: it is not the file that was seen, or changes meanwhile.
             OSError: it cannot be read.
         """
-        directory, name = self.parent(path), path.rpartition("/")[2]
+        directory, name = self.at(path)
         try:
             fd = open_regular(directory, name, seen.inode)
         except FileNotFoundError:

@@ -65,7 +65,7 @@ def resume(staging: Staging, target: Target) -> None:
     except errors.DataLoss as error:
         where = staging.set_aside()
         raise errors.DataLoss(f"{error.message}; it is now {shown(where)}", key=where, hint=_LATER) from error
-    if found is not None and not found.finished:
+    if found is not None:
         if found.inode != target.status.st_ino:
             where = staging.set_aside()
             raise errors.FailedPrecondition(
@@ -135,7 +135,7 @@ def _undo_put(staging: int, target: Target, step: Step) -> bool:
     if _exists(staging, step.name):
         return True
     inode, meta = step.new
-    directory, name = target.parent(step.path), _name(step)
+    directory, name = target.at(step.path)
     if not _is_unchanged(directory, name, inode, meta):
         return True
     if meta.is_dir:
@@ -155,7 +155,7 @@ def _undo_swap(staging: int, target: Target, step: Step) -> bool:
     inode, meta = step.new
     if _inode(staging, step.name) in (None, inode):
         return True
-    directory, name = target.parent(step.path), _name(step)
+    directory, name = target.at(step.path)
     if _inode(directory, name) is None:
         return _put_back(staging, target, step)
     if not _is_unchanged(directory, name, inode, meta):
@@ -175,8 +175,7 @@ def _undo_swap(staging: int, target: Target, step: Step) -> bool:
 
 def _undo_attributes(_: int, target: Target, step: Step) -> bool:
     assert step.old is not None
-    assert step.new is not None
-    (inode, old), (_, new) = step.old, step.new
+    inode, old = step.old
     try:
         fd = target.place(step.path)
     except FileNotFoundError:
@@ -186,23 +185,8 @@ def _undo_attributes(_: int, target: Target, step: Step) -> bool:
         if now.st_ino == inode and stat.S_ISDIR(now.st_mode):
             path = f"/proc/self/fd/{fd}"
             meta = read_directory(path)
-            give(path, _merged(meta, old, new), meta)
-    finally:
-        os.close(fd)
-    return True
-
-
-def _undo_restore(_: int, target: Target, step: Step) -> bool:
-    assert step.old is not None
-    inode, old = step.old
-    try:
-        fd = target.place(step.path)
-    except FileNotFoundError:
-        return True
-    try:
-        if os.fstat(fd).st_ino == inode:
-            path = f"/proc/self/fd/{fd}"
-            give(path, old, read_directory(path))
+            # The copy of a removed directory has no attributes of its own to keep.
+            give(path, old if step.new is None else _merged(meta, old, step.new[1]), meta)
     finally:
         os.close(fd)
     return True
@@ -214,7 +198,7 @@ _UNDO = {
     journal.PUT: _undo_put,
     journal.SWAP: _undo_swap,
     journal.ATTRIBUTES: _undo_attributes,
-    journal.RESTORE: _undo_restore,
+    journal.RESTORE: _undo_attributes,
 }
 
 
@@ -254,13 +238,9 @@ def _merged(now: Meta, old: Meta, new: Meta) -> Meta:
     )
 
 
-def _name(step: Step) -> str:
-    return step.path.rpartition("/")[2]
-
-
 def _put_back(staging: int, target: Target, step: Step) -> bool:
     try:
-        files.renameat2(staging, step.name, target.parent(step.path), _name(step), files.RENAME_NOREPLACE)
+        files.renameat2(staging, step.name, *target.at(step.path), files.RENAME_NOREPLACE)
     except FileExistsError:
         return False
     return True
