@@ -44,14 +44,12 @@ class Captured(NamedTuple):
 
     Attributes:
         record: the committed snapshot.
-        made: whether it is a new one.
         written: number of files copied or removed, and of directories made, in its layer.
         skipped: how many entries of each kind could not be kept, as ``{"socket": 1}``; see
             :class:`onlap.trees.copy.Copied`. Of a kind that is not copied again, those below are not counted.
     """
 
     record: Record
-    made: bool
     written: int
     skipped: Mapping[str, int]
 
@@ -153,21 +151,19 @@ def take(
             f"{shown(path)} lies inside the root {shown(snapshotter.root)}", key=path, hint="capture something else"
         )
     scanner = Scanner(exclude, (root.st_dev, root.st_ino))
-    earlier = read_fingerprint(snapshotter, last) if last is not None else None
-    parent = last if earlier is not None else None
+    parent, earlier = _usable(snapshotter, last)
     with contextlib.ExitStack() as stack:
         # A symlink is followed: the caller means its target.
         with errors.translated(doing, key=path):
             source = stack.enter_context(opened(path, OPEN_DIRECTORY & ~os.O_NOFOLLOW))
         reliable = _reliable(earlier, source)
-        if reuse and parent is not None and len(snapshotter.ancestors(parent)) + 1 >= MOST_LAYERS:
+        ancestors = snapshotter.ancestors(parent) if reuse and parent is not None else ()
+        if len(ancestors) + 1 >= MOST_LAYERS:
             with errors.translated(doing, key=path):
                 differs = _differs(source, scanner, reliable, patience)
             if differs:
                 # What has changed since the oldest one is copied, so that the chain begins anew.
-                parent = snapshotter.catalog.by_id(snapshotter.ancestors(parent)[-1])
-                earlier = read_fingerprint(snapshotter, parent) if parent is not None else None
-                parent = parent if earlier is not None else None
+                parent, earlier = _usable(snapshotter, snapshotter.catalog.by_id(ancestors[-1]))
                 reliable = _reliable(earlier, source)
         writing = _Writing(snapshotter, parent, stack)
         copier = Copier(allow_changes=True)
@@ -180,7 +176,7 @@ def take(
             report.finish(passes.entries)
             if not layer.begun:
                 if reuse and last is not None:
-                    return Captured(last, False, 0, dict(scanner.skipped))
+                    return Captured(last, 0, dict(scanner.skipped))
                 layer.begin()
             if isinstance(snapshotter, OverlaySnapshotter):  # from a native snapshot, each fork has copies of its own
                 refresh_indexes(snapshotter.layers(writing.record), snapshotter.markers, passes.known)
@@ -189,7 +185,7 @@ def take(
         skipped = copier.skipped
         for kind, count in scanner.skipped.items():
             skipped[kind] = skipped.get(kind, 0) + count
-        return Captured(snapshotter.record(name), True, layer.entries, skipped)
+        return Captured(snapshotter.record(name), layer.entries, skipped)
 
 
 class _Differs(Exception):
@@ -241,6 +237,12 @@ class _Writing:
             raise not_found(parent.name)  # another has its name by now
         self.locks.enter_context(exclusion.changing(self._snapshotter, self.record))
         return self.locks.enter_context(opened(self._snapshotter.layers(self.record)[0]))
+
+
+def _usable(snapshotter: RecordedSnapshotter, last: Record | None) -> tuple[Record | None, Fingerprint | None]:
+    """An earlier capture and its fingerprint; neither if that is missing or damaged."""
+    earlier = read_fingerprint(snapshotter, last) if last is not None else None
+    return (last if earlier is not None else None), earlier
 
 
 def _reliable(earlier: Fingerprint | None, source: int) -> Directories:

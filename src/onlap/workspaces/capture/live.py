@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from onlap import errors
 from onlap.catalog.records import Record
 from onlap.errors import shown
+from onlap.layers.paths import join
 from onlap.snapshots import contexts
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -111,9 +112,9 @@ def _look(scanner: Scanner, fd: int, prefix: str, found: dict[str, Listed]) -> l
 
 def _differences(before: Directories, after: Directories) -> Iterator[str]:
     for path in before.keys() | after.keys():
-        if before.get(path) == after.get(path):
-            continue
         old, new = before.get(path), after.get(path)
+        if old == new:
+            continue
         if old is None or new is None:
             yield path or "."
             continue
@@ -122,4 +123,4 @@ def _differences(before: Directories, after: Directories) -> Iterator[str]:
         was, now = dict(old.each()), dict(new.each())
         for name in was.keys() | now.keys():
             if was.get(name) != now.get(name):
-                yield f"{path}/{name}" if path else name
+                yield join(path, name)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.layers.paths import join
 from onlap.trees.walk import Descent, open_on_mount
 from onlap.workspaces.capture.clock import LONGEST_NS, Clock, latest_ns, now_ns
 from onlap.workspaces.capture.fingerprint import (
@@ -264,7 +265,7 @@ class Passes:
             again.setdefault(path, set()).add(name)
             if again is self._again:
                 self._certain_from = max(self._certain_from, certain_from)
-                self._note(path if name == "." else _join(path, name))
+                self._note(path if name == "." else join(path, name))
 
     def _arrived(self, ahead: set[str], scan: Scan) -> set[str]:
         now = latest_ns()
@@ -282,16 +283,12 @@ class Passes:
                 continue
             for above, _, name in places:
                 self._again.setdefault(above, set()).add(name)
-                self._note(_join(above, name))
+                self._note(join(above, name))
 
 
 def _ctimes(scan: Scan) -> Iterator[tuple[str, int]]:
     """The directory, as ".", and its entries, each with its ctime."""
     return zip([".", *scan.listed.split()], numbers(scan.listed.rows)[CTIME::WIDTH], strict=True)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}/{name}" if path else name
 
 
 def _is_as(dir_fd: int, name: str, row: bytes) -> bool:

@@ -22,7 +22,7 @@ _DIRECTORY, _INDEX = ".git", "index"
 _LARGEST = 1 << 30
 
 
-def refresh_indexes(layers: list[str], markers: Markers, known: Directories) -> int:
+def refresh_indexes(layers: list[str], markers: Markers, known: Directories) -> None:
     """Refresh the indexes that the topmost layer has.
 
     Args:
@@ -30,13 +30,9 @@ def refresh_indexes(layers: list[str], markers: Markers, known: Directories) -> 
         markers: of all of them.
         known: what the captured directory holds.
 
-    Returns:
-        How many were changed.
-
     Raises:
         OSError: an index cannot be written.
     """
-    changed = 0
     for path in _work_trees(known):
         where = f"{path}/{_DIRECTORY}" if path else _DIRECTORY
         try:
@@ -45,10 +41,9 @@ def refresh_indexes(layers: list[str], markers: Markers, known: Directories) -> 
             continue  # it is not in this layer, or not ours to write to
         try:
             with Stack(layers, markers) as stack:
-                changed += _refresh(fd, _Finder(path, known, stack))
+                _refresh(fd, _Finder(path, known, stack))
         finally:
             os.close(fd)
-    return changed
 
 
 def _work_trees(known: Directories) -> Iterator[str]:
@@ -63,25 +58,18 @@ def _open(layer: str, path: str) -> int:
         return files.open_beneath(path, os.O_RDWR | os.O_NONBLOCK, dir_fd=top, resolve=0)
 
 
-def _refresh(fd: int, finder: _Finder) -> bool:
+def _refresh(fd: int, finder: _Finder) -> None:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > _LARGEST:
-        return False
-    new = refreshed(_read(fd, status.st_size), status.st_mtime_ns, finder.look)
+        return
+    with open(fd, "rb", buffering=0, closefd=False) as file:
+        new = refreshed(file.read(), status.st_mtime_ns, finder.look)
     if new is None:
-        return False
+        return
     os.lseek(fd, 0, os.SEEK_SET)
     files.write_all(fd, new)
     # Git tells by it which files are too young to be known by their stats.
     os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
-    return True
-
-
-def _read(fd: int, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size and (chunk := os.read(fd, size - len(data))):
-        data += chunk
-    return bytes(data)
 
 
 class _Finder:
