@@ -72,6 +72,20 @@ def test_what_the_workspace_takes_back_is_taken_back(workspace: Workspace, targe
     assert not (target / "new").exists()
 
 
+def test_an_edit_that_restored_size_and_time_is_taken_back(stores: tuple[Store, Store], target: Path) -> None:
+    for store in stores:
+        workspace = store.workspaces.create("w", target)
+        with workspace.mounted() as tree:
+            before = (tree / "a").stat()
+            (tree / "a").write_text("CAPTURED")
+            os.utime(tree / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert workspace.merge().applied == 1
+        assert contents(target)["a"] == "CAPTURED"
+        workspace.rollback("base")
+        assert workspace.merge().applied == 1
+        assert contents(target)["a"] == "captured"
+
+
 def test_what_others_wrote_after_a_merge_is_a_conflict(workspace: Workspace, target: Path) -> None:
     write(workspace, a="one", b="one")
     workspace.merge()

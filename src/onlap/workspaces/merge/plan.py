@@ -42,7 +42,7 @@ def plan(
     *,
     select: Sequence[str] = (),
     since: Since = (NEVER, NEVER),
-    merged: Sequence[Sequence[str]] = (),
+    merged: Sequence[tuple[Sequence[str], Since]] = (),
 ) -> MergePlan:
     """Compare what a workspace changed with the directory that was captured; a merge that was killed is undone first.
 
@@ -56,8 +56,8 @@ def plan(
         select: globs of the paths to merge, see :func:`onlap.workspaces.merge.select.selected`; all without any. New
             directories that a selected path is in are included.
         since: see :func:`onlap.layers.diff.changes.stack_changes`.
-        merged: layers of each state of the workspace that was merged before. What the target has of such a state is
-            the workspace's own, and may be replaced.
+        merged: layers of each state of the workspace that was merged before, and ``since`` for it and ``after``. What
+            the target has of such a state is the workspace's own, and may be replaced.
 
     Raises:
         Busy: another merge into the directory is being done.
@@ -71,11 +71,11 @@ def plan(
         recover(target)
         new = cleanup.enter_context(Stack(after, markers))
         old = Paths(cleanup.enter_context(Stack(before, markers, beside=new)))
-        own = [Paths(cleanup.enter_context(Stack(layers, markers, beside=new))) for layers in merged]
+        own = [Paths(cleanup.enter_context(Stack(layers, markers, beside=new))) for layers, _ in merged]
         changes = _changes(before, after, markers, since, old)
         reverted: dict[str, _Changed] = {}
-        for layers, state in zip(merged, own, strict=True):
-            since_then = _changes(layers, after, markers, since, state)
+        for (layers, edited), state in zip(merged, own, strict=True):
+            since_then = _changes(layers, after, markers, edited, state)
             reverted |= {path: changed for path, changed in since_then.items() if path not in changes}
         chosen = _selected({**reverted, **changes}, select)
         comparison = _Comparison(place, old, Paths(new), own)
