@@ -1,4 +1,4 @@
-"""The layers below the one being written; read only when needed."""
+"""A stack of layers by paths, such as that below the layer being written; read only when needed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ _PART = 200
 
 
 class Lowers:
-    """The merged view of the layers below, without what the new layer hides.
+    """The merged view of layers, without what a new layer on them hides.
 
     Args:
         layers: their top directories, topmost first; may be empty.
         markers: the flavour of the markers in them.
+        beside: another, with which this one shares the limit of open descriptors.
 
     Raises:
         OSError: a layer cannot be opened.
     """
 
-    def __init__(self, layers: Sequence[str], markers: Markers | None) -> None:
+    def __init__(self, layers: Sequence[str], markers: Markers | None, *, beside: Lowers | None = None) -> None:
         self._stack: Stack | None = None
         self._hidden = paths.PathSet()
         self._known: OrderedDict[str, MergedDirectory | None] = OrderedDict()
         self._parts = 0
         if layers and markers is not None:
-            self._stack = Stack(layers, markers)
+            self._stack = Stack(layers, markers, beside=beside._stack if beside is not None else None)
 
     def __bool__(self) -> bool:
         return self._stack is not None

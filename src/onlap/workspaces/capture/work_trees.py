@@ -6,12 +6,15 @@ whose index or files lie elsewhere has other stats in its index than those that 
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
+from onlap.layers.apply.lowers import Lowers
+from onlap.layers.paths import join
 from onlap.overlayfs.markers import Markers
-from onlap.overlayfs.merged import MergedDirectory, Stack
 from onlap.syscalls import files
 from onlap.trees.walk import opened
 from onlap.workspaces.capture.fingerprint import NOTHING, Directories, numbers
@@ -20,6 +23,8 @@ from onlap.workspaces.capture.git_index import Copy, Stats, refreshed
 _DIRECTORY, _INDEX = ".git", "index"
 # Bytes; the index of a million files has a tenth of this.
 _LARGEST = 1 << 30
+# How many directories of the original are kept as dictionaries.
+_KEPT = 64
 
 
 def refresh_indexes(layers: list[str], markers: Markers, known: Directories) -> None:
@@ -33,17 +38,16 @@ def refresh_indexes(layers: list[str], markers: Markers, known: Directories) -> 
     Raises:
         OSError: an index cannot be written.
     """
-    for path in _work_trees(known):
-        where = f"{path}/{_DIRECTORY}" if path else _DIRECTORY
-        try:
-            fd = _open(layers[0], f"{where}/{_INDEX}")
-        except OSError:
-            continue  # it is not in this layer, or not ours to write to
-        try:
-            with Stack(layers, markers) as stack:
-                _refresh(fd, _Finder(path, known, stack))
-        finally:
-            os.close(fd)
+    with closing(Lowers(layers, markers)) as copies:
+        for path in _work_trees(known):
+            try:
+                fd = _open(layers[0], join(join(path, _DIRECTORY), _INDEX))
+            except OSError:
+                continue  # it is not in this layer, or not ours to write to
+            try:
+                _refresh(fd, _Finder(path, known, copies))
+            finally:
+                os.close(fd)
 
 
 def _work_trees(known: Directories) -> Iterator[str]:
@@ -78,51 +82,25 @@ class _Finder:
     Args:
         top: the path of the work tree.
         known: what the captured directory holds.
-        stack: the layers of the capture.
+        copies: the layers of the capture.
     """
 
-    def __init__(self, top: str, known: Directories, stack: Stack) -> None:
+    def __init__(self, top: str, known: Directories, copies: Lowers) -> None:
         self._prefix = f"{top}/" if top else ""
-        self._known = known
-        # The directories on the way to the last file, since an index is sorted: names, and both sides.
-        self._names: list[str] = []
-        self._rows: list[dict[str, bytes]] = [dict(known.get(top, NOTHING).each())]
-        here: MergedDirectory | None = stack.top()
-        for name in top.split("/") if top else ():
-            here = here.open(name) if here is not None else None
-        self._directories: list[MergedDirectory | None] = [here]
+        self._copies = copies
+        # An index is sorted: the files of a directory follow each other, but for those in directories below it.
+        self._rows = functools.lru_cache(_KEPT)(lambda path: dict(known.get(path, NOTHING).each()))
 
     def look(self, path: bytes) -> tuple[Stats, Callable[[], Copy | None]] | None:
         """See :data:`onlap.workspaces.capture.git_index.Look`."""
-        *above, name = os.fsdecode(path).split("/")
-        self._go(above)
-        row = self._rows[-1].get(name)
+        above, _, name = (self._prefix + os.fsdecode(path)).rpartition("/")
+        row = self._rows(above).get(name)
         if row is None:
             return None
-        return Stats(*numbers(row)), lambda: self._copy(name)
+        return Stats(*numbers(row)), lambda: self._copy(above, name)
 
-    def _go(self, names: list[str]) -> None:
-        if names == self._names:
-            return
-        shared = 0
-        while shared < min(len(names), len(self._names)) and names[shared] == self._names[shared]:
-            shared += 1
-        while len(self._names) > shared:
-            self._names.pop()
-            self._rows.pop()
-            gone = self._directories.pop()
-            if gone is not None:
-                gone.close()
-        for name in names[shared:]:
-            self._names.append(name)
-            path = self._prefix + "/".join(self._names)
-            self._rows.append(dict(self._known.get(path, NOTHING).each()))
-            here = self._directories[-1]
-            self._directories.append(here.open(name) if here is not None else None)
-
-    def _copy(self, name: str) -> Copy | None:
-        here = self._directories[-1]
-        found = here.lookup(name) if here is not None else None
+    def _copy(self, above: str, name: str) -> Copy | None:
+        found = self._copies.lookup(above, name)
         if found is None:
             return None
         status = found.status

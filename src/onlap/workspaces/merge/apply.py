@@ -11,12 +11,11 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 
 from onlap import errors
 from onlap.errors import shown, translated
 from onlap.overlayfs.markers import Markers
-from onlap.overlayfs.merged import Stack
 from onlap.syscalls import files
 from onlap.trees.meta import Meta, read_meta
 from onlap.workspaces.merge import journal
@@ -80,8 +79,8 @@ def _merge(
 ) -> None:
     try:
         check_renames(staging.fd)
-        with Stack(after, markers) as stack:
-            steps = Preparation(staging.fd, target, Paths(stack)).steps(chosen)
+        with closing(Paths(after, markers)) as new:
+            steps = Preparation(staging.fd, target, new).steps(chosen)
         journal.write(staging.fd, target.status.st_ino, steps)
         for step in steps:
             _do(step, staging.fd, target)

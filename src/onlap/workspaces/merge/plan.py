@@ -7,14 +7,13 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from onlap.errors import translated
 from onlap.layers.diff.changes import LINKED, TOUCHED, stack_items
 from onlap.layers.diff.links import identity
 from onlap.overlayfs.markers import Markers
-from onlap.overlayfs.merged import Stack
 from onlap.syscalls import files
 from onlap.trees.compare import DELETED, NEVER, Change, Since
 from onlap.trees.walk import open_on_mount
@@ -69,16 +68,16 @@ def plan(
     with translated("plan the merge", key=target), ExitStack() as cleanup:
         place = cleanup.enter_context(Target(target))
         recover(target)
-        new = cleanup.enter_context(Stack(after, markers))
-        old = Paths(cleanup.enter_context(Stack(before, markers, beside=new)))
-        own = [Paths(cleanup.enter_context(Stack(layers, markers, beside=new))) for layers, _ in merged]
+        new = cleanup.enter_context(closing(Paths(after, markers)))
+        old = cleanup.enter_context(closing(Paths(before, markers, beside=new)))
+        own = [cleanup.enter_context(closing(Paths(layers, markers, beside=new))) for layers, _ in merged]
         changes = _changes(before, after, markers, since, old)
         reverted: dict[str, _Changed] = {}
         for (layers, edited), state in zip(merged, own, strict=True):
             since_then = _changes(layers, after, markers, edited, state)
             reverted |= {path: changed for path, changed in since_then.items() if path not in changes}
         chosen = _selected({**reverted, **changes}, select)
-        comparison = _Comparison(place, old, Paths(new), own)
+        comparison = _Comparison(place, old, new, own)
         # Where the workspace has again what was captured, it only takes back what it had merged.
         found = [e for e in comparison.entries(chosen) if e.path in changes or e.state == APPLY]
         return MergePlan(place.path, place.status.st_ino, tuple(found))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.layers.diff.links import identity
 from onlap.syscalls import files
 from onlap.trees.copy import Copier
 from onlap.trees.meta import Meta, read_directory_meta, read_meta
@@ -138,18 +139,16 @@ class Preparation:
     def _stage(self, entry: MergeEntry, after: Meta) -> tuple[tuple[int, Meta], str]:
         if after.is_dir:
             return self._directory()
-        at = self._new.lookup(entry.path)
-        meta = self._new.meta(entry.path)
-        if at is None or meta != after:
+        found = self._new.find(entry.path)
+        if found is None or self._new.meta(entry.path) != after:
             raise errors.FailedPrecondition(
                 f"{shown(entry.path)} changed in the workspace since the merge was planned",
                 key=entry.path,
                 hint="plan the merge again",
             )
         name = self._next()
-        status = at[1].status
-        file = status.st_dev, status.st_ino
-        first = self._linked.get(file) if status.st_nlink > 1 else None
+        file = identity(found.status)
+        first = self._linked.get(file) if found.status.st_nlink > 1 else None
         if first is not None:
             os.link(first, name, src_dir_fd=self._staging, dst_dir_fd=self._staging, follow_symlinks=False)
         else:
