@@ -62,3 +62,14 @@ def test_no_checkpoint_of_it_is_durable(tmp_path: Path) -> None:
         with pytest.raises(errors.FailedPrecondition, match="is volatile"):
             workspace.checkpoint("kept", durable=True)
         assert not workspace.checkpoint("kept").durable
+
+
+def test_what_is_restored_from_a_backup_of_it_keeps_its_content(tmp_path: Path) -> None:
+    with onlap.open(tmp_path / "store", snapshotter="native", volatile=True) as store:
+        store.prepare("work")
+        store.commit("base", "work")
+        store.backup(tmp_path / "backup.tar")
+    onlap.restore(tmp_path / "backup.tar", tmp_path / "restored")
+    with onlap.open(tmp_path / "restored") as store:
+        assert not store.snapshotter.volatile
+        assert "base" in store

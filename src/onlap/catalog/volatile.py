@@ -11,7 +11,7 @@ from onlap.catalog.disk.boot import boot_id
 from onlap.errors import shown
 
 # The setting of a volatile root: the boot in which it was last emptied.
-_VOLATILE = "volatile"
+VOLATILE = "volatile"
 
 
 def settle(catalog: Catalog, wanted: bool) -> bool:
@@ -26,12 +26,12 @@ def settle(catalog: Catalog, wanted: bool) -> bool:
         OnlapError: an error of the filesystem.
     """
     boot = boot_id()
-    found = catalog.database.read(lambda c: records.setting(c, _VOLATILE))
+    found = catalog.database.read(lambda c: records.setting(c, VOLATILE))
     if found == boot or (found is None and not wanted):
         return found is not None
 
     def operation(connection: Connection) -> set[int]:
-        now = records.setting(connection, _VOLATILE)
+        now = records.setting(connection, VOLATILE)
         if now is None and records.settings(connection):
             raise errors.FailedPrecondition(
                 f"the root {shown(catalog.layout.root)} keeps its content, and cannot become volatile",
@@ -41,7 +41,7 @@ def settle(catalog: Catalog, wanted: bool) -> bool:
         emptied = set() if now == boot else records.ids(connection)
         if emptied:
             records.delete_all(connection)
-        records.put_setting(connection, _VOLATILE, boot)
+        records.put_setting(connection, VOLATILE, boot)
         return emptied
 
     emptied = catalog.database.write(operation)

@@ -35,6 +35,7 @@ from onlap.catalog.disk.boot import boot_id
 from onlap.catalog.pins import Pin
 from onlap.catalog.records import COMMITTED, Record
 from onlap.catalog.runs import LABEL
+from onlap.catalog.volatile import VOLATILE
 from onlap.check.backups.summary import Backup
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
@@ -143,7 +144,8 @@ def back_up(
             writer = _Writer(snapshotter, sink, report)
             writer.document(HEAD, head.encode(), head.created_ns)
             for record in chosen:
-                data = sidecars.encode(catalog.sidecars.expected(_synced(record)))
+                sidecar = catalog.sidecars.expected(_synced(record))
+                data = sidecars.encode(sidecar._replace(settings=_lasting(sidecar.settings)))
                 writer.document(f"snapshots/{record.id}/record", data, record.updated_ns)
             for record in chosen:
                 with errors.translated("back up", key=record.name):
@@ -160,6 +162,11 @@ def back_up(
     return Backup(len(chosen), len(head.images), len(head.blobs), writer.files, size, dict(writer.skipped))
 
 
+def _lasting(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings that are true of another machine too, and after a boot of this one."""
+    return {key: value for key, value in settings.items() if key not in ("epoch", VOLATILE)}
+
+
 def _read(connection: Connection, owner: str, active: bool) -> tuple[Head, list[Record]]:
     """Read what belongs into a backup and pin it, in one transaction."""
     chosen: list[Record] = []
@@ -168,8 +175,6 @@ def _read(connection: Connection, owner: str, active: bool) -> tuple[Head, list[
         # The snapshots of a running program end with it.
         chosen += [row for row in rows if row.kind == COMMITTED or (active and LABEL not in row.labels)]
         after = rows[-1].id
-    settings = records.settings(connection)
-    settings.pop("epoch", None)  # true of this machine only
     identifiers = [record.id for record in chosen]
     known = set(identifiers)
     kept = [pin for pin in pins.without_runs(connection) if pin.snapshot is None or pin.snapshot in known]
@@ -177,7 +182,7 @@ def _read(connection: Connection, owner: str, active: bool) -> tuple[Head, list[
         os.geteuid(),
         time.time_ns(),
         records.next_id(connection, 0) - 1,
-        settings,
+        _lasting(records.settings(connection)),
         identifiers,
         images.walk(connection),
         kept,
