@@ -72,9 +72,9 @@ def listing(store: Store) -> dict[str, set[str]]:
     return {"snapshots": set(os.listdir(layout.snapshots)), "staging": staging}
 
 
-def _label_for_ever(store: Store) -> None:
+def _label_for_ever(store: Store, key: str) -> None:
     for number in range(100_000):
-        store.label("key-0", {"n": f"{number}" * 1000})
+        store.label(key, {"n": f"{number}" * 1000})
 
 
 def _make_files_for_ever(directory: Path) -> None:
@@ -134,7 +134,7 @@ def test_remove_works_on_a_full_disk(small: Filesystems, kind: str) -> None:
             fill(disk)
             # So many changes that the log is full, too.
             with pytest.raises(errors.ResourceExhausted):
-                _label_for_ever(store)
+                _label_for_ever(store, "key-0")
             for number in range(20):
                 store.remove(f"key-{number}")
             assert list(store.walk()) == []
@@ -144,6 +144,37 @@ def test_remove_works_on_a_full_disk(small: Filesystems, kind: str) -> None:
             assert os.listdir(store.snapshotter.catalog.layout.trash) == []
             assert reserve.stat().st_blocks * 512 >= RESERVE_SIZE
             store.prepare("new")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_workspace_on_a_full_disk_goes_back_and_forgets(small: Filesystems, kind: str) -> None:
+    disk = small(kind)
+    with onlap.open(disk / "root", snapshotter="overlay", sync="none") as store:
+        with store.build("base") as tree:
+            (tree / "file").write_text("base")
+        ws = store.workspaces.create("w", "base")
+        made = []
+        for text in ("one", "two"):
+            with ws.mounted() as tree:
+                (tree / "file").write_text(text)
+            made.append(ws.checkpoint())
+        with ws.mounted() as tree:
+            (tree / "large").write_bytes(b"x" * 1_000_000)
+        with quiet(store):
+            fill(disk)
+            with pytest.raises(errors.ResourceExhausted):
+                _label_for_ever(store, "base")
+            ws.rollback(made[0])
+            with ws.mounted() as tree:
+                assert (tree / "file").read_text() == "one"
+                assert not (tree / "large").exists()
+            fill(disk)
+            ws.forget(made[1])
+            assert [each.id for each in ws.log()] == ["base", made[0].id]
+            ws.remove()
+            assert list(store.workspaces) == []
+            store.cleanup()
+            assert store.workspaces.create("w", "base").log()[0].id == "base"
 
 
 @pytest.mark.parametrize("kind", KINDS)

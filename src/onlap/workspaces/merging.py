@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from sqlite3 import Connection
 
 from onlap import cancellation, errors
+from onlap.catalog import records as rows
 from onlap.catalog.records import Record
 from onlap.snapshots.recorded import Pair
 from onlap.snapshots.transfer.directories import check_outside
-from onlap.workspaces.history import checkpoints
+from onlap.workspaces.history import checkpoints, naming
 from onlap.workspaces.merge.apply import apply
 from onlap.workspaces.merge.entries import Merged, MergePlan
 from onlap.workspaces.merge.plan import plan
-from onlap.workspaces.records import BASE_ID, MERGED, node_id
+from onlap.workspaces.records import BASE_ID, MERGED, OWNER, node_id
 from onlap.workspaces.site import Site
 
 # How many merged states are remembered; with each one, a plan compares once more.
@@ -37,11 +40,16 @@ def merge(site: Site, top: Record, state: Record, target: str, select: Sequence[
         made = planned(select)
         # Noted before it is done, and harmless if it is not: what the directory has of it is looked for in any case.
         # But not if it cannot be done: it would displace one that was.
-        earlier = [each for each in top.labels.get(MERGED, "").split() if each != node_id(state)]
         if node_id(state) != BASE_ID and not made.conflicts:
             cancellation.keep()  # a canceled merge is done all the same
-            site.snapshotter.label(top.name, {MERGED: " ".join([*earlier, node_id(state)][-_REMEMBERED:])})
+            site.snapshotter.catalog.update(OWNER, top.name, partial(_note, node_id(state)))
         return apply(made, site.snapshotter.layers(state), site.snapshotter.markers)
+
+
+def _note(identifier: str, connection: Connection, top: Record) -> None:
+    """Note that a state was merged; other threads and processes note others meanwhile."""
+    earlier = [each for each in top.labels.get(MERGED, "").split() if each != identifier]
+    rows.set_labels(connection, top.id, {MERGED: " ".join([*earlier, identifier][-_REMEMBERED:])})
 
 
 @contextlib.contextmanager
@@ -55,7 +63,6 @@ def planning(site: Site, top: Record, state: Record, target: str) -> Iterator[Ca
         merged = []
         for identifier in top.labels.get(MERGED, "").split():
             with contextlib.suppress(errors.NotFound):  # it was forgotten
-                earlier = Pair(checkpoints.find(snapshotter, top, identifier), state)
-                layers, _, edited = stack.enter_context(snapshotter.comparing(earlier, "merge"))
-                merged.append((layers, edited))
+                earlier = Pair(naming.find(snapshotter, top, identifier), state)
+                merged.append(stack.enter_context(snapshotter.comparing(earlier, "merge"))[0])
         yield lambda select: plan(before, after, snapshotter.markers, target, select=select, since=since, merged=merged)

@@ -12,7 +12,7 @@ from onlap.catalog import records as rows
 from onlap.catalog.records import Record
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
-from onlap.workspaces.history import checkpoints
+from onlap.workspaces.history import naming
 from onlap.workspaces.history.durability import Durability
 from onlap.workspaces.records import AT, OWNER, SOURCE, not_found, parse_source, top_key, workspace_of
 from onlap.workspaces.tree.endings import Endings
@@ -56,7 +56,7 @@ class Site:
 
         It lies on a forgotten checkpoint if that came after the one that is now its own.
         """
-        if top.parent_id != checkpoints.find(self.snapshotter, top, top.labels[AT]).id:
+        if top.parent_id != naming.find(self.snapshotter, top, top.labels[AT]).id:
             return False
         if self.snapshotter.is_unchanged(top):
             return True

@@ -17,7 +17,7 @@ from onlap.mounts.unmount import attempts
 from onlap.snapshots.recorded import Pair
 from onlap.trees.compare import Change
 from onlap.workspaces import merging
-from onlap.workspaces.history import chains, checkpoints, freezing
+from onlap.workspaces.history import chains, checkpoints, freezing, naming
 from onlap.workspaces.records import (
     AT,
     BASE_ID,
@@ -314,18 +314,18 @@ class Workspace:
         if self._site.is_unchanged(top):
             record = checkpoints.below(snapshotter, top)
             if name is not None:
-                record = checkpoints.give_name(snapshotter, top, record, name)
+                record = naming.give(snapshotter, top, record, name)
                 top = self._top()  # a name of the base is a label of it
         else:
             if name is not None:
-                checkpoints.check_unused(snapshotter, top, name)
-            names = {name_label(name): top.labels[LINE]} if name is not None else {}
+                snapshotter.catalog.database.read(lambda connection: naming.check_unused(connection, top, [name]))
+            given = {name_label(name): top.labels[LINE]} if name is not None else {}
             try:
-                record = self._replacing(wait, lambda: chains.advance(snapshotter, top, names))
+                record = self._replacing(wait, lambda: chains.advance(snapshotter, top, given))
             except errors.Busy:
                 if not freeze or self._mounting is not None:
                     raise
-                record = freezing.checkpoint(snapshotter, top, names)
+                record = freezing.checkpoint(snapshotter, top, given)
             cancellation.made(partial(checkpoints.forget, snapshotter, [record], everywhere=True))
             self._site.durability.begin()
         if durable:
@@ -364,9 +364,7 @@ class Workspace:
         """The snapshot of a checkpoint, by default of the last one."""
         snapshotter = self._site.snapshotter
         top = top or self._top()
-        record = (
-            checkpoints.below(snapshotter, top) if reference is None else checkpoints.find(snapshotter, top, reference)
-        )
+        record = checkpoints.below(snapshotter, top) if reference is None else naming.find(snapshotter, top, reference)
         self._check_durable(record)
         return record
 
@@ -378,7 +376,7 @@ class Workspace:
             FailedPrecondition: it is the base, or a workspace stands on it.
         """
         snapshotter = self._site.snapshotter
-        record = checkpoints.find(snapshotter, self._top(), checkpoint)
+        record = naming.find(snapshotter, self._top(), checkpoint)
         identifier = node_id(record)
         standing = self.name if identifier == BASE_ID else checkpoints.forget(snapshotter, [record]).get(identifier)
         if standing is not None:

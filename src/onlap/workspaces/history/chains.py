@@ -17,8 +17,7 @@ from onlap import cancellation, errors
 from onlap.catalog import records as rows
 from onlap.catalog.catalog import New
 from onlap.catalog.disk.boot import boot_id
-from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, Condition, Record
-from onlap.errors import shown
+from onlap.catalog.records import ACTIVE, COMMITTED, Record
 from onlap.layers.merge import merge_layers
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
@@ -26,6 +25,7 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.trees.copy import Copier, copy_tree
 from onlap.trees.usage import usage
 from onlap.trees.walk import opened
+from onlap.workspaces.history.naming import check_unused
 from onlap.workspaces.records import (
     AT,
     BASE_ID,
@@ -33,11 +33,8 @@ from onlap.workspaces.records import (
     COMMAND,
     FORGOTTEN,
     LEVEL,
-    LINE,
     OWNER,
     UNSYNCED,
-    WORKSPACE,
-    name_label,
     names_in,
     next_labels,
     node_id,
@@ -88,7 +85,7 @@ def _commit(
     with snapshotter.staged(top.name, ACTIVE, top, labels) as staged:
 
         def operation(connection: Connection) -> list[Record]:
-            _check_unused(connection, node)
+            check_unused(connection, _current(connection, top), names_in(node, node))
             committed = rows.make_committed(connection, top, node_name(identifier), top.parent_id, node, False)
             if not committed:
                 raise rows.not_found(top.name)
@@ -152,7 +149,7 @@ def _merge(
         staged = stack.enter_context(snapshotter.staged(top.name, ACTIVE, top, labels))
 
         def operation(connection: Connection) -> list[Record]:
-            _check_unused(connection, node)
+            check_unused(connection, _current(connection, top), names_in(node, node))
             rows.check_kept(connection, top)
             _delete(connection, top)
             new = catalog.insert(connection, OWNER, New(node_name(identifier), COMMITTED, below, node, layer))
@@ -191,9 +188,7 @@ def copy(
             return None
 
         def operation(connection: Connection) -> list[Record]:
-            now = rows.by_id(connection, top.id)
-            if now is None or now.name != top.name or now.kind != top.kind:
-                raise rows.not_found(top.name)
+            check_unused(connection, _current(connection, top), names_in(node, node))
             rows.check_kept(connection, top)
             new = catalog.insert(connection, OWNER, New(node_name(identifier), COMMITTED, below, node, staged))
             rows.set_labels(connection, top.id, {AT: identifier, COMMAND: None})
@@ -215,6 +210,11 @@ def reset(snapshotter: RecordedSnapshotter, top: Record, onto: Record) -> Record
         NotFound: it, or the checkpoint, is gone.
         OnlapError: an error of the filesystem.
     """
+    # It is how space is freed in a workspace, so it has to work on a full disk.
+    return snapshotter.catalog.garbage.with_space(lambda: _reset(snapshotter, top, onto))
+
+
+def _reset(snapshotter: RecordedSnapshotter, top: Record, onto: Record) -> Record:
     catalog = snapshotter.catalog
     with exclusion.removing(snapshotter, top), snapshotter.staged(top.name, ACTIVE, onto, top.labels) as staged:
 
@@ -265,17 +265,6 @@ def _withdraw(snapshotter: RecordedSnapshotter, tops: Sequence[Record]) -> None:
             snapshotter.remove(top.name)
 
 
-def _check_unused(connection: Connection, node: Mapping[str, str]) -> None:
-    """AlreadyExists if another thread or process gave another checkpoint one of the names meanwhile."""
-    for name in names_in(node, node):
-        if rows.all_where(connection, OWNER, Condition(HAS_LABEL, (name_label(name), node[LINE]))):
-            raise errors.AlreadyExists(
-                f"workspace {shown(node[WORKSPACE])} has a checkpoint {shown(name)} already",
-                key=name,
-                hint="choose another name",
-            )
-
-
 def _check_not_forgotten(connection: Connection, onto: Record) -> None:
     """NotFound if a checkpoint has been forgotten since it was looked up."""
     now = rows.by_id(connection, onto.id)
@@ -283,10 +272,16 @@ def _check_not_forgotten(connection: Connection, onto: Record) -> None:
         raise rows.not_found(onto.name)
 
 
-def _delete(connection: Connection, record: Record) -> Mapping[str, str]:
+def _current(connection: Connection, top: Record) -> Record:
+    """The record of a top as it is now; NotFound if it has been replaced, committed or removed."""
+    now = rows.by_id(connection, top.id)
+    if now is None or now.name != top.name or now.kind != top.kind:
+        raise rows.not_found(top.name)
+    return now
+
+
+def _delete(connection: Connection, top: Record) -> Mapping[str, str]:
     """Delete the record of a top; returns the labels that it had."""
-    now = rows.by_id(connection, record.id)
-    if now is None or now.name != record.name or now.kind != record.kind:
-        raise rows.not_found(record.name)
-    rows.delete(connection, record.id)
-    return now.labels
+    labels = _current(connection, top).labels
+    rows.delete(connection, top.id)
+    return labels

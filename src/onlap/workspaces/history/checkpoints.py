@@ -1,14 +1,13 @@
-"""The checkpoints of all workspaces of a root: found, listed, forgotten, and removed when nobody needs them."""
+"""The checkpoints of all workspaces of a root: listed, forgotten, and removed when nobody needs them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from sqlite3 import Connection
 
-from onlap import cancellation, errors
+from onlap import errors
 from onlap.catalog import records as rows
 from onlap.catalog.records import HAS_LABEL, Condition, Record
 from onlap.errors import shown
@@ -25,7 +24,6 @@ from onlap.workspaces.records import (
     UNSYNCED,
     WORKSPACE,
     Checkpoint,
-    base_name_label,
     base_names_in,
     is_capture,
     is_node,
@@ -55,39 +53,6 @@ def base_of(snapshotter: RecordedSnapshotter, record: Record) -> Record:
     return base
 
 
-def find(snapshotter: RecordedSnapshotter, top: Record, reference: Checkpoint | str) -> Record:
-    """The snapshot of a checkpoint that a workspace may use.
-
-    Args:
-        snapshotter: of the workspaces.
-        top: of the workspace.
-        reference: a checkpoint, its id, or a name that the workspace gave it.
-
-    Raises:
-        NotFound: there is none, or it is another tree's.
-    """
-    text = reference.id if isinstance(reference, Checkpoint) else reference
-    if not isinstance(text, str):
-        raise errors.InvalidArgument(
-            f"{shown(repr(reference))} is not a checkpoint", hint="pass a Checkpoint, its id, or its name"
-        )
-    if text == BASE_ID or base_name_label(text) in top.labels:
-        return base_of(snapshotter, top)
-    named = Condition(HAS_LABEL, (name_label(text), top.labels[LINE]))
-    for record in snapshotter.catalog.walk(OWNER, named):
-        return record
-    with contextlib.suppress(errors.NotFound):
-        record = snapshotter.record(node_name(text))
-        if record.labels.get(BASE) == top.labels[BASE] and FORGOTTEN not in record.labels:
-            return record
-    workspace = workspace_of(top.name)
-    raise errors.NotFound(
-        f"workspace {shown(workspace)} has no checkpoint {shown(text)}",
-        key=text,
-        hint=f"see: onlap ws log {shown(workspace)}",
-    )
-
-
 def below(snapshotter: RecordedSnapshotter, top: Record) -> Record:
     """The snapshot of the checkpoint that a workspace stands on.
 
@@ -96,47 +61,6 @@ def below(snapshotter: RecordedSnapshotter, top: Record) -> Record:
     """
     at = top.labels[AT]
     return base_of(snapshotter, top) if at == BASE_ID else snapshotter.record(node_name(at))
-
-
-def check_unused(snapshotter: RecordedSnapshotter, top: Record, name: str) -> None:
-    """Raise AlreadyExists if a workspace has a checkpoint of this name."""
-    try:
-        record = find(snapshotter, top, name)
-    except errors.NotFound:
-        return
-    workspace = workspace_of(top.name)
-    raise errors.AlreadyExists(
-        f"workspace {shown(workspace)} has a checkpoint {shown(name)} already",
-        key=name,
-        hint=f"choose another name, or forget that one: onlap ws forget {shown(workspace)} {shown(name)}"
-        if node_id(record) != BASE_ID
-        else "choose another name",
-    )
-
-
-def give_name(snapshotter: RecordedSnapshotter, top: Record, record: Record, name: str) -> Record:
-    """Give a checkpoint a name in a workspace; its snapshot as it is then.
-
-    Raises:
-        AlreadyExists: another checkpoint of the workspace has the name.
-    """
-    if node_id(record) == BASE_ID:
-        key, label, value = top.name, base_name_label(name), "yes"
-        given = label in top.labels
-    else:
-        key, label, value = record.name, name_label(name), top.labels[LINE]
-        given = name in names_in(record.labels, top.labels)
-    if given:
-        return record
-    check_unused(snapshotter, top, name)
-    snapshotter.label(key, {label: value})
-    cancellation.made(partial(_take_label, snapshotter, key, label))
-    return record if key == top.name else snapshotter.record(key)
-
-
-def _take_label(snapshotter: RecordedSnapshotter, key: str, label: str) -> None:
-    with contextlib.suppress(errors.NotFound):
-        snapshotter.label(key, {label: None})
 
 
 def describe(record: Record, top: Record) -> Checkpoint:
@@ -245,7 +169,8 @@ def forget(snapshotter: RecordedSnapshotter, records: Iterable[Record], *, every
             changed.append(record.id)
         return changed, stay
 
-    changed, stay = catalog.database.write(operation)
+    # It is how space is freed, so it has to work on a full disk.
+    changed, stay = catalog.garbage.with_space(lambda: catalog.database.write(operation))
     for identifier in changed:
         catalog.sidecars.changed(identifier)
     collect(snapshotter)
