@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from onlap import errors
@@ -111,25 +112,34 @@ class Workspaces(Mapping[str, Workspace]):
             if name in self:
                 raise already_exists(name)
         limited = limits.checked(self._site.snapshotter, max_bytes, max_inodes)
-        base, made_from = self._base(source, exclude, live, progress)
-        labels = {BASE: str(base.id), AT: BASE_ID, SOURCE: str(made_from)}
-        if limited is not None:
-            labels[LIMITS] = limited.label
+        make = partial(self._make, lambda: self._base(source, exclude, live, progress))
+        more = {LIMITS: limited.label} if limited is not None else {}
         if name is not None:
-            return self._start(name, base, labels)
+            return make(name, more)
         run = begin(self._site.snapshotter.catalog)
         try:
-            return self._start(f"unnamed-{run.id}", base, {**labels, **run.labels}, run)
+            return make(f"unnamed-{run.id}", {**more, **run.labels}, run)
         except BaseException:
             run.close()
             raise
 
-    def _start(self, name: str, base: Record, labels: Mapping[str, str], run: Run | None = None) -> Workspace:
-        try:
-            chains.start(self._site.snapshotter, [top_key(name)], base, [{**labels, **first_labels(name)}])
-        except errors.AlreadyExists as error:
-            raise already_exists(name) from error
-        return Workspace(self._site, name, run)
+    def _make(
+        self, take: Callable[[], tuple[Record, Source]], name: str, more: Mapping[str, str], run: Run | None = None
+    ) -> Workspace:
+        snapshotter = self._site.snapshotter
+        while True:
+            base, made_from = take()
+            labels = {BASE: str(base.id), AT: BASE_ID, SOURCE: str(made_from), **more, **first_labels(name)}
+            try:
+                chains.start(snapshotter, [top_key(name)], base, [labels])
+            except errors.AlreadyExists as error:
+                raise already_exists(name) from error
+            except errors.NotFound:
+                # Until something stands on it, it is what another process's cleanup removes.
+                if snapshotter.catalog.by_id(base.id) is not None:
+                    raise
+            else:
+                return Workspace(self._site, name, run)
 
     def _base(
         self, source: str | Path, exclude: Collection[str], live: bool, progress: Callback | None
