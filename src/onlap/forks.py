@@ -11,24 +11,19 @@ from typing import ParamSpec, Protocol
 P = ParamSpec("P")
 
 
-class Closeable(Protocol):
-    """A file or a socket."""
-
-    def close(self) -> None:
-        """Close it; idempotent."""
-
-
-# A different one in each process: a pid is not enough, since a child may start a PID namespace, and be 1 there as well.
-_here = object()
-# Descriptors to close in children, and what has some.
-_to_close: set[int] = set()
-_things: weakref.WeakSet[Closeable] = weakref.WeakSet()
+class _Closeable(Protocol):
+    def close(self) -> None: ...
 
 
 class _Restarted(Protocol):
     def after_fork(self) -> None: ...
 
 
+# A different one in each process: a pid is not enough, since a child may start a PID namespace, and be 1 there as well.
+_here = object()
+# Descriptors to close in children, and what has some.
+_to_close: set[int] = set()
+_things: weakref.WeakSet[_Closeable] = weakref.WeakSet()
 _to_restart: weakref.WeakSet[_Restarted] = weakref.WeakSet()
 
 
@@ -61,13 +56,13 @@ def closed_in_children(fd: int) -> Callable[[], None]:
     return unless_forked(close)
 
 
-def close_in_children(thing: Closeable) -> None:
-    """Have something closed in forked children; in this process it closes when it is not referenced any more."""
+def close_in_children(thing: _Closeable) -> None:
+    """Have a file or socket closed in forked children; in this process it closes when it is not referenced any more."""
     _things.add(thing)
 
 
 def restarted_in_children(thing: _Restarted) -> None:
-    """Call ``after_fork`` of a thing that has a thread, in each forked child: the thread stays with the parent."""
+    """Call ``after_fork`` of a thing in each forked child: its thread, or its child process, stays with the parent."""
     _to_restart.add(thing)
 
 

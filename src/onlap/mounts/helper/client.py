@@ -359,10 +359,10 @@ class Client:
 
     def __init__(self) -> None:
         self._closed = False
-        self.reset()
-        _all.add(self)
+        self.after_fork()
+        forks.restarted_in_children(self)
 
-    def reset(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: forget the parent's helper."""
         self._process: _Process | None = None
         self._starting = allocate_lock()
@@ -562,14 +562,3 @@ def _umask() -> int:
     from onlap.mounts.namespaces import status
 
     return int(status(os.getpid()).get("Umask", "022"), 8)
-
-
-_all: weakref.WeakSet[Client] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for client in list(_all):
-        client.reset()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
