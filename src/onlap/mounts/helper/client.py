@@ -227,9 +227,8 @@ class Program:
             if kind == "ended":
                 self.ended = Ended(*fields)
         finally:
-            for _, _, content in found[0][1] if found else ():
-                for at in range(0, len(content) - 3, 4):
-                    os.close(int.from_bytes(content[at : at + 4], sys.byteorder))
+            for fd in _descriptors(found):
+                os.close(fd)
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the process; nothing if it has ended."""
@@ -347,6 +346,11 @@ def _read(helper: _Process, answers: socket.socket, found: list[Any] | None = No
     return answer
 
 
+def _descriptors(found: list[Any]) -> list[int]:
+    """The descriptors that came with an answer; see :func:`_read`."""
+    return [fd for *_, content in (found[0][1] if found else ()) for fd in memoryview(content).cast("i")]
+
+
 class _Gone(errors.Unavailable):
     """The helper has ended before it answered."""
 
@@ -409,13 +413,14 @@ class Client:
             with answers:
                 answers.settimeout(_TIMEOUT)
                 _read(helper, answers, found)
-                fd = int.from_bytes(found[0][1][0][2], sys.byteorder)
+                (fd,) = _descriptors(found)
                 answers.recv(1)  # the end: the helper has closed its own descriptor, which would keep the mount busy
                 kept = True
                 return fd
         finally:
-            if not kept and found and found[0][1]:
-                os.close(int.from_bytes(found[0][1][0][2], sys.byteorder))
+            if not kept:
+                for fd in _descriptors(found):
+                    os.close(fd)
 
     def start(
         self,

@@ -85,14 +85,6 @@ class Program:
         self.status: int | None = None
         self.killed = False
 
-    def answer(self, *message: Any, fds: Sequence[int] = ()) -> None:
-        """Tell the caller, if it is still there, and give it descriptors."""
-        try:
-            rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
-            self.answers.sendmsg([marshal.dumps(message)], [(SOL_SOCKET, SCM_RIGHTS, rights)] if rights else [])
-        except OSError:
-            return
-
     def kill(self) -> None:
         """End it and its process group, and later what it leaves behind."""
         self.killed = True
@@ -100,6 +92,15 @@ class Program:
             _kill(self.pid)
             if self.grouped:
                 _kill(-self.pid)
+
+
+def _answer(answers: socket, *message: Any, fds: Sequence[int] = ()) -> None:
+    """Tell a caller, if it is still there, and give it descriptors."""
+    try:
+        rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+        answers.sendmsg([marshal.dumps(message)], [(SOL_SOCKET, SCM_RIGHTS, rights)] if rights else [])
+    except OSError:
+        return
 
 
 def _kill(pid: int, number: int = signal.SIGKILL) -> None:
@@ -180,12 +181,7 @@ class Server:
 
     def _take(self) -> None:
         data, ancillary, _, _ = self._control.recvmsg(64, CMSG_SPACE(4 * _MAX_FDS), MSG_CMSG_CLOEXEC)
-        fds = [
-            int.from_bytes(content[at : at + 4], sys.byteorder)
-            for level, kind, content in ancillary
-            if (level, kind) == (SOL_SOCKET, SCM_RIGHTS)
-            for at in range(0, len(content) - 3, 4)
-        ]
+        fds = [fd for *_, content in ancillary for fd in memoryview(content).cast("i")]
         if not data:
             self._end()
             return
@@ -211,16 +207,16 @@ class Server:
     def _mount(self, task: Mapping[str, Any], answers: socket) -> None:
         if self._refusal is not None:
             raise self._refusal
-        fd = kernel.detached(as_plan(task["plan"]))
+        fd = kernel.detached(Mount(*task["plan"]))
         try:
-            answers.sendmsg([marshal.dumps(("mounted",))], [(SOL_SOCKET, SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))])
+            _answer(answers, "mounted", fds=[fd])
         finally:
             os.close(fd)
             answers.close()
 
     def _start(self, task: dict[str, Any], answers: socket, fds: list[int]) -> None:
         given = dict(zip(task["fds"], fds, strict=True))
-        plan = [as_plan(mount) for mount in task["mounts"]]
+        plan = [Mount(*mount) for mount in task["mounts"]]
         if self._refusal is not None and (task["chroot"] or len(plan) != 1 or not plan[0].needs_no_mount):
             raise self._refusal
         key: int | None = task["tree"]
@@ -228,7 +224,7 @@ class Server:
         if key is not None:
             joined = self._join(key, plan[0], given.get("lock", -1))
             if joined is None:
-                answers.send(marshal.dumps(("absent",)))
+                _answer(answers, "absent")
                 answers.close()
                 return
             mount = joined
@@ -364,9 +360,9 @@ class Server:
         program.namespace = name.decode()
         self._left_in.discard(program.namespace)  # the kernel uses the numbers again
         if failure:
-            program.answer(*marshal.loads(failure))
+            _answer(program.answers, *marshal.loads(failure))
         else:
-            program.answer("started", program.pid, program.namespace)
+            _answer(program.answers, "started", program.pid, program.namespace)
         self._settle(program)
 
     def _reap(self) -> None:
@@ -399,7 +395,7 @@ class Server:
             self._left_in.add(program.namespace)
         del self._programs[program.pid]
         fds = self._leave(program.tree) if program.tree is not None else []
-        program.answer("ended", program.status, left[:_SHOWN], fds=fds)
+        _answer(program.answers, "ended", program.status, left[:_SHOWN], fds=fds)
         _close(fds)
         fd = program.answers.fileno()
         if self._by_fd.pop(fd, None) is not None:
@@ -451,11 +447,8 @@ def _drain(fd: int) -> None:
 
 
 def _fail(answers: socket, error: errors.OnlapError) -> None:
-    message = marshal.dumps(entering.failure(error))
     try:
-        answers.send(message)
-    except OSError:
-        return  # the caller has gone
+        _answer(answers, *entering.failure(error))
     finally:
         answers.close()
 
@@ -467,11 +460,6 @@ def _raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError):
         return  # a seccomp filter, or a hard limit above fs.nr_open
-
-
-def as_plan(fields: tuple[Any, ...]) -> Mount:
-    """A mount that was sent as a plain tuple."""
-    return Mount._make(fields)
 
 
 if __name__ == "__main__":
