@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from onlap import errors
 from onlap.errors import shown
 from onlap.mounts import idmap, mountinfo
-from onlap.mounts.plan import Mount
+from onlap.mounts.plan import BIND_FLAGS, Mount, is_bind
 from onlap.overlayfs import options
 from onlap.syscalls import mount as calls
 
@@ -33,7 +33,6 @@ _FLAGS: dict[str, tuple[int, int]] = {
     "relatime": (calls.MS_RELATIME, 0),
     "strictatime": (calls.MS_STRICTATIME, calls.MOUNT_ATTR_STRICTATIME),
 }
-_BIND = ("bind", "rbind")
 
 # How this kernel takes the layers of an overlay: found by trial on first use; tests set it.
 LAYERS_BY_FD = "fd"  # 6.13
@@ -94,7 +93,7 @@ def attach(plan: Mount, target: str) -> None:
             _mount_by_string(plan, target)
         elif plan.type == "overlay":
             _move(_overlay_fd(plan), target)
-        elif plan.type == "bind" or _is_bind(plan):
+        elif is_bind(plan):
             _bind(plan, target)
         else:
             flags, _, data = _split_flags(plan.flags)
@@ -127,20 +126,20 @@ def detached(plan: Mount) -> int:
                     hint="they need Linux 6.8; give a mount point",
                 )
             return _overlay_fd(plan)
-        if plan.type == "bind" or _is_bind(plan):
+        if is_bind(plan):
             return _bind_fd(plan)
         return _plain_fd(plan)
 
 
 def _check(plan: Mount) -> None:
     maps = idmap.mapping(plan.flags)
-    if plan.type == "bind" or _is_bind(plan):
+    if is_bind(plan):
         # The kernel ignores unknown options of a bind, as "rro" or "nosymfollow", and mounts without them.
         unknown = _split_flags(plan.flags)[2]
         if unknown:
             raise errors.InvalidArgument(
                 f"a bind of {shown(plan.source)} cannot have the option {shown(unknown[0])}",
-                hint=f"it takes {', '.join((*_FLAGS, *_BIND))}",
+                hint=f"it takes {', '.join((*_FLAGS, *BIND_FLAGS))}",
             )
     elif plan.type != "overlay" and maps is not None:
         raise errors.InvalidArgument(
@@ -304,10 +303,6 @@ def _in_directory(directory: str, action: Callable[[], None]) -> None:
 # Bind and others
 
 
-def _is_bind(plan: Mount) -> bool:
-    return any(flag in _BIND for flag in plan.flags)
-
-
 def _bind(plan: Mount, target: str) -> None:
     try:
         fd = _bind_fd(plan)
@@ -391,6 +386,6 @@ def _split_flags(flags: tuple[str, ...]) -> tuple[int, int, list[str]]:
         if flag in _FLAGS:
             for_mount |= _FLAGS[flag][0]
             attributes |= _FLAGS[flag][1]
-        elif flag not in _BIND and not flag.startswith((idmap.UID_OPTION, idmap.GID_OPTION)):
+        elif flag not in BIND_FLAGS and not flag.startswith((idmap.UID_OPTION, idmap.GID_OPTION)):
             rest.append(flag)
     return for_mount, attributes, rest

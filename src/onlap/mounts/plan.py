@@ -58,6 +58,15 @@ class Mount(NamedTuple):
         return self.type == "bind" and not self.readonly and not self.target
 
 
+# Options of mount(8) that make any mount a bind.
+BIND_FLAGS = ("bind", "rbind")
+
+
+def is_bind(mount: Mount) -> bool:
+    """Whether it shows its source, a directory, and not a filesystem of its own."""
+    return mount.type == "bind" or any(flag in BIND_FLAGS for flag in mount.flags)
+
+
 def _escaped(path: str) -> str:
     return os.fsdecode(options.escape(os.fsencode(path)))
 

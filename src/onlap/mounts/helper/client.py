@@ -21,14 +21,13 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import weakref
 from _thread import allocate_lock
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from onlap import errors, forks
-from onlap.mounts.plan import Mount
+from onlap.mounts.plan import Mount, is_bind
 
 # Seconds. Generous for a loaded machine.
 _TIMEOUT = 30.0
@@ -541,19 +540,14 @@ def _translated() -> Iterator[None]:
 
 def _plain(plan: Mount) -> tuple[object, ...]:
     """A plan as marshal takes it, with absolute paths: the helper's working directory is another."""
-
-    def path(given: str) -> str:
-        return os.path.abspath(given)
-
-    source = path(plan.source) if plan.type == "bind" or "bind" in plan.flags or "rbind" in plan.flags else plan.source
-    return (
-        plan.type,
-        source,
-        plan.target,
-        tuple(map(path, plan.lowers)),
-        None if plan.upper is None else path(plan.upper),
-        None if plan.work is None else path(plan.work),
-        tuple(plan.flags),
+    path = os.path.abspath
+    return tuple(
+        plan._replace(
+            source=path(plan.source) if is_bind(plan) else plan.source,
+            lowers=tuple(map(path, plan.lowers)),
+            upper=None if plan.upper is None else path(plan.upper),
+            work=None if plan.work is None else path(plan.work),
+        )
     )
 
 
