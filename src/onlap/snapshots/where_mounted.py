@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 
 from onlap.errors import shown
 from onlap.mounts import mountinfo, namespaces
@@ -40,7 +41,7 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
             if writable and entry.options.split(b",")[0] != b"rw":
                 continue
             if entry.fstype == b"overlay":
-                uses = any(_is(table, path, os.fsencode(tree), place()) for path in upperdirs(entry.super_options))
+                uses = _has_upper(entry, table, tree, place)
             else:
                 at = place()
                 uses = at is not None and entry.device == at.device and _covers(entry.root, at.path)
@@ -51,11 +52,11 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
 
 def is_upper_in(text: bytes, tree: str, but: str | None = None) -> bool:
     """Whether a mount table has an overlay with this upper layer, at another mount point than ``but``."""
-    place, table = _place(tree), mountinfo.Table(text)
+    place, table = functools.cache(lambda: _place(tree)), mountinfo.Table(text)
     return any(
         entry.fstype == b"overlay"
         and (but is None or entry.mountpoint != os.fsencode(but))
-        and any(_is(table, path, os.fsencode(tree), place) for path in upperdirs(entry.super_options))
+        and _has_upper(entry, table, tree, place)
         for entry in mountinfo.parse(text, _needle(tree))
     )
 
@@ -110,11 +111,14 @@ def _needle(tree: str) -> bytes:
     return os.fsencode("/".join(tree.split("/")[-2:]))
 
 
-def _is(table: mountinfo.Table, path: bytes, tree: bytes, place: mountinfo.Place | None) -> bool:
-    """Whether a path in a mount table is that directory; the root may be bound to another place there."""
-    if path == tree:
-        return True
-    return place is not None and table.place(path) == place
+def _has_upper(
+    entry: mountinfo.Entry, table: mountinfo.Table, tree: str, place: Callable[[], mountinfo.Place | None]
+) -> bool:
+    """Whether an overlay in a mount table has this upper layer; the root may be bound to another place there."""
+    return any(
+        path == os.fsencode(tree) or (place() is not None and table.place(path) == place())
+        for path in upperdirs(entry.super_options)
+    )
 
 
 def _covers(mounted: bytes, root: bytes) -> bool:
