@@ -51,7 +51,7 @@ def mounting(
         DataLoss: one of its layers is lost.
     """
     with contextlib.ExitStack() as stack:
-        mounts = stack.enter_context(_planned(snapshotter, record, hidden=hidden))
+        mounts = stack.enter_context(running(snapshotter, record, hidden=hidden))
         if any(mount.type == "overlay" and mount.upper is not None for mount in mounts):
             stack.enter_context(_only_overlay(snapshotter, record))
             if reading:
@@ -60,18 +60,12 @@ def mounting(
 
 
 @contextlib.contextmanager
-def running(snapshotter: RecordedSnapshotter, record: Record) -> Iterator[list[Mount]]:
-    """As :func:`mounting`, for a program in a mount namespace; :func:`claim_overlay` takes the lock of the overlay.
+def running(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True) -> Iterator[list[Mount]]:
+    """As :func:`mounting`, without the lock of the overlay, which :func:`claim_overlay` takes for several programs.
 
     Raises:
         NotFound, Busy, DataLoss: as :func:`mounting`.
     """
-    with _planned(snapshotter, record) as mounts:
-        yield mounts
-
-
-@contextlib.contextmanager
-def _planned(snapshotter: RecordedSnapshotter, record: Record, *, hidden: bool = True) -> Iterator[list[Mount]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(snapshotter, record, shared=True))
         record = _reread(snapshotter, record)

@@ -201,8 +201,12 @@ class Running:
     def __init__(self, program: Program) -> None:
         self._program = program
         self.pid = program.pid
-        # Whether something may still be in the tree.
-        self.left = True
+
+    @property
+    def left(self) -> bool:
+        """Whether something may still be in the tree."""
+        ended = self._program.ended
+        return ended is None or bool(ended.left)
 
     def fileno(self) -> int:
         """A descriptor that is readable when it has ended."""
@@ -215,10 +219,7 @@ class Running:
             Unavailable: the helper was killed, and the program with it.
         """
         ended = self._program.wait(timeout)
-        if ended is None:
-            return None
-        self.left = bool(ended.left)
-        return ended.status
+        return None if ended is None else ended.status
 
     def send_signal(self, number: int) -> None:
         """Send it a signal; nothing if it has ended."""
@@ -231,8 +232,6 @@ class Running:
     def end(self) -> None:
         """If it runs, kill it, and wait."""
         self._program.close()
-        if self._program.ended is not None:
-            self.left = bool(self._program.ended.left)
 
 
 @contextlib.contextmanager
