@@ -105,19 +105,7 @@ def test_nothing_is_left_of_a_killed_program(store: Store, root: Path, block: st
 def test_nothing_is_left_of_a_killed_enter(store: Store) -> None:
     before = mountinfo()
     with subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "onlap",
-            "--root",
-            str(store.root),
-            "enter",
-            "base",
-            "--",
-            "sh",
-            "-c",
-            "echo $$; read x",
-        ],
+        [*ONLAP, "--root", str(store.root), "enter", "base", "--", "sh", "-c", "echo $$; read x"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=ENVIRONMENT,

@@ -151,7 +151,7 @@ class Run:
 
     def keep(self, catalog: Catalog) -> bool:
         """Let the snapshots of this run outlive it; whether there are any."""
-        if self._held.fd < 0:
+        if not self.is_ours:
             return False
         try:
             return _unlabel(catalog, self.id) > 0

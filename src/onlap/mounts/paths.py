@@ -70,8 +70,6 @@ def _link(path: str, *, strict: bool) -> str | None:
     try:
         return os.readlink(path)
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return None
-        if strict:
+        if strict and error.errno != errno.EINVAL:
             raise
         return None
