@@ -1,4 +1,4 @@
-"""A tree with programs of this machine, for containers."""
+"""A tree with programs of this machine, for containers and chroots."""
 
 from __future__ import annotations
 

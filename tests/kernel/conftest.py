@@ -29,6 +29,19 @@ def ordinary() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.needs("userns", "ordinary_user"))])
+def who(request: pytest.FixtureRequest) -> bool:
+    """Whether to be an ordinary user: the test runs as that, and as whoever runs the tests."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def place(who: bool, root: Path, request: pytest.FixtureRequest) -> Path:
+    """A directory of the user that `who` says."""
+    found: Path = request.getfixturevalue("ordinary") if who else root
+    return found
+
+
 @pytest.fixture
 def layers(root: Path) -> Layers:
     """A stack that is made by writing through mounts."""

@@ -1,4 +1,4 @@
-"""What the tests that mount share: kernels that are older than this one, and children without privilege."""
+"""What the tests that mount share: kernels that are older than this one, and programs of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import onlap
+import peers.programs
 
 SOURCE = str(Path(onlap.__file__ or "").parent.parent)
 NOBODY = 65534
@@ -47,6 +48,30 @@ OPENAT2 = 437
 MOUNT_SETATTR = 442
 # Before Linux 5.2: nothing from open_tree to fspick, and no mount_setattr.
 OLD_KERNEL = without(*range(428, 434), MOUNT_SETATTR)
+
+
+# The beginning of a program with a store in the directory that it gets, and a tree beside it. A test has one
+# because a user cannot be changed back, and a helper belongs to a process.
+PRELUDE = f"""
+import os, pathlib, subprocess, sys, threading
+sys.path.append({str(Path(peers.programs.__file__).parent.parent)!r})
+import onlap
+from peers.programs import make_tree
+root = sys.argv[1]
+os.environ["HOME"] = root
+os.environ["PATH"] = os.defpath
+source = pathlib.Path(root, "source")
+if not source.exists():
+    (source / "d").mkdir(parents=True)
+    (source / "f").write_text("content")
+store = onlap.open(root + "/store", snapshotter="overlay", sync="none")
+def raises(kind, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except kind as error:
+        return error
+    raise AssertionError("nothing was raised")
+"""
 
 
 def mountinfo() -> bytes:
