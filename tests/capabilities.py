@@ -4,8 +4,8 @@ Root in a container may not mount; an ordinary user in a namespace of his own ma
 tried: this file runs as a program in a child process, where a trial can enter namespaces and mount, and all
 of that goes away with the child. It imports nothing of Onlap: a defect there must not turn tests into skips.
 
-Names: `mount`, `overlay`, `userns`, `ordinary_user`, `loop`, `fuse`, `ext4`, `xfs`, `btrfs`, `peer:PROGRAM`,
-`gopkg:IMPORT_PATH`.
+Names: `mount`, `overlay`, `userns`, `ordinary_user`, `cgroup2`, `loop`, `fuse`, `ext4`, `xfs`, `btrfs`,
+`peer:PROGRAM`, `gopkg:IMPORT_PATH`.
 """
 
 from __future__ import annotations

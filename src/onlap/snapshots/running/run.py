@@ -133,7 +133,6 @@ def run(
     check_text(key, "key")
     command = checked_command(argv)
     check_options(env, timeout, input)
-    environment = dict(os.environ if env is None else env)
     with contextlib.ExitStack() as stack:
         streams = Streams(stack, capture=capture, input=input)
         starting = _started(
@@ -141,7 +140,7 @@ def run(
             key,
             command,
             cwd=_checked_cwd(cwd, chroot),
-            env={**environment, "ONLAP_KEY": key},
+            env={**(os.environ if env is None else env), "ONLAP_KEY": key},
             stdio=streams.theirs if foreground is None else foreground.stdio,
             chroot=chroot,
             terminal=foreground is not None,
