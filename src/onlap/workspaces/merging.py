@@ -64,5 +64,6 @@ def planning(site: Site, top: Record, state: Record, target: str) -> Iterator[Ca
         for identifier in top.labels.get(MERGED, "").split():
             with contextlib.suppress(errors.NotFound):  # it was forgotten
                 earlier = Pair(naming.find(snapshotter, top, identifier), state)
-                merged.append(stack.enter_context(snapshotter.comparing(earlier, "merge"))[0])
+                layers, _, edited = stack.enter_context(snapshotter.comparing(earlier, "merge"))
+                merged.append((layers, edited))
         yield lambda select: plan(before, after, snapshotter.markers, target, select=select, since=since, merged=merged)
