@@ -227,7 +227,7 @@ async def state(store: aio.Store) -> dict[str, Any]:
 
 
 async def build(store: aio.Store, name: str) -> None:
-    async with store.build(name, "base") as tree:
+    async with store.build(parent="base", name=name) as tree:
         (tree / "file").write_text("text")
 
 
@@ -246,7 +246,7 @@ ACTS: dict[str, Act] = {
     "fork at": lambda _, ws: ws.fork("other", at="base"),
     "forks": lambda _, ws: ws.forks(3),
     "import": lambda store, _: store.import_(store.root.parent / "repo", "new", parent="base"),
-    "capture": lambda store, _: store.capture(store.root.parent / "repo", name="new"),
+    "capture": lambda store, _: store.capture(directory=store.root.parent / "repo", name="new"),
     "prepare": lambda store, _: store.prepare(key="new"),
     "view": lambda store, _: store.view("new", "base"),
     "squash": lambda store, _: store.squash("base", "new"),

@@ -12,8 +12,8 @@
 
 What is a method there is awaited here, and so is a property that reads the catalog (``await workspace.at``). A context
 manager becomes ``async with``, an iterator ``async for``. Arguments, results and errors are the same. Calls are made in
-threads of the store, at most 16 at a time, so that the event loop never waits for the disk. A callback for progress is
-called in the event loop.
+threads of the store, at most 16 at a time, and commands each in one of its own, so that the event loop never waits for
+the disk. A callback for progress is called in the event loop.
 
 **Cancellation.** A thread cannot be stopped. When a task is canceled, the call ends early if it can (one that reports
 progress, an iterator; a command is killed with all that runs in its tree), and its end is awaited. What it made is

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
@@ -26,6 +27,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 P = ParamSpec("P")
+
+# Undoes a call: gets the object, what the method returned, and the arguments by their names.
+Undo = Callable[[Any, Any, Mapping[str, Any]], object]
 
 # Seconds after which the steps that a thread has made are handed over, and how many at most.
 _BATCH_TIME = 0.01
@@ -61,7 +65,7 @@ class Mirror(Generic[S]):
 def call(
     method: Callable[Concatenate[S, P], T],
     *,
-    undo: Callable[..., object] | None = None,
+    undo: Undo | None = None,
     exclusive: bool = False,
     own_thread: bool = False,
 ) -> Method[P, Coroutine[Any, Any, T]]:
@@ -69,7 +73,7 @@ def call(
 
     Args:
         method: the method.
-        undo: called with the object, what the method returned, and the arguments, if the task was canceled meanwhile.
+        undo: called if the task was canceled meanwhile.
         exclusive: wait for other such calls for the same workspace.
         own_thread: make the call in a thread of its own, since it may take long; what it has made stays.
     """
@@ -80,7 +84,7 @@ def wrapping(
     make: Callable[[Threads, T], R],
     method: Callable[Concatenate[S, P], T],
     *,
-    undo: Callable[..., object] | None = None,
+    undo: Undo | None = None,
     exclusive: bool = False,
     own_thread: bool = False,
 ) -> Method[P, Coroutine[Any, Any, R]]:
@@ -98,7 +102,7 @@ def wrapping(
     async def mirrored(self: Mirror[S], *arguments: P.args, **named: P.kwargs) -> R:
         progress = _report_in_loop(named)
         bound = partial(method, self.sync, *arguments, **named)
-        undone = None if undo is None else lambda made: undo(self.sync, made, *arguments, **named)
+        undone = None if undo is None else _undoing(undo, method, self.sync, arguments, named)
         async with self._exclusive() if exclusive else contextlib.nullcontext():
             made = await self._threads.call(bound, undo=undone, own_thread=own_thread)
         if progress is not None and progress.error is not None:
@@ -130,13 +134,13 @@ class Attribute(Generic[S, T]):
 
 
 def block(
-    method: Callable[Concatenate[S, P], AbstractContextManager[T]], *, undo: Callable[..., object] | None = None
+    method: Callable[Concatenate[S, P], AbstractContextManager[T]], *, undo: Undo | None = None
 ) -> Method[P, AbstractAsyncContextManager[T]]:
     """Mirror a context manager.
 
     Args:
         method: returns it.
-        undo: called with the object, None and the arguments, if the task was canceled at the end of the block.
+        undo: called if the task was canceled at the end of the block.
     """
 
     @functools.wraps(method)
@@ -156,10 +160,17 @@ def block(
             if not await threads.call(leave, shielded=True):
                 raise
         else:
-            undone = None if undo is None else lambda _: undo(self.sync, None, *arguments, **named)
+            undone = None if undo is None else _undoing(undo, method, self.sync, arguments, named)
             await threads.call(partial(manager.__exit__, None, None, None), undo=undone, shielded=True)
 
     return cast("Method[P, AbstractAsyncContextManager[T]]", mirrored)
+
+
+def _undoing(
+    undo: Undo, method: Callable[..., object], sync: object, arguments: tuple[object, ...], named: Mapping[str, object]
+) -> Callable[[object], object]:
+    """Undoes one call, when it gets what that returned."""
+    return lambda made: undo(sync, made, inspect.signature(method).bind(sync, *arguments, **named).arguments)
 
 
 def _abandon(manager: AbstractContextManager[object]) -> None:

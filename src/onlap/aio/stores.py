@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from onlap import errors
-from onlap.aio.mirror import Mirror, attribute, block, call, steps, wrapping
+from onlap.aio.mirror import Mirror, Undo, attribute, block, call, steps, wrapping
 from onlap.aio.threads import Threads
 from onlap.store import Store as SyncStore
 from onlap.store import open as open_store
@@ -26,16 +26,15 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# What is undone, by the arguments that named it. It may be gone by then, and it may be in use by then.
 
+def _removing(argument: str) -> Undo:
+    """Undoes what made the snapshot that an argument names; it may be gone by then."""
 
-def _remove_key(store: SyncStore, _made: object, key: str, *_: object, **__: object) -> None:
-    with contextlib.suppress(errors.NotFound):
-        store.remove(key)
+    def remove(store: SyncStore, _made: object, arguments: Mapping[str, str]) -> None:
+        with contextlib.suppress(errors.NotFound):
+            store.remove(arguments[argument])
 
-
-def _remove_second(store: SyncStore, _made: object, _source: object, name: str, **_: object) -> None:
-    _remove_key(store, None, name)
+    return remove
 
 
 class Workspace(Mirror[workspace.Workspace]):
@@ -88,7 +87,7 @@ class Workspaces(Mirror[workspaces.Workspaces]):
     create = wrapping(
         lambda threads, made: Workspace(made, threads),
         workspaces.Workspaces.create,
-        undo=lambda _workspaces, made, *_, **__: made.__exit__(None, None, None),
+        undo=lambda _workspaces, made, _arguments: made.__exit__(None, None, None),
     )
     remove = call(workspaces.Workspaces.remove)
     collect = call(workspaces.Workspaces.collect)
@@ -131,8 +130,8 @@ class Store(Mirror[SyncStore]):
     update = call(SyncStore.update)
     usage = call(SyncStore.usage)
     mounts = call(SyncStore.mounts)
-    prepare = call(SyncStore.prepare, undo=_remove_key)
-    view = call(SyncStore.view, undo=_remove_key)
+    prepare = call(SyncStore.prepare, undo=_removing("key"))
+    view = call(SyncStore.view, undo=_removing("key"))
     commit = call(SyncStore.commit)
     remove = call(SyncStore.remove)
     walk = steps(SyncStore.walk)
@@ -142,16 +141,16 @@ class Store(Mirror[SyncStore]):
     label = call(SyncStore.label)
     mounted = block(SyncStore.mounted)
     scratch = block(SyncStore.scratch)
-    build = block(SyncStore.build, undo=_remove_key)
+    build = block(SyncStore.build, undo=_removing("name"))
     run = call(SyncStore.run, own_thread=True)
-    import_ = call(SyncStore.import_, undo=_remove_second)
-    capture = call(SyncStore.capture, undo=_remove_second)
+    import_ = call(SyncStore.import_, undo=_removing("name"))
+    capture = call(SyncStore.capture, undo=_removing("name"))
     export = call(SyncStore.export)
     apply = call(SyncStore.apply)
     write_diff = call(SyncStore.write_diff)
     check = call(SyncStore.check)
     backup = call(SyncStore.backup)
-    squash = call(SyncStore.squash, undo=_remove_second)
+    squash = call(SyncStore.squash, undo=_removing("name"))
 
     async def close(self) -> None:
         """Release all resources; idempotent."""
