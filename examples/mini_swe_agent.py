@@ -34,7 +34,7 @@ class WorkspaceEnvironmentConfig(BaseModel):
 
     Attributes:
         cwd: where commands begin, relative to the top of the tree.
-        env: added to the environment of this process.
+        env: added to the environment of this process; for a container, to that of its image.
         timeout: seconds for a command.
         isolation: as of :meth:`onlap.Workspace.run`; by default what suits the workspace's source. "none" keeps a
             mistake out of the directory, not an attack out of the machine.
@@ -61,7 +61,7 @@ class WorkspaceEnvironment:
                 ["sh", "-c", f"exec 2>&1\n{command}"],
                 isolation=self.config.isolation,  # type: ignore[arg-type] # onlap checks it
                 cwd=cwd or self.config.cwd,
-                env={**os.environ, **self.config.env},
+                env=self._environment(),
                 timeout=self.config.timeout,
                 capture=True,
             )
@@ -103,6 +103,11 @@ class WorkspaceEnvironment:
         return {
             "info": {"config": {"environment": environment, "environment_type": f"{kind.__module__}.{kind.__name__}"}}
         }
+
+    def _environment(self) -> dict[str, str]:
+        by_default = "runtime" if self.workspace.source.kind == "image" else "none"
+        in_container = (self.config.isolation or by_default) == "runtime"
+        return self.config.env if in_container else {**os.environ, **self.config.env}
 
     def _check_submitted(self, output: str, status: int) -> None:
         lines = output.lstrip().splitlines(keepends=True)

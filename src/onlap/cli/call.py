@@ -104,6 +104,15 @@ class Call:
                 status = status or exits.BY_KIND[error.kind]
         return status
 
+    def remove_each(self, names: Iterable[str], remove: Callable[[str], object]) -> int:
+        """Run ``remove`` for each name as :meth:`each` does, and say which are removed."""
+
+        def removed(name: str) -> None:
+            remove(name)
+            self.out.show({"removed": name})
+
+        return self.each(names, removed)
+
 
 def default_root() -> str:
     """The root when neither an option nor the environment names one.

@@ -126,12 +126,7 @@ def rm_arguments(parser: Parser) -> None:
 
 def rm(call: Call) -> int:
     with call.store(sweep=True) as store:
-
-        def remove(key: str) -> None:
-            store.remove(key, force=call.args.force)
-            call.out.show({"removed": key})
-
-        return call.each(call.args.keys, remove)
+        return call.remove_each(call.args.keys, lambda key: store.remove(key, force=call.args.force))
 
 
 def label_arguments(parser: Parser) -> None:

@@ -155,10 +155,4 @@ def rm_arguments(parser: Parser) -> None:
 
 def rm(call: Call) -> int:
     with call.store(sweep=True) as store:
-        images = images_of(store)
-
-        def remove(name: str) -> None:
-            images.remove(name)
-            call.out.show({"removed": name})
-
-        return call.each(call.args.names, remove)
+        return call.remove_each(call.args.names, images_of(store).remove)

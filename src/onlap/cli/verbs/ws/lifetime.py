@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 def new_arguments(parser: Parser) -> None:
     parser.explain(
-        "Make the workspace NAME: a writable tree that can be checkpointed, rolled back, forked and merged back. A\n"
-        "SOURCE with a / in it, or . or .., is a directory; it is captured as it is at one moment, and the next\n"
-        "workspace of it copies only what has changed. Any other SOURCE is the name of a committed snapshot or of\n"
-        "an image. The root is made if it does not exist.",
+        "Make the workspace NAME: a writable tree that can be checkpointed, rolled back, forked and merged back.\n"
+        "SOURCE is the name of a committed snapshot or of an image; or a directory, if it is . or .., begins with /,\n"
+        "./ or ../, or has a / in it and is no such name. A directory is captured as it is at one moment, and the\n"
+        "next workspace of it copies only what has changed. The root is made if it does not exist.",
         "onlap ws new fix-42 ./repo --exclude '*.o'",
         "onlap ws new trial debian:13",
     )
@@ -132,9 +132,4 @@ def rm_arguments(parser: Parser) -> None:
 
 def rm(call: Call) -> int:
     with call.store(sweep=True) as store:
-
-        def remove(name: str) -> None:
-            store.workspaces.remove(name)
-            call.out.show({"removed": name})
-
-        return call.each(call.args.names, remove)
+        return call.remove_each(call.args.names, store.workspaces.remove)
