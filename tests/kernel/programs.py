@@ -72,6 +72,22 @@ steps = st.lists(
 )
 
 
+def beginning() -> Tree:
+    """A tree for programs to begin with."""
+    return (
+        Tree()
+        .directory("d", mtime_ns=START)
+        .directory("d/e", mtime_ns=START)
+        .file("d/e/x", b"1", mtime_ns=START + 1)
+        .file("d/x", b"2", mtime_ns=START + 2, xattrs={"user.x": b"1"})
+        .file("x", b"3", mtime_ns=START + 3)
+        .file("caf\udce9", b"4", mtime_ns=START + 4)
+        .directory("f", mtime_ns=START)
+        .symlink("s", "d", mtime_ns=START)
+        .times(".", START)
+    )
+
+
 @functools.cache
 def directory() -> str:
     """Memory, where it takes overlays and user xattrs (Linux 6.6): thousands of commits would wait for a disk."""

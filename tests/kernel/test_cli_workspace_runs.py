@@ -70,6 +70,21 @@ def reported(onlap: Command, *arguments: str) -> str:
     return done.stderr
 
 
+def begun(onlap: Command, *arguments: str) -> subprocess.Popen[bytes]:
+    """The command, whose program has said ``up``."""
+    process = subprocess.Popen(
+        onlap.line(*arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=onlap.directory,
+        env=onlap.environment(),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    return process
+
+
 # ws run, ws shell
 
 
@@ -162,15 +177,7 @@ def test_a_timeout_kills_everything_it_started(made: Command) -> None:
 
 def test_a_second_command_at_the_same_time_is_refused_or_runs(made: Command) -> None:
     """Nothing that the first one writes is lost, whatever the second does."""
-    first = subprocess.Popen(
-        made.line("ws", "run", "w", "sh", "-c", "echo up; read line; echo $line > first"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=made.directory,
-        env=made.environment(),
-    )
-    assert first.stdout is not None
-    assert first.stdout.readline() == b"up\n"
+    first = begun(made, "ws", "run", "w", "sh", "-c", "echo up; read line; echo $line > first")
     second = made.run("ws", "rollback", "w")
     assert second.returncode == 5
     assert "held by pid" in second.stderr or "mounted" in second.stderr
@@ -180,16 +187,7 @@ def test_a_second_command_at_the_same_time_is_refused_or_runs(made: Command) -> 
 
 
 def test_a_signal_reaches_the_command(made: Command) -> None:
-    process = subprocess.Popen(
-        made.line("ws", "run", "w", "--", "sh", "-c", "trap 'echo got > got; exit 9' TERM; echo up; read line"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=made.directory,
-        env=made.environment(),
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"up\n"
+    process = begun(made, "ws", "run", "w", "--", "sh", "-c", "trap 'echo got > got; exit 9' TERM; echo up; read line")
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     said = process.stderr.read()
@@ -277,14 +275,7 @@ def test_what_cannot_be_applied_is_not_lost(onlap: Command) -> None:
 
 
 def test_try_that_is_killed_leaves_nothing(onlap: Command) -> None:
-    process = subprocess.Popen(
-        onlap.line("try", "--", "sh", "-c", "touch new; echo up; exec sleep 100"),
-        stdout=subprocess.PIPE,
-        cwd=onlap.directory,
-        env=onlap.environment(),
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"up\n"
+    process = begun(onlap, "try", "--", "sh", "-c", "touch new; echo up; exec sleep 100")
     process.kill()
     process.communicate()  # until the command has ended as well
     onlap("cleanup")
@@ -331,17 +322,15 @@ def test_try_asks_on_a_terminal(onlap: Command, answers: list[bytes], applied: b
 
 def test_try_without_standard_error(onlap: Command) -> None:
     """What is said there is not for standard output, and nothing is asked."""
-    line = [os.fspath(word) for word in onlap.line("try", "touch", "new")]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(onlap.directory)
-        os.close(2)
-        os.execve(line[0], line, onlap.environment())
-    _, status = os.waitpid(pid, 0)
+    # Held open here as well: after its last user a terminal gives EIO instead of what it has yet to echo.
+    terminal, theirs = pty.openpty()
+    line = ["sh", "-c", 'exec "$0" "$@" 2>&-', *onlap.line("try", "touch", "new")]
+    done = subprocess.run(line, stdin=theirs, stdout=theirs, cwd=onlap.directory, env=onlap.environment(), timeout=50)
     os.write(terminal, b"\n")  # which the terminal echoes
     seen = os.read(terminal, 4096)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
+    os.close(theirs)
+    assert done.returncode == 0
     assert seen == b"\r\n"
 
 

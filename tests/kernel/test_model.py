@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import onlap
-from kernel.programs import START, Programs, Work, directory, numbers, steps
+from kernel.programs import Programs, Work, beginning, directory, numbers, steps
 from onlap import errors
 from onlap.overlayfs.markers import TRUSTED, USER
 from onlap.snapshots.contract import ACTIVE, COMMITTED, Info, Snapshotter
@@ -108,21 +108,9 @@ class Machine(RuleBasedStateMachine):
     def base(self) -> None:
         """Something to build on: rules alone would take long to get there."""
         self.both(lambda sn: sn.prepare("base"))
-        tree = (
-            Tree()
-            .directory("d", mtime_ns=START)
-            .directory("d/e", mtime_ns=START)
-            .file("d/e/x", b"1", mtime_ns=START + 1)
-            .file("d/x", b"2", mtime_ns=START + 2, xattrs={"user.x": b"1"})
-            .file("x", b"3", mtime_ns=START + 3)
-            .file("caf\udce9", b"4", mtime_ns=START + 4)
-            .directory("f", mtime_ns=START)
-            .symlink("s", "d", mtime_ns=START)
-            .times(".", START)
-        )
         for side in (self.overlay, self.model):
             with side.tree("base") as top:
-                tree.apply(top)
+                beginning().apply(top)
         self.both(lambda sn: sn.commit("a", "base"))
 
     # Records

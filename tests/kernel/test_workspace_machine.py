@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import onlap
-from kernel.programs import START, Programs, Work, directory, numbers, steps
+from kernel.programs import Programs, Work, beginning, directory, numbers, steps
 from onlap import errors
 from onlap.store import SnapshotterKind
-from onlap.testing import Tree, assert_same_tree, differences, read_tree
+from onlap.testing import assert_same_tree, differences, read_tree
 from onlap.testing.same import Listing, Node
 from onlap.workspaces.history import chains
 from onlap.workspaces.records import Checkpoint
@@ -168,18 +168,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def sources(self) -> None:
-        (
-            Tree()
-            .directory("d", mtime_ns=START)
-            .directory("d/e", mtime_ns=START)
-            .file("d/e/x", b"1", mtime_ns=START + 1)
-            .file("d/x", b"2", mtime_ns=START + 2, xattrs={"user.x": b"1"})
-            .file("x", b"3", mtime_ns=START + 3)
-            .file("caf\udce9", b"4", mtime_ns=START + 4)
-            .directory("f", mtime_ns=START)
-            .symlink("s", "d", mtime_ns=START)
-            .times(".", START)
-        ).apply(self.target)
+        beginning().apply(self.target)
         self.store.import_(self.target, "snapshot")
         self.snapshot = self.copy(self.target)
         self.create("one", True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import onlap
+from commandline import Command
 from onlap.store import Store
 from pure.image_makers import Faulty, Made, layer
 
@@ -38,6 +39,14 @@ def registry(made: Made) -> Iterator[Faulty]:
 def store(tmp_path: Path) -> Iterator[Store]:
     with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
         yield store
+
+
+@pytest.fixture(name="onlap")
+def native_command(tmp_path: Path) -> Command:
+    """The command, with a root of native copies."""
+    command = Command(tmp_path / "root")
+    command("init", "--snapshotter", "native")
+    return command
 
 
 @pytest.fixture

@@ -19,13 +19,6 @@ ODD_SHOWN = "a\\xffb\\nc\\e[31m"
 
 
 @pytest.fixture
-def onlap(tmp_path: Path) -> Command:
-    command = Command(tmp_path / "root")
-    command("init", "--snapshotter", "native")
-    return command
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> Path:
     directory = tmp_path / "source"
     (directory / "d").mkdir(parents=True)

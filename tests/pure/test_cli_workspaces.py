@@ -15,13 +15,6 @@ from onlap.workspaces.records import Checkpoint
 
 
 @pytest.fixture
-def onlap(tmp_path: Path) -> Command:
-    command = Command(tmp_path / "root")
-    command("init", "--snapshotter", "native")
-    return command
-
-
-@pytest.fixture
 def repo(tmp_path: Path) -> Path:
     directory = tmp_path / "repo"
     (directory / "src").mkdir(parents=True)
