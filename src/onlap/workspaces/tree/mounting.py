@@ -55,6 +55,8 @@ class Mounting:
         self._stack = ExitStack()
         self._mount = ExitStack()
         self._run: Run | None = None
+        # The id of the tree's mount at its path.
+        self._number = -1
         # The empty directory behind the tree: the id of its mount; or its descriptor, if it is detached.
         self._empty_mount = -1
         self._empty_fd = -1
