@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from faults import FAULTS, Fault, Injection
 from kernel.layer_oracle import TRUSTED
 from onlap.mounts.plan import overlay
 from onlap.snapshots.contexts import mounted
+from onlap.syscalls import files
 from onlap.testing import Tree, differences, read_tree
 from onlap.testing.same import Listing
 from onlap.workspaces.merge.apply import apply
@@ -182,6 +185,14 @@ class Scene:
             return "all"
         assert not unlike(now, self.before)
         return "nothing"
+
+
+@pytest.fixture
+def scene(root: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """A scene on which no merge waits for the disk; tests/crash cuts its power."""
+    monkeypatch.setattr(files, "syncfs", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    return Scene(root)
 
 
 def count(fault: Fault, act: Callable[[], object]) -> int:

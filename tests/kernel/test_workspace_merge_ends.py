@@ -14,25 +14,18 @@ import pytest
 
 from faults import FAULTS, Fault, Injection, spread
 from interrupts import Interrupter
-from kernel.merges import KILL, Scene, copy, count, in_a_child, is_a_system_call, places, unlike
+from kernel.merges import KILL, Scene, copy, count, in_a_child, is_a_system_call, places, scene, unlike
 from onlap import errors
-from onlap.syscalls import files
 from onlap.testing import Tree, read_tree
 from onlap.testing.same import Listing
 from onlap.workspaces.merge.undo import recover
+
+__all__ = ["scene"]
 
 pytestmark = [
     pytest.mark.needs("overlay", "mount"),
     pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12"),
 ]
-
-
-@pytest.fixture
-def scene(root: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    # How long the disk takes is no matter here; tests/crash cuts its power.
-    monkeypatch.setattr(files, "syncfs", lambda _: None)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    return Scene(root)
 
 
 def kill_at(scene: Scene, numbers: list[int]) -> dict[str, int]:

@@ -16,23 +16,16 @@ from pathlib import Path
 import pytest
 
 from faults import Injection, spread
-from kernel.merges import KILL, Scene, count, places, unlike
+from kernel.merges import KILL, Scene, count, places, scene, unlike
 from onlap import errors
-from onlap.syscalls import files
 from onlap.testing import read_tree
+
+__all__ = ["scene"]
 
 pytestmark = [
     pytest.mark.needs("overlay", "mount"),
     pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12"),
 ]
-
-
-@pytest.fixture
-def scene(root: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    # How long the disk takes is no matter here; tests/crash cuts its power.
-    monkeypatch.setattr(files, "syncfs", lambda _: None)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    return Scene(root)
 
 
 class Meddler(Injection):
