@@ -16,7 +16,8 @@ T = TypeVar("T")
 class BusError(Exception):
     """The kernel ended a program, since a page of a mapped file could not be made: SQLite maps its shared memory.
 
-    Btrfs does that on a disk that refuses writes (fs/btrfs/file.c, ``btrfs_page_mkwrite``), now and then.
+    Filesystems do that on a disk that refuses writes, now and then: btrfs (fs/btrfs/file.c, ``btrfs_page_mkwrite``),
+    and xfs, which shuts down when its log cannot be written (fs/iomap/buffered-io.c, ``iomap_page_mkwrite``).
     """
 
 

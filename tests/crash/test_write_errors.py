@@ -69,11 +69,12 @@ def test_after_a_failed_sync_nothing_that_was_active_is_committed(campaign: Camp
         with campaign.filesystem.mounting() as top:
             one, other = open_store(top / "root"), open_store(top / "root")
             careless = open_store(top / "root", "none")
+            # Before it is written: sync(2) of any other program on the machine writes it as well.
+            disk.spoil(SPOILED)
             for store, key in zip((one, one, other), KEYS, strict=True):
                 store.prepare(key)
                 text = SPOILED if key == "spoiled" else key
                 (tree(store, key) / "file").write_text(text * 1000)
-            disk.spoil(SPOILED)
             if first == "a sync":
                 os.sync()
             elif first == "fsync of the file":
@@ -123,8 +124,8 @@ def test_a_checkpoint_that_could_not_be_written_never_counts_as_durable(
                 (base / "file").write_text("base")
             ws = store.workspaces.create("ws", "base")
             with ws.mounted() as place:
-                (place / "file").write_text(SPOILED * 1000)
                 disk.spoil(SPOILED)
+                (place / "file").write_text(SPOILED * 1000)
                 ws.checkpoint("spoiled")
                 if told == "another":
                     other.prepare("key")
@@ -178,8 +179,8 @@ def test_after_a_failed_sync_no_top_of_a_workspace_becomes_a_checkpoint(campaign
                 for number in range(below):
                     (place / "file").write_text(str(number))
                     ws.checkpoint(durable=True)
-                (place / "file").write_text(SPOILED * 1000)
                 campaign.disk.spoil(SPOILED)
+                (place / "file").write_text(SPOILED * 1000)
                 other.prepare("key")
                 (tree(other, "key") / "file").write_text("another")
                 with pytest.raises(errors.OnlapError):

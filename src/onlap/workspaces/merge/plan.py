@@ -68,9 +68,9 @@ def plan(
     with translated("plan the merge", key=target), ExitStack() as cleanup:
         place = cleanup.enter_context(Target(target))
         recover(target)
-        new = cleanup.enter_context(Stack(after, markers))
-        old = Paths(cleanup.enter_context(Stack(before, markers, beside=new)))
-        own = [Paths(cleanup.enter_context(Stack(layers, markers, beside=new))) for layers, _ in merged]
+        new = cleanup.enter_context(closing(Paths(after, markers)))
+        old = cleanup.enter_context(closing(Paths(before, markers, beside=new)))
+        own = [cleanup.enter_context(closing(Paths(layers, markers, beside=new))) for layers, _ in merged]
         changes = _changes(before, after, markers, since, old)
         reverted: dict[str, _Changed] = {}
         for (layers, edited), state in zip(merged, own, strict=True):
