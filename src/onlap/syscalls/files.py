@@ -50,10 +50,26 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
+# openat2(2), EAGAIN: any rename or mount, of any program, while it resolves a ".." below a directory (fs/namei.c,
+# handle_dots: rename_lock and mount_lock are the machine's) ends it. The window is a microsecond, so that not even a
+# program that does nothing but rename hits it so often in a row.
+_AGAIN = 128
+
+
 def openat2(path: str | bytes, flags: int, *, dir_fd: int, resolve: int) -> int:
-    """Open ``path`` under ``dir_fd`` with restrictions on how it may be resolved; close-on-exec."""
+    """Open ``path`` under ``dir_fd`` with restrictions on how it may be resolved; close-on-exec.
+
+    Raises:
+        OSError: EAGAIN if, each time, there was a rename or a mount on the machine while a ``..`` was resolved.
+    """
     how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
-    return _libc.syscall(_libc.OPENAT2, dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how), path=path)
+    arguments = dir_fd, fspath(path), ctypes.byref(how), ctypes.sizeof(how)
+    for _ in range(_AGAIN):
+        try:
+            return _libc.syscall(_libc.OPENAT2, *arguments, path=path)
+        except BlockingIOError:
+            continue
+    return _libc.syscall(_libc.OPENAT2, *arguments, path=path)
 
 
 def open_beneath(path: str, flags: int, *, dir_fd: int, resolve: int) -> int:
