@@ -17,7 +17,7 @@ import onlap
 from kernel.layer_oracle import Item, archive, directory, entry, hardlink, symlink
 from onlap import errors
 from onlap.images import Image
-from onlap.images.unpack import worker
+from onlap.images.unpack import workers
 from onlap.store import Store
 from onlap.testing import read_tree
 from pure.image_makers import Made
@@ -43,7 +43,7 @@ EXPECTED = {"d", "d/kept", "d/implicit", "d/through", "d/top", "hard", "o", "o/n
 @pytest.fixture(params=["processes", "threads"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Unpacking in worker processes, whatever the size; or in this process."""
-    monkeypatch.setattr(worker, "WORTHWHILE", 0 if request.param == "processes" else 1 << 60)
+    monkeypatch.setattr(workers, "WORTHWHILE", 0 if request.param == "processes" else 1 << 60)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     return str(request.param)
 
@@ -153,16 +153,16 @@ def test_an_interrupted_unpack_is_resumed(way: str, store: Store, root: Path) ->
 
 
 def test_a_dead_worker_is_reported(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "WORTHWHILE", 0)
+    monkeypatch.setattr(workers, "WORTHWHILE", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
-    monkeypatch.setattr(worker, "_PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr("onlap.workers.PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(errors.Unavailable, match="-9"):
         store.images.import_(layout(root, BASE, CHANGE), name="x:1", platform=PLATFORM)
     assert list(store.walk()) == []
 
 
 def test_a_worker_opens_a_path_that_is_not_utf8(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "WORTHWHILE", 0)
+    monkeypatch.setattr(workers, "WORTHWHILE", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     with onlap.open(os.path.join(root, os.fsdecode(b"st\xffore:,\\ x")), snapshotter="overlay") as store:
         (image,) = store.images.import_(layout(root, BASE, TOP), name="x:1", platform=PLATFORM)
@@ -250,7 +250,7 @@ def test_jobs_go_through_the_pipe() -> None:
 
 
 def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    count: Callable[[int, int], int] = worker.count
+    count: Callable[[int, int], int] = workers.count
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     assert (count(5, 1 << 30), count(1, 1 << 30), count(5, 1000)) == (2, 0, 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})

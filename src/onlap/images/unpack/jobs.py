@@ -86,6 +86,11 @@ def perform(job: Job, progress: Callable[[int], None]) -> Outcome:
         return Outcome(removals=done.removals, top_described=done.top_described)
 
 
+def answer(request: Mapping[str, Any], progress: Callable[[int], None]) -> Mapping[str, Any]:
+    """:func:`perform` for a :class:`~onlap.workers.Worker`."""
+    return perform(Job(**request), progress)._asdict()
+
+
 def settle(job: Job, outcome: Outcome, lowers: Sequence[str]) -> None:
     """Finish a layer that was unpacked without those below.
 

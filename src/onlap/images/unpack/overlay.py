@@ -21,7 +21,7 @@ from onlap.images.unpack import jobs
 from onlap.images.unpack.contract import Unpacking, drop_active, new_key
 from onlap.images.unpack.jobs import Job, Outcome
 from onlap.images.unpack.threads import ThreadPool
-from onlap.images.unpack.worker import Workers
+from onlap.images.unpack.workers import Workers
 from onlap.layers.diff.changes import is_empty_layer
 
 # After these, what was unpacked is worth keeping for the next attempt.

@@ -1,0 +1,77 @@
+"""Worker processes for the layers of an image. They never open the catalog."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+from collections.abc import Callable
+
+from onlap.images.unpack import jobs
+from onlap.images.unpack.jobs import Job, Outcome
+from onlap.workers import Worker
+
+_ANSWERER = f"{jobs.__name__}:{jobs.answer.__name__}"
+
+# Compressed bytes of all layers below which starting an interpreter (50 ms) costs more than it gains.
+WORTHWHILE = 8 << 20
+MOST = 4
+
+
+def count(layers: int, size: int) -> int:
+    """How many workers are worthwhile; 0: unpack in this process.
+
+    Args:
+        layers: how many there are to unpack.
+        size: their bytes, compressed.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if layers < 2 or cores < 2 or size < WORTHWHILE or not sys.executable:
+        return 0
+    return min(layers, cores, MOST)
+
+
+class Workers:
+    """Workers for some layers, if they are worthwhile.
+
+    Args:
+        layers: how many there are to unpack.
+        size: their bytes, compressed.
+
+    Attributes:
+        threads: how many may call :meth:`perform` at once.
+    """
+
+    def __init__(self, layers: int, size: int) -> None:
+        self._workers = [Worker(_ANSWERER) for _ in range(count(layers, size))]
+        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        if not self._workers:
+            self._idle.put(None)  # unpack in this process
+        self.threads = self._idle.qsize()
+
+    def perform(self, job: Job, progress: Callable[[int], None]) -> Outcome:
+        """Do a job in an idle worker, or in this process; see :func:`onlap.images.unpack.jobs.perform`.
+
+        Raises:
+            Canceled: the worker was killed.
+            Unavailable: it died.
+        """
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                return jobs.perform(job, progress)
+            return jobs.outcome_of(worker.perform(job._asdict(), progress))
+        finally:
+            self._idle.put(worker)
+
+    def kill(self) -> None:
+        """End them in the middle of their jobs."""
+        for worker in self._workers:
+            worker.kill()
+
+    def close(self) -> None:
+        """Wait until they have ended."""
+        for worker in self._workers:
+            worker.close()

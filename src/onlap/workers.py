@@ -1,0 +1,137 @@
+"""Worker processes: fresh interpreters that do one request after the other, on a core of their own.
+
+Threads of one interpreter do not unpack two layers on two cores. A worker is no fork, so no SQLite connection crosses
+one. It reads requests as lines of JSON from stdin, and writes lines to stdout: how far a request is, and its answer.
+When the process that started it is gone, so are its pipes, and it ends with the next line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from onlap import errors
+
+# The caller's import path, so that it finds the Onlap that runs here, and the libraries that it uses.
+PROGRAM = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from onlap.workers import main
+main(sys.argv[2])
+"""
+
+# What answers a request: both are what JSON can hold; it may report how far it is, in its own unit.
+Answerer = Callable[[Mapping[str, Any], Callable[[int], None]], Mapping[str, Any]]
+
+
+class Worker:
+    """One worker process, started by its first request.
+
+    One thread at a time uses it, but any thread may call :meth:`kill`.
+
+    Args:
+        answerer: what answers requests there, an :data:`Answerer`, as ``"package.module:name"``.
+    """
+
+    def __init__(self, answerer: str) -> None:
+        self._answerer = answerer
+        self._process: subprocess.Popen[bytes] | None = None
+        self._mutex = threading.Lock()
+        self._killed = False
+
+    def perform(self, request: Mapping[str, Any], progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+        """What the worker answers.
+
+        Raises:
+            Canceled: the worker was killed by :meth:`kill`.
+            Unavailable: it died.
+            OnlapError: of the kind that the answerer raised.
+        """
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death(process) from None
+        for line in process.stdout:
+            reported: dict[str, Any] = json.loads(line)
+            if "reached" in reported:
+                progress(reported["reached"])
+            elif "error" in reported:
+                kind: type[errors.OnlapError] = getattr(errors, reported["error"], errors.Internal)
+                raise kind(reported["message"], key=reported["key"], hint=reported["hint"])
+            else:
+                answer: dict[str, Any] = reported["answer"]
+                return answer
+        raise self._death(process)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self._mutex:
+            if self._killed:
+                raise errors.Canceled("the work was stopped")
+            if self._process is None:
+                path = json.dumps([os.path.abspath(path) for path in sys.path])
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", PROGRAM, path, self._answerer],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    # Ctrl-C is for the process that waits, which then ends this one.
+                    process_group=0,
+                )
+            return self._process
+
+    def _death(self, process: subprocess.Popen[bytes]) -> errors.OnlapError:
+        status = process.wait()
+        if self._killed:
+            return errors.Canceled("the work was stopped")
+        return errors.Unavailable(
+            f"a process that worked on a layer ended with status {status}", hint="try again; is there enough memory?"
+        )
+
+    def kill(self) -> None:
+        """End it at once."""
+        with self._mutex:
+            self._killed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        with self._mutex:
+            process, self._process, self._killed = self._process, None, True
+        if process is None:
+            return
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass  # it is dead already
+        process.wait()
+
+
+def main(answerer: str) -> None:
+    """The program of a worker process."""
+    module, _, name = answerer.partition(":")
+    answer: Answerer = getattr(importlib.import_module(module), name)
+    for line in sys.stdin.buffer:
+        try:
+            answered = answer(json.loads(line), lambda reached: _tell({"reached": reached}))
+        except errors.OnlapError as error:
+            _tell({"error": type(error).__name__, "message": error.message, "key": error.key, "hint": error.hint})
+        else:
+            _tell({"answer": answered})
+
+
+def _tell(value: Mapping[str, Any]) -> None:
+    # ASCII: names that are not UTF-8 come through as the escapes of their surrogates.
+    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
+    sys.stdout.buffer.flush()
