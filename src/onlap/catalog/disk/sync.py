@@ -45,7 +45,10 @@ class Syncer:
         """Close the descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # EIO, EINTR: nothing was written through it, and it is closed all the same (close(2))
 
     def sync(self, since: int | None = None) -> None:
         """Return when everything written before the call is on the disk.
