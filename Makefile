@@ -125,7 +125,7 @@ bench: $(STAMP) peers-soft ## the benchmarks, beside the peers
 
 protocol: $(STAMP) ## make the protobuf stubs again from their source
 	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. \
-		onlap/serve/containerd/protocol/snapshots.proto
+		onlap/serve/containerd/protocol/*.proto
 
 clean: ## remove all that make made
 	@rm -rf $(VENV) .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

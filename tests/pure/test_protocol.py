@@ -1,4 +1,4 @@
-"""The committed stubs are what the compiler makes of snapshots.proto, and the numbers are containerd's."""
+"""The committed stubs are what the compiler makes of the messages, and the numbers are containerd's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from onlap.serve.containerd.protocol import snapshots_pb2 as pb
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 PROTOCOL = Path("onlap/serve/containerd/protocol")
+MESSAGES = sorted(path.relative_to(SOURCES) for path in (SOURCES / PROTOCOL).glob("*.proto"))
 
 # containerd v1.7.24, api/services/snapshots/v1/snapshots.proto and api/types/mount.proto; the parent of a commit from
 # v2.2. The type is descriptor.proto's: 3 int64, 9 string, 11 message, 14 enum; "*" is repeated.
@@ -43,12 +44,12 @@ def test_the_stubs_are_up_to_date(tmp_path: Path) -> None:
     subprocess.run(
         [
             *(sys.executable, "-m", "grpc_tools.protoc", "-I", str(SOURCES)),
-            *(f"--python_out={tmp_path}", f"--pyi_out={tmp_path}", str(PROTOCOL / "snapshots.proto")),
+            *(f"--python_out={tmp_path}", f"--pyi_out={tmp_path}", *map(str, MESSAGES)),
         ],
         check=True,
         cwd=SOURCES,
     )
-    for name in ("snapshots_pb2.py", "snapshots_pb2.pyi"):
+    for name in [f"{path.stem}_pb2.{suffix}" for path in MESSAGES for suffix in ("py", "pyi")]:
         made, committed = (directory / PROTOCOL / name for directory in (tmp_path, SOURCES))
         assert made.read_text() == committed.read_text(), f"{name} is another: make protocol"
 

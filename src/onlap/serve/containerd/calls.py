@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from google.protobuf.message import DecodeError, Message
 
 from onlap import errors
-from onlap.serve.containerd.service import Method, Service, namespace
+from onlap.serve.containerd.methods import Caller, Method, Service
+from onlap.serve.containerd.service import namespace
 from onlap.serve.containerd.status import status
 
 _log = logging.getLogger("onlap.serve")
@@ -37,22 +38,22 @@ class Calls:
     """Answers encoded requests with encoded responses.
 
     Args:
-        service: answers the calls.
+        services: answer the calls.
         observer: notified of every call.
     """
 
-    def __init__(self, service: Service, observer: Observer | None = None) -> None:
-        self.methods = service.methods
+    def __init__(self, services: Sequence[Service], observer: Observer | None = None) -> None:
+        self.services = services
         self._observer = observer
 
-    def answer(self, name: str, method: Method, data: bytes) -> bytes:
+    def answer(self, name: str, method: Method, data: bytes, caller: Caller) -> bytes:
         """Answer one call; raises :class:`Failure`."""
         started = time.perf_counter()
         key = ""
         try:
             request = _parse(method, data)
             key = method.key(request)
-            response = method.call(request)
+            response = method.call(request, caller) if method.asks else method.call(request)
             assert isinstance(response, Message)
             answer = response.SerializeToString()
         except Exception as error:  # every error becomes a status, so that none is UNKNOWN

@@ -10,7 +10,7 @@ from socket import socket as Socket
 from onlap.serve import sockets
 from onlap.serve.containerd.calls import Calls, Observer
 from onlap.serve.containerd.relay import Relay
-from onlap.serve.containerd.service import Service, check_root
+from onlap.serve.containerd.service import SnapshotsService, check_root
 from onlap.serve.containerd.transport import Transport
 from onlap.serve.lifecycle import GRACE, BaseServer
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -51,7 +51,7 @@ class Server(BaseServer):
         super().__init__(os.path.abspath(socket), mode, group)
         self._listener = listener
         self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
-        self._transport = Transport(Calls(Service(snapshotter), observer))
+        self._transport = Transport(Calls([SnapshotsService(snapshotter)], observer))
         self._cleanup.callback(self._transport.stop, GRACE)
         for record in snapshotter.catalog.lost:
             _log.error(

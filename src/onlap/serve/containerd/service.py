@@ -1,4 +1,4 @@
-"""The ten calls: from a request to the snapshotter and back to a response.
+"""The ten calls for snapshots: from a request to the snapshotter and back to a response.
 
 Sources: containerd v1.7.24, contrib/snapshotservice/service.go and snapshots/proxy/proxy.go; v2.2 for the parent of a
 commit.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -17,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from onlap import errors
 from onlap.mounts.plan import Mount
+from onlap.serve.containerd.methods import Method
 from onlap.serve.containerd.protocol import snapshots_pb2 as pb
 from onlap.snapshots.contract import ACTIVE, Info
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -42,29 +42,15 @@ def namespace(key: str) -> str:
     return key.partition("/")[0] if "/" in key else ""
 
 
-class Method(NamedTuple):
-    """One call.
+class SnapshotsService:
+    """The service over one snapshotter; see :class:`onlap.serve.containerd.methods.Service`."""
 
-    Attributes:
-        request: the class of its message.
-        call: answers it, with a message, or with an iterator of messages if ``streams``.
-        key: returns the snapshot's key from the request, for the log.
-        streams: whether the answer is a stream.
-    """
-
-    request: type[Message]
-    call: Callable[..., Message | Iterator[Message]]
-    key: Callable[..., str]
-    streams: bool = False
-
-
-class Service:
-    """The service over one snapshotter."""
+    name = NAME
 
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
         self._snapshotter = snapshotter
         by_key = _key
-        self.methods = {
+        self.methods: dict[str, Method] = {
             "Prepare": Method(pb.PrepareSnapshotRequest, self.prepare, by_key),
             "View": Method(pb.ViewSnapshotRequest, self.view, by_key),
             "Mounts": Method(pb.MountsRequest, self.mounts, by_key),

@@ -6,14 +6,14 @@ identity functions, so that messages are encoded and decoded together with the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from onlap import errors
 from onlap.serve.containerd.calls import Calls, Failure
-from onlap.serve.containerd.service import NAME, Method
+from onlap.serve.containerd.methods import Method
 
 # containerd's defaults.DefaultMaxRecvMsgSize and DefaultMaxSendMsgSize: 16 MiB both ways.
 _MESSAGE_SIZE = 16 << 20
@@ -43,8 +43,9 @@ class Transport:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        handlers = {name: _handler(calls, name, method) for name, method in calls.methods.items()}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+        for service in calls.services:
+            handlers = {name: _handler(calls, name, method) for name, method in service.methods.items()}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
 
     def start(self, socket: str) -> None:
         """Listen on ``socket``, which must not exist, and answer.
@@ -68,6 +69,23 @@ class Transport:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+class _Caller:
+    """See :class:`onlap.serve.containerd.methods.Caller`."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+
+    def header(self, name: str) -> str:
+        for key, value in self._context.invocation_metadata():
+            if key == name:
+                return value if isinstance(value, str) else ""
+        return ""
+
+    def when_gone(self, action: Callable[[], None]) -> None:
+        if not self._context.add_callback(action):
+            action()
+
+
 def _handler(calls: Calls, name: str, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
     if method.streams:
 
@@ -81,7 +99,7 @@ def _handler(calls: Calls, name: str, method: Method) -> grpc.RpcMethodHandler[b
 
     def unary(data: bytes, context: grpc.ServicerContext) -> bytes:
         try:
-            return calls.answer(name, method, data)
+            return calls.answer(name, method, data, _Caller(context))
         except Failure as failure:
             context.abort(_CODES[failure.code], failure.message)
             raise

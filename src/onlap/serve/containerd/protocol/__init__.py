@@ -1,3 +1,3 @@
-"""The messages of containerd's snapshots service: ``snapshots.proto``, and what ``make protocol`` makes of it."""
+"""The messages of containerd's API: ``*.proto``, and what ``make protocol`` makes of them."""
 
 from __future__ import annotations
