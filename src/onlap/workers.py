@@ -73,6 +73,15 @@ class Worker:
                 return answer
         raise self._death(process)
 
+    def start(self) -> None:
+        """Start it already, so that the first request need not wait for that.
+
+        Raises:
+            Canceled: it was killed.
+            OSError: no process can be started.
+        """
+        self._started()
+
     def _started(self) -> subprocess.Popen[bytes]:
         with self._mutex:
             if self._killed:

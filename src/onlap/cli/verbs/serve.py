@@ -30,6 +30,13 @@ def containerd_arguments(parser: Parser) -> None:
     parser.add_argument("--owner", metavar="O", default="containerd", help="the owner of these snapshots (containerd)")
     parser.add_argument("--socket-mode", metavar="MODE", default="0600", help="permissions of the socket (0600)")
     parser.add_argument("--socket-group", metavar="G", help="the group that gets the group's permissions")
+    parser.add_argument("--differ", action="store_true", help="also unpack layers, and make them, for containerd")
+    parser.add_argument(
+        "--containerd",
+        metavar="S",
+        default="/run/containerd/containerd.sock",
+        help="with --differ: the socket of containerd (/run/containerd/containerd.sock)",
+    )
     parser.add_argument("--metrics", metavar="HOST:PORT", help="serve metrics for Prometheus there")
     parser.add_argument(
         "--snapshotter", choices=("auto", "overlay", "native"), default="auto", help="of a new root (auto)"
@@ -81,6 +88,7 @@ def containerd(call: Call) -> int:
             mode=_mode(args.socket_mode),
             group=args.socket_group,
             observer=metrics,
+            daemon=args.containerd if args.differ else None,
         )
         return stack.enter_context(server).run()
 

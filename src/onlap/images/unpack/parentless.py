@@ -9,18 +9,22 @@ directory that it does not name, a hard link to a file of another layer - and ca
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.layers.apply import archive
 from onlap.layers.apply.applier import Applier
+from onlap.layers.apply.archive import Applied
 from onlap.layers.apply.attributes import Attributes
+from onlap.layers.apply.directories import Blocked, Directory
 from onlap.layers.apply.lowers import Lowers
 from onlap.layers.apply.upper import Upper
 from onlap.layers.apply.whiteouts import Whiteouts
 from onlap.layers.format.reader import TarReader
-from onlap.overlayfs.markers import Markers
+from onlap.layers.paths import join
+from onlap.overlayfs.markers import Markers, make_whiteout, set_opaque
 from onlap.overlayfs.merged import Found, MergedDirectory
 from onlap.progress import Callback
 
@@ -47,10 +51,12 @@ class Parentless(NamedTuple):
     Attributes:
         removals: what is still to be done, for :func:`settle`.
         top_described: whether the archive describes the top directory.
+        applied: the archive.
     """
 
     removals: Sequence[Removal]
     top_described: bool
+    applied: Applied
 
 
 class _UnknownLowers(Lowers):
@@ -103,7 +109,7 @@ class _SettledUpper(Upper):
 
 
 def apply(
-    source: str,
+    source: BinaryIO | str,
     layer: int,
     markers: Markers,
     digest: str | None = None,
@@ -124,8 +130,10 @@ def apply(
         appliers.append(_ParentlessApplier(reader, layer, lowers, markers, recorded=recorded))
         return appliers[0]
 
-    archive.apply(source, layer, markers=markers, digest=digest, diff_id=diff_id, progress=progress, applier=applier)
-    return Parentless(appliers[0].noted.removals, appliers[0].upper.top_described)
+    applied = archive.apply(
+        source, layer, markers=markers, digest=digest, diff_id=diff_id, progress=progress, applier=applier
+    )
+    return Parentless(appliers[0].noted.removals, appliers[0].upper.top_described, applied)
 
 
 def settle(
@@ -158,6 +166,44 @@ def settle(
                 raise errors.InvalidArgument(f"the layer cannot be applied: {error}", key=name) from error
         if not top_described:
             upper.inherit_top()
+        upper.finish()
+    finally:
+        upper.close()
+
+
+def mark(layer: int, markers: Markers, removals: Sequence[Removal]) -> None:
+    """Finish a layer that was applied without those below, and that nobody will settle: write all removals as markers.
+
+    A marker for a name that no layer below has changes nothing (overlayfs.rst, "whiteouts and opaque directories").
+
+    Args:
+        layer: a descriptor of its directory.
+        markers: the flavour of the root.
+        removals: of its archive.
+
+    Raises:
+        NeedsParent: a removal is in a directory that the archive does not have, or is everything in the top directory,
+            whose marker OverlayFS ignores (fs/overlayfs/super.c).
+        OSError: a marker cannot be made.
+    """
+    upper = _SettledUpper(layer, (), markers)
+    try:
+        for parent, name in removals:
+            directory = upper.directories.find(parent)
+            if isinstance(directory, Blocked):
+                continue  # a file of the archive hides all that was there
+            if directory is None or (name is None and not parent):
+                raise NeedsParent(parent)
+            if name is None:
+                set_opaque(directory.fd, markers)
+            elif (inside := directory.status(name)) is None:
+                directory.dirty = True
+                make_whiteout(name, dir_fd=directory.fd)
+            elif stat.S_ISDIR(inside.st_mode):
+                # The archive's own directory stays, without what it would be merged with.
+                below = upper.directories.find(join(parent, name))
+                assert isinstance(below, Directory)
+                set_opaque(below.fd, markers)
         upper.finish()
     finally:
         upper.close()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+from functools import partial
 from socket import socket as Socket
 
+from onlap.catalog import records
 from onlap.serve import sockets
 from onlap.serve.containerd.calls import Calls, Observer
+from onlap.serve.containerd.methods import Service
 from onlap.serve.containerd.relay import Relay
-from onlap.serve.containerd.service import SnapshotsService, check_root
+from onlap.serve.containerd.service import SnapshotsService, check_root, namespace
 from onlap.serve.containerd.transport import Transport
 from onlap.serve.lifecycle import GRACE, BaseServer
 from onlap.snapshots.recorded import RecordedSnapshotter
@@ -32,6 +36,7 @@ class Server(BaseServer):
         mode: permissions of the socket.
         group: the group of the socket.
         observer: notified of every call.
+        daemon: the path of containerd's socket, to be its differ as well; None: only its snapshotter.
 
     Raises:
         FailedPrecondition: the root cannot be served, or the owner is served already.
@@ -46,12 +51,18 @@ class Server(BaseServer):
         mode: int = 0o600,
         group: str | None = None,
         observer: Observer | None = None,
+        daemon: str | None = None,
     ) -> None:
         check_root(snapshotter)
         super().__init__(os.path.abspath(socket), mode, group)
         self._listener = listener
         self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
-        self._transport = Transport(Calls([SnapshotsService(snapshotter)], observer))
+        services: list[Service] = [SnapshotsService(snapshotter)]
+        if daemon is not None:
+            from onlap.serve.containerd.diff.service import DiffService
+
+            services.append(self._cleanup.enter_context(DiffService(daemon, partial(_namespace_of, snapshotter))))
+        self._transport = Transport(Calls(services, observer))
         self._cleanup.callback(self._transport.stop, GRACE)
         for record in snapshotter.catalog.lost:
             _log.error(
@@ -75,3 +86,13 @@ class Server(BaseServer):
     def run(self) -> int:
         sys.setswitchinterval(_SWITCH_INTERVAL)  # the whole process is the server's
         return super().run()
+
+
+def _namespace_of(snapshotter: RecordedSnapshotter, directory: str) -> str:
+    """containerd's namespace to which the tree in ``directory`` belongs; empty if it is none of these snapshots."""
+    layout = snapshotter.catalog.layout
+    match = re.fullmatch(re.escape(layout.snapshots) + r"/([0-9]{1,18})/fs", directory)
+    if match is None:
+        return ""
+    record = snapshotter.catalog.database.read(partial(records.by_id, identifier=int(match[1])))
+    return namespace(record.name) if record is not None and record.owner == snapshotter.owner else ""

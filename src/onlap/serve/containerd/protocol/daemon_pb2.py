@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,onlap/serve/containerd/protocol/daemon.proto\x12\x10onlap.containerd\x1a google/protobuf/field_mask.proto\"\x87\x01\n\x04Info\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x32\n\x06labels\x18\x05 \x03(\x0b\x32\".onlap.containerd.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1d\n\x0bInfoRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"4\n\x0cInfoResponse\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.onlap.containerd.Info\"f\n\rUpdateRequest\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.onlap.containerd.Info\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"6\n\x0eUpdateResponse\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.onlap.containerd.Info\"B\n\x12ReadContentRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04size\x18\x03 \x01(\x03\"3\n\x13ReadContentResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x82\x02\n\x13WriteContentRequest\x12-\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1d.onlap.containerd.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x41\n\x06labels\x18\x07 \x03(\x0b\x32\x31.onlap.containerd.WriteContentRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"t\n\x14WriteContentResponse\x12-\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1d.onlap.containerd.WriteAction\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\x1b\n\x0c\x41\x62ortRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\x87\x01\n\rCreateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12;\n\x06labels\x18\x03 \x03(\x0b\x32+.onlap.containerd.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x10\n\x0e\x43reateResponse\"\x8a\x01\n\x06Plugin\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x36\n\x07\x65xports\x18\x05 \x03(\x0b\x32%.onlap.containerd.Plugin.ExportsEntry\x1a.\n\x0c\x45xportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x0ePluginsRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"<\n\x0fPluginsResponse\x12)\n\x07plugins\x18\x01 \x03(\x0b\x32\x18.onlap.containerd.Plugin\"\x19\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15ListNamespacesRequest\"I\n\x16ListNamespacesResponse\x12/\n\nnamespaces\x18\x01 \x03(\x0b\x32\x1b.onlap.containerd.Namespace*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,onlap/serve/containerd/protocol/daemon.proto\x12\x10onlap.containerd\x1a google/protobuf/field_mask.proto\"\x87\x01\n\x04Info\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x32\n\x06labels\x18\x05 \x03(\x0b\x32\".onlap.containerd.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1d\n\x0bInfoRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"4\n\x0cInfoResponse\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.onlap.containerd.Info\"f\n\rUpdateRequest\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.onlap.containerd.Info\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"6\n\x0eUpdateResponse\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.onlap.containerd.Info\"B\n\x12ReadContentRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04size\x18\x03 \x01(\x03\"3\n\x13ReadContentResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x82\x02\n\x13WriteContentRequest\x12-\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1d.onlap.containerd.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x41\n\x06labels\x18\x07 \x03(\x0b\x32\x31.onlap.containerd.WriteContentRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"t\n\x14WriteContentResponse\x12-\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1d.onlap.containerd.WriteAction\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\x1b\n\x0c\x41\x62ortRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\x87\x01\n\rCreateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12;\n\x06labels\x18\x03 \x03(\x0b\x32+.onlap.containerd.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"$\n\x08Resource\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\"N\n\x12\x41\x64\x64ResourceRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x08resource\x18\x02 \x01(\x0b\x32\x1a.onlap.containerd.Resource\"\x8a\x01\n\x06Plugin\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x36\n\x07\x65xports\x18\x05 \x03(\x0b\x32%.onlap.containerd.Plugin.ExportsEntry\x1a.\n\x0c\x45xportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x0ePluginsRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"<\n\x0fPluginsResponse\x12)\n\x07plugins\x18\x01 \x03(\x0b\x32\x18.onlap.containerd.Plugin\"\x19\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15ListNamespacesRequest\"I\n\x16ListNamespacesResponse\x12/\n\nnamespaces\x18\x01 \x03(\x0b\x32\x1b.onlap.containerd.Namespace*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,8 +40,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_PLUGIN_EXPORTSENTRY']._loaded_options = None
   _globals['_PLUGIN_EXPORTSENTRY']._serialized_options = b'8\001'
-  _globals['_WRITEACTION']._serialized_start=1533
-  _globals['_WRITEACTION']._serialized_end=1579
+  _globals['_WRITEACTION']._serialized_start=1633
+  _globals['_WRITEACTION']._serialized_end=1679
   _globals['_INFO']._serialized_start=101
   _globals['_INFO']._serialized_end=236
   _globals['_INFO_LABELSENTRY']._serialized_start=191
@@ -70,20 +70,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEREQUEST']._serialized_end=1148
   _globals['_CREATEREQUEST_LABELSENTRY']._serialized_start=191
   _globals['_CREATEREQUEST_LABELSENTRY']._serialized_end=236
-  _globals['_CREATERESPONSE']._serialized_start=1150
-  _globals['_CREATERESPONSE']._serialized_end=1166
-  _globals['_PLUGIN']._serialized_start=1169
-  _globals['_PLUGIN']._serialized_end=1307
-  _globals['_PLUGIN_EXPORTSENTRY']._serialized_start=1261
-  _globals['_PLUGIN_EXPORTSENTRY']._serialized_end=1307
-  _globals['_PLUGINSREQUEST']._serialized_start=1309
-  _globals['_PLUGINSREQUEST']._serialized_end=1342
-  _globals['_PLUGINSRESPONSE']._serialized_start=1344
-  _globals['_PLUGINSRESPONSE']._serialized_end=1404
-  _globals['_NAMESPACE']._serialized_start=1406
-  _globals['_NAMESPACE']._serialized_end=1431
-  _globals['_LISTNAMESPACESREQUEST']._serialized_start=1433
-  _globals['_LISTNAMESPACESREQUEST']._serialized_end=1456
-  _globals['_LISTNAMESPACESRESPONSE']._serialized_start=1458
-  _globals['_LISTNAMESPACESRESPONSE']._serialized_end=1531
+  _globals['_RESOURCE']._serialized_start=1150
+  _globals['_RESOURCE']._serialized_end=1186
+  _globals['_ADDRESOURCEREQUEST']._serialized_start=1188
+  _globals['_ADDRESOURCEREQUEST']._serialized_end=1266
+  _globals['_PLUGIN']._serialized_start=1269
+  _globals['_PLUGIN']._serialized_end=1407
+  _globals['_PLUGIN_EXPORTSENTRY']._serialized_start=1361
+  _globals['_PLUGIN_EXPORTSENTRY']._serialized_end=1407
+  _globals['_PLUGINSREQUEST']._serialized_start=1409
+  _globals['_PLUGINSREQUEST']._serialized_end=1442
+  _globals['_PLUGINSRESPONSE']._serialized_start=1444
+  _globals['_PLUGINSRESPONSE']._serialized_end=1504
+  _globals['_NAMESPACE']._serialized_start=1506
+  _globals['_NAMESPACE']._serialized_end=1531
+  _globals['_LISTNAMESPACESREQUEST']._serialized_start=1533
+  _globals['_LISTNAMESPACESREQUEST']._serialized_end=1556
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_start=1558
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_end=1631
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,291 @@
+"""What a differ asks of containerd: a layer's bytes, and a place for a new layer.
+
+A blob is read in containerd's directory where that is at hand, else through its content service. New blobs go through
+the service, which records whom they belong to.
+
+Sources: containerd v1.7.24 and v2.2, api/services/{content,introspection,leases,namespaces}/v1,
+plugins/services/content/contentserver/contentserver.go, core/content/proxy; docs/garbage-collection.md.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+
+from onlap import errors
+from onlap.errors import shown
+from onlap.serve.containerd.protocol import daemon_pb2 as pb
+from onlap.serve.containerd.status import CODES
+
+M = TypeVar("M", bound=Message)
+
+NAMESPACE = "containerd-namespace"
+LEASE = "containerd-lease"
+UNCOMPRESSED = "containerd.io/uncompressed"
+
+# Seconds until containerd answers what it only has to look up: it waits for its own writers, and those for the disk.
+_PATIENCE = 60.0
+
+# Seconds that a new blob is kept for a client that says under no lease of its own. From the end of the diff to the
+# manifest that refers to it nerdctl needs milliseconds; an hour is for a client that uploads other layers in between.
+_KEPT = 3600
+
+# containerd's client reads and writes blobs in pieces of 1 MiB (core/content/proxy).
+_PIECE = 1 << 20
+
+_KINDS = {code: kind for kind, code in CODES.items()}
+
+
+class Daemon:
+    """A containerd.
+
+    Args:
+        address: the path of its socket.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(f"unix:{os.path.abspath(address)}")
+        self._blobs: str | None = None
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._channel.close()
+
+    def ask(self, method: str, request: Message, answer: type[M], headers: Mapping[str, str]) -> M:
+        """A call with one answer.
+
+        Args:
+            method: as ``"content.v1.Content/Info"``.
+            request: what is asked.
+            answer: the class of what is answered.
+            headers: as :data:`NAMESPACE`.
+
+        Raises:
+            OnlapError: as containerd answers, or because it does not.
+        """
+        call = self._channel.unary_unary(_full(method), type(request).SerializeToString, answer.FromString)
+        with self.translated():
+            return call(request, metadata=tuple(headers.items()), timeout=_PATIENCE)
+
+    def stream(self, method: str, request: Message, answer: type[M], headers: Mapping[str, str]) -> Iterator[M]:
+        """A call with a stream of answers; raises as :meth:`ask`."""
+        call = self._channel.unary_stream(_full(method), type(request).SerializeToString, answer.FromString)
+        with self.translated():
+            yield from call(request, metadata=tuple(headers.items()))
+
+    def exchange(
+        self, method: str, requests: Iterator[M], request: type[M], answer: type[Message], headers: Mapping[str, str]
+    ) -> Any:
+        """A call with two streams; errors come from the iterator that is returned, inside :meth:`translated`."""
+        call = self._channel.stream_stream(_full(method), request.SerializeToString, answer.FromString)
+        return call(requests, metadata=tuple(headers.items()))
+
+    def translated(self) -> _Translated:
+        """A block in which gRPC's errors become ours."""
+        return _Translated(self.address)
+
+    def namespaces(self) -> list[str]:
+        """Which namespaces there are; raises as :meth:`ask`."""
+        request = pb.ListNamespacesRequest()
+        found = self.ask("namespaces.v1.Namespaces/List", request, pb.ListNamespacesResponse, {})
+        return [namespace.name for namespace in found.namespaces]
+
+    def blobs(self) -> str | None:
+        """The directory of its blobs; None if it does not say so. Raises as :meth:`ask`."""
+        if self._blobs is None:
+            request = pb.PluginsRequest(filters=["type==io.containerd.content.v1,id==content"])
+            found = self.ask("introspection.v1.Introspection/Plugins", request, pb.PluginsResponse, {})
+            for plugin in found.plugins:
+                if root := plugin.exports.get("root"):
+                    self._blobs = os.path.join(root, "blobs")
+        return self._blobs
+
+
+class _Translated:
+    """See :meth:`Daemon.translated`."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, grpc.RpcError):
+            return
+        code, details = error.code(), str(error.details())
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise errors.Unavailable(
+                f"containerd does not answer at {shown(self._address)}: {details}",
+                key=self._address,
+                hint="is this its address (--containerd), and does it run?",
+            ) from error
+        kind: type[errors.OnlapError] = getattr(errors, _KINDS.get(code.value[0], "Internal"), errors.Internal)
+        raise kind(f"containerd says: {details}") from error
+
+
+class Content:
+    """The blobs of one namespace.
+
+    Args:
+        daemon: the containerd.
+        namespace: which.
+        lease: of the client under which new blobs are kept; empty for one of our own that expires.
+    """
+
+    def __init__(self, daemon: Daemon, namespace: str, lease: str = "") -> None:
+        self._daemon = daemon
+        self._headers = {NAMESPACE: namespace}
+        self._lease = lease
+
+    def info(self, digest: str) -> pb.Info:
+        """What is known of a blob.
+
+        Raises:
+            NotFound: the namespace has no such blob.
+            OnlapError: see :meth:`Daemon.ask`.
+        """
+        return self._daemon.ask(
+            "content.v1.Content/Info", pb.InfoRequest(digest=digest), pb.InfoResponse, self._headers
+        ).info
+
+    def label(self, digest: str, name: str, value: str) -> None:
+        """Set a label of a blob; raises as :meth:`info`."""
+        request = pb.UpdateRequest(
+            info=pb.Info(digest=digest, labels={name: value}), update_mask=FieldMask(paths=[f"labels.{name}"])
+        )
+        self._daemon.ask("content.v1.Content/Update", request, pb.UpdateResponse, self._headers)
+
+    def reader(self, digest: str) -> Reader:
+        """The bytes of a blob, from the service."""
+        request = pb.ReadContentRequest(digest=digest)
+        return Reader(self._daemon.stream("content.v1.Content/Read", request, pb.ReadContentResponse, self._headers))
+
+    def writer(self, reference: str) -> Writer:
+        """A new blob.
+
+        Args:
+            reference: of the client, by which it finds the unfinished blob; empty for one of our own.
+
+        Raises:
+            OnlapError: see :meth:`Daemon.ask`.
+        """
+        lease = self._lease or self._new_lease()
+        return Writer(self._daemon, self._headers | {LEASE: lease}, reference)
+
+    def _new_lease(self) -> str:
+        """What is written under it is kept, as the client's own lease does not reach a proxy differ."""
+        name = f"onlap-diff-{secrets.token_hex(8)}"
+        expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + _KEPT))
+        request = pb.CreateRequest(id=name, labels={"containerd.io/gc.expire": expires})
+        self._daemon.ask("leases.v1.Leases/Create", request, Empty, self._headers)
+        return name
+
+
+class Reader:
+    """A blob from the content service, as a file that can be read once."""
+
+    def __init__(self, answers: Iterator[pb.ReadContentResponse]) -> None:
+        self._answers = answers
+        self._data = memoryview(b"")
+
+    def read(self, count: int) -> bytes:
+        """Up to ``count`` bytes; none at the end. Raises as :meth:`Daemon.ask`."""
+        while not self._data:
+            answer = next(self._answers, None)
+            if answer is None:
+                return b""
+            self._data = memoryview(answer.data)
+        data, self._data = self._data[:count], self._data[count:]
+        return bytes(data)
+
+
+class Writer:
+    """A blob that is sent to the content service; a context manager, without whose :meth:`commit` there is none.
+
+    Args:
+        daemon: the containerd.
+        headers: with the namespace and the lease.
+        reference: see :meth:`Content.writer`.
+    """
+
+    def __init__(self, daemon: Daemon, headers: Mapping[str, str], reference: str) -> None:
+        self._daemon = daemon
+        self._headers = headers
+        self._is_ours = not reference
+        self._reference = reference or f"onlap-diff-{secrets.token_hex(8)}"
+        self._requests: queue.SimpleQueue[pb.WriteContentRequest | None] = queue.SimpleQueue()
+        self._answers = daemon.exchange(
+            "content.v1.Content/Write",
+            iter(self._requests.get, None),
+            pb.WriteContentRequest,
+            pb.WriteContentResponse,
+            headers,
+        )
+        self._offset = 0
+        self._committed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._requests.put(None)
+        if self._committed:
+            return
+        self._answers.cancel()
+        if self._is_ours:
+            try:
+                request = pb.AbortRequest(ref=self._reference)
+                self._daemon.ask("content.v1.Content/Abort", request, Empty, self._headers)
+            except errors.OnlapError:
+                pass  # the first error is the one to report, and the unfinished blob goes with its lease
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Send bytes, at most 1 MiB; returns how many. Raises as :meth:`Daemon.ask`.
+
+        The first ones replace what an earlier attempt left under the reference.
+        """
+        piece = bytes(data[:_PIECE])
+        self._send(pb.WriteContentRequest(action=pb.WRITE, ref=self._reference, offset=self._offset, data=piece))
+        self._offset += len(piece)
+        return len(piece)
+
+    def commit(self, digest: str, labels: Mapping[str, str]) -> None:
+        """Make it a blob; it may be there already.
+
+        Raises:
+            OnlapError: see :meth:`Daemon.ask`.
+        """
+        request = pb.WriteContentRequest(
+            action=pb.COMMIT, ref=self._reference, total=self._offset, expected=digest, offset=self._offset,
+            labels=labels,
+        )  # fmt: skip
+        try:
+            self._send(request)
+        except errors.AlreadyExists:
+            resource = pb.Resource(id=digest, type="content")
+            request_ = pb.AddResourceRequest(id=self._headers[LEASE], resource=resource)
+            self._daemon.ask("leases.v1.Leases/AddResource", request_, Empty, self._headers)
+        self._committed = True
+
+    def _send(self, request: pb.WriteContentRequest) -> None:
+        self._requests.put(request)
+        with self._daemon.translated():
+            next(self._answers)
+
+
+def _full(method: str) -> str:
+    return f"/containerd.services.{method}"

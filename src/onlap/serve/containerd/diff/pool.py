@@ -1,0 +1,95 @@
+"""Workers that stay, one per core at most, for layers of which several are unpacked or made at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from onlap import errors
+from onlap.workers import Worker
+
+# A worker has some 40 MiB (bench: the peak memory of a pull). Layers that wait for one lose nothing beyond this number,
+# since the disk is the limit before.
+_MOST = 8
+
+
+class Pool:
+    """Worker processes that are kept; a context manager that ends them.
+
+    Args:
+        answerer: see :class:`onlap.workers.Worker`.
+    """
+
+    def __init__(self, answerer: str) -> None:
+        self._answerer = answerer
+        self._free = threading.BoundedSemaphore(min(len(os.sched_getaffinity(0)), _MOST))
+        self._mutex = threading.Lock()
+        # The one that was used last is used next, so that those which are never needed are never started.
+        self._idle: list[Worker] = []
+        self._busy: dict[Worker, object] = {}
+        self._closed = False
+
+    def perform(self, request: Mapping[str, Any], when_gone: Callable[[Callable[[], None]], None]) -> dict[str, Any]:
+        """What a worker answers, when one is free.
+
+        Args:
+            request: see :class:`onlap.workers.Worker`.
+            when_gone: is given what ends the work, to be called when nobody waits for the answer any more.
+
+        Raises:
+            Canceled: nobody waits any more, or the pool was closed.
+            Unavailable: the worker died; its memory may have run out.
+            OnlapError: of the answerer.
+        """
+        with self._free:
+            worker = self._take(job := object())
+            answered = False
+
+            def gone() -> None:
+                with self._mutex:
+                    if self._busy.get(worker) is job:  # else it has another by now
+                        worker.kill()
+
+            try:
+                when_gone(gone)
+                answer = worker.perform(request)
+                answered = True
+            finally:
+                self._put_back(worker, keep=answered)
+            return answer
+
+    def warm(self) -> None:
+        """Start a worker, so that the first layer need not wait for that."""
+        worker = self._take(None)
+        worker.start()
+        self._put_back(worker, keep=True)
+
+    def _take(self, job: object) -> Worker:
+        with self._mutex:
+            if self._closed:
+                raise errors.Canceled("the server stops")
+            worker = self._idle.pop() if self._idle else Worker(self._answerer)
+            self._busy[worker] = job
+            return worker
+
+    def _put_back(self, worker: Worker, *, keep: bool) -> None:
+        with self._mutex:
+            del self._busy[worker]
+            keep = keep and not self._closed
+            if keep:
+                self._idle.append(worker)
+        if not keep:
+            worker.kill()
+            worker.close()
+
+    def close(self) -> None:
+        """End all workers, also in the middle of their work."""
+        with self._mutex:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            for worker in self._busy:
+                worker.kill()
+        for worker in idle:
+            worker.close()

@@ -1,0 +1,121 @@
+"""The two calls of a differ: from a request to a worker and back to a response.
+
+What is left to another differ is answered with Unimplemented, at which containerd goes on to the next one of its list
+(plugins/services/diff/local.go).
+
+Sources: containerd v1.7.24 and v2.2, core/diff/apply/apply.go and plugins/diff/walking/differ.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+from google.protobuf.message import Message
+
+from onlap import errors
+from onlap.images.spec import media
+from onlap.layers.stream.compression import Compression
+from onlap.layers.stream.digests import check_sha256
+from onlap.overlayfs.markers import TRUSTED
+from onlap.serve.containerd.diff import work
+from onlap.serve.containerd.diff.daemon import LEASE, NAMESPACE, Daemon
+from onlap.serve.containerd.diff.pool import Pool
+from onlap.serve.containerd.diff.trees import Tree, tree
+from onlap.serve.containerd.diff.work import ApplyJob, DiffJob
+from onlap.serve.containerd.methods import Caller, Method
+from onlap.serve.containerd.protocol import diff_pb2 as pb
+from onlap.syscalls.namespaces import in_user_namespace
+
+_WRITTEN: dict[str, Compression] = {
+    media.OCI_LAYER: "none",
+    f"{media.OCI_LAYER}+gzip": "gzip",
+    f"{media.OCI_LAYER}+zstd": "zstd",
+}
+
+
+class DiffService:
+    """The differ; see :class:`onlap.serve.containerd.methods.Service`. A context manager that ends its workers.
+
+    Args:
+        daemon: the path of containerd's socket, for the layers' blobs.
+        namespace_of: returns the namespace to which a directory of a snapshot belongs; empty if it is not known.
+    """
+
+    name = "containerd.services.diff.v1.Diff"
+
+    def __init__(self, daemon: str, namespace_of: Callable[[str], str]) -> None:
+        self._daemon = daemon
+        self._namespace_of = namespace_of
+        self._pool = Pool(f"{work.__name__}:{work.answer.__name__}")
+        self.methods: dict[str, Method] = {
+            "Apply": Method(pb.ApplyRequest, self.apply, lambda request: request.diff.digest, asks=True),
+            "Diff": Method(pb.DiffRequest, self.diff, lambda request: request.ref, asks=True),
+        }
+
+    def __enter__(self) -> DiffService:
+        self._pool.warm()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
+
+    def apply(self, request: pb.ApplyRequest, caller: Caller) -> Message:
+        """Apply a layer to the tree behind the mounts."""
+        layer = request.diff
+        if request.payloads:
+            raise errors.Unimplemented("a layer with payloads for a stream processor is left to another differ")
+        media.check_layer(layer.media_type, layer.digest)
+        if not layer.digest.startswith("sha256:"):
+            raise errors.Unimplemented(f"the digest {errors.shown(layer.digest)} is left to another differ")
+        check_sha256(layer.digest)
+        target = _read(tree(request.mounts))
+        if target.upper is None:
+            raise errors.Unimplemented("a tree that cannot be written to is left to another differ")
+        namespace = caller.header(NAMESPACE) or self._namespace_of(target.upper)
+        job = ApplyJob(self._daemon, namespace, layer.digest, layer.size, target, request.sync_fs)
+        done = self._pool.perform({"apply": job}, caller.when_gone)
+        return pb.ApplyResponse(applied=pb.Descriptor(media_type=media.OCI_LAYER, **done))
+
+    def diff(self, request: pb.DiffRequest, caller: Caller) -> Message:
+        """Write what is in the right tree and not in the left one as a blob of containerd's."""
+        media_type = request.media_type or f"{media.OCI_LAYER}+gzip"
+        if media_type not in _WRITTEN:
+            raise errors.Unimplemented(f"a layer of the type {errors.shown(media_type)} is left to another differ")
+        before, after = _read(tree(request.left)), _read(tree(request.right))
+        if before.overlay and after.overlay and before.flavour != after.flavour:
+            raise errors.Unimplemented("trees with different xattrs of OverlayFS are left to another differ")
+        namespace = caller.header(NAMESPACE) or self._found_namespace(before, after)
+        epoch = request.source_date_epoch.seconds if request.HasField("source_date_epoch") else None
+        job = DiffJob(
+            self._daemon,
+            namespace,
+            caller.header(LEASE),
+            before,
+            after,
+            _WRITTEN[media_type],
+            request.ref,
+            dict(request.labels),
+            epoch,
+        )
+        done = self._pool.perform({"diff": job}, caller.when_gone)
+        return pb.DiffResponse(diff=pb.Descriptor(media_type=media_type, **done))
+
+    def _found_namespace(self, *trees: Tree) -> str:
+        """To which namespace the new blob is to belong, where containerd did not say it (as Debian's 1.7)."""
+        for layer in (layer for each in reversed(trees) for layer in each.layers):
+            if found := self._namespace_of(layer):
+                return found
+        with closing(Daemon(self._daemon)) as daemon:
+            names = daemon.namespaces()
+        if len(names) != 1:
+            raise errors.Unimplemented(
+                "containerd did not say in which namespace the layer is to be, and there are several"
+            )
+        return names[0]
+
+
+def _read(found: Tree) -> Tree:
+    if found.overlay and found.flavour == TRUSTED and in_user_namespace():
+        raise errors.Unimplemented("the markers of an overlay of another user namespace are left to another differ")
+    return found

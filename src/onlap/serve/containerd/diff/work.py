@@ -1,0 +1,164 @@
+"""What a worker of the differ does: apply a layer to a tree, or write one from two trees into containerd's content."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from onlap import errors
+from onlap.images.unpack import parentless
+from onlap.images.unpack.parentless import NeedsParent
+from onlap.layers.apply import archive
+from onlap.layers.apply.archive import Applied
+from onlap.layers.apply.rollback import emptied_on_error
+from onlap.layers.diff.write import Encoding, write_layer
+from onlap.layers.stream.compression import Compression
+from onlap.layers.stream.digests import check_content
+from onlap.overlayfs.markers import Markers
+from onlap.serve.containerd.diff.daemon import UNCOMPRESSED, Content, Daemon
+from onlap.serve.containerd.diff.trees import Tree
+from onlap.syscalls.files import list_directory, syncfs
+from onlap.trees.walk import opened
+
+
+class ApplyJob(NamedTuple):
+    """A layer to apply.
+
+    Attributes:
+        daemon: the address of containerd.
+        namespace: of the client; empty if containerd did not say it.
+        digest: of the blob.
+        size: its bytes; 0 if unknown.
+        tree: where to; a :class:`~onlap.serve.containerd.diff.trees.Tree` with an upper directory.
+        sync: whether to write the filesystem to the disk in the end.
+    """
+
+    daemon: str
+    namespace: str
+    digest: str
+    size: int
+    tree: Tree
+    sync: bool
+
+
+class DiffJob(NamedTuple):
+    """A layer to write.
+
+    Attributes:
+        daemon: the address of containerd.
+        namespace: of the client.
+        lease: of the client; empty if containerd did not say it.
+        before: a :class:`~onlap.serve.containerd.diff.trees.Tree`.
+        after: another, with the changes.
+        compression: of the blob.
+        reference: see :meth:`~onlap.serve.containerd.diff.daemon.Content.writer`.
+        labels: of the blob.
+        epoch: seconds since 1970; later times become this one. None: times are kept.
+    """
+
+    daemon: str
+    namespace: str
+    lease: str
+    before: Tree
+    after: Tree
+    compression: Compression
+    reference: str
+    labels: Mapping[str, str]
+    epoch: int | None
+
+
+def answer(request: Mapping[str, Any], _progress: Callable[[int], None]) -> Mapping[str, Any]:
+    """An :data:`onlap.workers.Answerer`: ``{"apply": ApplyJob}`` and ``{"diff": DiffJob}``, their members in order."""
+    if "apply" in request:
+        apply = ApplyJob(*request["apply"])
+        return _apply(apply._replace(tree=Tree(*apply.tree)))
+    diff = DiffJob(*request["diff"])
+    return _diff(diff._replace(before=Tree(*diff.before), after=Tree(*diff.after)))
+
+
+# Of a worker, which is asked by one server.
+_daemon = functools.lru_cache(maxsize=1)(Daemon)
+
+
+def _apply(job: ApplyJob) -> Mapping[str, Any]:
+    upper = job.tree.upper
+    assert upper is not None
+    with contextlib.ExitStack() as stack:
+        source = _blob(job, stack)
+        with errors.translated("open the directory to unpack into", key=upper):
+            fd = stack.enter_context(opened(upper))
+        with errors.translated("unpack a layer", key=job.digest):
+            applied = _applied(source, fd, job)
+            check_content(applied.digest, applied.size, job.digest, job.size or None)
+            if job.sync:
+                syncfs(fd)
+    return {"digest": applied.diff_id, "size": applied.uncompressed}
+
+
+def _applied(source: BinaryIO, fd: int, job: ApplyJob) -> Applied:
+    """Apply a layer in its directory.
+
+    containerd may unpack a layer before those below it, and then gives it an empty layer or none to lie on; the
+    whiteouts must be there all the same, for the parent that it gets at its commit (v2.2, core/unpack).
+    """
+    tree = job.tree
+    if not tree.overlay:
+        return archive.apply(source, fd, markers=None, digest=job.digest)
+    markers = Markers(tree.flavour)
+    if any(not _is_empty(lower) for lower in tree.lowers):
+        return archive.apply(source, fd, lowers=tree.lowers, markers=markers, digest=job.digest)
+    if list_directory(fd):
+        raise errors.Unimplemented("a layer that is not empty and has no parent is left to another differ")
+    try:
+        with emptied_on_error(fd):
+            done = parentless.apply(source, fd, markers, job.digest)
+            parentless.mark(fd, markers, done.removals)
+    except NeedsParent as needed:
+        raise errors.Unimplemented(
+            f"the layer {job.digest} needs its parent at {errors.shown(str(needed))}, and is left to another differ"
+        ) from None
+    return done.applied
+
+
+def _is_empty(directory: str) -> bool:
+    with errors.translated("open a layer", key=directory), opened(directory) as fd:
+        return not list_directory(fd)
+
+
+def _blob(job: ApplyJob, stack: contextlib.ExitStack) -> BinaryIO:
+    """The bytes of a layer: a file of containerd's, or else what its content service sends."""
+    daemon = _daemon(job.daemon)
+    content = Content(daemon, job.namespace)
+    if job.namespace:
+        content.info(job.digest)  # a namespace sees only its own blobs, whatever lies in the directory
+    blobs = daemon.blobs()
+    if blobs is not None:
+        try:
+            return stack.enter_context(open(os.path.join(blobs, *job.digest.split(":", 1)), "rb", buffering=0))
+        except (FileNotFoundError, PermissionError):
+            pass  # another store holds it
+    if not job.namespace:
+        raise errors.Unimplemented(
+            f"the blob {job.digest} is not in a directory that can be read, and containerd did not say whose it is",
+            key=job.digest,
+        )
+    return cast(BinaryIO, content.reader(job.digest))
+
+
+def _diff(job: DiffJob) -> Mapping[str, Any]:
+    content = Content(_daemon(job.daemon), job.namespace, job.lease)
+    flavour = (job.after if job.after.overlay else job.before).flavour
+    encoding = Encoding(job.compression, epoch=job.epoch)
+    with content.writer(job.reference) as writer, errors.translated("write a layer"):
+        written = write_layer(job.before.layers, job.after.layers, Markers(flavour), cast(BinaryIO, writer), encoding)
+        labels = dict(job.labels)
+        if job.compression != "none":
+            labels[UNCOMPRESSED] = written.diff_id
+        writer.commit(written.digest, labels)
+    info = content.info(written.digest)
+    if job.compression != "none" and UNCOMPRESSED not in info.labels:
+        content.label(written.digest, UNCOMPRESSED, written.diff_id)
+    return {"digest": info.digest, "size": info.size}
