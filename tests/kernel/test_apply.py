@@ -139,6 +139,13 @@ def test_times_of_directories_in_any_order(layer: Path) -> None:
     assert all((layer / f"many{n}").stat().st_mtime_ns == TIME + n for n in range(200))
 
 
+def test_a_directory_with_more_directories_than_are_open_at_a_time(layer: Path) -> None:
+    names = [f"d/d{number}" for number in range(200)]
+    apply_to(layer, archive([directory("d/", mtime_ns=TIME), *[directory(f"{name}/") for name in names], entry("d/f")]))
+    assert set(look(layer)) == {".", "d", "d/f", *names}
+    assert (layer / "d").stat().st_mtime_ns == TIME
+
+
 def test_default_acls_are_kept_and_not_inherited(layer: Path) -> None:
     everyone = 2**32 - 1
     acl = struct.pack("<I", 2) + b"".join(

@@ -54,6 +54,7 @@ class Applier:
         self._whiteouts = Whiteouts(self.upper)
         self._parent_path: str | None = None
         self._parent = self.upper.top
+        self._parent.pins += 1
         # open(2) and mkdir(2) set modes without these bits exactly.
         self._inexact = self.attributes.umask | 0o7000
         self._handlers: dict[str, Callable[[Directory, str, str, Entry], None]] = {
@@ -117,7 +118,11 @@ class Applier:
             self._whiteouts.whiteout(parent_path, base)
             return
         if parent_path != self._parent_path:
-            self._parent = self.upper.parent(parent_path)
+            parent = self.upper.parent(parent_path)
+            # Entries in it may open any number of other directories.
+            self._parent.pins -= 1
+            parent.pins += 1
+            self._parent = parent
             self._parent_path = parent_path
         parent = self._parent
         if parent.path != parent_path:
