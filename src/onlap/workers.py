@@ -7,6 +7,7 @@ When the process that started it is gone, so are its pipes, and it ends with the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -129,6 +130,7 @@ class Worker:
 
 def main(answerer: str) -> None:
     """The program of a worker process."""
+    _volunteer()
     module, _, name = answerer.partition(":")
     answer: Answerer = getattr(importlib.import_module(module), name)
     for line in sys.stdin.buffer:
@@ -144,3 +146,13 @@ def _tell(value: Mapping[str, Any]) -> None:
     # ASCII: names that are not UTF-8 come through as the escapes of their surrogates.
     sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
     sys.stdout.buffer.flush()
+
+
+def _volunteer() -> None:
+    """Be killed before the process that started this one when memory runs out: a worker loses one request.
+
+    A service may have protected itself (OOMScoreAdjust= of systemd), and its children inherit that (proc(5)).
+    """
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+b", buffering=0) as file:
+        if int(file.read()) < 0:
+            file.write(b"0")

@@ -1,4 +1,4 @@
-"""The only user of the gRPC library: all other code handles bytes.
+"""The server's only user of the gRPC library: all other code of it handles bytes.
 
 The library is grpcio, the reference implementation (docs/adr/0002-grpc-library.md has measurements). Its codecs are
 identity functions, so that messages are encoded and decoded together with the call, and errors there become statuses.
