@@ -9,13 +9,14 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # "make peers lint test" in that order, also under -j.
 .NOTPARALLEL:
-.PHONY: help demo peers peers-soft lint docs dist test test-crash test-long bench protocol clean
+.PHONY: help demo peers peers-soft lint docs dist test test-crash test-long bench bench-check protocol clean
 
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 TOOLS_STAMP := $(VENV)/.tools-up-to-date
+BENCH_STAMP := $(VENV)/.bench-up-to-date
 
 # The Pythons to try. Each is run before it is taken: a name on PATH may be a shim without a Python behind it.
 PYTHONS := $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
@@ -116,12 +117,21 @@ test-long: export HYPOTHESIS_PROFILE := long
 test-long: $(STAMP) peers-soft ## the same with the long tests and the long Hypothesis profile (hours)
 	$(call run_tests,--long --timeout=3600 -o faulthandler_timeout=3500); exit $$status
 
-bench: $(STAMP) peers-soft ## the benchmarks, beside the peers
+# $(call run_bench,OPTIONS): each writes its section of docs/benchmarks.md, unless the options say otherwise.
+BENCHMARKS = $(basename $(notdir $(shell grep -l 'lib\.main(' bench/*.py)))
+define run_bench
 	@$(PRIVATE); status=0; \
-	for name in containerd docker images layers snapshots workspaces; do \
-		echo "== $$name"; $$private $(BIN)/python -m "bench.$$name" $(ARGS) || status=1; \
-	done; \
-	exit $$status
+	for name in $(BENCHMARKS); do \
+		echo "== $$name"; $$private $(BIN)/python -m "bench.$$name" $(1) $(ARGS) || status=1; \
+	done
+endef
+
+bench: $(BENCH_STAMP) peers-soft ## the benchmarks, beside the peers; short with ARGS=--quick
+	$(run_bench); exit $$status
+
+bench-check: $(STAMP) peers-soft ## measures, and fails if a ratio is worse than the recorded one
+	@rm -f .cache/bench/*.json
+	$(call run_bench,--no-publish); $(BIN)/python -m bench.check || status=1; exit $$status
 
 protocol: $(STAMP) ## make the protobuf stubs again from their source
 	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. \
@@ -142,6 +152,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,containerd,examples]' && \
 	: 'Its own dependencies are clients of language models, which the tests of examples/ do not need.' && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'mini-swe-agent>=2.4,<3'
+	@touch $@
+
+# What only "bench" needs: it draws.
+$(BENCH_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 # What only "docs" and "dist" need.

@@ -1,0 +1,105 @@
+"""The report of the benchmarks: which ratios it refuses, what it records, and when a later run is worse."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import check, lib
+from bench.lib.page import publish
+
+KEY = ("layers", "apply; tar")
+
+
+@pytest.mark.parametrize(
+    "peer, ours, given",
+    [
+        ([1.0, 1.0, 1.0], [2.0, 2.2, 1.9], True),
+        ([1.0, 1.0, 1.0], [1.1, 0.9, 1.2], False),
+        # 0.5x: the rounds may differ by a factor of two, either way round.
+        ([2.0, 2.0, 2.0], [1.0, 0.8, 1.4], True),
+        ([2.0, 2.0, 2.0], [1.0, 0.6, 1.4], False),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], True),
+    ],
+)
+def test_a_ratio_whose_rounds_differ_more_than_the_sides_is_refused(
+    peer: list[float], ours: list[float], given: bool
+) -> None:
+    row = lib.Row("apply", "s", peer, ours, lib.Reach(most=3))
+    assert (row.ratio is not None) == given
+    assert row.verdict == ("reached" if given else "")
+    assert row.cells()["Onlap / peer"].startswith("none") != given
+
+
+def test_a_row_of_results_has_processor_time_memory_and_floor() -> None:
+    peer, ours = [{"n": 4, "cpu_s": 2.0, "peak_mib": 10.0}], [{"n": 8, "cpu_s": 0.08, "peak_mib": 20.0}]
+    row = lib.Row.of("cycles", "cycles/s", peer, ours, "n", floor=[{"n": 16}], per="n")
+    cells = row.cells()
+    assert cells["CPU, peer / Onlap"] == "0.5 s / 10 ms"
+    assert cells["MiB, peer / Onlap"] == "10 / 20"
+    assert cells["Onlap / floor"] == "0.5x"
+    bare = lib.Row("cycles", "cycles/s", [1.0], [2.0])
+    assert {name for name in bare.cells() if not bare.cells()[name]} >= {"floor", "durability", "CPU, peer / Onlap"}
+
+
+def test_what_is_published_is_read_again(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    rows = [lib.Row(KEY[1], "s", [1.0, 1.0], [2.0, 2.5], lib.Reach(most=3, stretch=2), durability="Onlap syncs")]
+    details = lib.Details("More:", ["run", "s"], [["a", "1"]])
+    plot = lib.Plot("apply", "Apply", "files", "s", {"Onlap": [(1, [1.0])]})
+    for _ in range(2):  # the second time it is replaced
+        publish("layers", "Layers", rows, where={}, details=details, plots=[plot], document=document)
+        publish("other", "Other", [lib.Figure("open", "ms", [1.0], 2)], where={}, document=document)
+    found = lib.recorded(document)
+    assert list(found) == [KEY, ("other", "open")]
+    assert found[KEY]["durability"] == "Onlap syncs"
+    assert check.recorded_ranges(found) == {KEY: (2, 2.5)}
+    assert document.read_text().count("![Apply (s): Onlap 1 at 1](plots/apply.svg)") == 1
+
+
+@pytest.mark.parametrize(
+    "unit, ours, worse",
+    [("s", [2.6, 3.0], True), ("s", [2.4, 3.0], False), ("MB/s", [1.0, 1.9], True), ("MB/s", [2.6, 3.0], False)],
+)
+def test_a_ratio_is_worse_if_all_rounds_are(unit: str, ours: list[float], worse: bool) -> None:
+    measured = {KEY: lib.Row(KEY[1], unit, [1.0, 1.0], ours)}
+    assert bool(list(check.findings({KEY: (2.0, 2.5)}, measured))) == worse
+
+
+def test_a_recorded_row_that_was_not_measured_is_told() -> None:
+    assert list(check.findings({KEY: (2.0, 2.5)}, {})) == ["layers: apply; tar: not measured"]
+
+
+def test_the_page_can_be_read() -> None:
+    """Each ratio of docs/benchmarks.md has its range, which the check of a release compares."""
+    rows = {key: cells for key, cells in lib.recorded().items() if "Onlap / peer" in cells}
+    assert rows
+    assert check.recorded_ranges(rows).keys() == rows.keys()
+
+
+def test_a_call_is_measured_with_what_its_children_use() -> None:
+    with lib.Worker([sys.executable, "-c", WORKER]) as worker:
+        result = worker("spend")
+    assert result["seconds"] == 1  # the answer comes first
+    assert result["cpu_s"] >= 0.1
+    assert result["peak_mib"] >= 40
+
+
+WORKER = """
+import subprocess, sys
+spend = "import time\\nwhile time.process_time() < 0.2: pass"
+for line in sys.stdin:
+    subprocess.run([sys.executable, "-c", spend], check=True)
+    memory = bytearray(40 << 20)
+    print('{"seconds": 1}', flush=True)
+"""
+
+
+def test_a_peak_is_that_of_the_call() -> None:
+    memory = bytearray(60 << 20)
+    before = lib.measured(lambda: None, os.getpid())["peak_mib"]
+    del memory
+    assert lib.measured(lambda: None, os.getpid())["peak_mib"] < before - 30
