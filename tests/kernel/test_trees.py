@@ -126,6 +126,28 @@ def test_every_kind_of_file_is_removed(tmp_path: Path) -> None:
     removed(top)
 
 
+_COUNTED = """
+import os, sys
+from onlap.trees.remove import remove_at
+listed = []
+sys.addaudithook(lambda event, arguments: listed.append(arguments) if event == "os.scandir" else None)
+remove_at(sys.argv[1])
+print(len(listed))
+"""
+
+
+def test_only_directories_with_contents_are_opened(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / "top" / f"empty-{number}").mkdir(parents=True)
+        (tmp_path / "top" / f"file-{number}").touch()
+    (tmp_path / "top" / "full" / "empty").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNTED, tmp_path / "top"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2\n"
+    assert not (tmp_path / "top").exists()
+
+
 _AS_NOBODY = """
 import os, sys
 from onlap.trees.remove import remove

@@ -53,8 +53,31 @@ def remove_at(path: str) -> None:
 
 def empty(fd: int) -> None:
     """Remove the contents of an open directory; raises OSError as :func:`remove`."""
-    for name in _names(fd):
-        remove(fd, name)
+    for entry in files.list_directory(fd):
+        remove(fd, entry.name)
+
+
+# What unlink and rmdir answer for a directory with contents, and for what is of another type than it was listed with.
+_TO_OPEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EBUSY)
+
+
+def _open_if_full(dir_fd: int, entry: os.DirEntry[str]) -> int | None:
+    """A descriptor as from :func:`_open` of a directory with contents; None for all else, which is removed.
+
+    Most of a tree takes one call each then, and only the rest an open, which tells mounts.
+    """
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            os.rmdir(entry.name, dir_fd=dir_fd)
+        else:
+            os.unlink(entry.name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in _TO_OPEN:
+            raise
+        return _open(dir_fd, entry.name)
+    return None
 
 
 def _open(dir_fd: int, name: str) -> int | None:
@@ -98,11 +121,11 @@ def _open_if_directory(dir_fd: int, name: str) -> int | None:
 
 def _empty(top: int, pace: Callable[[], None] | None, moved: int) -> int:
     """Remove the contents of ``top``; too deep directories are moved to ``top``. Returns the last number used."""
-    stack: list[tuple[int, str, list[str]]] = [(top, "", _names(top))]
+    stack = [(top, "", files.list_directory(top))]
     try:
         while stack:
-            fd, name, names = stack[-1]
-            if not names:
+            fd, name, entries = stack[-1]
+            if not entries:
                 stack.pop()
                 if fd != top:
                     os.close(fd)
@@ -110,18 +133,18 @@ def _empty(top: int, pace: Callable[[], None] | None, moved: int) -> int:
                     if pace is not None:
                         pace()
                 continue
-            child_name = names.pop()
-            child = _open(fd, child_name)
+            entry = entries.pop()
+            child = _open_if_full(fd, entry)
             if child is None:
                 if pace is not None:
                     pace()
             elif len(stack) < _MAX_DEPTH:
-                below: list[str] = []
-                stack.append((child, child_name, below))  # first, so that an error closes it
-                below += _names(child)
+                below: list[os.DirEntry[str]] = []
+                stack.append((child, entry.name, below))  # first, so that an error closes it
+                below += files.list_directory(child)
             else:
                 os.close(child)
-                moved = _move_up(fd, child_name, top, moved)
+                moved = _move_up(fd, entry.name, top, moved)
     finally:
         for fd, _, _ in stack:
             if fd != top:
@@ -138,7 +161,3 @@ def _move_up(dir_fd: int, name: str, top: int, number: int) -> int:
         except FileExistsError:
             continue
         return number
-
-
-def _names(fd: int) -> list[str]:
-    return [entry.name for entry in files.list_directory(fd)]
