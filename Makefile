@@ -76,11 +76,12 @@ peers: ## install what Onlap is tested against (as root; Debian, Ubuntu)
 peers-soft:
 	@tools/peers --soft
 
-lint: $(STAMP) ## ruff, mypy, the direction of imports
+lint: $(STAMP) ## ruff, mypy, the direction of imports, the numbers of README.md
 	@status=0; \
 	$(BIN)/ruff check --quiet . || status=1; \
 	$(BIN)/ruff format --check --quiet --diff . || status=1; \
 	$(BIN)/mypy --no-error-summary || status=1; \
+	$(BIN)/python -m bench.readme --check || status=1; \
 	said=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$said"; status=1; }; \
 	[ $$status -eq 0 ] && echo 'lint: clean'; \
 	exit $$status
@@ -127,7 +128,7 @@ define run_bench
 endef
 
 bench: $(BENCH_STAMP) peers-soft ## the benchmarks, beside the peers; short with ARGS=--quick
-	$(run_bench); exit $$status
+	$(run_bench); $(BIN)/python -m bench.readme || status=1; exit $$status
 
 bench-check: $(STAMP) peers-soft ## measures, and fails if a ratio is worse than the recorded one
 	@rm -f .cache/bench/*.json

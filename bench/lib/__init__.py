@@ -56,7 +56,7 @@ from bench.lib.machine import (
 )
 from bench.lib.page import recorded, report
 from bench.lib.plots import Plot
-from bench.lib.rows import Details, Figure, Reach, Row, number, spread
+from bench.lib.rows import Details, Figure, Reach, Row, markdown_table, number, spread
 from bench.lib.runs import Worker, answer, command, interleave, measured, our_worker, syncing
 
 __all__ = [
@@ -79,6 +79,7 @@ __all__ = [
     "go_build",
     "interleave",
     "main",
+    "markdown_table",
     "measured",
     "number",
     "options",

@@ -65,8 +65,9 @@ Onlap beside its peers, measured by the programs in `bench/` (`make bench`). Eac
 Runs are interleaved, on one machine, on a new ext4 with a journal on a loop device.
 
 - Figures are medians of the rounds, with the smallest and the largest in brackets. The bracket of a ratio has the
-  ratios of the single rounds. If these differ by a greater factor than the two sides do, there is no ratio ("none") and
-  no verdict: the measurement shows no difference. A plot has the medians, and from the smallest to the largest a band.
+  ratios of the single rounds. If these differ by a greater factor than the two sides do ("rounds differ"), there is no
+  ratio and no verdict: the measurement was too rough for one. A plot has the medians, and from the smallest to the
+  largest a band.
 - Both sides have the same durability, unless a column says how it differs.
 - "CPU" is processor time, user and system, of all processes of a side. "MiB" is the largest resident size of its
   largest process. Columns are left out where a benchmark does not measure this.
@@ -97,7 +98,8 @@ def publish(
         parts += [details.caption, markdown_table(details.headings, details.lines)]
     begin, end = f"<!-- bench {name} -->", f"<!-- end of {name} -->"
     section = "\n\n".join([begin, *(part.strip() for part in parts if part), end])
-    text = document.read_text(encoding="utf-8") if document.exists() else PREAMBLE
+    text = document.read_text(encoding="utf-8") if document.exists() else ""
+    text = PREAMBLE + text[text.find("\n<!-- bench ") :] if "\n<!-- bench " in text else PREAMBLE
     old = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if old.search(text):
         text = old.sub(lambda _: section, text, count=1)

@@ -119,7 +119,7 @@ class Row(NamedTuple):
 
     def cells(self) -> dict[str, str]:
         """The row as text, by heading; the ratio with its range over the rounds."""
-        ratio = "none:" if self.ratio is None else f"{number(self.ratio)}x"
+        ratio = "rounds differ" if self.ratio is None else f"{number(self.ratio)}x"
         return {
             "what": self.what,
             "unit": self.unit,

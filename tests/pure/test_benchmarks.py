@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import check, lib
+from bench import check, lib, readme
 from bench.lib.page import publish
 
 KEY = ("layers", "apply; tar")
@@ -31,7 +31,7 @@ def test_a_ratio_whose_rounds_differ_more_than_the_sides_is_refused(
     row = lib.Row("apply", "s", peer, ours, lib.Reach(most=3))
     assert (row.ratio is not None) == given
     assert row.verdict == ("reached" if given else "")
-    assert row.cells()["Onlap / peer"].startswith("none") != given
+    assert row.cells()["Onlap / peer"].startswith("rounds differ") != given
 
 
 def test_a_row_of_results_has_processor_time_memory_and_floor() -> None:
@@ -103,3 +103,22 @@ def test_a_peak_is_that_of_the_call() -> None:
     before = lib.measured(lambda: None, os.getpid())["peak_mib"]
     del memory
     assert lib.measured(lambda: None, os.getpid())["peak_mib"] < before - 30
+
+
+def test_readme_has_the_numbers_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme.main("--check") == 0, capsys.readouterr().out
+
+
+def test_readme_with_another_number_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "README", other)
+    text = (lib.REPOSITORY / "README.md").read_text()
+    other.write_text(text.replace(" cycles/s |", "0 cycles/s |", 1))
+    assert readme.main("--check") == 1
+    assert readme.main() == 0
+    assert other.read_text() == text
+    other.write_text(text + "\nIt takes a millisecond.\n")
+    assert readme.main("--check") == 1
+    assert "'millisecond'" in capsys.readouterr().out
