@@ -204,7 +204,7 @@ def pack(archive: bytes) -> tuple[bytes, str]:
     return gzip.compress(archive, 6, mtime=0), "sha256:" + hashlib.sha256(archive).hexdigest()
 
 
-def write_image(path: Path, name: str, layers: Layers) -> None:
+def write_image(path: Path, name: str, layers: Layers, compression: str = "gzip") -> None:
     """An OCI image layout in a directory, and beside it as an archive."""
     blobs = path / "blobs/sha256"
     blobs.mkdir(parents=True)
@@ -225,7 +225,7 @@ def write_image(path: Path, name: str, layers: Layers) -> None:
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": blob("config.v1+json", json.dumps(config).encode()),
-        "layers": [blob("layer.v1.tar+gzip", data) for data, _ in layers],
+        "layers": [blob(f"layer.v1.tar+{compression}", data) for data, _ in layers],
     }
     top = blob("manifest.v1+json", json.dumps(manifest).encode())
     top["annotations"] = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": "1"}

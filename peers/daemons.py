@@ -319,17 +319,25 @@ def _read(path: str) -> str:
 
 
 class Dockerd(Daemon):
-    """dockerd on that containerd, with the containerd image store and Onlap as its storage driver."""
+    """dockerd on a containerd, with the containerd image store.
 
-    def __init__(self, place: Path, containerd: Containerd) -> None:
+    Args:
+        place: an existing directory of its own.
+        containerd: the socket.
+        snapshotter: the containerd's.
+    """
+
+    def __init__(self, place: Path, containerd: Path, snapshotter: str = "onlap") -> None:
         listen = place / "docker.sock"
         config = place / "daemon.json"
         config.write_text(
-            json.dumps({"features": {"containerd-snapshotter": True}, "storage-driver": "onlap", "live-restore": True})
+            json.dumps(
+                {"features": {"containerd-snapshotter": True}, "storage-driver": snapshotter, "live-restore": True}
+            )
         )
         flags = {
             "config-file": config,
-            "containerd": containerd.socket,
+            "containerd": containerd,
             "data-root": place / "data",
             "exec-root": place / "exec",
             "host": f"unix://{listen}",

@@ -51,7 +51,7 @@ def containerd(place: Path, onlap: Onlap) -> Iterator[Containerd]:
 @pytest.fixture(scope="module")
 def dockerd(place: Path, containerd: Containerd) -> Iterator[Dockerd]:
     """A dockerd on it, with the containerd image store."""
-    with Dockerd(place, containerd) as daemon:
+    with Dockerd(place, containerd.socket) as daemon:
         yield daemon
 
 

@@ -1,0 +1,237 @@
+"""A real containerd that unpacks and makes layers with its own differ, and one with Onlap's.
+
+The two are the same program on the same filesystem, each with a root of its own. An image of two dozen layers of this
+machine's files is imported and unpacked, as gzip and as zstd; one file of it is changed and made a layer; dockerd, with
+the containerd image store, loads the image and commits a container. Whole commands are timed, with the processor time
+of all processes that take part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from bench import lib
+from bench.images import CONTAINERD, NAME, SOURCES, Layers, chain_id, make_layers, run, write_image
+from onlap.layers.stream.compression import compressor
+from peers.daemons import Daemon, Dockerd, Onlap
+
+# Who unpacks into what: the peer is containerd as it comes.
+SIDES = {"walking": "overlayfs", "differ": "overlayfs", "differ and snapshotter": "onlap"}
+
+DIFFER = """
+[proxy_plugins.onlap]
+  type = "snapshot"
+  address = "{socket}"
+[proxy_plugins.onlap-differ]
+  type = "diff"
+  address = "{socket}"
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["onlap-differ", "walking"]
+"""
+
+
+class Side:
+    """One containerd, and what works for it.
+
+    Args:
+        stack: ends it.
+        place: a new directory on the filesystem that is measured.
+        differ: whether it has Onlap's.
+    """
+
+    def __init__(self, stack: ExitStack, place: Path, *, differ: bool) -> None:
+        place.mkdir()
+        config = place / "config.toml"
+        text = CONTAINERD.format(place=place)
+        self.daemons: list[Daemon] = []
+        if differ:
+            options = ["--sync", "none", "--differ", "--containerd", str(place / "c.sock")]
+            self.daemons.append(stack.enter_context(Onlap(place, *options)))
+            text += DIFFER.format(socket=self.daemons[0].socket)
+        config.write_text(text)
+        command = ["containerd", "--config", str(config)]
+        self.containerd = stack.enter_context(Daemon("containerd", place, place / "c.sock", command))
+        (place / "d").mkdir()
+        snapshotter = "onlap" if differ else "overlayfs"
+        self.dockerd = stack.enter_context(Dockerd(place / "d", self.containerd.socket, snapshotter))
+        self.daemons += [self.containerd, self.dockerd]
+
+    def ctr(self, *words: object) -> str:
+        """The output of ``ctr``."""
+        return run("ctr", "--address", self.containerd.socket, *words)
+
+    def timed(self, call: Callable[[], object]) -> lib.Result:
+        """How long a call takes in seconds, and its processor time: of commands that it runs, and of the daemons."""
+        busy, began = self._busy(), time.monotonic()
+        call()
+        return {"seconds": time.monotonic() - began, "cpu": self._busy() - busy}
+
+    def _busy(self) -> float:
+        commands = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return commands.ru_utime + commands.ru_stime + sum(busy(daemon.process.pid) for daemon in self.daemons)
+
+
+def busy(pid: int) -> float:
+    """Seconds of processor time of a process and all of its children, of which it has reaped those that ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = [
+            int(child) for task in os.listdir(f"/proc/{pid}/task")
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+        ]  # fmt: skip
+    except FileNotFoundError:
+        return 0.0  # it ended; its parent has its time
+    ticks = sum(map(int, fields[11:15]))  # proc_pid_stat(5): utime, stime, cutime, cstime
+    return ticks / os.sysconf("SC_CLK_TCK") + sum(map(busy, children))
+
+
+def bench() -> None:
+    """Run, compare, report."""
+    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=5)
+    with ExitStack() as stack:
+        mount = stack.enter_context(lib.LoopExt4(chosen.dir, 12 << 30))
+        lib.progress("making the image")
+        layers, files = make_layers(SOURCES[:2] if chosen.quick else SOURCES)
+        write_image(mount / "gzip", NAME, layers)
+        write_image(mount / "zstd", NAME, as_zstd(layers), "zstd")
+        plain = Side(stack, mount / "p", differ=False)
+        onlap = Side(stack, mount / "o", differ=True)
+        sides = {name: (plain if name == "walking" else onlap, snapshotter) for name, snapshotter in SIDES.items()}
+        take_turns = partial(lib.interleave, chosen.rounds, before=partial(run, "sync", "-f", mount))
+        runs: dict[str, list[lib.Result]] = {}
+        for kind in ("gzip", "zstd"):
+            archive = mount / f"{kind}.tar"
+            cases = {
+                f"import {kind}, {name}": partial(import_image, side, archive, "--snapshotter", snapshotter)
+                for name, (side, snapshotter) in sides.items()
+            }
+            runs |= take_turns(
+                cases | {f"import {kind}, not unpacked": partial(import_image, plain, archive, "--no-unpack")}
+            )
+        for side, snapshotter in sides.values():
+            side.ctr("images", "import", "--snapshotter", snapshotter, mount / "gzip.tar")
+        top = chain_id(layers)
+        changed = {
+            name: change(side, snapshotter, top, mount / "merged") for name, (side, snapshotter) in sides.items()
+        }
+        runs |= take_turns({f"diff, {name}": partial(diff, *changed[name]) for name in sides})
+        dockers = {"walking": plain, "differ and snapshotter": onlap}
+        runs |= take_turns({f"load, {name}": partial(load, side, mount / "gzip.tar") for name, side in dockers.items()})
+        for side in dockers.values():
+            side.dockerd.docker("load", "--input", mount / "gzip.tar")
+        runs |= take_turns({f"commit, {name}": partial(commit, side, mount) for name, side in dockers.items()})
+        size = sum(len(data) for data, _ in layers) >> 20
+        lib.report(
+            "pull",
+            "Unpacking and committing under containerd",
+            compare(runs, f"{len(layers)} layers, {size} MiB of gzip, {files:,} files"),
+            where=lib.conditions(peer=f"containerd {lib.containerd_version()}, {run('dockerd', '--version').strip()}"),
+            notes=NOTES,
+            details=details(runs),
+            runs=runs,
+            record=chosen.record,
+        )
+
+
+def as_zstd(layers: Layers) -> Layers:
+    """The same layers in the other compression."""
+    import gzip
+
+    made = []
+    for data, diff_id in layers:
+        stream = compressor("zstd", None)
+        made.append((stream.compress(gzip.decompress(data)) + stream.flush(), diff_id))
+    return made
+
+
+def import_image(side: Side, archive: Path, *options: str) -> lib.Result:
+    """Import the image and remove it."""
+    result = side.timed(lambda: side.ctr("images", "import", *options, archive))
+    side.ctr("images", "rm", "--sync", NAME)
+    return result
+
+
+def change(side: Side, snapshotter: str, top: str, mount_point: Path) -> tuple[Side, str]:
+    """Change one file in a snapshot of the image."""
+    mount_point.mkdir(exist_ok=True)
+    mounts = side.ctr("snapshots", "--snapshotter", snapshotter, "prepare", "--target", mount_point, "work", top)
+    run("env", "LIBMOUNT_FORCE_MOUNT2=always", "sh", "-ec", mounts)
+    (mount_point / "changed").write_text("changed")
+    run("umount", mount_point)
+    return side, snapshotter
+
+
+def diff(side: Side, snapshotter: str) -> lib.Result:
+    """Make a layer of it, and read that."""
+    words = ["ctr", "--address", side.containerd.socket, "snapshots", "--snapshotter", snapshotter, "diff", "work"]
+    return side.timed(lambda: run("sh", "-ec", 'exec "$0" "$@" >/dev/null', *words))
+
+
+def load(side: Side, archive: Path) -> lib.Result:
+    """Load the image into dockerd, and remove it."""
+    result = side.timed(lambda: side.dockerd.docker("load", "--input", archive))
+    side.dockerd.docker("image", "rm", "--force", NAME)
+    return result
+
+
+def commit(side: Side, directory: Path) -> lib.Result:
+    """Commit a container with one changed file."""
+    changed = directory / "changed"
+    changed.write_text(str(time.monotonic_ns()))
+    container = side.dockerd.docker("create", NAME).strip()
+    side.dockerd.docker("cp", changed, f"{container}:/changed")
+    result = side.timed(lambda: side.dockerd.docker("commit", container, "made"))
+    side.dockerd.docker("rm", container)
+    side.dockerd.docker("image", "rm", "made")
+    return result
+
+
+NOTES = """\
+Both sides are the same containerd; `walking` is its own differ. Onlap runs with `--sync none`, as the peer does. Both
+sides first copy the image into containerd's content, which takes the seconds in the rows "not unpacked". ctr and
+dockerd ask containerd 1.7 for one layer after the other. Times are of whole commands, `ctr` and `docker` included.
+"""
+
+_BESIDE = {"differ": "into overlayfs", "differ and snapshotter": "into Onlap's snapshotter"}
+
+
+def compare(runs: Mapping[str, list[lib.Result]], image: str) -> list[lib.Row]:
+    """The rows of the report, with what each has to reach."""
+    rows = []
+    for what, key, reach in (
+        (f"import and unpack: {image}", "import gzip", lib.Reach(most=1 / 2.5, stretch=1 / 3.5)),
+        ("the same image as zstd", "import zstd", lib.Reach(most=1 / 1.8)),
+        ("diff of one changed file", "diff", lib.Reach(most=1 / 20)),
+        ("docker load", "load", lib.Reach(most=1 / 2.5, stretch=1 / 3.5)),
+        ("docker commit of one changed file", "commit", lib.Reach(most=1 / 20)),
+    ):
+        for side, where in _BESIDE.items():
+            if f"{key}, {side}" not in runs:
+                continue
+            peer, mine = runs[f"{key}, walking"], runs[f"{key}, {side}"]
+            rows.append(lib.Row(f"{what}; {where}", "s", values(peer), values(mine), reach))
+            cpu = lib.Reach(most=1)
+            rows.append(lib.Row("processor time of that", "s", values(peer, "cpu"), values(mine, "cpu"), cpu))
+    return rows
+
+
+def values(results: list[lib.Result], name: str = "seconds") -> list[float]:
+    """One measure of all runs."""
+    return [result[name] for result in results]
+
+
+def details(runs: Mapping[str, list[lib.Result]]) -> lib.Details:
+    """All runs."""
+    lines = [(name, lib.spread(values(results)), lib.spread(values(results, "cpu"))) for name, results in runs.items()]
+    return lib.Details("All runs, in seconds:", ("run", "time", "processor time"), lines)
+
+
+if __name__ == "__main__":
+    lib.main(bench)
