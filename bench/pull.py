@@ -8,8 +8,7 @@ of all processes that take part.
 
 from __future__ import annotations
 
-import argparse
-import os
+import gzip
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -68,33 +67,20 @@ class Side:
         return run("ctr", "--address", self.containerd.socket, *words)
 
     def timed(self, call: Callable[[], object]) -> lib.Result:
-        """How long a call takes in seconds, and its processor time: of commands that it runs, and of the daemons."""
-        busy, began = self._busy(), time.monotonic()
-        call()
-        return {"seconds": time.monotonic() - began, "cpu": self._busy() - busy}
-
-    def _busy(self) -> float:
-        commands = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return commands.ru_utime + commands.ru_stime + sum(busy(daemon.process.pid) for daemon in self.daemons)
+        """Time a call; the processor time is that of the daemons and of the commands that it runs."""
+        before = _of_commands()
+        result = lib.measured(call, *(daemon.process.pid for daemon in self.daemons))
+        return result | {"cpu_s": result["cpu_s"] + _of_commands() - before}
 
 
-def busy(pid: int) -> float:
-    """Seconds of processor time of a process and all of its children, of which it has reaped those that ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        children = [
-            int(child) for task in os.listdir(f"/proc/{pid}/task")
-            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-        ]  # fmt: skip
-    except FileNotFoundError:
-        return 0.0  # it ended; its parent has its time
-    ticks = sum(map(int, fields[11:15]))  # proc_pid_stat(5): utime, stime, cutime, cstime
-    return ticks / os.sysconf("SC_CLK_TCK") + sum(map(busy, children))
+def _of_commands() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def bench() -> None:
     """Run, compare, report."""
-    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=5)
+    chosen = lib.options(__doc__, rounds=5)
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 12 << 30))
         lib.progress("making the image")
@@ -104,7 +90,7 @@ def bench() -> None:
         plain = Side(stack, mount / "p", differ=False)
         onlap = Side(stack, mount / "o", differ=True)
         sides = {name: (plain if name == "walking" else onlap, snapshotter) for name, snapshotter in SIDES.items()}
-        take_turns = partial(lib.interleave, chosen.rounds, before=partial(run, "sync", "-f", mount))
+        take_turns = partial(lib.interleave, chosen.rounds, before=lib.syncing(mount))
         runs: dict[str, list[lib.Result]] = {}
         for kind in ("gzip", "zstd"):
             archive = mount / f"{kind}.tar"
@@ -134,7 +120,7 @@ def bench() -> None:
             compare(runs, f"{len(layers)} layers, {size} MiB of gzip, {files:,} files"),
             where=lib.conditions(peer=f"containerd {lib.containerd_version()}, {run('dockerd', '--version').strip()}"),
             notes=NOTES,
-            details=details(runs),
+            plots=[plot(runs)],
             runs=runs,
             record=chosen.record,
         )
@@ -142,8 +128,6 @@ def bench() -> None:
 
 def as_zstd(layers: Layers) -> Layers:
     """The same layers in the other compression."""
-    import gzip
-
     made = []
     for data, diff_id in layers:
         stream = compressor("zstd", None)
@@ -215,22 +199,18 @@ def compare(runs: Mapping[str, list[lib.Result]], image: str) -> list[lib.Row]:
         for side, where in _BESIDE.items():
             if f"{key}, {side}" not in runs:
                 continue
-            peer, mine = runs[f"{key}, walking"], runs[f"{key}, {side}"]
-            rows.append(lib.Row(f"{what}; {where}", "s", values(peer), values(mine), reach))
-            cpu = lib.Reach(most=1)
-            rows.append(lib.Row("processor time of that", "s", values(peer, "cpu"), values(mine, "cpu"), cpu))
+            name = f"{what}; {where}"
+            rows.append(lib.Row.of(name, "s", runs[f"{key}, walking"], runs[f"{key}, {side}"], reach=reach))
     return rows
 
 
-def values(results: list[lib.Result], name: str = "seconds") -> list[float]:
-    """One measure of all runs."""
-    return [result[name] for result in results]
-
-
-def details(runs: Mapping[str, list[lib.Result]]) -> lib.Details:
-    """All runs."""
-    lines = [(name, lib.spread(values(results)), lib.spread(values(results, "cpu"))) for name, results in runs.items()]
-    return lib.Details("All runs, in seconds:", ("run", "time", "processor time"), lines)
+def plot(runs: Mapping[str, list[lib.Result]]) -> lib.Plot:
+    """Who takes how long for the image."""
+    bars = {
+        kind: [(who, [result["seconds"] for result in runs[f"import {kind}, {who}"]]) for who in SIDES]
+        for kind in ("gzip", "zstd")
+    }
+    return lib.Plot("pull", "Import and unpack of the image", "differ", "s", bars)
 
 
 if __name__ == "__main__":
