@@ -89,7 +89,7 @@ def test_any_catalog_is_rebuilt(tmp_path: Path, seed: int, kind: str) -> None:
         store.images.tag("x:1", "y:2")
         store.cleanup(manifests=True)
         before = records(store)
-        highest = store.snapshotter.catalog.database.read(lambda c: next_id(c, 0))
+        highest = store.snapshotter.catalog.database.read(next_id)
         if seed == 3:  # while it is open
             with pytest.raises(errors.FailedPrecondition, match="open"):
                 rebuild(root)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -95,7 +94,6 @@ class Catalog:
                 on_error.callback(self._format_lock.release)
                 self._syncer = Syncer(self.layout.snapshots, self._write_failed)
                 on_error.callback(self._syncer.close)
-                self._floor = self._highest_number()
                 self.database = Database(
                     self.layout.database,
                     self.layout.lock,
@@ -111,7 +109,7 @@ class Catalog:
                 self.sidecars = Sidecars(self.layout, self.staging, self.database)
                 self.manifests = Manifests(self.layout, self.staging, self.database, self.sidecars.changed)
                 self.garbage.with_space(lambda: self.database.set_up(self._check_migration))
-                has_trash = bool(self.trash.names())
+                has_trash = not self.trash.is_empty()
             on_error.pop_all()
         _opened.add(self)
         if has_trash:
@@ -133,6 +131,7 @@ class Catalog:
         self.sidecars.write(stop)
         if self.manifests.make(stop):
             self.sidecars.write(stop)
+        self.sidecars.settle()
         return again
 
     def _lock_format(self) -> Flock:
@@ -158,14 +157,6 @@ class Catalog:
                 hint="end them, then open it again to migrate it to this Onlap's format",
             )
         self._format_lock.lock(shared=True)
-
-    def _highest_number(self) -> int:
-        numbers = [0]
-        for directory in (self.layout.snapshots, self.layout.trash):
-            numbers += [
-                int(m[1]) for name in os.listdir(directory) if (m := re.fullmatch(r"([0-9]+)(\.[0-9]+)?", name))
-            ]
-        return max(number for number in numbers if number < records.HIGHEST)
 
     def _after_fork_in_child(self) -> None:
         self.staging.after_fork()
@@ -294,10 +285,13 @@ class Catalog:
         """
         if new.parent is not None and not records.is_committed(connection, new.parent):
             raise no_parent(new.parent.name)
-        identifier = records.next_id(connection, self._floor)
-        while exists(self.layout.snapshot(identifier)):
-            # Its transaction never committed. Its number is not used again: the tree keeps it in the trash.
-            self.trash.put(self.layout.snapshot(identifier))
+        identifier = records.next_id(connection)
+        while True:
+            if exists(self.layout.snapshot(identifier)):
+                # Its transaction never committed. Its number is not used again: the tree keeps it in the trash.
+                self.trash.put(self.layout.snapshot(identifier))
+            elif not self.trash.holds(identifier):
+                break
             identifier += 1
         record = records.insert(connection, identifier, owner, new.name, new.parent, new.kind, new.labels)
         os.rename(new.staged, self.layout.snapshot(identifier))

@@ -123,7 +123,7 @@ class Garbage:
 
     def work(self, stop: Callable[[], bool]) -> bool:
         """Empty the trash slowly, until ``stop`` returns True; returns whether something in it is still in use."""
-        if not self.trash.names():
+        if self.trash.is_empty():
             return False
         swept = self.trash.sweep(stop=stop, rate=_BACKGROUND_RATE)
         if swept.removed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from sqlite3 import Connection
 from typing import Final, Literal, NamedTuple
 
@@ -192,10 +192,10 @@ def walk(
 HIGHEST = 1 << 62
 
 
-def next_id(connection: Connection, floor: int) -> int:
-    """An id that no snapshot ever had; ``floor`` is the highest id of a directory on disk."""
+def next_id(connection: Connection) -> int:
+    """An id that no snapshot ever had; a tree whose transaction never committed may have it."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
-    return max(int(row[0]) if row else 0, floor) + 1
+    return (int(row[0]) if row else 0) + 1
 
 
 def set_highest_id(connection: Connection, highest: int) -> None:
@@ -280,7 +280,8 @@ def make_committed(
     try:
         changed = connection.execute(
             """
-            UPDATE snapshots SET name = ?, kind = 'committed', parent = ?, created_ns = ?, updated_ns = ?, empty = ?
+            UPDATE snapshots
+            SET name = ?, kind = 'committed', parent = ?, created_ns = ?, updated_ns = ?, empty = ?, due = 1
             WHERE id = ? AND owner = ? AND name = ? AND kind = 'active' AND parent IS ?
             """,
             (name, parent, now, now, empty, record.id, record.owner, record.name, record.parent_id),
@@ -300,7 +301,7 @@ _LOST_UP_TO = "lost_up_to"
 
 def note_loss(connection: Connection) -> None:
     """Record that what was written to any active snapshot may not be on the disk, and never will be."""
-    put_setting(connection, _LOST_UP_TO, str(next_id(connection, 0) - 1))
+    put_setting(connection, _LOST_UP_TO, str(next_id(connection) - 1))
 
 
 def lost_up_to(connection: Connection) -> int:
@@ -343,7 +344,7 @@ def _put_labels(connection: Connection, identifier: int, labels: Mapping[str, st
 
 def touch(connection: Connection, identifier: int) -> None:
     """Record that a snapshot was updated now."""
-    connection.execute("UPDATE snapshots SET updated_ns = ? WHERE id = ?", (time.time_ns(), identifier))
+    connection.execute("UPDATE snapshots SET updated_ns = ?, due = 1 WHERE id = ?", (time.time_ns(), identifier))
 
 
 class Removable(NamedTuple):
@@ -408,8 +409,9 @@ def delete_all(connection: Connection) -> None:
 
 
 def unmeasured(connection: Connection) -> list[int]:
-    """Committed snapshots whose usage has not been measured; reads every record."""
-    return [row[0] for row in connection.execute("SELECT id FROM snapshots WHERE kind = 'committed' AND size IS NULL")]
+    """Committed snapshots whose usage has not been measured."""
+    sql = "SELECT id FROM snapshots WHERE due AND kind = 'committed' AND size IS NULL"
+    return [row[0] for row in connection.execute(sql)]
 
 
 def set_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> None:
@@ -417,10 +419,44 @@ def set_usages(connection: Connection, measured: list[tuple[int, int, int]]) -> 
     connection.executemany("UPDATE snapshots SET inodes = ?, size = ? WHERE id = ? AND kind = 'committed'", measured)
 
 
-def totals(connection: Connection) -> list[tuple[str, str, int, float, float]]:
+# A restriction of a walk: those for which background work may be left.
+DUE = Condition("s.due", ())
+
+
+def set_due(connection: Connection, identifiers: Iterable[int]) -> None:
+    """Note that background work may be left for these snapshots."""
+    connection.executemany("UPDATE snapshots SET due = 1 WHERE id = ? AND NOT due", ((each,) for each in identifiers))
+
+
+def settle(connection: Connection, done: Iterable[tuple[int, int]]) -> None:
+    """Note that nothing is left to do for snapshots, of those for which that is so.
+
+    Args:
+        connection: in a write transaction.
+        done: the id of each, and its ``updated_ns`` when its sidecar was written.
+    """
+    connection.executemany(
+        """
+        UPDATE snapshots SET due = 0
+        WHERE id = ? AND updated_ns = ? AND due AND (
+            kind <> 'committed'
+            OR (size IS NOT NULL AND EXISTS (SELECT 1 FROM manifests WHERE snapshot = snapshots.id))
+        )
+        """,
+        done,
+    )
+
+
+def totals(connection: Connection) -> list[tuple[str, str, int, int, int]]:
     """By kind and owner: how many snapshots there are, and the inodes and bytes of the measured ones."""
     return connection.execute(
-        "SELECT kind, owner, count(*), total(inodes), total(size) FROM snapshots GROUP BY kind, owner"
+        """
+        SELECT kind, owner, sum(count), sum(inodes), sum(size) FROM (
+            SELECT * FROM settled
+            UNION ALL
+            SELECT owner, kind, 1, ifnull(inodes, 0), ifnull(size, 0) FROM snapshots WHERE due
+        ) GROUP BY kind, owner
+        """
     ).fetchall()
 
 
@@ -446,10 +482,10 @@ def settings(connection: Connection) -> dict[str, str]:
 
 
 def without_manifest(connection: Connection) -> list[int]:
-    """Committed snapshots without a manifest; reads every record."""
+    """Committed snapshots without a manifest."""
     sql = """
         SELECT id FROM snapshots
-        WHERE kind = 'committed' AND NOT EXISTS (SELECT 1 FROM manifests WHERE snapshot = snapshots.id)
+        WHERE due AND kind = 'committed' AND NOT EXISTS (SELECT 1 FROM manifests WHERE snapshot = snapshots.id)
     """
     return [row[0] for row in connection.execute(sql)]
 
@@ -470,4 +506,5 @@ def set_manifest(connection: Connection, identifier: int, digest: str) -> None:
 
 def drop_manifest(connection: Connection, identifier: int) -> None:
     """Forget the digest of a snapshot's manifest, so that another is made."""
+    set_due(connection, [identifier])
     connection.execute("DELETE FROM manifests WHERE snapshot = ?", (identifier,))

@@ -32,11 +32,22 @@ def recover(catalog: Catalog, remake: Callable[[Record], bool]) -> None:
         now = boot_and_mount(catalog.layout.snapshots)
     if catalog.database.read(lambda c: records.setting(c, "epoch")) == now:
         return
-    catalog.lost = [record for record in catalog.walk(None) if not _recovered(catalog, record, remake)]
-    if not catalog.lost:
+    outdated: list[int] = []
+    for record in catalog.walk(None):
+        if not _recovered(catalog, record, remake):
+            catalog.lost.append(record)
+        elif not catalog.sidecars.is_current(record):  # no sync wrote it to the disk
+            outdated.append(record.id)
+
+    def operation(connection: Connection) -> None:
+        records.set_due(connection, outdated)
         # Otherwise the next process that opens the root has to know as well; likewise while it cannot be written.
+        if not catalog.lost:
+            records.put_setting(connection, "epoch", now)
+
+    if outdated or not catalog.lost:
         with contextlib.suppress(errors.OnlapError):
-            catalog.database.write(lambda c: records.put_setting(c, "epoch", now))
+            catalog.database.write(operation)
     for record in catalog.lost:
         warn(f"snapshot {shown(record.name)} has lost its tree; see: onlap check --repair")
 

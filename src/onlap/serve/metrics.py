@@ -1,7 +1,7 @@
 """Metrics for Prometheus: calls and their durations, snapshots and their disk usage, the filesystem, the process.
 
-Names and units follow Prometheus (prometheus.io/docs/practices/naming), codes gRPC. A scrape reads the catalog and
-lists one directory; it walks no tree.
+Names and units follow Prometheus (prometheus.io/docs/practices/naming), codes gRPC. A scrape reads sums in the
+catalog and the records that have just changed, and lists the trash: it costs the same however many snapshots there are.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _State(Collector):
         inodes = GaugeMetricFamily("onlap_store_inodes", "Inodes of the same.", labels=["owner"])
         # Kinds without snapshots too, so that rules can rely on them.
         kinds = (records.ACTIVE, records.VIEW, records.COMMITTED)
-        found: dict[tuple[str, str], tuple[int, float, float]]
+        found: dict[tuple[str, str], tuple[int, int, int]]
         found = dict.fromkeys(((kind, self._snapshotter.owner) for kind in kinds), (0, 0, 0))
         for kind, owner, count, files, taken in catalog.database.read(records.totals):
             found[kind, owner] = count, files, taken

@@ -160,13 +160,17 @@ def list_directory(fd: int) -> list[os.DirEntry[str]]:
         return list(entries)
 
 
+# To open a file of ours to read, whatever is in its place: not through a symlink, nor waiting for a FIFO's writer.
+OUR_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
 def open_file(path: str) -> BinaryIO:
-    """Open a file of ours to read, whatever is in its place: not through a symlink, nor waiting for a FIFO's writer.
+    """Open a file of ours to read, as :data:`OUR_FILE` does.
 
     Raises:
         OSError: it cannot be opened.
     """
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | OUR_FILE))
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:

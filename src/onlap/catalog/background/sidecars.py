@@ -28,7 +28,7 @@ from onlap.catalog.disk.staging import Staging
 from onlap.catalog.log import warn
 from onlap.catalog.records import Record
 from onlap.errors import shown
-from onlap.syscalls.files import is_directory, open_file
+from onlap.syscalls.files import OUR_FILE, is_directory, open_file
 
 FORMAT = 1
 # Settings that describe a moment, not the root.
@@ -167,6 +167,8 @@ class Sidecars:
         self.staging = staging
         self.database = database
         self._due: set[int] = set()
+        # Those that are written, by id, with ``updated_ns`` at that time; until this is noted in the catalog.
+        self._written: dict[int, int] = {}
         self._looked = False
         self._settings: dict[str, str] | None = None
 
@@ -177,6 +179,7 @@ class Sidecars:
     def removed(self, identifier: int) -> None:
         """Note that a snapshot was removed: most are, in a burst, before their turn comes."""
         self._due.discard(identifier)
+        self._written.pop(identifier, None)
 
     def write(self, stop: Callable[[], bool]) -> None:
         """Write all that are due, those of other processes too, until ``stop`` says so.
@@ -187,7 +190,7 @@ class Sidecars:
         if not self._looked:
             self._looked = True
             # Only once, for what other processes left: they write what they change later, or the next process does.
-            self._due.update(self._outdated())
+            self._due.update(self._outdated(records.DUE))
         while not stop() and self._write_next():
             pass
         self._write_images()
@@ -198,9 +201,25 @@ class Sidecars:
         Raises:
             OnlapError: the catalog cannot be read.
         """
-        for identifier in self._outdated():
+        for identifier in self._outdated(None):
             self.write_one(identifier)
         self._write_images()
+        self.settle()
+
+    def settle(self) -> None:
+        """Note in the catalog for which snapshots no background work is left.
+
+        Raises:
+            OnlapError: the catalog cannot be written.
+        """
+        written = list(self._written.items())
+        if not written:
+            return
+        # On a full or read-only disk the next process finds them again, and that nothing is left to do.
+        with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
+            self.database.write(lambda c: records.settle(c, written))
+        for identifier, _ in written:
+            self._written.pop(identifier, None)
 
     def finish(self) -> None:
         """Write what this process has left to do, if that is not much; never fails. The background has ended."""
@@ -217,13 +236,18 @@ class Sidecars:
         length, and nothing in it, or zeroes.
         """
         try:
-            with open_file(self.layout.record(record.id)) as file:
-                if os.fstat(file.fileno()).st_mtime_ns != record.updated_ns:
-                    return False
-                data = file.read(_LARGEST)
+            fd = os.open(self.layout.record(record.id), OUR_FILE)
         except OSError:
             return False
-        return data.startswith(b"{") and data.endswith(b"}")
+        try:
+            status = os.fstat(fd)
+            if status.st_mtime_ns != record.updated_ns:
+                return False
+            return os.pread(fd, 1, 0) + os.pread(fd, 1, max(0, status.st_size - 1)) == b"{}"
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     def expected(self, record: Record) -> Sidecar:
         """What the sidecar of a record should say."""
@@ -245,8 +269,12 @@ class Sidecars:
             self._settings,
         )
 
-    def _outdated(self) -> Iterator[int]:
-        return (record.id for record in records.walk(self.database.read) if not self.is_current(record))
+    def _outdated(self, condition: records.Condition | None) -> Iterator[int]:
+        for record in records.walk(self.database.read, condition=condition):
+            if self.is_current(record):
+                self._written[record.id] = record.updated_ns
+            else:
+                yield record.id
 
     def _write_next(self) -> bool:
         """Write one that is due; returns whether there was one."""
@@ -262,7 +290,8 @@ class Sidecars:
         record = self.database.read(lambda c: records.by_id(c, identifier))
         if record is None:
             return
-        self._put(self.layout.record(identifier), encode(self.expected(record)), record.updated_ns)
+        if self._put(self.layout.record(identifier), encode(self.expected(record)), record.updated_ns):
+            self._written[identifier] = record.updated_ns
 
     def _write_images(self) -> None:
         path = self.layout.images
@@ -282,7 +311,8 @@ class Sidecars:
             pass  # there is none yet, or it is to be made anew
         self._put(path, data, None)
 
-    def _put(self, path: str, data: bytes, time_ns: int | None) -> None:
+    def _put(self, path: str, data: bytes, time_ns: int | None) -> bool:
+        """Write a file; whether that succeeded, else the log says why."""
         try:
             with self.staging.file(path) as file:
                 file.write(data)
@@ -296,6 +326,9 @@ class Sidecars:
             # need not be reported by every command.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 warn(f"cannot write {shown(path)}: {error}")
+        else:
+            return True
+        return False
 
 
 def _images(connection: Connection) -> tuple[list[str], list[tuple[Any, ...]]]:

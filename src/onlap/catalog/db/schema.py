@@ -72,8 +72,39 @@ CREATE TABLE manifests (
 );
 """
 
+_VERSION_3 = """
+-- Whether background work may be left: measuring it, listing what it holds, copying the record beside its tree. So a
+-- process finds what others left without reading every row. Of what is made, committed and removed in a burst, nothing
+-- but this index changes.
+ALTER TABLE snapshots ADD COLUMN due INTEGER NOT NULL DEFAULT 1;
+CREATE INDEX snapshots_due ON snapshots (id) WHERE due;
+
+-- How many of the others there are, with their inodes and bytes.
+CREATE TABLE settled (
+    owner  TEXT NOT NULL,
+    kind   TEXT NOT NULL,
+    count  INTEGER NOT NULL,
+    inodes INTEGER NOT NULL,
+    size   INTEGER NOT NULL,
+    PRIMARY KEY (owner, kind)
+) WITHOUT ROWID;
+CREATE TRIGGER settled_less AFTER UPDATE OF owner, kind, inodes, size, due ON snapshots WHEN NOT old.due BEGIN
+    UPDATE settled SET count = count - 1, inodes = inodes - ifnull(old.inodes, 0), size = size - ifnull(old.size, 0)
+    WHERE owner = old.owner AND kind = old.kind;
+END;
+CREATE TRIGGER settled_more AFTER UPDATE OF owner, kind, inodes, size, due ON snapshots WHEN NOT new.due BEGIN
+    INSERT INTO settled VALUES (new.owner, new.kind, 1, ifnull(new.inodes, 0), ifnull(new.size, 0))
+    ON CONFLICT DO UPDATE SET
+        count = count + 1, inodes = inodes + excluded.inodes, size = size + excluded.size;
+END;
+CREATE TRIGGER settled_gone AFTER DELETE ON snapshots WHEN NOT old.due BEGIN
+    UPDATE settled SET count = count - 1, inodes = inodes - ifnull(old.inodes, 0), size = size - ifnull(old.size, 0)
+    WHERE owner = old.owner AND kind = old.kind;
+END;
+"""
+
 # The step at index N takes a catalog from format N to N + 1.
-_STEPS = (_VERSION_1, _VERSION_2)
+_STEPS = (_VERSION_1, _VERSION_2, _VERSION_3)
 VERSION = len(_STEPS)
 
 

@@ -14,6 +14,7 @@ from onlap.locks import Flock
 from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.unmount import attempts
 from onlap.overlayfs.options import layer_paths
+from onlap.syscalls.files import exists
 from onlap.trees.remove import remove
 from onlap.trees.walk import opened
 
@@ -91,6 +92,15 @@ class Trash:
     def names(self) -> list[str]:
         """What waits for deletion."""
         return os.listdir(self._directory)
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits; reads one name at most."""
+        with os.scandir(self._directory) as entries:
+            return next(entries, None) is None
+
+    def holds(self, identifier: int) -> bool:
+        """Whether the tree that a snapshot with this id had waits for deletion."""
+        return exists(f"{self._directory}/{identifier}")
 
     def sweep(self, *, stop: Callable[[], bool] = lambda: False, rate: float | None = None, wait: float = 0) -> Swept:
         """Delete the trees that are not in use.

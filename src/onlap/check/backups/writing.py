@@ -181,7 +181,7 @@ def _read(connection: Connection, owner: str, active: bool) -> tuple[Head, list[
     head = Head(
         os.geteuid(),
         time.time_ns(),
-        records.next_id(connection, 0) - 1,
+        records.next_id(connection) - 1,
         _lasting(records.settings(connection)),
         identifiers,
         images.walk(connection),

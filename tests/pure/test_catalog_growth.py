@@ -1,0 +1,224 @@
+"""What does not depend on how many snapshots there are: calls, and SQLite's steps, are counted with few and many."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import onlap
+from onlap.catalog import records
+from onlap.catalog.catalog import Catalog, New
+from onlap.catalog.db.database import Connection
+from onlap.catalog.records import Record
+from onlap.store import Store
+
+FEW, MANY = 20, 220
+
+# Both counts vary a little from run to run: a cache is filled, a list grows.
+SLACK = 60
+
+
+def fill(root: Path, count: int) -> None:
+    """Make committed snapshots, of which each has a label, all settled."""
+    with onlap.open(root, snapshotter="native", sync="none") as store:
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+        staged = [catalog.staging.new() for _ in range(count)]
+        for each in staged:
+            os.makedirs(f"{each}/fs")
+            os.mkdir(f"{each}/about")
+
+        def operation(connection: Connection) -> list[Record]:
+            made = [
+                catalog.insert(connection, "", New(f"key-{number}", "active", None, {"n": "1"}, each))
+                for number, each in enumerate(staged)
+            ]
+            for record in made:
+                records.make_committed(connection, record, f"name-{record.id}", None, {"n": "1"}, True)
+            return [record._replace(kind="committed") for record in made]
+
+        catalog.change(operation)
+        store.cleanup(manifests=True)
+        catalog._background(lambda: False)
+
+
+class Steps:
+    """Counts the calls of this thread, and the steps of SQLite on the connections that a catalog has."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self) -> int:
+        self.count += 1
+        return 0
+
+    def of(self, work: Callable[[], object], catalog: Catalog | None = None) -> int:
+        """How many steps a piece of work takes."""
+        connections = catalog.database._writer.open if catalog is not None else []
+        for connection in connections:
+            connection.set_progress_handler(self.step, 1)
+
+        def called(_frame: FrameType, event: str, _: Any) -> None:
+            self.count += event in ("call", "c_call")
+
+        self.count = 0
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            work()
+        finally:
+            sys.setprofile(before)
+            for connection in connections:
+                connection.set_progress_handler(None, 1)
+        return self.count
+
+
+def work_in(store: Store) -> dict[str, Callable[[], object]]:
+    """What must cost the same, in an order in which it can be done."""
+    metrics = pytest.importorskip("onlap.serve.metrics")
+    catalog = store.snapshotter.catalog
+    state = metrics._State(store.snapshotter)
+    return {
+        "stat": lambda: store.stat("name-7"),
+        "usage": lambda: store.usage("name-7"),
+        "prepare": lambda: store.prepare("new", "name-7"),
+        "mounts": lambda: store.mounts("new"),
+        "label": lambda: store.label("new", {"a": "b"}),
+        "commit": lambda: store.commit("done", "new"),
+        "background": lambda: catalog._background(lambda: False),
+        "metrics": lambda: list(state.collect()),
+        "remove": lambda: store.remove("done"),
+        "sweep": lambda: catalog._background(lambda: False),
+    }
+
+
+def counts(root: Path, count: int) -> dict[str, int]:
+    fill(root, count)
+    steps = Steps()
+    opened: list[Store] = []
+    found = {"open": steps.of(lambda: opened.append(onlap.open(root, sync="none")))}
+    with opened[0] as store:
+        catalog = store.snapshotter.catalog
+        # The janitor would work at the same time; here its work is called.
+        catalog._janitor.stop()
+        for work in work_in(store).values():  # once before, so that all caches are full and all connections open
+            work()
+        for name, work in work_in(store).items():
+            found[name] = steps.of(work, catalog)
+    # The first pass of a process looks for what others have left.
+    with onlap.open(root, sync="none") as store:
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+        store.stat("name-7")
+        found["first pass"] = steps.of(lambda: catalog._background(lambda: False), catalog)
+    return found
+
+
+def test_with_many_snapshots_nothing_but_a_listing_takes_more_steps(tmp_path: Path) -> None:
+    few, many = counts(tmp_path / "few", FEW), counts(tmp_path / "many", MANY)
+    assert {name: (few[name], many[name]) for name in few if many[name] > few[name] + SLACK} == {}
+
+
+def totals(store: Store) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """The totals, and what they should be."""
+    exact = "SELECT kind, owner, count(*), total(inodes), total(size) FROM snapshots GROUP BY kind, owner"
+
+    def both(connection: sqlite3.Connection) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        found = [row for row in records.totals(connection) if row[2]]
+        return sorted(found), sorted(connection.execute(exact))
+
+    return store.snapshotter.catalog.database.read(both)
+
+
+def due(store: Store) -> int:
+    sql = "SELECT count(*) FROM snapshots WHERE due"
+    return int(store.snapshotter.catalog.database.read(lambda c: c.execute(sql).fetchone()[0]))
+
+
+def test_the_totals_are_exact_whatever_is_settled_and_changed(tmp_path: Path) -> None:
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+
+        def settled(left: int) -> None:
+            catalog._background(lambda: False)
+            assert due(store) == left
+
+        store.prepare("one")
+        store.view("look")
+        found, exact = totals(store)
+        assert found == exact
+        settled(0)
+        found, exact = totals(store)
+        assert found == exact == [("active", "", 1, 0, 0), ("view", "", 1, 0, 0)]
+        store.commit("base", "one")
+        assert due(store) == 1
+        found, exact = totals(store)
+        assert found == exact
+        settled(0)
+        found, exact = totals(store)
+        assert found == exact
+        assert [row[3] > 0 for row in found if row[0] == "committed"] == [True]
+        store.prepare("above", "base")
+        store.label("base", {"a": "b"})
+        assert due(store) == 2
+        found, exact = totals(store)
+        assert found == exact
+        settled(0)
+        store.remove("above")
+        store.remove("base")
+        store.remove("look")
+        assert totals(store) == ([], [])
+
+
+def test_what_a_killed_process_left_is_found_by_the_next(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    onlap.open(root, snapshotter="native", sync="none").close()
+    pid = os.fork()
+    if pid == 0:
+        store = onlap.open(root, sync="none")
+        store.prepare("key")
+        store.commit("name", "key")
+        store.prepare("key", "name")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    with onlap.open(root, sync="none") as store:
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+        records_ = list(catalog.walk(""))
+        assert [catalog.sidecars.is_current(record) for record in records_] == [False, False]
+        catalog._background(lambda: False)
+        records_ = list(catalog.walk(""))
+        assert [catalog.sidecars.is_current(record) for record in records_] == [True, True]
+        assert records_[0].size is not None
+        assert catalog.manifests.entries(records_[0]) is not None
+        assert due(store) == 0
+
+
+def test_a_copy_of_a_record_that_a_power_cut_emptied_is_written_again(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    fill(root, 3)
+    with onlap.open(root, sync="none") as store:
+        catalog = store.snapshotter.catalog
+        assert due(store) == 0
+        record = catalog.get("", "name-2")
+        path = catalog.layout.record(record.id)
+        size = os.stat(path).st_size
+        with open(path, "wb") as file:  # as with delayed allocation: the name, the length and the time
+            file.truncate(size)
+        os.utime(path, ns=(record.updated_ns, record.updated_ns))
+        catalog.database.write(lambda c: records.put_setting(c, "epoch", "of another boot"))
+    with onlap.open(root, sync="none") as store:
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+        assert due(store) == 1
+        catalog._background(lambda: False)
+        assert catalog.sidecars.is_current(catalog.get("", "name-2"))
+        assert due(store) == 0
