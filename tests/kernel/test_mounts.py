@@ -171,6 +171,38 @@ def test_the_limit_to_the_byte(root: Path, monkeypatch: pytest.MonkeyPatch, spar
             pass
 
 
+@pytest.mark.parametrize("number", [2, 200])
+def test_at_once(root: Path, number: int) -> None:
+    """By mount(2), which shows paths as they are given, if all layers fit; otherwise by the mount API, with all."""
+    real = stack(root, [b"%d" % n for n in range(number)])
+    for n in range(number):
+        (root / f"link-{n}").symlink_to(real[n])
+    mount = writable(root, tuple(str(root / f"link-{n}") for n in range(number)))
+    at = root / "at"
+    at.mkdir()
+    kernel.attach(mount, str(at), at_once=True)
+    try:
+        assert len(os.listdir(at)) == number + 1
+        (at / "new").touch()
+        as_given = number == 2 or kernel.layers_by() == kernel.LAYERS_BY_STRING
+        assert (b"link-0" in mountinfo()) == as_given
+    finally:
+        unmount(str(at))
+
+
+def test_what_fails_at_once_says_why(root: Path) -> None:
+    lowers = (*stack(root, [b"1"]), str(root / "missing"))
+    (root / "at").mkdir()
+    with pytest.raises(errors.NotFound, match="missing"):
+        kernel.attach(writable(root, lowers), str(root / "at"), at_once=True)
+
+
+def test_an_selinux_label_keeps_its_commas(root: Path) -> None:
+    flags = ("index=off", "context=system_u:object_r:container_file_t:s0:c1,c2")
+    data = kernel._data(plan.overlay(("/l",), flags=flags), list(flags), None)
+    assert data == b'index=off,context="system_u:object_r:container_file_t:s0:c1,c2",lowerdir=/l'
+
+
 def test_a_missing_layer_is_named(root: Path, way: str) -> None:
     lowers = (*stack(root, [b"1"]), str(root / "missing"))
     with pytest.raises(errors.OnlapError) as caught, mounted(plan.overlay(lowers)):

@@ -7,8 +7,10 @@ They differ in how a layer is stored on disk: for each layer, a driver says whic
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
@@ -232,16 +234,23 @@ class StackDriver(Driver):
     def _remove(self, id: str) -> None:
         """Rename the layer first, so that it disappears in one step; a sweep deletes what an error or a kill leaves."""
         removed = REMOVED + id
-        self._discard(removed)
         with errors.translated("remove the layer", key=id), contextlib.ExitStack() as stack:
             try:
                 held = lock_directory(self._dir(id))
             except FileNotFoundError:
+                self._discard(removed)  # an earlier call may have failed after the rename
                 return
             if held is not None:  # another process's sweep then skips it
                 stack.enter_context(held)
-            detach_below(self._dir(id))
-            os.rename(id, removed, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
+            if exists(self._path(id, MERGED)):
+                detach_below(self._dir(id))
+            try:
+                os.rename(id, removed, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                self._discard(removed)
+                os.rename(id, removed, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
             self._counter.forget(id)
             self._discard(removed)
 
@@ -273,12 +282,15 @@ class StackDriver(Driver):
 
     def _mount(self, plan: Mount, target: str) -> None:
         with errors.translated("mount the layer", key=target):
-            os.makedirs(target, 0o700, exist_ok=True)
+            try:
+                os.mkdir(target, 0o700)
+            except FileExistsError:
+                pass  # left by a kill
             self._own(target, 0o700)
             try:
-                kernel.attach(plan, target)
+                kernel.attach(plan, target, at_once=True)
             except BaseException:
-                os.rmdir(target)
+                self._unmount(target)
                 raise
             if plan.work is not None and self.ids:
                 # In a user namespace the kernel moves directories through it, as the remapped root.
@@ -286,21 +298,25 @@ class StackDriver(Driver):
 
     def put(self, id: str) -> None:
         """See :meth:`ProtoDriver.put`."""
-        directory = self._dir(id)
+        target = os.path.join(self._dir(id), MERGED)
         with self._locks.held(id):
-            if not exists(directory) or isinstance(self._tree(id), str):
-                return
-            if self._counter.decrement(id) > 0:
-                return
-            self._unmount(os.path.join(directory, MERGED))
+            # Of a layer that needs no mount there is no such directory.
+            if self._counter.decrement(id) <= 0:
+                self._unmount(target)
 
     def _unmount(self, target: str) -> None:
         try:
-            while detach(target):
-                pass  # there may be several on top of one another
-            # Removing a mount point also removes its mounts in other mount namespaces (Linux 3.18), which would keep
-            # the layer busy.
-            os.rmdir(target)
+            while True:
+                mounted = detach(target)
+                try:
+                    # Removing a mount point also removes its mounts in other mount namespaces (Linux 3.18), which would
+                    # keep the layer busy.
+                    os.rmdir(target)
+                except OSError as error:
+                    if mounted and error.errno == errno.EBUSY:
+                        continue  # there may be several on top of one another
+                    raise
+                return
         except FileNotFoundError:
             return
         except OSError as error:
@@ -412,8 +428,12 @@ class StackDriver(Driver):
     def _own(self, path: str, mode: int, *, ours: bool = False) -> None:
         """Give a directory its mode, whatever the umask, and the remapped root as its owner, or at least group."""
         uid, gid = self.ids.root
-        os.chown(path, os.geteuid() if ours else uid, gid)
-        os.chmod(path, mode)
+        owner = (os.geteuid() if ours else uid, gid)
+        status = os.stat(path)
+        if (status.st_uid, status.st_gid) != owner:
+            os.chown(path, *owner)
+        if stat.S_IMODE(status.st_mode) != mode:
+            os.chmod(path, mode)
 
 
 def _go(value: bool) -> str:

@@ -213,5 +213,5 @@ def unlink_dangling(home: str) -> None:
 
 
 def _text(path: str) -> str:
-    with open(path, encoding="ascii", errors="surrogateescape") as file:
-        return file.read()
+    with open(path, "rb", buffering=0) as file:
+        return file.readall().decode("ascii", "surrogateescape")

@@ -126,7 +126,4 @@ def label_flag(label: str) -> tuple[str, ...]:
             f"the mount label {shown(label)} would have no effect: SELinux is not in use here",
             hint="start dockerd without --selinux-enabled",
         )
-    # A label may hold commas, which end an option of mount(2) unless the value is quoted
-    # (security/selinux/hooks.c, selinux_sb_eat_lsm_opts); fsconfig(2) takes the value as it is.
-    quoted = f'"{label}"' if kernel.layers_by() == kernel.LAYERS_BY_STRING else label
-    return (f"context={quoted}",)
+    return (f"context={label}",)

@@ -2,7 +2,8 @@
 
 An overlay goes through the mount API of Linux 5.2 with one ``lowerdir+`` per layer, as a file descriptor (6.13) or as
 ``/proc/self/fd/N`` (6.8): any path, 500 layers, no size limit. On older kernels mount(2) takes an escaped string, with
-relative paths if it is long; its length is checked first, since the kernel silently cuts it at one page.
+relative paths if it is long; its length is checked first, since the kernel silently cuts it at one page. mount(2) is
+also quicker, where it will do (:func:`attach`).
 """
 
 from __future__ import annotations
@@ -79,8 +80,16 @@ def _try_layers() -> str:
     return LAYERS_BY_STRING
 
 
-def attach(plan: Mount, target: str) -> None:
+def attach(plan: Mount, target: str, *, at_once: bool = False) -> None:
     """Mount ``plan`` at the existing directory ``target``.
+
+    Args:
+        plan: what to mount.
+        target: where.
+        at_once: if the options of an overlay fit, mount it by mount(2): one call instead of three per layer, which
+            takes half the time (0.23 ms against 0.43 for 6 layers). Only for a target in a directory of ours, since
+            mount(2) follows a symlink there; and mountinfo then shows the layers' paths as they are given, not
+            resolved.
 
     Raises:
         InvalidArgument: there are more layers than OverlayFS stacks, or options that exclude each other.
@@ -92,7 +101,8 @@ def attach(plan: Mount, target: str) -> None:
         if plan.type == "overlay" and layers_by() == LAYERS_BY_STRING:
             _mount_by_string(plan, target)
         elif plan.type == "overlay":
-            _move(_overlay_fd(plan), target)
+            if not (at_once and _mount_at_once(plan, target)):
+                _move(_overlay_fd(plan), target)
         elif is_bind(plan):
             _bind(plan, target)
         else:
@@ -263,6 +273,20 @@ def _mount_by_string(plan: Mount, target: str) -> None:
     _in_directory(base, lambda: calls.mount(plan.source, where, "overlay", flags, data))
 
 
+def _mount_at_once(plan: Mount, target: str) -> bool:
+    flags, _, rest = _split_flags(plan.flags)
+    if flags or idmap.mapping(plan.flags) is not None:
+        return False
+    data = _data(plan, rest, None)
+    if len(data) > options.MAX_DATA:
+        return False
+    try:
+        calls.mount(plan.source, target, "overlay", 0, data)
+    except OSError:
+        return False  # the mount API also says why
+    return True
+
+
 def _data(plan: Mount, rest: list[str], base: str | None) -> bytes:
     def path(p: str) -> str:
         return p if base is None else os.path.relpath(p, base)
@@ -271,9 +295,15 @@ def _data(plan: Mount, rest: list[str], base: str | None) -> bytes:
         lowers=tuple(path(p) for p in plan.lowers),
         upper=path(plan.upper) if plan.upper is not None else None,
         work=path(plan.work) if plan.work is not None else None,
-        flags=tuple(rest),
+        flags=tuple(map(_quoted, rest)),
     )
     return os.fsencode(",".join(moved.options))
+
+
+def _quoted(option: str) -> str:
+    """An SELinux label may hold commas, which end an option unless its value is quoted (security/selinux/hooks.c)."""
+    key, _, value = option.partition("=")
+    return f'{key}="{value}"' if key == "context" else option
 
 
 def _in_directory(directory: str, action: Callable[[], None]) -> None:
