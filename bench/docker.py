@@ -7,7 +7,6 @@ library. All with the peer's durability (``sync="none"``).
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from peers import dockergo, gobuild
 
 FILES = 4000
 DEPTHS = (10, 50, 100)
+IMAGE_INODES = 200 + 20 + 1  # of a layer of the image whose inodes are counted
 CALLS = ("create", "get", "put", "remove", "apply", "diff", "diff_size", "changes")
 
 
 def bench() -> None:
     """Run, compare, report."""
-    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=7)
+    chosen = lib.options(__doc__, rounds=7)
     files, cycles, depths = (400, 20, (10,)) if chosen.quick else (FILES, 100, DEPTHS)
-    os.environ["PYTHONPATH"] = str(lib.REPOSITORY / "src")
     try:
         program = dockergo.build(lib.REPOSITORY / "bench" / "go" / "graphbench")
     except gobuild.GoError as error:
@@ -45,20 +45,24 @@ def bench() -> None:
         workers = {
             "peer": stack.enter_context(lib.Worker([program])),
             "plugin": stack.enter_context(lib.Worker([program])),
-            "library": stack.enter_context(lib.Worker([sys.executable, "-m", "bench.docker", "--worker", "overlay2"])),
-            "overlay": stack.enter_context(lib.Worker([sys.executable, "-m", "bench.docker", "--worker", "overlay"])),
+            "library": stack.enter_context(lib.our_worker("bench.docker", "overlay2")),
+            "overlay": stack.enter_context(lib.our_worker("bench.docker", "overlay")),
         }
-        served = stack.enter_context(lib.Worker([sys.executable, "-m", "bench.docker", "--serve"]))
+        served = stack.enter_context(lib.our_worker("bench.docker", "serve"))
         socket = served("serve", directory=str(mount / "sockets"))["socket"]
         cases: dict[str, Callable[[], lib.Result]] = {}
         for name, worker in workers.items():
             (mount / name).mkdir()
             worker("open", home=str(mount / name / "onlap"), **({"socket": socket} if name == "plugin" else {}))
             base = worker("image", layers=5, tar=str(layer))["id"]
-            cases[name] = lambda worker=worker, base=base: one_round(worker, base, str(layer), cycles)  # type: ignore[misc]
+            pids = (served.pid,) if name == "plugin" else ()
+            cases[name] = partial(one_round, worker, base, str(layer), cycles, *pids)
         lib.interleave(1, cases)
         runs = lib.interleave(chosen.rounds, cases, before=lambda: os.sync())
-        inodes = [count_inodes(workers[name], mount, depth) for depth in depths for name in ("overlay", "library")]
+        inodes = {
+            kind: {depth: count_inodes(workers[name], mount, depth) for depth in depths}
+            for kind, name in (("overlay", "overlay"), ("overlay2", "library"))
+        }
         for worker in workers.values():
             worker("close")
     rows = []
@@ -66,7 +70,12 @@ def bench() -> None:
         for call in CALLS:
             values = [[result[call] * 1000 for result in runs[each]] for each in ("peer", side)]
             rows.append(lib.Row(f"{call}, {what}", "ms", values[0], values[1]))
-    lines = [[str(depth), f"{inodes[2 * index]:,}", f"{inodes[2 * index + 1]:,}"] for index, depth in enumerate(depths)]
+        whole = f"the first four together, {what}"
+        rows.append(lib.Row.of(whole, "ms", runs["peer"], runs[side], cycle_ms, per="cycles"))
+    lines = [[f"{depth}", *(f"{counts[depth]:,}" for counts in inodes.values())] for depth in depths]
+    series = {f"Onlap's {kind}": [(depth, [counts[depth]]) for depth in depths] for kind, counts in inodes.items()}
+    floor = [(depth, [depth * IMAGE_INODES]) for depth in depths]
+    plot = lib.Plot("inodes", "Inodes of an image over its layers", "layers", "inodes", series, floor)
     lib.report(
         "docker",
         "Docker's graph drivers",
@@ -74,23 +83,30 @@ def bench() -> None:
         where=lib.conditions(peer=f"Docker {docker_version()}, overlay2"),
         notes=(
             f"create, get, put and remove: a container's layer on 5 layers, mean of {cycles}. apply, diff, diff_size "
-            f"and changes: a layer of {files:,} small files. A call of the plugin takes a request over the socket."
+            f"and changes: a layer of {files:,} small files. A call of the plugin takes a request over the socket; its "
+            "processor time is that of both ends. Of the inodes, the floor is the files and directories themselves."
         ),
         details=lib.Details(
             "Inodes of an image of N layers, each of which adds 200 files in 20 directories",
-            ["layers", "overlay", "overlay2"],
+            ["layers", *inodes],
             lines,
         ),
+        plots=[plot],
         runs=runs,
         record=chosen.record,
     )
 
 
-def one_round(worker: lib.Worker, base: str, layer: str, cycles: int) -> lib.Result:
-    """Every call, on one side."""
-    result = worker("cycles", parent=base, count=cycles)
-    result |= worker("apply", parent=base, tar=layer)
-    return result | worker("diff", id=result["id"], parent=base)
+def one_round(worker: lib.Worker, base: str, layer: str, cycles: int, *servers: int) -> lib.Result:
+    """Every call, on one side; what is used is that of the cycles, by the worker and those that serve it."""
+    used = lib.measured(lambda: worker("cycles", parent=base, count=cycles) | {"cycles": cycles}, worker.pid, *servers)
+    applied = worker("apply", parent=base, tar=layer)
+    return applied | worker("diff", id=applied["id"], parent=base) | used
+
+
+def cycle_ms(result: lib.Result) -> float:
+    """What a container takes."""
+    return sum(float(result[call]) for call in CALLS[:4]) * 1000
 
 
 def count_inodes(worker: lib.Worker, mount: Path, depth: int) -> int:
@@ -120,10 +136,7 @@ def make_layer(files: int, *, each: int = 100, top: str = "") -> bytes:
 
 def docker_version() -> str:
     """The version of the package that the Go side is built from."""
-    import subprocess
-
-    query = ["dpkg-query", "--show", "--showformat=${Version}", "golang-github-docker-docker-dev"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return lib.run("dpkg-query", "--show", "--showformat=${Version}", "golang-github-docker-docker-dev")
 
 
 # ------------------------------------------------------------------------------------------------- our workers
@@ -185,12 +198,7 @@ def work(kind: str) -> None:
         driver.cleanup()
         return {}
 
-    for line in sys.stdin:
-        try:
-            answer = run(json.loads(line))
-        except Exception as error:  # noqa: BLE001 - told to the other side
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+    lib.answer(lambda **command: run(command))
 
 
 def cycles(driver: Any, parent: str, count: int) -> dict[str, float]:
@@ -224,9 +232,9 @@ def differences(driver: Any, id: str, parent: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2])
-    elif sys.argv[1:] == ["--serve"]:
+    if sys.argv[1:] == ["--worker", "serve"]:
         serve()
+    elif sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
     else:
         lib.main(bench)

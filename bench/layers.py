@@ -8,8 +8,6 @@ calls of an apply and nothing else is the floor.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import shutil
@@ -37,22 +35,20 @@ class Sizes(NamedTuple):
     big: int = 95_000_000  # bytes of each of the five big files
     lower: int = 100_000  # files below the one that is changed
     memory: int = 1 << 30  # bytes
+    curve: tuple[int, ...] = (15, 150, 750, 2_200)  # directories of further layers
 
 
-QUICK = Sizes(directories=500, big=10_000_000, lower=10_000, memory=1 << 27)
+QUICK = Sizes(directories=500, big=10_000_000, lower=10_000, memory=1 << 27, curve=(15, 150))
 
 
 def bench() -> None:
     """Run, compare, report."""
-    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=5)
+    chosen = lib.options(__doc__, rounds=5)
     sizes = QUICK if chosen.quick else Sizes()
-    os.environ["PYTHONPATH"] = str(lib.REPOSITORY / "src")
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 12 << 30))
         peer = stack.enter_context(lib.Worker([lib.go_build(lib.REPOSITORY / "bench/go/layerbench")]))
-        ours, second = (
-            stack.enter_context(lib.Worker([sys.executable, "-m", "bench.layers", "--worker"])) for _ in range(2)
-        )
+        ours, second = (stack.enter_context(lib.our_worker("bench.layers")) for _ in range(2))
         hello = peer("hello")
         lib.progress("making the layers")
         made = ours("make", directory=str(mount), sizes=list(sizes))
@@ -67,6 +63,8 @@ def bench() -> None:
         for layer in ("many", "big"):
             for compression in COMPRESSIONS:
                 take_turns(_apply_cases(mount, layer, compression, peer, ours))
+        for directories in sizes.curve:
+            take_turns(_curve_cases(mount, directories, peer, ours))
         take_turns(_pair_cases(mount, ours, second))
         _settle(mount)
         take_turns(_diff_cases(mount, peer, ours, stack))
@@ -83,6 +81,7 @@ def bench() -> None:
             ),
             notes=NOTES,
             details=details(runs),
+            plots=[curve(runs, made, sizes)],
             runs=runs,
             record=chosen.record,
         )
@@ -94,7 +93,7 @@ in it. Onlap always computes both digests. containerd's unpack is its library: g
 installed, else in Go. umoci unpacks the same layer, in an image. Its time includes the start of a process, as do
 those of GNU tar and bsdtar. One layer keeps more than one core busy, because decompression and hashing run beside
 the writing. This limits what two layers at once can gain on two cores. The walking differ gets trees that are
-already mounted. The memory rows compare with 1 MiB, so that their ratio is a size.
+already mounted.
 """
 VERSIONS = (("tar", "--version"), ("bsdtar", "--version"), ("umoci", "--version"))
 
@@ -117,18 +116,9 @@ def _fresh(mount: Path, name: str = "run-a") -> Path:
     return path
 
 
-def _command(mount: Path, *command: str | Path) -> lib.Result:
+def _command(mount: Path, *command: object) -> lib.Result:
     """Time a program that gets a fresh directory as its last argument."""
-    target = _fresh(mount)
-    began = time.perf_counter()
-    _program(*command, target)
-    return {"seconds": time.perf_counter() - began}
-
-
-def _program(*command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise lib.BenchError(f"{command[0]}: status {done.returncode}\n{done.stderr.strip()}")
+    return lib.command(*command, _fresh(mount))
 
 
 def _worker(mount: Path, worker: lib.Worker, op: str, archive: Path) -> lib.Result:
@@ -158,15 +148,32 @@ def _apply_cases(
     if compression == "plain":
         flags = ("--xattrs", "--xattrs-include=*", "--numeric-owner", "-xpf")
         cases[f"{name}, GNU tar"] = partial(_command, mount, "tar", *flags, archive, "-C")
-        floor = _floor()
-        if floor is not None:
-            script = 'exec "$0" "$2" "$1"'
-            cases[f"{name}, floor"] = partial(_command, mount, "sh", "-c", script, floor, archive)
+        cases |= _floor_case(mount, name, archive)
         if shutil.which("bsdtar"):
             cases[f"{name}, bsdtar"] = partial(_command, mount, "bsdtar", "--numeric-owner", "-xpf", archive, "-C")
     if name == "many gzip" and (mount / "image").exists():
         cases[f"{name}, umoci"] = partial(_umoci, mount)
     return cases
+
+
+def _floor_case(mount: Path, name: str, archive: Path) -> dict[str, Callable[[], lib.Result]]:
+    floor = _floor()
+    if floor is None:
+        return {}
+    return {f"{name}, floor": partial(_command, mount, "sh", "-c", 'exec "$0" "$2" "$1"', floor, archive)}
+
+
+def _curve_cases(
+    mount: Path, directories: int, peer: lib.Worker, ours: lib.Worker
+) -> dict[str, Callable[[], lib.Result]]:
+    """A layer of so many directories, gzip."""
+    layer = f"curve {directories}"
+    archive = mount / f"{layer}.tar.gz"
+    return {
+        f"{layer}, Onlap": partial(_worker, mount, ours, "apply", archive),
+        f"{layer}, containerd": partial(_worker, mount, peer, "unpack", archive),
+        **_floor_case(mount, layer, mount / f"{layer}.tar"),
+    }
 
 
 def _umoci_image(mount: Path) -> None:
@@ -179,13 +186,11 @@ def _umoci_image(mount: Path) -> None:
         ("new", "--image", f"{image}:many"),
         ("raw", "add-layer", "--image", f"{image}:many", mount / "many.tar"),
     ):
-        _program("umoci", *command)
+        lib.run("umoci", *command)
 
 
 def _umoci(mount: Path) -> lib.Result:
-    began = time.perf_counter()
-    _program("umoci", "raw", "unpack", "--image", f"{mount / 'image'}:many", mount / "run-a")
-    return {"seconds": time.perf_counter() - began}
+    return lib.command("umoci", "raw", "unpack", "--image", f"{mount / 'image'}:many", mount / "run-a")
 
 
 def _pair_cases(mount: Path, one: lib.Worker, other: lib.Worker) -> dict[str, Callable[[], lib.Result]]:
@@ -199,20 +204,24 @@ def _pair_cases(mount: Path, one: lib.Worker, other: lib.Worker) -> dict[str, Ca
 
 def _serial(mount: Path, archive: Path, worker: lib.Worker) -> lib.Result:
     targets = [_fresh(mount, name) for name in ("run-a", "run-b")]
-    began = time.perf_counter()
-    for target in targets:
-        worker("apply", dir=str(target), tar=str(archive))
-    return {"seconds": time.perf_counter() - began}
+
+    def both() -> None:
+        for target in targets:
+            worker("apply", dir=str(target), tar=str(archive))
+
+    return lib.measured(both, worker.pid)
 
 
 def _at_once(mount: Path, archive: Path, one: lib.Worker, other: lib.Worker) -> lib.Result:
     a, b = (_fresh(mount, name) for name in ("run-a", "run-b"))
-    began = time.perf_counter()
-    thread = threading.Thread(target=partial(other, "apply", dir=str(b), tar=str(archive)))
-    thread.start()
-    one("apply", dir=str(a), tar=str(archive))
-    thread.join()
-    return {"seconds": time.perf_counter() - began}
+
+    def both() -> None:
+        thread = threading.Thread(target=partial(other, "apply", dir=str(b), tar=str(archive)))
+        thread.start()
+        one("apply", dir=str(a), tar=str(archive))
+        thread.join()
+
+    return lib.measured(both, one.pid, other.pid)
 
 
 def _diff_cases(
@@ -242,37 +251,30 @@ def _diff_cases(
 def _memory(what: str, mount: Path) -> float:
     """The greatest size in memory of a process that applies or writes one big layer, in MiB."""
     target = _fresh(mount, f"run-memory-{what}")
-    with lib.Worker([sys.executable, "-m", "bench.layers", "--worker"]) as worker:
+    with lib.our_worker("bench.layers") as worker:
         if what == "apply":
-            worker("apply", dir=str(target), tar=str(mount / "memory.tar.gz"))
+            used = worker("apply", dir=str(target), tar=str(mount / "memory.tar.gz"))
         else:
-            worker("diff", lower=str(target), upper=str(mount / "memory"), tar=os.devnull)
-        return float(worker("memory")["mib"])
+            used = worker("diff", lower=str(target), upper=str(mount / "memory"), tar=os.devnull)
+    return float(used["peak_mib"])
 
 
 def compare(
     runs: Mapping[str, Sequence[lib.Result]], made: lib.Result, memory: Mapping[str, float], sizes: Sizes
-) -> list[lib.Row]:
+) -> list[lib.Row | lib.Figure]:
     """The rows of the report, with what each has to reach."""
 
-    def seconds(name: str) -> list[float]:
-        return [run["seconds"] for run in runs[name]]
+    def rate(size: float) -> Callable[[lib.Result], float]:
+        return lambda run: size / run["seconds"]
 
-    def rates(name: str, size: float) -> list[float]:
-        return [size / each for each in seconds(name)]
-
-    rows = []
+    rows: list[lib.Row | lib.Figure] = []
     small = f"{made['many_entries']:,} entries"
-    for peer, reach in (
-        ("GNU tar", lib.Reach(most=1.25, stretch=1.1)),
-        ("bsdtar", lib.Reach()),
-        ("floor", lib.Reach()),
-    ):
+    for peer, reach in (("GNU tar", lib.Reach(most=1.25, stretch=1.1)), ("bsdtar", lib.Reach())):
         if f"many plain, {peer}" in runs:
-            what = f"apply, {small}; {'the floor' if peer == 'floor' else peer}"
-            rows.append(lib.Row(what, "s", seconds(f"many plain, {peer}"), seconds("many plain, Onlap"), reach))
+            ours, floor = runs["many plain, Onlap"], runs.get("many plain, floor", ())
+            what = f"apply, {small}; {peer}"
+            rows.append(lib.Row.of(what, "s", runs[f"many plain, {peer}"], ours, reach=reach, floor=floor))
     for layer, what in (("many", small), ("big", "5 big files")):
-        size = made[f"{layer}_bytes"] / 1e6
         for compression in COMPRESSIONS:
             name = f"{layer} {compression}"
             for peer in ("containerd", "umoci"):
@@ -284,22 +286,35 @@ def compare(
                 elif layer == "many" and compression == "gzip":
                     reach = lib.Reach(least=2.2, stretch=2.7)
                 verb = "apply" if compression == "plain" else f"unpack {compression}"
-                theirs, ours = rates(f"{name}, {peer}", size), rates(f"{name}, Onlap", size)
-                rows.append(lib.Row(f"{verb}, {what}; {peer}", "MB/s", theirs, ours, reach))
+                theirs, ours, floor = (runs.get(f"{name}, {side}", ()) for side in (peer, "Onlap", "floor"))
+                measure = rate(made[f"{layer}_bytes"] / 1e6)
+                rows.append(lib.Row.of(f"{verb}, {what}; {peer}", "MB/s", theirs, ours, measure, reach, floor=floor))
     for compression, reach in (("plain", lib.Reach(least=1.7)), ("gzip", lib.Reach())):
-        serial, at_once = (rates(f"two {compression}, {how}", 2) for how in ("one after the other", "at once"))
+        serial, at_once = (runs[f"two {compression}, {how}"] for how in ("one after the other", "at once"))
         what = f"two layers at once, {compression}; one after the other"
-        rows.append(lib.Row(what, "layers/s", serial, at_once, reach))
+        rows.append(lib.Row.of(what, "layers/s", serial, at_once, rate(2), reach))
     for name, what, reach in (
         ("one change", f"diff of 1 change over {sizes.lower:,} files", lib.Reach(least=100)),
         ("many changes", f"diff of {made['many_entries']:,} changes", lib.Reach()),
     ):
-        theirs, ours = rates(f"{name}, containerd", 1), rates(f"{name}, Onlap", 1)
-        rows.append(lib.Row(f"{what}; containerd's walking differ", "1/s", theirs, ours, reach))
+        theirs, ours = runs[f"{name}, containerd"], runs[f"{name}, Onlap"]
+        rows.append(lib.Row.of(f"{what}; containerd's walking differ", "1/s", theirs, ours, rate(1), reach))
     for verb, mib in memory.items():
-        what = f"memory to {verb} {sizes.memory >> 20} MiB"
-        rows.append(lib.Row(what, "MiB", [1.0], [mib], lib.Reach(most=80)))
+        rows.append(lib.Figure(f"memory to {verb} {sizes.memory >> 20} MiB", "MiB", [mib], 80))
     return rows
+
+
+def curve(runs: Mapping[str, Sequence[lib.Result]], made: lib.Result, sizes: Sizes) -> lib.Plot:
+    """Unpacking over the number of entries."""
+
+    def points(side: str) -> list[lib.Point]:
+        names = [(made["curve"][str(directories)], f"curve {directories}, {side}") for directories in sizes.curve]
+        # The floor has no compressed archives: it is that of the plain one.
+        names.append((made["many_entries"], f"many {'plain' if side == 'floor' else 'gzip'}, {side}"))
+        return [(entries, [run["seconds"] for run in runs[name]]) for entries, name in names if name in runs]
+
+    series = {side: points(side) for side in ("Onlap", "containerd")}
+    return lib.Plot("unpack", "Unpack a gzip layer", "entries", "s", series, points("floor"), "xy")
 
 
 def details(runs: Mapping[str, Sequence[lib.Result]]) -> lib.Details:
@@ -314,26 +329,12 @@ def details(runs: Mapping[str, Sequence[lib.Result]]) -> lib.Details:
 # --------------------------------------------------------------------------------------------- Onlap's worker
 
 
-def work() -> None:
-    """Answer the lines of JSON on standard input, as bench/go/layerbench does, until they end."""
-    from onlap.errors import OnlapError
-
-    operations: dict[str, Callable[..., lib.Result]] = {
-        "make": make,
-        "apply": apply_one,
-        "diff": diff_one,
-        "memory": memory_used,
-    }
-    for line in sys.stdin:
-        command = json.loads(line)
-        operation = operations[command.pop("op")]
-        began = time.perf_counter()
-        try:
-            answer = {"seconds": 0.0, **operation(**command)}
-            answer["seconds"] = time.perf_counter() - began
-        except (OnlapError, OSError) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+def operate(op: str, **arguments: Any) -> lib.Result:
+    """Do what bench/go/layerbench does, and time it."""
+    operations: dict[str, Callable[..., lib.Result]] = {"make": make, "apply": apply_one, "diff": diff_one}
+    began = time.perf_counter()
+    answer = operations[op](**arguments)
+    return {**answer, "seconds": time.perf_counter() - began}
 
 
 def apply_one(dir: str, tar: str) -> lib.Result:
@@ -359,14 +360,7 @@ def diff_one(lower: str, upper: str, tar: str) -> lib.Result:
     return {}
 
 
-def memory_used() -> lib.Result:
-    """The most memory that this process has had, in MiB."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        (line,) = [line for line in status if line.startswith("VmHWM")]
-    return {"mib": int(line.split()[1]) / 1024}
-
-
-def make(directory: str, sizes: list[int]) -> lib.Result:
+def make(directory: str, sizes: list[Any]) -> lib.Result:
     """The layers, plain and compressed; the trees for the diffs."""
     wanted = Sizes(*sizes)
     top = Path(directory)
@@ -376,6 +370,11 @@ def make(directory: str, sizes: list[int]) -> lib.Result:
     for layer in ("many", "big"):
         for compression in ("gzip", "zstd"):
             _compress(top / f"{layer}.tar", top / f"{layer}.{COMPRESSIONS[compression]}", compression, "zlib")
+    curve = {}
+    for directories in wanted.curve:
+        plain = top / f"curve {directories}.tar"
+        curve[str(directories)] = _write(plain, _many(content, directories))
+        _compress(plain, plain.with_suffix(".tar.gz"), "gzip", "zlib")
     _write(top / "memory.tar", _big(content, 4, wanted.memory // 4))
     _compress(top / "memory.tar", top / "memory.tar.gz", "gzip", None)
     (top / "memory.tar").unlink()
@@ -384,6 +383,7 @@ def make(directory: str, sizes: list[int]) -> lib.Result:
     for name, count in (("lower", wanted.lower), ("few", 10)):
         _fill(top / name, count)
     return {
+        "curve": curve,
         "many_entries": entries,
         "many_bytes": (top / "many.tar").stat().st_size,
         "big_bytes": (top / "big.tar").stat().st_size,
@@ -472,6 +472,6 @@ def _fill(directory: Path, count: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
-        work()
+        lib.answer(operate)
     else:
         lib.main(bench)

@@ -55,7 +55,7 @@ from bench.lib.machine import (
     run,
 )
 from bench.lib.page import recorded, report
-from bench.lib.plots import Plot
+from bench.lib.plots import Plot, Point
 from bench.lib.rows import Details, Figure, Reach, Row, markdown_table, number, spread
 from bench.lib.runs import Worker, answer, command, interleave, measured, our_worker, syncing
 
@@ -68,6 +68,7 @@ __all__ = [
     "Figure",
     "LoopExt4",
     "Plot",
+    "Point",
     "Reach",
     "Result",
     "Row",

@@ -16,7 +16,7 @@ from bench.lib.rows import Details, Figure, Row, markdown_table, table, text_tab
 def report(
     name: str,
     title: str,
-    rows: Sequence[Row] | Sequence[Figure],
+    rows: Sequence[Row | Figure],
     *,
     where: Mapping[str, str],
     notes: str = "",
@@ -78,7 +78,7 @@ Runs are interleaved, on one machine, on a new ext4 with a journal on a loop dev
 def publish(
     name: str,
     title: str,
-    rows: Sequence[Row] | Sequence[Figure],
+    rows: Sequence[Row | Figure],
     *,
     where: Mapping[str, str],
     notes: str = "",

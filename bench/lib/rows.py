@@ -159,15 +159,14 @@ class Figure(NamedTuple):
 
     def cells(self) -> dict[str, str]:
         """The figure as text, by heading."""
-        most, stretch = ("-" if limit is None else f"<= {limit:g}" for limit in (self.most, self.stretch))
+        limit = "-" if self.most is None else f"<= {self.most:g}"
         return {
             "what": self.what,
             "unit": self.unit,
             "floor": spread(self.floor) if self.floor else "",
             "Onlap": spread(self.ours),
             "Onlap / floor": f"{number(_median(self.ours) / _median(self.floor))}x" if self.floor else "",
-            "to reach": most,
-            "stretch": stretch,
+            "to reach (stretch)": limit if self.stretch is None else f"{limit} ({self.stretch:g})",
             "verdict": self.verdict,
         }
 
@@ -176,14 +175,14 @@ class Figure(NamedTuple):
         return self._asdict()
 
 
-OPTIONAL = {"floor", "Onlap / floor", "CPU, peer / Onlap", "MiB, peer / Onlap", "durability"}
-
-
-def table(rows: Sequence[Row] | Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
+def table(rows: Sequence[Row | Figure]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines, without the columns that no row fills."""
     cells = [row.cells() for row in rows]
-    headings = [name for name in cells[0] if name not in OPTIONAL or any(line[name] for line in cells)]
-    return headings, [[line[name] or ("equal" if name == "durability" else "") for name in headings] for line in cells]
+    headings = [name for name in Row("", "", [1], [1]).cells() if any(line.get(name) for line in cells)]
+    if "durability" in headings:
+        for line in cells:
+            line["durability"] = line.get("durability") or EQUAL
+    return headings, [[line.get(name, "") for name in headings] for line in cells]
 
 
 def spread(values: Values) -> str:

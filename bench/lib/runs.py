@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,8 +40,8 @@ def command(*words: object, cwd: Path | None = None) -> Result:
 def measured(call: Callable[[], object], *pids: int) -> Result:
     """Time a call that these processes do the work of: ``seconds``, and their ``cpu_s`` and ``peak_mib``.
 
-    Their descendants count too. The peak is of the largest of them. If the call returns a dictionary, what it has
-    comes first.
+    Their descendants count too, and commands that the call runs and waits for; these not in the peak, which is of the
+    largest of the processes. If the call returns a dictionary, what that has comes first.
     """
     for pid in _with_descendants(pids):
         try:
@@ -69,13 +70,14 @@ def _with_descendants(pids: Sequence[int]) -> Iterator[int]:
 def _cpu_seconds(pids: Sequence[int]) -> float:
     """User and system time, with that of children that have ended and were waited for."""
     ticks = 0
+    commands = resource.getrusage(resource.RUSAGE_CHILDREN)  # nothing else of this process: it is of neither side
     for pid in _with_descendants(pids):
         try:
             text = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
         ticks += sum(int(field) for field in text.rpartition(")")[2].split()[11:15])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return ticks / os.sysconf("SC_CLK_TCK") + commands.ru_utime + commands.ru_stime
 
 
 def _peak_mib(pids: Sequence[int]) -> float:
@@ -98,6 +100,7 @@ class Worker:
     def __init__(self, command: Sequence[str | Path]) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.name = Path(command[0]).name
+        self.pid = self._process.pid
 
     def __enter__(self) -> Self:
         return self
@@ -122,7 +125,7 @@ class Worker:
         Raises:
             BenchError: the worker answered with an error, or has died (its standard error is the caller's).
         """
-        return measured(lambda: self._ask(op, arguments), self._process.pid)
+        return measured(lambda: self._ask(op, arguments), self.pid)
 
     def _ask(self, op: str, arguments: Mapping[str, Any]) -> Result:
         assert self._process.stdin is not None
