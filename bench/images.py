@@ -7,7 +7,6 @@ processes, ours too, with the start of the interpreter.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -16,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import lib
+from bench.lib import run
 from peers.daemons import Daemon
 
 NAME = "localhost/bench/big:1"
@@ -45,7 +45,7 @@ Layers = list[tuple[bytes, str]]  # compressed, with the diff ID
 
 def bench() -> None:
     """Run, compare, report."""
-    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=5)
+    chosen = lib.options(__doc__, rounds=5)
     sources = SOURCES[:2] if chosen.quick else SOURCES
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 12 << 30))
@@ -58,22 +58,22 @@ def bench() -> None:
         write_image(mount / "second", SECOND, second)
         containerd = stack.enter_context(start_containerd(mount))
         ctr = partial(run, "ctr", "--address", containerd.socket)
-        before = partial(run, "sync", "-f", mount)
+        before = lib.syncing(mount)
         runs: dict[str, list[lib.Result]] = {}
 
         def peer_import(archive: str, *, keep: bool = False) -> lib.Result:
-            result = timed(ctr, "images", "import", "--snapshotter", "overlayfs", mount / f"{archive}.tar")
+            words = ("images", "import", "--snapshotter", "overlayfs", mount / f"{archive}.tar")
+            result = lib.measured(partial(ctr, *words), containerd.process.pid)
             ctr("images", "rm", "--sync", *([SECOND] if keep else [NAME]))
             return result
 
         def umoci() -> lib.Result:
-            result = timed(run, "umoci", "unpack", "--image", f"{mount}/big:1", mount / "bundle")
+            result = lib.command("umoci", "unpack", "--image", f"{mount}/big:1", mount / "bundle")
             shutil.rmtree(mount / "bundle")
             return result
 
-        def buildah(*words: object) -> str:
-            own = ["--root", mount / "ch", "--runroot", mount / "cr", "--storage-driver", "overlay"]
-            return run("buildah", *own, *words).strip()
+        own = ("--root", mount / "ch", "--runroot", mount / "cr", "--storage-driver", "overlay")
+        buildah = partial(run, "buildah", *own)
 
         runs |= lib.interleave(
             chosen.rounds,
@@ -101,7 +101,7 @@ def bench() -> None:
 
         def buildah_commit() -> lib.Result:
             (tree / "changed").write_text(str(time.monotonic_ns()))
-            result = timed(buildah, "commit", container, "made")
+            result = lib.command("buildah", *own, "commit", container, "made")
             buildah("rmi", "--force", "made")
             return result
 
@@ -114,7 +114,8 @@ def bench() -> None:
             run("env", "LIBMOUNT_FORCE_MOUNT2=always", "sh", "-ec", mounts)
             (mount / "merged/changed").write_text(str(time.monotonic_ns()))
             run("umount", mount / "merged")
-            result = timed(lambda: [quiet("diff", "work"), snapshots("commit", "made", "work")])
+            commit = partial(snapshots, "commit", "made", "work")
+            result = lib.measured(lambda: [quiet("diff", "work"), commit()], containerd.process.pid)
             snapshots("rm", "made")
             return result
 
@@ -152,10 +153,6 @@ in worker processes, one per core; containerd and umoci unpack one layer after t
 
 def compare(runs: dict[str, list[lib.Result]], image: str) -> list[lib.Row]:
     """The rows of the report, with what each has to reach."""
-
-    def seconds(name: str) -> list[float]:
-        return [run["seconds"] for run in runs[name]]
-
     rows = []
     for what, peer, mine, most in (
         (f"import and unpack: {image}", "import, containerd", "import, Onlap", 1 / 2.2),
@@ -164,14 +161,13 @@ def compare(runs: dict[str, list[lib.Result]], image: str) -> list[lib.Row]:
         ("commit of one changed file", "commit, buildah", "commit, Onlap", None),
         ("commit of one changed file", "commit, containerd", "commit, Onlap", None),
     ):
-        rows.append(
-            lib.Row(f"{what}; beside {peer.split()[1]}", "s", seconds(peer), seconds(mine), lib.Reach(most=most))
-        )
+        what = f"{what}; beside {peer.split()[1]}"
+        rows.append(lib.Row.of(what, "s", runs[peer], runs[mine], reach=lib.Reach(most=most)))
     calls = [run["call"] for run in runs["commit, Onlap"]]
-    for peer in ("buildah", "containerd"):
+    for peer, most in (("buildah", None), ("containerd", 0.1)):
         what = f"the same, as a call of the library; beside {peer}'s processes"
-        most = 0.1 if peer == "containerd" else None
-        rows.append(lib.Row(what, "s", seconds(f"commit, {peer}"), calls, lib.Reach(most=most)))
+        theirs = [run["seconds"] for run in runs[f"commit, {peer}"]]
+        rows.append(lib.Row(what, "s", theirs, calls, lib.Reach(most=most)))
     return rows
 
 
@@ -266,27 +262,13 @@ def start_containerd(mount: Path) -> Daemon:
     return Daemon("containerd", place, place / "c.sock", ["containerd", "--config", str(place / "config.toml")])
 
 
-def run(*command: object) -> str:
-    """The output of a command; BenchError when it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise lib.BenchError(f"{command[0]}: status {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def timed(call: Callable[..., object], *words: object) -> lib.Result:
-    """How long a call takes, in seconds."""
-    began = time.monotonic()
-    call(*words)
-    return {"seconds": time.monotonic() - began}
-
-
 def ours(mount: Path, op: str, **arguments: Any) -> lib.Result:
     """One process of ours; its start counts, what it prepares before and clears up after does not."""
-    began = time.monotonic()
-    printed = run(sys.executable, WORKER, json.dumps({"op": op, "mount": str(mount), **arguments}))
-    found: dict[str, float] = json.loads(printed)
-    return {"seconds": time.monotonic() - began - found["aside"], "call": found["call"]}
+    answer = mount / "answer.json"
+    words = json.dumps({"op": op, "mount": str(mount), "answer": str(answer), **arguments})
+    used = lib.command(sys.executable, WORKER, words)
+    aside: dict[str, float] = json.loads(answer.read_bytes())
+    return used | {key: used[key] - aside[key] for key in ("seconds", "cpu_s")} | {"call": aside["call"]}
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def _lines(axes: Any, plot: Plot) -> None:
         axes.plot([where for where, _ in plot.floor], medians, "--", color=INK, label="the system calls alone")
     for axis in plot.log:
         getattr(axes, f"set_{axis}scale")("log")
+    if "y" in plot.log:
+        axes.yaxis.set_major_formatter("{x:g}")  # not as powers
     places = sorted({where for points in plot.series.values() for where, _ in points})
     if len(places) <= 8:
         axes.set_xticks(places, [f"{where:,}" for where in places], minor=False)
