@@ -9,7 +9,6 @@ of all processes that take part.
 from __future__ import annotations
 
 import gzip
-import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -68,14 +67,7 @@ class Side:
 
     def timed(self, call: Callable[[], object]) -> lib.Result:
         """Time a call; the processor time is that of the daemons and of the commands that it runs."""
-        before = _of_commands()
-        result = lib.measured(call, *(daemon.process.pid for daemon in self.daemons))
-        return result | {"cpu_s": result["cpu_s"] + _of_commands() - before}
-
-
-def _of_commands() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        return lib.measured(call, *(daemon.process.pid for daemon in self.daemons))
 
 
 def bench() -> None:
