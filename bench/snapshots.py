@@ -11,8 +11,6 @@ in the timed part; the cleanup that follows is timed apart.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -34,23 +32,19 @@ FEW = 100
 
 def bench() -> None:
     """Run, compare, report."""
-    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=7)
+    chosen = lib.options(__doc__, rounds=7)
     seconds, files, live, removes = (0.5, 5_000, 500, 50) if chosen.quick else (2.0, 50_000, LIVE, 200)
-    os.environ["PYTHONPATH"] = str(lib.REPOSITORY / "src")
     with ExitStack() as stack:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 6 << 30))
         peer = stack.enter_context(lib.Worker([lib.go_build(lib.REPOSITORY / "bench/go/snapshotbench")]))
-        ours = stack.enter_context(lib.Worker([sys.executable, "-m", "bench.snapshots", "--worker"]))
+        ours = stack.enter_context(lib.our_worker("bench.snapshots"))
         hello = peer("hello")
-        ours("hello")
 
         def case(worker: lib.Worker, op: str, root: str, /, **arguments: Any) -> Callable[[], lib.Result]:
             return partial(worker, op, root=str(mount / root), **arguments)
 
         def take_turns(cases: dict[str, Callable[[], lib.Result]], rounds: int) -> None:
-            # What a run has left dirty is written before the next one starts, not during it.
-            before = partial(subprocess.run, ["sync", "-f", mount], check=True)
-            runs.update(lib.interleave(rounds, cases, before=before))
+            runs.update(lib.interleave(rounds, cases, before=lib.syncing(mount)))
 
         asynchronous, synchronous = {"async": True}, {"async": False}
         none, layer = {"sync": "none"}, {"sync": "layer"}
@@ -114,17 +108,26 @@ CYCLES = {
 }
 
 
+DURABILITY = {"none": "equal", "layer": "Onlap also syncs the filesystem"}
+
+
+def rate(result: lib.Result) -> float:
+    """Cycles per second."""
+    return float(result["cycles"] / result["seconds"])
+
+
 def compare(runs: dict[str, list[lib.Result]], files: int, live: int) -> list[lib.Row]:
     """The rows of the report, with what each has to reach."""
-
-    def rates(name: str) -> list[float]:
-        return [run["cycles"] / run["seconds"] for run in runs[name]]
 
     rows = []
     for (threads, sync), reach in CYCLES.items():
         what = f'prepare + commit + remove, {threads} thread{"s" if threads > 1 else ""}, sync="{sync}"'
-        peer, ours = rates(f"cycles {threads}, peer"), rates(f"cycles {threads}, {sync}")
-        rows.append(lib.Row(what, "cycles/s", peer, ours, reach))
+        peer, ours = runs[f"cycles {threads}, peer"], runs[f"cycles {threads}, {sync}"]
+        floor = runs.get(f"cycles {threads}, floor", ())
+        row = lib.Row.of(
+            what, "cycles/s", peer, ours, rate, reach, floor=floor, per="cycles", durability=DURABILITY[sync]
+        )
+        rows.append(row)
     for figure, what, reach in (
         ("slowest_ms", f"slowest prepare beside the commit of {files:,} files", lib.Reach(most=0.2)),
         ("commit_ms", "that commit itself", lib.Reach()),
@@ -166,24 +169,11 @@ BASE = "base"
 Calls = list[int]  # nanoseconds
 
 
-def work() -> None:
-    """Answer the lines of JSON on standard input, as bench/go/snapshotbench does, until they end.
-
-    ``sync`` stands where the peer has ``async``. Any other failure ends the process with its traceback.
-    """
-    from onlap.errors import OnlapError
-
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = {"name": "onlap"} if command["op"] == "hello" else operate(**command)
-        except (OnlapError, OSError) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
-
-
 def operate(op: str, root: str, sync: str, **arguments: Any) -> lib.Result:
-    """Open the snapshotter, make the base on first use, run the operation, time the cleanup that follows."""
+    """Open the snapshotter, make the base on first use, run the operation, time the cleanup that follows.
+
+    The commands are those of bench/go/snapshotbench, with ``sync`` where that has ``async``.
+    """
     from onlap import OverlaySnapshotter
     from onlap.errors import NotFound
 
@@ -321,6 +311,6 @@ def percentiles(calls: Calls) -> list[float]:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
-        work()
+        lib.answer(operate)
     else:
         lib.main(bench)
