@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -192,6 +193,7 @@ class Onlap(Daemon):
         kind: of the root.
         name: of log and socket.
         environment: variables besides ours.
+        differ: whether it is also a differ, of the containerd in the same place.
     """
 
     def __init__(
@@ -201,8 +203,12 @@ class Onlap(Daemon):
         kind: str = "overlay",
         name: str = "onlap",
         environment: dict[str, str] | None = None,
+        differ: bool = False,
     ) -> None:
         self.store = place / "store"
+        self.differ = differ
+        if differ:
+            options = (*options, "--differ", "--containerd", str(place / CONTAINERD_SOCKET))
         listen = place / f"{name}.sock"
         command = onlap_command(
             self.store, "-v", "serve", "containerd", "--socket", str(listen), "--snapshotter", kind, *options
@@ -230,6 +236,10 @@ class Onlap(Daemon):
         left = [name for part in ("snapshots", "trash") for name in os.listdir(self.store / part)]
         return not left and not self.all()
 
+    def answers(self, method: str) -> list[str]:
+        """The numbers of the statuses with which it has answered the calls of a method, oldest first."""
+        return re.findall(rf" method={method} .*? code=(\d+) ", self.log.read_text(errors="replace"))
+
     def memory(self) -> int:
         """Bytes that are resident (VmRSS of proc(5))."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -237,6 +247,8 @@ class Onlap(Daemon):
 
 
 # ------------------------------------------------------------------------------------------------- containerd's
+
+CONTAINERD_SOCKET = "containerd.sock"
 
 CONTAINERD_CONFIG = """\
 version = 2
@@ -262,13 +274,25 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 """
 
 
+# What the server does not know is left to containerd's own.
+DIFFER_CONFIG = """
+[proxy_plugins.onlap-differ]
+  type = "diff"
+  address = "{onlap}"
+
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["onlap-differ", "walking"]
+"""
+
+
 class Containerd(Daemon):
-    """containerd with Onlap as a proxy snapshotter called ``onlap``."""
+    """containerd with Onlap as a proxy snapshotter called ``onlap``, and as its differ where the server is one."""
 
     def __init__(self, place: Path, onlap: Onlap) -> None:
-        listen = place / "containerd.sock"
+        listen = place / CONTAINERD_SOCKET
         config = place / "config.toml"
-        config.write_text(CONTAINERD_CONFIG.format(place=place, socket=listen, onlap=onlap.socket, store=onlap.store))
+        text = CONTAINERD_CONFIG + (DIFFER_CONFIG if onlap.differ else "")
+        config.write_text(text.format(place=place, socket=listen, onlap=onlap.socket, store=onlap.store))
         super().__init__("containerd", place, listen, ["containerd", "--config", str(config)])
 
     def ctr(self, *words: str | Path, ok: bool = True, text: str = "") -> str:

@@ -7,8 +7,11 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from onlap.layers.stream.compression import ZSTD, compressor
 
 REFERENCE = "localhost/onlap/three:1"
 
@@ -46,6 +49,9 @@ class Layer:
     def link(self, name: str, target: str) -> Layer:
         return self._add(name, tarfile.LNKTYPE, link=target)
 
+    def device(self, name: str, major: int, minor: int) -> Layer:
+        return self._add(name, tarfile.CHRTYPE, rdev=(major, minor))
+
     def fifo(self, name: str) -> Layer:
         return self._add(name, tarfile.FIFOTYPE, mode=0o600)
 
@@ -65,11 +71,13 @@ class Layer:
         link: str = "",
         mode: int = 0o644,
         uid: int = 0,
+        rdev: tuple[int, int] = (0, 0),
         xattrs: dict[str, str] | None = None,
     ) -> Layer:
         entry = tarfile.TarInfo(name)
         entry.type, entry.linkname, entry.mode, entry.uid, entry.gid = kind, link, mode, uid, uid
         entry.size, entry.mtime = len(content), 1_700_000_000
+        entry.devmajor, entry.devminor = rdev
         entry.pax_headers = {f"SCHILY.xattr.user.{key}": value for key, value in (xattrs or {}).items()}
         self._tar.addfile(entry, io.BytesIO(content))
         return self
@@ -145,12 +153,26 @@ def three_layers(path: Path, tool: Path, reference: str = REFERENCE, files: int 
         .file("d/sub/again", b"3")
     )
     layers = (base.done(), middle.done(), top.done())
-    _write(path, reference, layers)
-    return Image(reference, path, layers)
+    return write(path, reference, layers, ("", "gzip", ""))
 
 
-def _write(path: Path, reference: str, layers: tuple[bytes, ...]) -> None:
-    """An OCI image layout in a tar (image-spec 1.1, image-layout.md); every second layer is compressed."""
+def compressed(layer: bytes, compression: str) -> bytes:
+    """A layer as a blob: plain (``""``), ``"gzip"`` or ``"zstd"``."""
+    if compression == "zstd":
+        made = compressor(ZSTD)
+        return made.compress(layer) + made.flush()
+    return gzip.compress(layer, 1, mtime=0) if compression else layer
+
+
+def write(path: Path, reference: str, layers: tuple[bytes, ...], compressions: Sequence[str]) -> Image:
+    """An OCI image layout in a tar (image-spec 1.1, image-layout.md).
+
+    Args:
+        path: the archive to write.
+        reference: what to call the image.
+        layers: the plain tars, lowest first.
+        compressions: of each layer; see :func:`compressed`.
+    """
     blobs: dict[str, bytes] = {}
 
     def blob(media: str, content: bytes) -> dict[str, object]:
@@ -159,8 +181,8 @@ def _write(path: Path, reference: str, layers: tuple[bytes, ...]) -> None:
         return {"mediaType": f"application/vnd.oci.image.{media}", "digest": f"sha256:{digest}", "size": len(content)}
 
     descriptors = [
-        blob("layer.v1.tar+gzip", gzip.compress(layer, 1, mtime=0)) if number % 2 else blob("layer.v1.tar", layer)
-        for number, layer in enumerate(layers)
+        blob("layer.v1.tar" + (f"+{how}" if how else ""), compressed(layer, how))
+        for layer, how in zip(layers, compressions, strict=True)
     ]
     config = {
         "architecture": "amd64",
@@ -187,3 +209,4 @@ def _write(path: Path, reference: str, layers: tuple[bytes, ...]) -> None:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+    return Image(reference, path, layers)

@@ -19,6 +19,7 @@ from google.protobuf.empty_pb2 import Empty
 from onlap import errors
 from onlap.catalog.records import Kind
 from onlap.mounts.plan import Mount
+from onlap.serve.containerd.protocol import diff_pb2 as diff_pb
 from onlap.serve.containerd.protocol import snapshots_pb2 as pb
 from onlap.serve.containerd.server import Server
 from onlap.serve.containerd.service import NAME, is_unpacked
@@ -199,6 +200,60 @@ def _plan(mounts: Sequence[pb.Mount]) -> list[Mount]:
         upper, work = (value or None for value in directories.values())
         plan.append(Mount(mount.type, mount.source, mount.target, lowers, upper, work, tuple(flags)))
     return plan
+
+
+class RemoteDiffer:
+    """The calls of a differ, Onlap's or containerd's own service; errors are Onlap's.
+
+    Args:
+        socket: where it listens.
+        headers: of every call, as ``{"containerd-namespace": "default"}``.
+    """
+
+    def __init__(self, socket: str | os.PathLike[str], headers: Mapping[str, str]) -> None:
+        self._channel = grpc.insecure_channel(f"unix:{os.fspath(socket)}")
+        self._headers = tuple(headers.items())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def applying(
+        self, layer: diff_pb.Descriptor, mounts: Sequence[Any], **fields: Any
+    ) -> grpc.Future[diff_pb.ApplyResponse]:
+        """Apply, begun: the call can be canceled, and its result fails with grpc.RpcError."""
+        call: Any = self._channel.unary_unary(
+            "/containerd.services.diff.v1.Diff/Apply",
+            request_serializer=diff_pb.ApplyRequest.SerializeToString,
+            response_deserializer=diff_pb.ApplyResponse.FromString,
+        )
+        future: grpc.Future[diff_pb.ApplyResponse] = call.future(
+            diff_pb.ApplyRequest(diff=layer, mounts=mounts, **fields), metadata=self._headers
+        )
+        return future
+
+    def apply(self, layer: diff_pb.Descriptor, mounts: Sequence[Any], **fields: Any) -> diff_pb.Descriptor:
+        """Apply a layer; returns what it is without its compression. ``fields`` are the request's others."""
+        applied: diff_pb.Descriptor = _translated(self.applying(layer, mounts, **fields).result).applied
+        return applied
+
+    def diff(self, left: Sequence[Any], right: Sequence[Any], **fields: Any) -> diff_pb.Descriptor:
+        """Make a layer; returns the blob."""
+        call: Any = self._channel.unary_unary(
+            "/containerd.services.diff.v1.Diff/Diff",
+            request_serializer=diff_pb.DiffRequest.SerializeToString,
+            response_deserializer=diff_pb.DiffResponse.FromString,
+        )
+        request = diff_pb.DiffRequest(left=left, right=right, **fields)
+        made: diff_pb.Descriptor = _translated(lambda: call(request, metadata=self._headers)).diff
+        return made
+
+
+def message(mount: Mount) -> pb.Mount:
+    """A mount of a plan, as it is sent."""
+    return pb.Mount(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
 
 
 class RemoteFactory(NamedTuple):

@@ -1,9 +1,10 @@
-"""A real dockerd with the containerd image store, on a containerd whose snapshotter is Onlap."""
+"""A real dockerd with the containerd image store, on a containerd whose snapshotter and differ is Onlap."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ RUN ["/bin/tool", "rm", "/d/kept", "--", "write", "/built", "by a container"]
 RUN ["/bin/tool", "rm", "/opaque", "--", "mkdir", "/opaque", "--", "write", "/opaque/new", "1"]
 CMD ["/bin/tool", "cat", "/copied", "--", "cat", "/built"]
 """
+
+
+@pytest.fixture(scope="module")
+def onlap(place: Path) -> Iterator[Onlap]:
+    """Onlap's server, which unpacks and makes the layers as well."""
+    with Onlap(place, "--sync", "none", differ=True) as daemon:
+        yield daemon
+        assert {*daemon.answers("Apply"), *daemon.answers("Diff")} <= {"0"}, "nothing was left to another differ"
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +73,8 @@ def test_import_run_diff_commit(dockerd: Dockerd, onlap: Onlap, base: str) -> No
     assert "no such file" in dockerd.docker(*run, "cat", "/one", ok=False)
     assert "is using" in dockerd.docker("rmi", base, ok=False)
     dockerd.docker("rm", "changer")
+    assert onlap.answers("Apply"), "the import and the commit were unpacked by Onlap"
+    assert onlap.answers("Diff"), "the commit was made by Onlap"
     forget(dockerd, onlap, "derived:1", base)
 
 
@@ -78,6 +89,7 @@ def test_an_image_with_whiteouts(dockerd: Dockerd, onlap: Onlap, image: Image) -
 
 @pytest.mark.parametrize("builder", ["classic", "buildx"])
 def test_build(builder: str, dockerd: Dockerd, onlap: Onlap, base: str, tmp_path: Path) -> None:
+    before = len(onlap.answers("Diff"))
     if builder == "buildx" and not Path("/usr/libexec/docker/cli-plugins/docker-buildx").exists():
         pytest.skip("docker-buildx is not installed: make peers")
     (tmp_path / "f").write_text("copied, ")
@@ -90,6 +102,8 @@ def test_build(builder: str, dockerd: Dockerd, onlap: Onlap, base: str, tmp_path
     assert "no such file" in dockerd.docker(*run, "/d/kept", ok=False)
     assert "no such file" in dockerd.docker(*run, "/opaque/hidden", ok=False)
     assert dockerd.docker(*run, "/opaque/new") == "1"
+    # BuildKit makes the layers of an overlay by itself (util/overlay, WriteUpperdir).
+    assert builder == "buildx" or len(onlap.answers("Diff")) - before >= 3, "a layer for each step that writes"
     forget(dockerd, onlap, "built:1", base)
 
 
