@@ -10,11 +10,9 @@ All servers run all the time, each with a root of its own on one filesystem; the
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +20,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from bench import lib
+from bench import floors, lib
+from bench.lib import run
 from peers.daemons import ONLAP_ENVIRONMENT, Daemon, onlap_command
 from peers.remote import RemoteSnapshotter
 
@@ -30,12 +29,13 @@ CLIENTS = (1, 16, 64)
 LIVE = (5_000, 50_000)
 CALLS = ("prepare", "stat", "mounts", "commit", "remove")
 
+DURABILITY = {"none": "equal", "layer": "Onlap also syncs the filesystem"}
 REACH = {1: lib.Reach(least=0.9, stretch=1), 16: lib.Reach(least=1.2, stretch=2)}
 
 
 def bench() -> None:
     """Run, compare, report."""
-    chosen = lib.options(argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]), rounds=5)
+    chosen = lib.options(__doc__, rounds=5)
     seconds, lives, size = (0.5, (500,), 64 << 20) if chosen.quick else (2.0, LIVE, 1 << 30)
     with ExitStack() as stack:
         # Inodes: 50,000 snapshots are 150,000 directories, three times.
@@ -45,18 +45,18 @@ def bench() -> None:
 
         def load(server: str, clients: int, live: int = 0) -> lib.Result:
             words = ["-socket", daemons[server].socket, "-clients", clients, "-seconds", seconds, "-live", live]
-            answer: lib.Result = json.loads(run(client, *words))
-            return answer | {"memory": memory(daemons[server])}
+            return lib.measured(lambda: json.loads(run(client, *words)), daemons[server].process.pid, commands=False)
 
         runs: dict[str, list[lib.Result]] = {}
 
         def take_turns(cases: dict[str, Callable[[], lib.Result]], rounds: int = chosen.rounds) -> None:
-            # What a run has left dirty is written before the next one starts, not during it.
-            runs.update(lib.interleave(rounds, cases, before=partial(run, "sync", "-f", mount)))
+            runs.update(lib.interleave(rounds, cases, before=lib.syncing(mount)))
 
         lib.interleave(1, {f"warm-up, {server}": partial(load, server, 16) for server in SERVERS})
         for clients in CLIENTS:
-            take_turns({f"{clients} clients, {server}": partial(load, server, clients) for server in SERVERS})
+            cases = {f"{clients} clients, {server}": partial(load, server, clients) for server in SERVERS}
+            floor = partial(floors.cycles, mount / "floor", clients=clients, seconds=seconds)
+            take_turns(cases | {f"{clients} clients, floor": floor})
         cases = {f"commit, {server}": partial(commit, daemons[server], size) for server in SERVERS}
         take_turns(cases | {"commit, sync -f": partial(commit, daemons["none"], size, synced=True)})
         for live in lives:
@@ -77,6 +77,7 @@ def bench() -> None:
             where=lib.conditions(peer=f"containerd's overlay snapshotter ({lib.containerd_version()}) over gRPC"),
             notes=NOTES,
             details=details(runs),
+            plots=[curve(runs)],
             runs=runs,
             record=chosen.record,
         )
@@ -87,7 +88,8 @@ The peer is containerd's overlay snapshotter behind contrib/snapshotservice, wit
 default). Both have the same client. `--sync none` has the peer's durability. `--sync layer` writes back the whole
 filesystem before a commit returns. In the cycles the layers are empty, so there is nothing to write. A layer of 1 GiB
 that has just been written is the other extreme. Its peer is `sync -f` after the same writes: the cost of having the
-layer on the disk.
+layer on the disk. The floor of a cycle is its directories and three flushes of a log, in one thread and with one flush
+for the calls of all clients. Processor time is that of the server, per cycle.
 """
 
 
@@ -119,20 +121,6 @@ SERVERS: dict[str, Callable[[Path], Daemon]] = {
 }
 
 
-def run(*command: object) -> str:
-    """The output of a command; BenchError when it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise lib.BenchError(f"{command[0]}: status {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def memory(daemon: Daemon) -> int:
-    """Bytes that a server has resident (VmRSS of proc(5))."""
-    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) << 10
-
-
 def commit(daemon: Daemon, size: int, synced: bool = False) -> lib.Result:
     """Write a layer of 16 files and commit it at once; with ``synced``, ``sync -f`` is timed instead."""
     block = os.urandom(1 << 20)
@@ -154,29 +142,46 @@ def commit(daemon: Daemon, size: int, synced: bool = False) -> lib.Result:
     return {"commit_ms": took * 1000}
 
 
+def rate(result: lib.Result) -> float:
+    """Cycles per second."""
+    return float(result["cycles"] / result["seconds"])
+
+
 def compare(runs: dict[str, list[lib.Result]], lives: tuple[int, ...], size: int) -> list[lib.Row]:
     """The rows of the report, with what each has to reach."""
-
-    def rates(name: str) -> list[float]:
-        return [result["cycles_per_second"] for result in runs[name]]
-
     rows = []
-    for server in ("none", "layer"):
+    for server, durability in DURABILITY.items():
         for clients in CLIENTS:
             reach = REACH.get(clients, lib.Reach()) if server == "none" else lib.Reach()
             what = f"cycles, {clients} client{'s' if clients > 1 else ''}, --sync {server}"
-            peer, ours = (rates(f"{clients} clients, {side}") for side in ("peer", server))
-            rows.append(lib.Row(what, "cycles/s", peer, ours, reach))
+            peer, ours, floor = (runs[f"{clients} clients, {side}"] for side in ("peer", server, "floor"))
+            row = lib.Row.of(
+                what, "cycles/s", peer, ours, rate, reach, floor=floor, per="cycles", durability=durability
+            )
+            rows.append(row)
     for live in lives:
         for clients in (1, 16):
             what = f"cycles, {clients} client{'s' if clients > 1 else ''}, {live:,} live, --sync none"
-            peer, ours = (rates(f"{clients} clients, {live} live, {side}") for side in ("peer", "none"))
-            rows.append(lib.Row(what, "cycles/s", peer, ours, REACH[clients]))
+            peer, ours = (runs[f"{clients} clients, {live} live, {side}"] for side in ("peer", "none"))
+            rows.append(lib.Row.of(what, "cycles/s", peer, ours, rate, REACH[clients], per="cycles"))
     for server, other in (("none", "peer"), ("layer", "sync -f")):
         what = f"commit of {size >> 20:,} MiB just written, --sync {server}"
-        peer, ours = ([result["commit_ms"] for result in runs[f"commit, {side}"]] for side in (other, server))
-        rows.append(lib.Row(f"{what}; beside {'its' if other == 'peer' else other}", "ms", peer, ours))
+        peer, ours = (runs[f"commit, {side}"] for side in (other, server))
+        what = f"{what}; beside {'its' if other == 'peer' else other}"
+        rows.append(lib.Row.of(what, "ms", peer, ours, "commit_ms"))
     return rows
+
+
+def curve(runs: dict[str, list[lib.Result]]) -> lib.Plot:
+    """Cycles over clients."""
+
+    def points(side: str) -> list[lib.Point]:
+        return [(clients, [rate(result) for result in runs[f"{clients} clients, {side}"]]) for clients in CLIENTS]
+
+    sides = {"Onlap": "none", "containerd": "peer", "Onlap, layers synced": "layer"}
+    series = {name: points(side) for name, side in sides.items()}
+    title = "Cycles of prepare, commit and remove over the socket"
+    return lib.Plot("clients", title, "clients", "cycles/s", series, points("floor"), "x")
 
 
 def details(runs: dict[str, list[lib.Result]]) -> lib.Details:
@@ -188,9 +193,9 @@ def details(runs: dict[str, list[lib.Result]]) -> lib.Details:
 
     lines = []
     for name, results in runs.items():
-        if "cycles" not in results[0]:
+        if "prepare_ms" not in results[0]:
             continue
-        resident = statistics.median(result["memory"] for result in results) / (1 << 20)
+        resident = statistics.median(result["peak_mib"] for result in results)
         lines.append([name, *(median(results, call) for call in CALLS), f"{resident:.0f}"])
     return lib.Details("The single calls, p50 / p99 in ms:", ["run", *CALLS, "memory, MiB"], lines)
 

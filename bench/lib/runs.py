@@ -37,22 +37,23 @@ def command(*words: object, cwd: Path | None = None) -> Result:
     return {"seconds": seconds, "cpu_s": user + system, "peak_mib": kib / 1024}
 
 
-def measured(call: Callable[[], object], *pids: int) -> Result:
+def measured(call: Callable[[], object], *pids: int, commands: bool = True) -> Result:
     """Time a call that these processes do the work of: ``seconds``, and their ``cpu_s`` and ``peak_mib``.
 
-    Their descendants count too, and commands that the call runs and waits for; these not in the peak, which is of the
-    largest of the processes. If the call returns a dictionary, what that has comes first.
+    Their descendants count too. So does the processor time of the ``commands`` that the call runs and waits for, unless
+    they are only a load that is the same for both sides. The peak is of the largest of the processes. If the call
+    returns a dictionary, what that has comes first.
     """
     for pid in _with_descendants(pids):
         try:
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # proc_pid_clear_refs(5): the peak starts again
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has ended
-    before = _cpu_seconds(pids)
+    before = _cpu_seconds(pids, commands)
     began = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - began
-    used = {"seconds": seconds, "cpu_s": _cpu_seconds(pids) - before, "peak_mib": _peak_mib(pids)}
+    used = {"seconds": seconds, "cpu_s": _cpu_seconds(pids, commands) - before, "peak_mib": _peak_mib(pids)}
     return used | result if isinstance(result, dict) else used
 
 
@@ -67,17 +68,17 @@ def _with_descendants(pids: Sequence[int]) -> Iterator[int]:
         yield from _with_descendants([int(child) for below in children for child in below])
 
 
-def _cpu_seconds(pids: Sequence[int]) -> float:
+def _cpu_seconds(pids: Sequence[int], commands: bool) -> float:
     """User and system time, with that of children that have ended and were waited for."""
     ticks = 0
-    commands = resource.getrusage(resource.RUSAGE_CHILDREN)  # nothing else of this process: it is of neither side
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)  # nothing else of this process: it is of neither side
     for pid in _with_descendants(pids):
         try:
             text = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
         ticks += sum(int(field) for field in text.rpartition(")")[2].split()[11:15])
-    return ticks / os.sysconf("SC_CLK_TCK") + commands.ru_utime + commands.ru_stime
+    return ticks / os.sysconf("SC_CLK_TCK") + (children.ru_utime + children.ru_stime if commands else 0)
 
 
 def _peak_mib(pids: Sequence[int]) -> float:
