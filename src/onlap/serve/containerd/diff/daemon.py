@@ -43,6 +43,9 @@ _KEPT = 3600
 # containerd's client reads and writes blobs in pieces of 1 MiB (core/content/proxy).
 _PIECE = 1 << 20
 
+# Milliseconds. gRPC does not try again for up to two minutes after containerd was away, and fails all calls meanwhile.
+_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+
 _KINDS = {code: kind for kind, code in CODES.items()}
 
 
@@ -55,7 +58,7 @@ class Daemon:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(f"unix:{os.path.abspath(address)}")
+        self._channel = grpc.insecure_channel(f"unix:{os.path.abspath(address)}", options=_OPTIONS)
         self._blobs: str | None = None
 
     def close(self) -> None:
