@@ -181,7 +181,7 @@ def curve(runs: dict[str, list[lib.Result]]) -> lib.Plot:
     sides = {"Onlap": "none", "containerd": "peer", "Onlap, layers synced": "layer"}
     series = {name: points(side) for name, side in sides.items()}
     title = "Cycles of prepare, commit and remove over the socket"
-    return lib.Plot("clients", title, "clients", "cycles/s", series, points("floor"), "x")
+    return lib.Plot("clients", title, "clients", "cycles/s", series, points("floor"), "xy")
 
 
 def details(runs: dict[str, list[lib.Result]]) -> lib.Details:

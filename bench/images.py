@@ -151,6 +151,10 @@ in worker processes, one per core; containerd and umoci unpack one layer after t
 """
 
 
+# By strace -e fsync,fdatasync: containerd syncs blobs and records, as Onlap does; buildah only records; umoci nothing.
+DURABILITY = {"umoci": "Onlap syncs its records", "buildah": "Onlap also syncs the blobs"}
+
+
 def compare(runs: dict[str, list[lib.Result]], image: str) -> list[lib.Row]:
     """The rows of the report, with what each has to reach."""
     rows = []
@@ -162,12 +166,14 @@ def compare(runs: dict[str, list[lib.Result]], image: str) -> list[lib.Row]:
         ("commit of one changed file", "commit, containerd", "commit, Onlap", None),
     ):
         what = f"{what}; beside {peer.split()[1]}"
-        rows.append(lib.Row.of(what, "s", runs[peer], runs[mine], reach=lib.Reach(most=most)))
+        durability = DURABILITY.get(peer.split()[1], "equal")
+        rows.append(lib.Row.of(what, "s", runs[peer], runs[mine], reach=lib.Reach(most=most), durability=durability))
     calls = [run["call"] for run in runs["commit, Onlap"]]
     for peer, most in (("buildah", None), ("containerd", 0.1)):
         what = f"the same, as a call of the library; beside {peer}'s processes"
         theirs = [run["seconds"] for run in runs[f"commit, {peer}"]]
-        rows.append(lib.Row(what, "s", theirs, calls, lib.Reach(most=most)))
+        durability = DURABILITY.get(peer, "equal")
+        rows.append(lib.Row(what, "s", theirs, calls, lib.Reach(most=most), durability=durability))
     return rows
 
 

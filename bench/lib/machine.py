@@ -180,13 +180,13 @@ def options(description: argparse.ArgumentParser | str | None, *, rounds: int) -
     parser = description
     if not isinstance(parser, argparse.ArgumentParser):
         parser = argparse.ArgumentParser(description=(parser or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, help=f"(default {rounds}; 2 with --quick)")
+    parser.add_argument("--rounds", type=int, help=f"(default {rounds}; 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="short runs, to see that it works; not published")
     parser.add_argument("--no-publish", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the image lies (default %(default)s)")
     chosen = parser.parse_args()
     if chosen.rounds is None:
-        chosen.rounds = 2 if chosen.quick else rounds
+        chosen.rounds = 1 if chosen.quick else rounds
     if chosen.rounds < 1:
         parser.error("--rounds: at least 1")
     chosen.record = not (chosen.quick or chosen.no_publish)
