@@ -65,7 +65,7 @@ define run_tests
 endef
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: ## the main job, on a real tree; installs nothing
 	@$(call find_python,ctypes$(,) sqlite3$(,) zlib,python3); PYTHONPATH=src exec "$$py" -B -m onlap demo $(ARGS)
@@ -119,7 +119,7 @@ test-long: $(STAMP) peers-soft ## the same with the long tests and the long Hypo
 	$(call run_tests,--long --timeout=3600 -o faulthandler_timeout=3500); exit $$status
 
 # $(call run_bench,OPTIONS): each writes its section of docs/benchmarks.md, unless the options say otherwise.
-BENCHMARKS = $(basename $(notdir $(shell grep -l 'lib\.main(' bench/*.py)))
+BENCHMARKS = $(basename $(notdir $(shell grep -l 'lib\.main' bench/*.py)))
 define run_bench
 	@$(PRIVATE); status=0; \
 	for name in $(BENCHMARKS); do \

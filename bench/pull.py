@@ -212,7 +212,7 @@ def plot(runs: Mapping[str, list[lib.Result]]) -> lib.Plot:
     def points(kind: str, *, floor: bool = False) -> list[lib.Point]:
         names = {engine: name.format(kind) for engine, name in ENGINES.items() if kind == "gzip" or "{}" in name}
         if floor:
-            names = {engine: f"import {kind}, not unpacked" for engine in names}
+            names = dict.fromkeys(names, f"import {kind}, not unpacked")
         return [(engine, [result["seconds"] for result in runs[name]]) for engine, name in names.items()]
 
     series = {kind: points(kind) for kind in ("gzip", "zstd")}
