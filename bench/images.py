@@ -133,10 +133,11 @@ def bench() -> None:
         lib.report(
             "images",
             "Images",
-            compare(runs, f"{len(layers)} layers, {size} MiB of gzip, {files:,} files"),
+            compare(runs),
             where=lib.conditions(
+                image=f"{len(layers)} layers, {size} MiB of gzip, {files:,} files",
                 peer=f"ctr and containerd {lib.containerd_version()}, {run('umoci', '--version').split()[2]} (umoci), "
-                f"{run('buildah', '--version').split()[2]} (buildah)"
+                f"{run('buildah', '--version').split()[2]} (buildah)",
             ),
             notes=NOTES,
             runs=runs,
@@ -155,11 +156,11 @@ in worker processes, one per core; containerd and umoci unpack one layer after t
 DURABILITY = {"umoci": "Onlap syncs its records", "buildah": "Onlap also syncs the blobs"}
 
 
-def compare(runs: dict[str, list[lib.Result]], image: str) -> list[lib.Row]:
+def compare(runs: dict[str, list[lib.Result]]) -> list[lib.Row]:
     """The rows of the report, with what each has to reach."""
     rows = []
     for what, peer, mine, most in (
-        (f"import and unpack: {image}", "import, containerd", "import, Onlap", 1 / 2.2),
+        ("import and unpack", "import, containerd", "import, Onlap", 1 / 2.2),
         ("unpack alone, from what is there", "unpack, umoci", "unpack, Onlap", 1 / 2.2),
         ("a second image, all layers but one shared", "second, containerd", "second, Onlap", None),
         ("commit of one changed file", "commit, buildah", "commit, Onlap", None),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 from bench import lib
 
@@ -19,13 +18,13 @@ BLOCK = re.compile(
 )
 MEASURE = re.compile(r"\d\s?(?:ms|µs|s|x)\b|\d times\b|\b(?:milli|micro)?seconds?\b")
 
-# Benchmark, row (sizes are left open), and what README.md calls it.
+# Benchmark, row, and what README.md calls it.
 SHOWN = (
-    ("images", "import and unpack: *; beside containerd", "import and unpack an image; containerd"),
+    ("images", "import and unpack; beside containerd", "import and unpack an image; containerd"),
     ("images", "commit of one changed file; beside containerd", "commit one changed file as a layer; containerd"),
     ("images", "commit of one changed file; beside buildah", "the same; buildah"),
-    ("layers", "unpack gzip, * entries; containerd", "unpack a layer of many files, gzip; containerd's library"),
-    ("layers", "apply, * entries; GNU tar", "apply a plain one; GNU tar"),
+    ("layers", "unpack gzip, many files; containerd", "unpack a layer of many files, gzip; containerd's library"),
+    ("layers", "apply, many files; GNU tar", "apply a plain one; GNU tar"),
     ("snapshots", 'prepare + commit + remove, 1 thread, sync="none"', "snapshots, 1 thread; containerd's library"),
     ("snapshots", 'prepare + commit + remove, 16 threads, sync="none"', "the same, 16 threads"),
     ("containerd", "cycles, 1 client, --sync none", "snapshots over the socket, 1 client; containerd's"),
@@ -36,17 +35,16 @@ SHOWN = (
 
 
 class Missing(Exception):
-    """The page has no such row, or more than one."""
+    """The page has no such row."""
 
 
 def figures(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
     """The table for README.md."""
     lines = []
-    for name, pattern, label in SHOWN:
-        found = [cells for (bench, what), cells in rows.items() if bench == name and fnmatchcase(what, pattern)]
-        if len(found) != 1:
-            raise Missing(f"docs/benchmarks.md has {len(found)} rows {name}: {pattern}; see SHOWN in bench/readme.py")
-        cells = found[0]
+    for name, what, label in SHOWN:
+        if (name, what) not in rows:
+            raise Missing(f"docs/benchmarks.md has no row {name}: {what}; see SHOWN in bench/readme.py")
+        cells = rows[name, what]
 
         def median(side: str, cells: Mapping[str, str] = cells) -> str:
             return f"{cells[side].partition(' ')[0]} {cells['unit']}" if side in cells else ""
