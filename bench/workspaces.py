@@ -17,7 +17,7 @@ import sqlite3
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -130,14 +130,12 @@ def touch(tree: Path, files: int, salt: int) -> None:
         path.write_text(f"changed {salt}\n")
 
 
-def timed(calls: list[Callable[[], object]]) -> lib.Result:
-    """The median of several calls, in ms."""
-    spent = []
-    for call in calls:
-        began = time.perf_counter()
-        call()
-        spent.append((time.perf_counter() - began) * 1000)
-    return {"ms": statistics.median(spent), "worst_ms": max(spent)}
+def timed(calls: Sequence[Callable[[], object]]) -> lib.Result:
+    """The median of several calls, in ms; the mean of their processor time, with that of the processes they start."""
+    used = [lib.measured(lambda call=call: [call()], os.getpid()) for call in calls]  # type: ignore[misc]
+    spent = [result["seconds"] * 1000 for result in used]
+    cpu = statistics.mean(result["cpu_s"] for result in used)
+    return {"ms": statistics.median(spent), "worst_ms": max(spent), "cpu_s": cpu}
 
 
 # ------------------------------------------------------------------------------------------------------- beside
@@ -240,9 +238,11 @@ def our_cases(mount: Path, directory: Path, sizes: Sizes, stack: ExitStack) -> C
                         change(briefly)
                 else:
                     change(tree)
-                spent.append(timed([call])["ms"])
+                spent.append(timed([call]))
         forget_all(ws)
-        return {"ms": statistics.median(spent), "worst_ms": max(spent)}
+        times = [result["ms"] for result in spent]
+        cpu = statistics.mean(result["cpu_s"] for result in spent)
+        return {"ms": statistics.median(times), "worst_ms": max(times), "cpu_s": cpu}
 
     def forks() -> lib.Result:
         with ExitStack() as mounted:
@@ -434,33 +434,38 @@ def figures(runs: dict[str, list[lib.Result]], long: lib.Result, sizes: Sizes) -
     def ms(name: str, key: str = "ms") -> list[float]:
         return [result[key] for result in runs[name]]
 
+    def call(what: str, name: str, *limits: float, unit: str = "ms", floor: Sequence[float] = ()) -> lib.Figure:
+        most, stretch = limits or (None, None)
+        times = [each / (1000 if unit == "s" else 1) for each in ms(name)]
+        return lib.Figure(what, unit, times, most, stretch, floor, ms(name, "cpu_s"))
+
     f = lib.Figure
     floor = ms("SQLite transaction")
     rows = [
-        f("checkpoint, durable record", "ms", ms("checkpoint"), 2, 1, floor),
-        f("checkpoint, durable record; mounted", "ms", ms("checkpoint, mounted"), 2, 1, floor),
-        f("checkpoint, with its content", "ms", ms("checkpoint, with its content")),
-        f("rollback", "ms", ms("rollback"), 1.5, 0.5, floor),
-        f("rollback; mounted", "ms", ms("rollback, mounted"), 1.5, 0.5, floor),
+        call("checkpoint, durable record", "checkpoint", 2, 1, floor=floor),
+        call("checkpoint, durable record; mounted", "checkpoint, mounted", 2, 1, floor=floor),
+        call("checkpoint, with its content", "checkpoint, with its content"),
+        call("rollback", "rollback", 1.5, 0.5, floor=floor),
+        call("rollback; mounted", "rollback, mounted", 1.5, 0.5, floor=floor),
         f(f"{sizes.forks:,} forks, each with a tree to write to", "s", ms("forks", "s"), 2, 1),
         f("of these, without the mounts", "s", ms("forks", "forks_s")),
         f("unmounting them", "s", ms("forks", "unmount_s")),
         f("removing them", "s", ms("forks", "remove_s")),
-        f("mount and unmount", "ms", ms("mount and unmount")),
-        f(f"exact changes of {TOUCHED} touched files", "ms", ms("diff"), 5, 2),
+        call("mount and unmount", "mount and unmount"),
+        call(f"exact changes of {TOUCHED} touched files", "diff", 5, 2),
     ]
     if "run true" in runs:
         rows += [
-            f("run(['true'])", "ms", ms("run true")),
-            f(f"run of a command that touches {TOUCHED} files, with its changes", "ms", ms("run touch")),
-            f("the command true without us", "ms", ms("bare true")),
+            call("run(['true'])", "run true"),
+            call(f"run of a command that touches {TOUCHED} files, with its changes", "run touch"),
+            call("the command true without us", "bare true"),
         ]
     one = {key: [value] for key, value in long.items()}
     return [
         *rows,
-        f("capture again, nothing changed", "s", [each / 1000 for each in ms("capture")], 0.5, 0.25),
-        f(f"capture again, {TOUCHED} files changed", "s", [each / 1000 for each in ms("capture, changed")]),
-        f("create a workspace of it again", "s", [each / 1000 for each in ms("create")]),
+        call("capture again, nothing changed", "capture", 0.5, 0.25, unit="s"),
+        call(f"capture again, {TOUCHED} files changed", "capture, changed", unit="s"),
+        call("create a workspace of it again", "create", unit="s"),
         f("the first capture", "s", [each / 1000 for each in ms("create", "first_ms")]),
         f(
             f"open and stat of {LOOKED_AT:,} files after {sizes.cycles:,} checkpoints; after the first",

@@ -69,8 +69,8 @@ Runs are interleaved, on one machine, on a new ext4 with a journal on a loop dev
   ratio and no verdict: the measurement was too rough for one. A plot has the medians, and from the smallest to the
   largest a band.
 - Both sides have the same durability, unless a column says how it differs.
-- "CPU" is processor time, user and system, of all processes of a side. "MiB" is the largest resident size of its
-  largest process. Columns are left out where a benchmark does not measure this.
+- "CPU" is processor time, user and system, of all processes of the peer and of Onlap. "MiB" is the largest resident
+  size of the largest process of either. Columns are left out where a benchmark does not measure this.
 - "Floor" is what the system calls alone take, made by a program that does nothing else.
 """
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 Point = tuple[float | str, Sequence[float]]
 
 # Seen well on white and on black. Onlap is given first.
-COLORS = ("#e0632a", "#3d8bd9", "#2fa36b", "#a06cd5", "#b8982a", "#c9558f")
+COLORS = ("#e0632a", "#3d8bd9", "#2fa36b", "#a06cd5", "#b8982a", "#c9558f", "#3fa9b8", "#8b8f98")
 # Text, axes and the floor: drawn in this, then made the colour that the page's scheme calls for.
 INK = "#010203"
 STYLE = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#d1d7e0}}</style>"
@@ -61,7 +61,10 @@ def draw(plot: Plot, directory: Path) -> Path:
 
     Raises:
         ImportError: Matplotlib is not installed.
+        ValueError: there are more series than colours.
     """
+    if len(plot.series) > len(COLORS):
+        raise ValueError(f"{plot.name}: {len(plot.series)} series, but {len(COLORS)} colours")
     import matplotlib
     from matplotlib.figure import Figure
 

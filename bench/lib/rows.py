@@ -127,8 +127,8 @@ class Row(NamedTuple):
             "peer": spread(self.peer),
             "Onlap": spread(self.ours),
             "Onlap / floor": f"{number(_median(self.ours) / _median(self.floor))}x" if self.floor else "",
-            "CPU, peer / Onlap": " / ".join(map(_seconds, self.cpu)) if any(self.cpu) else "",
-            "MiB, peer / Onlap": " / ".join(map(_mib, self.memory)) if any(self.memory) else "",
+            "CPU": " / ".join(map(_seconds, self.cpu)) if any(self.cpu) else "",
+            "MiB": " / ".join(map(_mib, self.memory)) if any(self.memory) else "",
             "durability": "" if self.durability == EQUAL else self.durability,
             "Onlap / peer": f"{ratio} ({number(min(self.by_round))}-{number(max(self.by_round))})",
             "to reach (stretch)": str(self.reach),
@@ -149,6 +149,7 @@ class Figure(NamedTuple):
     most: float | None = None
     stretch: float | None = None
     floor: Values = ()
+    cpu: Values = ()
 
     @property
     def verdict(self) -> str:
@@ -166,6 +167,7 @@ class Figure(NamedTuple):
             "floor": spread(self.floor) if self.floor else "",
             "Onlap": spread(self.ours),
             "Onlap / floor": f"{number(_median(self.ours) / _median(self.floor))}x" if self.floor else "",
+            "CPU": _seconds(self.cpu) if self.cpu else "",
             "to reach (stretch)": limit if self.stretch is None else f"{limit} ({self.stretch:g})",
             "verdict": self.verdict,
         }

@@ -72,13 +72,17 @@ def _cpu_seconds(pids: Sequence[int], commands: bool) -> float:
     """User and system time, with that of children that have ended and were waited for."""
     ticks = 0
     children = resource.getrusage(resource.RUSAGE_CHILDREN)  # nothing else of this process: it is of neither side
+    own = 0.0
     for pid in _with_descendants(pids):
+        if pid == os.getpid():
+            own = time.process_time()  # more exact
+            continue
         try:
             text = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
         ticks += sum(int(field) for field in text.rpartition(")")[2].split()[11:15])
-    return ticks / os.sysconf("SC_CLK_TCK") + (children.ru_utime + children.ru_stime if commands else 0)
+    return ticks / os.sysconf("SC_CLK_TCK") + own + (children.ru_utime + children.ru_stime if commands else 0)
 
 
 def _peak_mib(pids: Sequence[int]) -> float:
