@@ -32,7 +32,6 @@ PACKAGES_OF = {
     "urllib3": {"images"},
     "grpc": {"serve", "testing"},
     "google": {"serve", "testing"},
-    "ngh2": {"serve"},
     "prometheus_client": {"serve"},
 }
 # What loads the module, and so needs no declaration.

@@ -16,8 +16,7 @@ import pytest
 
 from onlap import errors
 from onlap.serve import sockets, systemd
-from onlap.serve.containerd import transport
-from onlap.serve.containerd.calls import Calls
+from onlap.serve.containerd import relay
 from onlap.serve.docker import http
 from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import StateFile
@@ -39,7 +38,7 @@ class Refused(logging.Handler):
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refused]:
-    for module in (transport, http):
+    for module in (relay, http):
         monkeypatch.setattr(module, "PAUSE", 0.01)
     handler, log = Refused(), logging.getLogger("onlap.serve")
     log.addHandler(handler)
@@ -76,38 +75,37 @@ def listening(path: Path) -> socket.socket:
     return listener
 
 
-@contextmanager
-def serving_on(listener: socket.socket) -> Iterator[None]:
-    server = transport.Transport(Calls([]))
-    server.start(listener.dup())
-    try:
-        yield
-    finally:
-        server.stop(10)
-
-
-def greeted(client: socket.socket) -> bool:
-    """Whether the server begins to speak HTTP/2: with SETTINGS, of type 4."""
-    return client.recv(9)[3:4] == b"\4"
-
-
-def test_the_server_waits_for_a_descriptor(tmp_path: Path, refused: Refused) -> None:
-    with listening(tmp_path / "s") as listener, socket.socket(socket.AF_UNIX) as client, serving_on(listener):
+def test_the_relay_waits_for_a_descriptor(tmp_path: Path, refused: Refused) -> None:
+    with (
+        listening(tmp_path / "outer") as outer,
+        listening(tmp_path / "inner") as inner,
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        passing = relay.Relay(outer.dup(), str(tmp_path / "inner"))
         with no_descriptor():
-            client.connect(str(tmp_path / "s"))
+            client.connect(str(tmp_path / "outer"))
             assert refused.seen.wait(20)
-        assert greeted(client)
+        with inner.accept()[0] as answering:
+            client.sendall(b"hello")
+            assert answering.recv(10) == b"hello"
+        assert client.recv(10) == b""
+        passing.stop()
 
 
-def test_the_server_waits_for_a_thread(tmp_path: Path, refused: Refused) -> None:
-    with listening(tmp_path / "s") as listener, serving_on(listener):
+def test_the_relay_waits_for_a_thread(tmp_path: Path, refused: Refused) -> None:
+    with listening(tmp_path / "outer") as outer, listening(tmp_path / "inner") as inner:
+        passing = relay.Relay(outer.dup(), str(tmp_path / "inner"))
         with no_thread(), socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(tmp_path / "s"))
+            client.connect(str(tmp_path / "outer"))
             assert client.recv(10) == b""
             assert refused.seen.wait(20)
+            inner.accept()[0].close()
         with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(tmp_path / "s"))
-            assert greeted(client)
+            client.connect(str(tmp_path / "outer"))
+            client.sendall(b"hello")
+            with inner.accept()[0] as answering:
+                assert answering.recv(10) == b"hello"
+        passing.stop()
 
 
 def test_the_plugin_waits_for_a_descriptor(tmp_path: Path, refused: Refused) -> None:

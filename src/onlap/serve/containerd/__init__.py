@@ -1,7 +1,7 @@
 """containerd's proxy snapshotter: the service ``containerd.services.snapshots.v1.Snapshots`` on a unix socket.
 
-``service`` has containerd's semantics, independent of the transport; ``transport`` and ``connection`` are gRPC, and
-the only users of the HTTP/2 library; ``server`` owns the socket, the lock and the signals.
+``service`` has containerd's semantics, independent of the transport; ``transport`` is the only user of the gRPC
+library; ``server`` owns the socket, the lock and the signals.
 """
 
 from __future__ import annotations

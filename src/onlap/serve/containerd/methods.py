@@ -29,8 +29,7 @@ class Method(NamedTuple):
         key: returns what it is about from the request, for the log: a snapshot's key or a digest.
         streams: whether the answer is a stream.
         asks: whether ``call`` gets the :class:`Caller` as well.
-        quick: whether it is answered in microseconds, without waiting for anything: the thread that received it does,
-            since another thread would take longer to wake up.
+        slow: whether it may take seconds, or wait for others that do: then others do not wait for it.
     """
 
     request: type[Message]
@@ -38,7 +37,7 @@ class Method(NamedTuple):
     key: Callable[..., str]
     streams: bool = False
     asks: bool = False
-    quick: bool = False
+    slow: bool = False
 
 
 class Service(Protocol):

@@ -13,6 +13,7 @@ from onlap.catalog import records
 from onlap.serve import sockets
 from onlap.serve.containerd.calls import Calls, Observer
 from onlap.serve.containerd.methods import Service
+from onlap.serve.containerd.relay import Relay
 from onlap.serve.containerd.service import SnapshotsService, check_root, namespace
 from onlap.serve.containerd.transport import Transport
 from onlap.serve.lifecycle import GRACE, BaseServer
@@ -72,10 +73,15 @@ class Server(BaseServer):
     def start(self) -> None:
         if self._listener is not None:
             sockets.check_length(self.socket)
-            self._transport.start(self._listener)
+            # Always the same path, so that the leftover of a killed server is replaced.
+            inner = f"{self.socket}.inner"
+            with sockets.private():
+                self._transport.start(inner)
+            self._cleanup.callback(sockets.remove, inner)
+            self._cleanup.callback(Relay(self._listener, inner).stop)
             return
         with self._listening() as new:
-            self._transport.listen(new)
+            self._transport.start(new)
 
     def run(self) -> int:
         sys.setswitchinterval(_SWITCH_INTERVAL)  # the whole process is the server's

@@ -53,10 +53,10 @@ class SnapshotsService:
         self.methods: dict[str, Method] = {
             "Prepare": Method(pb.PrepareSnapshotRequest, self.prepare, by_key),
             "View": Method(pb.ViewSnapshotRequest, self.view, by_key),
-            "Mounts": Method(pb.MountsRequest, self.mounts, by_key, quick=True),
+            "Mounts": Method(pb.MountsRequest, self.mounts, by_key),
             "Commit": Method(pb.CommitSnapshotRequest, self.commit, by_key),
             "Remove": Method(pb.RemoveSnapshotRequest, self.remove, by_key),
-            "Stat": Method(pb.StatSnapshotRequest, self.stat, by_key, quick=True),
+            "Stat": Method(pb.StatSnapshotRequest, self.stat, by_key),
             "Update": Method(pb.UpdateSnapshotRequest, self.update, lambda request: request.info.name),
             "List": Method(pb.ListSnapshotsRequest, self.list, _no_key, streams=True),
             "Usage": Method(pb.UsageRequest, self.usage, by_key),

@@ -1,28 +1,31 @@
-"""The gRPC server: it accepts connections, and has threads for their calls.
+"""The server's only user of the gRPC library: all other code of it handles bytes.
 
-The HTTP/2 is libnghttp2's (:mod:`onlap.serve.containerd.connection`; docs/adr/0002-grpc-library.md has measurements).
+The library is grpcio, the reference implementation (docs/adr/0002-grpc-library.md has measurements). Its codecs are
+identity functions, so that messages are encoded and decoded together with the call, and errors there become statuses.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import select
-import socket
-import threading
-import time
-from queue import SimpleQueue
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
 
 from onlap import errors
-from onlap.serve.containerd.calls import Calls
-from onlap.serve.containerd.connection import Call, Connection, Route
-from onlap.serve.lifecycle import PAUSE
+from onlap.serve.containerd.calls import Calls, Failure
+from onlap.serve.containerd.methods import Method
 
-_log = logging.getLogger("onlap.serve")
+# containerd's defaults.DefaultMaxRecvMsgSize and DefaultMaxSendMsgSize: 16 MiB both ways.
+_MESSAGE_SIZE = 16 << 20
 
 # Calls that wait for the disk share a commit with each other, so that more threads than processors are worthwhile; with
 # more than 16 they wait for the interpreter's lock rather than for the disk.
 _THREADS = 16
+
+# Slow calls only wait for their workers. With more, those of the 65th image that is pulled at the same time wait too.
+_SLOW_THREADS = 64
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class Transport:
@@ -33,126 +36,79 @@ class Transport:
     """
 
     def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-        self._routes = {
-            f"/{service.name}/{name}".encode(): Route(name, method)
-            for service in calls.services
-            for name, method in service.methods.items()
-        }
-        self._queue: SimpleQueue[Call | None] = SimpleQueue()
-        self._changed = threading.Condition()
-        self._connections: set[Connection] = set()
-        self._stop_read, self._stop_write = os.pipe()
-        self._listener: socket.socket | None = None
-        self._accepting = threading.Thread(target=self._accept, name="onlap-accept", daemon=True)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="onlap-call")
+        self._slow = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="onlap-slow-call")
+        self._server = grpc.server(
+            self._pool,
+            options=[
+                ("grpc.max_receive_message_length", _MESSAGE_SIZE),
+                ("grpc.max_send_message_length", _MESSAGE_SIZE),
+                # With it, two servers on one socket would answer in turn; the second is refused before this point.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        for service in calls.services:
+            handlers = {name: self._handler(calls, name, method) for name, method in service.methods.items()}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
 
-    def listen(self, path: str) -> None:
-        """Listen on a new socket at ``path``, and answer.
+    def start(self, socket: str) -> None:
+        """Listen on ``socket``, which must not exist, and answer.
 
         Raises:
             Unavailable: it cannot be listened on.
-            ResourceExhausted: no thread can be started.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            listener.bind(path)
-            listener.listen(socket.SOMAXCONN)
-        except OSError as error:
-            listener.close()
+            self._server.add_insecure_port(f"unix:{socket}")
+        except RuntimeError as error:
             raise errors.Unavailable(
-                f"cannot listen on {errors.shown(path)}: {error.strerror}",
-                key=path,
+                f"cannot listen on {errors.shown(socket)}",
+                key=socket,
                 hint="check that its directory exists and is yours",
             ) from error
-        self.start(listener)
-
-    def start(self, listener: socket.socket) -> None:
-        """Answer on a socket that listens already; it is closed in the end, for this process.
-
-        Raises:
-            ResourceExhausted: no thread can be started.
-        """
-        # While one server replaces another, both may accept on it.
-        listener.setblocking(False)
-        self._listener = listener
-        threads = [threading.Thread(target=self._work, name="onlap-call", daemon=True) for _ in range(_THREADS)]
-        try:
-            for thread in (*threads, self._accepting):
-                thread.start()
-        except RuntimeError as error:
-            raise errors.ResourceExhausted(
-                f"cannot serve: {error}", hint="raise the limit on threads (ulimit -u, TasksMax)"
-            ) from error
+        self._server.start()
 
     def stop(self, grace: float) -> None:
-        """Accept no new calls, give the running ones ``grace`` seconds to finish, and return.
+        """Accept no new calls, give the running ones ``grace`` seconds to finish, and return."""
+        self._server.stop(grace).wait()
+        for pool in (self._pool, self._slow):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-        New clients of an inherited socket wait for the next server.
-        """
-        os.close(self._stop_write)
-        if self._accepting.ident is not None:
-            self._accepting.join()
-        os.close(self._stop_read)
-        if self._listener is not None:
-            self._listener.close()
-        deadline = time.monotonic() + grace
-        for connection in self._now():
-            connection.finish()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._connections, deadline - time.monotonic())
-        for connection in self._now():
-            connection.abort()
-        for _ in range(_THREADS):
-            self._queue.put(None)
+    def _handler(self, calls: Calls, name: str, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+        if method.streams:
 
-    def _now(self) -> list[Connection]:
-        with self._changed:
-            return list(self._connections)
+            def stream(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+                try:
+                    yield from calls.stream(name, method, data)
+                except Failure as failure:
+                    context.abort(_CODES[failure.code], failure.message)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while True:
-            ready, _, _ = select.select([self._listener.fileno(), self._stop_read], [], [])
-            if self._stop_read in ready:
-                return
+            return grpc.unary_stream_rpc_method_handler(stream, None, None)
+
+        def unary(data: bytes, context: grpc.ServicerContext) -> bytes:
             try:
-                client, _ = self._listener.accept()
-                self._begin(client)
-            except (BlockingIOError, ConnectionError):
-                continue  # the client is gone again, or another server was faster
-            except (OSError, RuntimeError) as error:
-                # No descriptor or no thread is left: clients wait until another has disconnected.
-                _log.warning("cannot accept a connection", extra={"fields": {"error": error}})
-                select.select([self._stop_read], [], [], PAUSE)
+                return calls.answer(name, method, data, _Caller(context))
+            except Failure as failure:
+                context.abort(_CODES[failure.code], failure.message)
+                raise
 
-    def _begin(self, client: socket.socket) -> None:
-        """Have a connection served; raises OSError, and RuntimeError if no thread can be started."""
-        connection = Connection(client, self._routes, self._calls, self._queue.put)
-        thread = threading.Thread(target=self._serve, args=(connection,), name="onlap-connection", daemon=True)
-        with self._changed:
-            self._connections.add(connection)
-        try:
-            thread.start()
-        except RuntimeError:
-            self._forget(connection)
-            client.close()
-            raise
+        if method.slow:
+            # grpc/_server.py, _select_thread_pool_for_behavior; it is the only way to give a method threads of its own.
+            unary.experimental_thread_pool = self._slow  # type: ignore[attr-defined]
+        return grpc.unary_unary_rpc_method_handler(unary, None, None)
 
-    def _serve(self, connection: Connection) -> None:
-        try:
-            connection.serve()
-        finally:
-            self._forget(connection)
 
-    def _forget(self, connection: Connection) -> None:
-        with self._changed:
-            self._connections.discard(connection)
-            self._changed.notify_all()
+class _Caller:
+    """See :class:`onlap.serve.containerd.methods.Caller`."""
 
-    def _work(self) -> None:
-        while (call := self._queue.get()) is not None:
-            try:
-                call.connection.answer(call)
-            except Exception as error:  # noqa: BLE001 - a thread that ends answers nobody
-                _log.error("a call was not answered", exc_info=error)
-                call.connection.abort()
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+
+    def header(self, name: str) -> str:
+        for key, value in self._context.invocation_metadata():
+            if key == name:
+                return value if isinstance(value, str) else ""
+        return ""
+
+    def when_gone(self, action: Callable[[], None]) -> None:
+        if not self._context.add_callback(action):
+            action()

@@ -49,8 +49,8 @@ class DiffService:
         self._namespace_of = namespace_of
         self._pool = Pool(f"{work.__name__}:{work.answer.__name__}")
         self.methods: dict[str, Method] = {
-            "Apply": Method(pb.ApplyRequest, self.apply, lambda request: request.diff.digest, asks=True),
-            "Diff": Method(pb.DiffRequest, self.diff, lambda request: request.ref, asks=True),
+            "Apply": Method(pb.ApplyRequest, self.apply, lambda request: request.diff.digest, asks=True, slow=True),
+            "Diff": Method(pb.DiffRequest, self.diff, lambda request: request.ref, asks=True, slow=True),
         }
 
     def __enter__(self) -> DiffService:
