@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -161,9 +162,28 @@ def test_what_is_no_call_of_the_protocol(root: Path) -> None:
         status, answer = request(server, "GraphDriver.Get", b'{"ID": 5}', {"Content-Length": "9"})
         assert (status, "is a string" in answer.decode()) == (200, True)
         status, answer = request(server, "GraphDriver.Get", b"", {"Content-Length": "x"})
-        assert status == 400
+        assert (status, json.loads(answer)["Err"]) == (400, "it has no usable length")
         status, answer = request(server, "GraphDriver.Diff", b'{"ID": "nobody"}', {"Content-Length": "16"})
         assert (status, "nobody" in json.loads(answer)["Err"]) == (500, True)
+
+
+def test_what_other_clients_send(root: Path) -> None:
+    """A GET; a client that asks whether it may send its body, as curl does; HTTP/1.0, and one that closes."""
+    with serve(root) as server:
+        PluginDriver(server.socket, str(root / "home"))
+        for text, answers in (
+            (b"GET /Plugin.Activate HTTP/1.1\r\nHost: x\r\n\r\n", [b"501 Not Implemented"]),
+            (b"POST /Plugin.Activate HTTP/1.0\r\n\r\n" * 2, [b"200 OK"]),
+            (b"POST /Plugin.Activate HTTP/1.1\r\nConnection: close\r\n\r\n" * 2, [b"200 OK"]),
+            (b"POST /Plugin.Activate HTTP/1.1\r\n\r\n" * 2, [b"200 OK", b"200 OK"]),
+            (b"POST /Plugin.Activate HTTP/1.1\r\nExpect: 100-continue\r\n\r\n", [b"100 Continue", b"200 OK"]),
+        ):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(server.socket)
+                connection.sendall(text)
+                connection.shutdown(socket.SHUT_WR)
+                with connection.makefile("rb") as answer:
+                    assert re.findall(rb"HTTP/1.1 (.*)\r\n", answer.read()) == answers
 
 
 def test_a_connection_is_kept_over_an_error_in_apply_diff(root: Path) -> None:
@@ -261,19 +281,42 @@ def test_a_full_disk_keeps_no_layer_in_use(root: Path, monkeypatch: pytest.Monke
         driver.create("base")
         for name in ("one", "two"):
             driver.create_read_write(name, "base")
-        used = driver.get("one")
+        used = [driver.get("one"), driver.get("one"), driver.get("two")]
         with monkeypatch.context() as patch:
             patch.setattr("onlap.serve.docker.state.write_all", full)
             with pytest.raises(PluginError, match="No space left"):
                 driver.get("two")
-            assert not mounted(str(root / "home/two/merged"))
+            driver.put("two")
             driver.put("one")
-            assert not mounted(used)
+            driver.put("one")
+            assert not any(map(mounted, used))
             driver.remove("one")
         assert not driver.exists("one")
-        assert mounted(driver.get("two"))
-        driver.put("two")
+        for _ in range(2):
+            assert mounted(driver.get("two"))
+        assert json.loads((root / "home" / FILE).read_text())["counts"] == {"two": 2}
+        for _ in range(2):
+            driver.put("two")
         assert json.loads((root / "home" / FILE).read_text())["counts"] == {}
+
+
+def test_what_mounts_say_is_not_saved(root: Path) -> None:
+    """One use of a layer costs no write of the state, and is known after a restart all the same."""
+    home = root / "home"
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, str(home))
+        driver.create("base")
+        driver.create_read_write("layer", "base")
+        before = (home / FILE).stat()
+        path = driver.get("layer")
+        assert (home / FILE).stat().st_ino == before.st_ino
+    with serve(root) as server:
+        again = Reconnected(server.socket)
+        again.get("layer")
+        again.put("layer")
+        assert mounted(path)
+        again.put("layer")
+        assert not mounted(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\0" * 99, "[" * 99_999, '"counts": {"x": Infinity}', '"counts": []'])

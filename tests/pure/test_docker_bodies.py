@@ -17,6 +17,63 @@ from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.ids import IdMap, Range
 from onlap.overlayfs.markers import USER, Markers
 from onlap.serve.docker.bodies import ChunkWriter, drain, request_body
+from onlap.serve.docker.requests import Head, RequestError, read_head
+
+
+def test_heads_of_requests() -> None:
+    connection = io.BytesIO(
+        b"POST /GraphDriver.Get HTTP/1.1\r\nHost: x\r\nCONTENT-LENGTH:  3 \r\nEmpty:\r\n\r\nabc"
+        b"POST /a?b=c HTTP/1.1\nTransfer-Encoding: Chunked\nConnection: Close\n\n"
+        b"GET / HTTP/1.0\r\nExpect: 100-continue\r\n\r\n"
+        b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    )
+    assert read_head(connection) == Head("POST", "/GraphDriver.Get", 3, keep=True, waits=False)
+    assert connection.read(3) == b"abc"
+    assert read_head(connection) == Head("POST", "/a?b=c", None, keep=False, waits=False)
+    assert read_head(connection) == Head("GET", "/", 0, keep=False, waits=True)
+    assert read_head(connection) == Head("GET", "/", 0, keep=True, waits=False)
+    assert read_head(connection) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\r\n",
+        b"POST /\r\n\r\n",
+        b"POST / HTTP/2.0\r\n\r\n",
+        b"POST /a b HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"POST / HTTP/1.1\r\n: x\r\n\r\n",
+        b"POST / HTTP/1.1\r\na: b\r\n folded: c\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length : 1\r\n\r\n",
+        *(b"POST / HTTP/1.1\r\nContent-Length: %b\r\n\r\n" % length for length in (b"", b"-1", b"+1", b"1_0", b"\xb2")),
+        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"POST /" + b"a" * (1 << 20),
+        b"POST / HTTP/1.1\r\n" + b"".join(b"h%d: x\r\n" % number for number in range(200)) + b"\r\n",
+    ],
+    ids=lambda text: text[:60],
+)
+def test_what_is_no_request(text: bytes) -> None:
+    with pytest.raises(RequestError):
+        read_head(io.BytesIO(text))
+
+
+@given(st.binary(max_size=200))
+def test_a_head_of_any_bytes(data: bytes) -> None:
+    for text in (data, b"POST / HTTP/1.1\r\n" + data):
+        try:
+            read_head(io.BytesIO(text))
+        except (RequestError, ConnectionError):
+            pass
+
+
+def test_a_head_that_breaks_off() -> None:
+    for text in (b"POST / HTT", b"POST / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nHost: x\r\n"):
+        with pytest.raises(ConnectionError):
+            read_head(io.BytesIO(text))
 
 
 def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:

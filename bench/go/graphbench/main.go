@@ -7,6 +7,8 @@
 //	{"op": "cycles", "parent": ID, "count": N}      create, get, put and remove, N times
 //	{"op": "apply", "parent": ID, "tar": PATH}      create, then apply
 //	{"op": "diff", "id": ID, "parent": ID}          and its size
+//	{"op": "exists", "id": ID, "count": N}          whether it exists, N times
+//	{"op": "serve", "socket": PATH}                 be a plugin that does nothing, for others to ask: what a call costs
 //	{"op": "close"}                                 remove all layers, and clean up
 //
 // Times are in seconds.
@@ -17,6 +19,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -86,6 +90,18 @@ func (b *bench) run(c command) (answer, error) {
 		return answer{"apply": time.Since(start).Seconds(), "id": id}, err
 	case "diff":
 		return b.diff(c)
+	case "exists":
+		start := time.Now()
+		for range c.Count {
+			b.driver.Exists(c.ID)
+		}
+		return answer{"exists": time.Since(start).Seconds() / float64(c.Count)}, nil
+	case "serve":
+		listener, err := net.Listen("unix", c.Socket)
+		if err == nil {
+			go http.Serve(listener, http.HandlerFunc(empty))
+		}
+		return answer{}, err
 	case "close":
 		for i := len(b.ids) - 1; i >= 0; i-- {
 			if err := b.driver.Remove(b.ids[i]); err != nil {
@@ -177,6 +193,12 @@ func (b *bench) diff(c command) (answer, error) {
 	return answer{
 		"diff": diff.Seconds(), "diff_size": diffSize.Seconds(), "changes": time.Since(start).Seconds(), "bytes": size,
 	}, err
+}
+
+// empty answers every call as a graph driver that has nothing to do.
+func empty(w http.ResponseWriter, r *http.Request) {
+	io.Copy(io.Discard, r.Body)
+	fmt.Fprint(w, `{"Implements": ["GraphDriver"], "Exists": true}`)
 }
 
 // getter finds the plugin where it is told, not in /run/docker/plugins.

@@ -234,16 +234,17 @@ class StackDriver(Driver):
     def _remove(self, id: str) -> None:
         """Rename the layer first, so that it disappears in one step; a sweep deletes what an error or a kill leaves."""
         removed = REMOVED + id
+        directory = self._dir(id)
         with errors.translated("remove the layer", key=id), contextlib.ExitStack() as stack:
             try:
-                held = lock_directory(self._dir(id))
+                held = lock_directory(directory)
             except FileNotFoundError:
                 self._discard(removed)  # an earlier call may have failed after the rename
                 return
             if held is not None:  # another process's sweep then skips it
                 stack.enter_context(held)
-            if exists(self._path(id, MERGED)):
-                detach_below(self._dir(id))
+            if exists(f"{directory}/{MERGED}"):
+                detach_below(directory)
             try:
                 os.rename(id, removed, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
             except OSError as error:
@@ -270,11 +271,11 @@ class StackDriver(Driver):
                     )
                 return tree
             flags = support.label_flag(mount_label)
-            target = os.path.join(directory, MERGED)
+            target = f"{directory}/{MERGED}"
             if self._counter.increment(id) > 1 and is_mounted(target):
                 return target
             try:
-                self._mount(tree._replace(flags=tree.flags + flags), target)
+                self._mount(tree._replace(flags=tree.flags + flags) if flags else tree, target)
             except BaseException:
                 self._counter.decrement(id)
                 raise
@@ -286,7 +287,8 @@ class StackDriver(Driver):
                 os.mkdir(target, 0o700)
             except FileExistsError:
                 pass  # left by a kill
-            self._own(target, 0o700)
+            if self.ids:
+                self._own(target, 0o700)
             try:
                 kernel.attach(plan, target, at_once=True)
             except BaseException:
@@ -298,7 +300,7 @@ class StackDriver(Driver):
 
     def put(self, id: str) -> None:
         """See :meth:`ProtoDriver.put`."""
-        target = os.path.join(self._dir(id), MERGED)
+        target = f"{self._dir(id)}/{MERGED}"
         with self._locks.held(id):
             # Of a layer that needs no mount there is no such directory.
             if self._counter.decrement(id) <= 0:
@@ -334,10 +336,10 @@ class StackDriver(Driver):
         return self._counter.counts()
 
     def _take_over(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """The counts that are still valid: those of mounted layers.
+        """The counts of mounted layers, the only ones that are valid.
 
-        A mount without a count leaked from a crash. It is kept, since a container may run in it; the first use finds
-        and counts it. Of several stacked mounts only the lowest is kept.
+        A mount without a count is one use: a container may run in it, or it leaked from a crash. Of several stacked
+        mounts only the lowest is kept.
         """
         found: dict[str, int] = {}
         for target in mounts_below(self.home):
@@ -348,10 +350,8 @@ class StackDriver(Driver):
             if id in found:
                 _log.warning("unmounting the upper of two mounts", extra={"fields": {"target": target}})
                 detach(target)
-            elif id not in counts:
-                _log.warning("taking over an uncounted mount", extra={"fields": {"target": target}})
-            found[id] = counts.get(id, 0)
-        return {id: count for id, count in found.items() if count > 0}
+            found[id] = max(counts.get(id, 1), 1)
+        return found
 
     # Differences
 
@@ -420,10 +420,10 @@ class StackDriver(Driver):
             raise errors.InvalidArgument(
                 f"not an id of a layer: {shown(id[:40])}... is too long", hint=f"{_MAX_ID} bytes at most"
             )
-        return os.path.join(self.home, id)
+        return f"{self.home}/{id}"
 
     def _path(self, id: str, name: str) -> str:
-        return os.path.join(self.home, id, name)
+        return f"{self.home}/{id}/{name}"
 
     def _own(self, path: str, mode: int, *, ours: bool = False) -> None:
         """Give a directory its mode, whatever the umask, and the remapped root as its owner, or at least group."""

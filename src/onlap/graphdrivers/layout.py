@@ -84,13 +84,13 @@ class Layer:
     def __init__(self, home: str, id: str) -> None:
         self._home = home
         self.id = id
-        self.path = os.path.join(home, id)
-        self.diff = os.path.join(self.path, DIFF)
+        self.path = f"{home}/{id}"
+        self.diff = f"{self.path}/{DIFF}"
 
     def short(self) -> str | None:
         """Its short name; None if it has none, as only an incomplete layer."""
         try:
-            short = _text(os.path.join(self.path, LINK))
+            short = _text(f"{self.path}/{LINK}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         return short if LOWER_LINK.fullmatch(f"{LINKS}/{short}") else None
@@ -113,13 +113,13 @@ class Layer:
     def written_lower(self) -> list[str]:
         """The same, without a check."""
         try:
-            return _text(os.path.join(self.path, LOWER)).split(":")
+            return _text(f"{self.path}/{LOWER}").split(":")
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def is_committed(self) -> bool:
         """Whether it has a child."""
-        return exists(os.path.join(self.path, COMMITTED))
+        return exists(f"{self.path}/{COMMITTED}")
 
     def lower_for_child(self) -> str:
         """The content of the file ``lower`` of this layer's children.
@@ -213,5 +213,11 @@ def unlink_dangling(home: str) -> None:
 
 
 def _text(path: str) -> str:
-    with open(path, "rb", buffering=0) as file:
-        return file.readall().decode("ascii", "surrogateescape")
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = b""
+        while part := os.read(fd, 1 << 13):  # longer than any of Docker's
+            found += part
+    finally:
+        os.close(fd)
+    return found.decode("ascii", "surrogateescape")

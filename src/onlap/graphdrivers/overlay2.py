@@ -95,11 +95,11 @@ class Overlay2Driver(StackDriver):
         if not below:
             return layer.diff
         # As links, although the kernel gets descriptors: with only mount(2), they are short enough for its page.
-        lowers = tuple(os.path.join(self.home, link) for link in below)
+        lowers = tuple(f"{self.home}/{link}" for link in below)
         flags = self.support.flags
         if layer.is_committed():
             return overlay((layer.diff, *lowers), flags=flags)
-        return overlay(lowers, upper=layer.diff, work=os.path.join(layer.path, layout.WORK), flags=flags)
+        return overlay(lowers, upper=layer.diff, work=f"{layer.path}/{layout.WORK}", flags=flags)
 
     def _stack(self, id: str) -> list[str]:
         layer = Layer(self.home, id)

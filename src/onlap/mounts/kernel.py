@@ -96,13 +96,14 @@ def attach(plan: Mount, target: str, *, at_once: bool = False) -> None:
         PermissionDenied: this process does not have CAP_SYS_ADMIN.
         OnlapError: of another kind, for other errors of the kernel, whose message it contains.
     """
+    if at_once and _mount_at_once(plan, target):
+        return
     _check(plan)
     with _translated(plan):
         if plan.type == "overlay" and layers_by() == LAYERS_BY_STRING:
             _mount_by_string(plan, target)
         elif plan.type == "overlay":
-            if not (at_once and _mount_at_once(plan, target)):
-                _move(_overlay_fd(plan), target)
+            _move(_overlay_fd(plan), target)
         elif is_bind(plan):
             _bind(plan, target)
         else:
@@ -220,8 +221,8 @@ def _add_layer(fs: int, key: str, directory: str) -> None:
         if layers_by() == LAYERS_BY_FD:
             calls.fsconfig_fd(fs, key, fd)
             return
-        path = os.fsencode(os.path.realpath(directory))
-        if len(path) > options.MAX_FSCONFIG_STRING:
+        path = os.path.realpath(directory)
+        if len(os.fsencode(path)) > options.MAX_FSCONFIG_STRING:
             _add_fd(fs, key, fd)
         else:
             # mountinfo shows the string that was given: by /proc/self/fd/N nobody could find our trees there.
@@ -274,9 +275,9 @@ def _mount_by_string(plan: Mount, target: str) -> None:
 
 
 def _mount_at_once(plan: Mount, target: str) -> bool:
-    flags, _, rest = _split_flags(plan.flags)
-    if flags or idmap.mapping(plan.flags) is not None:
-        return False
+    rest = _split_flags(plan.flags)[2]
+    if plan.type != "overlay" or len(rest) < len(plan.flags):
+        return False  # some are not the filesystem's own
     data = _data(plan, rest, None)
     if len(data) > options.MAX_DATA:
         return False
@@ -288,16 +289,13 @@ def _mount_at_once(plan: Mount, target: str) -> bool:
 
 
 def _data(plan: Mount, rest: list[str], base: str | None) -> bytes:
-    def path(p: str) -> str:
-        return p if base is None else os.path.relpath(p, base)
-
-    moved = plan._replace(
-        lowers=tuple(path(p) for p in plan.lowers),
-        upper=path(plan.upper) if plan.upper is not None else None,
-        work=path(plan.work) if plan.work is not None else None,
-        flags=tuple(map(_quoted, rest)),
-    )
-    return os.fsencode(",".join(moved.options))
+    if base is not None:
+        plan = plan._replace(
+            lowers=tuple(os.path.relpath(lower, base) for lower in plan.lowers),
+            upper=os.path.relpath(plan.upper, base) if plan.upper is not None else None,
+            work=os.path.relpath(plan.work, base) if plan.work is not None else None,
+        )
+    return os.fsencode(",".join(plan._replace(flags=tuple(map(_quoted, rest))).options))
 
 
 def _quoted(option: str) -> str:

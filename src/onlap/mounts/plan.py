@@ -5,7 +5,6 @@ It can be rendered as the legacy option string, for mount(2), containerd and Doc
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from onlap.overlayfs import options
@@ -40,11 +39,11 @@ class Mount(NamedTuple):
         """
         rendered = list(self.flags)
         if self.work is not None:
-            rendered.append("workdir=" + _escaped(self.work))
+            rendered.append("workdir=" + options.escape(self.work))
         if self.upper is not None:
-            rendered.append("upperdir=" + _escaped(self.upper))
+            rendered.append("upperdir=" + options.escape(self.upper))
         if self.lowers:
-            rendered.append("lowerdir=" + os.fsdecode(options.join_lowers(map(os.fsencode, self.lowers))))
+            rendered.append("lowerdir=" + options.join_lowers(self.lowers))
         return rendered
 
     @property
@@ -65,10 +64,6 @@ BIND_FLAGS = ("bind", "rbind")
 def is_bind(mount: Mount) -> bool:
     """Whether it shows its source, a directory, and not a filesystem of its own."""
     return mount.type == "bind" or any(flag in BIND_FLAGS for flag in mount.flags)
-
-
-def _escaped(path: str) -> str:
-    return os.fsdecode(options.escape(os.fsencode(path)))
 
 
 def bind(directory: str, *, readonly: bool = False) -> Mount:

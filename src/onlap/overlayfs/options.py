@@ -31,9 +31,9 @@ def without_index() -> tuple[str, ...]:
     return ("index=off",) if os.path.exists(_INDEX_PARAMETER) else ()
 
 
-def escape(path: bytes) -> bytes:
+def escape(path: str) -> str:
     """``path`` as a value in an option string, with a backslash before ``\\``, ``:`` and ``,``."""
-    return path.replace(b"\\", b"\\\\").replace(b":", b"\\:").replace(b",", b"\\,")
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
 def unescape(value: bytes) -> bytes:
@@ -54,9 +54,9 @@ def split(value: bytes, separator: bytes) -> list[bytes]:
     return [bytes(p) for p in parts]
 
 
-def join_lowers(lowers: Iterable[bytes]) -> bytes:
+def join_lowers(lowers: Iterable[str]) -> str:
     """The value of ``lowerdir=``, topmost first."""
-    return b":".join(escape(lower) for lower in lowers)
+    return ":".join(map(escape, lowers))
 
 
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")

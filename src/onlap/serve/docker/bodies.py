@@ -1,4 +1,4 @@
-"""Bodies of HTTP/1.1 messages as files: of known length, or in chunks. ``http.server`` leaves them to its user.
+"""Bodies of HTTP/1.1 messages as files: of known length, or in chunks.
 
 Source: RFC 9112, sections 6 and 7.
 """
@@ -38,6 +38,8 @@ class _Body(io.RawIOBase):
         if not self._left and not self._ended:
             self._next_chunk()
         wanted = min(len(buffer), self._left)
+        if not wanted:
+            return 0
         data = self._source.read(wanted)
         if len(data) < wanted:
             raise ConnectionError("the request ends in its body")
@@ -84,7 +86,7 @@ class ChunkWriter(io.RawIOBase):
         started: whether the headers have been sent.
     """
 
-    def __init__(self, out: BinaryIO, start: Callable[[], None]) -> None:
+    def __init__(self, out: BinaryIO, start: Callable[[], object]) -> None:
         self._out = out
         self._start = start
         self.started = False

@@ -1,4 +1,4 @@
-"""The plugin protocol over HTTP/1.1 with the standard library's server: a thread per keep-alive connection.
+"""The plugin protocol over HTTP/1.1: a thread per keep-alive connection, which reads, calls and answers.
 
 Source: moby v26.1.5, pkg/plugins/client.go and docs/extend/plugin_api.md.
 """
@@ -15,19 +15,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
+from http import HTTPStatus
 from typing import Any, BinaryIO, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from onlap import errors
 from onlap.errors import shown
 from onlap.serve.docker.bodies import ChunkWriter, drain, request_body
+from onlap.serve.docker.requests import Head, RequestError, read_head
 from onlap.serve.docker.service import Service
 from onlap.serve.lifecycle import PAUSE
 
 _log = logging.getLogger("onlap.serve")
 
-_JSON = "application/vnd.docker.plugins.v1.2+json"
+_ANSWER = b"HTTP/1.1 %d %s\r\nContent-Type: application/vnd.docker.plugins.v1.2+json\r\nContent-Length: %d\r\n\r\n"
+_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-tar\r\nTransfer-Encoding: chunked\r\n\r\n"
 # Bytes; an ordinary request has a few hundred.
 _MAX_REQUEST = 1 << 20
 _BUFFER = 256 * 1024
@@ -35,44 +37,47 @@ _BUFFER = 256 * 1024
 _WITHOUT_BODY = ("Plugin.Activate", "GraphDriver.Capabilities", "GraphDriver.Status", "GraphDriver.Cleanup")
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(socketserver.BaseRequestHandler):
     """One connection."""
 
-    protocol_version = "HTTP/1.1"
-    # Headers and body leave in one write; the base class flushes after each request.
-    wbufsize = _BUFFER
-    rbufsize = _BUFFER
+    request: socket.socket
     server: HttpServer
 
-    def do_POST(self) -> None:
-        """Answer one call."""
-        split = urlsplit(self.path)
-        name = split.path.strip("/")
+    def handle(self) -> None:
+        """Answer one request after the other."""
+        with cast(BinaryIO, self.request.makefile("rb", _BUFFER)) as source:
+            self._keep = True
+            while self._keep:
+                try:
+                    head = read_head(source)
+                except RequestError as error:
+                    _log.warning("bad request", extra={"fields": {"message": str(error)}})
+                    self._refuse(400, str(error))
+                    return
+                if head is None:
+                    return
+                self._keep = head.keep
+                if head.method != "POST":
+                    self._refuse(501, f"there is no method {shown(head.method)}")
+                    return
+                if head.waits:
+                    self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._call(head, request_body(source, head.length))
+
+    def _call(self, head: Head, body: io.BufferedReader) -> None:
+        path, _, query = head.target.partition("?")
+        name = path.strip("/")
         started = time.perf_counter()
         with self.server.call():
             try:
-                body = self._body()
-            except ValueError:
-                self.close_connection = True
-                self._reply(400, {"Err": "the request has no usable length"})
-                return
-            try:
-                failure = self._answer(name, split.query, body)
+                failure = self._answer(name, query, body, _MAX_REQUEST if head.length is None else head.length)
             except ConnectionError as error:
                 # The client is gone.
-                self.close_connection = True
+                self._keep = False
                 failure = str(error)
         self._log_call(name, started, failure)
 
-    def finish(self) -> None:
-        """Release the connection."""
-        try:
-            super().finish()
-        finally:
-            # The base class does this after a last flush, which fails if the client has disconnected.
-            self.rfile.close()
-
-    def _answer(self, name: str, query: str, body: io.BufferedReader) -> str:
+    def _answer(self, name: str, query: str, body: io.BufferedReader, length: int) -> str:
         service = self.server.service
         try:
             if name == "GraphDriver.ApplyDiff":
@@ -80,9 +85,9 @@ class Handler(BaseHTTPRequestHandler):
                 id, parent = (asked.get(key, [""])[0] for key in ("id", "parent"))
                 response = service.apply_diff(id, parent, body)
             elif name == "GraphDriver.Diff":
-                return self._diff(_request(name, body))
+                return self._diff(_request(name, body, length))
             elif name in service.calls:
-                response = service.calls[name](_request(name, body))
+                response = service.calls[name](_request(name, body, length))
             else:
                 drain(body)
                 self._reply(404, {"Err": f"no such call: {shown(name)}"})
@@ -97,45 +102,31 @@ class Handler(BaseHTTPRequestHandler):
         return ""
 
     def _diff(self, request: dict[str, Any]) -> str:
-        out = ChunkWriter(cast(BinaryIO, self.wfile), self._start_stream)
-        try:
-            self.server.service.diff(request, cast(BinaryIO, out))
-        except Exception as error:  # noqa: BLE001 - every error becomes an answer
-            failure = _message("GraphDriver.Diff", error)
-            if out.started:
-                # The client must not take what it has for a complete archive: the body ends without its last chunk.
-                self.close_connection = True
-            else:
-                # The status distinguishes an error from an archive.
-                self._reply(500, {"Err": failure})
-            return failure
-        out.finish()
+        with cast(BinaryIO, self.request.makefile("wb", _BUFFER)) as connection:
+            out = ChunkWriter(connection, lambda: connection.write(_STREAM))
+            try:
+                self.server.service.diff(request, cast(BinaryIO, out))
+            except Exception as error:  # noqa: BLE001 - every error becomes an answer
+                failure = _message("GraphDriver.Diff", error)
+                if out.started:
+                    # The client must not take what it has for a complete archive: the body ends without its last chunk.
+                    self._keep = False
+                else:
+                    # The status distinguishes an error from an archive.
+                    self._reply(500, {"Err": failure})
+                return failure
+            out.finish()
         return ""
 
-    def _start_stream(self) -> None:
-        self.send_response_only(200)
-        self.send_header("Content-Type", "application/x-tar")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-
-    def _body(self) -> io.BufferedReader:
-        """The request's body; ValueError if its length is unknown."""
-        source = cast(BinaryIO, self.rfile)
-        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
-            return request_body(source, None)
-        length = int(self.headers.get("Content-Length", "0"))
-        if length < 0:
-            raise ValueError("a negative length")
-        return request_body(source, length)
+    def _refuse(self, status: int, failure: str) -> None:
+        self._keep = False
+        self._reply(status, {"Err": failure})
 
     def _reply(self, status: int, value: dict[str, object]) -> None:
         # ASCII only: a byte that is not UTF-8 becomes a lone surrogate, which Go reads as U+FFFD.
         data = json.dumps(value).encode()
-        self.send_response_only(status)
-        self.send_header("Content-Type", _JSON)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        # In one piece: the client wakes up once.
+        self.request.sendall(_ANSWER % (status, HTTPStatus(status).phrase.encode(), len(data)) + data)
 
     def _log_call(self, name: str, started: float, failure: str) -> None:
         if _log.isEnabledFor(logging.DEBUG):
@@ -143,13 +134,9 @@ class Handler(BaseHTTPRequestHandler):
             fields = {"call": name, "ms": milliseconds, **({"error": failure} if failure else {})}
             _log.debug("call", extra={"fields": fields})
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log a message of the base class, about a malformed request."""
-        _log.warning("bad request", extra={"fields": {"message": format % args}})
 
-
-def _request(name: str, body: BinaryIO) -> dict[str, Any]:
-    data = body.read(_MAX_REQUEST)
+def _request(name: str, body: BinaryIO, length: int) -> dict[str, Any]:
+    data = body.read(min(length, _MAX_REQUEST))
     if not data.strip():
         if name in _WITHOUT_BODY:
             return {}

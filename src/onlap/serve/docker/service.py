@@ -269,8 +269,9 @@ class Service:
         return self._driver.counts if self._driver is not None else {}
 
     def _remember(self, driver: Driver, *, always: bool = False) -> None:
+        # After a restart a mount counts as one use: others have to be saved, which most containers never have.
         with self._saving:
-            counts = driver.counts
+            counts = {id: count for id, count in driver.counts.items() if count > 1}
             if self._state is not None and (always or counts != self._saved):
                 self._file.save(self._state._replace(counts=counts))
                 self._saved = counts

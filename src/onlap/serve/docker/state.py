@@ -1,8 +1,8 @@
 """What a plugin has to know after a restart: dockerd sends it only once, when dockerd starts.
 
 Two files: ``<socket-dir>/.<name>.home`` has the path of the driver's home; on a tmpfs, as /run, it ends with the boot.
-``<home>/.onlap-graphdriver.json`` has the rest: options, id maps, and the reference count of each layer. The counts are
-valid for one boot; the driver checks which mounts still exist.
+``<home>/.onlap-graphdriver.json`` has the rest: options, id maps, and the reference counts above one. The counts are
+valid for one boot; the driver checks which mounts still exist, each of which is one use at least.
 
 Neither is synced: after a power cut dockerd starts again as well, and sends everything again.
 """
@@ -33,7 +33,7 @@ class State(NamedTuple):
         home: the driver's directory.
         options: Docker's ``--storage-opt``.
         ids: Docker's ``--userns-remap``.
-        counts: how many Gets of each layer have had no Put yet.
+        counts: how many Gets of a layer have had no Put yet, where that is more than one.
     """
 
     driver: str
