@@ -1,8 +1,9 @@
-"""Docker's graph drivers: ``overlay2`` beside Docker's own, call by call; and the inodes that images take.
+"""Docker's graph drivers: ``overlay2`` beside Docker's own, call by call and under dockerd; and the inodes of images.
 
 Sides that take turns: Docker's overlay2 as a Go library (what dockerd has in itself), Onlap's as a plugin behind its
 socket (what dockerd has with Onlap, asked by the same Go program through dockerd's own proxy), and Onlap's as a
-library. All with the peer's durability (``sync="none"``).
+library; and two dockerds, one on its own overlay2 and one on the plugin. All with the peer's durability
+(``sync="none"``).
 """
 
 from __future__ import annotations
@@ -21,11 +22,19 @@ from typing import Any
 
 from bench import lib
 from peers import dockergo, gobuild
+from peers.graphdriver_story import OFFLINE
+from peers.graphdrivers import GraphDockerd, Plugin, plugin_directory
 
 FILES = 4000
 DEPTHS = (10, 50, 100)
 IMAGE_INODES = 200 + 20 + 1  # of a layer of the image whose inodes are counted
 CALLS = ("create", "get", "put", "remove", "apply", "diff", "diff_size", "changes")
+LIBRARY = lib.Reach(most=1.0)
+PLUGIN = lib.Reach(most=1.5, stretch=1.1)
+NOTHING = lib.Reach()
+EMPTY = 1000  # calls that do nothing, of which a round takes the mean
+STEPS = 10
+RUNS = 5
 
 
 def bench() -> None:
@@ -40,6 +49,9 @@ def bench() -> None:
         mount = stack.enter_context(lib.LoopExt4(chosen.dir, 4 << 30))
         layer = mount / "layer.tar"
         layer.write_bytes(make_layer(files))
+        # Half of it is new, half replaces files of the image.
+        changed = mount / "changed.tar"
+        changed.write_bytes(make_layer(files, first=files // 2, mtime=1))
         for number in range(depths[-1]):
             (mount / f"small-{number}.tar").write_bytes(make_layer(200, each=10, top=f"layer-{number}/"))
         workers = {
@@ -50,15 +62,19 @@ def bench() -> None:
         }
         served = stack.enter_context(lib.our_worker("bench.docker", "serve"))
         socket = served("serve", directory=str(mount / "sockets"))["socket"]
-        cases: dict[str, Callable[[], lib.Result]] = {}
+        nothing, floor = stack.enter_context(lib.Worker([program])), stack.enter_context(lib.Worker([program]))
+        nothing("serve", socket=str(mount / "nothing.sock"))
+        floor("open", home=str(mount / "floor" / "onlap"), socket=str(mount / "nothing.sock"))
+        cases: dict[str, Callable[[], lib.Result]] = {"floor": lambda: floor("exists", id="0" * 64, count=EMPTY)}
         for name, worker in workers.items():
             (mount / name).mkdir()
             worker("open", home=str(mount / name / "onlap"), **({"socket": socket} if name == "plugin" else {}))
             base = worker("image", layers=5, tar=str(layer))["id"]
             pids = (served.pid,) if name == "plugin" else ()
-            cases[name] = partial(one_round, worker, base, str(layer), cycles, *pids)
+            cases[name] = partial(one_round, worker, base, (layer, changed), cycles, *pids)
+        cases |= under_dockerd(stack, mount)
         lib.interleave(1, cases)
-        runs = lib.interleave(chosen.rounds, cases, before=lambda: os.sync())
+        runs = lib.interleave(chosen.rounds, cases, before=lib.syncing(mount))
         inodes = {
             kind: {depth: count_inodes(workers[name], mount, depth) for depth in depths}
             for kind, name in (("overlay", "overlay"), ("overlay2", "library"))
@@ -66,17 +82,27 @@ def bench() -> None:
         for worker in workers.values():
             worker("close")
     rows = []
-    for side, what in (("plugin", "behind the plugin's socket"), ("library", "as a library")):
-        for call in CALLS:
-            values = [[result[call] * 1000 for result in runs[each]] for each in ("peer", side)]
-            rows.append(lib.Row(f"{call}, {what}", "ms", values[0], values[1]))
+    sides = (("plugin", "behind the plugin's socket", PLUGIN), ("library", "as a library", LIBRARY))
+    for side, what, reach in sides:
+        for call in (*CALLS, "diff_same"):
+            named = {"diff_same": "diff, files rewritten as they were"}.get(call, call)
+            rows.append(row(f"{named}, {what}", runs["peer"], runs[side], call, reach))
         whole = f"the first four together, {what}"
         rows.append(lib.Row.of(whole, "ms", runs["peer"], runs[side], cycle_ms, per="cycles"))
+    rows.append(row("an empty call; Go's HTTP server", runs["floor"], runs["plugin"], "exists"))
+    for call, what in (("run", "docker run --rm of true"), ("build", f"docker build of {STEPS} steps")):
+        rows.append(row(what, runs["dockerd"], runs["dockerd on Onlap"], call, lib.Reach(most=1.03)))
     lines = [[f"{depth}", *(f"{counts[depth]:,}" for counts in inodes.values())] for depth in depths]
     series = {f"Onlap's {kind}": [(depth, [counts[depth]]) for depth in depths] for kind, counts in inodes.items()}
-    floor = [(depth, [depth * IMAGE_INODES]) for depth in depths]
+    files_alone = [(depth, [depth * IMAGE_INODES]) for depth in depths]
     plot = lib.Plot(
-        "inodes", "Inodes of an image over its layers", "layers", "inodes", series, floor, floor_is="the files alone"
+        "inodes",
+        "Inodes of an image over its layers",
+        "layers",
+        "inodes",
+        series,
+        files_alone,
+        floor_is="the files alone",
     )
     lib.report(
         "docker",
@@ -85,8 +111,12 @@ def bench() -> None:
         where=lib.conditions(peer=f"Docker {docker_version()}, overlay2"),
         notes=(
             f"create, get, put and remove: a container's layer on 5 layers, mean of {cycles}. apply, diff, diff_size "
-            f"and changes: a layer of {files:,} small files. A call of the plugin takes a request over the socket; its "
-            "processor time is that of both ends. Of the inodes, the floor is the files and directories themselves."
+            f"and changes: a layer of {files:,} small files, of which half are new and half replace files of the "
+            "image. Where a layer has rewritten files as they were, Docker's driver writes all of them, and Onlap's "
+            "reads both and leaves them out. A call of the plugin takes a request over the socket: no less than the "
+            "empty call, which Docker's client makes to Go's own HTTP server as its peer. Under dockerd, the client "
+            "and its start are in the times. The processor time of a call of the plugin is that of both ends. Of the "
+            "inodes, the floor is the files and directories themselves."
         ),
         details=lib.Details(
             "Inodes of an image of N layers, each of which adds 200 files in 20 directories",
@@ -99,16 +129,61 @@ def bench() -> None:
     )
 
 
-def one_round(worker: lib.Worker, base: str, layer: str, cycles: int, *servers: int) -> lib.Result:
+def row(what: str, peer: list[lib.Result], ours: list[lib.Result], call: str, reach: lib.Reach = NOTHING) -> lib.Row:
+    """The same call of both sides, in milliseconds."""
+    values = [[result[call] * 1000 for result in results] for results in (peer, ours)]
+    return lib.Row(what, "ms", *values, reach)
+
+
+def one_round(worker: lib.Worker, base: str, layers: tuple[Path, Path], cycles: int, *servers: int) -> lib.Result:
     """Every call, on one side; what is used is that of the cycles, by the worker and those that serve it."""
+    same, changed = map(str, layers)
+    result = worker("exists", id=base, count=EMPTY)
     used = lib.measured(lambda: worker("cycles", parent=base, count=cycles) | {"cycles": cycles}, worker.pid, *servers)
-    applied = worker("apply", parent=base, tar=layer)
-    return applied | worker("diff", id=applied["id"], parent=base) | used
+    rewritten = worker("diff", id=worker("apply", parent=base, tar=same)["id"], parent=base)
+    result |= worker("apply", parent=base, tar=changed)
+    return result | worker("diff", id=result["id"], parent=base) | {"diff_same": rewritten["diff"]} | used
 
 
 def cycle_ms(result: lib.Result) -> float:
     """What a container takes."""
     return sum(float(result[call]) for call in CALLS[:4]) * 1000
+
+
+def under_dockerd(stack: ExitStack, mount: Path) -> dict[str, Callable[[], lib.Result]]:
+    """What a user waits for, on two dockerds that differ in their driver."""
+    tool = lib.go_build(lib.REPOSITORY / "tests" / "peers" / "go" / "tool")
+    context = mount / "context"
+    context.mkdir()
+    steps = [f'RUN ["/bin/tool", "write", "/step-{number}", "{number}"]' for number in range(STEPS)]
+    (context / "Dockerfile").write_text("\n".join(["FROM base:1", *steps, ""]))
+    image = mount / "base.tar"
+    with tarfile.open(image, mode="w") as tar:
+        tar.add(tool, "bin/tool")
+    sockets = stack.enter_context(plugin_directory(mount))
+    cases = {}
+    for name, driver in (("dockerd", "overlay2"), ("dockerd on Onlap", "onlap-bench")):
+        place = mount / name.replace(" ", "-")
+        place.mkdir()
+        if driver != "overlay2":
+            stack.enter_context(Plugin(place, driver, "overlay2", sockets))
+        dockerd = stack.enter_context(GraphDockerd(place, driver, place / "data"))
+        dockerd.docker("import", image, "base:1")
+        cases[name] = lambda dockerd=dockerd: waited_for(dockerd, context)  # type: ignore[misc]
+    return cases
+
+
+def waited_for(dockerd: GraphDockerd, context: Path) -> lib.Result:
+    """docker run, the mean of five, and docker build without its cache."""
+    times = [time.perf_counter()]
+    for _ in range(RUNS):
+        dockerd.docker("run", *OFFLINE, "--rm", "base:1", "/bin/tool")
+    times.append(time.perf_counter())
+    dockerd.docker("build", *OFFLINE, "--no-cache", "--tag", "built:1", context)
+    times.append(time.perf_counter())
+    dockerd.docker("rmi", "--force", "built:1")
+    dockerd.docker("builder", "prune", "--all", "--force")
+    return {"run": (times[1] - times[0]) / RUNS, "build": times[2] - times[1]}
 
 
 def count_inodes(worker: lib.Worker, mount: Path, depth: int) -> int:
@@ -120,18 +195,18 @@ def count_inodes(worker: lib.Worker, mount: Path, depth: int) -> int:
     return before - os.statvfs(mount).f_ffree
 
 
-def make_layer(files: int, *, each: int = 100, top: str = "") -> bytes:
-    """An archive of small files, so many in each directory."""
+def make_layer(files: int, *, each: int = 100, top: str = "", first: int = 0, mtime: int = 0) -> bytes:
+    """An archive of small files with consecutive numbers, so many in each directory."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
-        for number in range(files):
+        for number in range(first, first + files):
             if number % each == 0:
                 directory = tarfile.TarInfo(f"{top}d{number // each}")
                 directory.type, directory.mode = tarfile.DIRTYPE, 0o755
                 tar.addfile(directory)
             file = tarfile.TarInfo(f"{top}d{number // each}/file-{number}")
             content = b"%d" % number * 200
-            file.size = len(content)
+            file.size, file.mtime = len(content), mtime
             tar.addfile(file, io.BytesIO(content))
     return out.getvalue()
 
@@ -193,6 +268,11 @@ def work(kind: str) -> None:
             began = time.perf_counter()
             apply(driver, id, command["parent"], command["tar"])
             return {"apply": time.perf_counter() - began, "id": id}
+        if command["op"] == "exists":
+            began = time.perf_counter()
+            for _ in range(command["count"]):
+                driver.exists(command["id"])
+            return {"exists": (time.perf_counter() - began) / command["count"]}
         if command["op"] == "diff":
             return differences(driver, command["id"], command["parent"])
         while ids:
