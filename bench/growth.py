@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import lib
+from bench import floors, lib
 from bench.snapshots import fill as fill_tree
 
 SNAPSHOTS = (10, 1_000, 10_000, 100_000)
@@ -53,6 +53,8 @@ def bench() -> None:
             cases = {f"{op} {size}": partial(worker, op, root=str(mount / f"{op}-{size}"), size=size) for size in sizes}
             runs.update(lib.interleave(chosen.rounds, cases))
 
+        floor = partial(floors.cycles, mount / "floor", clients=1, seconds=0.5)
+        runs.update(lib.interleave(chosen.rounds, {"floor": floor}))
         take_turns("operations", "snapshots", snapshots)
         take_turns("chain", "chain", chains)
         take_turns("files", "nothing", files)
@@ -151,7 +153,11 @@ def plot(runs: dict[str, list[lib.Result]], snapshots: Sequence[int]) -> lib.Plo
     series: dict[str, list[lib.Point]] = {
         key: [(size, [run[key] for run in runs[f"operations {size}"]]) for size in snapshots] for key in CONSTANT
     }
-    return lib.Plot("growth", "Operations over live snapshots", "snapshots", "ms", series, log="xy")
+    # Of one of the three calls of a cycle, whatever the number of snapshots.
+    least = [result["seconds"] / result["cycles"] / 3 * 1000 for result in runs["floor"]]
+    floor: list[lib.Point] = [(size, least) for size in snapshots]
+    title = "Operations over live snapshots"
+    return lib.Plot("growth", title, "snapshots", "ms", series, floor, "xy", "system calls of a change")
 
 
 # ------------------------------------------------------------------------------------------------------ the worker

@@ -89,7 +89,9 @@ def draw(plot: Plot, directory: Path) -> Path:
         axes.set_axisbelow(True)
         if "y" not in plot.log:
             axes.set_ylim(bottom=0)
-        if len(plot.series) > 1 or plot.floor:
+        if len(plot.series) > 4:
+            figure.legend(frameon=False, fontsize=10, loc="outside right center")
+        elif len(plot.series) > 1 or plot.floor:
             axes.legend(frameon=False, fontsize=10)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{plot.name}.svg"
