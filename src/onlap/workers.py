@@ -2,7 +2,7 @@
 
 Threads of one interpreter do not unpack two layers on two cores. A worker is no fork, so no SQLite connection crosses
 one. It reads requests as lines of JSON from stdin, and writes lines to stdout: how far a request is, and its answer.
-When the process that started it is gone, so are its pipes, and it ends with the next line.
+When the process that started it is gone, so are its pipes, and it ends at once, in the middle of a request.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -131,6 +132,7 @@ class Worker:
 def main(answerer: str) -> None:
     """The program of a worker process."""
     _volunteer()
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     module, _, name = answerer.partition(":")
     answer: Answerer = getattr(importlib.import_module(module), name)
     for line in sys.stdin.buffer:
@@ -146,6 +148,17 @@ def _tell(value: Mapping[str, Any]) -> None:
     # ASCII: names that are not UTF-8 come through as the escapes of their surrogates.
     sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
     sys.stdout.buffer.flush()
+
+
+def _end_with_the_caller() -> None:
+    """End when the other end of stdin is closed.
+
+    Not only between requests: whoever starts the killed caller again may delete or fill the same directories.
+    """
+    closed = select.poll()
+    closed.register(sys.stdin.fileno(), 0)  # POLLHUP is always reported (poll(2))
+    closed.poll()
+    os._exit(0)
 
 
 def _volunteer() -> None:
