@@ -11,7 +11,7 @@ A benchmark is written so::
                 "apply, peer": partial(peer, "apply", dir=...),  # seconds of its own, and cpu_s and peak_mib
                 "apply, Onlap": lambda: lib.command("onlap", "apply", ...),  # seconds, cpu_s, peak_mib
                 "apply, server": lambda: lib.measured(call, daemon.process.pid),  # the same, of its processes
-                "apply, floor": lambda: lib.command(floor, ...),
+                "apply, floor": lambda: lib.command(floor, ...),  # or what bench/floors.py has
             }
             runs = lib.interleave(chosen.rounds, cases, before=lib.syncing(mount))
             row = lib.Row.of(
@@ -31,10 +31,14 @@ A benchmark is written so::
                 plots=[plot], runs=runs, record=chosen.record)
 
 ``Row(what, unit, peer, ours, reach)`` takes the numbers themselves, and ``floor``, ``cpu`` and ``memory`` likewise; a
-``Figure`` has no peer. Columns that no row fills are left out. A point of a plot has the values of all rounds: the
-median is drawn, and from the least to the greatest a band. If its x are words, it is drawn as bars.
+``Figure`` has no peer. Both may stand in one table, whose columns that no row fills are left out. A point of a plot has
+the values of all rounds: the median is drawn, and from the least to the greatest a band. If its x are words, it is
+drawn as bars.
 
 A ratio whose rounds differ among each other by a greater factor than it differs from 1 is not printed and not judged.
+
+Our own side as a process that takes turns with the peer's: ``lib.our_worker("bench.NAME")``, which starts the benchmark
+with ``--worker``; there ``lib.answer(operate)`` answers it.
 """
 
 from __future__ import annotations

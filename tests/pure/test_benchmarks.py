@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 from bench import check, lib, readme
 from bench.lib.page import publish
 
+PROGRAMS = sorted(path.stem for path in (lib.REPOSITORY / "bench").glob("*.py") if path.stem != "image_worker")
 KEY = ("layers", "apply; tar")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_benchmark_can_be_imported(program: str) -> None:
+    importlib.import_module(f"bench.{program}")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import _thread
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from onlap.catalog import helper
 from onlap.catalog.helper import Helper, Job
+from onlap.snapshots.native import NativeSnapshotter
 
 
 def serve(first: Job[object], _alone: bool) -> None:
@@ -73,3 +76,48 @@ def test_what_the_thread_itself_raises_reaches_who_waits() -> None:
         helpers[0].ask(first)
     assert second.wait(10)
     assert isinstance(second.error, MemoryError)
+
+
+def in_another_thread(action: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(action).result(20)
+
+
+def test_a_thread_without_handlers_does_its_jobs_itself() -> None:
+    ours = Helper(serve)
+    job = Job(_thread.get_ident)
+    assert not ours.do_here(job, lambda: True)  # handlers of signals run in this one
+    assert not in_another_thread(lambda: ours.do_here(job, lambda: False))
+    assert not job.finished
+    ident = in_another_thread(lambda: (ours.do_here(job, lambda: True), _thread.get_ident()))
+    assert ident == (True, job.result)
+    assert ours.is_idle()
+
+
+def test_what_is_queued_meanwhile_is_done_by_the_helper() -> None:
+    """Nobody else would: who queued it saw somebody at work. The helper's thread does not stay in the way then."""
+    ours = Helper(serve)
+    queued = Job(_thread.get_ident)
+
+    def action() -> int:
+        assert not in_another_thread(lambda: ours.do_here(queued, lambda: True))
+        ours.put(queued)
+        return _thread.get_ident()
+
+    job = Job(action)
+    assert in_another_thread(lambda: ours.do_here(job, lambda: True))
+    assert queued.wait(20)
+    assert queued.result != job.result
+    again = Job(_thread.get_ident)
+    while not in_another_thread(lambda: ours.do_here(again, lambda: True)):
+        pass  # at once, not after a second
+    assert again.finished
+
+
+def test_a_transaction_is_made_where_no_handler_runs(tmp_path: Path) -> None:
+    with NativeSnapshotter(tmp_path / "root") as snapshotter:
+        write = snapshotter.catalog.database.write
+        assert write(lambda _: _thread.get_ident()) != _thread.get_ident()
+    with NativeSnapshotter(tmp_path / "root") as snapshotter:
+        write = snapshotter.catalog.database.write
+        assert in_another_thread(lambda: write(lambda _: _thread.get_ident()) == _thread.get_ident())

@@ -9,8 +9,9 @@ The caller only puts a :class:`Job` into a queue, with one call in C, and waits 
 from __future__ import annotations
 
 import signal
+import sys
 from _queue import Empty, SimpleQueue
-from _thread import allocate_lock, start_new_thread
+from _thread import allocate_lock, get_ident, start_new_thread
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -37,9 +38,10 @@ class Job(Generic[T]):
         error: what it raised, or why it was not run.
         finished: whether it has ended.
         helper: the helper that it was given to.
+        lone: whether its caller would have done it, but for another that was at work.
     """
 
-    __slots__ = ("_begun", "_done", "action", "error", "finished", "helper", "result")
+    __slots__ = ("_begun", "_done", "action", "error", "finished", "helper", "lone", "result")
 
     def __init__(self, action: Callable[..., T]) -> None:
         self.action = action
@@ -47,6 +49,7 @@ class Job(Generic[T]):
         self.result: T
         self.error: BaseException | None = None
         self.finished = False
+        self.lone = False
         # Plain locks: taking or releasing one is a single step, which no interrupt can split.
         self._begun = allocate_lock()
         self._done = allocate_lock()
@@ -127,6 +130,32 @@ class Helper:
         self.jobs.put(job)  # type: ignore[arg-type]
         self.start()
 
+    def do_here(self, job: Job[T], may: Callable[[], bool]) -> bool:
+        """Do a job in the caller's thread, if it can begin at once; two switches of threads take longer than most jobs.
+
+        Args:
+            job: the job.
+            may: says whether it need not wait; no other job runs then.
+
+        Returns:
+            Whether it was done. It is not in the main thread, where handlers of signals run.
+        """
+        if _is_main_thread():
+            return False
+        job.lone = True
+        if not self._running.acquire(blocking=False):
+            return False
+        try:
+            if not may():
+                return False
+            job.helper = self
+            self._taken = [job]  # type: ignore[list-item]
+            self._serve_or_fail(self._taken[0], True)
+        finally:
+            self._running.release()
+        self.start()  # for what was queued meanwhile
+        return True
+
     def start(self) -> None:
         """Start the thread if there is work and no thread."""
         if self._running.locked() or self.jobs.empty():
@@ -179,7 +208,9 @@ class Helper:
         while not self.jobs.empty() and self._running.acquire(blocking=False):
             try:
                 while True:
-                    self._taken = [self.jobs.get(timeout=linger) if linger else self.jobs.get_nowait()]
+                    # Where callers come one after the other, this thread is in their way.
+                    lingers = linger and not (len(self._taken) == 1 and self._taken[0].lone)
+                    self._taken = [self.jobs.get(timeout=linger) if lingers else self.jobs.get_nowait()]
                     self._serve_or_fail(self._taken[0], in_caller)
             except Empty:
                 pass
@@ -193,6 +224,11 @@ class Helper:
         except BaseException as error:  # noqa: BLE001 - raised in the waiting threads; most likely MemoryError
             for job in self._taken:
                 job.fail(error)
+
+
+def _is_main_thread() -> bool:
+    threading = sys.modules.get("threading")  # without it there is no other thread
+    return threading is None or threading.main_thread().ident == get_ident()
 
 
 class Batches:

@@ -109,7 +109,8 @@ class Writer:
         """
         given_up = False
         try:
-            self._helper.put(job)
+            if not self._helper.do_here(job, self._may_begin):
+                self._helper.put(job)
             while not job.wait(self.timeout):
                 # Only waiting for other processes is given up: what is slow in this one (the disk) is waited for.
                 if self._queues and job.give_up():
@@ -127,6 +128,12 @@ class Writer:
         except sqlite3.Error as error:
             raise translated(error, self._path) from error
         return job.result
+
+    def _may_begin(self) -> bool:
+        try:
+            return not forks.lock.locked() and self._lock.acquire(wait=False)
+        except OSError:
+            return False  # the helper's thread tells it
 
     def discard(self, connection: Connection) -> None:
         """Close a connection soon, under the lock: the last close checkpoints."""
