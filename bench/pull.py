@@ -174,8 +174,8 @@ def commit(side: Side, directory: Path) -> lib.Result:
 
 NOTES = """\
 Both sides are the same containerd; `walking` is its own differ. Onlap runs with `--sync none`, as the peer does. Both
-sides first copy the image into containerd's content, which takes the seconds in the rows "not unpacked". ctr and
-dockerd ask containerd 1.7 for one layer after the other. Times are of whole commands, `ctr` and `docker` included.
+sides first copy the image into containerd's content, which alone is the floor here. ctr and dockerd ask containerd 1.7
+for one layer after the other. Times are of whole commands, `ctr` and `docker` included.
 """
 
 _BESIDE = {"differ": "into overlayfs", "differ and snapshotter": "into Onlap's snapshotter"}
@@ -195,7 +195,8 @@ def compare(runs: Mapping[str, list[lib.Result]]) -> list[lib.Row]:
             if f"{key}, {side}" not in runs:
                 continue
             name = f"{what}; {where}"
-            rows.append(lib.Row.of(name, "s", runs[f"{key}, walking"], runs[f"{key}, {side}"], reach=reach))
+            theirs, ours = runs[f"{key}, walking"], runs[f"{key}, {side}"]
+            rows.append(lib.Row.of(name, "s", theirs, ours, reach=reach, floor=runs.get(f"{key}, not unpacked", ())))
     return rows
 
 
