@@ -77,6 +77,16 @@ def get_xattr(path: str | bytes | int, name: str) -> bytes | None:
         raise
 
 
+def has_xattr(fd: int, name: str) -> bool:
+    """Whether an open file has an xattr; quicker than :func:`get_xattr` where most have none, as it raises nothing."""
+    try:
+        return name in os.listxattr(fd)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return False
+        raise
+
+
 def set_opaque(dir_fd: int, markers: Markers) -> None:
     """Make a directory opaque: it hides the directories at its path in the layers below."""
     os.setxattr(dir_fd, markers.opaque, OPAQUE_YES)

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from onlap.overlayfs.markers import OPAQUE_XATTR_WHITEOUTS, OPAQUE_YES, Markers, get_xattr, is_whiteout
+from onlap.overlayfs.markers import OPAQUE_XATTR_WHITEOUTS, OPAQUE_YES, Markers, get_xattr, has_xattr, is_whiteout
 from onlap.syscalls import files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -247,7 +247,7 @@ class MergedDirectory:
         directory = self
         markers = self._stack.markers
         try:
-            while get_xattr(fd, markers.metacopy) is not None:
+            while has_xattr(fd, markers.metacopy):
                 redirect = get_xattr(fd, markers.redirect)
                 if redirect is not None:
                     above, slash, name = os.fsdecode(redirect).rpartition("/")

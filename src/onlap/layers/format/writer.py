@@ -15,9 +15,12 @@ from onlap.errors import shown
 from onlap.layers.format import sparse_files, tar
 from onlap.layers.format.tar import BLOCK, ZERO_BLOCK, Entry, format_number, format_record
 
-_USTAR = b"ustar\00000"
+_USTAR = b"ustar\00000" + bytes(64)  # and no names of owners
+_NO_CHECKSUM = bytes(8)
+_END = bytes(12)
 _NOT_ASCII = bytes(range(0x80, 0x100))
-_MAX_OCTAL_TIME = 0o77777777777
+_MAX_OCTAL_OWNER = 0o7777777
+_MAX_OCTAL = 0o77777777777
 
 
 class TarWriter:
@@ -106,17 +109,21 @@ def encode(entry: Entry) -> bytes:
         name, prefix = _sparse_name(entry, records), b""
         sparse_map = sparse_files.format_1_0(entry.sparse, size)
         size = len(sparse_map) + entry.stored
-    link = os.fsencode(entry.linkname)
+    link = os.fsencode(entry.linkname) if entry.linkname else b""
     if len(link) > 100 or not link.isascii():
         records["linkpath"] = link
         link = _ascii(link)[:100]
-    fields = [
-        _octal(entry.mode & 0o7777, 8, "mode", None),
-        _octal(entry.uid, 8, "uid", records),
-        _octal(entry.gid, 8, "gid", records),
-        _octal(size, 12, "size", records),
-        _time(entry, records),
-    ]
+    uid, gid = entry.uid, entry.gid
+    if 0 <= uid <= _MAX_OCTAL_OWNER and 0 <= gid <= _MAX_OCTAL_OWNER and 0 <= size <= _MAX_OCTAL:
+        numbers = b"%07o\0%07o\0%07o\0%011o\0" % (entry.mode & 0o7777, uid, gid, size)
+    else:
+        numbers = (
+            b"%07o\0" % (entry.mode & 0o7777)
+            + _octal(uid, 8, "uid", records)
+            + _octal(gid, 8, "gid", records)
+            + _octal(size, 12, "size", records)
+        )
+    numbers += _time(entry, records)
     devices = b"\0" * 16
     if entry.type in (tar.CHAR, tar.BLOCK_DEVICE):
         # Go reads no pax record for them; the kernel's numbers, of 12 and 20 bits, fit.
@@ -128,7 +135,7 @@ def encode(entry: Entry) -> bytes:
                 key=entry.name,
             )
         records[tar.XATTR_PREFIX + xattr] = value
-    header = _block(name, b"".join(fields), entry.type.encode(), link, devices, prefix)
+    header = _block(name, numbers, entry.type.encode(), link, devices, prefix)
     return _pax(entry, records) + header + sparse_map if records else header
 
 
@@ -179,15 +186,15 @@ def _octal(value: int, width: int, key: str, records: dict[str, bytes] | None) -
 
 def _time(entry: Entry, records: dict[str, bytes]) -> bytes:
     seconds, fraction = divmod(entry.mtime_ns, 1_000_000_000)
-    if fraction or not 0 <= seconds <= _MAX_OCTAL_TIME:
+    if fraction or not 0 <= seconds <= _MAX_OCTAL:
         records["mtime"] = tar.format_time(entry.mtime_ns)
-    return b"%011o\0" % min(max(seconds, 0), _MAX_OCTAL_TIME)
+    return b"%011o\0" % min(max(seconds, 0), _MAX_OCTAL)
 
 
 def _block(name: bytes, numbers: bytes, flag: bytes, link: bytes, devices: bytes, prefix: bytes) -> bytes:
     start = name.ljust(100, b"\0") + numbers
-    rest = flag + link.ljust(100, b"\0") + _USTAR + bytes(64) + devices + prefix.ljust(155, b"\0") + bytes(12)
-    checksum = tar.checksum(memoryview(start + bytes(8) + rest))
+    rest = b"%b%b%b%b%b%b" % (flag, link.ljust(100, b"\0"), _USTAR, devices, prefix.ljust(155, b"\0"), _END)
+    checksum = tar.checksum(memoryview(start + _NO_CHECKSUM + rest))
     return start + b"%06o\0 " % checksum + rest
 
 
