@@ -3,7 +3,8 @@
 The same Go client (peers/go/snapshotclient) loads both with what containerd does for a layer or a container, seen
 from the snapshotter: prepare, stat, mounts, commit, remove. It does so with 1, 16 and 64 clients, and beside 5,000
 and 50,000 snapshots that stay. Then the commit of a layer of 1 GiB that has just been written, which is where
-``--sync layer`` costs something.
+``--sync layer`` costs something. Last, a real containerd runs a container and imports a layer, with Onlap and with its
+own snapshotter.
 
 All servers run all the time, each with a root of its own on one filesystem; they are loaded in turn.
 """
@@ -22,7 +23,8 @@ from pathlib import Path
 
 from bench import floors, lib
 from bench.lib import run
-from peers.daemons import ONLAP_ENVIRONMENT, Daemon, onlap_command
+from peers.daemons import ONLAP_ENVIRONMENT, Containerd, Daemon, Onlap, onlap_command
+from peers.images import Image, Layer, three_layers, write
 from peers.remote import RemoteSnapshotter
 
 CLIENTS = (1, 16, 64)
@@ -70,6 +72,9 @@ def bench() -> None:
                     for server in ("peer", "none")
                 }
                 take_turns(cases)
+        cases = under_containerd(stack, make_place(mount, "real"))
+        lib.interleave(1, cases)
+        take_turns(cases, 4 * chosen.rounds)
         lib.report(
             "containerd",
             "Served to containerd",
@@ -142,6 +147,41 @@ def commit(daemon: Daemon, size: int, synced: bool = False) -> lib.Result:
     return {"commit_ms": took * 1000}
 
 
+# What a real containerd is asked for, and what it asks of its snapshotter then.
+COMMANDS = {
+    "run": "ctr run --rm of a program that ends (stat, prepare, mounts twice)",
+    "import": "ctr images import of a layer of one file (prepare, commit), and its removal (list, remove, cleanup)",
+}
+
+
+def under_containerd(stack: ExitStack, place: Path) -> dict[str, Callable[[], lib.Result]]:
+    """Commands of a real containerd, with its own overlay snapshotter (peer) and with Onlap's (none)."""
+    onlap = Onlap(place, "--sync", "none")
+    onlap.command.remove("-v")  # a line per call
+    stack.enter_context(onlap)
+    containerd = stack.enter_context(Containerd(place, onlap))
+    image = three_layers(place / "image.tar", lib.go_build(lib.REPOSITORY / "tests/peers/go/tool"))
+    layer = Layer().file("file", b"content").done()
+    single = write(place / "layer.tar", "localhost/onlap/single:1", (layer,), ("gzip",))
+    cases: dict[str, Callable[[], lib.Result]] = {}
+    for side, snapshotter in (("peer", "overlayfs"), ("none", "onlap")):
+        containerd.ctr("images", "import", "--snapshotter", snapshotter, image.archive)
+        options = ("--snapshotter", snapshotter)
+        pids = (containerd.process.pid, onlap.process.pid)
+        for name, call in (
+            ("run", partial(containerd.ctr, "run", "--rm", *options, image.reference, side, "/bin/tool")),
+            ("import", partial(import_and_remove, containerd, single, *options)),
+        ):
+            cases[f"{name}, {side}"] = partial(lib.measured, call, *pids)
+    return cases
+
+
+def import_and_remove(containerd: Containerd, image: Image, *options: str) -> None:
+    """Import an image and remove it, so that the next one is imported again."""
+    containerd.ctr("images", "import", *options, image.archive)
+    containerd.ctr("images", "rm", "--sync", image.reference)
+
+
 def rate(result: lib.Result) -> float:
     """Cycles per second."""
     return float(result["cycles"] / result["seconds"])
@@ -169,6 +209,9 @@ def compare(runs: dict[str, list[lib.Result]], lives: tuple[int, ...], size: int
         peer, ours = (runs[f"commit, {side}"] for side in (other, server))
         what = f"{what}; beside {'its' if other == 'peer' else other}"
         rows.append(lib.Row.of(what, "ms", peer, ours, "commit_ms"))
+    for name, what in COMMANDS.items():
+        peer, ours = (runs[f"{name}, {side}"] for side in ("peer", "none"))
+        rows.append(lib.Row.of(what, "s", peer, ours, reach=lib.Reach(most=1)))
     return rows
 
 
