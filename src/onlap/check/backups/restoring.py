@@ -67,7 +67,7 @@ def restore(source: StrPath | BinaryIO, root: StrPath, progress: Callback | None
             pipeline = stack.enter_context(Pipeline(source))
         report = Reporter(progress, "restore", "bytes", pipeline.total)
 
-        def chunk() -> bytes:
+        def chunk() -> bytes | memoryview:
             with errors.translated("read the backup"):
                 data = pipeline.chunk()
             report(pipeline.consumed)

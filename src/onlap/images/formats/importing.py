@@ -134,7 +134,7 @@ def _import_tar(request: _Request, lease: Lease) -> Image:
         else:
             # There is no media type for bzip2 or xz: such an archive is stored without its compression.
             with Pipeline(source) as pipeline:
-                blob = images.content.put(iter(pipeline.chunk, b""), lease=lease)
+                blob = images.content.put(map(bytes, iter(pipeline.chunk, b"")), lease=lease)
             kind = compression.NONE
     report.finish(blob.size)
     diff_id = blob.digest if kind == compression.NONE else _diff_id(images, blob.digest)

@@ -165,7 +165,7 @@ class _Meter:
         self._size = 0
         self.item: str | None = None
 
-    def chunk(self) -> bytes:
+    def chunk(self) -> bytes | memoryview:
         with errors.translated("read the archive"):
             data = self._pipeline.chunk()
         self._reporter(self._pipeline.consumed, self.item)

@@ -2,7 +2,8 @@
 
 hashlib, the decompressors and the system calls release the GIL, so threads can use two cores: one reads, hashes what it
 read and decompresses; one hashes the decompressed archive; the caller writes files. An uncompressed archive has one
-hash and needs one thread less. A small archive is read without threads: starting them would cost more than they save.
+hash and needs one thread less. If it is a file, the caller also reads it, since hashing alone takes as long as reading
+and writing big files. A small archive is read without threads: starting them would cost more than they save.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onlap.arguments import check_file, check_path
 from onlap.layers.stream import compression
 from onlap.layers.stream.channel import Channel, Closed
 from onlap.layers.stream.digests import PREFIX
+from onlap.layers.stream.hashing import HashedReader
 
 # Archives with fewer compressed bytes are read without threads.
 _SMALL = 1 << 20
@@ -90,6 +92,24 @@ class Input:
         self.count += len(data)
         return data
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file on a disk, which can be read into buffers, and keeps nobody waiting for long."""
+        return self.total is not None and hasattr(self._file, "readinto")
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill a buffer from its start, and return how many bytes; 0 at the end. The caller is to hash them."""
+        if self._start:
+            data, self._start = self._start[: len(buffer)], self._start[len(buffer) :]
+            buffer[: len(data)] = data
+            count = len(data)
+        else:
+            count = self._file.readinto(buffer)  # type: ignore[attr-defined]
+            if not isinstance(count, int):
+                raise errors.InvalidArgument("a layer is read from a blocking binary file")
+        self.count += count
+        return count
+
     def _raw(self, count: int) -> bytes:
         data = self._file.read(count)
         if not isinstance(data, bytes):
@@ -101,7 +121,7 @@ class Input:
 class Pipeline:
     """The uncompressed bytes of an archive, read from a file. A context manager.
 
-    While the pipeline is open, another thread reads the caller's file; leaving the block waits for the current read.
+    While the pipeline is open, another thread may read the caller's file; leaving the block waits for the current read.
 
     Args:
         source: a path, or a binary file, which is read from its position to its end.
@@ -122,6 +142,7 @@ class Pipeline:
         self._out = Channel()
         self._to_hash = Channel()
         self._inflater: compression.Inflater | None = None
+        self._hashed: HashedReader | None = None
         self._ended = False
         self.produced = 0
         try:
@@ -137,6 +158,9 @@ class Pipeline:
             self._input.close()
             raise
         if len(start) == _SMALL:
+            if self._inflater is None and self._input.is_file:
+                self._hashed = HashedReader(self._input.read_into, self._hash)
+                return
             self._start(self._produce)
             if self._inflater is not None:
                 self._start(self._hash_inflated)
@@ -152,8 +176,8 @@ class Pipeline:
         """Bytes read so far, before decompression."""
         return self._input.count
 
-    def chunk(self) -> bytes:
-        """The next bytes of the archive, at most 256 KiB; none at the end.
+    def chunk(self) -> bytes | memoryview:
+        """The next bytes of the archive, at most 1 MiB, valid until the next call; none at the end.
 
         Raises:
             DataLoss: the compressed stream is damaged.
@@ -161,7 +185,10 @@ class Pipeline:
         """
         if self._ended:
             return b""
-        if self._threads:
+        data: bytes | memoryview
+        if self._hashed is not None:
+            data = self._hashed.chunk()
+        elif self._threads:
             data = self._out.get()
         else:
             data = self._next()
@@ -191,6 +218,8 @@ class Pipeline:
         self._threads.append(thread)
 
     def _join(self) -> None:
+        if self._hashed is not None:
+            self._hashed.join()
         for thread in self._threads:
             thread.join()
 
