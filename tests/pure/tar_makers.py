@@ -46,7 +46,7 @@ def padded(data: bytes) -> bytes:
 
 def record(key: str, value: bytes) -> bytes:
     """A pax record; the length is found by trying."""
-    for length in range(1, 4 * len(key) + len(value) + 30):
+    for length in range(len(value), 4 * len(key) + len(value) + 30):
         made = b"%d %s=%s\n" % (length, os.fsencode(key), value)
         if len(made) == length:
             return made

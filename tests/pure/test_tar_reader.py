@@ -12,7 +12,7 @@ import pytest
 
 from onlap import errors
 from onlap.layers.format import tar
-from pure.tar_makers import END, gnu_long, header, padded, pax, read, record
+from pure.tar_makers import END, facts, gnu_long, header, padded, pax, read, record
 
 LONG = "directory/" * 30 + "name"
 
@@ -250,6 +250,37 @@ def test_the_last_padding_may_be_missing(padding: int, chunk: int) -> None:
     # A header of what does not come is no end.
     with pytest.raises(errors.DataLoss):
         read(pax(("path", b"x"))[: 1024 - padding], chunk)
+
+
+def _outcome(data: bytes, chunk: int) -> object:
+    try:
+        return [(facts(entry), entry.offset, content) for entry, content in read(data, chunk)]
+    except errors.OnlapError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("repaired", [True, False], ids=["sum right", "sum wrong"])
+@pytest.mark.parametrize(
+    "second",
+    [
+        header(b"d/file", size=3, uid=b"0001750\0"),
+        header(b"d/", flag=b"5", size=3),
+        header(b"n" * 100, size=3, prefix=b"p" * 155),
+        header(b"file", size=3, magic=b"ustar  \0"),
+    ],
+    ids=["file", "directory", "prefix", "GNU"],
+)
+def test_a_header_that_resembles_the_one_before_is_read_as_any_other(second: bytes, repaired: bool) -> None:
+    content = b"" if second[156:157] == b"5" else padded(b"abc")
+    for place in range(512):
+        for value in b"\0 1789x+_\x80\xff":
+            block = bytearray(second)
+            block[place] = value
+            if repaired and not 148 <= place < 156:
+                block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256)
+            archive = second + content + bytes(block) + content + header(b"last") + END
+            # A chunk that is smaller than a header never has the second one whole.
+            assert _outcome(archive, 1 << 18) == _outcome(archive, 511), (place, value)
 
 
 # Sparse files: 4 KiB at 1 MiB, of 2 MiB

@@ -1,7 +1,8 @@
 """Reading tar archives as a stream: ustar, pax, GNU, star and v7, and all forms of sparse files.
 
 Written for speed: a header costs one unpack and one checksum, data is returned as views of the chunks read, and nothing
-about an entry is kept once the next one is requested.
+about an entry is kept once the next one is requested. Most headers of an archive are those of files and directories
+that differ from an earlier one only in name, size and time. Of these, only that is parsed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from zlib import adler32
 
 from onlap import errors
 from onlap.errors import shown
@@ -18,6 +20,14 @@ from onlap.layers.format.tar import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal
 
 # name mode uid gid size mtime (checksum) type linkname magic+version (uname gname) devmajor devminor prefix trailer
 _HEADER = struct.Struct("100s8s8s8s12s12s8xc100s8s64x8s8s155s8x4s")
+# name mode+uid+gid size mtime checksum, type to devminor, prefix+trailer; the numbers end with their last digit
+_USUAL = struct.Struct("100s24s11sc11sc6s2s189s167s")
+_USUAL_TYPES = (b"0", b"5")
+_ENDS = frozenset((b"\0", b" ", b"\0 ", b" \0"))
+_HEAD = 148  # bytes of a header before its checksum
+_REST = 345  # bytes before its prefix
+_NO_REST = bytes(BLOCK - _REST)
+_NO_TRAILER = bytes(12)
 
 # Go's archive/tar accepts any version of ustar, but only one of GNU; anything else is a v7 header, which ends before
 # the devices and the prefix.
@@ -51,6 +61,8 @@ _META = b"xgLK"
 _GLOBAL, _LONG_NAME, _LONG_LINK, _OLD_SPARSE = b"gLKS"
 
 _MAX_NUMBERS = 4096
+# Of some 300 bytes each.
+_MAX_KNOWN = 1024
 
 # That of os.fsdecode(), which does more than is needed here.
 _ENCODING = sys.getfilesystemencoding()
@@ -86,6 +98,10 @@ class TarReader:
         self._name: str | None = None
         self._numbers: dict[bytes, int] = {}
         self._meta_fields = b""
+        # What recurs in headers, parsed: mode, uid and gid; and type to devminor, which become the type, the sum of
+        # their bytes, and whether a prefix may follow.
+        self._owners: dict[bytes, tuple[int, int, int]] = {}
+        self._middles: dict[bytes, tuple[str, int, bool]] = {}
         self.marked_end = False
 
     @property
@@ -103,6 +119,9 @@ class TarReader:
             InvalidArgument: what follows is not a tar entry, or is malformed.
             DataLoss: the archive ends within an entry.
         """
+        usual = self._usual()
+        if usual is not None:
+            return usual
         records: Mapping[str, bytes] | None = None
         long_name = long_link = b""
         start: int | None = None
@@ -216,6 +235,60 @@ class TarReader:
         return self._take(BLOCK)
 
     # Headers
+
+    def _usual(self) -> Entry | None:
+        """The next entry, if it begins with a header whose fields but for name, size and time are known by now."""
+        at = self._at + self._left + self._padding
+        chunk = self._chunk
+        if at + BLOCK > len(chunk):
+            return None
+        name, owner, size, size_end, mtime, mtime_end, total, total_end, middle, rest = _USUAL.unpack_from(chunk, at)
+        known = self._middles.get(middle)
+        ids = self._owners.get(owner)
+        if (
+            known is None
+            or ids is None
+            or not (size.isdigit() and mtime.isdigit() and total.isdigit())
+            or size_end not in _ENDS
+            or mtime_end not in _ENDS
+            or total_end not in _ENDS
+        ):
+            return None
+        type, expected, may_have_prefix = known
+        mode, uid, gid = ids
+        end = name.find(0)
+        if end >= 0:
+            name = name[:end]
+        # See tar.checksum().
+        expected += adler32(chunk[at : at + _HEAD]) & 0xFFFF
+        if rest != _NO_REST:
+            if not may_have_prefix or not rest[0] or not rest.endswith(_NO_TRAILER):
+                return None
+            expected += (adler32(rest) & 0xFFFF) - 1
+            name = tar.cut(rest) + b"/" + name
+        try:
+            if int(total, 8) != expected:
+                return None
+            count = int(size, 8)
+            if type != tar.FILE:
+                count = 0
+            entry = Entry(
+                name.decode(_ENCODING, "surrogateescape"),
+                type,
+                mode,
+                uid,
+                gid,
+                count,
+                int(mtime, 8) * 1_000_000_000,
+                offset=self._before + at,
+            )
+        except ValueError:  # a digit that is not octal
+            return None
+        self._name = entry.name
+        self._at = at + BLOCK
+        self._left = count
+        self._padding = -count % BLOCK
+        return entry
 
     def _header(self) -> memoryview | None:
         """The next block, checked; None at the end of the archive."""
@@ -331,6 +404,18 @@ class TarReader:
             entry.linkname = os.fsdecode(long_link or tar.cut(raw_link))
         if type == tar.CHAR or type == tar.BLOCK_DEVICE:
             entry.devmajor, entry.devminor = major, minor
+        elif (
+            flag in _USUAL_TYPES
+            and not raw_link[0]
+            and (magic == _GNU or magic.startswith(_USTAR))
+            and 0 <= uid <= tar.MAX_ID
+            and 0 <= gid <= tar.MAX_ID
+            and len(self._middles) < _MAX_KNOWN
+            and len(self._owners) < _MAX_KNOWN
+        ):
+            total = tar.checksum(header) - sum(adler32(part) & 0xFFFF for part in (header[:_HEAD], header[_REST:])) + 1
+            self._middles[header[156:_REST].tobytes()] = (type, total, magic != _GNU)
+            self._owners[header[100:124].tobytes()] = (mode, uid, gid)
         return entry
 
     def _entry(
