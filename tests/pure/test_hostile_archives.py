@@ -428,7 +428,7 @@ def test_directories_that_somebody_renames_meanwhile(
             (place.layer / "d").symlink_to(place.outside)
             if forget:
                 self.upper.directories.close_below("d")
-                self._parent_path = None
+                self._above = None
         original(self, entry)
 
     monkeypatch.setattr(Applier, "entry", attacked)

@@ -24,6 +24,10 @@ from onlap.overlayfs.markers import Markers
 from onlap.trees.walk import NEW_FILE, opened, path_of
 
 _EXACT = 0o777
+# Names that are not simply those of a file in the directory before them.
+_UNUSUAL = ("", ".")
+# Characters of a path to which any name can be added.
+_SURELY_SHORT = tar.MAX_PATH // 4 - 255
 
 # include/linux/kdev_t.h: a device number in the kernel has 12 bits for the major and 20 for the minor number.
 _MAX_MAJOR = (1 << 12) - 1
@@ -52,12 +56,13 @@ class Applier:
         self.attributes = Attributes(recorded=recorded)
         self.upper = Upper(layer, lowers, markers, self.attributes)
         self._whiteouts = Whiteouts(self.upper)
-        self._parent_path: str | None = None
+        # Entries in the directory of this name, as the archive has it, go to that parent; None: look for the next one.
+        self._above: str | None = None
         self._parent = self.upper.top
         self._parent.pins += 1
         # open(2) and mkdir(2) set modes without these bits exactly.
         self._inexact = self.attributes.umask | 0o7000
-        self._handlers: dict[str, Callable[[Directory, str, str, Entry], None]] = {
+        self._handlers: dict[str, Callable[[Directory, str, Entry], None]] = {
             tar.FILE: self._file,
             tar.DIRECTORY: self._directory,
             tar.SYMLINK: self._symlink,
@@ -100,44 +105,60 @@ class Applier:
     def _entry(self, entry: Entry) -> None:
         for kind in entry.skipped:
             self.attributes.skipped[kind] += 1
-        name = entry.name
-        if not name:
+        above, _, base = entry.name.removesuffix("/").rpartition("/")
+        if above != self._above or base[:1] in _UNUSUAL or entry.type == tar.CHAR:
+            found = self._find(entry, above, base)
+            if found is None:
+                return
+            base = found
+        parent = self._parent
+        parent.dirty = True
+        self._handlers[entry.type](parent, base, entry)
+        if self.upper.tracking:
+            self.upper.mark_made(paths.join(parent.path, base))
+
+    def _find(self, entry: Entry, above: str, last: str) -> str | None:
+        """Go to the parent of an entry.
+
+        Args:
+            entry: the entry.
+            above: its name up to the last slash, apart from one at its end.
+            last: what follows.
+
+        Returns:
+            Its name in the parent; None if it makes no file there, and everything is done.
+        """
+        if not entry.name:
             raise ValueError("it has no name")
-        path = paths.clean(name)
+        path = paths.clean(entry.name)
         parent_path, _, base = path.rpartition("/")
+        self._above = None
         if ".wh." in path and self._whiteout(path, parent_path, base):
-            return
+            return None
         if not path:
             if entry.type != tar.DIRECTORY:
                 raise ValueError("only a directory can be the top")
             self.upper.describe_top(entry)
-            return
+            return None
         if entry.type == tar.CHAR and not entry.devmajor and not entry.devminor:
             # A whiteout in OverlayFS's form.
-            self._parent_path = None
             self._whiteouts.whiteout(parent_path, base)
-            return
-        if parent_path != self._parent_path:
-            parent = self.upper.parent(parent_path)
-            # Entries in it may open any number of other directories.
-            self._parent.pins -= 1
-            parent.pins += 1
-            self._parent = parent
-            self._parent_path = parent_path
-        parent = self._parent
+            return None
+        parent = self.upper.parent(parent_path)
+        # Entries in it may open any number of other directories.
+        self._parent.pins -= 1
+        parent.pins += 1
+        self._parent = parent
         if parent.path != parent_path:
-            path = paths.join(parent.path, base)
-            paths.check_length(path)
-        parent.dirty = True
-        self._handlers[entry.type](parent, base, path, entry)
-        if self.upper.tracking:
-            self.upper.mark_made(path)
+            paths.check_length(paths.join(parent.path, base))
+        if base == last and len(parent.path) < _SURELY_SHORT:
+            self._above = above
+        return base
 
     def _whiteout(self, path: str, parent: str, base: str) -> bool:
         """Handle a path with ``.wh.`` in it; return False if it is not a whiteout."""
         names = path.split("/")
         if base == paths.OPAQUE and not any(name.startswith(paths.WHITEOUT_PREFIX) for name in names[:-1]):
-            self._parent_path = None
             self._whiteouts.opaque(parent)
             return True
         if any(name.startswith(paths.AUFS_PREFIX) for name in names):
@@ -146,26 +167,25 @@ class Applier:
             raise ValueError("a whiteout is not a directory")
         if not base.startswith(paths.WHITEOUT_PREFIX):
             return False
-        self._parent_path = None
         self._whiteouts.whiteout(parent, paths.whited_out(base))
         return True
 
-    def _make_room(self, parent: Directory, base: str, path: str) -> None:
+    def _make_room(self, parent: Directory, base: str) -> None:
         # The cached parent may be in what is removed, or its path may lead elsewhere now.
-        self._parent_path = None
-        self.upper.remove(parent, base, path)
+        self._above = None
+        self.upper.remove(parent, base, paths.join(parent.path, base))
 
-    def _replacing(self, parent: Directory, base: str, path: str, make: Callable[[], None]) -> None:
+    def _replacing(self, parent: Directory, base: str, make: Callable[[], None]) -> None:
         """Make a file; remove what is in its place first, if anything is."""
         try:
             make()
         except FileExistsError:
-            self._make_room(parent, base, path)
+            self._make_room(parent, base)
             make()
 
     # Types
 
-    def _file(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+    def _file(self, parent: Directory, base: str, entry: Entry) -> None:
         mode = entry.mode
         attributes = self.attributes
         own = entry.uid == attributes.uid and entry.gid == attributes.gid
@@ -175,14 +195,16 @@ class Applier:
         try:
             fd = os.open(base, NEW_FILE, create, dir_fd=parent.fd)
         except FileExistsError:
-            self._make_room(parent, base, path)
+            self._make_room(parent, base)
             fd = os.open(base, NEW_FILE, create, dir_fd=parent.fd)
         try:
             if entry.sparse is not None:
                 self._write_sparse(fd, entry)
-            elif entry.size:
-                piece = self._reader.piece
-                while data := piece():
+            else:
+                left = entry.size
+                while left:
+                    data = self._reader.piece()
+                    left -= len(data)
                     written = os.write(fd, data)
                     while written < len(data):
                         written += os.write(fd, data[written:])
@@ -212,78 +234,68 @@ class Applier:
                 offset += written
                 length -= written
 
-    def _directory(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+    def _directory(self, parent: Directory, base: str, entry: Entry) -> None:
         try:
             directory = self.upper.directories.make(parent, base, entry.mode & _EXACT)
             fresh = True
         except FileExistsError:
-            self._parent_path = None
-            directory, fresh = self.upper.replace_by_directory(parent, base, path)
+            self._above = None
+            directory, fresh = self.upper.replace_by_directory(parent, base, paths.join(parent.path, base))
         self.attributes.set_directory(directory, entry, fresh=fresh, own=fresh and parent.own_group)
         if directory.acl is not None:
             self.upper.directories.check_acl = True
-        self.upper.mark_described(path)
+        self.upper.mark_described(directory.path)
 
-    def _symlink(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+    def _symlink(self, parent: Directory, base: str, entry: Entry) -> None:
         if not entry.linkname:
             raise ValueError("a symlink to nothing")
-        self._replacing(parent, base, path, lambda: os.symlink(entry.linkname, base, dir_fd=parent.fd))
+        self._replacing(parent, base, lambda: os.symlink(entry.linkname, base, dir_fd=parent.fd))
         self._finish_node(parent, base, entry)
 
-    def _hardlink(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+    def _hardlink(self, parent: Directory, base: str, entry: Entry) -> None:
         try:
             target = paths.clean(entry.linkname)
         except ValueError as error:
             raise ValueError(f"its target {shown(entry.linkname)}: {error}") from None
         if not target or any(name.startswith(paths.WHITEOUT_PREFIX) for name in target.split("/")):
             raise ValueError(f"a hard link to {shown(entry.linkname)}")
-        parent.pins += 1
-        try:
-            source = self.upper.link_source(target)
-            if source is None:
-                raise ValueError(f"its target {shown(entry.linkname)} does not exist")
-            source_parent, source_base = source
-            if source_parent is parent and source_base == base:
-                return  # a link to itself
-            source_parent.pins += 1
-            try:
-                self._link(source_parent, source_base, parent, base, path)
-            finally:
-                source_parent.pins -= 1
-        finally:
-            parent.pins -= 1
+        source = self.upper.link_source(target)
+        if source is None:
+            raise ValueError(f"its target {shown(entry.linkname)} does not exist")
+        if source == (parent, base):
+            return  # a link to itself
+        self._link(*source, parent, base)
 
-    def _link(self, source: Directory, source_base: str, parent: Directory, base: str, path: str) -> None:
+    def _link(self, source: Directory, source_base: str, parent: Directory, base: str) -> None:
         status = source.status(source_base)
         if status is None or stat.S_ISDIR(status.st_mode):
             raise ValueError("a hard link to a directory")
-        if paths.is_below(source.path, path):
+        if paths.is_below(source.path, paths.join(parent.path, base)):
             raise ValueError("a hard link that would replace the directory of its target")
         self._replacing(
             parent,
             base,
-            path,
             lambda: os.link(source_base, base, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False),
         )
 
-    def _device(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
+    def _device(self, parent: Directory, base: str, entry: Entry) -> None:
         major, minor = entry.devmajor, entry.devminor
         if not 0 <= major <= _MAX_MAJOR or not 0 <= minor <= _MAX_MINOR:
             raise ValueError(f"the device number {major},{minor} is out of range")
         kind = stat.S_IFCHR if entry.type == tar.CHAR else stat.S_IFBLK
         try:
-            self._make_node(parent, base, path, kind | entry.mode & _EXACT, os.makedev(major, minor))
+            self._make_node(parent, base, kind | entry.mode & _EXACT, os.makedev(major, minor))
         except PermissionError:
             self.attributes.skipped["device"] += 1
         else:
             self._finish_node(parent, base, entry)
 
-    def _fifo(self, parent: Directory, base: str, path: str, entry: Entry) -> None:
-        self._make_node(parent, base, path, stat.S_IFIFO | entry.mode & _EXACT, 0)
+    def _fifo(self, parent: Directory, base: str, entry: Entry) -> None:
+        self._make_node(parent, base, stat.S_IFIFO | entry.mode & _EXACT, 0)
         self._finish_node(parent, base, entry)
 
-    def _make_node(self, parent: Directory, base: str, path: str, mode: int, device: int) -> None:
-        self._replacing(parent, base, path, lambda: os.mknod(base, mode, device, dir_fd=parent.fd))
+    def _make_node(self, parent: Directory, base: str, mode: int, device: int) -> None:
+        self._replacing(parent, base, lambda: os.mknod(base, mode, device, dir_fd=parent.fd))
 
     def _finish_node(self, parent: Directory, base: str, entry: Entry) -> None:
         """Set the attributes of a file that is not opened: owner, xattrs, mode, times, in an order that keeps each."""
