@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.lib.rows import number
+
 Point = tuple[float | str, Sequence[float]]
 
 # Seen well on white and on black. Onlap is given first.
@@ -44,7 +46,7 @@ class Plot(NamedTuple):
     def alternative(self) -> str:
         """The plot in words, for who does not see it: the last point of each line, or all bars."""
         ends = [
-            f"{name} {statistics.median(values):.3g} at {where}"
+            f"{name} {number(statistics.median(values))} at {where if isinstance(where, str) else f'{where:,}'}"
             for name, points in (*self.series.items(), (self.floor_is, self.floor))
             for where, values in (points if self.bars else points[-1:])
         ]
@@ -124,8 +126,8 @@ def _lines(axes: Any, plot: Plot) -> None:
 def _bars(axes: Any, plot: Plot) -> None:
     places = list(dict.fromkeys(where for points in plot.series.values() for where, _ in points))
     width = 0.8 / len(plot.series)
-    for number, ((name, points), color) in enumerate(zip(plot.series.items(), COLORS, strict=False)):
-        at = [places.index(where) - 0.4 + width * (number + 0.5) for where, _ in points]
+    for index, ((name, points), color) in enumerate(zip(plot.series.items(), COLORS, strict=False)):
+        at = [places.index(where) - 0.4 + width * (index + 0.5) for where, _ in points]
         medians = [statistics.median(values) for _, values in points]
         ranges = [
             [middle - min(values) for middle, (_, values) in zip(medians, points, strict=True)],
