@@ -84,6 +84,11 @@ class Worker:
         """
         self._started()
 
+    def is_usable(self) -> bool:
+        """Whether it can be given a request: nobody has killed it, :meth:`kill` or the kernel."""
+        with self._mutex:
+            return not self._killed and (self._process is None or self._process.poll() is None)
+
     def _started(self) -> subprocess.Popen[bytes]:
         with self._mutex:
             if self._killed:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -212,9 +213,35 @@ def _several() -> bool:
 
 
 def test_errors_of_the_answerer(pool: Pool) -> None:
+    """They cost no process."""
+    pid = pool.perform({}, patient)["pid"]
     with pytest.raises(errors.InvalidArgument, match="a bad request"):
         pool.perform({"error": "key"}, patient)
-    assert pool.perform({"echo": 1}, patient)["echo"] == 1
+    assert pool.perform({"echo": 1}, patient) == {"pid": pid, "echo": 1}
+
+
+def test_a_worker_that_is_killed_without_work(pool: Pool) -> None:
+    """As by the kernel when memory runs out: no call fails."""
+    pid = pool.perform({}, patient)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert pool.perform({}, patient)["pid"] != pid
+    assert not is_there(pid)
+
+
+def test_a_caller_who_goes_away_at_the_answer() -> None:
+    """Nobody else's call fails, although a worker that has answered was killed."""
+    gone: list[Callable[[], None]] = []
+
+    class Late(Pool):
+        def _put_back(self, worker: Worker, *, keep: bool) -> None:
+            if gone:
+                gone.pop()()
+            super()._put_back(worker, keep=keep)
+
+    with closing(Late(ANSWERER)) as pool:
+        assert pool.perform({"echo": 1}, gone.append)["echo"] == 1
+        assert pool.perform({"echo": 2}, patient)["echo"] == 2
 
 
 def test_a_caller_who_goes_away(pool: Pool, blockers: Callable[[], Blocker]) -> None:

@@ -45,7 +45,7 @@ class Pool:
         """
         with self._free:
             worker = self._take(job := object())
-            answered = False
+            idle = False
 
             def gone() -> None:
                 with self._mutex:
@@ -55,9 +55,12 @@ class Pool:
             try:
                 when_gone(gone)
                 answer = worker.perform(request)
-                answered = True
+                idle = True
+            except errors.OnlapError:
+                idle = True  # or dead
+                raise
             finally:
-                self._put_back(worker, keep=answered)
+                self._put_back(worker, keep=idle)
             return answer
 
     def warm(self) -> None:
@@ -70,6 +73,8 @@ class Pool:
         with self._mutex:
             if self._closed:
                 raise errors.Canceled("the server stops")
+            while self._idle and not self._idle[-1].is_usable():
+                self._idle.pop().close()
             worker = self._idle.pop() if self._idle else Worker(self._answerer)
             self._busy[worker] = job
             return worker
@@ -77,7 +82,8 @@ class Pool:
     def _put_back(self, worker: Worker, *, keep: bool) -> None:
         with self._mutex:
             del self._busy[worker]
-            keep = keep and not self._closed
+            # Who went away in the last moment has killed it, although it had answered.
+            keep = keep and not self._closed and worker.is_usable()
             if keep:
                 self._idle.append(worker)
         if not keep:
