@@ -170,6 +170,9 @@ def test_a_damaged_blob(
     """On the disk of containerd: an error, and an empty directory."""
     content = Layer().file("f", os.urandom(100_000)).done()
     (blob,) = ingest(containerd, content, compression=compression)
+    longer = Descriptor(media_type=blob.media_type, digest=blob.digest, size=blob.size + 1)
+    with pytest.raises(errors.OnlapError, match="bytes, not"):
+        differ.apply(longer, site(root / "longer", overlay=overlay).mounts)
     path = blob_path(containerd, blob.digest)
     data = bytearray(path.read_bytes())
     data[50_000] ^= 1
@@ -300,9 +303,9 @@ def test_a_layer_of_onlaps_snapshotter_that_gets_its_parent_later(
     "content",
     [
         Layer().link("new", "d/kept").done(),
-        Layer().whiteout("d/gone").done(),
+        Layer().file("f", b"1").whiteout("d/gone").done(),
         Layer().file("d/new", b"1").done(),
-        Layer().opaque("").done(),
+        Layer().file("f", b"1").opaque("").done(),
     ],
     ids=["link", "whiteout", "file", "opaque top"],
 )
@@ -404,8 +407,9 @@ def test_garbage_collection_after_a_diff(
         made, again = (client.diff(*pair, source_date_epoch={"seconds": 1_400_000_000}) for _ in range(2))
     assert made == again
     collect(containerd, root)
-    first, second = leases(containerd).keys() - before
-    for name in (first, second):
+    both = leases(containerd).keys() - before
+    assert len(both) == 2
+    for name in both:
         assert name.startswith("onlap-diff-")
         (expires,) = re.findall(r"containerd.io/gc.expire=(\S+?Z)", leases(containerd)[name])
         left = calendar.timegm(time.strptime(expires, "%Y-%m-%dT%H:%M:%SZ")) - time.time()
@@ -440,9 +444,11 @@ def test_a_diff_into_another_namespace(
 def test_a_diff_that_fails_leaves_no_unfinished_blob(
     pair: tuple[list[Mount], list[Mount]], differ: RemoteDiffer, containerd: Containerd, root: Path
 ) -> None:
-    """A directory that is gone is an error, not an empty layer."""
+    """A directory that is gone is an error, not an empty layer; a label that containerd refuses, at the very end."""
     gone = Mount(type="bind", source=str(root / "no-such"), options=["rw", "rbind"])
     for mounts in (([gone], pair[1]), (pair[0], [gone])):
         with pytest.raises(errors.NotFound):
             differ.diff(*mounts)
+    with pytest.raises(errors.InvalidArgument, match="label"):
+        differ.diff(*pair, labels={"long": "x" * 5000})
     assert not containerd.ctr("content", "active").splitlines()[1:]
