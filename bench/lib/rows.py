@@ -113,9 +113,11 @@ class Row(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """See Reach.judge; empty without a ratio, or if there is nothing to reach."""
-        ratio = self.ratio
-        return "" if ratio is None or self.reach == Reach() else self.reach.judge(ratio)
+        """See Reach.judge; empty if there is nothing to reach, or if there is no ratio and the rounds say different."""
+        if self.reach == Reach():
+            return ""
+        said = {self.reach.judge(ratio) for ratio in (self.by_round if self.ratio is None else [self.ratio])}
+        return said.pop() if len(said) == 1 else ""
 
     def cells(self) -> dict[str, str]:
         """The row as text, by heading; the ratio with its range over the rounds."""

@@ -37,8 +37,15 @@ def test_a_ratio_whose_rounds_differ_more_than_the_sides_is_refused(
 ) -> None:
     row = lib.Row("apply", "s", peer, ours, lib.Reach(most=3))
     assert (row.ratio is not None) == given
-    assert row.verdict == ("reached" if given else "")
+    assert row.verdict == "reached"
     assert row.cells()["Onlap / peer"].startswith("rounds differ") != given
+
+
+@pytest.mark.parametrize("most, verdict", [(0.8, "below"), (1.0, ""), (1.3, "reached")])
+def test_rounds_that_differ_are_judged_if_all_say_the_same(most: float, verdict: str) -> None:
+    row = lib.Row("apply", "s", [1.0, 1.0, 1.0], [1.1, 0.9, 1.2], lib.Reach(most=most))
+    assert row.ratio is None
+    assert row.verdict == verdict
 
 
 def test_a_row_of_results_has_processor_time_memory_and_floor() -> None:
