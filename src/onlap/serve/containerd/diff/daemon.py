@@ -9,7 +9,6 @@ plugins/services/content/contentserver/contentserver.go, core/content/proxy; doc
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import secrets
@@ -277,9 +276,13 @@ class Writer:
             action=pb.COMMIT, ref=self._reference, total=self._offset, expected=digest, offset=self._offset,
             labels=labels,
         )  # fmt: skip
-        # One that is there already belongs to the lease as well then (core/metadata/content.go, Commit).
-        with contextlib.suppress(errors.AlreadyExists):
+        try:
             self._send(request)
+        except errors.AlreadyExists:
+            # Said by the service, before the writer could put it under the lease (contentserver.go, Write).
+            resource = pb.Resource(id=digest, type="content")
+            request_ = pb.AddResourceRequest(id=self._headers[LEASE], resource=resource)
+            self._daemon.ask("leases.v1.Leases/AddResource", request_, Empty, self._headers)
         self._committed = True
 
     def _send(self, request: pb.WriteContentRequest) -> None:
