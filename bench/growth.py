@@ -281,7 +281,7 @@ def operations_beside(root: str, *, size: int) -> lib.Result:
         background(snapshotter)
         found["background"] = statistics.median(passes)
     with open_store(root, sync="none") as store:
-        found["ls"] = timed([lambda: list(store.walk())]) * 1000 / size
+        found["ls"] = timed([lambda: sum(1 for _ in store.walk())]) * 1000 / size
         found["cleanup"] = timed([store.cleanup]) * 1000 / size
     return found
 

@@ -388,6 +388,23 @@ def test_ls_loads_what_it_needs(native: Path) -> None:
     assert loaded & costly == set()
 
 
+def test_info_loads_nothing_that_reads_trees_or_mounts(native: Path) -> None:
+    assert onlap("--root", str(native), "prepare", "key").returncode == 0
+    code = (
+        "import sys; from onlap.cli import main; main(['info', 'key']); print('\\n'.join(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment(ONLAP_ROOT=str(native))
+    )
+    assert "active" in done.stdout
+    costly = {"json", "hashlib", "shutil", "gzip", "random", "onlap.mounts.mountinfo", "onlap.probing"}
+    assert (
+        set(done.stderr.split())
+        & (costly | {"onlap.layers.diff.changes", "onlap.snapshots.filters", "onlap.catalog.runs"})
+        == set()
+    )
+
+
 def test_progress_is_for_a_terminal(native: Path, tmp_path: Path) -> None:
     arguments = ["--root", str(native), "import", str(tmp_path / "source")]
     assert onlap(*arguments, "piped").stderr == ""

@@ -5,7 +5,6 @@ Every function takes a connection, so that several can share one transaction.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -81,7 +80,14 @@ FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent
 
 def _record(row: tuple[object, ...]) -> Record:
     *columns, empty, labels = row
-    return Record(*columns, bool(empty), json.loads(labels) if labels != "{}" else {})  # type: ignore[arg-type, call-arg]
+    return Record(*columns, bool(empty), _labels(labels) if labels != "{}" else {})  # type: ignore[arg-type, call-arg]
+
+
+def _labels(text: object) -> dict[str, str]:
+    import json
+
+    found: dict[str, str] = json.loads(text)  # type: ignore[arg-type]
+    return found
 
 
 def find(connection: Connection, owner: str, name: str) -> Record | None:
@@ -98,6 +104,13 @@ def get(connection: Connection, owner: str, name: str) -> Record:
     if record is None:
         raise not_found(name)
     return record
+
+
+def of_any_owner(connection: Connection, name: str) -> list[Record]:
+    """The records of a key or name, one per owner who has it."""
+    owners = "SELECT owner FROM settled UNION SELECT owner FROM snapshots WHERE due"
+    found = [find(connection, owner, name) for (owner,) in connection.execute(owners).fetchall()]
+    return [record for record in found if record is not None]
 
 
 def is_text(name: str) -> bool:

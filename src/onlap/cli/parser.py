@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, NoReturn
@@ -36,6 +37,25 @@ class Words(NamedTuple):
     dashes: bool
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Makes no use of :mod:`shutil`, as argparse's own does for each argument that is added; it loads much."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
+
+
+def _columns() -> int:
+    """The width of the terminal, as :func:`shutil.get_terminal_size` finds it."""
+    try:
+        return int(os.environ["COLUMNS"]) or 80
+    except (KeyError, ValueError):
+        pass
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of one verb, including the options of every verb.
 
@@ -52,7 +72,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, verb: Verb) -> None:
         super().__init__(
             prog=f"onlap {verb.name}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             conflict_handler="resolve",  # a verb's own -v takes precedence: Docker's --volume
             allow_abbrev=False,
             add_help=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from sqlite3 import Connection
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from onlap import errors
 from onlap.boundary import public_class
 from onlap.catalog import pins
 from onlap.catalog import records as snapshots
+from onlap.catalog.log import warn
 from onlap.content.lease import Lease
 from onlap.content.store import ContentStore
 from onlap.errors import shown
@@ -20,8 +20,6 @@ from onlap.images.spec import media, model, names
 from onlap.images.spec.model import Config, Descriptor, Documents, Manifest
 from onlap.layers.stream.digests import chain_ids
 from onlap.snapshots.recorded import RecordedSnapshotter
-
-_log = logging.getLogger("onlap.images")
 
 
 class Image(NamedTuple):
@@ -113,7 +111,7 @@ class Index:
             try:
                 found.append(self._image(record))
             except errors.DataLoss as error:
-                _log.warning("the image %s is damaged: %s", shown(record.name), error)
+                warn(f"the image {shown(record.name)} is damaged: {error}")
         return found
 
     def labelled(self, labels: Mapping[str, str]) -> Image | None:
@@ -198,7 +196,7 @@ class Index:
             self._remove_layers(self._image(record))
         except errors.OnlapError as error:
             # It is removed, even where it is damaged; cleanup finds its layers.
-            _log.warning("the layers of the removed image %s stay for now: %s", shown(name), error)
+            warn(f"the layers of the removed image {shown(name)} stay for now: {error}")
 
     def _remove_layers(self, image: Image) -> None:
         for chain_id in reversed(image.chain_ids):

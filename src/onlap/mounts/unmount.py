@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 from onlap import errors
 from onlap.errors import shown
-from onlap.mounts.holders import holders
 from onlap.syscalls import mount as calls
 
 # Seconds. There is no event for "no longer busy", and flock(2) has no timeout: the kernel has to be polled. The first
@@ -40,6 +39,8 @@ def unmount(target: str, *, timeout: float = 5.0, lazy: bool = False) -> None:
             if error.errno != errno.EBUSY:
                 raise errors.from_oserror(error, doing="unmount", key=target) from error
             if last:
+                from onlap.mounts.holders import holders
+
                 raise busy(target, holders(target), "end these processes, then unmount it again") from error
         else:
             return

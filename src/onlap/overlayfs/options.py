@@ -59,12 +59,12 @@ def join_lowers(lowers: Iterable[str]) -> str:
     return ":".join(map(escape, lowers))
 
 
-_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
+_OCTAL = rb"\\([0-3][0-7]{2})"
 
 
 def octal_unescape(field: bytes) -> bytes:
     """A field of /proc without the ``\\040`` escapes that the kernel writes for separators (mangle_path)."""
-    return _OCTAL.sub(lambda m: bytes((int(m[1], 8),)), field) if b"\\" in field else field
+    return re.sub(_OCTAL, lambda m: bytes((int(m[1], 8),)), field) if b"\\" in field else field
 
 
 def layer_paths(super_options: bytes) -> list[bytes]:

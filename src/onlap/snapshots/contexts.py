@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 from onlap import errors
 from onlap.arguments import StrPath, check_number, check_path
 from onlap.boundary import public
-from onlap.catalog.runs import Run, begin, root_of, run_if_writable
 from onlap.errors import shown
 from onlap.forks import unless_forked
-from onlap.mounts import temporary
 from onlap.mounts.helper.lazy import Helper, of_root
 from onlap.mounts.plan import Mount
 from onlap.mounts.userns import may_mount
@@ -26,6 +24,8 @@ from onlap.snapshots.recorded import RecordedSnapshotter
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from onlap.catalog.runs import Run
 
 
 @public
@@ -58,6 +58,9 @@ def mounted(
         PermissionDenied: mounting is not allowed here, not even in a user namespace.
         OnlapError: of another kind, for an error of the kernel.
     """
+    from onlap.catalog.runs import Run, root_of
+    from onlap.mounts import temporary
+
     plan = temporary.check_plan(mounts)
     check_number(timeout, "timeout")
     root = root_of(_layer(plan))
@@ -87,6 +90,8 @@ def _mounted_for(
     helper: Helper | None,
 ) -> Iterator[Path]:
     """Mount where a sweep finds it once the run is dead."""
+    from onlap.mounts import temporary
+
     if run is not None and not detached:
         if at is not None:
             run.mounts_at(os.path.realpath(check_path(at, "mount point")), _layer(plan))
@@ -107,6 +112,8 @@ def mounted_snapshot(
 ) -> Iterator[Path]:
     """See :meth:`onlap.store.Store.mounted`; with ``reading`` the mount is read-only."""
     snapshotter.record(key)  # NotFound comes first
+    from onlap.catalog.runs import run_if_writable
+
     with run_if_writable(snapshotter.catalog) as run:
         # A read-only or full disk has no run, but can still be read: a detached mount ends with the process.
         detached = detached or (run is None and at is None)
@@ -146,6 +153,8 @@ def prepared(snapshotter: RecordedSnapshotter, parent: str | None, what: str) ->
         parent: the parent of the snapshot.
         what: the purpose, as one word that the key begins with.
     """
+    from onlap.catalog.runs import begin
+
     with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
         yield _prepare(snapshotter, parent, what, run, stack)
 
@@ -168,6 +177,8 @@ def _drop(snapshotter: RecordedSnapshotter, key: str) -> None:
 @contextlib.contextmanager
 def scratch(snapshotter: RecordedSnapshotter, parent: str | None) -> Iterator[Path]:
     """See :meth:`onlap.store.Store.scratch`."""
+    from onlap.catalog.runs import begin
+
     with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:
         key = _prepare(snapshotter, parent, "scratch", run, stack)
         yield stack.enter_context(_mounted(snapshotter, run, key))
@@ -178,6 +189,9 @@ def build(
     snapshotter: RecordedSnapshotter, name: str, parent: str | None, labels: Mapping[str, str] | None
 ) -> Iterator[Path]:
     """See :meth:`onlap.store.Store.build`."""
+    from onlap.catalog.runs import begin
+    from onlap.mounts import temporary
+
     snapshotter.check_free(name)
     finished = False
     with begin(snapshotter.catalog) as run, contextlib.ExitStack() as stack:

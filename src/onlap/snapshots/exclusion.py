@@ -17,7 +17,6 @@ from onlap.catalog import records
 from onlap.catalog.catalog import look_up
 from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, WORKSPACES, Record, subject
 from onlap.errors import shown
-from onlap.layers.diff.changes import is_empty_layer
 from onlap.locks import Flock
 from onlap.mounts.plan import Mount
 from onlap.mounts.unmount import attempts
@@ -297,6 +296,8 @@ def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bo
     tree, work = layout.tree(record.id), layout.work(record.id)
     bound = record.kind == ACTIVE and snapshotter.plan(record)[0].type == "bind"
     with snapshotter.translated("look for mounts of", record.name):
+        from onlap.layers.diff.changes import is_empty_layer
+
         everywhere = not is_empty_layer(tree)
         return mounts_of(tree, work, bound=bound, everywhere=everywhere, writable=writable)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Kind, Record
 from onlap.errors import shown
-from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
@@ -48,6 +47,8 @@ class NativeSnapshotter(RecordedSnapshotter):
                 self.catalog.sync(since)
 
     def is_unchanged(self, record: Record) -> bool:
+        from onlap.layers.diff.changes import is_empty_layer
+
         tree = self.catalog.layout.tree(record.id)
         if record.parent_id is not None or not is_empty_layer(tree):
             return False

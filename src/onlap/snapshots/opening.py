@@ -9,7 +9,9 @@ from typing import Any, Literal
 from onlap import errors
 from onlap.arguments import StrPath, check_path
 from onlap.boundary import public
+from onlap.catalog.catalog import Catalog
 from onlap.errors import shown
+from onlap.snapshots import properties
 from onlap.snapshots.recorded import RecordedSnapshotter, Sync
 from onlap.syscalls.files import exists, is_directory
 
@@ -44,36 +46,47 @@ def open_snapshotter(
         OnlapError: see :func:`onlap.open`.
     """
     root = check_path(root, "path of the root")
-    from onlap.snapshots.native import NativeSnapshotter
-    from onlap.snapshots.overlay import OverlaySnapshotter, Properties
+    opened = _existing(root, create, timeout) if snapshotter == "auto" else None
+    try:
+        kind, flavour = _choose(root, opened, create) if snapshotter == "auto" else (snapshotter, None)
+        if kind == "native":
+            from onlap.snapshots.native import NativeSnapshotter
 
-    kind, flavour = _choose(root, create, timeout) if snapshotter == "auto" else (snapshotter, None)
-    if kind == "native":
-        return NativeSnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout, volatile=volatile)
-    if kind != "overlay":
-        raise errors.InvalidArgument(f"there is no snapshotter {shown(kind)}", hint="overlay, native or auto")
-    more: dict[str, Any] = dict(overlay_options or {})
-    if flavour is not None:
-        more["properties"] = Properties(flavour)
-    return OverlaySnapshotter(root, owner=owner, sync=sync, create=create, timeout=timeout, volatile=volatile, **more)
+            return NativeSnapshotter(
+                root, owner=owner, sync=sync, create=create, timeout=timeout, volatile=volatile, _catalog=opened
+            )
+        if kind != "overlay":
+            raise errors.InvalidArgument(f"there is no snapshotter {shown(kind)}", hint="overlay, native or auto")
+        from onlap.snapshots.overlay import OverlaySnapshotter, Properties
+
+        more: dict[str, Any] = dict(overlay_options or {})
+        if flavour is not None:
+            more["properties"] = Properties(flavour)
+        return OverlaySnapshotter(
+            root, owner=owner, sync=sync, create=create, timeout=timeout, volatile=volatile, _catalog=opened, **more
+        )
+    except BaseException:
+        if opened is not None:
+            opened.close()
+        raise
 
 
-def _choose(root: StrPath, create: bool, timeout: float) -> tuple[str, str | None]:
-    """The kind of an existing root, or the best kind for a new one; and the flavour of a new overlay root."""
-    from onlap.catalog.catalog import Catalog
-    from onlap.probing.probe import existing_above, overlay_mode
-    from onlap.snapshots import properties
-
+def _existing(root: StrPath, create: bool, timeout: float) -> Catalog | None:
+    """The catalog of a root, if there is one, or if opening it says why it cannot be told."""
     closed = is_directory(os.fspath(root)) and not os.access(root, os.X_OK)  # opening it reports whose it is
-    if closed or exists(os.path.join(os.fspath(root), "catalog.db")):
-        catalog = Catalog(root, create=create, timeout=timeout)
-        try:
-            kind = properties.kind(catalog.database)
-        finally:
-            catalog.close()
-        if kind is not None:
-            return kind, None
+    if not closed and not exists(os.path.join(os.fspath(root), "catalog.db")):
+        return None
+    return Catalog(root, create=create, timeout=timeout)
+
+
+def _choose(root: StrPath, opened: Catalog | None, create: bool) -> tuple[str, str | None]:
+    """The kind of an existing root, or the best kind for a new one; and the flavour of a new overlay root."""
+    kind = properties.kind(opened.database) if opened is not None else None
+    if kind is not None:
+        return kind, None
     if not create:
         return "overlay", None  # opening it reports that there is no root
+    from onlap.probing.probe import existing_above, overlay_mode
+
     mode, _ = overlay_mode(existing_above(os.fspath(root)))
     return {"overlay": ("overlay", "trusted"), "overlay-userxattr": ("overlay", "user")}.get(mode, ("native", None))

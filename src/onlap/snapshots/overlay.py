@@ -15,8 +15,6 @@ from typing import NamedTuple, Unpack
 from onlap import errors
 from onlap.catalog.records import ACTIVE, VIEW, Info, Kind, Record
 from onlap.errors import shown
-from onlap.layers.apply.implicit import inherit
-from onlap.layers.diff.changes import is_empty_layer
 from onlap.mounts import plan
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
@@ -24,7 +22,6 @@ from onlap.overlayfs.options import without_index
 from onlap.snapshots.properties import load_or_create
 from onlap.snapshots.recorded import Options, RecordedSnapshotter, is_fresh
 from onlap.syscalls.namespaces import in_user_namespace
-from onlap.trees.copy import copy_attributes
 from onlap.trees.meta import list_xattrs, read_xattrs
 
 KIND = "overlay"
@@ -147,6 +144,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
         above = self.catalog.layout.tree(parent.id)
         status = os.stat(above)
         if list_xattrs(above):
+            from onlap.trees.copy import copy_attributes
+
             copy_attributes(above, tree)
         # After copy_attributes, which copies the owner too: the top belongs to the mapped root.
         uid, gid = owner or (status.st_uid, status.st_gid)
@@ -156,6 +155,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
         os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def _rebase(self, record: Record, parent: Record) -> None:
+        from onlap.layers.apply.implicit import inherit
+
         layout = self.catalog.layout
         # Nothing is created in that directory after fs and work.
         since = os.stat(layout.snapshot(record.id)).st_mtime_ns
@@ -163,6 +164,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
             inherit(layout.tree(record.id), self.layers(parent), self.markers, since)
 
     def is_unchanged(self, record: Record) -> bool:
+        from onlap.layers.diff.changes import is_empty_layer
+
         tree = self.catalog.layout.tree(record.id)
         if not is_empty_layer(tree):
             return False

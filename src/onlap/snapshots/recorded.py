@@ -21,12 +21,10 @@ from onlap.catalog.disk.layout import ABOUT
 from onlap.catalog.records import ACTIVE, COMMITTED, HAS_LABEL, VIEW, Condition, Info, Kind, Record
 from onlap.catalog.volatile import settle
 from onlap.errors import shown
-from onlap.layers.diff.changes import stack_changes
 from onlap.mounts.helper.lazy import Helper
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.snapshots import exclusion
-from onlap.snapshots import filters as language
 from onlap.snapshots.contract import check_labels, check_name
 from onlap.syscalls.files import is_directory
 from onlap.trees.compare import NEVER, Change, Since
@@ -57,6 +55,7 @@ class Options(TypedDict, total=False):
     create: bool
     timeout: float
     volatile: bool
+    _catalog: Catalog | None
 
 
 class Pair(NamedTuple):
@@ -99,6 +98,7 @@ class RecordedSnapshotter(ABC):
         create: bool = True,
         timeout: float = 30.0,
         volatile: bool = False,
+        _catalog: Catalog | None = None,  # of the root, just opened
     ) -> None:
         if sync not in (None, "layer", "none"):
             raise errors.InvalidArgument(f"sync is {sync!r}", hint='it can be "layer" or "none"')
@@ -106,7 +106,7 @@ class RecordedSnapshotter(ABC):
         self._owner = owner
         self._asynchronous_remove = asynchronous_remove
         self._ancestors: dict[int, tuple[int, ...]] = {}
-        self.catalog = Catalog(root, create=create, timeout=timeout)
+        self.catalog = _catalog or Catalog(root, create=create, timeout=timeout)
         self._original: RecordedSnapshotter | None = None
         try:
             self.volatile = settle(self.catalog, volatile)
@@ -257,7 +257,9 @@ class RecordedSnapshotter(ABC):
     def walk(self, *filters: str) -> Iterator[Info]:
         """See :meth:`Snapshotter.walk`."""
         # Parsed now, so that an invalid filter raises at the call and not at the first step of the walk.
-        parsed = language.parse(*filters)
+        from onlap.snapshots.filters import parse
+
+        parsed = parse(*filters)
         sql, parameters = parsed.where(_TERMS)
         found = map(self._info, self.catalog.walk(self._owner, Condition(sql, parameters)))
         return (info for info in found if parsed.matches(info))
@@ -331,6 +333,8 @@ class RecordedSnapshotter(ABC):
     def compare(self, pair: Pair) -> Iterator[Change]:
         """How two snapshots differ, by their records."""
         with self.comparing(pair, "compare snapshot") as (before, after, since):
+            from onlap.layers.diff.changes import stack_changes
+
             yield from stack_changes(before, after, self.markers, since=since)
 
     def pair(self, key: str, base: str | None = None) -> Pair:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -24,7 +23,7 @@ Note = Callable[[str], None]
 
 def _partial(path: str) -> str:
     # Not the process id, which a process in another container may have too.
-    return f"{os.path.dirname(path)}/.onlap-{secrets.token_hex(6)}{PARTIAL}"
+    return f"{os.path.dirname(path)}/.onlap-{os.urandom(6).hex()}{PARTIAL}"
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from onlap.trees.walk import path_of
 # xattr: otherwise a user could make the layers of root's store claim that a file of theirs is root's.
 OVERRIDE_XATTR = "user.containers.override_stat"
 
-_OVERRIDE = re.compile(rb"([0-9]{1,10}):([0-9]{1,10}):([0-7]{1,7})(?::([a-z]+)(?:-[0-9]+-[0-9]+)?)?")
+_OVERRIDE = rb"([0-9]{1,10}):([0-9]{1,10}):([0-7]{1,7})(?::([a-z]+)(?:-[0-9]+-[0-9]+)?)?"
 # What containers/storage calls the types of files that can have the xattr: the kernel allows user.* only on these
 # (xattr(7)), so that its devices and sockets are empty files, whose records are not owners of ours.
 _TYPES = {stat.S_IFREG: b"file", stat.S_IFDIR: b"dir"}
@@ -111,7 +111,7 @@ def parse_override(value: bytes, mode: int) -> tuple[int, int] | None:
 
     The recorded permissions are ignored: they could be set on the file itself, and a later chmod changed only those.
     """
-    found = _OVERRIDE.fullmatch(value)
+    found = re.fullmatch(_OVERRIDE, value)
     if found is None:
         return None
     uid, gid, recorded = int(found[1]), int(found[2]), int(found[3], 8)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.catalog import records
@@ -24,8 +25,10 @@ from onlap.catalog.records import Record
 from onlap.errors import shown
 from onlap.locks import lock_directory
 from onlap.syscalls.files import open_file
-from onlap.trees import manifest
 from onlap.trees.walk import opened
+
+if TYPE_CHECKING:
+    from onlap.trees import manifest
 
 # Bytes read per second in the background: a small part of what a disk gives, and a tenth of what one core hashes.
 RATE = 100e6
@@ -133,6 +136,8 @@ class Manifests:
         return True
 
     def _write(self, identifier: int, tree: int, pace: Pace) -> str:
+        from onlap.trees import manifest
+
         listed = manifest.entries(tree, lambda size: pace(size or FILE_COST))
         # Durable before the catalog refers to it, so that a missing one means that something was lost.
         with self.staging.file(self.layout.manifest(identifier)) as file:
@@ -150,6 +155,8 @@ class Manifests:
             DataLoss: the manifest is damaged, or gone.
             OnlapError: it cannot be read.
         """
+        from onlap.trees import manifest
+
         digest = self.database.read(lambda c: records.manifest(c, record.id))
         if digest is None:
             return None

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from sqlite3 import Connection
@@ -114,10 +112,14 @@ def encode(sidecar: Sidecar) -> bytes:
 
 def _sealed(content: object) -> bytes:
     """A file: its content, with a digest of it, since a bit that changed in a number or a name shows nowhere else."""
+    import json
+
     return json.dumps({"format": FORMAT, "sha256": _digest(content), "content": content}, indent=1).encode()
 
 
 def _unsealed(data: bytes) -> Any:
+    import json
+
     found = json.loads(data)
     if found["format"] != FORMAT or found["sha256"] != _digest(found["content"]):
         raise ValueError("another format, or damaged")
@@ -125,6 +127,9 @@ def _unsealed(data: bytes) -> Any:
 
 
 def _digest(content: object) -> str:
+    import hashlib
+    import json
+
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

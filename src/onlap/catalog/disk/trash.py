@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from onlap.catalog.disk.pace import Pace, Stopped
 from onlap.locks import Flock
-from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.unmount import attempts
 from onlap.overlayfs.options import layer_paths
 from onlap.syscalls.files import exists
@@ -175,6 +174,8 @@ class Trash:
         An overlay's options keep the path that a layer had when it was mounted, ``ROOT/snapshots/<id>/``; a bind shows
         where its directory is now, ``ROOT/trash/<id>``, relative to the root of its filesystem.
         """
+        from onlap.mounts import mountinfo, namespaces
+
         root = os.fsencode(self._root)
         by_path = _numbers_below(root)
         # If no table shows our root, no other mount can be recognized as one of it: no device is called "".
@@ -195,7 +196,7 @@ class Trash:
                         note(by_place.match(entry.root))
                     continue
                 for path in layer_paths(entry.super_options):
-                    if note(by_path.match(path)) or note(_RELATIVE.fullmatch(path)):
+                    if note(by_path.match(path)) or note(re.fullmatch(_RELATIVE, path)):
                         continue
                     # Our root may be bound to another path there.
                     if b"/snapshots/" in path and path.startswith(b"/"):
@@ -209,7 +210,7 @@ _NEEDLES = (b" - overlay ", b"/snapshots/", b"/trash/")
 
 # A layer that was given to mount(2) relative to ROOT/snapshots, since all paths together did not fit into its page
 # (containerd does so too). Whose it is cannot be told; waiting costs less than deleting a layer that is in use.
-_RELATIVE = re.compile(rb"([0-9]+)/(?:fs|work)")
+_RELATIVE = rb"([0-9]+)/(?:fs|work)"
 
 
 def _numbers_below(root: bytes) -> re.Pattern[bytes]:

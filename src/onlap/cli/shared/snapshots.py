@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from onlap import errors
-from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Info, Record, not_found
+from onlap.catalog.records import ACTIVE, COMMITTED, VIEW, Info, Record, not_found, of_any_owner
 from onlap.cli.terminal import text
 from onlap.errors import shown
 from onlap.trees.usage import Usage
@@ -61,7 +61,7 @@ def find(store: Store, key: str) -> Record:
     try:
         return store.snapshotter.record(key)
     except errors.NotFound:
-        found = [record for record in store.snapshotter.catalog.walk(None) if record.name == key]
+        found = store.snapshotter.catalog.database.read(lambda c: of_any_owner(c, key))
     if not found:
         raise not_found(key)
     if len(found) > 1:

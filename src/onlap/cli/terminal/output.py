@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -176,6 +175,8 @@ def can_draw() -> bool:
 
 def dumped(thing: object) -> str:
     """JSON in one line, in ASCII only, so that a terminal acts on no name."""
+    import json
+
     return json.dumps(_plain(thing), separators=(",", ":"))
 
 

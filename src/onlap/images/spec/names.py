@@ -7,7 +7,6 @@ github.com/distribution/reference, normalize.go: what a name without registry or
 from __future__ import annotations
 
 import re
-import socket
 from typing import NamedTuple
 
 from onlap import errors
@@ -125,6 +124,8 @@ def _split_registry(rest: str, name: str) -> tuple[str, str]:
 
 
 def _is_ipv6(text: str) -> bool:
+    import socket
+
     try:
         socket.inet_pton(socket.AF_INET6, text)
     except OSError:

@@ -6,14 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 from onlap import errors
 from onlap.arguments import StrPath, check_path
 from onlap.catalog.records import ACTIVE, Record
 from onlap.catalog.runs import noting_partials
 from onlap.errors import shown
-from onlap.layers.apply.archive import Applied, Limits, apply
 from onlap.layers.diff.changes import stack_items
 from onlap.layers.diff.write import Encoding, Written, piped, write_layer
 from onlap.layers.stream.compression import BZIP2, GZIP, NONE, XZ, ZSTD, Compression
@@ -21,10 +20,12 @@ from onlap.progress import Callback
 from onlap.snapshots import exclusion
 from onlap.snapshots.overlay import OverlaySnapshotter
 from onlap.snapshots.recorded import Pair, RecordedSnapshotter
-from onlap.snapshots.transfer.directories import check_outside
 from onlap.syscalls.files import exists, is_directory, is_file
 from onlap.trees import atomic
 from onlap.trees.walk import OPEN_DIRECTORY
+
+if TYPE_CHECKING:
+    from onlap.layers.apply.archive import Applied, Limits
 
 Source = BinaryIO | StrPath
 Format = Literal["directory", "tar"]
@@ -134,6 +135,8 @@ def apply_layer(
         FailedPrecondition: it is not active, or is mounted read-write.
         OnlapError: see :func:`onlap.layers.apply.archive.apply`.
     """
+    from onlap.layers.apply.archive import apply
+
     record = snapshotter.record(key)
     if record.kind != ACTIVE:
         raise errors.FailedPrecondition(
@@ -188,6 +191,8 @@ def opened(snapshotter: RecordedSnapshotter, out: StrPath | BinaryIO) -> Iterato
     if not isinstance(out, (str, os.PathLike)):
         yield out
         return
+    from onlap.snapshots.transfer.directories import check_outside
+
     path = check_path(out, "path to write to")
     check_outside(snapshotter, path)
     with errors.translated("write the archive", key=path):
