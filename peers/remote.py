@@ -239,15 +239,21 @@ class RemoteDiffer:
         applied: diff_pb.Descriptor = _translated(self.applying(layer, mounts, **fields).result).applied
         return applied
 
-    def diff(self, left: Sequence[Any], right: Sequence[Any], **fields: Any) -> diff_pb.Descriptor:
-        """Make a layer; returns the blob."""
+    def diffing(self, left: Sequence[Any], right: Sequence[Any], **fields: Any) -> grpc.Future[diff_pb.DiffResponse]:
+        """Diff, begun; see :meth:`applying`."""
         call: Any = self._channel.unary_unary(
             "/containerd.services.diff.v1.Diff/Diff",
             request_serializer=diff_pb.DiffRequest.SerializeToString,
             response_deserializer=diff_pb.DiffResponse.FromString,
         )
-        request = diff_pb.DiffRequest(left=left, right=right, **fields)
-        made: diff_pb.Descriptor = _translated(lambda: call(request, metadata=self._headers)).diff
+        future: grpc.Future[diff_pb.DiffResponse] = call.future(
+            diff_pb.DiffRequest(left=left, right=right, **fields), metadata=self._headers
+        )
+        return future
+
+    def diff(self, left: Sequence[Any], right: Sequence[Any], **fields: Any) -> diff_pb.Descriptor:
+        """Make a layer; returns the blob."""
+        made: diff_pb.Descriptor = _translated(self.diffing(left, right, **fields).result).diff
         return made
 
 

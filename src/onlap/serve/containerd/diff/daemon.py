@@ -40,6 +40,9 @@ _PATIENCE = 60.0
 # manifest that refers to it nerdctl needs milliseconds; an hour is for a client that uploads other layers in between.
 _KEPT = 3600
 
+# Seconds until a reference is tried again that somebody else writes under.
+_PAUSE = 0.1
+
 # containerd's client reads and writes blobs in pieces of 1 MiB (core/content/proxy).
 _PIECE = 1 << 20
 
@@ -181,13 +184,17 @@ class Content:
         """A new blob.
 
         Args:
-            reference: of the client, by which it finds the unfinished blob; empty for one of our own.
+            reference: by which the unfinished blob is found.
 
         Raises:
             OnlapError: see :meth:`Daemon.ask`.
         """
         lease = self._lease or self._new_lease()
         return Writer(self._daemon, self._headers | {LEASE: lease}, reference)
+
+    def abort(self, reference: str) -> None:
+        """Remove an unfinished blob; raises as :meth:`info`."""
+        self._daemon.ask("content.v1.Content/Abort", pb.AbortRequest(ref=reference), Empty, self._headers)
 
     def _new_lease(self) -> str:
         """What is written under it is kept, as the client's own lease does not reach a proxy differ."""
@@ -228,41 +235,46 @@ class Writer:
     def __init__(self, daemon: Daemon, headers: Mapping[str, str], reference: str) -> None:
         self._daemon = daemon
         self._headers = headers
-        self._is_ours = not reference
-        self._reference = reference or f"onlap-diff-{secrets.token_hex(8)}"
+        self._reference = reference
+        self._offset = 0
+        self._open()
+
+    def _open(self) -> None:
         self._requests: queue.SimpleQueue[pb.WriteContentRequest | None] = queue.SimpleQueue()
-        self._answers = daemon.exchange(
+        self._answers = self._daemon.exchange(
             "content.v1.Content/Write",
             iter(self._requests.get, None),
             pb.WriteContentRequest,
             pb.WriteContentResponse,
-            headers,
+            self._headers,
         )
-        self._offset = 0
-        self._committed = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._requests.put(None)
-        if self._committed:
-            return
-        self._answers.cancel()
-        if self._is_ours:
-            try:
-                request = pb.AbortRequest(ref=self._reference)
-                self._daemon.ask("content.v1.Content/Abort", request, Empty, self._headers)
-            except errors.OnlapError:
-                pass  # the first error is the one to report, and the unfinished blob goes with its lease
+        if kind is not None:
+            self._answers.cancel()
 
     def write(self, data: bytes | memoryview) -> int:
         """Send bytes, at most 1 MiB; returns how many. Raises as :meth:`Daemon.ask`.
 
-        The first ones replace what an earlier attempt left under the reference.
+        The first ones replace what an earlier attempt left under the reference. While somebody else writes under it
+        they wait, as in containerd (content/helpers.go, OpenWriter).
         """
         piece = bytes(data[:_PIECE])
-        self._send(pb.WriteContentRequest(action=pb.WRITE, ref=self._reference, offset=self._offset, data=piece))
+        request = pb.WriteContentRequest(action=pb.WRITE, ref=self._reference, offset=self._offset, data=piece)
+        while True:
+            try:
+                self._send(request)
+                break
+            except errors.Unavailable as error:
+                if self._offset or " locked for " not in error.message:
+                    raise
+            self._requests.put(None)
+            time.sleep(_PAUSE)
+            self._open()
         self._offset += len(piece)
         return len(piece)
 
@@ -283,7 +295,6 @@ class Writer:
             resource = pb.Resource(id=digest, type="content")
             request_ = pb.AddResourceRequest(id=self._headers[LEASE], resource=resource)
             self._daemon.ask("leases.v1.Leases/AddResource", request_, Empty, self._headers)
-        self._committed = True
 
     def _send(self, request: pb.WriteContentRequest) -> None:
         self._requests.put(request)

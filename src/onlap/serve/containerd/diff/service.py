@@ -8,8 +8,9 @@ Sources: containerd v1.7.24 and v2.2, core/diff/apply/apply.go and plugins/diff/
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 
 from google.protobuf.message import Message
 
@@ -19,7 +20,7 @@ from onlap.layers.stream.compression import Compression
 from onlap.layers.stream.digests import check_sha256
 from onlap.overlayfs.markers import TRUSTED
 from onlap.serve.containerd.diff import work
-from onlap.serve.containerd.diff.daemon import LEASE, NAMESPACE, Daemon
+from onlap.serve.containerd.diff.daemon import LEASE, NAMESPACE, Content, Daemon
 from onlap.serve.containerd.diff.pool import Pool
 from onlap.serve.containerd.diff.trees import Tree, tree
 from onlap.serve.containerd.diff.work import ApplyJob, DiffJob
@@ -86,6 +87,7 @@ class DiffService:
         if before.overlay and after.overlay and before.flavour != after.flavour:
             raise errors.Unimplemented("trees with different xattrs of OverlayFS are left to another differ")
         namespace = caller.header(NAMESPACE) or self._found_namespace(before, after)
+        reference = request.ref or f"onlap-diff-{secrets.token_hex(8)}"
         epoch = request.source_date_epoch.seconds if request.HasField("source_date_epoch") else None
         job = DiffJob(
             self._daemon,
@@ -94,11 +96,18 @@ class DiffService:
             before,
             after,
             _WRITTEN[media_type],
-            request.ref,
+            reference,
             dict(request.labels),
             epoch,
         )
-        done = self._pool.perform({"diff": job}, caller.when_gone)
+        try:
+            done = self._pool.perform({"diff": job}, caller.when_gone)
+        except errors.OnlapError:
+            if not request.ref:
+                # Not the worker, which may be dead. The first error is the one to report.
+                with closing(Daemon(self._daemon)) as daemon, suppress(errors.OnlapError):
+                    Content(daemon, namespace).abort(reference)
+            raise
         return pb.DiffResponse(diff=pb.Descriptor(media_type=media_type, **done))
 
     def _found_namespace(self, *trees: Tree) -> str:

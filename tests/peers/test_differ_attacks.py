@@ -1,0 +1,77 @@
+"""Calls of the differ that get in each other's way, or go away in the middle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from onlap import errors
+from onlap.serve.containerd.diff.daemon import Content, Daemon
+from onlap.serve.containerd.protocol.snapshots_pb2 import Mount
+from peers.daemons import Containerd, Onlap, eventually
+from peers.differs import MEDIA, site
+from peers.remote import RemoteDiffer
+
+pytestmark = pytest.mark.needs("overlay", "peer:containerd", "peer:ctr")
+
+NAMESPACE = {"containerd-namespace": "default"}
+
+
+@pytest.fixture(scope="module")
+def onlap(place: Path) -> Iterator[Onlap]:
+    """Onlap's server, a differ as well."""
+    with Onlap(place, "--sync", "none", differ=True) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def differ(onlap: Onlap, containerd: Containerd) -> Iterator[RemoteDiffer]:
+    """Onlap's own socket."""
+    with RemoteDiffer(onlap.socket, NAMESPACE) as client:
+        yield client
+
+
+@pytest.fixture
+def pair(root: Path) -> tuple[list[Mount], list[Mount]]:
+    """An empty tree, and one with a file that takes minutes to pack."""
+    below = root / "below"
+    below.mkdir()
+    above = site(root / "above", below)
+    with (above.upper / "file").open("wb") as file:
+        os.truncate(file.fileno(), 1 << 40)
+    return [Mount(type="bind", source=str(below), options=["ro", "rbind"])], above.mounts
+
+
+def unfinished(containerd: Containerd) -> list[str]:
+    """The blobs that are being written."""
+    return containerd.ctr("content", "active").splitlines()[1:]
+
+
+def test_a_diff_that_is_canceled_leaves_no_unfinished_blob(
+    pair: tuple[list[Mount], list[Mount]], differ: RemoteDiffer, containerd: Containerd
+) -> None:
+    """A layer of many GB would stay for the hour of its lease."""
+    call = differ.diffing(*pair, media_type=f"{MEDIA}+gzip")
+    eventually(lambda: unfinished(containerd), "something was sent")
+    call.cancel()
+    eventually(lambda: not unfinished(containerd), "it is removed")
+
+
+def test_a_reference_under_which_somebody_writes(differ: RemoteDiffer, containerd: Containerd, root: Path) -> None:
+    """The diff waits, as containerd's own differ does."""
+    target = site(root / "target")
+    with ThreadPoolExecutor(1) as threads, closing(Daemon(str(containerd.socket))) as daemon:
+        with Content(daemon, "default").writer("taken") as writer:
+            writer.write(b"1")
+            made = threads.submit(differ.diff, [], target.mounts, ref="taken")
+            with pytest.raises(NotYet):
+                made.result(1)
+        assert made.result().size
+    with pytest.raises(errors.NotFound):
+        differ.diff([], [Mount(type="bind", source=str(root / "none"), options=["rw"])], ref="taken")
