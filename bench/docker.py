@@ -141,8 +141,11 @@ def one_round(worker: lib.Worker, base: str, layers: tuple[Path, Path], cycles: 
     result = worker("exists", id=base, count=EMPTY)
     used = lib.measured(lambda: worker("cycles", parent=base, count=cycles) | {"cycles": cycles}, worker.pid, *servers)
     rewritten = worker("diff", id=worker("apply", parent=base, tar=same)["id"], parent=base)
+    worker("drop")  # the filesystem has inodes for one round only
     result |= worker("apply", parent=base, tar=changed)
-    return result | worker("diff", id=result["id"], parent=base) | {"diff_same": rewritten["diff"]} | used
+    result |= worker("diff", id=result["id"], parent=base) | {"diff_same": rewritten["diff"]} | used
+    worker("drop")
+    return result
 
 
 def cycle_ms(result: lib.Result) -> float:
@@ -273,6 +276,9 @@ def work(kind: str) -> None:
             for _ in range(command["count"]):
                 driver.exists(command["id"])
             return {"exists": (time.perf_counter() - began) / command["count"]}
+        if command["op"] == "drop":
+            driver.remove(ids.pop())
+            return {}
         if command["op"] == "diff":
             return differences(driver, command["id"], command["parent"])
         while ids:

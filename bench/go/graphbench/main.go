@@ -9,6 +9,7 @@
 //	{"op": "diff", "id": ID, "parent": ID}          and its size
 //	{"op": "exists", "id": ID, "count": N}          whether it exists, N times
 //	{"op": "serve", "socket": PATH}                 be a plugin that does nothing, for others to ask: what a call costs
+//	{"op": "drop"}                                  remove the layer that was made last
 //	{"op": "close"}                                 remove all layers, and clean up
 //
 // Times are in seconds.
@@ -102,6 +103,10 @@ func (b *bench) run(c command) (answer, error) {
 			go http.Serve(listener, http.HandlerFunc(empty))
 		}
 		return answer{}, err
+	case "drop":
+		last := b.ids[len(b.ids)-1]
+		b.ids = b.ids[:len(b.ids)-1]
+		return answer{}, b.driver.Remove(last)
 	case "close":
 		for i := len(b.ids) - 1; i >= 0; i-- {
 			if err := b.driver.Remove(b.ids[i]); err != nil {
