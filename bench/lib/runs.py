@@ -149,9 +149,9 @@ class Worker:
         return answer
 
 
-def our_worker(module: str, *words: str) -> Worker:
-    """A benchmark started again as the worker of our side: ``python -m MODULE --worker WORDS``."""
-    return Worker([sys.executable, "-m", module, "--worker", *words])
+def our_worker(module: str, *words: str, start: Sequence[str] = ()) -> Worker:
+    """A benchmark started again as the worker of our side, by ``start``: ``python -m MODULE --worker WORDS``."""
+    return Worker([*start, sys.executable, "-m", module, "--worker", *words])
 
 
 def answer(operate: Callable[..., Result]) -> None:
