@@ -88,7 +88,7 @@ def containerd(call: Call) -> int:
             mode=_mode(args.socket_mode),
             group=args.socket_group,
             observer=metrics,
-            daemon=args.containerd if args.differ else None,
+            containerd=args.containerd if args.differ else None,
         )
         return stack.enter_context(server).run()
 

@@ -1,7 +1,8 @@
-"""containerd's proxy snapshotter: the service ``containerd.services.snapshots.v1.Snapshots`` on a unix socket.
+"""containerd's proxy plugins on a unix socket: the snapshotter, and with ``--differ`` the differ.
 
-``service`` has containerd's semantics, independent of the transport; ``transport`` is the only user of the gRPC
-library; ``server`` owns the socket, the lock and the signals.
+A request goes from ``transport``, the server's only user of the gRPC library, through ``calls``, which surrounds every
+call, to a service: ``service`` (``containerd.services.snapshots.v1.Snapshots``) or ``diff/service``
+(``containerd.services.diff.v1.Diff``). ``server`` owns the socket and the lock.
 """
 
 from __future__ import annotations

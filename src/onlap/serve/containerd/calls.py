@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from onlap import errors
 from onlap.serve.containerd.methods import Caller, Method, Service
 from onlap.serve.containerd.service import namespace
-from onlap.serve.containerd.status import status
+from onlap.serve.containerd.status import CODES, status
 
 _log = logging.getLogger("onlap.serve")
 
@@ -53,7 +53,7 @@ class Calls:
         try:
             request = _parse(method, data)
             key = method.key(request)
-            response = method.call(request, caller) if method.asks else method.call(request)
+            response = method.call(request, caller) if method.with_caller else method.call(request)
             assert isinstance(response, Message)
             answer = response.SerializeToString()
         except Exception as error:  # every error becomes a status, so that none is UNKNOWN
@@ -75,7 +75,7 @@ class Calls:
 
     def _failed(self, name: str, key: str, started: float, error: Exception) -> Failure:
         code, message = status(error)
-        if code == 13:
+        if code == CODES["Internal"]:
             _log.error("call failed", exc_info=error, extra={"fields": {"method": name, "key": key}})
         self._done(name, key, started, code, message)
         return Failure(code, message)

@@ -16,7 +16,7 @@ class Caller(Protocol):
         ...
 
     def when_gone(self, action: Callable[[], None]) -> None:
-        """Call ``action``, in any thread, when nobody waits any more: the call was answered or canceled."""
+        """Let ``action`` be called, in any thread, as soon as nobody waits: the call is answered or canceled."""
         ...
 
 
@@ -26,17 +26,17 @@ class Method(NamedTuple):
     Attributes:
         request: the class of its message.
         call: answers it, with a message, or with an iterator of messages if ``streams``.
-        key: returns what it is about from the request, for the log: a snapshot's key or a digest.
+        key: returns what a request is about, for the log: a snapshot's key, a digest or a reference.
         streams: whether the answer is a stream.
-        asks: whether ``call`` gets the :class:`Caller` as well.
-        slow: whether it may take seconds, or wait for others that do: then others do not wait for it.
+        with_caller: whether ``call`` gets the :class:`Caller` as its second argument.
+        slow: whether it may take seconds: then it runs in threads for which no other call waits.
     """
 
     request: type[Message]
     call: Callable[..., Message | Iterator[Message]]
     key: Callable[..., str]
     streams: bool = False
-    asks: bool = False
+    with_caller: bool = False
     slow: bool = False
 
 

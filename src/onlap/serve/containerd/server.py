@@ -36,7 +36,7 @@ class Server(BaseServer):
         mode: permissions of the socket.
         group: the group of the socket.
         observer: notified of every call.
-        daemon: the path of containerd's socket, to be its differ as well; None: only its snapshotter.
+        containerd: the path of containerd's own socket, to be its differ as well; None: only its snapshotter.
 
     Raises:
         FailedPrecondition: the root cannot be served, or the owner is served already.
@@ -51,17 +51,17 @@ class Server(BaseServer):
         mode: int = 0o600,
         group: str | None = None,
         observer: Observer | None = None,
-        daemon: str | None = None,
+        containerd: str | None = None,
     ) -> None:
         check_root(snapshotter)
         super().__init__(os.path.abspath(socket), mode, group)
         self._listener = listener
         self._cleanup.enter_context(snapshotter.catalog.serve(snapshotter.owner))
         services: list[Service] = [SnapshotsService(snapshotter)]
-        if daemon is not None:
+        if containerd is not None:
             from onlap.serve.containerd.diff.service import DiffService
 
-            services.append(self._cleanup.enter_context(DiffService(daemon, partial(_namespace_of, snapshotter))))
+            services.append(self._cleanup.enter_context(DiffService(containerd, partial(_namespace_of, snapshotter))))
         self._transport = Transport(Calls(services, observer))
         self._cleanup.callback(self._transport.stop, GRACE)
         for record in snapshotter.catalog.lost:

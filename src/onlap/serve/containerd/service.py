@@ -49,17 +49,16 @@ class SnapshotsService:
 
     def __init__(self, snapshotter: RecordedSnapshotter) -> None:
         self._snapshotter = snapshotter
-        by_key = _key
         self.methods: dict[str, Method] = {
-            "Prepare": Method(pb.PrepareSnapshotRequest, self.prepare, by_key),
-            "View": Method(pb.ViewSnapshotRequest, self.view, by_key),
-            "Mounts": Method(pb.MountsRequest, self.mounts, by_key),
-            "Commit": Method(pb.CommitSnapshotRequest, self.commit, by_key),
-            "Remove": Method(pb.RemoveSnapshotRequest, self.remove, by_key),
-            "Stat": Method(pb.StatSnapshotRequest, self.stat, by_key),
+            "Prepare": Method(pb.PrepareSnapshotRequest, self.prepare, _key),
+            "View": Method(pb.ViewSnapshotRequest, self.view, _key),
+            "Mounts": Method(pb.MountsRequest, self.mounts, _key),
+            "Commit": Method(pb.CommitSnapshotRequest, self.commit, _key),
+            "Remove": Method(pb.RemoveSnapshotRequest, self.remove, _key),
+            "Stat": Method(pb.StatSnapshotRequest, self.stat, _key),
             "Update": Method(pb.UpdateSnapshotRequest, self.update, lambda request: request.info.name),
             "List": Method(pb.ListSnapshotsRequest, self.list, _no_key, streams=True),
-            "Usage": Method(pb.UsageRequest, self.usage, by_key),
+            "Usage": Method(pb.UsageRequest, self.usage, _key),
             "Cleanup": Method(pb.CleanupRequest, self.cleanup, _no_key),
         }
 

@@ -22,7 +22,7 @@ _MESSAGE_SIZE = 16 << 20
 # more than 16 they wait for the interpreter's lock rather than for the disk.
 _THREADS = 16
 
-# Slow calls only wait for their workers. With more, those of the 65th image that is pulled at the same time wait too.
+# A slow call's thread only waits for a worker process. The 65th call that comes at the same time waits for a thread.
 _SLOW_THREADS = 64
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -52,7 +52,10 @@ class Transport:
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
 
     def start(self, socket: str) -> None:
-        """Listen on ``socket``, which must not exist, and answer.
+        """Listen, and answer in the background.
+
+        Args:
+            socket: the path; a socket that a killed server left there is replaced.
 
         Raises:
             Unavailable: it cannot be listened on.

@@ -1,4 +1,4 @@
-"""Workers that stay, one per core at most, for layers of which several are unpacked or made at once."""
+"""Worker processes that are kept between requests: at most one per core, for several layers at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from onlap import errors
 from onlap.workers import Worker
 
-# A worker has some 40 MiB (bench: the peak memory of a pull). Layers that wait for one lose nothing beyond this number,
-# since the disk is the limit before.
+# A worker uses some 40 MiB (bench: the peak memory of a pull). More workers gain nothing: the disk is the limit.
 _MOST = 8
 
 
@@ -26,7 +25,7 @@ class Pool:
         self._answerer = answerer
         self._free = threading.BoundedSemaphore(min(len(os.sched_getaffinity(0)), _MOST))
         self._mutex = threading.Lock()
-        # The one that was used last is used next, so that those which are never needed are never started.
+        # A stack: the one that was used last is used next, so that no more are started than are needed at once.
         self._idle: list[Worker] = []
         self._busy: dict[Worker, object] = {}
         self._closed = False
@@ -35,8 +34,8 @@ class Pool:
         """What a worker answers, when one is free.
 
         Args:
-            request: see :class:`onlap.workers.Worker`.
-            when_gone: is given what ends the work, to be called when nobody waits for the answer any more.
+            request: for the answerer.
+            when_gone: as :meth:`onlap.serve.containerd.methods.Caller.when_gone`; gets what ends the work.
 
         Raises:
             Canceled: nobody waits any more, or the pool was closed.
@@ -49,7 +48,7 @@ class Pool:
 
             def gone() -> None:
                 with self._mutex:
-                    if self._busy.get(worker) is job:  # else it has another by now
+                    if self._busy.get(worker) is job:  # else it is done, or has another job by now
                         worker.kill()
 
             try:

@@ -19,11 +19,11 @@ from onlap.images.spec import media
 from onlap.layers.stream.compression import Compression
 from onlap.layers.stream.digests import check_sha256
 from onlap.overlayfs.markers import TRUSTED
-from onlap.serve.containerd.diff import work
+from onlap.serve.containerd.diff import jobs
 from onlap.serve.containerd.diff.daemon import LEASE, NAMESPACE, Content, Daemon
+from onlap.serve.containerd.diff.jobs import ApplyJob, DiffJob
 from onlap.serve.containerd.diff.pool import Pool
 from onlap.serve.containerd.diff.trees import Tree, tree
-from onlap.serve.containerd.diff.work import ApplyJob, DiffJob
 from onlap.serve.containerd.methods import Caller, Method
 from onlap.serve.containerd.protocol import diff_pb2 as pb
 from onlap.syscalls.namespaces import in_user_namespace
@@ -48,10 +48,10 @@ class DiffService:
     def __init__(self, daemon: str, namespace_of: Callable[[str], str]) -> None:
         self._daemon = daemon
         self._namespace_of = namespace_of
-        self._pool = Pool(f"{work.__name__}:{work.answer.__name__}")
+        self._pool = Pool(f"{jobs.__name__}:{jobs.answer.__name__}")
         self.methods: dict[str, Method] = {
-            "Apply": Method(pb.ApplyRequest, self.apply, lambda request: request.diff.digest, asks=True, slow=True),
-            "Diff": Method(pb.DiffRequest, self.diff, lambda request: request.ref, asks=True, slow=True),
+            "Apply": Method(pb.ApplyRequest, self.apply, _digest, with_caller=True, slow=True),
+            "Diff": Method(pb.DiffRequest, self.diff, _reference, with_caller=True, slow=True),
         }
 
     def __enter__(self) -> DiffService:
@@ -128,3 +128,11 @@ def _read(found: Tree) -> Tree:
     if found.overlay and found.flavour == TRUSTED and in_user_namespace():
         raise errors.Unimplemented("the markers of an overlay of another user namespace are left to another differ")
     return found
+
+
+def _digest(request: pb.ApplyRequest) -> str:
+    return request.diff.digest
+
+
+def _reference(request: pb.DiffRequest) -> str:
+    return request.ref

@@ -1,4 +1,4 @@
-"""What a worker of the differ does: apply a layer to a tree, or write one from two trees into containerd's content."""
+"""One layer to unpack or to make for containerd, as a worker process gets it; and doing that."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class ApplyJob(NamedTuple):
     """A layer to apply.
 
     Attributes:
-        daemon: the address of containerd.
+        address: the path of containerd's socket.
         namespace: of the client; empty if containerd did not say it.
         digest: of the blob.
-        size: its bytes; 0 if unknown.
-        tree: where to; a :class:`~onlap.serve.containerd.diff.trees.Tree` with an upper directory.
-        sync: whether to write the filesystem to the disk in the end.
+        size: of the blob, in bytes; 0 if unknown.
+        tree: where to write; it has an upper directory.
+        sync: whether to sync the filesystem at the end (syncfs(2)).
     """
 
-    daemon: str
+    address: str
     namespace: str
     digest: str
     size: int
@@ -45,21 +45,21 @@ class ApplyJob(NamedTuple):
 
 
 class DiffJob(NamedTuple):
-    """A layer to write.
+    """A layer to make of what is in one tree and not in another.
 
     Attributes:
-        daemon: the address of containerd.
+        address: the path of containerd's socket.
         namespace: of the client.
         lease: of the client; empty if containerd did not say it.
-        before: a :class:`~onlap.serve.containerd.diff.trees.Tree`.
-        after: another, with the changes.
+        before: the tree without the changes.
+        after: the tree with the changes.
         compression: of the blob.
         reference: see :meth:`~onlap.serve.containerd.diff.daemon.Content.writer`.
         labels: of the blob.
         epoch: seconds since 1970; later times become this one. None: times are kept.
     """
 
-    daemon: str
+    address: str
     namespace: str
     lease: str
     before: Tree
@@ -71,7 +71,19 @@ class DiffJob(NamedTuple):
 
 
 def answer(request: Mapping[str, Any], _progress: Callable[[int], None]) -> Mapping[str, Any]:
-    """An :data:`onlap.workers.Answerer`: ``{"apply": ApplyJob}`` and ``{"diff": DiffJob}``, their members in order."""
+    """Do a job; an :data:`onlap.workers.Answerer`.
+
+    Args:
+        request: ``{"apply": ApplyJob}`` or ``{"diff": DiffJob}``; JSON has made lists of the tuples.
+
+    Returns:
+        ``digest`` and ``size`` (bytes) of the unpacked archive, or of the new blob.
+
+    Raises:
+        Unimplemented: it is left to another differ; a directory that was empty is empty again.
+        OnlapError: see :func:`onlap.layers.apply.archive.apply`, :func:`onlap.layers.diff.write.write_layer` and
+            :meth:`onlap.serve.containerd.diff.daemon.Daemon.ask`.
+    """
     if "apply" in request:
         apply = ApplyJob(*request["apply"])
         return _apply(apply._replace(tree=Tree(*apply.tree)))
@@ -79,7 +91,7 @@ def answer(request: Mapping[str, Any], _progress: Callable[[int], None]) -> Mapp
     return _diff(diff._replace(before=Tree(*diff.before), after=Tree(*diff.after)))
 
 
-# Of a worker, which is asked by one server.
+# A worker has one server, and that one containerd.
 _daemon = functools.lru_cache(maxsize=1)(Daemon)
 
 
@@ -91,18 +103,18 @@ def _apply(job: ApplyJob) -> Mapping[str, Any]:
         with errors.translated("open the directory to unpack into", key=upper):
             fd = stack.enter_context(opened(upper))
         with errors.translated("unpack a layer", key=job.digest):
-            applied = _applied(source, fd, job)
+            applied = _unpack(source, fd, job)
             check_content(applied.digest, applied.size, job.digest, job.size or None)
             if job.sync:
                 syncfs(fd)
     return {"digest": applied.diff_id, "size": applied.uncompressed}
 
 
-def _applied(source: BinaryIO, fd: int, job: ApplyJob) -> Applied:
-    """Apply a layer in its directory.
+def _unpack(source: BinaryIO, fd: int, job: ApplyJob) -> Applied:
+    """Apply a layer to its upper directory.
 
-    containerd may unpack a layer before those below it, and then gives it an empty layer or none to lie on; the
-    whiteouts must be there all the same, for the parent that it gets at its commit (v2.2, core/unpack).
+    containerd may unpack a layer before those below it, over an empty layer or none, and give it its parent at its
+    commit (v2.2, core/unpack). All its whiteouts must then be there as markers.
     """
     tree = job.tree
     if not tree.overlay:
@@ -129,17 +141,17 @@ def _is_empty(directory: str) -> bool:
 
 
 def _blob(job: ApplyJob, stack: contextlib.ExitStack) -> BinaryIO:
-    """The bytes of a layer: a file of containerd's, or else what its content service sends."""
-    daemon = _daemon(job.daemon)
+    """The bytes of a layer: containerd's file, or if that cannot be read, what its content service sends."""
+    daemon = _daemon(job.address)
     content = Content(daemon, job.namespace)
     if job.namespace:
-        content.info(job.digest)  # a namespace sees only its own blobs, whatever lies in the directory
+        content.info(job.digest)  # the directory has the blobs of all namespaces, and a client may use only its own
     blobs = daemon.blobs()
     if blobs is not None:
         try:
             return stack.enter_context(open(os.path.join(blobs, *job.digest.split(":", 1)), "rb", buffering=0))
         except (FileNotFoundError, PermissionError):
-            pass  # another store holds it
+            pass  # it is in a remote store, or in a place of another user's
     if not job.namespace:
         raise errors.Unimplemented(
             f"the blob {job.digest} is not in a directory that can be read, and containerd did not say whose it is",
@@ -149,7 +161,7 @@ def _blob(job: ApplyJob, stack: contextlib.ExitStack) -> BinaryIO:
 
 
 def _diff(job: DiffJob) -> Mapping[str, Any]:
-    content = Content(_daemon(job.daemon), job.namespace, job.lease)
+    content = Content(_daemon(job.address), job.namespace, job.lease)
     flavour = (job.after if job.after.overlay else job.before).flavour
     encoding = Encoding(job.compression, epoch=job.epoch)
     with content.writer(job.reference) as writer, errors.translated("write a layer"):
