@@ -233,6 +233,7 @@ class FileLock:
     def __init__(self, path: str) -> None:
         self._path = path
         self._held: Flock | None = None
+        self._number: int | None = None  # as it is in the file; None if that must be read
 
     def acquire(self, *, wait: bool) -> bool:
         """Take the lock; False if another process has it.
@@ -246,6 +247,7 @@ class FileLock:
         """
         if self._held is None:
             self._held = _open(self._path)
+        self._number = None  # others may have changed it
         return self._held.lock(wait=wait)
 
     def release(self) -> None:
@@ -267,9 +269,13 @@ class FileLock:
     def number(self) -> int:
         """The number in the file, 0 if there is none; only for the holder of the lock."""
         assert self._held is not None
-        return int.from_bytes(os.pread(self._held.fd, 8, 0), "little")
+        if self._number is None:
+            self._number = int.from_bytes(os.pread(self._held.fd, 8, 0), "little")
+        return self._number
 
     @number.setter
     def number(self, value: int) -> None:
         assert self._held is not None
+        self._number = None
         os.pwrite(self._held.fd, value.to_bytes(8, "little"), 0)
+        self._number = value

@@ -294,12 +294,9 @@ def _mounts_of(snapshotter: RecordedSnapshotter, record: Record, *, writable: bo
         alike = snapshotter.catalog.database.read(lambda c: records.count_views(c, record.parent_id, record.id))
         return found if len(found) > alike else []
     tree, work = layout.tree(record.id), layout.work(record.id)
-    bound = record.kind == ACTIVE and snapshotter.plan(record)[0].type == "bind"
+    bound = record.kind == ACTIVE and snapshotter.is_bound(record)
     with snapshotter.translated("look for mounts of", record.name):
-        from onlap.layers.diff.changes import is_empty_layer
-
-        everywhere = not is_empty_layer(tree)
-        return mounts_of(tree, work, bound=bound, everywhere=everywhere, writable=writable)
+        return mounts_of(tree, work, bound=bound, writable=writable)
 
 
 def _busy(record: Record, state: str, holders: list[str], hint: str) -> errors.Busy:

@@ -126,7 +126,8 @@ class OverlaySnapshotter(RecordedSnapshotter):
         os.mkdir(tree, 0o755)
         if kind == ACTIVE:
             os.mkdir(f"{staged}/work", 0o711)
-            os.utime(tree)  # must not be before the time of the snapshot's directory, which _rebase compares with
+            if parent is None:
+                os.utime(tree)  # must not be before the time of the snapshot's directory, which _rebase compares with
         self._inherit(tree, parent, labels)
 
     def _inherit(self, tree: str, parent: Record | None, labels: Mapping[str, str]) -> None:
@@ -203,9 +204,15 @@ class OverlaySnapshotter(RecordedSnapshotter):
                 found.append(os.readlink(layout.live(identifiers[-1])))
         return found
 
+    def is_bound(self, record: Record) -> bool:
+        return self._is_bind(record, self.ancestors(record))
+
+    def _is_bind(self, record: Record, ancestors: tuple[int, ...]) -> bool:
+        return not ancestors and not (record.kind == ACTIVE and self._unpacked(record.name))
+
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         layout = self.catalog.layout
-        if not ancestors and not (record.kind == ACTIVE and self._unpacked(record.name)):
+        if self._is_bind(record, ancestors):
             bind = plan.bind(layout.tree(record.id), readonly=record.kind == VIEW)
             return [bind._replace(flags=self._mapping_flags(record) + bind.flags)]
         with self.translated("plan the mounts of snapshot", record.name):

@@ -168,6 +168,10 @@ class RecordedSnapshotter(ABC):
     def _plan(self, record: Record, ancestors: tuple[int, ...]) -> list[Mount]:
         """The mounts of an active snapshot or view."""
 
+    def is_bound(self, record: Record) -> bool:
+        """Whether the plan of an active snapshot is a bind of its own directory."""
+        return True
+
     @abstractmethod
     def _rebase(self, record: Record, parent: Record) -> None:
         """Prepare the tree of a snapshot without a parent to get this parent; raises OSError.

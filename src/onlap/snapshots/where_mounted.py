@@ -14,7 +14,7 @@ from onlap.overlayfs.options import layer_paths, upperdirs
 from onlap.syscalls.files import exists
 
 
-def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: bool) -> list[str]:
+def mounts_of(tree: str, work: str, *, bound: bool, writable: bool) -> list[str]:
     """Where a snapshot's own tree is mounted, as text.
 
     Args:
@@ -22,8 +22,6 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
         work: its workdir.
         bound: whether its plan is a bind. If it is an overlay, only one that was ever mounted read-write counts: the
             kernel then makes ``work/work``, and leaves it there (fs/overlayfs/super.c).
-        everywhere: look for binds in other mount namespaces too. Reading all of them takes milliseconds, which the
-            commit of a snapshot that was never written to need not pay.
         writable: only read-write mounts.
 
     Raises:
@@ -32,10 +30,14 @@ def mounts_of(tree: str, work: str, *, bound: bool, everywhere: bool, writable: 
     overlaid = exists(f"{work}/work")
     if not overlaid and not bound:
         return []
+    from onlap.layers.diff.changes import is_empty_layer  # costly, and mostly not reached
+
+    # Reading the tables of all namespaces takes milliseconds. A bind that was never written to need not pay that.
+    everywhere = overlaid or not is_empty_layer(tree)
     needle = _needle(tree)
     place = functools.cache(lambda: _place(tree))  # mostly nothing is found, and it is not needed
     found = []
-    for pid, text in namespaces.tables_of_processes() if everywhere or overlaid else ((None, mountinfo.own()),):
+    for pid, text in namespaces.tables_of_processes() if everywhere else ((None, mountinfo.own()),):
         table = mountinfo.Table(text)
         for entry in mountinfo.parse(text, needle):
             if writable and entry.options.split(b",")[0] != b"rw":
