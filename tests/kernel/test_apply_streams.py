@@ -109,15 +109,20 @@ def test_an_archive_cut_before_its_end(layer: Path, size: int) -> None:
 
 def test_an_archive_from_a_path_and_its_progress(layer: Path, tmp_path: Path) -> None:
     source = tmp_path / "layer.tar"
-    source.write_bytes(_LARGE)
+    data = _LARGE + os.urandom(6 << 20)  # more than all buffers hold
+    source.write_bytes(data)
     reports: list[Progress] = []
     fd = os.open(layer, os.O_RDONLY)
     try:
-        apply(source, fd, markers=TRUSTED, progress=reports.append)
+        applied = apply(source, fd, markers=TRUSTED, progress=reports.append)
+        with source.open("rb") as file:
+            assert apply(file, fd, markers=TRUSTED) == applied
     finally:
         os.close(fd)
-    assert reports[-1][:4] == ("apply", len(_LARGE), len(_LARGE), "bytes")
-    assert reports[0].total == len(_LARGE)
+    assert applied.digest == applied.diff_id == _digest(data)
+    assert reports[-1][:4] == ("apply", len(data), len(data), "bytes")
+    assert reports[0].total == len(data)
+    assert not [thread for thread in threading.enumerate() if thread.name == "onlap-layer"]
 
 
 class _Stop(Exception):
