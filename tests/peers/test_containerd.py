@@ -298,11 +298,12 @@ def test_the_remedy_for_a_lost_layer(containerd: Containerd, onlap: Onlap, image
 def test_the_configuration_in_the_document(place: Path) -> None:
     """containerd 1.7 takes what its how-to guide shows for it; the others are at least what they say they are."""
     text = DOCUMENT.read_text()
-    ours, newer = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    (place / "document.toml").write_text(ours)
+    ours, newer, differ = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (place / "document.toml").write_text(ours + differ)
     taken = tomllib.loads(run("containerd", "--config", place / "document.toml", "config", "dump"))
     assert taken["proxy_plugins"]["onlap"]["exports"]["root"] == "/var/lib/onlap"
     assert taken["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["snapshotter"] == "onlap"
+    assert taken["plugins"]["io.containerd.service.v1.diff-service"]["default"] == ["onlap-differ", "walking"]
     newest = tomllib.loads(newer)
     assert newest["version"] == 3
     # The list replaces the default one, and without the number of unpacks "rebase" does nothing.
