@@ -28,7 +28,7 @@ from onlap.workers import main
 main(sys.argv[2])
 """
 
-# What answers a request: both are what JSON can hold; it may report how far it is, in its own unit.
+# Answers a request; both are what JSON can hold. It may report how far it is, in a unit of its own.
 Answerer = Callable[[Mapping[str, Any], Callable[[int], None]], Mapping[str, Any]]
 
 
@@ -38,7 +38,7 @@ class Worker:
     One thread at a time uses it, but any thread may call :meth:`kill`.
 
     Args:
-        answerer: what answers requests there, an :data:`Answerer`, as ``"package.module:name"``.
+        answerer: the name of the :data:`Answerer` that answers the requests there, as ``"package.module:name"``.
     """
 
     def __init__(self, answerer: str) -> None:
@@ -48,12 +48,17 @@ class Worker:
         self._killed = False
 
     def perform(self, request: Mapping[str, Any], progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-        """What the worker answers.
+        """Have a request answered.
+
+        Args:
+            request: for the answerer.
+            progress: called with what the answerer reports. If it raises, kill the worker: the answer is still to come.
 
         Raises:
             Canceled: the worker was killed by :meth:`kill`.
             Unavailable: it died.
-            OnlapError: of the kind that the answerer raised.
+            OnlapError: of the kind that the answerer raised. Any other exception there ends the worker.
+            OSError: no process can be started.
         """
         process = self._started()
         assert process.stdin is not None
@@ -136,7 +141,7 @@ class Worker:
 
 def main(answerer: str) -> None:
     """The program of a worker process."""
-    _volunteer()
+    _be_killed_first()
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     module, _, name = answerer.partition(":")
     answer: Answerer = getattr(importlib.import_module(module), name)
@@ -166,8 +171,8 @@ def _end_with_the_caller() -> None:
     os._exit(0)
 
 
-def _volunteer() -> None:
-    """Be killed before the process that started this one when memory runs out: a worker loses one request.
+def _be_killed_first() -> None:
+    """Let the kernel kill this process and not the one that started it when memory runs out: only one request is lost.
 
     A service may have protected itself (OOMScoreAdjust= of systemd), and its children inherit that (proc(5)).
     """

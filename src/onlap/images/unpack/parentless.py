@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from onlap import errors
 from onlap.layers.apply import archive
@@ -116,18 +116,21 @@ def apply(
     diff_id: str | None = None,
     progress: Callback | None = None,
 ) -> Parentless:
-    """Write the entries of an archive into an empty layer; see :func:`onlap.layers.apply.archive.apply`.
+    """Write the entries of an archive into an empty layer.
+
+    Args:
+        source, digest, diff_id, progress: see :func:`onlap.layers.apply.archive.apply`.
+        layer: a descriptor of its directory.
+        markers: the flavour of the root.
 
     Raises:
-        NeedsParent: it cannot be done.
-        OnlapError: as there.
+        NeedsParent: it cannot be done without the layers below.
+        OnlapError: see :func:`onlap.layers.apply.archive.apply`.
     """
     appliers: list[_ParentlessApplier] = []
 
-    def applier(
-        reader: TarReader, layer: int, lowers: Sequence[str], markers: Markers | None, *, recorded: bool
-    ) -> Applier:
-        appliers.append(_ParentlessApplier(reader, layer, lowers, markers, recorded=recorded))
+    def applier(*arguments: Any, **options: Any) -> Applier:
+        appliers.append(_ParentlessApplier(*arguments, **options))
         return appliers[0]
 
     applied = archive.apply(

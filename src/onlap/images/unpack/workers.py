@@ -32,7 +32,7 @@ def count(layers: int, size: int) -> int:
 
 
 class Workers:
-    """Workers for some layers, if they are worthwhile.
+    """As many workers as :func:`count` says; without any, this process does the jobs.
 
     Args:
         layers: how many there are to unpack.
