@@ -1,7 +1,4 @@
-"""What a differ asks of containerd: a layer's bytes, and a place for a new layer.
-
-A blob is read in containerd's directory where that is at hand, else through its content service. New blobs go through
-the service, which records whom they belong to.
+"""What the differ asks of containerd: where its blobs are, a blob's bytes, and to store a new blob.
 
 Sources: containerd v1.7.24 and v2.2, api/services/{content,introspection,leases,namespaces}/v1,
 plugins/services/content/contentserver/contentserver.go, core/content/proxy; docs/garbage-collection.md.
@@ -14,7 +11,7 @@ import queue
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from types import TracebackType
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -33,14 +30,15 @@ NAMESPACE = "containerd-namespace"
 LEASE = "containerd-lease"
 UNCOMPRESSED = "containerd.io/uncompressed"
 
-# Seconds until containerd answers what it only has to look up: it waits for its own writers, and those for the disk.
+# Seconds after which a call with one answer fails. containerd only looks something up, but it may wait for its own
+# writers, and those for the disk.
 _PATIENCE = 60.0
 
-# Seconds that a new blob is kept for a client that says under no lease of its own. From the end of the diff to the
-# manifest that refers to it nerdctl needs milliseconds; an hour is for a client that uploads other layers in between.
-_KEPT = 3600
+# Seconds until our lease of a new blob expires. From the end of the diff to the manifest that refers to the blob,
+# nerdctl needs milliseconds; an hour is for a client that uploads other layers in between.
+_LEASED = 3600
 
-# Seconds until a reference is tried again that somebody else writes under.
+# Seconds until a reference is tried again under which another client writes.
 _PAUSE = 0.1
 
 # containerd's client reads and writes blobs in pieces of 1 MiB (core/content/proxy).
@@ -53,7 +51,7 @@ _KINDS = {code: kind for kind, code in CODES.items()}
 
 
 class Daemon:
-    """A containerd.
+    """A connection to containerd, made by the first call.
 
     Args:
         address: the path of its socket.
@@ -72,13 +70,14 @@ class Daemon:
         """A call with one answer.
 
         Args:
-            method: as ``"content.v1.Content/Info"``.
-            request: what is asked.
-            answer: the class of what is answered.
-            headers: as :data:`NAMESPACE`.
+            method: as ``"content.v1.Content/Info"``, without ``containerd.services.``.
+            request: its message.
+            answer: the class of the answer.
+            headers: by name, as :data:`NAMESPACE`.
 
         Raises:
-            OnlapError: as containerd answers, or because it does not.
+            Unavailable: containerd does not answer.
+            OnlapError: of the kind that containerd answers.
         """
         call = self._channel.unary_unary(_full(method), type(request).SerializeToString, answer.FromString)
         with self.translated():
@@ -93,22 +92,34 @@ class Daemon:
     def exchange(
         self, method: str, requests: Iterator[M], request: type[M], answer: type[Message], headers: Mapping[str, str]
     ) -> Any:
-        """A call with two streams; errors come from the iterator that is returned, inside :meth:`translated`."""
+        """A call with two streams; returns gRPC's call, an iterator of answers, to be read in :meth:`translated`."""
         call = self._channel.stream_stream(_full(method), request.SerializeToString, answer.FromString)
         return call(requests, metadata=tuple(headers.items()))
 
-    def translated(self) -> _Translated:
-        """A block in which gRPC's errors become ours."""
-        return _Translated(self.address)
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """A block in which gRPC's errors become ours; raises as :meth:`ask`."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            code, details = error.code(), str(error.details())
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise errors.Unavailable(
+                    f"containerd does not answer at {shown(self.address)}: {details}",
+                    key=self.address,
+                    hint="is this its address (--containerd), and does it run?",
+                ) from error
+            kind: type[errors.OnlapError] = getattr(errors, _KINDS.get(code.value[0], "Internal"))
+            raise kind(f"containerd says: {details}") from error
 
     def namespaces(self) -> list[str]:
-        """Which namespaces there are; raises as :meth:`ask`."""
+        """The names of its namespaces; raises as :meth:`ask`."""
         request = pb.ListNamespacesRequest()
         found = self.ask("namespaces.v1.Namespaces/List", request, pb.ListNamespacesResponse, {})
         return [namespace.name for namespace in found.namespaces]
 
     def blobs(self) -> str | None:
-        """The directory of its blobs; None if it does not say so. Raises as :meth:`ask`."""
+        """The directory of its blobs (``ALGORITHM/HEX`` in it); None if it names none. Raises as :meth:`ask`."""
         if self._blobs is None:
             request = pb.PluginsRequest(filters=["type==io.containerd.content.v1,id==content"])
             found = self.ask("introspection.v1.Introspection/Plugins", request, pb.PluginsResponse, {})
@@ -118,38 +129,13 @@ class Daemon:
         return self._blobs
 
 
-class _Translated:
-    """See :meth:`Daemon.translated`."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, grpc.RpcError):
-            return
-        code, details = error.code(), str(error.details())
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise errors.Unavailable(
-                f"containerd does not answer at {shown(self._address)}: {details}",
-                key=self._address,
-                hint="is this its address (--containerd), and does it run?",
-            ) from error
-        kind: type[errors.OnlapError] = getattr(errors, _KINDS.get(code.value[0], "Internal"), errors.Internal)
-        raise kind(f"containerd says: {details}") from error
-
-
 class Content:
     """The blobs of one namespace.
 
     Args:
         daemon: the containerd.
-        namespace: which.
-        lease: of the client under which new blobs are kept; empty for one of our own that expires.
+        namespace: its name.
+        lease: the client's lease, which keeps new blobs; empty for one of our own, which expires.
     """
 
     def __init__(self, daemon: Daemon, namespace: str, lease: str = "") -> None:
@@ -158,7 +144,7 @@ class Content:
         self._lease = lease
 
     def info(self, digest: str) -> pb.Info:
-        """What is known of a blob.
+        """A blob's digest, size and labels.
 
         Raises:
             NotFound: the namespace has no such blob.
@@ -176,15 +162,15 @@ class Content:
         self._daemon.ask("content.v1.Content/Update", request, pb.UpdateResponse, self._headers)
 
     def reader(self, digest: str) -> Reader:
-        """The bytes of a blob, from the service."""
+        """The bytes of a blob, from the service; reading raises as :meth:`info`."""
         request = pb.ReadContentRequest(digest=digest)
         return Reader(self._daemon.stream("content.v1.Content/Read", request, pb.ReadContentResponse, self._headers))
 
     def writer(self, reference: str) -> Writer:
-        """A new blob.
+        """Write a new blob.
 
         Args:
-            reference: by which the unfinished blob is found.
+            reference: the name of the unfinished blob, by which :meth:`abort` and a client find it.
 
         Raises:
             OnlapError: see :meth:`Daemon.ask`.
@@ -197,9 +183,9 @@ class Content:
         self._daemon.ask("content.v1.Content/Abort", pb.AbortRequest(ref=reference), Empty, self._headers)
 
     def _new_lease(self) -> str:
-        """What is written under it is kept, as the client's own lease does not reach a proxy differ."""
+        """A lease that keeps what is written under it: the client's own is rarely passed on to a proxy."""
         name = f"onlap-diff-{secrets.token_hex(8)}"
-        expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + _KEPT))
+        expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + _LEASED))
         request = pb.CreateRequest(id=name, labels={"containerd.io/gc.expire": expires})
         self._daemon.ask("leases.v1.Leases/Create", request, Empty, self._headers)
         return name
@@ -213,7 +199,7 @@ class Reader:
         self._data = memoryview(b"")
 
     def read(self, count: int) -> bytes:
-        """Up to ``count`` bytes; none at the end. Raises as :meth:`Daemon.ask`."""
+        """Up to ``count`` bytes; empty at the end. Raises as :meth:`Daemon.ask`."""
         while not self._data:
             answer = next(self._answers, None)
             if answer is None:
@@ -224,7 +210,7 @@ class Reader:
 
 
 class Writer:
-    """A blob that is sent to the content service; a context manager, without whose :meth:`commit` there is none.
+    """A blob that is sent to the content service; a context manager. Without :meth:`commit` it stays unfinished.
 
     Args:
         daemon: the containerd.
@@ -258,9 +244,9 @@ class Writer:
             self._answers.cancel()
 
     def write(self, data: bytes | memoryview) -> int:
-        """Send bytes, at most 1 MiB; returns how many. Raises as :meth:`Daemon.ask`.
+        """Send at most 1 MiB of ``data``; returns how many bytes were sent. Raises as :meth:`Daemon.ask`.
 
-        The first ones replace what an earlier attempt left under the reference. While somebody else writes under it
+        The first bytes replace what an earlier attempt left under the reference. While another client writes under it,
         they wait, as in containerd (content/helpers.go, OpenWriter).
         """
         piece = bytes(data[:_PIECE])
@@ -279,22 +265,25 @@ class Writer:
         return len(piece)
 
     def commit(self, digest: str, labels: Mapping[str, str]) -> None:
-        """Make it a blob; it may be there already.
+        """Make what was sent the blob ``digest``; if there is one already, the lease keeps that, with its own labels.
 
         Raises:
             OnlapError: see :meth:`Daemon.ask`.
         """
         request = pb.WriteContentRequest(
-            action=pb.COMMIT, ref=self._reference, total=self._offset, expected=digest, offset=self._offset,
+            action=pb.COMMIT,
+            ref=self._reference,
+            total=self._offset,
+            expected=digest,
+            offset=self._offset,
             labels=labels,
-        )  # fmt: skip
+        )
         try:
             self._send(request)
         except errors.AlreadyExists:
             # Said by the service, before the writer could put it under the lease (contentserver.go, Write).
-            resource = pb.Resource(id=digest, type="content")
-            request_ = pb.AddResourceRequest(id=self._headers[LEASE], resource=resource)
-            self._daemon.ask("leases.v1.Leases/AddResource", request_, Empty, self._headers)
+            addition = pb.AddResourceRequest(id=self._headers[LEASE], resource=pb.Resource(id=digest, type="content"))
+            self._daemon.ask("leases.v1.Leases/AddResource", addition, Empty, self._headers)
 
     def _send(self, request: pb.WriteContentRequest) -> None:
         self._requests.put(request)

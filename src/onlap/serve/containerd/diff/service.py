@@ -1,6 +1,6 @@
 """The two calls of a differ: from a request to a worker and back to a response.
 
-What is left to another differ is answered with Unimplemented, at which containerd goes on to the next one of its list
+The answer Unimplemented leaves a request to another differ: containerd goes on to the next one of its list
 (plugins/services/diff/local.go).
 
 Sources: containerd v1.7.24 and v2.2, core/diff/apply/apply.go and plugins/diff/walking/differ.go.
@@ -9,7 +9,7 @@ Sources: containerd v1.7.24 and v2.2, core/diff/apply/apply.go and plugins/diff/
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 
 from google.protobuf.message import Message
@@ -23,12 +23,13 @@ from onlap.serve.containerd.diff import jobs
 from onlap.serve.containerd.diff.daemon import LEASE, NAMESPACE, Content, Daemon
 from onlap.serve.containerd.diff.jobs import ApplyJob, DiffJob
 from onlap.serve.containerd.diff.pool import Pool
-from onlap.serve.containerd.diff.trees import Tree, tree
+from onlap.serve.containerd.diff.trees import Mount, Tree, tree
 from onlap.serve.containerd.methods import Caller, Method
 from onlap.serve.containerd.protocol import diff_pb2 as pb
 from onlap.syscalls.namespaces import in_user_namespace
 
-_WRITTEN: dict[str, Compression] = {
+# The media types that a new layer can have.
+_COMPRESSIONS: dict[str, Compression] = {
     media.OCI_LAYER: "none",
     f"{media.OCI_LAYER}+gzip": "gzip",
     f"{media.OCI_LAYER}+zstd": "zstd",
@@ -39,14 +40,14 @@ class DiffService:
     """The differ; see :class:`onlap.serve.containerd.methods.Service`. A context manager that ends its workers.
 
     Args:
-        daemon: the path of containerd's socket, for the layers' blobs.
-        namespace_of: returns the namespace to which a directory of a snapshot belongs; empty if it is not known.
+        address: the path of containerd's socket, for the layers' blobs.
+        namespace_of: returns containerd's namespace of the snapshot with this directory; empty if it is not known.
     """
 
     name = "containerd.services.diff.v1.Diff"
 
-    def __init__(self, daemon: str, namespace_of: Callable[[str], str]) -> None:
-        self._daemon = daemon
+    def __init__(self, address: str, namespace_of: Callable[[str], str]) -> None:
+        self._address = address
         self._namespace_of = namespace_of
         self._pool = Pool(f"{jobs.__name__}:{jobs.answer.__name__}")
         self.methods: dict[str, Method] = {
@@ -62,7 +63,12 @@ class DiffService:
         self._pool.close()
 
     def apply(self, request: pb.ApplyRequest, caller: Caller) -> Message:
-        """Apply a layer to the tree behind the mounts."""
+        """Apply a layer to the tree behind the mounts.
+
+        Raises:
+            Unimplemented: it is left to another differ.
+            OnlapError: see :func:`onlap.serve.containerd.diff.jobs.answer`.
+        """
         layer = request.diff
         if request.payloads:
             raise errors.Unimplemented("a layer with payloads for a stream processor is left to another differ")
@@ -70,32 +76,32 @@ class DiffService:
         if not layer.digest.startswith("sha256:"):
             raise errors.Unimplemented(f"the digest {errors.shown(layer.digest)} is left to another differ")
         check_sha256(layer.digest)
-        target = _read(tree(request.mounts))
+        target = _tree(request.mounts)
         if target.upper is None:
             raise errors.Unimplemented("a tree that cannot be written to is left to another differ")
         namespace = caller.header(NAMESPACE) or self._namespace_of(target.upper)
-        job = ApplyJob(self._daemon, namespace, layer.digest, layer.size, target, request.sync_fs)
+        job = ApplyJob(self._address, namespace, layer.digest, layer.size, target, request.sync_fs)
         done = self._pool.perform({"apply": job}, caller.when_gone)
         return pb.ApplyResponse(applied=pb.Descriptor(media_type=media.OCI_LAYER, **done))
 
     def diff(self, request: pb.DiffRequest, caller: Caller) -> Message:
-        """Write what is in the right tree and not in the left one as a blob of containerd's."""
+        """Write what is in the right tree and not in the left one as a new blob; raises as :meth:`apply`."""
         media_type = request.media_type or f"{media.OCI_LAYER}+gzip"
-        if media_type not in _WRITTEN:
+        if media_type not in _COMPRESSIONS:
             raise errors.Unimplemented(f"a layer of the type {errors.shown(media_type)} is left to another differ")
-        before, after = _read(tree(request.left)), _read(tree(request.right))
+        before, after = _tree(request.left), _tree(request.right)
         if before.overlay and after.overlay and before.flavour != after.flavour:
             raise errors.Unimplemented("trees with different xattrs of OverlayFS are left to another differ")
         namespace = caller.header(NAMESPACE) or self._found_namespace(before, after)
         reference = request.ref or f"onlap-diff-{secrets.token_hex(8)}"
         epoch = request.source_date_epoch.seconds if request.HasField("source_date_epoch") else None
         job = DiffJob(
-            self._daemon,
+            self._address,
             namespace,
             caller.header(LEASE),
             before,
             after,
-            _WRITTEN[media_type],
+            _COMPRESSIONS[media_type],
             reference,
             dict(request.labels),
             epoch,
@@ -105,17 +111,17 @@ class DiffService:
         except errors.OnlapError:
             if not request.ref:
                 # Not the worker, which may be dead. The first error is the one to report.
-                with closing(Daemon(self._daemon)) as daemon, suppress(errors.OnlapError):
+                with closing(Daemon(self._address)) as daemon, suppress(errors.OnlapError):
                     Content(daemon, namespace).abort(reference)
             raise
         return pb.DiffResponse(diff=pb.Descriptor(media_type=media_type, **done))
 
     def _found_namespace(self, *trees: Tree) -> str:
-        """To which namespace the new blob is to belong, where containerd did not say it (as Debian's 1.7)."""
+        """The namespace for the new blob, if containerd did not say it (as Debian's 1.7); raises Unimplemented."""
         for layer in (layer for each in reversed(trees) for layer in each.layers):
             if found := self._namespace_of(layer):
                 return found
-        with closing(Daemon(self._daemon)) as daemon:
+        with closing(Daemon(self._address)) as daemon:
             names = daemon.namespaces()
         if len(names) != 1:
             raise errors.Unimplemented(
@@ -124,7 +130,8 @@ class DiffService:
         return names[0]
 
 
-def _read(found: Tree) -> Tree:
+def _tree(mounts: Sequence[Mount]) -> Tree:
+    found = tree(mounts)
     if found.overlay and found.flavour == TRUSTED and in_user_namespace():
         raise errors.Unimplemented("the markers of an overlay of another user namespace are left to another differ")
     return found
