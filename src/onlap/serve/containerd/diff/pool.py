@@ -14,6 +14,14 @@ from onlap.workers import Worker
 _MOST = 8
 
 
+class _Job:
+    """A request: which worker has it, if one does, and whether nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.gone = False
+
+
 class Pool:
     """Worker processes that are kept; a context manager that ends them.
 
@@ -27,7 +35,7 @@ class Pool:
         self._mutex = threading.Lock()
         # A stack: the one that was used last is used next, so that no more are started than are needed at once.
         self._idle: list[Worker] = []
-        self._busy: dict[Worker, object] = {}
+        self._busy: set[Worker] = set()
         self._closed = False
 
     def perform(self, request: Mapping[str, Any], when_gone: Callable[[Callable[[], None]], None]) -> dict[str, Any]:
@@ -42,45 +50,51 @@ class Pool:
             Unavailable: the worker died; its memory may have run out.
             OnlapError: of the answerer.
         """
+        job = _Job()
+
+        def gone() -> None:
+            with self._mutex:
+                job.gone = True
+                if job.worker is not None:
+                    job.worker.kill()
+
+        when_gone(gone)
         with self._free:
-            worker = self._take(job := object())
+            worker = self._take(job)
             idle = False
-
-            def gone() -> None:
-                with self._mutex:
-                    if self._busy.get(worker) is job:  # else it is done, or has another job by now
-                        worker.kill()
-
             try:
-                when_gone(gone)
                 answer = worker.perform(request)
                 idle = True
             except errors.OnlapError:
                 idle = True  # or dead
                 raise
             finally:
-                self._put_back(worker, keep=idle)
+                self._put_back(job, worker, keep=idle)
             return answer
 
     def warm(self) -> None:
         """Start a worker, so that the first layer need not wait for that."""
-        worker = self._take(None)
+        worker = self._take(job := _Job())
         worker.start()
-        self._put_back(worker, keep=True)
+        self._put_back(job, worker, keep=True)
 
-    def _take(self, job: object) -> Worker:
+    def _take(self, job: _Job) -> Worker:
         with self._mutex:
             if self._closed:
                 raise errors.Canceled("the server stops")
+            if job.gone:
+                raise errors.Canceled("nobody waits for the layer any more")
             while self._idle and not self._idle[-1].is_usable():
                 self._idle.pop().close()
             worker = self._idle.pop() if self._idle else Worker(self._answerer)
-            self._busy[worker] = job
+            self._busy.add(worker)
+            job.worker = worker
             return worker
 
-    def _put_back(self, worker: Worker, *, keep: bool) -> None:
+    def _put_back(self, job: _Job, worker: Worker, *, keep: bool) -> None:
         with self._mutex:
-            del self._busy[worker]
+            job.worker = None
+            self._busy.remove(worker)
             # Who went away in the last moment has killed it, although it had answered.
             keep = keep and not self._closed and worker.is_usable()
             if keep:
