@@ -2,8 +2,9 @@
 
 A signal handler runs in the main thread, between any two bytecodes, and what it raises (KeyboardInterrupt) may leave a
 lock taken, a count wrong or a turn never passed on: for all other threads and, in the case of a flock, for all other
-processes. So callers do not touch shared state themselves: a :class:`Helper` does, in a thread where no handler runs.
-The caller only puts a :class:`Job` into a queue, with one call in C, and waits at a lock that belongs to the job alone.
+processes. So the main thread does not touch shared state itself: a :class:`Helper` does, in a thread where no handler
+runs. The caller only puts a :class:`Job` into a queue, with one call in C, and waits at a lock that belongs to the job
+alone. A caller in another thread may do its job itself (:meth:`Helper.do_here`).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Job(Generic[T]):
         error: what it raised, or why it was not run.
         finished: whether it has ended.
         helper: the helper that it was given to.
-        lone: whether its caller would have done it, but for another that was at work.
+        could_be_here: whether its caller may do it itself, if nothing else is at work: see :meth:`Helper.do_here`.
     """
 
-    __slots__ = ("_begun", "_done", "action", "error", "finished", "helper", "lone", "result")
+    __slots__ = ("_begun", "_done", "action", "could_be_here", "error", "finished", "helper", "result")
 
     def __init__(self, action: Callable[..., T]) -> None:
         self.action = action
@@ -49,7 +50,7 @@ class Job(Generic[T]):
         self.result: T
         self.error: BaseException | None = None
         self.finished = False
-        self.lone = False
+        self.could_be_here = False
         # Plain locks: taking or releasing one is a single step, which no interrupt can split.
         self._begun = allocate_lock()
         self._done = allocate_lock()
@@ -112,7 +113,7 @@ class Helper:
 
     Args:
         serve: does jobs. It gets the first, takes more with :meth:`waiting`, and finishes all that it took. Its second
-            argument says whether it runs in a caller's thread, since none could be started, and must not wait long.
+            argument says whether it runs in a caller's thread, and must not wait long.
 
     Attributes:
         jobs: the waiting jobs.
@@ -135,14 +136,14 @@ class Helper:
 
         Args:
             job: the job.
-            may: says whether it need not wait; no other job runs then.
+            may: says whether the job can begin without a wait; called while no other job runs.
 
         Returns:
-            Whether it was done. It is not in the main thread, where handlers of signals run.
+            Whether it was done; never in the main thread, where handlers of signals run.
         """
         if _is_main_thread():
             return False
-        job.lone = True
+        job.could_be_here = True
         if not self._running.acquire(blocking=False):
             return False
         try:
@@ -208,8 +209,8 @@ class Helper:
         while not self.jobs.empty() and self._running.acquire(blocking=False):
             try:
                 while True:
-                    # Where callers come one after the other, this thread is in their way.
-                    lingers = linger and not (len(self._taken) == 1 and self._taken[0].lone)
+                    # A caller that comes alone can do its job itself, unless this thread is still there.
+                    lingers = linger and not (len(self._taken) == 1 and self._taken[0].could_be_here)
                     self._taken = [self.jobs.get(timeout=linger) if lingers else self.jobs.get_nowait()]
                     self._serve_or_fail(self._taken[0], in_caller)
             except Empty:

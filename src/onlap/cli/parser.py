@@ -38,7 +38,7 @@ class Words(NamedTuple):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Makes no use of :mod:`shutil`, as argparse's own does for each argument that is added; it loads much."""
+    """Without :mod:`shutil`, which argparse's own asks for the width, and which takes long to import."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_columns() - 2)

@@ -24,9 +24,9 @@ from onlap.overlayfs.markers import Markers
 from onlap.trees.walk import NEW_FILE, opened, path_of
 
 _EXACT = 0o777
-# Names that are not simply those of a file in the directory before them.
+# First characters of a name that needs a closer look: there is none, or it may be ".", ".." or that of a whiteout.
 _UNUSUAL = ("", ".")
-# Characters of a path to which any name can be added.
+# A path of fewer characters (of at most four bytes each) is not too long, whatever name is added to it.
 _SURELY_SHORT = tar.MAX_PATH // 4 - 255
 
 # include/linux/kdev_t.h: a device number in the kernel has 12 bits for the major and 20 for the minor number.
@@ -56,7 +56,7 @@ class Applier:
         self.attributes = Attributes(recorded=recorded)
         self.upper = Upper(layer, lowers, markers, self.attributes)
         self._whiteouts = Whiteouts(self.upper)
-        # Entries in the directory of this name, as the archive has it, go to that parent; None: look for the next one.
+        # The name of the parent of the last entry, as the archive has it, if the next entry may go there; else None.
         self._above: str | None = None
         self._parent = self.upper.top
         self._parent.pins += 1
@@ -126,7 +126,7 @@ class Applier:
             last: what follows.
 
         Returns:
-            Its name in the parent; None if it makes no file there, and everything is done.
+            Its name in the parent; None if the entry is done, since it is a whiteout or the top directory.
         """
         if not entry.name:
             raise ValueError("it has no name")

@@ -61,8 +61,8 @@ _META = b"xgLK"
 _GLOBAL, _LONG_NAME, _LONG_LINK, _OLD_SPARSE = b"gLKS"
 
 _MAX_NUMBERS = 4096
-# Of some 300 bytes each.
-_MAX_KNOWN = 1024
+# Parsed parts of headers, of some 300 bytes each.
+_MAX_PARSED = 1024
 
 # That of os.fsdecode(), which does more than is needed here.
 _ENCODING = sys.getfilesystemencoding()
@@ -237,7 +237,7 @@ class TarReader:
     # Headers
 
     def _usual(self) -> Entry | None:
-        """The next entry, if it begins with a header whose fields but for name, size and time are known by now."""
+        """The next entry, if its header is in the chunk, and differs from earlier ones only in name, size and time."""
         at = self._at + self._left + self._padding
         chunk = self._chunk
         if at + BLOCK > len(chunk):
@@ -410,8 +410,8 @@ class TarReader:
             and (magic == _GNU or magic.startswith(_USTAR))
             and 0 <= uid <= tar.MAX_ID
             and 0 <= gid <= tar.MAX_ID
-            and len(self._middles) < _MAX_KNOWN
-            and len(self._owners) < _MAX_KNOWN
+            and len(self._middles) < _MAX_PARSED
+            and len(self._owners) < _MAX_PARSED
         ):
             total = tar.checksum(header) - sum(adler32(part) & 0xFFFF for part in (header[:_HEAD], header[_REST:])) + 1
             self._middles[header[156:_REST].tobytes()] = (type, total, magic != _GNU)

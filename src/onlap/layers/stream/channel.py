@@ -15,12 +15,12 @@ class Closed(Exception):
 class Channel:
     """A bounded queue between two threads.
 
-    A :class:`threading.Condition` would take several times as long, with both threads after the interpreter's lock.
+    A :class:`threading.Condition` would take several times as long, as both threads compete for the interpreter's lock.
     """
 
     def __init__(self) -> None:
         self._items: SimpleQueue[bytes | BaseException] = SimpleQueue()
-        self._room: SimpleQueue[None] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()  # one per item that may still be added
         self._closed = False
         for _ in range(_DEPTH):
             self._room.put(None)
