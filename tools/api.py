@@ -63,7 +63,7 @@ class Module:
         return text if default is None else f"{text} = {self.code(default)}"
 
     def parameters(self, args: ast.arguments, *, bound: bool) -> list[str]:
-        """The parameters of a function; without ``self`` for a bound one."""
+        """The public parameters of a function; without ``self`` for a bound one."""
         plain = [*args.posonlyargs, *args.args]
         defaults = [*[None] * (len(plain) - len(args.defaults)), *args.defaults]
         found = [self.parameter(a.arg, a.annotation, d) for a, d in zip(plain, defaults, strict=True)][bound:]
@@ -72,7 +72,7 @@ class Module:
         elif args.kwonlyargs:
             found.append("*")
         keywords = zip(args.kwonlyargs, args.kw_defaults, strict=True)
-        found += [self.parameter(a.arg, a.annotation, default) for a, default in keywords]
+        found += [self.parameter(a.arg, a.annotation, default) for a, default in keywords if a.arg[0] != "_"]
         if args.kwarg:
             found.append(self.parameter("**" + args.kwarg.arg, args.kwarg.annotation, None))
         return found
