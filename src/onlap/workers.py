@@ -148,7 +148,8 @@ def main(answerer: str) -> None:
     for line in sys.stdin.buffer:
         try:
             answered = answer(json.loads(line), lambda reached: _tell({"reached": reached}))
-        except errors.OnlapError as error:
+        except (errors.OnlapError, OSError) as problem:
+            error = errors.from_oserror(problem, doing="work on a layer") if isinstance(problem, OSError) else problem
             _tell({"error": type(error).__name__, "message": error.message, "key": error.key, "hint": error.hint})
         else:
             _tell({"answer": answered})

@@ -13,9 +13,11 @@ import pytest
 
 from onlap import errors
 from onlap.serve.containerd.diff.daemon import Content, Daemon
+from onlap.serve.containerd.protocol.diff_pb2 import Descriptor
 from onlap.serve.containerd.protocol.snapshots_pb2 import Mount
 from peers.daemons import Containerd, Onlap, eventually
-from peers.differs import MEDIA, site
+from peers.differs import MEDIA, ingest, site
+from peers.images import Layer
 from peers.remote import RemoteDiffer
 
 pytestmark = pytest.mark.needs("overlay", "peer:containerd", "peer:ctr")
@@ -46,6 +48,18 @@ def pair(root: Path) -> tuple[list[Mount], list[Mount]]:
     with (above.upper / "file").open("wb") as file:
         os.truncate(file.fileno(), 1 << 40)
     return [Mount(type="bind", source=str(below), options=["ro", "rbind"])], above.mounts
+
+
+@pytest.mark.parametrize("below", [True, False], ids=["with a parent", "without"])
+def test_a_blob_of_another_size(below: bool, differ: RemoteDiffer, containerd: Containerd, root: Path) -> None:
+    """What was unpacked before that was known is not left."""
+    (root / "below").mkdir()
+    (root / "below/file").touch()
+    target = site(root / "target", *([root / "below"] if below else []))
+    (blob,) = ingest(containerd, Layer().directory("d").whiteout("file").done())
+    with pytest.raises(errors.DataLoss, match="bytes, not 7"):
+        differ.apply(Descriptor(media_type=blob.media_type, digest=blob.digest, size=7), target.mounts)
+    assert not os.listdir(target.upper)
 
 
 def unfinished(containerd: Containerd) -> list[str]:

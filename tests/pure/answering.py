@@ -16,6 +16,8 @@ def answer(request: Mapping[str, Any], progress: Callable[[int], None]) -> Mappi
         os.kill(os.getpid(), signal.SIGKILL)
     if "error" in request:
         raise errors.InvalidArgument("a bad request", key=request["error"], hint="ask better")
+    if "open" in request:
+        os.close(os.open(request["open"], os.O_WRONLY))
     for reached in range(request.get("steps", 0)):
         progress(reached)
     if "wait" in request:

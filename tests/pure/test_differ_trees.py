@@ -56,6 +56,8 @@ def test_a_tree(mounts: Sequence[Mount], wanted: Tree) -> None:
         [mount("overlay", "workdir=/w", "upperdir=/u", "lowerdir=/a", MAPPED[1])],
         [mount("overlay", "workdir=/w", "upperdir=u", "lowerdir=/a")],
         [mount("overlay", "workdir=/w", "upperdir=/u", "lowerdir=/a:b")],
+        [mount("overlay", "workdir=/w", "upperdir=/u", "lowerdir=/a::/data")],
+        [mount("overlay", "workdir=/w", "upperdir=/u", "lowerdir+=/a")],
         [mount("ext4", "rw", source="/dev/loop0")],
         [mount("aufs", "br:/u=rw:/a=ro+wh", source="none")],
         [mount("", source="/a")],

@@ -220,6 +220,12 @@ def test_errors_of_the_answerer(pool: Pool) -> None:
     assert pool.perform({"echo": 1}, patient) == {"pid": pid, "echo": 1}
 
 
+def test_system_errors_of_the_answerer(pool: Pool) -> None:
+    """They say what is wrong, and not that memory has run out."""
+    with pytest.raises(errors.InvalidArgument, match="Is a directory: /usr"):
+        pool.perform({"open": "/usr"}, patient)
+
+
 def test_a_worker_that_is_killed_without_work(pool: Pool) -> None:
     """As by the kernel when memory runs out: no call fails."""
     pid = pool.perform({}, patient)["pid"]

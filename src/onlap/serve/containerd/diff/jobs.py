@@ -102,7 +102,7 @@ def _apply(job: ApplyJob) -> Mapping[str, Any]:
         source = _blob(job, stack)
         with errors.translated("open the directory to unpack into", key=upper):
             fd = stack.enter_context(opened(upper))
-        with errors.translated("unpack a layer", key=job.digest):
+        with errors.translated("unpack a layer", key=job.digest), emptied_on_error(fd):
             applied = _unpack(source, fd, job)
             check_content(applied.digest, applied.size, job.digest, job.size or None)
             if job.sync:
@@ -125,9 +125,8 @@ def _unpack(source: BinaryIO, fd: int, job: ApplyJob) -> Applied:
     if list_directory(fd):
         raise errors.Unimplemented("a layer that is not empty and has no parent is left to another differ")
     try:
-        with emptied_on_error(fd):
-            done = parentless.apply(source, fd, markers, job.digest)
-            parentless.mark(fd, markers, done.removals)
+        done = parentless.apply(source, fd, markers, job.digest)
+        parentless.mark(fd, markers, done.removals)
     except NeedsParent as needed:
         raise errors.Unimplemented(
             f"the layer {job.digest} needs its parent at {errors.shown(str(needed))}, and is left to another differ"
