@@ -79,7 +79,7 @@ def bench() -> None:
             "containerd",
             "Served to containerd",
             compare(runs, lives, size),
-            where=lib.conditions(peer=f"containerd's overlay snapshotter ({lib.containerd_version()}) over gRPC"),
+            conditions=lib.conditions(peer=f"containerd's overlay snapshotter ({lib.containerd_version()}) over gRPC"),
             notes=NOTES,
             details=details(runs),
             plots=[curve(runs)],

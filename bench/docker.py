@@ -102,13 +102,13 @@ def bench() -> None:
         "inodes",
         series,
         files_alone,
-        floor_is="the files alone",
+        floor_label="the files alone",
     )
     lib.report(
         "docker",
         "Docker's graph drivers",
         rows,
-        where=lib.conditions(peer=f"Docker {docker_version()}, overlay2"),
+        conditions=lib.conditions(peer=f"Docker {docker_version()}, overlay2"),
         notes=(
             f"create, get, put and remove: a container's layer on 5 layers, mean of {cycles}. apply, diff, diff_size "
             f"and changes: a layer of {files:,} small files, of which half are new and half replace files of the "

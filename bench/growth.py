@@ -63,7 +63,7 @@ def bench() -> None:
             "growth",
             "Growth",
             compare(runs, snapshots, chains, files),
-            where=lib.conditions(),
+            conditions=lib.conditions(),
             notes=NOTES,
             details=curves(runs, snapshots, chains, files),
             plots=[plot(runs, snapshots)],

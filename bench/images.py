@@ -134,7 +134,7 @@ def bench() -> None:
             "images",
             "Images",
             compare(runs),
-            where=lib.conditions(
+            conditions=lib.conditions(
                 image=f"{len(layers)} layers, {size} MiB of gzip, {files:,} files",
                 peer=f"ctr and containerd {lib.containerd_version()}, {run('umoci', '--version').split()[2]} (umoci), "
                 f"{run('buildah', '--version').split()[2]} (buildah)",

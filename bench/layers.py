@@ -81,7 +81,7 @@ def bench() -> None:
             "layers",
             "Layers",
             compare(runs, made, memory, sizes),
-            where=lib.conditions(
+            conditions=lib.conditions(
                 peers=f"{hello['name']} ({lib.containerd_version()}), {hello['runtime']}; {peers}",
                 layers=f"many: {made['many_entries']:,} entries, {made['many_bytes'] >> 20} MiB; "
                 f"big: 5 files, {made['big_bytes'] >> 20} MiB",

@@ -20,7 +20,7 @@ from bench.images import CONTAINERD, NAME, SOURCES, Layers, chain_id, make_layer
 from onlap.layers.stream.compression import compressor
 from peers.daemons import Daemon, Dockerd, Onlap
 
-# Who unpacks into what: the peer is containerd as it comes.
+# Who unpacks and makes layers, and the snapshotter. "walking" is containerd's own differ, and the peer.
 SIDES = {"walking": "overlayfs", "differ": "overlayfs", "differ and snapshotter": "onlap"}
 
 DIFFER = """
@@ -41,7 +41,7 @@ class Side:
     Args:
         stack: ends it.
         place: a new directory on the filesystem that is measured.
-        differ: whether it has Onlap's.
+        differ: whether it has Onlap's differ and snapshotter, else only its own.
     """
 
     def __init__(self, stack: ExitStack, place: Path, *, differ: bool) -> None:
@@ -96,10 +96,9 @@ def bench() -> None:
         for side, snapshotter in sides.values():
             side.ctr("images", "import", "--snapshotter", snapshotter, mount / "gzip.tar")
         top = chain_id(layers)
-        changed = {
-            name: change(side, snapshotter, top, mount / "merged") for name, (side, snapshotter) in sides.items()
-        }
-        runs |= take_turns({f"diff, {name}": partial(diff, *changed[name]) for name in sides})
+        for side, snapshotter in sides.values():
+            change(side, snapshotter, top, mount / "merged")
+        runs |= take_turns({f"diff, {name}": partial(diff, *side) for name, side in sides.items()})
         dockers = {"walking": plain, "differ and snapshotter": onlap}
         runs |= take_turns({f"load, {name}": partial(load, side, mount / "gzip.tar") for name, side in dockers.items()})
         for side in dockers.values():
@@ -110,7 +109,7 @@ def bench() -> None:
             "pull",
             "Unpacking and committing under containerd",
             compare(runs),
-            where=lib.conditions(
+            conditions=lib.conditions(
                 image=f"{len(layers)} layers, {size} MiB of gzip, {files:,} files",
                 peer=f"containerd {lib.containerd_version()}, {run('dockerd', '--version')}",
             ),
@@ -137,18 +136,17 @@ def import_image(side: Side, archive: Path, *options: str) -> lib.Result:
     return result
 
 
-def change(side: Side, snapshotter: str, top: str, mount_point: Path) -> tuple[Side, str]:
-    """Change one file in a snapshot of the image."""
+def change(side: Side, snapshotter: str, top: str, mount_point: Path) -> None:
+    """Change one file in a snapshot of the image, called "work"."""
     mount_point.mkdir(exist_ok=True)
     mounts = side.ctr("snapshots", "--snapshotter", snapshotter, "prepare", "--target", mount_point, "work", top)
     run("env", "LIBMOUNT_FORCE_MOUNT2=always", "sh", "-ec", mounts)
     (mount_point / "changed").write_text("changed")
     run("umount", mount_point)
-    return side, snapshotter
 
 
 def diff(side: Side, snapshotter: str) -> lib.Result:
-    """Make a layer of it, and read that."""
+    """Make a layer of "work", and read it."""
     words = ["ctr", "--address", side.containerd.socket, "snapshots", "--snapshotter", snapshotter, "diff", "work"]
     return side.timed(lambda: run("sh", "-ec", 'exec "$0" "$@" >/dev/null', *words))
 
@@ -221,7 +219,9 @@ def plot(runs: Mapping[str, list[lib.Result]]) -> lib.Plot:
 
     series = {kind: points(kind) for kind in ("gzip", "zstd")}
     floor = points("gzip", floor=True)
-    return lib.Plot("pull", "Import and unpack of the image", "", "s", series, floor, floor_is="the blobs alone, gzip")
+    return lib.Plot(
+        "pull", "Import and unpack of the image", "", "s", series, floor, floor_label="the blobs alone, gzip"
+    )
 
 
 if __name__ == "__main__":

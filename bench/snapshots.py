@@ -85,7 +85,7 @@ def bench() -> None:
             "snapshots",
             "Snapshots, as a library",
             compare(runs, files, live),
-            where=lib.conditions(peer=f"{hello['name']} ({lib.containerd_version()}), {hello['runtime']}"),
+            conditions=lib.conditions(peer=f"{hello['name']} ({lib.containerd_version()}), {hello['runtime']}"),
             notes=NOTES,
             details=calls(runs),
             runs=runs,

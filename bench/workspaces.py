@@ -70,7 +70,7 @@ def bench() -> None:
         "workspaces",
         "Workspaces",
         figures(runs, long, sizes),
-        where=lib.conditions(peers=versions(docker=not chosen.no_docker)),
+        conditions=lib.conditions(peers=versions(docker=not chosen.no_docker)),
         notes=NOTES,
         details=beside(runs, long),
         runs={**runs, "long": [long]},

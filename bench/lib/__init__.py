@@ -27,7 +27,7 @@ A benchmark is written so::
             )
             plot = lib.Plot("apply", "Apply over files", "files", "s",
                 {"Onlap": [(1000, [0.1, 0.2]), (2000, [0.2, 0.3])], "peer": ...}, floor=[(1000, [0.1])], log="x")
-            lib.report("layers", "Layers", [row], where=lib.conditions(peer="..."), notes="...",
+            lib.report("layers", "Layers", [row], conditions=lib.conditions(peer="..."), notes="...",
                 plots=[plot], runs=runs, record=chosen.record)
 
 ``Row(what, unit, peer, ours, reach)`` takes the numbers themselves, and ``floor``, ``cpu`` and ``memory`` likewise; a
@@ -35,7 +35,8 @@ A benchmark is written so::
 the values of all rounds: the median is drawn, and from the least to the greatest a band. If its x are words, it is
 drawn as bars.
 
-A ratio whose rounds differ among each other by a greater factor than it differs from 1 is not printed and not judged.
+A ratio whose rounds differ among each other by a greater factor than it differs from 1 is not printed, and judged only
+if every round would be judged alike.
 
 Our own side as a process that takes turns with the peer's: ``lib.our_worker("bench.NAME")``, which starts the benchmark
 with ``--worker``; there ``lib.answer(operate)`` answers it.

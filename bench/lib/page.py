@@ -18,14 +18,26 @@ def report(
     title: str,
     rows: Sequence[Row | Figure],
     *,
-    where: Mapping[str, str],
+    conditions: Mapping[str, str],
     notes: str = "",
     details: Details | None = None,
     plots: Sequence[Plot] = (),
     runs: Mapping[str, Sequence[Result]],
     record: bool,
 ) -> None:
-    """Print the tables, write .cache/bench/NAME.json and the plots; with ``record``, publish (a short run is none)."""
+    """Print the tables, and write .cache/bench/NAME.json and the plots.
+
+    Args:
+        name: of the benchmark, in the file of results and as the key of its section.
+        title: of its section.
+        rows: of its table.
+        conditions: what the figures hold for; see machine.conditions.
+        notes: follow the table, as Markdown.
+        details: a second table.
+        plots: follow the notes.
+        runs: all results, by case, for the file.
+        record: whether to write the section of docs/benchmarks.md, and the plots beside it.
+    """
     if sys.stderr.isatty():
         progress("")
     print(text_table(*table(rows)))
@@ -38,7 +50,7 @@ def report(
         print(f"no ratio, since the rounds differ by more than the sides do: {'; '.join(unclear)}")
     document = {
         "name": name,
-        "conditions": dict(where),
+        "conditions": dict(conditions),
         "rows": [row.as_json() for row in rows],
         "runs": dict(runs),
     }
@@ -54,7 +66,7 @@ def report(
         else:
             print(f"wrote {path.relative_to(REPOSITORY)}")
     if record:
-        publish(name, title, rows, where=where, notes=notes, details=details, plots=plots)
+        publish(name, title, rows, conditions=conditions, notes=notes, details=details, plots=plots)
         print(f"wrote {DOCUMENT.relative_to(REPOSITORY)}")
 
 
@@ -64,13 +76,13 @@ PREAMBLE = """\
 Onlap beside its peers, measured by the programs in `bench/` (`make bench`). Each program writes its own section.
 Runs are interleaved, on one machine, on a new ext4 with a journal on a loop device.
 
-- Figures are medians of the rounds, with the smallest and the largest in brackets. The bracket of a ratio has the
-  ratios of the single rounds. If these differ by a greater factor than the two sides do ("rounds differ"), there is no
-  ratio and no verdict: the measurement was too rough for one. A plot has the medians, and from the smallest to the
-  largest a band.
+- Figures are medians of the rounds, with the smallest and the largest in brackets. The brackets of a ratio have the
+  ratios of the single rounds. If these differ by a greater factor than the two sides do ("rounds differ"), the
+  measurement was too rough for a ratio, and there is a verdict only if it is the same for every round. A plot has the
+  medians, with a band from the smallest to the largest.
 - Both sides have the same durability, unless a column says how it differs.
-- "CPU" is processor time, user and system, of all processes of the peer and of Onlap. "MiB" is the largest resident
-  size of the largest process of either. Columns are left out where a benchmark does not measure this.
+- "CPU" is processor time, user and system, of all processes of a side: the peer's / Onlap's. "MiB" is the largest
+  resident size of the largest process of a side, likewise. A column is left out where a benchmark does not measure it.
 - "Floor" is what the system calls alone take, made by a program that does nothing else.
 """
 
@@ -80,16 +92,16 @@ def publish(
     title: str,
     rows: Sequence[Row | Figure],
     *,
-    where: Mapping[str, str],
+    conditions: Mapping[str, str],
     notes: str = "",
     details: Details | None = None,
     plots: Sequence[Plot] = (),
     document: Path = DOCUMENT,
 ) -> None:
-    """Replace the section of the benchmark ``name`` in docs/benchmarks.md, or append it."""
+    """Replace the section of the benchmark ``name`` in docs/benchmarks.md, or append it; see :func:`report`."""
     parts = [
         f"## {title}",
-        "; ".join(f"{key}: {value}" for key, value in where.items()),
+        "; ".join(f"{key}: {value}" for key, value in conditions.items()),
         markdown_table(*table(rows)),
         notes,
         *(f"![{plot.alternative}](plots/{plot.name}.svg)" for plot in plots),

@@ -30,7 +30,7 @@ class Plot(NamedTuple):
         series: the points of each side, Onlap's first. If their x are words, bars are drawn.
         floor: the points that nobody gets below.
         log: the axes that are logarithmic: "x", "y", "xy" or "".
-        floor_is: what the floor is made of.
+        floor_label: what the floor is made of.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Plot(NamedTuple):
     series: Mapping[str, Sequence[Point]]
     floor: Sequence[Point] = ()
     log: str = ""
-    floor_is: str = "the system calls alone"
+    floor_label: str = "the system calls alone"
 
     @property
     def alternative(self) -> str:
-        """The plot in words, for who does not see it: the last point of each line, or all bars."""
+        """The plot in words, for readers who do not see it: the last point of each line, or all bars."""
         ends = [
             f"{name} {number(statistics.median(values))} at {where if isinstance(where, str) else f'{where:,}'}"
-            for name, points in (*self.series.items(), (self.floor_is, self.floor))
+            for name, points in (*self.series.items(), (self.floor_label, self.floor))
             for where, values in (points if self.bars else points[-1:])
         ]
         return " ".join(f"{self.title} ({self.y}): {'; '.join(ends)}".split())
@@ -112,7 +112,7 @@ def _lines(axes: Any, plot: Plot) -> None:
         axes.fill_between(where, least, greatest, color=color, alpha=0.2, linewidth=0)
     if plot.floor:
         medians = [statistics.median(values) for _, values in plot.floor]
-        axes.plot([where for where, _ in plot.floor], medians, "--", color=INK, label=plot.floor_is)
+        axes.plot([where for where, _ in plot.floor], medians, "--", color=INK, label=plot.floor_label)
     for axis in plot.log:
         getattr(axes, f"set_{axis}scale")("log")
     if "y" in plot.log:
@@ -140,6 +140,6 @@ def _bars(axes: Any, plot: Plot) -> None:
             )
     for where, values in plot.floor:
         place, middle = places.index(where), statistics.median(values)
-        label = plot.floor_is if where == plot.floor[0][0] else None
+        label = plot.floor_label if where == plot.floor[0][0] else None
         axes.hlines(middle, place - 0.45, place + 0.45, color=INK, linestyles="--", label=label)
     axes.set_xticks(range(len(places)), places)

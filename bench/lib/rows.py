@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import NamedTuple, Self
 
 from bench.lib.machine import Result
 
-Values = Sequence[float]  # one a round
+Values = Sequence[float]  # one per round
 EQUAL = "equal"
 
 
@@ -38,7 +38,7 @@ class Reach(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table: the same measure of both sides, a value a round.
+    """A line of the table: the same measure of both sides, one value per round.
 
     Attributes:
         what: the measure; with the name of the benchmark, the key of the row.
@@ -107,17 +107,18 @@ class Row(NamedTuple):
     @property
     def ratio(self) -> float | None:
         """Ours to the peer's, of the medians; None if the rounds differ by a greater factor than the sides do."""
-        ratio = statistics.median(self.ours) / statistics.median(self.peer)
+        ratio = median(self.ours) / median(self.peer)
         difference = max(ratio, 1 / ratio) if ratio else float("inf")
         return None if max(self.by_round) > difference * min(self.by_round) else ratio
 
     @property
     def verdict(self) -> str:
-        """See Reach.judge; empty if there is nothing to reach, or if there is no ratio and the rounds say different."""
+        """See Reach.judge; empty if there is nothing to reach, or without a ratio if the rounds are judged unalike."""
         if self.reach == Reach():
             return ""
-        said = {self.reach.judge(ratio) for ratio in (self.by_round if self.ratio is None else [self.ratio])}
-        return said.pop() if len(said) == 1 else ""
+        ratios = self.by_round if self.ratio is None else [self.ratio]
+        verdicts = {self.reach.judge(ratio) for ratio in ratios}
+        return verdicts.pop() if len(verdicts) == 1 else ""
 
     def cells(self) -> dict[str, str]:
         """The row as text, by heading; the ratio with its range over the rounds."""
@@ -128,7 +129,7 @@ class Row(NamedTuple):
             "floor": spread(self.floor) if self.floor else "",
             "peer": spread(self.peer),
             "Onlap": spread(self.ours),
-            "Onlap / floor": f"{number(_median(self.ours) / _median(self.floor))}x" if self.floor else "",
+            "Onlap / floor": f"{number(median(self.ours) / median(self.floor))}x" if self.floor else "",
             "CPU": " / ".join(map(_seconds, self.cpu)) if any(self.cpu) else "",
             "MiB": " / ".join(map(_mib, self.memory)) if any(self.memory) else "",
             "durability": "" if self.durability == EQUAL else self.durability,
@@ -143,7 +144,17 @@ class Row(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A line of a table without a peer: a measure, a value a round, and what it may be at most."""
+    """A line of a table without a peer.
+
+    Attributes:
+        what: the measure; with the name of the benchmark, the key of the line.
+        unit: of its values.
+        ours: one value per round.
+        most: what their median may be at most; None: there is nothing to reach.
+        stretch: the same, but harder.
+        floor: the same by the system calls alone.
+        cpu: seconds of processor time.
+    """
 
     what: str
     unit: str
@@ -158,7 +169,7 @@ class Figure(NamedTuple):
         """See Reach.judge; empty if there is nothing to reach."""
         if self.most is None:
             return ""
-        return Reach(most=self.most, stretch=self.stretch).judge(statistics.median(self.ours))
+        return Reach(most=self.most, stretch=self.stretch).judge(median(self.ours))
 
     def cells(self) -> dict[str, str]:
         """The figure as text, by heading."""
@@ -168,7 +179,7 @@ class Figure(NamedTuple):
             "unit": self.unit,
             "floor": spread(self.floor) if self.floor else "",
             "Onlap": spread(self.ours),
-            "Onlap / floor": f"{number(_median(self.ours) / _median(self.floor))}x" if self.floor else "",
+            "Onlap / floor": f"{number(median(self.ours) / median(self.floor))}x" if self.floor else "",
             "CPU": _seconds(self.cpu) if self.cpu else "",
             "to reach (stretch)": limit if self.stretch is None else f"{limit} ({self.stretch:g})",
             "verdict": self.verdict,
@@ -191,7 +202,7 @@ def table(rows: Sequence[Row | Figure]) -> tuple[list[str], list[list[str]]]:
 
 def spread(values: Values) -> str:
     """Median and, in brackets, the least and the greatest."""
-    return f"{number(statistics.median(values))} ({number(min(values))}-{number(max(values))})"
+    return f"{number(median(values))} ({number(min(values))}-{number(max(values))})"
 
 
 def number(value: float) -> str:
@@ -199,14 +210,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-_median = statistics.median
-
-
 def _seconds(values: Values) -> str:
     if not values:
         return "-"
-    median = statistics.median(values)
-    return f"{number(median * 1000)} ms" if median < 0.1 else f"{number(median)} s"
+    middle = median(values)
+    return f"{number(middle * 1000)} ms" if middle < 0.1 else f"{number(middle)} s"
 
 
 def _mib(values: Values) -> str:

@@ -38,11 +38,11 @@ def command(*words: object, cwd: Path | None = None) -> Result:
 
 
 def measured(call: Callable[[], object], *pids: int, commands: bool = True) -> Result:
-    """Time a call that these processes do the work of: ``seconds``, and their ``cpu_s`` and ``peak_mib``.
+    """Time a call whose work these processes do: ``seconds``, and their ``cpu_s`` and ``peak_mib``.
 
     Their descendants count too. So does the processor time of the ``commands`` that the call runs and waits for, unless
     they are only a load that is the same for both sides. The peak is of the largest of the processes. If the call
-    returns a dictionary, what that has comes first.
+    returns a dictionary, its values take precedence.
     """
     for pid in _with_descendants(pids):
         try:
@@ -175,9 +175,9 @@ def answer(operate: Callable[..., Result]) -> None:
 def interleave(
     rounds: int, cases: Mapping[str, Callable[[], Result]], *, before: Callable[[], object] | None = None
 ) -> dict[str, list[Result]]:
-    """Run every case once a round, ``before`` (not timed) ahead of each; the results of a case by round.
+    """Run every case once per round, ``before`` (not timed) ahead of each; returns each case's results, one per round.
 
-    A case starts one place later each round, so that none always profits or suffers from its neighbour.
+    Each round starts with the next case, so that none always comes first.
     """
     results: dict[str, list[Result]] = {name: [] for name in cases}
     names = list(cases)

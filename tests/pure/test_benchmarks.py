@@ -65,8 +65,8 @@ def test_what_is_published_is_read_again(tmp_path: Path) -> None:
     details = lib.Details("More:", ["run", "s"], [["a", "1"]])
     plot = lib.Plot("apply", "Apply", "files", "s", {"Onlap": [(1, [1.0])]})
     for _ in range(2):  # the second time it is replaced
-        publish("layers", "Layers", rows, where={}, details=details, plots=[plot], document=document)
-        publish("other", "Other", [lib.Figure("open", "ms", [1.0], 2)], where={}, document=document)
+        publish("layers", "Layers", rows, conditions={}, details=details, plots=[plot], document=document)
+        publish("other", "Other", [lib.Figure("open", "ms", [1.0], 2)], conditions={}, document=document)
     found = lib.recorded(document)
     assert list(found) == [KEY, ("other", "open")]
     assert found[KEY]["durability"] == "Onlap syncs"
