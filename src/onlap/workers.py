@@ -57,7 +57,7 @@ class Worker:
         Raises:
             Canceled: the worker was killed by :meth:`kill`.
             Unavailable: it died.
-            OnlapError: of the kind that the answerer raised. Any other exception there ends the worker.
+            OnlapError: of the kind that the answerer raised, or for an OSError there. Other exceptions end the worker.
             OSError: no process can be started.
         """
         process = self._started()
@@ -147,9 +147,9 @@ def main(answerer: str) -> None:
     answer: Answerer = getattr(importlib.import_module(module), name)
     for line in sys.stdin.buffer:
         try:
-            answered = answer(json.loads(line), lambda reached: _tell({"reached": reached}))
-        except (errors.OnlapError, OSError) as problem:
-            error = errors.from_oserror(problem, doing="work on a layer") if isinstance(problem, OSError) else problem
+            with errors.translated("work on a layer"):
+                answered = answer(json.loads(line), lambda reached: _tell({"reached": reached}))
+        except errors.OnlapError as error:
             _tell({"error": type(error).__name__, "message": error.message, "key": error.key, "hint": error.hint})
         else:
             _tell({"answer": answered})

@@ -23,7 +23,7 @@ class _Job:
 
 
 class Pool:
-    """Worker processes that are kept; a context manager that ends them.
+    """Worker processes that are kept until :meth:`close`.
 
     Args:
         answerer: see :class:`onlap.workers.Worker`.
@@ -43,7 +43,7 @@ class Pool:
 
         Args:
             request: for the answerer.
-            when_gone: as :meth:`onlap.serve.containerd.methods.Caller.when_gone`; gets what ends the work.
+            when_gone: see :meth:`onlap.serve.containerd.methods.Caller.when_gone`; gets what ends the work.
 
         Raises:
             Canceled: nobody waits any more, or the pool was closed.
@@ -73,7 +73,7 @@ class Pool:
             return answer
 
     def warm(self) -> None:
-        """Start a worker, so that the first layer need not wait for that."""
+        """Start a worker, so that the first layer need not wait for that; raises OSError if that is impossible."""
         worker = self._take(job := _Job())
         worker.start()
         self._put_back(job, worker, keep=True)
@@ -95,7 +95,7 @@ class Pool:
         with self._mutex:
             job.worker = None
             self._busy.remove(worker)
-            # Who went away in the last moment has killed it, although it had answered.
+            # A caller that went away in the last moment has killed it, although it had answered.
             keep = keep and not self._closed and worker.is_usable()
             if keep:
                 self._idle.append(worker)

@@ -13,8 +13,9 @@ from onlap import errors
 from onlap.errors import shown
 from onlap.overlayfs.markers import TRUSTED, USER
 
-# With the first two, mounts show other owners than the directories behind them have; the others add layers.
-_LEFT = ("uidmap", "gidmap", "lowerdir+", "datadir+")
+# Options that are not read here. With the first two, a mount shows other owners than the directories behind it have;
+# the others add layers.
+_UNREAD = ("uidmap", "gidmap", "lowerdir+", "datadir+")
 
 
 class Mount(Protocol):
@@ -61,17 +62,18 @@ def tree(mounts: Sequence[Mount]) -> Tree:
         raise errors.Unimplemented("a tree of several mounts is left to another differ")
     mount = mounts[0]
     options = dict(_pairs(mount.options))
-    if not options.keys().isdisjoint(_LEFT):
-        raise errors.Unimplemented(f"a mount with any of the options {', '.join(_LEFT)} is left to another differ")
+    if not options.keys().isdisjoint(_UNREAD):
+        raise errors.Unimplemented(f"a mount with any of the options {', '.join(_UNREAD)} is left to another differ")
     if mount.type == "bind" and os.path.isabs(mount.source):
         if "ro" in options:
             return Tree(None, (mount.source,), TRUSTED, overlay=False)
         return Tree(mount.source, (), TRUSTED, overlay=False)
-    upper = options.get("upperdir")
     # As containerd splits it: a path with a colon would be two. After an empty one there would be data-only layers.
     lowers = tuple(options["lowerdir"].split(":")) if "lowerdir" in options else ()
-    if mount.type == "overlay" and all(map(os.path.isabs, ((upper,) if upper is not None else ()) + lowers)):
-        return Tree(upper, lowers, USER if "userxattr" in options else TRUSTED, overlay=True)
+    flavour = USER if "userxattr" in options else TRUSTED
+    found = Tree(options.get("upperdir"), lowers, flavour, overlay=True)
+    if mount.type == "overlay" and all(map(os.path.isabs, found.layers)):
+        return found
     raise errors.Unimplemented(f"a mount of the type {shown(mount.type)} is left to another differ")
 
 
