@@ -15,6 +15,7 @@ from onlap import errors
 from onlap.serve.containerd.diff.daemon import Content, Daemon
 from onlap.serve.containerd.protocol.diff_pb2 import Descriptor
 from onlap.serve.containerd.protocol.snapshots_pb2 import Mount
+from onlap.testing import assert_same_tree
 from peers.daemons import Containerd, Onlap, eventually
 from peers.differs import MEDIA, ingest, site
 from peers.images import Layer
@@ -60,6 +61,32 @@ def test_a_blob_of_another_size(below: bool, differ: RemoteDiffer, containerd: C
     with pytest.raises(errors.DataLoss, match="bytes, not 7"):
         differ.apply(Descriptor(media_type=blob.media_type, digest=blob.digest, size=7), target.mounts)
     assert not os.listdir(target.upper)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer().directory("new").whiteout("new/x").file("new/a", b"1"),
+        Layer().directory("d").opaque("d").whiteout("d/x").file("d/a", b"1"),
+        Layer().directory("d").opaque("d").directory("d/sub").whiteout("d/sub/y").file("d/a", b"1"),
+        Layer().directory("d").whiteout("d/sub").directory("d/sub").whiteout("d/sub/y").file("d/sub/a", b"1"),
+        Layer().directory("d").whiteout("d/x").whiteout("d/none").whiteout("none"),
+    ],
+    ids=["in a new directory", "in an opaque one", "below an opaque one", "in one that is replaced", "of nothing"],
+)
+def test_whiteouts_of_a_layer_that_gets_its_parent_later(
+    layer: Layer, differ: RemoteDiffer, containerd: Containerd, root: Path
+) -> None:
+    """The same tree as with the parent; no name is listed that is not there."""
+    below = root / "below"
+    (below / "d/sub").mkdir(parents=True)
+    for name in ("d/x", "d/sub/y"):
+        (below / name).write_bytes(b"1")
+    (blob,) = ingest(containerd, layer.done())
+    alone, above = site(root / "alone"), site(root / "above", below)
+    for target in (alone, above):
+        differ.apply(blob, target.mounts)
+    assert_same_tree(alone.below(below).tree(), above.tree(), ignore={"times"})
 
 
 def unfinished(containerd: Containerd) -> list[str]:

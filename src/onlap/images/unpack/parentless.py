@@ -9,6 +9,7 @@ directory that it does not name, a hard link to a file of another layer - and ca
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -177,7 +178,10 @@ def settle(
 def mark(layer: int, markers: Markers, removals: Sequence[Removal]) -> None:
     """Finish a layer that was applied without those below, and that nobody will settle: write all removals as markers.
 
-    A marker for a name that no layer below has changes nothing (overlayfs.rst, "whiteouts and opaque directories").
+    A marker for a name that no layer below has changes nothing (overlayfs.rst, "whiteouts and opaque directories"), if
+    the kernel looks for whiteouts when it lists the directory. One that no layer below has, or that hides it, is not
+    merged: there it does so only if the directory has an origin, which may be empty for one that is not known
+    (fs/overlayfs/inode.c, ovl_get_inode, "non-merge dir that may have whiteouts").
 
     Args:
         layer: a descriptor of its directory.
@@ -202,6 +206,8 @@ def mark(layer: int, markers: Markers, removals: Sequence[Removal]) -> None:
             elif (inside := directory.status(name)) is None:
                 directory.dirty = True
                 make_whiteout(name, dir_fd=directory.fd)
+                if parent:
+                    os.setxattr(directory.fd, markers.origin, b"")
             elif stat.S_ISDIR(inside.st_mode):
                 # The archive's own directory stays, without what it would be merged with.
                 below = upper.directories.find(join(parent, name))
