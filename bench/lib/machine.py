@@ -39,7 +39,7 @@ class BenchError(Exception):
 def main(bench: Callable[[], None]) -> NoReturn:
     """Run ``bench`` in a private mount namespace, and turn what stops it into one line and an exit status.
 
-    SIGTERM and SIGINT unwind the stack, so that every ``with`` block cleans up.
+    SIGTERM, SIGHUP and SIGINT unwind the stack, so that every ``with`` block cleans up.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: sys.exit(128 + received))

@@ -131,7 +131,7 @@ class Catalog:
         self.sidecars.write(stop)
         if self.manifests.make(stop):
             self.sidecars.write(stop)
-        self.sidecars.settle()
+        self.sidecars.clear_due()
         return again
 
     def _lock_format(self) -> Flock:

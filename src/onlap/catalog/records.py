@@ -441,8 +441,8 @@ def set_due(connection: Connection, identifiers: Iterable[int]) -> None:
     connection.executemany("UPDATE snapshots SET due = 1 WHERE id = ? AND NOT due", ((each,) for each in identifiers))
 
 
-def settle(connection: Connection, done: Iterable[tuple[int, int]]) -> None:
-    """Note that nothing is left to do for snapshots, of those for which that is so.
+def clear_due(connection: Connection, done: Iterable[tuple[int, int]]) -> None:
+    """Note for which of these snapshots no background work is left; the others stay due.
 
     Args:
         connection: in a write transaction.

@@ -172,7 +172,7 @@ class Sidecars:
         self.staging = staging
         self.database = database
         self._due: set[int] = set()
-        # Those that are written, by id, with ``updated_ns`` at that time; until this is noted in the catalog.
+        # By id, the ``updated_ns`` of which the sidecar is written, until :meth:`clear_due` has noted that.
         self._written: dict[int, int] = {}
         self._looked = False
         self._settings: dict[str, str] | None = None
@@ -209,10 +209,10 @@ class Sidecars:
         for identifier in self._outdated(None):
             self.write_one(identifier)
         self._write_images()
-        self.settle()
+        self.clear_due()
 
-    def settle(self) -> None:
-        """Note in the catalog for which snapshots no background work is left.
+    def clear_due(self) -> None:
+        """Note in the catalog for which of the snapshots whose sidecars are written no background work is left.
 
         Raises:
             OnlapError: the catalog cannot be written.
@@ -220,9 +220,9 @@ class Sidecars:
         written = list(self._written.items())
         if not written:
             return
-        # On a full or read-only disk the next process finds them again, and that nothing is left to do.
+        # On a full or read-only disk they stay due, and the next process finds that nothing is left to do.
         with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
-            self.database.write(lambda c: records.settle(c, written))
+            self.database.write(lambda c: records.clear_due(c, written))
         for identifier, _ in written:
             self._written.pop(identifier, None)
 
