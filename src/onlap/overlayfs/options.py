@@ -59,6 +59,7 @@ def join_lowers(lowers: Iterable[str]) -> str:
     return ":".join(map(escape, lowers))
 
 
+# Compiled at its first use, which keeps the start of the command cheap.
 _OCTAL = rb"\\([0-3][0-7]{2})"
 
 

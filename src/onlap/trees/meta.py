@@ -21,6 +21,7 @@ from onlap.trees.walk import path_of
 # xattr: otherwise a user could make the layers of root's store claim that a file of theirs is root's.
 OVERRIDE_XATTR = "user.containers.override_stat"
 
+# Compiled at its first use, which keeps the start of the command cheap.
 _OVERRIDE = rb"([0-9]{1,10}):([0-9]{1,10}):([0-7]{1,7})(?::([a-z]+)(?:-[0-9]+-[0-9]+)?)?"
 # What containers/storage calls the types of files that can have the xattr: the kernel allows user.* only on these
 # (xattr(7)), so that its devices and sockets are empty files, whose records are not owners of ours.

@@ -210,6 +210,7 @@ _NEEDLES = (b" - overlay ", b"/snapshots/", b"/trash/")
 
 # A layer that was given to mount(2) relative to ROOT/snapshots, since all paths together did not fit into its page
 # (containerd does so too). Whose it is cannot be told; waiting costs less than deleting a layer that is in use.
+# Compiled at its first use, as most commands have none.
 _RELATIVE = rb"([0-9]+)/(?:fs|work)"
 
 

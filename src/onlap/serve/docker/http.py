@@ -217,8 +217,7 @@ class HttpServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         with self._changed:
             self._connections.add(request)
         try:
-            # A unix socket's peer has no address, where the base class wants one to log.
-            super().finish_request(request, ("unix", 0))
+            super().finish_request(request, client_address)
         except ConnectionError:
             return  # dockerd disconnected
         finally:
