@@ -16,23 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from bench import lib
-from bench.images import CONTAINERD, NAME, SOURCES, Layers, chain_id, make_layers, run, write_image
+from bench.images import NAME, SOURCES, Layers, chain_id, make_layers, run, start_containerd, write_image
 from onlap.layers.stream.compression import compressor
-from peers.daemons import Daemon, Dockerd, Onlap
+from peers.daemons import Containerd, Daemon, Dockerd, Onlap
 
 # Who unpacks and makes layers, and the snapshotter. "walking" is containerd's own differ, and the peer.
 SIDES = {"walking": "overlayfs", "differ": "overlayfs", "differ and snapshotter": "onlap"}
-
-DIFFER = """
-[proxy_plugins.onlap]
-  type = "snapshot"
-  address = "{socket}"
-[proxy_plugins.onlap-differ]
-  type = "diff"
-  address = "{socket}"
-[plugins."io.containerd.service.v1.diff-service"]
-  default = ["onlap-differ", "walking"]
-"""
 
 
 class Side:
@@ -46,16 +35,13 @@ class Side:
 
     def __init__(self, stack: ExitStack, place: Path, *, differ: bool) -> None:
         place.mkdir()
-        config = place / "config.toml"
-        text = CONTAINERD.format(place=place)
         self.daemons: list[Daemon] = []
         if differ:
-            options = ["--sync", "none", "--differ", "--containerd", str(place / "c.sock")]
-            self.daemons.append(stack.enter_context(Onlap(place, *options)))
-            text += DIFFER.format(socket=self.daemons[0].socket)
-        config.write_text(text)
-        command = ["containerd", "--config", str(config)]
-        self.containerd = stack.enter_context(Daemon("containerd", place, place / "c.sock", command))
+            onlap = stack.enter_context(Onlap(place, "--sync", "none", differ=True))
+            self.daemons.append(onlap)
+            self.containerd: Daemon = stack.enter_context(Containerd(place, onlap))
+        else:
+            self.containerd = stack.enter_context(start_containerd(place))
         (place / "d").mkdir()
         snapshotter = "onlap" if differ else "overlayfs"
         self.dockerd = stack.enter_context(Dockerd(place / "d", self.containerd.socket, snapshotter))
