@@ -72,7 +72,11 @@ def open_snapshotter(
 
 
 def _existing(root: StrPath, create: bool, timeout: float) -> Catalog | None:
-    """The catalog of a root, if there is one, or if opening it says why it cannot be told."""
+    """The catalog of an existing root, opened; None if there is no root.
+
+    Raises:
+        OnlapError: see :class:`~onlap.catalog.catalog.Catalog`; also where it cannot be told whether there is one.
+    """
     closed = is_directory(os.fspath(root)) and not os.access(root, os.X_OK)  # opening it reports whose it is
     if not closed and not exists(os.path.join(os.fspath(root), "catalog.db")):
         return None
