@@ -61,7 +61,7 @@ def tree(mounts: Sequence[Mount]) -> Tree:
     if len(mounts) > 1 or mounts[0].target:
         raise errors.Unimplemented("a tree of several mounts is left to another differ")
     mount = mounts[0]
-    options = dict(_pairs(mount.options))
+    options = {name: value for name, _, value in (option.partition("=") for option in mount.options)}
     if not options.keys().isdisjoint(_UNREAD):
         raise errors.Unimplemented(f"a mount with any of the options {', '.join(_UNREAD)} is left to another differ")
     if mount.type == "bind" and os.path.isabs(mount.source):
@@ -75,9 +75,3 @@ def tree(mounts: Sequence[Mount]) -> Tree:
     if mount.type == "overlay" and all(map(os.path.isabs, found.layers)):
         return found
     raise errors.Unimplemented(f"a mount of the type {shown(mount.type)} is left to another differ")
-
-
-def _pairs(options: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for option in options:
-        name, _, value = option.partition("=")
-        yield name, value
