@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from onlap import errors
@@ -87,6 +89,36 @@ def test_whiteouts_of_a_layer_that_gets_its_parent_later(
     for target in (alone, above):
         differ.apply(blob, target.mounts)
     assert_same_tree(alone.below(below).tree(), above.tree(), ignore={"times"})
+
+
+NEEDS_PARENT = Layer().file("d/new", b"1").done()
+
+
+def test_a_layer_that_is_left_is_passed_on(
+    differ: RemoteDiffer, onlap: Onlap, containerd: Containerd, root: Path
+) -> None:
+    """containerd's own differ unpacks it: the transfer service of containerd 2.x asks no other after the first one."""
+    target = site(root / "target")
+    (blob,) = ingest(containerd, NEEDS_PARENT)
+    assert differ.apply(blob, target.mounts).digest == blob.digest
+    assert (target.upper / "d/new").read_bytes() == b"1"
+    assert onlap.answers("Apply")[-2:] == ["12", "0"]
+    unknown = Descriptor(media_type="application/octet-stream", digest=blob.digest, size=blob.size)
+    with pytest.raises(errors.OnlapError, match="stream processor"):
+        differ.apply(unknown, site(root / "unknown").mounts)
+
+
+def test_more_layers_that_are_left_than_threads(differ: RemoteDiffer, containerd: Containerd, root: Path) -> None:
+    """Each call that is passed on comes back as another one; they do not wait for each other."""
+    (blob,) = ingest(containerd, NEEDS_PARENT)
+    targets = [site(root / str(number)) for number in range(80)]
+    calls: list[Any] = [differ.applying(blob, target.mounts) for target in targets]
+    for call, target in zip(calls, targets, strict=True):
+        if call.exception(60) is None:
+            assert (target.upper / "d/new").exists()
+        else:
+            assert call.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert not os.listdir(target.upper)
 
 
 def unfinished(containerd: Containerd) -> list[str]:

@@ -81,6 +81,13 @@ def differ(onlap: Onlap, containerd: Containerd) -> Iterator[RemoteDiffer]:
 
 
 @pytest.fixture
+def alone(onlap: Onlap, containerd: Containerd) -> Iterator[RemoteDiffer]:
+    """The same without a namespace: for such a client nothing is passed on to containerd."""
+    with RemoteDiffer(onlap.socket, {}) as client:
+        yield client
+
+
+@pytest.fixture
 def through(containerd: Containerd) -> Iterator[RemoteDiffer]:
     """The service of containerd, which asks Onlap first."""
     with RemoteDiffer(containerd.socket, NAMESPACE) as client:
@@ -91,7 +98,7 @@ def through(containerd: Containerd) -> Iterator[RemoteDiffer]:
 
 
 def test_what_is_left_to_the_next_differ(
-    differ: RemoteDiffer, through: RemoteDiffer, layer: Descriptor, root: Path
+    alone: RemoteDiffer, through: RemoteDiffer, layer: Descriptor, root: Path
 ) -> None:
     """Unimplemented, and nothing is written; through containerd its own differ does it."""
 
@@ -113,7 +120,7 @@ def test_what_is_left_to_the_next_differ(
     for number, call in enumerate((payload, mapped, several)):
         target = site(root / f"left-{number}")
         with pytest.raises(errors.Unimplemented):
-            call(differ, target.mounts)
+            call(alone, target.mounts)
         assert not [name for name in os.listdir(target.upper) if name != "nowhere"]
         call(through, target.mounts)
         assert (target.upper / "d/kept").read_bytes() == b"1"
@@ -127,19 +134,19 @@ def _upper(mount: Mount) -> str:
 @pytest.mark.parametrize(
     "media_type", [f"{MEDIA}+encrypted", f"{MEDIA}+br", "application/octet-stream", "", f"{MEDIA}+gzip+encrypted"]
 )
-def test_an_unknown_media_type(media_type: str, differ: RemoteDiffer, layer: Descriptor, root: Path) -> None:
+def test_an_unknown_media_type(media_type: str, alone: RemoteDiffer, layer: Descriptor, root: Path) -> None:
     """Neither unpacked nor written, by itself; which ones containerd takes besides depends on its processors."""
     target = site(root / "target")
     asked = Descriptor(media_type=media_type, digest=layer.digest, size=layer.size)
     with pytest.raises(errors.Unimplemented, match=r"media type|encrypted"):
-        differ.apply(asked, target.mounts)
+        alone.apply(asked, target.mounts)
     assert not os.listdir(target.upper)
     if media_type:
         with pytest.raises(errors.Unimplemented, match="is left to another differ"):
-            differ.diff([], target.mounts, media_type=media_type)
+            alone.diff([], target.mounts, media_type=media_type)
 
 
-def test_mounts_and_digests_that_are_left(differ: RemoteDiffer, layer: Descriptor, root: Path) -> None:
+def test_mounts_and_digests_that_are_left(alone: RemoteDiffer, layer: Descriptor, root: Path) -> None:
     target = site(root / "target", root)
     for mount in (
         Mount(type="ext4", source="/dev/null"),
@@ -148,15 +155,15 @@ def test_mounts_and_digests_that_are_left(differ: RemoteDiffer, layer: Descripto
         Mount(type="overlay", source="overlay", options=[f"lowerdir={root}"]),
     ):
         with pytest.raises(errors.Unimplemented):
-            differ.apply(layer, [mount])
+            alone.apply(layer, [mount])
     with pytest.raises(errors.Unimplemented):
-        differ.apply(layer, [])
+        alone.apply(layer, [])
     sha512 = Descriptor(media_type=MEDIA, digest="sha512:" + "0" * 128, size=1)
     with pytest.raises(errors.Unimplemented):
-        differ.apply(sha512, target.mounts)
+        alone.apply(sha512, target.mounts)
     for digest in ("sha256:../../../etc/passwd", "sha256:", f"sha256:{'0' * 63}/"):
         with pytest.raises(errors.InvalidArgument):
-            differ.apply(Descriptor(media_type=MEDIA, digest=digest, size=1), target.mounts)
+            alone.apply(Descriptor(media_type=MEDIA, digest=digest, size=1), target.mounts)
 
 
 # ---------------------------------------------------------------------------------------------------- where blobs are
@@ -309,13 +316,11 @@ def test_a_layer_of_onlaps_snapshotter_that_gets_its_parent_later(
     ],
     ids=["link", "whiteout", "file", "opaque top"],
 )
-def test_a_layer_that_needs_its_parent(
-    content: bytes, differ: RemoteDiffer, containerd: Containerd, root: Path
-) -> None:
+def test_a_layer_that_needs_its_parent(content: bytes, alone: RemoteDiffer, containerd: Containerd, root: Path) -> None:
     """It is left to the next differ, and its directory is empty."""
     target = site(root / "target")
     with pytest.raises(errors.Unimplemented, match="needs its parent"):
-        differ.apply(ingest(containerd, content)[0], target.mounts)
+        alone.apply(ingest(containerd, content)[0], target.mounts)
     assert not os.listdir(target.upper)
 
 

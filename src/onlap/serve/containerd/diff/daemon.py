@@ -10,7 +10,7 @@ import os
 import queue
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
@@ -82,6 +82,25 @@ class Daemon:
         call = self._channel.unary_unary(_full(method), type(request).SerializeToString, answer.FromString)
         with self.translated():
             return call(request, metadata=tuple(headers.items()), timeout=_PATIENCE)
+
+    def ask_until(
+        self,
+        when_gone: Callable[[Callable[[], None]], None],
+        method: str,
+        request: Message,
+        answer: type[M],
+        headers: Mapping[str, str],
+    ) -> M:
+        """The same without a limit of time; raises Canceled when nobody waits any more (see ``Caller.when_gone``)."""
+        ask: Any = self._channel.unary_unary(_full(method), type(request).SerializeToString, answer.FromString)
+        call = ask.future(request, metadata=tuple(headers.items()))
+        when_gone(call.cancel)
+        try:
+            with self.translated():
+                found: M = call.result()
+                return found
+        except grpc.FutureCancelledError:
+            raise errors.Canceled("nobody waits for the answer any more") from None
 
     def stream(self, method: str, request: Message, answer: type[M], headers: Mapping[str, str]) -> Iterator[M]:
         """A call with a stream of answers; raises as :meth:`ask`."""

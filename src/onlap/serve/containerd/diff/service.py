@@ -9,6 +9,7 @@ Sources: containerd v1.7.24 and v2.2, core/diff/apply/apply.go and plugins/diff/
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 
@@ -36,6 +37,10 @@ _COMPRESSIONS: dict[str, Compression] = {
 }
 
 
+# Calls that are passed on at once. Each comes back, so that with as many as there are threads all would wait for one.
+_MOST_PASSED = 16
+
+
 class DiffService:
     """The differ; see :class:`onlap.serve.containerd.methods.Service`. A context manager that ends its workers.
 
@@ -49,6 +54,8 @@ class DiffService:
     def __init__(self, address: str, namespace_of: Callable[[str], str]) -> None:
         self._address = address
         self._namespace_of = namespace_of
+        self._passed: set[bytes] = set()
+        self._mutex = threading.Lock()
         self._pool = Pool(f"{jobs.__name__}:{jobs.answer.__name__}")
         self.methods: dict[str, Method] = {
             "Apply": Method(pb.ApplyRequest, self.apply, _digest, with_caller=True, slow=True),
@@ -63,12 +70,41 @@ class DiffService:
         self._pool.close()
 
     def apply(self, request: pb.ApplyRequest, caller: Caller) -> Message:
-        """Apply a layer to the tree behind the mounts.
+        """Apply a layer to the tree behind the mounts, or have another differ do it.
 
         Raises:
             Unimplemented: it is left to another differ.
             OnlapError: see :func:`onlap.serve.containerd.diff.jobs.answer`.
         """
+        key = b"".join(mount.SerializeToString() for mount in request.mounts)
+        if key in self._passed:
+            raise errors.Unimplemented("the layer was left to another differ already")
+        try:
+            return self._apply(request, caller)
+        except errors.Unimplemented as left:
+            return self._pass_on(key, request, caller, left)
+
+    def _pass_on(self, key: bytes, request: pb.ApplyRequest, caller: Caller, left: errors.Unimplemented) -> Message:
+        """Give a layer to containerd's diff service, which asks all differs, and this one perhaps again.
+
+        Its transfer service asks one differ only, and a pull fails where that answers Unimplemented (v2.2,
+        plugins/transfer/plugin.go, unpack_config).
+        """
+        headers = {NAMESPACE: caller.header(NAMESPACE)}
+        with self._mutex:
+            if not headers[NAMESPACE] or key in self._passed or len(self._passed) == _MOST_PASSED:
+                raise left
+            self._passed.add(key)
+        try:
+            with closing(Daemon(self._address)) as daemon:
+                return daemon.ask_until(caller.when_gone, "diff.v1.Diff/Apply", request, pb.ApplyResponse, headers)
+        except errors.Unimplemented:
+            raise left from None
+        finally:
+            with self._mutex:
+                self._passed.remove(key)
+
+    def _apply(self, request: pb.ApplyRequest, caller: Caller) -> Message:
         layer = request.diff
         if request.payloads:
             raise errors.Unimplemented("a layer with payloads for a stream processor is left to another differ")
