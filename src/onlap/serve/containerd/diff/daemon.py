@@ -1,4 +1,4 @@
-"""What the differ asks of containerd: where its blobs are, a blob's bytes, and to store a new blob.
+"""What the differ asks of containerd: where its blobs are, a blob's bytes, to store a new blob, to ask other differs.
 
 Sources: containerd v1.7.24 and v2.2, api/services/{content,introspection,leases,namespaces}/v1,
 plugins/services/content/contentserver/contentserver.go, core/content/proxy; docs/garbage-collection.md.
@@ -91,9 +91,18 @@ class Daemon:
         answer: type[M],
         headers: Mapping[str, str],
     ) -> M:
-        """The same without a limit of time; raises Canceled when nobody waits any more (see ``Caller.when_gone``)."""
-        ask: Any = self._channel.unary_unary(_full(method), type(request).SerializeToString, answer.FromString)
-        call = ask.future(request, metadata=tuple(headers.items()))
+        """As :meth:`ask`, without a limit of time.
+
+        Args:
+            when_gone: as :meth:`onlap.serve.containerd.methods.Caller.when_gone`; gets what cancels the call.
+            method, request, answer, headers: as there.
+
+        Raises:
+            Canceled: nobody waits any more.
+            OnlapError: as there.
+        """
+        begin: Any = self._channel.unary_unary(_full(method), type(request).SerializeToString, answer.FromString)
+        call = begin.future(request, metadata=tuple(headers.items()))
         when_gone(call.cancel)
         try:
             with self.translated():

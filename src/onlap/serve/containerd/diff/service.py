@@ -1,7 +1,7 @@
 """The two calls of a differ: from a request to a worker and back to a response.
 
 The answer Unimplemented leaves a request to another differ: containerd goes on to the next one of its list
-(plugins/services/diff/local.go).
+(plugins/services/diff/local.go). An Apply is first passed on to containerd, for callers that have no list.
 
 Sources: containerd v1.7.24 and v2.2, core/diff/apply/apply.go and plugins/diff/walking/differ.go.
 """
@@ -37,7 +37,8 @@ _COMPRESSIONS: dict[str, Compression] = {
 }
 
 
-# Calls that are passed on at once. Each comes back, so that with as many as there are threads all would wait for one.
+# Calls that are passed on at the same time. Each comes back as another call: if the first ones had all threads for slow
+# calls, none would be answered.
 _MOST_PASSED = 16
 
 
@@ -54,7 +55,7 @@ class DiffService:
     def __init__(self, address: str, namespace_of: Callable[[str], str]) -> None:
         self._address = address
         self._namespace_of = namespace_of
-        self._passed: set[bytes] = set()
+        self._passed: set[bytes] = set()  # the mounts of the calls that are passed on now
         self._mutex = threading.Lock()
         self._pool = Pool(f"{jobs.__name__}:{jobs.answer.__name__}")
         self.methods: dict[str, Method] = {
