@@ -114,7 +114,7 @@ class Worker:
         if self._killed:
             return errors.Canceled("the work was stopped")
         return errors.Unavailable(
-            f"a process that worked on a layer ended with status {status}", hint="try again; is there enough memory?"
+            f"a worker process ended with status {status}", hint="try again; is there enough memory?"
         )
 
     def kill(self) -> None:
@@ -137,6 +137,113 @@ class Worker:
                 except BrokenPipeError:
                     pass  # it is dead already
         process.wait()
+
+
+class _Job:
+    """A request: which worker has it, if one does, and whether nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.gone = False
+
+
+class Pool:
+    """Worker processes for several requests at once, each kept until :meth:`close`.
+
+    Args:
+        answerer: see :class:`Worker`.
+        most: how many there may be.
+    """
+
+    def __init__(self, answerer: str, most: int) -> None:
+        self._answerer = answerer
+        self._free = threading.BoundedSemaphore(most)
+        self._mutex = threading.Lock()
+        # A stack: the one that was used last is used next, so that no more are started than are needed at once.
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._closed = False
+
+    def perform(
+        self,
+        request: Mapping[str, Any],
+        when_gone: Callable[[Callable[[], None]], None] = lambda _: None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """What a worker answers, when one is free.
+
+        Args:
+            request: for the answerer.
+            when_gone: gets what ends the work, to be called, in any thread, when nobody waits for the answer any more.
+            progress: called with what the answerer reports; what it raises ends the worker.
+
+        Raises:
+            Canceled: nobody waits any more, or the pool was closed.
+            Unavailable: the worker died; its memory may have run out.
+            OnlapError: of the answerer.
+        """
+        job = _Job()
+
+        def gone() -> None:
+            with self._mutex:
+                job.gone = True
+                if job.worker is not None:
+                    job.worker.kill()
+
+        when_gone(gone)
+        with self._free:
+            worker = self._take(job)
+            idle = False
+            try:
+                answer = worker.perform(request, progress)
+                idle = True
+            except errors.OnlapError:
+                idle = True  # or dead
+                raise
+            finally:
+                self._put_back(job, worker, keep=idle)
+            return answer
+
+    def warm(self) -> None:
+        """Start a worker, so that the first layer need not wait for that; raises OSError if that is impossible."""
+        worker = self._take(job := _Job())
+        worker.start()
+        self._put_back(job, worker, keep=True)
+
+    def _take(self, job: _Job) -> Worker:
+        with self._mutex:
+            if self._closed:
+                raise errors.Canceled("the work was stopped")
+            if job.gone:
+                raise errors.Canceled("nobody waits for the answer any more")
+            while self._idle and not self._idle[-1].is_usable():
+                self._idle.pop().close()
+            worker = self._idle.pop() if self._idle else Worker(self._answerer)
+            self._busy.add(worker)
+            job.worker = worker
+            return worker
+
+    def _put_back(self, job: _Job, worker: Worker, *, keep: bool) -> None:
+        with self._mutex:
+            job.worker = None
+            self._busy.remove(worker)
+            # A caller that went away in the last moment has killed it, although it had answered.
+            keep = keep and not self._closed and worker.is_usable()
+            if keep:
+                self._idle.append(worker)
+        if not keep:
+            worker.kill()
+            worker.close()
+
+    def close(self) -> None:
+        """End all workers, also in the middle of their work."""
+        with self._mutex:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            for worker in self._busy:
+                worker.kill()
+        for worker in idle:
+            worker.close()
 
 
 def main(answerer: str) -> None:

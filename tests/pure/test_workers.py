@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from onlap import errors
-from onlap.serve.containerd.diff.pool import Pool
-from onlap.workers import Worker
+from onlap.workers import Pool, Worker
 
 ANSWERER = "pure.answering:answer"
 
@@ -78,7 +77,7 @@ def worker() -> Iterator[Worker]:
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    with closing(Pool(ANSWERER)) as pool:
+    with closing(Pool(ANSWERER, len(os.sched_getaffinity(0)))) as pool:
         yield pool
 
 
@@ -245,7 +244,7 @@ def test_a_caller_who_goes_away_at_the_answer() -> None:
                 gone.pop()()
             super()._put_back(*arguments, keep=keep)
 
-    with closing(Late(ANSWERER)) as pool:
+    with closing(Late(ANSWERER, 1)) as pool:
         assert pool.perform({"echo": 1}, gone.append)["echo"] == 1
         assert pool.perform({"echo": 2}, patient)["echo"] == 2
 

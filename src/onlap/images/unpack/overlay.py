@@ -50,7 +50,7 @@ class OverlayUnpacking(Unpacking):
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         self._loop.halt.set()
         if error is not None:
-            self._workers.kill()
+            self._workers.close()
         self._threads.close()
         self._workers.close()
         try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import queue
 import sys
 from collections.abc import Callable
 
 from onlap.images.unpack import jobs
 from onlap.images.unpack.jobs import Job, Outcome
-from onlap.workers import Worker
+from onlap.workers import Pool
 
 _ANSWERER = f"{jobs.__name__}:{jobs.answer.__name__}"
 
@@ -32,7 +31,7 @@ def count(layers: int, size: int) -> int:
 
 
 class Workers:
-    """As many workers as :func:`count` says; without any, this process does the jobs.
+    """As many worker processes as :func:`count` says; without any, this process does the jobs.
 
     Args:
         layers: how many there are to unpack.
@@ -43,35 +42,22 @@ class Workers:
     """
 
     def __init__(self, layers: int, size: int) -> None:
-        self._workers = [Worker(_ANSWERER) for _ in range(count(layers, size))]
-        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        if not self._workers:
-            self._idle.put(None)  # unpack in this process
-        self.threads = self._idle.qsize()
+        most = count(layers, size)
+        self.threads = most or 1
+        self._pool = Pool(_ANSWERER, most) if most else None
 
     def perform(self, job: Job, progress: Callable[[int], None]) -> Outcome:
-        """Do a job in an idle worker, or in this process; see :func:`onlap.images.unpack.jobs.perform`.
+        """Do a job in a worker, or in this process; see :func:`onlap.images.unpack.jobs.perform`.
 
         Raises:
             Canceled: the worker was killed.
             Unavailable: it died.
         """
-        worker = self._idle.get()
-        try:
-            if worker is None:
-                return jobs.perform(job, progress)
-            return jobs.outcome_of(worker.perform(job._asdict(), progress))
-        finally:
-            self._idle.put(worker)
-
-    def kill(self) -> None:
-        """End them in the middle of their jobs."""
-        for worker in self._workers:
-            worker.kill()
+        if self._pool is None:
+            return jobs.perform(job, progress)
+        return jobs.outcome_of(self._pool.perform(job._asdict(), progress=progress))
 
     def close(self) -> None:
-        """Wait until they have ended."""
-        for worker in self._workers:
-            worker.close()
+        """End them, also in the middle of their jobs."""
+        if self._pool is not None:
+            self._pool.close()

@@ -316,7 +316,9 @@ class Writer:
     def _send(self, request: pb.WriteContentRequest) -> None:
         self._requests.put(request)
         with self._daemon.translated():
-            next(self._answers)
+            answer = next(self._answers, None)
+        if answer is None:
+            raise errors.Unavailable(f"containerd ended the transfer of the blob {shown(self._reference)}")
 
 
 def _full(method: str) -> str:
