@@ -308,7 +308,7 @@ FUNCTIONS: dict[str, Call] = {
 # Between the packages of Onlap: they take records, plans and transactions, and nobody else has these.
 INSIDE = {
     NativeSnapshotter: {
-        "ancestors", "compare", "comparing", "exists", "for_owner", "is_unchanged", "layers", "missing",
+        "ancestors", "compare", "comparing", "exists", "for_owner", "is_bound", "is_unchanged", "layers", "missing",
         "pair", "parent", "plan", "readonly_plan", "record", "recreate", "since", "staged", "translated", "usage_of",
     },
     Images: {"keep", "record", "recording"},

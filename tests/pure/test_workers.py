@@ -289,7 +289,7 @@ def test_closing_ends_all_work(pool: Pool, blockers: Callable[[], Blocker]) -> N
         with pytest.raises(errors.Canceled):
             answer.result()
     assert not is_there(pid)
-    with pytest.raises(errors.Canceled, match="the server stops"):
+    with pytest.raises(errors.Canceled, match="the work was stopped"):
         pool.perform({}, patient)
 
 
