@@ -44,6 +44,7 @@ class Call(NamedTuple):
         number: which.
         arguments: six of them.
         link: gives what a descriptor of the calling thread leads to, as ``/proc/self/fd`` shows it.
+        flags: gives the flags that a descriptor of the calling thread was opened with.
         word: gives the 64 bits at an address of the caller: openat2(2) and fcntl(2) have arguments in memory.
         begins: whether a thread that was started makes its first call of this kind.
     """
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     number: int
     arguments: tuple[int, ...]
     link: Callable[[int], str]
+    flags: Callable[[int], int]
     word: Callable[[int], int]
     begins: bool
 
@@ -122,8 +124,8 @@ def errors_of(call: Call) -> tuple[str, ...]:
     if name == "mmap":
         # threading.Thread.start() waits for ever for a thread that has no memory to begin with: CPython's, not ours.
         return () if call.begins else ("ENOMEM",)
-    if name == "close" and not _is_file(call):
-        return ()
+    if name == "close" and not (_is_file(call) and call.flags(arguments[0]) & os.O_ACCMODE):
+        return ()  # it tells of earlier writes (close(2)), so of what was only read there is nothing to tell
     return _ERRORS.get(name, ())
 
 

@@ -232,12 +232,19 @@ def _read(pid: int) -> Call:
         except OSError:
             return ""
 
+    def flags(fd: int) -> int:
+        try:
+            with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as info:
+                return next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
+        except OSError:
+            return 0
+
     def word(address: int) -> int:
         with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
             memory.seek(address)
             return int(struct.unpack("Q", memory.read(8))[0])
 
-    return Call(number, tuple(arguments), link, word, begins=False)
+    return Call(number, tuple(arguments), link, flags, word, begins=False)
 
 
 def _request(request: int, pid: int, address: int, data: int) -> None:

@@ -153,6 +153,7 @@ class Helper:
             self._taken = [job]  # type: ignore[list-item]
             self._serve_or_fail(self._taken[0], True)
         finally:
+            self._taken = []  # what a job refers to is not kept alive by the helper that it was given to
             self._running.release()
         self.start()  # for what was queued meanwhile
         return True
@@ -216,6 +217,7 @@ class Helper:
             except Empty:
                 pass
             finally:
+                self._taken = []
                 self._running.release()
             # A caller that queued a job before the release saw a running thread, and started none.
 
