@@ -209,7 +209,8 @@ def test_a_damaged_blob_becomes_no_snapshot(snapshotter: str, containerd: Contai
     said = containerd.ctr("images", "mount", "--snapshotter", snapshotter, reference, root / "look", ok=False)
     assert "fetch it again" in said
     kinds = [line.split()[-1] for line in containerd.snapshots("ls", snapshotter=snapshotter).splitlines()[1:]]
-    assert kinds == ["Committed"], "of the layer below"
+    # Of the layer below; containerd collects it with the lease of the command, which has ended.
+    assert kinds in ([], ["Committed"])
     containerd.ctr("images", "rm", "--sync", reference)
 
 
