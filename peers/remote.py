@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
 
 from onlap import errors
 from onlap.catalog.records import Kind
@@ -27,7 +28,11 @@ from onlap.snapshots.contract import Info, Usage
 from onlap.snapshots.native import NativeSnapshotter
 from onlap.snapshots.overlay import OverlaySnapshotter
 
+# The headers of a client of the namespace ``default``.
+NAMESPACE = {"containerd-namespace": "default"}
+
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 _KINDS: dict[int, Kind] = {pb.VIEW: "view", pb.ACTIVE: "active", pb.COMMITTED: "committed"}
 
@@ -224,14 +229,13 @@ class RemoteDiffer:
         self, layer: diff_pb.Descriptor, mounts: Sequence[Any], **fields: Any
     ) -> grpc.Future[diff_pb.ApplyResponse]:
         """Apply, begun: the call can be canceled, and its result fails with grpc.RpcError."""
-        call: Any = self._channel.unary_unary(
-            "/containerd.services.diff.v1.Diff/Apply",
-            request_serializer=diff_pb.ApplyRequest.SerializeToString,
-            response_deserializer=diff_pb.ApplyResponse.FromString,
-        )
-        future: grpc.Future[diff_pb.ApplyResponse] = call.future(
-            diff_pb.ApplyRequest(diff=layer, mounts=mounts, **fields), metadata=self._headers
-        )
+        request = diff_pb.ApplyRequest(diff=layer, mounts=mounts, **fields)
+        return self._begin("Apply", request, diff_pb.ApplyResponse)
+
+    def _begin(self, name: str, request: Message, answer: type[M]) -> grpc.Future[M]:
+        path = f"/containerd.services.diff.v1.Diff/{name}"
+        call: Any = self._channel.unary_unary(path, type(request).SerializeToString, answer.FromString)
+        future: grpc.Future[M] = call.future(request, metadata=self._headers)
         return future
 
     def apply(self, layer: diff_pb.Descriptor, mounts: Sequence[Any], **fields: Any) -> diff_pb.Descriptor:
@@ -241,15 +245,8 @@ class RemoteDiffer:
 
     def diffing(self, left: Sequence[Any], right: Sequence[Any], **fields: Any) -> grpc.Future[diff_pb.DiffResponse]:
         """Diff, begun; see :meth:`applying`."""
-        call: Any = self._channel.unary_unary(
-            "/containerd.services.diff.v1.Diff/Diff",
-            request_serializer=diff_pb.DiffRequest.SerializeToString,
-            response_deserializer=diff_pb.DiffResponse.FromString,
-        )
-        future: grpc.Future[diff_pb.DiffResponse] = call.future(
-            diff_pb.DiffRequest(left=left, right=right, **fields), metadata=self._headers
-        )
-        return future
+        request = diff_pb.DiffRequest(left=left, right=right, **fields)
+        return self._begin("Diff", request, diff_pb.DiffResponse)
 
     def diff(self, left: Sequence[Any], right: Sequence[Any], **fields: Any) -> diff_pb.Descriptor:
         """Make a layer; returns the blob."""

@@ -13,6 +13,7 @@ import pytest
 import capabilities
 from peers import daemons, gobuild, images
 from peers.daemons import Containerd, Dockerd, Onlap
+from peers.remote import NAMESPACE, RemoteDiffer
 
 
 @pytest.hookimpl(wrapper=True)
@@ -35,10 +36,17 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def onlap(place: Path) -> Iterator[Onlap]:
-    """Onlap's server on a fresh overlay root."""
-    with Onlap(place, "--sync", "none") as daemon:
+def onlap(place: Path, request: pytest.FixtureRequest) -> Iterator[Onlap]:
+    """Onlap's server on a fresh overlay root; a differ as well in modules with ``DIFFER = True``."""
+    with Onlap(place, "--sync", "none", differ=getattr(request.module, "DIFFER", False)) as daemon:
         yield daemon
+
+
+@pytest.fixture
+def differ(onlap: Onlap, containerd: Containerd) -> Iterator[RemoteDiffer]:
+    """Onlap's own socket, as a client of the namespace ``default``."""
+    with RemoteDiffer(onlap.socket, NAMESPACE) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from peers import gobuild, images
 from peers.daemons import Containerd, Onlap, eventually, output, run
 from peers.differs import Site, ingest, site
 from peers.images import Image, Layer
-from peers.remote import RemoteDiffer, status_of
+from peers.remote import NAMESPACE, RemoteDiffer, status_of
 
 pytestmark = pytest.mark.needs(
     "overlay", "peer:containerd", "peer:ctr", "peer:tar", "gopkg:github.com/containerd/containerd"
@@ -35,14 +35,7 @@ pytestmark = pytest.mark.needs(
 LAYER_TIME = 1_700_000_000 * 10**9
 
 SNAPSHOTTERS = ("onlap", "overlayfs", "native")
-NAMESPACE = {"containerd-namespace": "default"}
-
-
-@pytest.fixture(scope="module")
-def onlap(place: Path) -> Iterator[Onlap]:
-    """Onlap's server, a differ as well."""
-    with Onlap(place, "--sync", "none", differ=True) as daemon:
-        yield daemon
+DIFFER = True
 
 
 @pytest.fixture(scope="module")

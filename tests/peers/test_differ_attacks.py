@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import closing
@@ -25,21 +24,7 @@ from peers.remote import RemoteDiffer
 
 pytestmark = pytest.mark.needs("overlay", "peer:containerd", "peer:ctr")
 
-NAMESPACE = {"containerd-namespace": "default"}
-
-
-@pytest.fixture(scope="module")
-def onlap(place: Path) -> Iterator[Onlap]:
-    """Onlap's server, a differ as well."""
-    with Onlap(place, "--sync", "none", differ=True) as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def differ(onlap: Onlap, containerd: Containerd) -> Iterator[RemoteDiffer]:
-    """Onlap's own socket."""
-    with RemoteDiffer(onlap.socket, NAMESPACE) as client:
-        yield client
+DIFFER = True
 
 
 @pytest.fixture

@@ -25,11 +25,11 @@ from onlap.testing import read_tree
 from peers.daemons import Containerd, Onlap, output
 from peers.differs import MEDIA, blob_path, ingest, is_whiteout, site
 from peers.images import Layer, write
-from peers.remote import RemoteDiffer, RemoteSnapshotter, message
+from peers.remote import NAMESPACE, RemoteDiffer, RemoteSnapshotter, message
 
 pytestmark = pytest.mark.needs("overlay", "peer:containerd", "peer:ctr")
 
-NAMESPACE = {"containerd-namespace": "default"}
+DIFFER = True
 
 LOWER = (
     Layer()
@@ -61,23 +61,9 @@ MERGED = {b".", b"d", b"d/kept", b"o", b"o/new", b"p", b"p/sub", b"p/sub/new"}
 
 
 @pytest.fixture(scope="module")
-def onlap(place: Path) -> Iterator[Onlap]:
-    """Onlap's server, a differ as well."""
-    with Onlap(place, "--sync", "none", differ=True) as daemon:
-        yield daemon
-
-
-@pytest.fixture(scope="module")
 def layer(containerd: Containerd) -> Descriptor:
     """A layer that is in the content store."""
     return ingest(containerd, LOWER)[0]
-
-
-@pytest.fixture
-def differ(onlap: Onlap, containerd: Containerd) -> Iterator[RemoteDiffer]:
-    """Onlap's own socket, as a client of the namespace ``default``."""
-    with RemoteDiffer(onlap.socket, NAMESPACE) as client:
-        yield client
 
 
 @pytest.fixture

@@ -22,26 +22,12 @@ import pytest
 from peers.daemons import Containerd, Onlap, eventually
 from peers.differs import Site, blob_path, children, ingest, is_alive, site
 from peers.images import Layer, write
-from peers.remote import RemoteDiffer, status_of
+from peers.remote import NAMESPACE, RemoteDiffer, status_of
 
 pytestmark = pytest.mark.needs("overlay", "peer:containerd", "peer:ctr")
 
-NAMESPACE = {"containerd-namespace": "default"}
+DIFFER = True
 CORES = len(os.sched_getaffinity(0))
-
-
-@pytest.fixture(scope="module")
-def onlap(place: Path) -> Iterator[Onlap]:
-    """Onlap's server, a differ as well."""
-    with Onlap(place, "--sync", "none", differ=True) as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def differ(onlap: Onlap, containerd: Containerd) -> Iterator[RemoteDiffer]:
-    """Onlap's own socket."""
-    with RemoteDiffer(onlap.socket, NAMESPACE) as client:
-        yield client
 
 
 class Slow:
