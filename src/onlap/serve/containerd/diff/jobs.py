@@ -104,7 +104,7 @@ def _apply(job: ApplyJob) -> Mapping[str, Any]:
             fd = stack.enter_context(opened(upper))
         with errors.translated("unpack a layer", key=job.digest), emptied_on_error(fd):
             applied = _unpack(source, fd, job)
-            check_content(applied.digest, applied.size, job.digest, job.size or None)
+            check_content(applied.digest, applied.size, size=job.size or None)
             if job.sync:
                 syncfs(fd)
     return {"digest": applied.diff_id, "size": applied.uncompressed}

@@ -30,7 +30,8 @@ from onlap.serve.containerd.protocol import diff_pb2 as pb
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.workers import Pool
 
-# Workers. One uses some 40 MiB (bench: the peak memory of a pull). More gain nothing: the disk is the limit.
+# Workers. One uses some 40 MiB (bench: the peak memory of a pull), and after very large layers three times as much.
+# More gain nothing: the disk is the limit.
 _MOST = 8
 
 # The media types that a new layer can have.
