@@ -70,7 +70,7 @@ def draw(plot: Plot, directory: Path) -> Path:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {  # Matplotlib's stubs list the names
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": plot.name,  # the same identifiers each time
         "font.family": ["sans-serif"],
