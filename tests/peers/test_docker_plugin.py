@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
+from onlap.check.stores.docker.data_root import open_root
+from onlap.check.stores.docker.store import Docker
+from onlap.check.stores.doctor import Doctor
 from onlap.graphdrivers import open_driver
-from onlap.graphdrivers.inspection.check import check
-from onlap.graphdrivers.inspection.data_root import open_root
 from onlap.mounts import mountinfo
 from onlap.testing.same import assert_same_tree
 from peers.daemons import eventually
@@ -124,7 +125,8 @@ def test_docker_shows_the_same_as_on_its_own_driver(
             found = open_root(str(where / "data"))
             assert sorted(layer.kind for layer in found.layers.values()) == ["image", "unused", "unused"]
             assert found.find("base:1").kind == "image"
-            assert [problem.kind for problem in check(found)] == ["waste", "waste"]
+            checked = list(Doctor(Docker(str(where / "data"))).findings())
+            assert [finding.kind for finding in checked] == ["layer-unused", "layer-unused"]
     assert not mounts_below(where)
 
 

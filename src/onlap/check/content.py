@@ -151,14 +151,27 @@ class Content:
 
 
 def finding_of(record: Record, deviation: Deviation, failure: OSError | None) -> Finding:
-    """What a deviation of a committed layer is; ``failure``: why the file could not be read."""
+    """What a deviation of a committed snapshot is; ``failure``: why the file could not be read."""
+    return as_finding(record.name, deviation, failure)
+
+
+def as_finding(name: str, deviation: Deviation, failure: OSError | None, users: tuple[str, ...] = ()) -> Finding:
+    """What a deviation of a committed layer is.
+
+    Args:
+        name: the layer's.
+        deviation: of its tree.
+        failure: why the file could not be read.
+        users: see :class:`~onlap.check.findings.Finding`.
+    """
+    path = deviation.path or "."
     if failure is not None:
-        return Finding("file-unreadable", record.name, deviation.path, failure.strerror or str(failure))
+        return Finding("file-unreadable", name, path, failure.strerror or str(failure), users)
     if deviation.expected is None:
-        return Finding("file-unknown", record.name, deviation.path)
+        return Finding("file-unknown", name, path, users=users)
     if not deviation.found:
-        return Finding("file-missing", record.name, deviation.path)
-    return Finding("file-changed", record.name, deviation.path, ", ".join(sorted(deviation.what)))
+        return Finding("file-missing", name, path, users=users)
+    return Finding("file-changed", name, path, ", ".join(sorted(deviation.what)), users)
 
 
 def _parse(after: str | None) -> tuple[int, str]:

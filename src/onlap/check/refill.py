@@ -33,12 +33,13 @@ class Aside:
     """Where what is taken out of a tree is kept: ``snapshots/<id>/about/damaged/<time>/fs``, made with the first file.
 
     Args:
-        snapshot: a descriptor of ``snapshots/<id>``.
+        snapshot: a descriptor of ``snapshots/<id>``, or of whatever else holds the tree.
+        below: the directory in it.
     """
 
-    def __init__(self, snapshot: int) -> None:
+    def __init__(self, snapshot: int, below: str = QUARANTINE) -> None:
         self._snapshot = snapshot
-        self.name = f"{QUARANTINE}/{dated_name()}"
+        self.name = f"{below}/{dated_name()}"
 
     def take(self, dir_fd: int, name: str, path: str, *, move: bool) -> None:
         """Keep a file, by a second name or by its only one; raises OSError.

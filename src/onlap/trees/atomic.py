@@ -44,6 +44,17 @@ def new_file(path: str, note: Note) -> Iterator[BinaryIO]:
         raise
 
 
+def rewrite(path: str, content: bytes, mode: int = 0o644) -> None:
+    """Write a small file in place of the one that is there, if any, so that it survives a power cut; raises OSError."""
+    with new_file(path, lambda _partial: None) as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    with opened(os.path.dirname(path)) as above:
+        os.fsync(above)
+
+
 @contextlib.contextmanager
 def new_directory(path: str, note: Note) -> Iterator[str]:
     """A new directory to fill; missing parents are made.

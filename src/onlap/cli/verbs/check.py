@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from onlap import errors
 from onlap.cli import exits
 from onlap.cli.call import Call, check_access
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.shared.amounts import byte_count
+from onlap.cli.shared.findings import show_finding, verdict
 from onlap.cli.shared.images import registry_access, registry_arguments
 from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
-
-if TYPE_CHECKING:
-    from onlap.check.findings import Finding
-
-_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
 def check_arguments(parser: Parser) -> None:
@@ -27,10 +22,16 @@ def check_arguments(parser: Parser) -> None:
         "something is wrong. A deep check that was cut short says how to continue it. Nothing is changed without\n"
         "--repair. Damaged files then come from the layer's blob or another layer, while programs use the tree. What\n"
         "is taken out of a tree is kept in snapshots/ID/about/damaged. A catalog that cannot be opened is rebuilt\n"
-        "from the records beside the trees. With --repair the status is 1 when something remains.",
+        "from the records beside the trees. With --repair the status is 1 when something remains.\n\n"
+        "--store looks at another program's store instead: a containerd root, a data root of Docker (overlay2), or a\n"
+        "root of containers/storage (Podman, Buildah, CRI-O). It reads all layers, with the daemon running or not.\n"
+        "--repair then shows what it would do, asks on a terminal, and refills the files of images' layers from the\n"
+        "sources that are given. It never touches what a container wrote.",
         "onlap check",
         "onlap check --deep --rate 50M --max-duration 600",
         "onlap check --deep --repair --from-registry",
+        "onlap check --store /var/lib/docker",
+        "onlap check --store /var/lib/containerd --repair --from-content",
     )
     parser.add_argument("--deep", action="store_true", help="read all content")
     parser.add_argument("--max-duration", metavar="SECONDS", type=float, help="stop a deep check after so long")
@@ -38,6 +39,25 @@ def check_arguments(parser: Parser) -> None:
     parser.add_argument("--after", metavar="PLACE", help="continue a deep check where an earlier one stopped")
     parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
     parser.add_argument("--from-registry", action="store_true", help="with --repair: fetch what is nowhere else")
+    parser.add_argument("--store", metavar="DIR", help="check another program's store")
+    parser.add_argument(
+        "--from-content",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        action="append",
+        help="with --store and --repair: take blobs from the store itself, or from another containerd root",
+    )
+    parser.add_argument(
+        "--from-archive",
+        metavar="FILE",
+        action="append",
+        help="with --store and --repair: take layers from an archive of images (docker save, ctr image export), or an OCI layout",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --store and --repair: only show what would be done"
+    )
+    parser.add_argument("--yes", action="store_true", help="with --store and --repair: do not ask")
     parser.add_argument("--quarantine", action="store_true", help="with --repair: set trees aside that stay damaged")
     registry_arguments(parser)
 
@@ -47,6 +67,13 @@ def check(call: Call) -> int:
     from onlap.check.repair import Repair
 
     args, out = call.args, call.out
+    if args.store is not None:
+        from onlap.cli.verbs.check_store import check_store
+
+        return check_store(call)
+    for name in ("from_content", "from_archive", "dry_run", "yes"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for another program's store: give --store DIR")
     deep = args.deep or args.after is not None
     if not deep and (args.max_duration is not None or args.rate is not None):
         raise UsageError("--max-duration and --rate are for a deep check: give --deep")
@@ -68,11 +95,7 @@ def check(call: Call) -> int:
         findings = []
         for finding in checking.findings():
             findings.append(finding)
-            if out.json:
-                more = {"severity": finding.severity, "explanation": finding.explanation, "remedy": finding.remedy}
-                out.item({**finding._asdict(), **more})
-            else:
-                out.line(f"{out.paint(finding.severity, _STYLES[finding.severity])}: {finding}")
+            show_finding(out, finding)
         done = checking.report(tuple(findings))
         if args.repair:
             repairing = Repair(
@@ -98,7 +121,7 @@ def check(call: Call) -> int:
         out.item({"checked": summary, "ok": done.ok, **repaired})
     else:
         read = f", {count(done.files, 'file')}, {count(done.blobs, 'blob')}, {size(done.size)}" if deep else ""
-        out.line(f"checked {count(done.snapshots, 'snapshot')}{read}: {_verdict(done.findings)}")
+        out.line(f"checked {count(done.snapshots, 'snapshot')}{read}: {verdict(done.findings)}")
         if args.repair:
             out.line(f"repaired {len(done.repaired)}, left {len(left)}")
             for finding in left:
@@ -139,9 +162,3 @@ def _rebuild(call: Call) -> None:
         call.out.line(f"kept: {name}")
     for name in done.unrecorded:
         call.out.line(f"left without a record: {name}")
-
-
-def _verdict(findings: tuple[Finding, ...]) -> str:
-    severities = [each.severity for each in findings]
-    counts = [count(severities.count(word), word) for word in _STYLES if word in severities]
-    return ", ".join(counts) or "nothing found"

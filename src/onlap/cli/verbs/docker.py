@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from onlap import errors
 from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import Parser
@@ -13,7 +12,7 @@ from onlap.cli.terminal.text import NOTHING, count, size
 from onlap.errors import shown
 
 if TYPE_CHECKING:
-    from onlap.graphdrivers.inspection.data_root import Known, Root
+    from onlap.check.stores.docker.data_root import Known, Root
 
 # Characters of a layer's id that are shown, as docker does.
 _SHORT = 12
@@ -96,25 +95,25 @@ def diff(call: Call) -> None:
 
 def check_arguments(parser: Parser) -> None:
     parser.explain(
-        'Find what is wrong in a Docker data root: "damaged" layers that cannot be used, and "waste", which takes\n'
-        "space and is not used. Ends with 1 when something is damaged. Nothing is changed. While dockerd runs, a\n"
-        "layer that it is just making may look like waste.",
+        "Find what is wrong in the records and directories of a Docker data root, as onlap check --store DIR does, but\n"
+        "without reading the content of its layers. Ends with 1 when something is wrong. Nothing is changed. While\n"
+        "dockerd runs, a layer that it is just making may look as if nobody knew it.",
         "onlap docker check /var/lib/docker",
     )
     _root_arguments(parser)
 
 
 def check(call: Call) -> int:
-    from onlap.graphdrivers.inspection.check import check
+    from onlap.check.stores.docker.store import Docker
+    from onlap.check.stores.doctor import Doctor
+    from onlap.cli.shared.findings import show_finding
 
-    root = _open_root(call)
-    damaged = False
-    with errors.translated("check the data root", key=root.directory):
-        for problem in check(root):
-            damaged = damaged or problem.kind == "damaged"
-            line = f"{problem.kind}: {shown(problem.where)}: {shown(problem.what)}; {shown(problem.hint)}"
-            call.out.show(problem._asdict(), line)
-    return exits.NO if damaged else exits.DONE
+    doctor = Doctor(Docker(call.args.directory, call.args.driver), content=False)
+    found = []
+    for finding in doctor.findings():
+        found.append(finding)
+        show_finding(call.out, finding)
+    return exits.DONE if all(each.severity != "error" for each in found) else exits.NO
 
 
 def _root_arguments(parser: Parser) -> None:
@@ -123,7 +122,7 @@ def _root_arguments(parser: Parser) -> None:
 
 
 def _open_root(call: Call) -> Root:
-    from onlap.graphdrivers.inspection import data_root
+    from onlap.check.stores.docker import data_root
 
     return data_root.open_root(call.args.directory, call.args.driver)
 

@@ -154,9 +154,13 @@ class TarReader:
             records = start = None
             long_name = long_link = b""
 
-    def piece(self) -> memoryview:
-        """The next piece of the current entry's data; empty at its end. Valid until the reader is used again."""
-        left = self._left
+    def piece(self, most: int = sys.maxsize) -> memoryview:
+        """The next piece of the current entry's data; empty at its end. Valid until the reader is used again.
+
+        Args:
+            most: how many bytes of it at most.
+        """
+        left = min(self._left, most)
         if not left:
             return self._chunk[:0]
         at = self._at
@@ -166,9 +170,15 @@ class TarReader:
             at = 0
             available = len(self._chunk)
         size = min(available, left)
-        self._left = left - size
+        self._left -= size
         self._at = end = at + size
         return self._chunk[at:end]
+
+    def omit(self) -> None:
+        """Go on as if the rest of the current entry's data had been read: the chunks that follow do not have it."""
+        self._pass(min(self._left, len(self._chunk) - self._at))
+        self._before += self._left
+        self._left = 0
 
     def drain(self) -> None:
         """Read what follows the end of the archive; it is part of the digest."""

@@ -19,10 +19,11 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.check.stores.docker.records import CACHE_ID, DIFF, PARENT, SIZE, ChainRecord, read_record
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.contract import Change
@@ -30,6 +31,7 @@ from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.layout import Layer
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
+from onlap.syscalls.files import open_file
 from onlap.trees.usage import Usage, usage
 
 IMAGE = "image"
@@ -38,6 +40,9 @@ INIT = "init"
 CACHE = "cache"
 UNUSED = "unused"
 ORPHAN = "orphan"
+
+# Docker's records are some KiB; repositories.json has some 200 bytes per name.
+_MAX_TEXT = 64 << 20
 
 
 class Known(NamedTuple):
@@ -68,7 +73,13 @@ class Root:
         driver: the driver's name.
         home: the driver's directory.
         layers: every layer in the home by id, parents before children.
+        store: where its layer and image stores are.
+        records: what the layer store has of each image layer, by chain ID.
+        removing: the records that Docker was about to remove.
         chains: the driver's id of each image layer that Docker knows, by chain ID.
+        references: all that names each image, with digests, by its id; also images that are gone.
+        image_names: the names of each image, without digests, by its id; likewise.
+        image_diff_ids: the diff IDs of each image that can be read, by its id.
         images: the chain IDs of each image's layers, lowest first, by the image's name.
         containers: the ids of each container's writable layer and init layer, and its parent chain, by the
             container's name.
@@ -78,11 +89,20 @@ class Root:
         self.directory = directory
         self.driver = driver
         self.home = os.path.join(directory, driver)
-        store = os.path.join(directory, "image", driver)
-        self.chains, self._parents = _read_chains(os.path.join(store, "layerdb", "sha256"))
-        self.images = _read_images(store)
+        self.store = store = os.path.join(directory, "image", driver)
+        self.records, self.removing = _read_chains(os.path.join(store, "layerdb", "sha256"))
+        self.chains = {chain: record.cache_id for chain, record in self.records.items() if record.cache_id}
+        self.references, self.image_diff_ids = _read_images(store)
+        self.image_names = {id: [each for each in known if "@" not in each] for id, known in self.references.items()}
+        self.images = {
+            name: list(chain_ids(diff_ids))
+            for id, diff_ids in self.image_diff_ids.items()
+            for name in self.image_names[id] or [id.removeprefix("sha256:")[:12]]
+        }
         self.containers, self._known_mounts = _read_containers(directory, os.path.join(store, "layerdb", "mounts"))
         self.layers = {layer.id: layer for layer in _in_order(self._find())}
+        self._ids = {id: chain for chain, id in self.chains.items()}
+        self._shorts: dict[str, str] | None = None
 
     def find(self, name: str) -> Known:
         """A layer by its id or the start of it, or the top layer of an image or container.
@@ -118,6 +138,52 @@ class Root:
         if id not in self.layers:
             raise errors.DataLoss(f"{shown(name)} has lost its layer {shown(id)}", key=name)
         return self.layers[id]
+
+    def users(self, id: str) -> tuple[str, ...]:
+        """The images and containers that stand on a layer."""
+        return self.layers[id].owners if id in self.layers else ()
+
+    def users_of_chain(self, chain: str) -> tuple[str, ...]:
+        """The images and containers that stand on an image layer, by its chain ID."""
+        on_images = {name for name, chains in self.images.items() if chain in chains}
+        on_it = {name for name, (_, _, top) in self.containers.items() if chain in self.chain(top)}
+        return tuple(sorted(on_images | on_it))
+
+    def chain(self, top: str) -> list[str]:
+        """The chain IDs of an image layer and those below it, uppermost first, as far as their records tell."""
+        found: list[str] = []
+        while top and top not in found:
+            found.append(top)
+            top = self.records[top].parent if top in self.records else ""
+        return found
+
+    def parents(self, id: str) -> list[str] | None:
+        """The ids of the layers below one, uppermost first; None if the records do not say."""
+        above: list[str] = []
+        chain = self._ids.get(id)
+        if chain is not None:
+            chain = self.records[chain].parent if DIFF not in self.records[chain].damaged else None
+        for layer, init, top in self.containers.values():
+            if id == layer or (init and id == init):
+                above = [init] if id == layer and init else []
+                chain = top
+        if chain is None:
+            return None
+        below = self.chain(chain)
+        if any(each not in self.chains or self.records[each].damaged for each in below):
+            return None
+        return above + [self.chains[each] for each in below]
+
+    def short(self, id: str) -> str | None:
+        """The short name of a layer, by its file or, where that is lost, by its link; None if both are lost."""
+        found = Layer(self.home, id).short()
+        if found is not None:
+            return found
+        if self._shorts is None:
+            directory = os.path.join(self.home, layout.LINKS)
+            names = [name for name in _names(directory) if os.path.islink(os.path.join(directory, name))]
+            self._shorts = {os.readlink(os.path.join(directory, name)): name for name in names}
+        return self._shorts.get(f"../{id}/{layout.DIFF}")
 
     def usage(self, id: str) -> Usage:
         """The disk usage of a layer, without those below; walks the layer.
@@ -166,7 +232,7 @@ class Root:
                 if below is not None:
                     kinds[below] = IMAGE
                     owners.setdefault(below, []).append(name)
-                chain = self._parents.get(chain, "")
+                chain = self.records[chain].parent if chain in self.records else ""
         cached = _cached(self.directory, [id for id in layer_ids(self.home) if kinds.get(id, UNUSED) == UNUSED])
         kinds.update(dict.fromkeys(cached, CACHE))
         shorts = {f"{layout.LINKS}/{Layer(self.home, id).short()}": id for id in layer_ids(self.home)}
@@ -224,36 +290,34 @@ def layer_ids(home: str) -> list[str]:
     )
 
 
-def _read_chains(directory: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The driver's ids and the parents, by chain ID."""
-    ids, parents = {}, {}
+def _read_chains(directory: str) -> tuple[dict[str, ChainRecord], list[str]]:
+    """The records of the image layers by chain ID, and the names of those that Docker was about to remove."""
+    records, removing = {}, []
     for name in _names(directory):
-        # "<chain>-<random>-removing": Docker was about to remove it.
-        if len(name) != 64:
-            continue
-        id = _text(os.path.join(directory, name, "cache-id"))
-        if id:
-            ids[f"sha256:{name}"] = id
-            parents[f"sha256:{name}"] = _text(os.path.join(directory, name, "parent"))
-    return ids, parents
+        where = os.path.join(directory, name)
+        if len(name) == 64:
+            texts = {each: _text_if_any(os.path.join(where, each)) for each in (CACHE_ID, DIFF, PARENT, SIZE)}
+            records[f"sha256:{name}"] = read_record(where, f"sha256:{name}", texts)
+        else:  # "<chain>-<random>-removing"
+            removing.append(name)
+    return records, removing
 
 
-def _read_images(store: str) -> dict[str, list[str]]:
+def _read_images(store: str) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
+    """What names each image, and its diff IDs, by its id."""
     repositories = _json(os.path.join(store, "repositories.json")).get("Repositories")
     names: dict[str, list[str]] = {}
-    for references in (repositories if isinstance(repositories, Mapping) else {}).values():
-        for reference, id in references.items():
-            if "@" not in reference:
-                names.setdefault(str(id), []).append(str(reference))
+    for references in (repositories if isinstance(repositories, dict) else {}).values():
+        for reference, id in (references if isinstance(references, dict) else {}).items():
+            names.setdefault(str(id), []).append(reference)
     directory = os.path.join(store, "imagedb", "content", "sha256")
     found = {}
     for name in _names(directory):
         rootfs = _json(os.path.join(directory, name)).get("rootfs")
-        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, Mapping) else None
-        chains = list(chain_ids(str(id) for id in diff_ids or ()))
-        for reference in names.get(f"sha256:{name}", [f"sha256:{name[:12]}"]):
-            found[reference] = chains
-    return found
+        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        names.setdefault(f"sha256:{name}", [])
+        found[f"sha256:{name}"] = tuple(str(id) for id in (diff_ids if isinstance(diff_ids, list) else ()))
+    return names, found
 
 
 def _read_containers(directory: str, mounts: str) -> tuple[dict[str, tuple[str, str, str]], set[str]]:
@@ -312,17 +376,22 @@ def _names(directory: str) -> list[str]:
 
 
 def _text(path: str) -> str:
+    return _text_if_any(path) or ""
+
+
+def _text_if_any(path: str) -> str | None:
+    """A small file, without what surrounds its text; None if there is none."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
+        with open_file(path) as file:
+            return os.fsdecode(file.read(_MAX_TEXT)).strip()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
 
 
 def _json(path: str) -> dict[str, object]:
     """A JSON object; empty if the file is missing or damaged, as Docker also treats it."""
     try:
         value = json.loads(_text(path) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,0 +1,425 @@
+"""A layer's tree against the archive that it was unpacked from, entry by entry, while the archive is read.
+
+What the archive does not say is not judged (:mod:`onlap.check.stores.judgement`). What is in the tree and not in the
+archive is found by a walk behind it.
+
+Sources: what the appliers of the peers do with an entry: containerd v1.7.24, archive/tar.go and archive/tar_unix.go;
+moby v26.1.5, pkg/archive/archive.go and diff.go; containers/storage v1.57, pkg/archive/archive.go.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import ExitStack
+
+from onlap import errors
+from onlap.check.stores import judgement
+from onlap.check.stores.archive import Archive, Spend, Uncomparable, open_archive
+from onlap.check.stores.contract import Layer
+from onlap.layers import paths
+from onlap.layers.format import tar
+from onlap.overlayfs.markers import OPAQUE_YES, get_xattr, is_whiteout
+from onlap.overlayfs.merged import MergedDirectory, Stack
+from onlap.syscalls.files import RESOLVE_NO_XDEV, list_directory, open_beneath
+from onlap.trees.manifest import Deviation, Entry, Links, differences, opened_unchanged
+from onlap.trees.meta import read_xattrs
+from onlap.trees.walk import OPEN_DIRECTORY, opened, path_of
+
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# As in Go's path/filepath and containerd's continuity/fs (maxSymlinkLimit), behind which a path is a circle.
+_MAX_FOLLOWED = 255
+# The attributes of a file that all of its names share.
+_SHARED = frozenset({"mode", "owner", "mtime"})
+
+
+class Comparison:
+    """One comparison; used once.
+
+    Args:
+        layer: the layer.
+        spend: called with the size of each chunk of a file that is read, and with 0 per file.
+        keep: keep in ``listed`` what the tree should have, which takes memory for each file.
+
+    Attributes:
+        deviations: by path, what is not as it should be; the top is ``""``.
+        failures: by path, why a file could not be read.
+        listed: by path, what the tree should have, without digests.
+        offsets: by path, where the entry of a file is in the archive, in bytes; if ``keep``.
+        proven: whether a digest proves that what the tree was compared with is the layer's.
+    """
+
+    def __init__(self, layer: Layer, spend: Spend, *, keep: bool = False) -> None:
+        self.layer = layer
+        self.deviations: dict[str, Deviation] = {}
+        self.failures: dict[str, OSError] = {}
+        self.listed: dict[str, Entry] = {}
+        self.offsets: dict[str, int] = {}
+        self.proven = False
+        self._spend = spend
+        self._keep = keep
+        self._top = -1
+        # Paths that entries of the archive left, the directories that these imply, and what they say of layers below.
+        self._paths: set[str] = set()
+        self._implied: set[str] = set()
+        self._whiteouts: set[str] = set()
+        self._opaque: set[str] = set()
+        self._found_opaque: set[str] = set()
+        # Where the names of directories lead through the symlinks of the archive.
+        self._symlinks: dict[str, str] = {}
+        self._resolved: dict[str, str] = {}
+        self._groups = 0
+        self._parent: tuple[str, int | None] = ("", None)
+        self._stack = ExitStack()
+
+    def run(self) -> None:
+        """Compare.
+
+        Raises:
+            Uncomparable: there is nothing to compare it with.
+            OnlapError: what there is, is damaged.
+            OSError: the tree cannot be read.
+        """
+        with self._stack:
+            archive = self._stack.enter_context(open_archive(self.layer, self._spend))
+            self._top = self._stack.enter_context(opened(self.layer.tree))
+            self._stack.callback(self._leave)
+            for entry in archive.entries():
+                self._spend(0)
+                try:
+                    self._entry(archive, entry)
+                except ValueError as error:
+                    if isinstance(error, errors.OnlapError):
+                        raise
+                    raise Uncomparable from error  # an entry that no applier takes
+            self.proven = archive.prove(self.layer)
+            if not self.layer.is_whole:
+                self._markers()
+                self._extras()
+            if self._keep:
+                self._list_implied()
+
+    # Entries
+
+    def _entry(self, archive: Archive, entry: tar.Entry) -> None:
+        path = paths.clean(entry.name)
+        above, _, base = path.rpartition("/")
+        above = self._directory(above)
+        if ".wh." in path and self._is_marker(above, base):
+            if entry.size:
+                archive.is_same(entry, None)
+            return
+        path = paths.join(above, base)
+        self._replace(path)
+        if entry.type == tar.HARDLINK:
+            self._hardlink(path, entry)
+            return
+        if entry.type == tar.CHAR and not entry.devmajor and not entry.devminor:
+            self._whiteouts.add(path)
+            return
+        self._paths.add(path)
+        if entry.type == tar.SYMLINK:
+            self._symlinks[path] = entry.linkname
+            self._resolved.clear()
+        if entry.type == tar.FILE:
+            self._file(archive, path, entry)
+        else:
+            self._judge(path, entry, self._status(path))
+
+    def _directory(self, directory: str) -> str:
+        """Where a directory of the archive is in the tree."""
+        found = self._resolved.get(directory)
+        if found is None:
+            found = above = self._follow(directory) if self._symlinks else directory
+            self._resolved[directory] = found
+            while above not in self._implied:
+                self._implied.add(above)
+                above = above.rpartition("/")[0]
+        return found
+
+    def _follow(self, directory: str) -> str:
+        done, left, followed = "", directory.split("/")[::-1], 0
+        while left:
+            name = left.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                done = done.rpartition("/")[0]
+                continue
+            path = paths.join(done, name)
+            target = self._symlinks.get(path)
+            if target is None:
+                done = path
+                continue
+            followed += 1
+            if followed > _MAX_FOLLOWED:
+                raise ValueError("too many symlinks")
+            if target.startswith("/"):
+                done = ""
+            left += target.split("/")[::-1]
+        return done
+
+    def _is_marker(self, above: str, base: str) -> bool:
+        if base == paths.OPAQUE:
+            self._opaque.add(above)
+            return True
+        if any(name.startswith(paths.AUFS_PREFIX) for name in (*above.split("/"), base)):
+            return True  # AUFS's own files, which no applier takes
+        if not base.startswith(paths.WHITEOUT_PREFIX):
+            return False
+        path = paths.join(above, paths.whited_out(base))
+        if path not in self._paths:
+            self._whiteouts.add(path)
+        return True
+
+    def _replace(self, path: str) -> None:
+        """An entry takes the place of what an earlier one left."""
+        self._whiteouts.discard(path)
+        if path in self._paths:
+            self.deviations.pop(path, None)
+            self.failures.pop(path, None)
+            if self._symlinks.pop(path, None) is not None:
+                self._resolved.clear()
+
+    def _file(self, archive: Archive, path: str, entry: tar.Entry) -> None:
+        parent, base = self._go(path)
+        status = None if parent is None else _status(parent, base)
+        expected = self._judge(path, entry, status)
+        if parent is None or status is None or not stat.S_ISREG(status.st_mode):
+            archive.is_same(entry, None)
+            return
+        same = False
+        with ExitStack() as stack:
+            fd = None
+            try:
+                fd = stack.enter_context(opened_unchanged(base, parent))
+            except OSError as error:
+                self.failures[path] = error
+            try:
+                same = archive.is_same(entry, fd)
+            except OSError as error:
+                self.failures[path] = error
+        if not same and status.st_size == entry.size:
+            self._add(path, expected, "content")
+
+    def _hardlink(self, path: str, entry: tar.Entry) -> None:
+        target = paths.clean(entry.linkname)
+        above, _, base = target.rpartition("/")
+        target = paths.join(self._directory(above), base)
+        self._paths.add(path)
+        there, other = self._status(path), self._status(target)
+        expected = self._linked(path, target)
+        if there is None:
+            self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
+        elif target not in self._paths:
+            return  # a link to a file of a layer below, which was copied here
+        elif other is None or not os.path.samestat(there, other):
+            self.deviations[path] = Deviation(path, expected, frozenset({"links"}), found=True)
+        elif judgement.agrees(entry, there, self.layer.shift):
+            # The peers set what a link's header says, too, and the last one stays.
+            self._remove(target, _SHARED)
+
+    def _linked(self, path: str, target: str) -> Entry | None:
+        """List a further name of a file."""
+        first = self.listed.get(target)
+        if first is None:
+            return None
+        if not first.link:
+            self._groups += 1
+            first = self.listed[target] = first._replace(link=self._groups)
+        self.listed[path] = first._replace(path=path)
+        self.offsets[path] = self.offsets[target]
+        return self.listed[path]
+
+    # Judging
+
+    def _judge(self, path: str, entry: tar.Entry, status: os.stat_result | None) -> Entry:
+        found = None if status is None else self._found(path, status)
+        expected = judgement.expected(path, entry, found, self.layer)
+        if self._keep:
+            self.listed[path] = expected
+            self.offsets[path] = entry.offset
+        if found is None:
+            self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
+            return expected
+        if found.xattrs.get(self.layer.markers.opaque) == OPAQUE_YES:
+            self._found_opaque.add(path)
+        what = differences(expected, found, Links())
+        if what:
+            self.deviations[path] = Deviation(path, expected, what, found=True)
+        return expected
+
+    def _found(self, path: str, status: os.stat_result) -> Entry:
+        """What is in the tree, without its data and its other names."""
+        mode = status.st_mode
+        parent, base = self._go(path)
+        assert parent is not None
+        xattrs, target = dict[str, bytes](), ""
+        try:
+            xattrs = read_xattrs(path_of(parent, base), markers=True)
+            target = os.readlink(base, dir_fd=parent) if stat.S_ISLNK(mode) else ""
+        except OSError as error:
+            self.failures[path] = error
+        return Entry(
+            path,
+            mode,
+            status.st_uid,
+            status.st_gid,
+            status.st_mtime_ns,
+            status.st_size if stat.S_ISREG(mode) else 0,
+            "",
+            status.st_rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0,
+            target,
+            0,
+            xattrs,
+        )
+
+    def _add(self, path: str, expected: Entry, word: str) -> None:
+        before = self.deviations.get(path, Deviation(path, expected, frozenset(), found=True))
+        self.deviations[path] = before._replace(what=before.what | {word})
+
+    def _remove(self, path: str, words: frozenset[str]) -> None:
+        before = self.deviations.get(path)
+        if before is None or not before.found:
+            return
+        self.deviations[path] = before._replace(what=before.what - words)
+        if not self.deviations[path].what:
+            del self.deviations[path]
+
+    # Behind the archive
+
+    def _markers(self) -> None:
+        """Whiteouts and opaque directories: one is needed only where there is something below that it hides."""
+        with ExitStack() as stack:
+            below = _Below(stack, self.layer)
+            for path in sorted(self._whiteouts):
+                status = self._status(path)
+                expected = Entry(path, stat.S_IFCHR, 0, 0, 0)
+                if status is not None and not is_whiteout(status):
+                    self.deviations[path] = Deviation(path, expected, frozenset({"type"}), found=True)
+                elif status is None and below.has(path):
+                    self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
+                if self._keep and path in self.deviations:
+                    self.listed[path] = expected
+            for path in sorted(self._opaque | self._found_opaque):
+                status = self._status(path)
+                if status is None or not stat.S_ISDIR(status.st_mode):
+                    continue  # which is told of it already
+                wanted, expected = path in self._opaque, self._opaque_entry(path, status, path in self._opaque)
+                if wanted != self._is_opaque(path) and below.has(path):
+                    self._add(path, expected, "xattrs")
+
+    def _is_opaque(self, path: str) -> bool:
+        parent, base = self._go(path)
+        try:
+            found = None if parent is None else get_xattr(path_of(parent, base), self.layer.markers.opaque)
+        except FileNotFoundError:
+            return False
+        return found == OPAQUE_YES
+
+    def _opaque_entry(self, path: str, status: os.stat_result, wanted: bool) -> Entry:
+        name = self.layer.markers.opaque
+        entry = self.listed.get(path) or self._found(path, status)
+        xattrs = {key: value for key, value in entry.xattrs.items() if key != name}
+        if wanted:
+            xattrs[name] = OPAQUE_YES
+        entry = entry._replace(xattrs=xattrs)
+        if self._keep:
+            self.listed[path] = entry
+        return entry
+
+    def _extras(self) -> None:
+        """What is in the tree and not in the archive."""
+        known = self._paths | self._implied | self._whiteouts
+        pending = [""]
+        while pending:
+            directory = pending.pop()
+            try:
+                fd = open_beneath(directory or ".", OPEN_DIRECTORY, dir_fd=self._top, resolve=RESOLVE_NO_XDEV)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # removed meanwhile
+            except OSError as error:
+                self.failures[directory] = error
+                continue
+            try:
+                listed = list_directory(fd)
+            finally:
+                os.close(fd)
+            for each in listed:
+                path = paths.join(directory, each.name)
+                if path not in known:
+                    self._extra(path)
+                elif each.is_dir(follow_symlinks=False):
+                    pending.append(path)
+
+    def _extra(self, path: str) -> None:
+        status = self._status(path)
+        # No archive has sockets, so that a layer which was made of a container's tree keeps its own.
+        if status is not None and not stat.S_ISSOCK(status.st_mode):
+            self.deviations[path] = Deviation(path, None, frozenset(), found=True)
+
+    def _list_implied(self) -> None:
+        for path in self._implied - self.listed.keys():
+            status = self._status(path)
+            if path not in self._symlinks:
+                self.listed[path] = (
+                    self._found(path, status) if status is not None else judgement.implied(path, self.layer)
+                )
+
+    # Places
+
+    def _go(self, path: str) -> tuple[int | None, str]:
+        """The open directory of a path, None if there is none, and the name in it."""
+        above, _, base = path.rpartition("/")
+        if not path:
+            return self._top, "."
+        if not above:
+            return self._top, base
+        if self._parent[0] != above:
+            self._leave()
+            try:
+                fd = open_beneath(above, _PASS, dir_fd=self._top, resolve=RESOLVE_NO_XDEV)
+            except OSError:
+                fd = None  # what is in its place is judged by itself
+            self._parent = above, fd
+        return self._parent[1], base
+
+    def _leave(self) -> None:
+        if self._parent[1] is not None:
+            os.close(self._parent[1])
+        self._parent = "", None
+
+    def _status(self, path: str) -> os.stat_result | None:
+        parent, base = self._go(path)
+        return None if parent is None else _status(parent, base)
+
+
+class _Below:
+    """The layers below, opened when they are needed."""
+
+    def __init__(self, stack: ExitStack, layer: Layer) -> None:
+        self._stack = stack
+        self._layer = layer
+        self._top: MergedDirectory | None = None
+
+    def has(self, path: str) -> bool:
+        """Whether the layers below show a file of that path; also if they cannot be read."""
+        if not self._layer.lowers:
+            return False
+        try:
+            if self._top is None:
+                self._top = self._stack.enter_context(Stack(self._layer.lowers, self._layer.markers)).top()
+            directory: MergedDirectory | None = self._top
+            *above, base = path.split("/")
+            for name in above:
+                directory = None if directory is None else directory.open(name)
+            return directory is not None and directory.lookup(base) is not None
+        except OSError:
+            return True
+
+
+def _status(dir_fd: int, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -1,0 +1,1 @@
+"""A Docker data root, read without a daemon and checked."""

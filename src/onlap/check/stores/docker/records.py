@@ -1,0 +1,121 @@
+"""The records of Docker's layer store, one directory per image layer, and what they make of each other.
+
+::
+
+    layerdb/sha256/<chain>/cache-id           the driver's id of the layer
+    layerdb/sha256/<chain>/diff               its diff ID
+    layerdb/sha256/<chain>/parent             the chain ID of the layer below; none for a base layer
+    layerdb/sha256/<chain>/size               bytes of its files
+    layerdb/sha256/<chain>/tar-split.json.gz  how to make its archive again
+
+Source: moby v26.1.5, layer/filestore.go and layer/ro_layer.go.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from onlap.graphdrivers import layout
+from onlap.layers.stream.digests import chain_ids
+from onlap.syscalls.files import is_file
+
+if TYPE_CHECKING:
+    from onlap.check.stores.docker.data_root import Root
+
+SPLIT = "tar-split.json.gz"
+CACHE_ID, DIFF, PARENT, SIZE = "cache-id", "diff", "parent", "size"
+
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
+# moby, layer/filestore.go, GetCacheID: stringIDRegexp.
+_CACHE_ID = re.compile("[a-f0-9]{64}(-init)?")
+
+
+class ChainRecord(NamedTuple):
+    """What the layer store knows of an image layer.
+
+    Attributes:
+        directory: where its files are.
+        cache_id: the driver's id; empty if the file is damaged, as the others.
+        diff_id: its diff ID.
+        parent: the chain ID of the layer below; empty for a base layer.
+        damaged: the names of the files that are missing, empty, or not what they should be.
+    """
+
+    directory: str
+    cache_id: str
+    diff_id: str
+    parent: str
+    damaged: tuple[str, ...]
+
+    @property
+    def split(self) -> str:
+        """The path of its tar-split metadata."""
+        return os.path.join(self.directory, SPLIT)
+
+
+def read_record(directory: str, chain: str, texts: Mapping[str, str | None]) -> ChainRecord:
+    """The record of an image layer.
+
+    Args:
+        directory: where its files are.
+        chain: its chain ID.
+        texts: their contents, without what surrounds them; None for a missing one.
+
+    Raises:
+        OSError: it cannot be told whether the metadata is there.
+    """
+    cache_id, diff_id, parent, size = (texts.get(name) or "" for name in (CACHE_ID, DIFF, PARENT, SIZE))
+    damaged = []
+    if not cache_id or "/" in cache_id or cache_id in (".", ".."):
+        damaged.append(CACHE_ID)
+        cache_id = ""
+    if not _DIGEST.fullmatch(diff_id):
+        damaged.append(DIFF)
+        diff_id = ""
+    # A layer without a parent has its diff ID as its chain ID, so that a lost file shows.
+    is_lost = texts.get(PARENT) == "" or diff_id not in ("", chain)
+    if not _DIGEST.fullmatch(parent) if parent else is_lost:
+        damaged.append(PARENT)
+        parent = ""
+    if not size.isdigit():
+        damaged.append(SIZE)
+    path = os.path.join(directory, SPLIT)
+    if not is_file(path) or not os.path.getsize(path):
+        damaged.append(SPLIT)
+    return ChainRecord(directory, cache_id, diff_id, parent, tuple(damaged))
+
+
+def restored(record: ChainRecord, name: str, chain: str, diff_ids: tuple[str, ...]) -> str | None:
+    """The content of a damaged file of a record, from an image on the layer; None if nothing tells it.
+
+    Args:
+        record: the record.
+        name: the file.
+        chain: the layer's chain ID.
+        diff_ids: those of an image that stands on it.
+    """
+    chains = chain_ids(diff_ids)
+    if chain not in chains:
+        return None
+    at = chains.index(chain)
+    if name == DIFF:
+        return diff_ids[at]
+    if name == PARENT and at:
+        return chains[at - 1]
+    return None
+
+
+def expected_lower(root: Root, id: str) -> list[str] | None:
+    """What a layer's file ``lower`` should have, by the records; None if they do not say.
+
+    Raises:
+        OSError: a short name cannot be read.
+    """
+    parents = root.parents(id)
+    if parents is None:
+        return None
+    shorts = [root.short(each) for each in parents]
+    return None if None in shorts else [f"{layout.LINKS}/{short}" for short in shorts]

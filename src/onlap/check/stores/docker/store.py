@@ -1,0 +1,172 @@
+"""Docker's data root as a store of others: the layers of its images, with their tar-split metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+
+from onlap import errors
+from onlap.check.findings import Finding
+from onlap.check.stores.contract import Layer
+from onlap.check.stores.docker import records, structure
+from onlap.check.stores.docker.data_root import Root, open_root
+from onlap.check.stores.docker.records import SPLIT
+from onlap.errors import shown
+from onlap.graphdrivers import layout
+from onlap.layers.stream.digests import chain_ids
+from onlap.overlayfs.markers import TRUSTED, USER, Markers
+from onlap.syscalls.files import exists, is_directory, open_file
+from onlap.trees.atomic import rewrite
+
+# moby, daemon/daemon_unix.go: with userns-remap the data root is DIR/<uid>.<gid> of the user namespace's root.
+_REMAPPED = re.compile(r"([0-9]+)\.([0-9]+)")
+_MAX_DOCUMENT = 8 << 20
+
+
+class Docker:
+    """A data root of Docker with ``overlay2``; see :class:`onlap.check.stores.contract.Store`.
+
+    Args:
+        directory: its path.
+        driver: see :func:`~onlap.check.stores.docker.data_root.open_root`.
+
+    Raises:
+        OnlapError: see there.
+    """
+
+    kind = "Docker"
+
+    def __init__(self, directory: str, driver: str | None = None) -> None:
+        self._driver = driver
+        self._root = open_root(directory, driver)
+        self.directory = self._root.directory
+        owner = os.stat(self._root.home).st_uid
+        remapped = _REMAPPED.fullmatch(os.path.basename(self.directory))
+        self._shift: int | None = 0
+        if owner and not remapped:
+            self._shift = None  # rootless: mapped by /etc/subuid of its user, at the time
+        elif remapped:
+            self._shift = int(remapped[1]) if remapped[1] == remapped[2] else None
+        self._markers = Markers(USER if owner and not remapped else TRUSTED)
+
+    def findings(self) -> Iterator[Finding]:
+        """See the contract."""
+        with errors.translated("check the data root", key=self.directory):
+            yield from structure.findings(self._root)
+
+    def layers(self) -> list[Layer]:
+        """See the contract."""
+        with errors.translated("read the data root", key=self.directory):
+            return list(self._layers())
+
+    def _layers(self) -> Iterator[Layer]:
+        root, images = self._root, _repositories(self._root)
+        for chain, record in sorted(root.records.items(), key=lambda item: (len(root.chain(item[0])), item[0])):
+            if not record.cache_id:
+                continue
+            below = [root.chains[each] for each in root.chain(chain)[1:] if each in root.chains]
+            place = os.path.join(root.home, record.cache_id)
+            yield Layer(
+                record.cache_id,
+                place,
+                os.path.join(place, layout.DIFF),
+                tuple(tree for id in below if os.path.isdir(tree := os.path.join(root.home, id, layout.DIFF))),
+                self._markers,
+                record.diff_id or None,
+                _digests(root, record.diff_id),
+                None,
+                None if SPLIT in record.damaged else record.split,
+                root.users_of_chain(chain),
+                tuple(sorted(images.get(chain, ()))),
+                self._shift,
+            )
+
+    def again(self) -> Docker:
+        """See the contract."""
+        return Docker(self.directory, self._driver)
+
+    def has(self, layer: Layer) -> bool:
+        """See the contract."""
+        # A record is removed as a whole (rename(2)), before the layer is.
+        with errors.translated("read the data root", key=self.directory):
+            return layer.split is None or exists(layer.split)
+
+    def mend(self, finding: Finding) -> str | None:
+        """See the contract."""
+        with errors.translated("repair the data root", key=finding.thing):
+            if finding.kind == "link-missing":
+                return self._mend_link(finding.thing)
+            if finding.kind == "lower-wrong":
+                return self._mend_lower(finding.thing)
+            if finding.kind == "workdir-missing":
+                # moby v26.1.5, overlay2.go, create: the owner of the root in the layers, and only for it.
+                path = os.path.join(self._root.home, finding.thing, layout.WORK)
+                os.mkdir(path, 0o700)
+                os.chown(path, self._shift or 0, self._shift or 0)
+                return "made again"
+            if finding.kind == "record-damaged" and finding.path is not None:
+                return self._mend_record(finding.thing, finding.path)
+        return None
+
+    def _mend_link(self, id: str) -> str | None:
+        home, short = self._root.home, self._root.short(id)
+        if short is None:
+            return None
+        if layout.Layer(home, id).short() is None:
+            rewrite(os.path.join(home, id, layout.LINK), short.encode())
+            return "written again, as its link is called"
+        os.symlink(os.path.join("..", id, layout.DIFF), os.path.join(home, layout.LINKS, short))
+        return "linked again"
+
+    def _mend_lower(self, id: str) -> str | None:
+        expected = records.expected_lower(self._root, id)
+        if not expected:
+            return None
+        rewrite(os.path.join(self._root.home, id, layout.LOWER), ":".join(expected).encode())
+        return "written again, from the records of the layers below"
+
+    def _mend_record(self, chain: str, name: str) -> str | None:
+        record = self._root.records.get(chain)
+        if record is None:
+            return None
+        for id, diff_ids in self._root.image_diff_ids.items():
+            content = records.restored(record, name, chain, diff_ids)
+            if content is not None:
+                rewrite(os.path.join(record.directory, name), content.encode())
+                return f"written again, as the image {shown(id)} says; restart dockerd"
+        return None
+
+
+def _repositories(root: Root) -> dict[str, set[str]]:
+    """The images that have each layer, as registries know them: by chain ID, names and names with digests."""
+    found: dict[str, set[str]] = {}
+    for id, diff_ids in root.image_diff_ids.items():
+        for chain in chain_ids(diff_ids):
+            found.setdefault(chain, set()).update(root.references.get(id, ()))
+    return found
+
+
+def _digests(root: Root, diff_id: str) -> tuple[str, ...]:
+    """The digests of a layer's blobs in registries (moby, distribution/metadata/v2_metadata_service.go)."""
+    if not diff_id:
+        return ()
+    where = os.path.join(root.store, "distribution", "v2metadata-by-diffid", "sha256", diff_id.removeprefix("sha256:"))
+    try:
+        with open_file(where) as file:
+            known = json.loads(file.read(_MAX_DOCUMENT))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return ()
+    listed = known if isinstance(known, list) else []
+    found = (each.get("Digest") for each in listed if isinstance(each, dict))
+    return tuple(dict.fromkeys(digest for digest in found if isinstance(digest, str)))
+
+
+def open_store(directory: str) -> Docker | None:
+    """Open a data root of Docker; None if it is not one.
+
+    Raises:
+        OnlapError: it is one, and cannot be read.
+    """
+    return Docker(directory) if is_directory(os.path.join(directory, "image")) else None

@@ -1,0 +1,165 @@
+"""Whether the records and directories of a Docker data root fit together; the content of layers is not read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from onlap.check.findings import Finding
+from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root, layer_ids
+from onlap.check.stores.docker.records import ChainRecord, expected_lower
+from onlap.errors import shown
+from onlap.graphdrivers import layout
+from onlap.graphdrivers.home import UNFINISHED
+from onlap.graphdrivers.layout import Layer
+from onlap.layers.stream.digests import chain_ids, digest_of
+from onlap.syscalls.files import exists, is_directory, open_file
+
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
+# Configurations of images are a few KiB; containerd reads documents of images up to this size (8 MiB).
+_MAX_DOCUMENT = 8 << 20
+
+
+def findings(root: Root) -> Iterator[Finding]:
+    """Everything that does not fit.
+
+    Raises:
+        OSError: something cannot be read.
+    """
+    yield from _documents(root)
+    yield from _images(root)
+    yield from _chains(root)
+    yield from _containers(root)
+    for id in layer_ids(root.home):
+        yield from _layer(root, id)
+    yield from _links(root)
+    yield from _left(root)
+
+
+def _documents(root: Root) -> Iterator[Finding]:
+    path = os.path.join(root.store, "repositories.json")
+    if exists(path):
+        try:
+            with open_file(path) as file:
+                known = json.load(file)
+        except (ValueError, RecursionError):
+            known = None
+        if not isinstance(known, dict) or not isinstance(known.get("Repositories"), dict):
+            yield Finding("record-damaged", os.path.relpath(path, root.directory), detail="the names of all images")
+
+
+def _images(root: Root) -> Iterator[Finding]:
+    directory = os.path.join(root.store, "imagedb", "content", "sha256")
+    for id, names in root.image_names.items():
+        name = names[0] if names else id.removeprefix("sha256:")[:12]
+        users = tuple(names)
+        path = os.path.join(directory, id.removeprefix("sha256:"))
+        if not _DIGEST.fullmatch(id) or not exists(path):
+            yield Finding("image-damaged", name, detail="its configuration is gone", users=users)
+            continue
+        with open_file(path) as file:
+            content = file.read(_MAX_DOCUMENT)
+        if digest_of(content) != id:
+            what = "its configuration is not what its digest says" if content else "its configuration is empty"
+            yield Finding("image-damaged", name, detail=what, users=users)
+            continue
+        for chain in root.images.get(name, ()):
+            if chain not in root.records:
+                yield Finding("record-missing", chain, detail="of an image layer", users=root.users_of_chain(chain))
+
+
+def _chains(root: Root) -> Iterator[Finding]:
+    for chain, record in root.records.items():
+        users = root.users_of_chain(chain)
+        for name in record.damaged:
+            yield Finding("record-damaged", chain, name, users=users)
+        if not record.damaged and chain_of(record) != chain:
+            yield Finding("record-wrong", chain, detail="diff and parent make another chain ID", users=users)
+        if record.parent and record.parent not in root.records:
+            yield Finding("parent-missing", chain, detail=record.parent, users=users)
+        if record.cache_id and not is_directory(os.path.join(root.home, record.cache_id)):
+            yield Finding("tree-missing", record.cache_id, users=users)
+    for id, count in Counter(root.chains.values()).items():
+        if count > 1:
+            yield Finding("record-wrong", id, detail=f"{count} image layers share it", users=root.users(id))
+
+
+def chain_of(record: ChainRecord) -> str:
+    """The chain ID that a layer's records make."""
+    return chain_ids((record.parent, record.diff_id))[-1] if record.parent else record.diff_id
+
+
+def _containers(root: Root) -> Iterator[Finding]:
+    for name, (id, init, _) in root.containers.items():
+        for each in (id, init):
+            if each and each not in root.layers:
+                yield Finding("tree-missing", each, detail="the layer of a container", users=(name,))
+
+
+def _layer(root: Root, id: str) -> Iterator[Finding]:
+    layer, users = Layer(root.home, id), root.users(id)
+    if not is_directory(layer.diff):
+        yield Finding("tree-missing", id, detail=f"it has no {layout.DIFF}/", users=users)
+    short = layer.short()
+    if short is None:
+        yield Finding("link-missing", id, layout.LINK, users=users)
+    elif not exists(os.path.join(root.home, layout.LINKS, short)):
+        yield Finding("link-missing", id, f"../{layout.LINKS}/{short}", "moby#46498", users)
+    written, expected = layer.written_lower(), expected_lower(root, id)
+    if expected is not None and written != expected:
+        detail = "" if written else "it is missing"
+        yield Finding("lower-wrong", id, layout.LOWER, detail, users)
+    elif expected is None:
+        yield from _unknown_lower(root, id, written)
+    if len(written) > layout.MAX_DEPTH:
+        detail = f"{len(written)} layers lie below; Docker mounts {layout.MAX_DEPTH}"
+        yield Finding("too-deep", id, detail=detail, users=users)
+    if written and not is_directory(os.path.join(layer.path, layout.WORK)):
+        yield Finding("workdir-missing", id, users=users)
+
+
+def _unknown_lower(root: Root, id: str, written: list[str]) -> Iterator[Finding]:
+    """The layers below one of which no record says what is below it."""
+    users = root.users(id)
+    for link in written:
+        if not layout.LOWER_LINK.fullmatch(link):
+            yield Finding("lower-wrong", id, layout.LOWER, "it is damaged", users)
+            return
+        if not os.path.isdir(os.path.join(root.home, link)):
+            yield Finding("lower-wrong", id, layout.LOWER, f"the link {link} is dangling or missing", users)
+    for link, count in Counter(written).items():
+        if count > 1:
+            yield Finding("lower-wrong", id, layout.LOWER, f"{link} is in it {count} times", users)
+
+
+def _links(root: Root) -> Iterator[Finding]:
+    directory = os.path.join(root.home, layout.LINKS)
+    targets: Counter[str] = Counter()
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if not os.path.islink(path):
+            yield Finding("link-dangling", f"{layout.LINKS}/{name}", detail="it is not a symlink")
+            continue
+        target = os.readlink(path)
+        targets[target] += 1
+        if not os.path.isdir(path):
+            yield Finding("link-dangling", f"{layout.LINKS}/{name}", detail=f"to {shown(target)}")
+    for target, count in targets.items():
+        if count > 1:
+            yield Finding("link-dangling", target, detail=f"{count} links lead to it")
+
+
+def _left(root: Root) -> Iterator[Finding]:
+    for name in sorted(os.listdir(root.home)):
+        if name.startswith(UNFINISHED):
+            yield Finding("staging-left", name)
+    for name in root.removing:
+        yield Finding("trash-waiting", name)
+    for layer in root.layers.values():
+        if layer.kind == ORPHAN:
+            yield Finding("tree-unknown", layer.id, detail="it is mounted" if layer.mounted else "")
+        elif layer.kind == UNUSED:
+            yield Finding("layer-unused", layer.id)

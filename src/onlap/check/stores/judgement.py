@@ -1,0 +1,103 @@
+"""What an entry of an archive says of the file that it left in a tree, and what it leaves open.
+
+Sources: containerd v1.7.24, archive/tar.go (createTarFile) and archive/time.go (boundTime); moby v26.1.5,
+pkg/archive/archive.go (createTarFile, FileInfoHeader) and pkg/archive/time.go.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+
+from onlap.check.stores.contract import Layer
+from onlap.layers.format import tar
+from onlap.overlayfs.markers import is_marker
+from onlap.trees.manifest import Entry
+
+_KINDS = {
+    tar.FILE: stat.S_IFREG,
+    tar.DIRECTORY: stat.S_IFDIR,
+    tar.SYMLINK: stat.S_IFLNK,
+    tar.CHAR: stat.S_IFCHR,
+    tar.BLOCK_DEVICE: stat.S_IFBLK,
+    tar.FIFO: stat.S_IFIFO,
+}
+_SECOND = 10**9
+# The largest time that Go has in nanoseconds, to which containerd and moby bound times (archive/time.go).
+_LAST_TIME = (1 << 63) - 1
+# What security modules label a file with is the machine's, and what the kernel measures of it.
+_OF_MACHINE = ("security.selinux", "security.ima", "security.evm", "security.apparmor", "security.SMACK64")
+# All archivers write it, so that a file that has it and should not was given power since.
+_CAPABILITY = "security.capability"
+
+
+def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> Entry:
+    """What a tree should have at a path.
+
+    Args:
+        path: the path.
+        entry: what the archive says.
+        found: what the tree has, from which comes what the archive does not say; None if it has nothing.
+        layer: the layer.
+    """
+    kind = _KINDS[entry.type]
+    same = found is not None and stat.S_IFMT(found.mode) == kind
+    mode = found.mode if found is not None and same and kind == stat.S_IFLNK else kind | entry.mode
+    uid, gid = (found.uid, found.gid) if found is not None else (0, 0)
+    if layer.shift is not None:
+        uid, gid = entry.uid + layer.shift, entry.gid + layer.shift
+    mtime = bounded(entry.mtime_ns)
+    # The top is made before its entry is read, and the kernel sets its time again with what is made in it.
+    if found is not None and same and (not path or _is_same_time(mtime, found.mtime_ns)):
+        mtime = found.mtime_ns
+    return Entry(
+        path,
+        mode,
+        uid,
+        gid,
+        mtime,
+        entry.size if kind == stat.S_IFREG else 0,
+        "",
+        os.makedev(entry.devmajor, entry.devminor) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0,
+        entry.linkname if kind == stat.S_IFLNK else "",
+        0,
+        _xattrs(kind, entry.xattrs or {}, found.xattrs if found is not None and same else {}),
+    )
+
+
+def implied(path: str, layer: Layer) -> Entry:
+    """A directory that an archive only implies, as containerd and moby make it."""
+    return Entry(path, stat.S_IFDIR | 0o755, layer.shift or 0, layer.shift or 0, 0)
+
+
+def agrees(entry: tar.Entry, status: os.stat_result, shift: int | None) -> bool:
+    """Whether a file has the mode, owner and time that a hard link's header says."""
+    return (
+        (stat.S_ISLNK(status.st_mode) or stat.S_IMODE(status.st_mode) == entry.mode)
+        and (shift is None or (status.st_uid, status.st_gid) == (entry.uid + shift, entry.gid + shift))
+        and _is_same_time(bounded(entry.mtime_ns), status.st_mtime_ns)
+    )
+
+
+def bounded(mtime_ns: int) -> int:
+    """The time that the peers give a file, in nanoseconds."""
+    return mtime_ns if 0 <= mtime_ns <= _LAST_TIME else 0
+
+
+def _is_same_time(wanted: int, found: int) -> bool:
+    # Archives made of trees have whole seconds (moby, FileInfoHeader), and their trees have more.
+    return wanted == found or (wanted % _SECOND == 0 and found // _SECOND == wanted // _SECOND)
+
+
+def _xattrs(kind: int, said: Mapping[str, bytes], found: Mapping[str, bytes]) -> dict[str, bytes]:
+    wanted = {name: value for name, value in said.items() if not _is_open(kind, name)}
+    wanted |= {name: value for name, value in found.items() if name not in said and name != _CAPABILITY}
+    return wanted | {name: found[name] for name in said.keys() & found.keys() if _is_open(kind, name)}
+
+
+def _is_open(kind: int, name: str) -> bool:
+    """Whether an xattr need not be what the archive says: the kernel or the machine may have refused or changed it."""
+    # xattr(7): "user." only on files and directories.
+    is_refused = name.startswith("user.") and kind not in (stat.S_IFREG, stat.S_IFDIR)
+    return is_refused or is_marker(name) or name in _OF_MACHINE

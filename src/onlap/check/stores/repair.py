@@ -1,0 +1,364 @@
+"""Repairs a store of others: refills the damaged files of committed layers, bit for bit, and mends its records.
+
+Each layer is compared with an archive that its diff ID proves, file by file, and gets from it what is missing or
+wrong, as a layer of our own store does (:mod:`onlap.check.refill`). What is taken out of a tree is kept beside it. The
+trees of containers are never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from onlap import errors
+from onlap.boundary import public_class
+from onlap.check.findings import Finding, identity
+from onlap.check.refill import Aside, Refill, open_in_tree, said
+from onlap.check.stores.archive import Uncomparable
+from onlap.check.stores.comparison import Comparison
+from onlap.check.stores.contract import Layer, Store
+from onlap.check.stores.doctor import Doctor
+from onlap.check.stores.supply import Found, Supply
+from onlap.check.stores.use import mounted
+from onlap.errors import shown
+from onlap.layers.format.reader import TarReader
+from onlap.layers.stream.digests import PREFIX
+from onlap.layers.stream.pipeline import Pipeline
+from onlap.locks import lock_directory
+from onlap.syscalls.files import exists, open_file, syncfs, write_all
+from onlap.trees.atomic import new_file
+from onlap.trees.manifest import Deviation, Entry
+from onlap.trees.remove import remove_at
+from onlap.trees.walk import opened
+
+_OF_FILES = frozenset({"file-missing", "file-changed", "file-unreadable", "file-unknown"})
+_OF_LAYERS = _OF_FILES | {"tree-missing"}
+# Beside a layer's tree, where its store removes them with the layer.
+_STAGING = ".onlap-repair"
+_ASIDE = "onlap-damaged"
+_CHUNK = 1 << 20
+_ATTRIBUTES = frozenset({"mode", "owner", "mtime", "xattrs"})
+
+
+class Done(NamedTuple):
+    """What is to be done for a finding, or was.
+
+    Attributes:
+        finding: which.
+        what: in words; or why it cannot be done.
+        possible: whether it can be done.
+    """
+
+    finding: Finding
+    what: str
+    possible: bool
+
+
+class _Case(NamedTuple):
+    """A damaged layer that was looked at.
+
+    Attributes:
+        layer: the layer.
+        source: what it is refilled from; None if it needs no data, or there is none.
+        comparison: of its tree, with what is proven; None if there is nothing to compare it with.
+        why: why not everything can be done.
+    """
+
+    layer: Layer
+    source: Found | None
+    comparison: Comparison | None
+    why: str
+
+
+@public_class
+class StoreRepair:
+    """One repair of a store of others.
+
+    Args:
+        store: the store.
+        supply: where data comes from.
+
+    Attributes:
+        left: what was found and is not repaired, and what else is wrong now; after :meth:`run`.
+    """
+
+    def __init__(self, store: Store, supply: Supply) -> None:
+        self.store = store
+        self.left: tuple[Finding, ...] = ()
+        self._supply = supply
+        self._layers = {layer.name: layer for layer in store.layers()}
+
+    def plan(self, findings: Iterable[Finding]) -> Iterator[Done]:
+        """What :meth:`run` would do. Nothing is changed.
+
+        Raises:
+            OnlapError: something cannot be looked at.
+        """
+        in_use = self._in_use()
+        for layer, mine in self._damaged(findings):
+            case = self._examine(layer, mine)
+            yield from (self._intended(case, each, layer.name in in_use) for each in mine)
+
+    def run(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
+        """Repair what can be repaired.
+
+        Raises:
+            OnlapError: something cannot be looked at.
+        """
+        in_use = self._in_use()
+        for layer, mine in self._damaged(findings):
+            try:
+                yield from self._treat(layer, mine, in_use=layer.name in in_use)
+            except (OSError, errors.OnlapError) as error:
+                yield from (Done(each, f"not repaired: {said(error)}", False) for each in mine)
+        for each in findings:
+            if each.kind in _OF_LAYERS and each.thing in self._layers:
+                continue
+            try:
+                what = self._refetch(each) if each.kind == "blob-damaged" else self.store.mend(each)
+            except errors.OnlapError as error:
+                yield Done(each, f"not repaired: {error.message}", False)
+                continue
+            if what is not None:
+                yield Done(each, what, True)
+        self.left = self._still_wrong(findings)
+
+    def _in_use(self) -> set[str]:
+        with errors.translated("look at the mounts"):
+            return mounted(self._layers.values())
+
+    def _damaged(self, findings: Iterable[Finding]) -> Iterator[tuple[Layer, list[Finding]]]:
+        by_layer: dict[str, list[Finding]] = {}
+        for each in findings:
+            if each.kind in _OF_LAYERS and each.thing in self._layers:
+                by_layer.setdefault(each.thing, []).append(each)
+        for name, mine in by_layer.items():
+            yield self._layers[name], mine
+
+    # Looking
+
+    def _examine(self, layer: Layer, findings: list[Finding]) -> _Case:
+        """Find something proven to compare a layer with, and the data that it needs."""
+        own = self._compared(layer)
+        if own is not None and own.proven and not any(map(_needs_data, own.deviations.values())):
+            return _Case(layer, None, own, "")
+        for found in self._supply.find(layer):
+            comparison = self._compared(layer._replace(split=None, archive=found.path))
+            if comparison is not None and comparison.proven:
+                return _Case(layer, found, comparison, "")
+        if own is None:
+            return _Case(layer, None, None, "nothing says what it held")
+        return _Case(layer, None, own, "its data is nowhere; give a source")
+
+    def _compared(self, layer: Layer) -> Comparison | None:
+        comparison = Comparison(layer, lambda _size: None, keep=True)
+        try:
+            with errors.translated("compare the layer", key=layer.name):
+                comparison.run()
+        except (Uncomparable, errors.DataLoss, errors.InvalidArgument, errors.NotFound):
+            return None
+        return comparison
+
+    def _intended(self, case: _Case, finding: Finding, in_use: bool) -> Done:
+        path = "" if finding.path in (".", None) else finding.path
+        if case.comparison is None:
+            return Done(finding, case.why, False)
+        deviation = case.comparison.deviations.get(path or "")
+        if deviation is None:
+            return Done(finding, "it is in order by now", True)
+        if in_use and not _may_be_replaced(case.comparison, deviation):
+            return Done(finding, "a container uses the layer, and this file can still be read: stop it first", False)
+        if _needs_data(deviation) and case.source is None and not self._has_other_name(case, deviation):
+            return Done(finding, case.why, False)
+        if deviation.expected is None:
+            return Done(finding, "to be moved away", True)
+        if deviation.found and deviation.what <= _ATTRIBUTES:
+            return Done(finding, f"to be set back: {', '.join(sorted(deviation.what))}", True)
+        where = f" from {case.source.where}" if case.source is not None and _needs_data(deviation) else ""
+        return Done(finding, f"to be restored{where}", True)
+
+    def _has_other_name(self, case: _Case, deviation: Deviation) -> bool:
+        assert case.comparison is not None
+        return any(_has_data(case.comparison, path) for path in _names(case.comparison, deviation.path))
+
+    # Treating
+
+    def _treat(self, layer: Layer, findings: list[Finding], *, in_use: bool) -> Iterator[Done]:
+        with ExitStack() as stack:
+            if not exists(layer.place):
+                os.mkdir(layer.place, 0o700)
+            held = lock_directory(layer.place)
+            if held is None:
+                raise errors.Busy(f"another process repairs the layer {shown(layer.name)}", key=layer.name)
+            place = stack.enter_context(held).fd
+            made = not exists(layer.tree)
+            if made:
+                os.mkdir(layer.tree, 0o755)
+            case = self._examine(layer, findings)
+            intended = [self._intended(case, each, in_use) for each in findings]
+            if case.comparison is None or not (made or any(each.possible for each in intended)):
+                yield from intended
+                return
+            refill = self._refill(stack, case, place, in_use=in_use)
+        after = {identity(each): each for each in Doctor(self.store).compare(layer)}
+        for each, before in zip(findings, intended, strict=True):
+            path = each.path or "."
+            if identity(each) not in after:
+                yield Done(each, refill.done.get(path, "restored"), True)
+            else:
+                yield Done(each, f"not repaired: {refill.failed.get(path, before.what)}", False)
+
+    def _refill(self, stack: ExitStack, case: _Case, place: int, *, in_use: bool) -> Refill:
+        comparison = case.comparison
+        assert comparison is not None
+        wrong = [each for each in comparison.deviations.values() if not in_use or _may_be_replaced(comparison, each)]
+        staging = f"{case.layer.place}/{_STAGING}"
+        if exists(staging):
+            remove_at(staging)  # of a repair that was killed: we have the lock
+        os.mkdir(staging, 0o700)
+        stack.callback(remove_at, staging)
+        staged = stack.enter_context(opened(staging))
+        data = _Data(comparison, staged, stack.enter_context(opened(case.layer.tree)))
+        if case.source is not None:
+            data.take(case.source, wrong)
+        top = data.top
+        refill = Refill(data.listed(wrong), top, Aside(place, _ASIDE), staged, data.candidates)
+        refill.run(each._replace(path=each.path or ".") for each in sorted(wrong, key=lambda each: each.path))
+        syncfs(top)
+        return refill
+
+    def _refetch(self, finding: Finding) -> str | None:
+        """Put a blob in its place again."""
+        for layer in self._layers.values():
+            if layer.archive is None or finding.thing not in layer.digests:
+                continue
+            for found in self._supply.find(layer._replace(archive=None)):
+                with errors.translated("read the blob", key=finding.thing):
+                    with open_file(found.path) as file:
+                        is_it = PREFIX + _digest(file.fileno()) == finding.thing
+                    if not is_it:
+                        continue
+                    with open_file(found.path) as file, new_file(layer.archive, lambda _partial: None) as out:
+                        os.fchmod(out.fileno(), 0o444)  # as containerd's
+                        shutil.copyfileobj(file, out, _CHUNK)
+                        out.flush()
+                        os.fsync(out.fileno())
+                return f"written again from {found.where}"
+        return None
+
+    def _still_wrong(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+        store = self.store.again()
+        now = {identity(each): each for each in store.findings()}
+        doctor = Doctor(store)
+        touched = {each.thing for each in findings}
+        for layer in store.layers():
+            if layer.name in touched or not touched.isdisjoint(layer.digests):
+                now |= {identity(each): each for each in doctor.compare(layer)}
+        return tuple(now.values())
+
+
+class _Data:
+    """The data that a refill needs."""
+
+    def __init__(self, comparison: Comparison, staged: int, top: int) -> None:
+        self.top = top
+        self._comparison = comparison
+        self._staged = staged
+        self._spooled: dict[str, tuple[str, str]] = {}
+        self._digests: dict[str, str] = {}
+
+    def take(self, source: Found, wrong: Iterable[Deviation]) -> None:
+        """Take the data of damaged files out of an archive; raises OSError and OnlapError."""
+        offsets: dict[int, str] = {}
+        for each in wrong:
+            if each.expected is not None and each.path in self._comparison.offsets and _needs_data(each):
+                offsets[self._comparison.offsets[each.path]] = each.path
+        if not offsets:
+            return
+        with Pipeline(source.path) as pipeline:
+            reader = TarReader(pipeline.chunk)
+            for entry in reader:
+                path = offsets.get(entry.offset)
+                if path is None:
+                    continue
+                name = f"data-{len(self._spooled)}"
+                with opened(
+                    name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staged
+                ) as fd:
+                    os.ftruncate(fd, entry.size)
+                    for offset, length in entry.sparse if entry.sparse is not None else [(0, entry.size)]:
+                        os.lseek(fd, offset, os.SEEK_SET)
+                        left = length
+                        while left:
+                            piece = reader.piece(left)
+                            left -= len(piece)
+                            write_all(fd, piece)
+                    digest = _digest(fd)
+                for other in _names(self._comparison, path):
+                    self._spooled[other] = source.where, name
+                    self._digests[other] = digest
+
+    def listed(self, wrong: Iterable[Deviation]) -> list[Entry]:
+        """What the tree should have, with the digests of what is made again."""
+        for each in wrong:
+            for path in _names(self._comparison, each.path):
+                if path not in self._digests and _has_data(self._comparison, path):
+                    with open(open_in_tree(self.top, path), "rb") as file:
+                        digest = _digest(file.fileno())
+                    self._digests |= dict.fromkeys(_names(self._comparison, each.path), digest)
+        return [
+            entry._replace(path=path or ".", digest=self._digests.get(path, ""))
+            for path, entry in self._comparison.listed.items()
+        ]
+
+    def candidates(self, entry: Entry) -> Iterator[tuple[str, int]]:
+        """See :data:`onlap.check.refill.Candidates`."""
+        for path in _names(self._comparison, entry.path):
+            if _has_data(self._comparison, path):
+                with open(open_in_tree(self.top, path), "rb", buffering=0) as file:
+                    yield "the layer itself", file.fileno()
+        if entry.path in self._spooled:
+            where, name = self._spooled[entry.path]
+            with opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staged) as fd:
+                yield where, fd
+
+
+def _digest(fd: int) -> str:
+    """The SHA-256 of a file in hexadecimal, from its start."""
+    found = hashlib.sha256()
+    os.lseek(fd, 0, os.SEEK_SET)
+    while chunk := os.read(fd, _CHUNK):
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def _names(comparison: Comparison, path: str) -> list[str]:
+    """All names of a file, of which a path is one."""
+    entry = comparison.listed.get(path)
+    if entry is None or not entry.link:
+        return [path]
+    return [each for each, other in comparison.listed.items() if other.link == entry.link]
+
+
+def _has_data(comparison: Comparison, path: str) -> bool:
+    """Whether a file of the tree has the data that it should have."""
+    deviation = comparison.deviations.get(path)
+    return path in comparison.offsets and (deviation is None or (deviation.found and deviation.what <= _ATTRIBUTES))
+
+
+def _needs_data(deviation: Deviation) -> bool:
+    """Whether a repair needs data that the tree does not have."""
+    expected = deviation.expected
+    if expected is None or not stat.S_ISREG(expected.mode) or not expected.size:
+        return False
+    return not deviation.found or not deviation.what <= _ATTRIBUTES
+
+
+def _may_be_replaced(comparison: Comparison, deviation: Deviation) -> bool:
+    """Whether a file may be replaced while a container runs on it: who reads it fails anyway."""
+    return not deviation.found or deviation.path in comparison.failures

@@ -1,0 +1,138 @@
+"""``onlap check --store``: the store of another program."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from onlap.cli import exits
+from onlap.cli.call import Call
+from onlap.cli.parser import UsageError
+from onlap.cli.shared.amounts import byte_count
+from onlap.cli.shared.findings import show_finding, users_of, verdict
+from onlap.cli.shared.images import registry_access
+from onlap.cli.terminal.text import count, size
+from onlap.errors import shown
+
+if TYPE_CHECKING:
+    from onlap.check.findings import Finding, Report
+    from onlap.check.stores.contract import Store
+    from onlap.check.stores.repair import StoreRepair
+    from onlap.check.stores.supply import Supply
+
+
+def check_store(call: Call) -> int:
+    """Check, and repair if that is asked."""
+    from onlap.check.stores.doctor import Doctor, open_store
+
+    args, out = call.args, call.out
+    _check_arguments(call)
+    store = open_store(args.store)
+    with call.progress() as report:
+        doctor = Doctor(
+            store,
+            after=args.after,
+            max_duration=args.max_duration,
+            rate=None if args.rate is None else byte_count(args.rate, "--rate"),
+            progress=report,
+        )
+        findings = []
+        for finding in doctor.findings():
+            findings.append(finding)
+            show_finding(out, finding)
+    done = doctor.report(tuple(findings))
+    if not out.json:
+        read = f"{count(done.snapshots, 'layer')}, {count(done.files, 'file')}, {size(done.size)}"
+        out.line(f"checked {store.kind} in {shown(store.directory)}: {read}: {verdict(done.findings)}")
+    if args.repair:
+        done = _repair(call, store, done)
+    _summary(call, store, done)
+    return exits.DONE if done.ok else exits.NO
+
+
+def _check_arguments(call: Call) -> None:
+    args = call.args
+    if args.quarantine:
+        raise UsageError("--quarantine is for our own store")
+    if not args.repair:
+        for name in ("from_registry", "from_content", "from_archive", "dry_run", "yes"):
+            if getattr(args, name):
+                raise UsageError(f"--{name.replace('_', '-')} is for a repair: give --repair")
+
+
+def _supply(call: Call, stack: ExitStack, store: Store) -> Supply:
+    from onlap.check.stores.doctor import open_store
+    from onlap.check.stores.supply import Supply
+
+    args = call.args
+    stores = tuple(store if not each else open_store(each) for each in args.from_content or ())
+    access = registry_access(call) if args.from_registry else None
+    archives = tuple(args.from_archive or ())
+    return stack.enter_context(Supply(stores=stores, archives=archives, registry=args.from_registry, access=access))
+
+
+def _repair(call: Call, store: Store, done: Report) -> Report:
+    from onlap.check.stores.repair import StoreRepair
+
+    args, out = call.args, call.out
+    wrong = tuple(each for each in done.findings if each.severity != "note")
+    with ExitStack() as stack:
+        supply = _supply(call, stack, store)
+        repair = StoreRepair(store, supply)
+        for each in repair.plan(wrong):
+            _show(call, "plan" if each.possible else "cannot", each.finding, each.what)
+        for name, why in supply.failed.items():
+            out.warn(f"{shown(name)} was not fetched: {why}")
+        if args.dry_run or not (wrong and _agreed(call)):
+            return done
+        for each in repair.run(wrong):
+            _show(call, "repair", each.finding, each.what)
+        return _after(repair, done)
+
+
+def _after(repair: StoreRepair, done: Report) -> Report:
+    from onlap.check.findings import identity
+
+    left = {identity(each) for each in repair.left}
+    known = {identity(each) for each in done.findings}
+    new = tuple(each for each in repair.left if identity(each) not in known)
+    repaired = tuple(each for each in done.findings if identity(each) not in left and each.severity != "note")
+    return done._replace(findings=done.findings + new, repaired=repaired)
+
+
+def _agreed(call: Call) -> bool:
+    """Whether to go on: asked only on a terminal."""
+    ends = (sys.stdin, sys.stderr)
+    if call.args.yes or call.out.json or not all(stream is not None and stream.isatty() for stream in ends):
+        return True
+    call.out.flush()
+    print("repair this? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _show(call: Call, word: str, finding: Finding, what: str) -> None:
+    if call.out.json:
+        call.out.item({word: finding._asdict(), "what": what})
+    else:
+        call.out.line(f"{word}: {finding.kind}: {finding.place}: {what}{users_of(finding)}")
+
+
+def _summary(call: Call, store: Store, done: Report) -> None:
+    args, out = call.args, call.out
+    left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
+    if out.json:
+        summary = done._asdict()
+        del summary["findings"], summary["repaired"]
+        repaired = {"repaired": len(done.repaired), "left": len(left)} if args.repair else {}
+        out.item({"checked": summary, "store": store.kind, "ok": done.ok, **repaired})
+        return
+    if args.repair:
+        out.line(f"repaired {len(done.repaired)}, left {len(left)}")
+    for remedy in dict.fromkeys(each.remedy for each in left):
+        out.line(f"to repair it: {remedy}")
+    if done.unlisted:
+        have = count(done.unlisted, "layer has", "layers have")
+        out.line(f"{have} nothing to compare with")
+    if done.after is not None:
+        out.line(f"stopped early; continue with: onlap check --store {shown(args.store)} --after {shown(done.after)}")

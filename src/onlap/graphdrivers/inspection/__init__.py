@@ -1,1 +1,0 @@
-"""A Docker data root, read without a daemon."""
