@@ -37,7 +37,10 @@ _MODULES = {
     "onlap.containers.run": "run a container",
     "onlap.containers.options": "the options of a container",
     "onlap.graphdrivers": "Docker's graph drivers",
-    "onlap.graphdrivers.inspection.data_root": "look into a Docker data root",
+    "onlap.check.stores.doctor": "check the stores of other programs",
+    "onlap.check.stores.supply": "where their layers' archives come from",
+    "onlap.check.stores.repair": "repair them",
+    "onlap.check.stores.docker.data_root": "look into a Docker data root",
     "onlap.testing": "the conformance suite",
 }
 _ONLY = {"onlap.snapshots.recorded": ["RecordedSnapshotter"], "onlap.images.inspection.origins": ["Hidden"]}

@@ -160,5 +160,8 @@ def open_archive(layer: Layer, spend: Spend) -> Archive:
     if layer.split is not None:
         return SplitArchive(layer.split, spend)
     if layer.archive is not None:
-        return Blob(layer.archive, spend)
+        try:
+            return Blob(layer.archive, spend)
+        except errors.NotFound as error:
+            raise Uncomparable from error  # removed meanwhile
     raise Uncomparable

@@ -9,6 +9,7 @@ moby v26.1.5, pkg/archive/archive.go and diff.go; containers/storage v1.57, pkg/
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import ExitStack
@@ -29,8 +30,13 @@ from onlap.trees.walk import OPEN_DIRECTORY, opened, path_of
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # As in Go's path/filepath and containerd's continuity/fs (maxSymlinkLimit), behind which a path is a circle.
 _MAX_FOLLOWED = 255
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 # The attributes of a file that all of its names share.
 _SHARED = frozenset({"mode", "owner", "mtime"})
+
+
+class NoTree(Exception):
+    """The layer's tree is gone, or is not a directory."""
 
 
 class Comparison:
@@ -45,7 +51,8 @@ class Comparison:
         deviations: by path, what is not as it should be; the top is ``""``.
         failures: by path, why a file could not be read.
         listed: by path, what the tree should have, without digests.
-        offsets: by path, where the entry of a file is in the archive, in bytes; if ``keep``.
+        offsets: by path, where the entry of a regular file is in the archive, in bytes; if ``keep``.
+        firsts: by path, of a further name of a file: the name that has its entry.
         proven: whether a digest proves that what the tree was compared with is the layer's.
     """
 
@@ -55,6 +62,7 @@ class Comparison:
         self.failures: dict[str, OSError] = {}
         self.listed: dict[str, Entry] = {}
         self.offsets: dict[str, int] = {}
+        self.firsts: dict[str, str] = {}
         self.proven = False
         self._spend = spend
         self._keep = keep
@@ -70,20 +78,27 @@ class Comparison:
         self._resolved: dict[str, str] = {}
         self._groups = 0
         self._parent: tuple[str, int | None] = ("", None)
+        self._trouble: OSError | None = None  # why the parent cannot be opened, though it is there
         self._stack = ExitStack()
 
     def run(self) -> None:
         """Compare.
 
         Raises:
+            NoTree: there is no tree.
             Uncomparable: there is nothing to compare it with.
             OnlapError: what there is, is damaged.
             OSError: the tree cannot be read.
         """
         with self._stack:
-            archive = self._stack.enter_context(open_archive(self.layer, self._spend))
-            self._top = self._stack.enter_context(opened(self.layer.tree))
+            try:
+                self._top = self._stack.enter_context(opened(self.layer.tree))
+            except OSError as error:
+                if error.errno in _NOT_THERE:
+                    raise NoTree from error
+                raise
             self._stack.callback(self._leave)
+            archive = self._stack.enter_context(open_archive(self.layer, self._spend))
             for entry in archive.entries():
                 self._spend(0)
                 try:
@@ -208,27 +223,27 @@ class Comparison:
         target = paths.join(self._directory(above), base)
         self._paths.add(path)
         there, other = self._status(path), self._status(target)
-        expected = self._linked(path, target)
+        expected = self._linked(path, target, there)
         if there is None:
             self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
-        elif target not in self._paths:
-            return  # a link to a file of a layer below, which was copied here
-        elif other is None or not os.path.samestat(there, other):
+        elif target not in self._paths or other is None:
+            return  # a copy of a file of a layer below; or it has lost its first name, which is told
+        elif not os.path.samestat(there, other):
             self.deviations[path] = Deviation(path, expected, frozenset({"links"}), found=True)
         elif judgement.agrees(entry, there, self.layer.shift):
             # The peers set what a link's header says, too, and the last one stays.
             self._remove(target, _SHARED)
 
-    def _linked(self, path: str, target: str) -> Entry | None:
-        """List a further name of a file."""
+    def _linked(self, path: str, target: str, there: os.stat_result | None) -> Entry:
+        """What a further name of a file should be."""
         first = self.listed.get(target)
         if first is None:
-            return None
+            return Entry(path, stat.S_IFREG if there is None else there.st_mode, 0, 0, 0)
         if not first.link:
             self._groups += 1
             first = self.listed[target] = first._replace(link=self._groups)
         self.listed[path] = first._replace(path=path)
-        self.offsets[path] = self.offsets[target]
+        self.firsts[path] = target
         return self.listed[path]
 
     # Judging
@@ -238,13 +253,18 @@ class Comparison:
         expected = judgement.expected(path, entry, found, self.layer)
         if self._keep:
             self.listed[path] = expected
-            self.offsets[path] = entry.offset
+            if entry.type == tar.FILE:
+                self.offsets[path] = entry.offset
         if found is None:
             self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
+            if self._trouble is not None and "/" in path:
+                self.failures[path] = self._trouble
             return expected
         if found.xattrs.get(self.layer.markers.opaque) == OPAQUE_YES:
             self._found_opaque.add(path)
         what = differences(expected, found, Links())
+        if path in self.failures:
+            what |= {"xattrs"}  # which cannot be read
         if what:
             self.deviations[path] = Deviation(path, expected, what, found=True)
         return expected
@@ -339,10 +359,13 @@ class Comparison:
             except (FileNotFoundError, NotADirectoryError):
                 continue  # removed meanwhile
             except OSError as error:
-                self.failures[directory] = error
+                self._unreadable(directory, error)
                 continue
             try:
                 listed = list_directory(fd)
+            except OSError as error:
+                self._unreadable(directory, error)
+                continue
             finally:
                 os.close(fd)
             for each in listed:
@@ -351,6 +374,10 @@ class Comparison:
                     self._extra(path)
                 elif each.is_dir(follow_symlinks=False):
                     pending.append(path)
+
+    def _unreadable(self, directory: str, error: OSError) -> None:
+        self.failures[directory] = error
+        self.deviations.setdefault(directory, Deviation(directory, None, frozenset({"content"}), found=True))
 
     def _extra(self, path: str) -> None:
         status = self._status(path)
@@ -377,17 +404,19 @@ class Comparison:
             return self._top, base
         if self._parent[0] != above:
             self._leave()
+            fd = None
             try:
                 fd = open_beneath(above, _PASS, dir_fd=self._top, resolve=RESOLVE_NO_XDEV)
-            except OSError:
-                fd = None  # what is in its place is judged by itself
+            except OSError as error:
+                # What is in its place otherwise is judged by itself.
+                self._trouble = error if error.errno not in _NOT_THERE else None
             self._parent = above, fd
         return self._parent[1], base
 
     def _leave(self) -> None:
         if self._parent[1] is not None:
             os.close(self._parent[1])
-        self._parent = "", None
+        self._parent, self._trouble = ("", None), None
 
     def _status(self, path: str) -> os.stat_result | None:
         parent, base = self._go(path)

@@ -11,9 +11,9 @@ from onlap.boundary import public
 from onlap.catalog.background.manifests import FILE_COST
 from onlap.catalog.disk.pace import Pace
 from onlap.check.content import as_finding
-from onlap.check.findings import Finding, Report
+from onlap.check.findings import Finding, Report, identity
 from onlap.check.stores.archive import Uncomparable
-from onlap.check.stores.comparison import Comparison
+from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
 from onlap.errors import shown
 from onlap.progress import Callback, Reporter
@@ -93,10 +93,13 @@ class Doctor:
         Raises:
             OnlapError: something cannot be looked at.
         """
+        told = set()
         if self._after is None:
-            yield from self.store.findings()
+            for each in self.store.findings():
+                told.add(identity(each))
+                yield each
         if self._content:
-            yield from self._contents()
+            yield from (each for each in self._contents() if identity(each) not in told)
             self._progress.finish(self._size)
 
     def report(self, findings: tuple[Finding, ...], repaired: tuple[Finding, ...] = ()) -> Report:
@@ -126,6 +129,9 @@ class Doctor:
         try:
             with errors.translated("compare the layer", key=layer.name):
                 comparison.run()
+        except NoTree:
+            yield Finding("tree-missing", layer.name, users=layer.users)
+            return
         except Uncomparable:
             self._unlisted += 1
             return
@@ -147,8 +153,6 @@ class Doctor:
 
 def unreadable(layer: Layer, error: errors.OnlapError) -> Finding:
     """What it is of a layer that cannot be compared."""
-    if isinstance(error, errors.NotFound):
-        return Finding("tree-missing", layer.name, users=layer.users)
     if layer.split is not None:
         return Finding("split-damaged", layer.name, detail=error.message, users=layer.users)
     return Finding(

@@ -20,7 +20,7 @@ from onlap.boundary import public_class
 from onlap.check.findings import Finding, identity
 from onlap.check.refill import Aside, Refill, open_in_tree, said
 from onlap.check.stores.archive import Uncomparable
-from onlap.check.stores.comparison import Comparison
+from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
 from onlap.check.stores.doctor import Doctor
 from onlap.check.stores.supply import Found, Supply
@@ -38,6 +38,7 @@ from onlap.trees.walk import opened
 
 _OF_FILES = frozenset({"file-missing", "file-changed", "file-unreadable", "file-unknown"})
 _OF_LAYERS = _OF_FILES | {"tree-missing"}
+REFILLED = _OF_LAYERS | {"blob-damaged"}
 # Beside a layer's tree, where its store removes them with the layer.
 _STAGING = ".onlap-repair"
 _ASIDE = "onlap-damaged"
@@ -160,7 +161,7 @@ class StoreRepair:
         try:
             with errors.translated("compare the layer", key=layer.name):
                 comparison.run()
-        except (Uncomparable, errors.DataLoss, errors.InvalidArgument, errors.NotFound):
+        except (NoTree, Uncomparable, errors.DataLoss, errors.InvalidArgument):
             return None
         return comparison
 
@@ -171,6 +172,8 @@ class StoreRepair:
         deviation = case.comparison.deviations.get(path or "")
         if deviation is None:
             return Done(finding, "it is in order by now", True)
+        if not _can_be_told(case.comparison, deviation):
+            return Done(finding, "it cannot be read, and what is in it cannot be kept", False)
         if in_use and not _may_be_replaced(case.comparison, deviation):
             return Done(finding, "a container uses the layer, and this file can still be read: stop it first", False)
         if _needs_data(deviation) and case.source is None and not self._has_other_name(case, deviation):
@@ -227,8 +230,10 @@ class StoreRepair:
         if case.source is not None:
             data.take(case.source, wrong)
         top = data.top
-        refill = Refill(data.listed(wrong), top, Aside(place, _ASIDE), staged, data.candidates)
-        refill.run(each._replace(path=each.path or ".") for each in sorted(wrong, key=lambda each: each.path))
+        listed = {entry.path: entry for entry in data.listed(wrong)}
+        refill = Refill(listed.values(), top, Aside(place, _ASIDE), staged, data.candidates)
+        for_paths = {each.path or ".": each for each in wrong}
+        refill.run(each._replace(path=path, expected=listed.get(path)) for path, each in sorted(for_paths.items()))
         syncfs(top)
         return refill
 
@@ -276,8 +281,9 @@ class _Data:
         """Take the data of damaged files out of an archive; raises OSError and OnlapError."""
         offsets: dict[int, str] = {}
         for each in wrong:
-            if each.expected is not None and each.path in self._comparison.offsets and _needs_data(each):
-                offsets[self._comparison.offsets[each.path]] = each.path
+            path = self._comparison.firsts.get(each.path, each.path)
+            if path in self._comparison.offsets and _needs_data(each):
+                offsets[self._comparison.offsets[path]] = path
         if not offsets:
             return
         with Pipeline(source.path) as pipeline:
@@ -346,9 +352,12 @@ def _names(comparison: Comparison, path: str) -> list[str]:
 
 
 def _has_data(comparison: Comparison, path: str) -> bool:
-    """Whether a file of the tree has the data that it should have."""
-    deviation = comparison.deviations.get(path)
-    return path in comparison.offsets and (deviation is None or (deviation.found and deviation.what <= _ATTRIBUTES))
+    """Whether a file of the tree is known to have the data that it should have."""
+    first = comparison.firsts.get(path, path)
+    return first in comparison.offsets and all(
+        deviation is None or (deviation.found and deviation.what <= _ATTRIBUTES)
+        for deviation in (comparison.deviations.get(each) for each in (path, first))
+    )
 
 
 def _needs_data(deviation: Deviation) -> bool:
@@ -357,6 +366,11 @@ def _needs_data(deviation: Deviation) -> bool:
     if expected is None or not stat.S_ISREG(expected.mode) or not expected.size:
         return False
     return not deviation.found or not deviation.what <= _ATTRIBUTES
+
+
+def _can_be_told(comparison: Comparison, deviation: Deviation) -> bool:
+    """Whether it is known what should be in the place; not of a directory that cannot be read."""
+    return deviation.expected is not None or deviation.path not in comparison.failures
 
 
 def _may_be_replaced(comparison: Comparison, deviation: Deviation) -> bool:

@@ -118,6 +118,15 @@ def _show(call: Call, word: str, finding: Finding, what: str) -> None:
         call.out.line(f"{word}: {finding.kind}: {finding.place}: {what}{users_of(finding)}")
 
 
+def _remedy(call: Call, finding: Finding) -> str:
+    from onlap.check.stores.repair import REFILLED
+
+    if finding.kind in REFILLED:
+        what = f"onlap check --store {shown(call.args.store)} --repair"
+        return f"{what}, with a source: --from-registry, --from-content or --from-archive FILE"
+    return finding.remedy.replace("DIR", shown(call.args.store))
+
+
 def _summary(call: Call, store: Store, done: Report) -> None:
     args, out = call.args, call.out
     left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
@@ -129,7 +138,7 @@ def _summary(call: Call, store: Store, done: Report) -> None:
         return
     if args.repair:
         out.line(f"repaired {len(done.repaired)}, left {len(left)}")
-    for remedy in dict.fromkeys(each.remedy for each in left):
+    for remedy in dict.fromkeys(_remedy(call, each) for each in left):
         out.line(f"to repair it: {remedy}")
     if done.unlisted:
         have = count(done.unlisted, "layer has", "layers have")
