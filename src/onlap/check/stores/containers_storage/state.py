@@ -1,0 +1,275 @@
+"""All records of a containers/storage root at one moment: what there is, what stands on what, and who on whom.
+
+Layers without a record, because the file that had it is damaged, are told from their directories, and from the
+configurations and manifests of the images on them.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from onlap.check.stores.containers_storage import records
+from onlap.check.stores.containers_storage.links import LINKS, MAX_DEPTH, Links
+from onlap.check.stores.containers_storage.records import (
+    Base,
+    ContainerRow,
+    Damaged,
+    ImageRow,
+    LayerRow,
+    Table,
+)
+
+LAYERS_FILE = "layers.json"
+VOLATILE_LAYERS_FILE = "volatile-layers.json"
+IMAGES_FILE = "images.json"
+CONTAINERS_FILE = "containers.json"
+VOLATILE_CONTAINERS_FILE = "volatile-containers.json"
+LAYERS_LOCK = "layers.lock"
+SPLIT_SUFFIX = ".tar-split.gz"
+# overlay.go, stagingDir; internal/tempdir and drivers/overlay of 1.60: what is being made, or removed
+STAGING = "staging"
+TEMPORARY = "tempdirs"
+
+# A configuration or a manifest; registries take 4 MiB.
+DOCUMENT_LIMIT = 16 << 20
+
+
+class Bases(NamedTuple):
+    """The directories of a root."""
+
+    overlay: Base
+    layers: Base
+    images: Base
+    containers: Base
+
+
+class Tree(NamedTuple):
+    """What is there of a layer.
+
+    Attributes:
+        missing: what is not there, in words; ``""`` if nothing is.
+        foreign: its tree belongs to an additional layer store, and is only linked.
+        plain: the tree holds what the layer's archive says: not so for composefs, which keeps the contents of files by
+            their digests, and for a copy of a layer with other owners, which has only what had to be copied.
+        whole_split: its tar-split file is there; None: it is there and empty.
+    """
+
+    missing: str
+    foreign: bool
+    plain: bool
+    whole_split: bool | None
+
+
+class State:
+    """The records, read once.
+
+    Args:
+        bases: the directories of the root.
+
+    Attributes:
+        layer_tables: ``layers.json`` and the volatile one; the others in the same way.
+        layers: all rows by id, also those of containers and incomplete ones; each after its parent if that has a row.
+        images: by id.
+        containers: by id.
+        writable: the layers of containers, which are not committed.
+        users: the images and containers that stand on a layer.
+        image_names: the names of the images that a layer belongs to.
+        used: the layers that something stands on.
+        templates: the layers that are copies of others, for a user namespace: of which.
+
+    Raises:
+        OSError: something cannot be looked at.
+    """
+
+    def __init__(self, bases: Bases) -> None:
+        self.bases = bases
+        # Containers before images before layers: what is removed meanwhile is removed in this order, so that what
+        # stands on something is not seen without it.
+        self.container_tables = (
+            records.read_containers(bases.containers, CONTAINERS_FILE),
+            records.read_containers(bases.containers, VOLATILE_CONTAINERS_FILE),
+        )
+        self.image_table = records.read_images(bases.images, IMAGES_FILE)
+        self.layer_tables = (
+            records.read_layers(bases.layers, LAYERS_FILE),
+            records.read_layers(bases.layers, VOLATILE_LAYERS_FILE),
+        )
+        self.containers = records.joined(*self.container_tables)
+        self.images = self.image_table.rows
+        rows = records.joined(*self.layer_tables)
+        self.templates = {
+            mapped: image.top for image in self.images.values() if image.top is not None for mapped in image.mapped
+        }
+        self.unrecorded = [name for name in self._directories() if name not in rows]
+        self.layers_lost = not all(table.whole for table in self.layer_tables) or (
+            self.layer_tables[0].missing and bool(self.unrecorded)
+        )
+        guesses = self._guesses(rows) if self.layers_lost and self.unrecorded else set()
+        on_images = {layer for image in self.images.values() for layer in _up_to(rows, image.top, MAX_DEPTH)}
+        # A container's layer is not made from an archive; and a record cannot turn an image's layer into one.
+        self.writable = {each.layer for each in self.containers.values() if each.layer is not None}
+        self.writable |= {each for each in guesses if bases.layers.status(each + SPLIT_SUFFIX) is None}
+        self.writable -= on_images
+        self.layers = _parents_first(rows)
+        self.cycles = _cycles(rows)
+        self.users, self.image_names, self.used = self._users()
+
+    def chain(self, layer: str, limit: int = MAX_DEPTH + 1) -> list[str]:
+        """The layers below one, uppermost first; those that have records, and no more than ``limit``."""
+        return _chain(self.layers, layer, limit)
+
+    def tree(self, layer: str) -> Tree:
+        """What is there of a layer.
+
+        Raises:
+            OSError: it cannot be looked at.
+        """
+        overlay = self.bases.overlay
+        missing, foreign = "", False
+        if not overlay.is_directory(layer):
+            missing = "its directory"
+        else:
+            status = overlay.status(f"{layer}/diff")
+            # overlay.go, redirectDiffIfAdditionalLayer
+            foreign = status is not None and stat.S_ISLNK(status.st_mode)
+            if not foreign and (status is None or not stat.S_ISDIR(status.st_mode)):
+                missing = "diff"
+        plain = layer not in self.templates and not any(
+            overlay.status(f"{layer}/{other}") for other in ("composefs-data", "diff1")
+        )
+        split = self.bases.layers.status(layer + SPLIT_SUFFIX)
+        is_split = split is not None and stat.S_ISREG(split.st_mode)
+        empty = is_split and split is not None and split.st_size == 0
+        return Tree(missing, foreign, plain, None if empty else is_split)
+
+    def _directories(self) -> list[str]:
+        """The directories of layers (overlay.go, ``ListLayers``)."""
+        overlay = self.bases.overlay
+        return [
+            name
+            for name in overlay.names()
+            if name not in (LINKS, STAGING, TEMPORARY) and records.is_id(name) and overlay.is_directory(name)
+        ]
+
+    def _users(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]], set[str]]:
+        users: dict[str, dict[str, None]] = {}
+        names: dict[str, dict[str, None]] = {}
+        used: set[str] = set()
+
+        def stand(tops: Iterable[str | None], called: Sequence[str], known: Sequence[str]) -> None:
+            for top in tops:
+                for layer in _up_to(self.layers, top, MAX_DEPTH):
+                    users.setdefault(layer, {}).update(dict.fromkeys(called))
+                    names.setdefault(layer, {}).update(dict.fromkeys(known))
+                while top is not None and top in self.layers and top not in used:
+                    used.add(top)
+                    top = self.layers[top].parent
+
+        for image in self.images.values():
+            stand((image.top, *image.mapped), image.names or (image.label,), image.names)
+        for container in self.containers.values():
+            stand((container.layer,), (container.label,), ())
+        return (
+            {layer: tuple(called) for layer, called in users.items()},
+            {layer: tuple(called) for layer, called in names.items()},
+            used,
+        )
+
+    # Guesses
+
+    def _guesses(self, rows: dict[str, LayerRow]) -> set[str]:
+        """Add rows for the layers that have none; returns which."""
+        links = Links(self.bases.overlay)
+        for name in self.unrecorded:
+            rows[name] = LayerRow(name, links.parent_in_list(name), None, guessed=True)
+        for image in self.images.values():
+            self._guess_digests(image, rows)
+        return set(self.unrecorded)
+
+    def _guess_digests(self, image: ImageRow, found: dict[str, LayerRow]) -> None:
+        """Take the digests of guessed layers from an image's documents, if they have as many layers."""
+        layers = list(_up_to(found, image.top, MAX_DEPTH))[::-1]
+        if not any(found[each].guessed for each in layers):
+            return
+        config = self._document(image, f"sha256:{image.id}")
+        filesystem = config.get("rootfs")
+        diff_ids = filesystem.get("diff_ids") if isinstance(filesystem, dict) else None
+        described = self._document(image, "manifest").get("layers")
+        blobs = (
+            [each.get("digest") if isinstance(each, dict) else None for each in described]
+            if isinstance(described, list)
+            else []
+        )
+        if not isinstance(diff_ids, list) or len(diff_ids) != len(layers):
+            return
+        if len(blobs) != len(layers):
+            blobs = [None] * len(layers)
+        for layer, diff_id, blob in zip(layers, diff_ids, blobs, strict=True):
+            row = found[layer]
+            if row.guessed and records.is_digest(diff_id):
+                found[layer] = row._replace(diff_id=diff_id, blob=blob if records.is_digest(blob) else None)
+
+    def _document(self, image: ImageRow, item: str) -> dict[str, object]:
+        try:
+            document = records.load(self.bases.images.read(f"{image.id}/{records.file_name(item)}", DOCUMENT_LIMIT))
+        except (FileNotFoundError, Damaged):
+            return {}
+        return document if isinstance(document, dict) else {}
+
+
+def _up_to(rows: Mapping[str, LayerRow], top: str | None, limit: int) -> Iterator[str]:
+    """A layer, and those below it."""
+    if top is not None and top in rows:
+        yield top
+        yield from _chain(rows, top, limit)
+
+
+def _chain(rows: Mapping[str, LayerRow], layer: str, limit: int) -> list[str]:
+    found: list[str] = []
+    seen = {layer}
+    row = rows.get(layer)
+    while row is not None and row.parent is not None and row.parent in rows and len(found) < limit:
+        if row.parent in seen:
+            break
+        found.append(row.parent)
+        seen.add(row.parent)
+        row = rows[row.parent]
+    return found
+
+
+def _parents_first(rows: Mapping[str, LayerRow]) -> dict[str, LayerRow]:
+    """The rows, each after its parent; otherwise in their order."""
+    found: dict[str, LayerRow] = {}
+    for start in rows:
+        waiting: dict[str, None] = {}
+        at: str | None = start
+        while at is not None and at in rows and at not in found and at not in waiting:
+            waiting[at] = None
+            at = rows[at].parent
+        for each in reversed(waiting):
+            found[each] = rows[each]
+    return found
+
+
+def _cycles(rows: Mapping[str, LayerRow]) -> set[str]:
+    """The layers that stand on themselves."""
+    done: set[str] = set()
+    found: set[str] = set()
+    for start in rows:
+        path: dict[str, None] = {}
+        at: str | None = start
+        while at is not None and at in rows and at not in done and at not in path:
+            path[at] = None
+            at = rows[at].parent
+        if at in path:
+            members = list(path)
+            found.update(members[members.index(at) :])
+        done.update(path)
+    return found
+
+
+def whole(tables: Sequence[Table[LayerRow] | Table[ImageRow] | Table[ContainerRow]]) -> bool:
+    """Whether no record in these files is damaged."""
+    return all(table.whole for table in tables)
