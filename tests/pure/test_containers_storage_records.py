@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -348,11 +348,11 @@ def test_what_is_repaired_meanwhile_is_not_found(made: Maker, monkeypatch: pytes
     looks: list[int] = []
 
     class Looked(state.State):
-        def __init__(self, bases: state.Bases) -> None:
+        def __init__(self, bases: state.Bases, others: Iterable[state.Bases]) -> None:
             if looks:
                 (made.root / "overlay-layers" / f"{TOP}.tar-split.gz").write_bytes(b"x")
             looks.append(1)
-            super().__init__(bases)
+            super().__init__(bases, others)
 
     monkeypatch.setattr(store, "State", Looked)
     assert found(made) == []
@@ -379,6 +379,23 @@ def test_a_copy_for_a_user_namespace_stands_on_what_it_is_a_copy_of(made: Maker)
     last = opened(made).layers()[-1]
     assert (last.name, last.split, last.diff_id) == (copy, None, None)
     assert last.shift in (1 << 20, None)
+
+
+def test_what_stands_on_another_store_is_not_damaged(made: Maker, tmp_path: Path) -> None:
+    other = Maker(tmp_path / "other")
+    layer = other.layer("elsewhere")
+    image = other.image("elsewhere:1", [layer])
+    other.write()
+    # A container's list has the link of the other store.
+    shutil.copytree(overlay(other, layer), overlay(made, layer))
+    made.container("far", image, layer)
+    shutil.rmtree(overlay(made, layer))
+    made.write()
+    wrong = [("parent-missing", an_id("layer of far")), ("record-wrong", "far")]
+    assert found(made) == wrong
+    there = open_store(str(made.root), [str(other.root)])
+    assert there is not None
+    assert list(there.findings()) == []
 
 
 def test_a_deep_chain(tmp_path: Path) -> None:

@@ -58,31 +58,32 @@ class Links:
         self._files: dict[str, str | None] = {}
         self.targets: dict[str, str | None] = {}  # the layer that each short link leads to; None: to nothing of ours
         self.of_layer: dict[str, list[str]] = {}
-        for short in overlay.names(LINKS):
-            target = self._target(short)
-            if target == "":
-                continue  # removed meanwhile
-            self.targets[short] = target
-            if target is not None:
-                self.of_layer.setdefault(target, []).append(short)
-
-    def _target(self, short: str) -> str | None:
         try:
-            links = self._overlay.open(LINKS, os.O_PATH | os.O_DIRECTORY)
-        except FileNotFoundError:
-            return ""
+            fd = overlay.open(LINKS, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            return
+        try:
+            for short in sorted(os.listdir(fd)):
+                self._add(short, fd)
+        finally:
+            os.close(fd)
+
+    def _add(self, short: str, links: int) -> None:
         try:
             target = os.readlink(short, dir_fd=links)
+        except FileNotFoundError:
+            return  # removed meanwhile
         except OSError as error:
-            if error.errno == errno.ENOENT:
-                return ""
-            if error.errno == errno.EINVAL:
-                return None  # no symlink
-            raise
-        finally:
-            os.close(links)
+            if error.errno != errno.EINVAL:
+                raise
+            target = ""  # no symlink
         found = _TARGET.fullmatch(target)
-        return found[1] if found and is_id(found[1]) else None
+        layer = found[1] if found and is_id(found[1]) else None
+        self.targets[short] = layer
+        if layer is not None:
+            self.of_layer.setdefault(layer, []).append(short)
 
     def short(self, layer: str) -> str | None:
         """What the layer's file ``link`` says; None if that is missing or no short name."""

@@ -45,6 +45,11 @@ class Bases(NamedTuple):
     containers: Base
 
 
+def bases(directory: str) -> Bases:
+    """The directories of a root, by its path."""
+    return Bases(*(Base(f"{directory}/overlay{part}") for part in ("", "-layers", "-images", "-containers")))
+
+
 class Tree(NamedTuple):
     """What is there of a layer.
 
@@ -67,6 +72,7 @@ class State:
 
     Args:
         bases: the directories of the root.
+        others: those of the additional image stores that the tools were told of; only their records are read.
 
     Attributes:
         layer_tables: ``layers.json`` and the volatile one; the others in the same way.
@@ -78,13 +84,18 @@ class State:
         image_names: the names of the images that a layer belongs to.
         used: the layers that something stands on.
         templates: the layers that are copies of others, for a user namespace: of which.
+        elsewhere: the layers and images of the other stores.
 
     Raises:
         OSError: something cannot be looked at.
     """
 
-    def __init__(self, bases: Bases) -> None:
+    def __init__(self, bases: Bases, others: Iterable[Bases] = ()) -> None:
         self.bases = bases
+        self.elsewhere: set[str] = set()
+        for other in others:
+            self.elsewhere.update(records.read_layers(other.layers, LAYERS_FILE).rows)
+            self.elsewhere.update(records.read_images(other.images, IMAGES_FILE).rows)
         # Containers before images before layers: what is removed meanwhile is removed in this order, so that what
         # stands on something is not seen without it.
         self.container_tables = (

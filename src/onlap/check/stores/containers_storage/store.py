@@ -13,8 +13,8 @@ from onlap import errors
 from onlap.check.findings import Finding, identity
 from onlap.check.stores.containers_storage import records, state
 from onlap.check.stores.containers_storage.links import locked, mend_link, mend_lower
-from onlap.check.stores.containers_storage.records import Base, LayerRow
-from onlap.check.stores.containers_storage.state import Bases, State
+from onlap.check.stores.containers_storage.records import LayerRow
+from onlap.check.stores.containers_storage.state import State, bases
 from onlap.check.stores.containers_storage.structure import Structure
 from onlap.check.stores.contract import Layer
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
@@ -27,11 +27,13 @@ DRIVER = "overlay"
 _OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
 
 
-def open_store(directory: str) -> ContainersStorage | None:
+def open_store(directory: str, additional: Sequence[str] = ()) -> ContainersStorage | None:
     """The store in a directory such as ``/var/lib/containers/storage``; None if it is no root of containers/storage.
 
     Args:
         directory: its path.
+        additional: the roots of its additional image stores (``additionalimagestores`` in ``storage.conf``): what
+            stands on their layers is not damaged.
 
     Raises:
         Unimplemented: it has another driver than overlay.
@@ -39,7 +41,7 @@ def open_store(directory: str) -> ContainersStorage | None:
     """
     with errors.translated("look at the store", key=directory):
         if any(is_directory(f"{directory}/{DRIVER}-{part}") for part in ("layers", "images")):
-            return ContainersStorage(directory)
+            return ContainersStorage(directory, additional)
         others = [
             each
             for each in _OTHER_DRIVERS
@@ -59,18 +61,15 @@ class ContainersStorage:
 
     Args:
         directory: its path.
+        additional: see :func:`open_store`.
     """
 
     kind = "containers/storage"
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, additional: Sequence[str] = ()) -> None:
         self.directory = os.path.abspath(directory)
-        self._bases = Bases(
-            *(
-                Base(f"{self.directory}/{name}")
-                for name in (DRIVER, f"{DRIVER}-layers", f"{DRIVER}-images", f"{DRIVER}-containers")
-            )
-        )
+        self._bases = bases(self.directory)
+        self._others = [bases(each) for each in additional]
         self._cached: tuple[object, dict[str, LayerRow], bool] | None = None
         self._caching = threading.Lock()
 
@@ -81,8 +80,8 @@ class ContainersStorage:
             OnlapError: something cannot be looked at.
         """
         with errors.translated("check the store", key=self.directory):
-            first = set(map(identity, Structure(State(self._bases)).findings()))
-            again = list(Structure(State(self._bases)).findings()) if first else []
+            first = set(map(identity, Structure(State(self._bases, self._others)).findings()))
+            again = list(Structure(State(self._bases, self._others)).findings()) if first else []
         yield from (each for each in again if identity(each) in first)
 
     def layers(self) -> Sequence[Layer]:
@@ -92,7 +91,7 @@ class ContainersStorage:
             OnlapError: something cannot be looked at.
         """
         with errors.translated("check the store", key=self.directory):
-            known = State(self._bases)
+            known = State(self._bases, self._others)
             flavour, shifted = self._owner()
             found = (self._layer(known, each, flavour, shifted) for each in known.layers)
             return [each for each in found if each is not None]
@@ -179,7 +178,7 @@ class ContainersStorage:
         if finding.kind not in ("link-missing", "lower-wrong") or not records.is_id(finding.thing):
             return None
         with errors.translated("mend the store", key=finding.thing), locked(self._bases.layers, state.LAYERS_LOCK):
-            known = State(self._bases)
+            known = State(self._bases, self._others)
             row = known.layers.get(finding.thing)
             if row is None or row.incomplete:
                 return None

@@ -100,7 +100,8 @@ class Structure:
             return
         users = known.users.get(layer, ())
         parent = None if row.parent is None else known.layers.get(row.parent)
-        if row.parent is not None and (parent is None or parent.incomplete):
+        lost = row.parent is not None and row.parent not in known.elsewhere
+        if lost and (parent is None or parent.incomplete):
             detail = f"layer {row.parent}" + ("" if parent is None else ", which is incomplete")
             yield Finding("parent-missing", layer, detail=detail, users=users)
         elif layer in known.cycles:
@@ -159,10 +160,11 @@ class Structure:
     # Images and containers
 
     def _image(self, image: ImageRow) -> Iterator[Finding]:
-        users = tuple(each.label for each in self._state.containers.values() if each.image == image.id)
+        known = self._state
+        users = tuple(each.label for each in known.containers.values() if each.image == image.id)
         for layer in (image.top, *image.mapped):
-            row = None if layer is None else self._state.layers.get(layer)
-            if layer is not None and (row is None or row.incomplete):
+            row = None if layer is None else known.layers.get(layer)
+            if layer is not None and layer not in known.elsewhere and (row is None or row.incomplete):
                 detail = f"layer {layer} is " + ("gone" if row is None else "incomplete")
                 yield Finding("image-damaged", image.label, detail=detail, users=users)
         for item in image.items:
@@ -178,7 +180,8 @@ class Structure:
             yield Finding("record-wrong", container.label, detail=detail)
         # What a damaged file no longer says is not another finding.
         told = known.image_table.whole and not known.image_table.missing
-        if told and container.image is not None and container.image not in known.images:
+        known_image = container.image is None or container.image in known.images or container.image in known.elsewhere
+        if told and not known_image:
             yield Finding("record-wrong", container.label, detail=f"its image {container.image} is gone")
         for item in container.items:
             wrong = _item(self._bases.containers, container.id, item)
