@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from onlap.check.findings import Finding
-from onlap.check.stores import bolt
-from onlap.check.stores.containerd import Containerd as Store
-from onlap.check.stores.containerd import open_store
+from onlap.check.stores.containerd import bolt
+from onlap.check.stores.containerd.store import Containerd as Store
+from onlap.check.stores.containerd.store import open_store
 from onlap.check.stores.contract import Layer
 from onlap.layers.stream.digests import chain_ids
 from peers import images

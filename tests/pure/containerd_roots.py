@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onlap.check.findings import Finding
-from onlap.check.stores.containerd import Containerd, open_store
+from onlap.check.stores.containerd.store import Containerd, open_store
 from onlap.layers.stream.digests import chain_ids
 from pure.bolt_makers import Tree, Writer
 

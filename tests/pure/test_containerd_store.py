@@ -12,7 +12,7 @@ import pytest
 
 from onlap import errors
 from onlap.check.stores import containerd
-from onlap.check.stores.containerd import open_store
+from onlap.check.stores.containerd.store import open_store
 from pure.containerd_roots import (
     ACTIVE,
     COMMITTED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from onlap import errors
 from onlap.arguments import StrPath, check_number, check_path, check_text
@@ -32,11 +32,14 @@ def open_store(directory: StrPath) -> Store:
         NotFound: it is none of these.
         OnlapError: of another kind: it cannot be read.
     """
+    from onlap.check.stores.containerd.store import open_store as containerd
+    from onlap.check.stores.containers_storage.store import open_store as containers_storage
     from onlap.check.stores.docker.store import open_store as docker
 
     path = check_path(directory, "path of the store")
-    for opened in (docker,):
-        store = opened(path)
+    readers: tuple[Callable[[str], Store | None], ...] = (docker, containerd, containers_storage)
+    for reader in readers:
+        store = reader(path)
         if store is not None:
             return store
     raise errors.NotFound(

@@ -289,9 +289,9 @@ class _Data:
         with Pipeline(source.path) as pipeline:
             reader = TarReader(pipeline.chunk)
             for entry in reader:
-                path = offsets.get(entry.offset)
-                if path is None:
+                if entry.offset not in offsets:
                     continue
+                path = offsets[entry.offset]
                 name = f"data-{len(self._spooled)}"
                 with opened(
                     name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staged

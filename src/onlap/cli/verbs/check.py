@@ -52,7 +52,7 @@ def check_arguments(parser: Parser) -> None:
         "--from-archive",
         metavar="FILE",
         action="append",
-        help="with --store and --repair: take layers from an archive of images (docker save, ctr image export), or an OCI layout",
+        help="with --store and --repair: take layers from an archive of images, or an OCI layout",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="with --store and --repair: only show what would be done"

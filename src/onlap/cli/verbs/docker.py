@@ -95,7 +95,7 @@ def diff(call: Call) -> None:
 
 def check_arguments(parser: Parser) -> None:
     parser.explain(
-        "Find what is wrong in the records and directories of a Docker data root, as onlap check --store DIR does, but\n"
+        "Find what is wrong in the records and directories of a Docker data root, as onlap check --store does, but\n"
         "without reading the content of its layers. Ends with 1 when something is wrong. Nothing is changed. While\n"
         "dockerd runs, a layer that it is just making may look as if nobody knew it.",
         "onlap docker check /var/lib/docker",

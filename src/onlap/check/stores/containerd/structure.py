@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from onlap import errors
 from onlap.check.findings import Finding
-from onlap.check.stores.containerd_images import Trouble, described, is_digest, names
-from onlap.check.stores.containerd_metadata import ACTIVE, COMMITTED, VIEW, Backend, Name
-from onlap.check.stores.containerd_state import CATALOG, DATABASE, NATIVE, Snapshot, State, home_of, shown_name
+from onlap.check.stores.containerd.images import Trouble, described, is_digest, names
+from onlap.check.stores.containerd.metadata import ACTIVE, COMMITTED, VIEW, Backend, Name
+from onlap.check.stores.containerd.state import CATALOG, DATABASE, NATIVE, Snapshot, State, home_of, shown_name
 from onlap.errors import shown
 from onlap.syscalls.files import is_directory
 

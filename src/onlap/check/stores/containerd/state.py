@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.check.stores import containerd_metadata as metadata
-from onlap.check.stores.containerd_images import Content, Read, Stacked, described, names
-from onlap.check.stores.containerd_metadata import Backend, Container, Metadata, Record
+from onlap.check.stores.containerd import metadata
+from onlap.check.stores.containerd.images import Content, Read, Stacked, described, names
+from onlap.check.stores.containerd.metadata import Backend, Container, Metadata, Record
 
 CATALOG = os.path.join("io.containerd.metadata.v1.bolt", "meta.db")
 DATABASE = "metadata.db"  # of a snapshotter

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 
 from onlap import errors
 from onlap.check.findings import Finding, identity
-from onlap.check.stores import containerd_structure as structure
-from onlap.check.stores.containerd_images import Content, Stacked
-from onlap.check.stores.containerd_metadata import COMMITTED, read_record
-from onlap.check.stores.containerd_state import CATALOG, DATABASE, NATIVE, Snapshot, State, home_of
+from onlap.check.stores.containerd import structure
+from onlap.check.stores.containerd.images import Content, Stacked
+from onlap.check.stores.containerd.metadata import COMMITTED, read_record
+from onlap.check.stores.containerd.state import CATALOG, DATABASE, NATIVE, Snapshot, State, home_of
 from onlap.check.stores.contract import Layer
 from onlap.errors import shown
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
@@ -111,6 +111,10 @@ class Containerd:
                 found.append(((snapshot.key[0], len(lowers), snapshot.record.id), layer))
                 self._keys[layer.name] = snapshot.key
         return [layer for _, layer in sorted(found, key=lambda each: each[0])]
+
+    def again(self) -> Containerd:
+        """See :class:`onlap.check.stores.contract.Store`."""
+        return Containerd(self.directory)
 
     def has(self, layer: Layer) -> bool:
         """See :class:`onlap.check.stores.contract.Store`: whether the snapshotter has it, in the same directory.

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from onlap import errors
-from onlap.check.stores.containerd_metadata import Namespace, Target
+from onlap.check.stores.containerd.metadata import Namespace, Target
 from onlap.errors import shown
 from onlap.images.spec import media, model
 from onlap.images.spec.model import Descriptor, Index, Manifest

@@ -1,0 +1,1 @@
+"""containerd's root, read without a daemon and checked."""
