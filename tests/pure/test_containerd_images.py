@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onlap.check.stores import containerd
+from onlap.check.stores.containerd import store as containerd
 from pure.containerd_roots import COMMITTED, Root, kinds, only, store, uvarint
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onlap import errors
-from onlap.check.stores import containerd
+from onlap.check.stores.containerd import store as containerd
 from onlap.check.stores.containerd.store import open_store
 from pure.containerd_roots import (
     ACTIVE,

@@ -27,6 +27,7 @@ MAX_LINES = 600
 PACKAGES_OF = {
     "isal": {"layers"},
     "backports": {"layers"},
+    "fastcrc": {"check"},
     "rich": {"cli"},
     "msgspec": {"images"},
     "urllib3": {"images"},

@@ -33,6 +33,20 @@ _FROM_SOURCE = "onlap check --store DIR --repair, with a source: --from-registry
 _AGAIN = "remove what stands on it, and pull or make it again"
 _REMOVE = "if nothing brings it back, remove it, leaf first: onlap rm {}"
 
+# What only the stores of others can have.
+_OF_OTHERS: Mapping[str, Meaning] = {
+    "record-damaged": Meaning("error", "a record of it is missing, empty or damaged", _FROM_SOURCE),
+    "record-missing": Meaning("error", "the store has lost the record of it", _AGAIN),
+    "record-wrong": Meaning("error", "records of it contradict each other", _AGAIN),
+    "link-missing": Meaning("error", "the short link to it is missing, so that nothing on it can be mounted", _MEND),
+    "link-dangling": Meaning("warning", "a short link leads to nothing", "remove the link while the daemon is stopped"),
+    "lower-wrong": Meaning("error", "its list of the layers below is missing or wrong", _MEND),
+    "too-deep": Meaning("error", "it has more layers below it than can be mounted", "squash some of them"),
+    "split-damaged": Meaning("error", "the list of what the layer holds (tar-split) is damaged", _AGAIN),
+    "layer-unused": Meaning("warning", "no image or container stands on it", "see the guide of the store"),
+}
+OF_OTHERS = frozenset(_OF_OTHERS)
+
 KINDS: Mapping[str, Meaning] = {
     # The catalog
     "catalog-damaged": Meaning(
@@ -71,16 +85,7 @@ KINDS: Mapping[str, Meaning] = {
     "staging-left": Meaning("note", "a program that was killed left an unfinished tree", _CLEANUP),
     "run-left": Meaning("note", "a program that was killed left mounts, snapshots or files", _CLEANUP),
     "trash-waiting": Meaning("note", "a removed tree waits to be deleted", _CLEANUP),
-    # The stores of others
-    "record-damaged": Meaning("error", "a record of it is missing, empty or damaged", _FROM_SOURCE),
-    "record-missing": Meaning("error", "the store has lost the record of it", _AGAIN),
-    "record-wrong": Meaning("error", "records of it contradict each other", _AGAIN),
-    "link-missing": Meaning("error", "the short link to it is missing, so that nothing on it can be mounted", _MEND),
-    "link-dangling": Meaning("warning", "a short link leads to nothing", "remove the link while the daemon is stopped"),
-    "lower-wrong": Meaning("error", "its list of the layers below is missing or wrong", _MEND),
-    "too-deep": Meaning("error", "it has more layers below it than can be mounted", "squash some of them"),
-    "split-damaged": Meaning("error", "the list of what the layer holds (tar-split) is damaged", _AGAIN),
-    "layer-unused": Meaning("warning", "no image or container stands on it", "see the guide of the store"),
+    **_OF_OTHERS,
 }
 
 
