@@ -21,9 +21,9 @@ from onlap.check.stores.contract import Layer
 from onlap.layers import paths
 from onlap.layers.format import tar
 from onlap.overlayfs.markers import OPAQUE_YES, get_xattr, is_whiteout
-from onlap.overlayfs.merged import MergedDirectory, Stack
+from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 from onlap.syscalls.files import RESOLVE_NO_XDEV, list_directory, open_beneath
-from onlap.trees.manifest import Deviation, Entry, Links, differences, opened_unchanged
+from onlap.trees.manifest import Deviation, Entry, Links, differences
 from onlap.trees.meta import read_xattrs
 from onlap.trees.walk import OPEN_DIRECTORY, opened, path_of
 
@@ -76,10 +76,12 @@ class Comparison:
         # Where the names of directories lead through the symlinks of the archive.
         self._symlinks: dict[str, str] = {}
         self._resolved: dict[str, str] = {}
+        self._linked_to: dict[str, list[str]] = {}
         self._groups = 0
         self._parent: tuple[str, int | None] = ("", None)
         self._trouble: OSError | None = None  # why the parent cannot be opened, though it is there
         self._stack = ExitStack()
+        self._below = _Below(self._stack, layer)
 
     def run(self) -> None:
         """Compare.
@@ -125,6 +127,9 @@ class Comparison:
                 archive.is_same(entry, None)
             return
         path = paths.join(above, base)
+        if not path:
+            self._judge_top(entry)
+            return
         self._replace(path)
         if entry.type == tar.HARDLINK:
             self._hardlink(path, entry)
@@ -145,14 +150,22 @@ class Comparison:
         """Where a directory of the archive is in the tree."""
         found = self._resolved.get(directory)
         if found is None:
-            found = above = self._follow(directory) if self._symlinks else directory
-            self._resolved[directory] = found
+            found = self._follow(directory) if self._symlinks else directory
+            if found and self.layer.lowers and not self._is_directory(found):
+                # containerd and Docker make a directory; Onlap's differ follows the symlinks of the layers below.
+                followed = self._follow(directory, below=True)
+                found = followed if self._is_directory(followed) else found
+            self._resolved[directory] = above = found
             while above not in self._implied:
                 self._implied.add(above)
                 above = above.rpartition("/")[0]
         return found
 
-    def _follow(self, directory: str) -> str:
+    def _is_directory(self, path: str) -> bool:
+        status = self._status(path)
+        return status is not None and stat.S_ISDIR(status.st_mode)
+
+    def _follow(self, directory: str, *, below: bool = False) -> str:
         done, left, followed = "", directory.split("/")[::-1], 0
         while left:
             name = left.pop()
@@ -162,7 +175,7 @@ class Comparison:
                 done = done.rpartition("/")[0]
                 continue
             path = paths.join(done, name)
-            target = self._symlinks.get(path)
+            target = self._symlinks.get(path) or (self._below.link(path) if below else None)
             if target is None:
                 done = path
                 continue
@@ -183,7 +196,9 @@ class Comparison:
         if not base.startswith(paths.WHITEOUT_PREFIX):
             return False
         path = paths.join(above, paths.whited_out(base))
-        if path not in self._paths:
+        if path in self._paths:
+            self.deviations.pop(path, None)  # in a layer without others below, containerd removes what is there
+        else:
             self._whiteouts.add(path)
         return True
 
@@ -191,37 +206,46 @@ class Comparison:
         """An entry takes the place of what an earlier one left."""
         self._whiteouts.discard(path)
         if path in self._paths:
-            self.deviations.pop(path, None)
-            self.failures.pop(path, None)
+            # Further names that it had stay with the old file.
+            for each in (path, *self._linked_to.pop(path, ())):
+                self.deviations.pop(each, None)
+                self.failures.pop(each, None)
             if self._symlinks.pop(path, None) is not None:
                 self._resolved.clear()
 
     def _file(self, archive: Archive, path: str, entry: tar.Entry) -> None:
         parent, base = self._go(path)
-        status = None if parent is None else _status(parent, base)
-        expected = self._judge(path, entry, status)
-        if parent is None or status is None or not stat.S_ISREG(status.st_mode):
-            archive.is_same(entry, None)
-            return
-        same = False
-        with ExitStack() as stack:
-            fd = None
-            try:
-                fd = stack.enter_context(opened_unchanged(base, parent))
-            except OSError as error:
+        fd: int | None = None
+        try:
+            fd = None if parent is None else _open_unchanged(base, parent)
+            status = None if fd is None else os.fstat(fd)
+        except OSError as error:
+            status = self._status(path)
+            if status is not None and stat.S_ISREG(status.st_mode):
                 self.failures[path] = error
-            try:
-                same = archive.is_same(entry, fd)
-            except OSError as error:
-                self.failures[path] = error
-        if not same and status.st_size == entry.size:
+        try:
+            is_file = status is not None and stat.S_ISREG(status.st_mode)
+            expected = self._judge(path, entry, status, fd if is_file else None)
+            same = self._is_same(archive, path, entry, fd if is_file else None)
+        finally:
+            if fd is not None:
+                os.close(fd)
+        if is_file and not same and status is not None and status.st_size == entry.size:
             self._add(path, expected, "content")
+
+    def _is_same(self, archive: Archive, path: str, entry: tar.Entry, fd: int | None) -> bool:
+        try:
+            return archive.is_same(entry, fd)
+        except OSError as error:
+            self.failures[path] = error
+            return False
 
     def _hardlink(self, path: str, entry: tar.Entry) -> None:
         target = paths.clean(entry.linkname)
         above, _, base = target.rpartition("/")
         target = paths.join(self._directory(above), base)
         self._paths.add(path)
+        self._linked_to.setdefault(target, []).append(path)
         there, other = self._status(path), self._status(target)
         expected = self._linked(path, target, there)
         if there is None:
@@ -230,9 +254,23 @@ class Comparison:
             return  # a copy of a file of a layer below; or it has lost its first name, which is told
         elif not os.path.samestat(there, other):
             self.deviations[path] = Deviation(path, expected, frozenset({"links"}), found=True)
-        elif judgement.agrees(entry, there, self.layer.shift):
-            # The peers set what a link's header says, too, and the last one stays.
+        else:
+            self._settle(target, entry, there)
+
+    def _settle(self, target: str, entry: tar.Entry, there: os.stat_result) -> None:
+        """The peers set what the header of a link says, too, and the last one stays."""
+        if judgement.agrees(entry, there, self.layer.shift):
             self._remove(target, _SHARED)
+        deviation = self.deviations.get(target)
+        if deviation is None or "xattrs" not in deviation.what or deviation.expected is None:
+            return
+        # To set an owner takes a capability away (capabilities(7)), unless the last header has it again.
+        found = self._found(target, there).xattrs
+        names = (found.keys() | deviation.expected.xattrs.keys()) - {judgement.CAPABILITY}
+        if found.get(judgement.CAPABILITY) == (entry.xattrs or {}).get(judgement.CAPABILITY) and all(
+            found.get(name) == deviation.expected.xattrs.get(name) for name in names
+        ):
+            self._remove(target, frozenset({"xattrs"}))
 
     def _linked(self, path: str, target: str, there: os.stat_result | None) -> Entry:
         """What a further name of a file should be."""
@@ -248,8 +286,16 @@ class Comparison:
 
     # Judging
 
-    def _judge(self, path: str, entry: tar.Entry, status: os.stat_result | None) -> Entry:
-        found = None if status is None else self._found(path, status)
+    def _judge_top(self, entry: tar.Entry) -> None:
+        found = self._found("", os.fstat(self._top), self._top)
+        expected = judgement.expected_top(entry, found)
+        if expected != found:
+            self.deviations[""] = Deviation("", expected, frozenset({"mode"}), found=True)
+        if self._keep:
+            self.listed[""] = expected
+
+    def _judge(self, path: str, entry: tar.Entry, status: os.stat_result | None, fd: int | None = None) -> Entry:
+        found = None if status is None else self._found(path, status, fd)
         expected = judgement.expected(path, entry, found, self.layer)
         if self._keep:
             self.listed[path] = expected
@@ -269,14 +315,14 @@ class Comparison:
             self.deviations[path] = Deviation(path, expected, what, found=True)
         return expected
 
-    def _found(self, path: str, status: os.stat_result) -> Entry:
-        """What is in the tree, without its data and its other names."""
+    def _found(self, path: str, status: os.stat_result, fd: int | None = None) -> Entry:
+        """What is in the tree, without its data and its other names; ``fd``: the file, if it is open."""
         mode = status.st_mode
         parent, base = self._go(path)
         assert parent is not None
         xattrs, target = dict[str, bytes](), ""
         try:
-            xattrs = read_xattrs(path_of(parent, base), markers=True)
+            xattrs = read_xattrs(path_of(parent, base) if fd is None else fd, markers=True)
             target = os.readlink(base, dir_fd=parent) if stat.S_ISLNK(mode) else ""
         except OSError as error:
             self.failures[path] = error
@@ -310,24 +356,23 @@ class Comparison:
 
     def _markers(self) -> None:
         """Whiteouts and opaque directories: one is needed only where there is something below that it hides."""
-        with ExitStack() as stack:
-            below = _Below(stack, self.layer)
-            for path in sorted(self._whiteouts):
-                status = self._status(path)
-                expected = Entry(path, stat.S_IFCHR, 0, 0, 0)
-                if status is not None and not is_whiteout(status):
-                    self.deviations[path] = Deviation(path, expected, frozenset({"type"}), found=True)
-                elif status is None and below.has(path):
-                    self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
-                if self._keep and path in self.deviations:
-                    self.listed[path] = expected
-            for path in sorted(self._opaque | self._found_opaque):
-                status = self._status(path)
-                if status is None or not stat.S_ISDIR(status.st_mode):
-                    continue  # which is told of it already
-                wanted, expected = path in self._opaque, self._opaque_entry(path, status, path in self._opaque)
-                if wanted != self._is_opaque(path) and below.has(path):
-                    self._add(path, expected, "xattrs")
+        below = self._below
+        for path in sorted(self._whiteouts):
+            status = self._status(path)
+            expected = Entry(path, stat.S_IFCHR, 0, 0, 0)
+            if status is not None and not is_whiteout(status):
+                self.deviations[path] = Deviation(path, expected, frozenset({"type"}), found=True)
+            elif status is None and below.has(path):
+                self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
+            if self._keep and path in self.deviations:
+                self.listed[path] = expected
+        for path in sorted(self._opaque | self._found_opaque):
+            status = self._status(path)
+            if status is None or not stat.S_ISDIR(status.st_mode):
+                continue  # which is told of it already
+            wanted, expected = path in self._opaque, self._opaque_entry(path, status, path in self._opaque)
+            if wanted != self._is_opaque(path) and below.has(path):
+                self._add(path, expected, "xattrs")
 
     def _is_opaque(self, path: str) -> bool:
         parent, base = self._go(path)
@@ -433,18 +478,40 @@ class _Below:
 
     def has(self, path: str) -> bool:
         """Whether the layers below show a file of that path; also if they cannot be read."""
-        if not self._layer.lowers:
-            return False
         try:
-            if self._top is None:
-                self._top = self._stack.enter_context(Stack(self._layer.lowers, self._layer.markers)).top()
-            directory: MergedDirectory | None = self._top
-            *above, base = path.split("/")
-            for name in above:
-                directory = None if directory is None else directory.open(name)
-            return directory is not None and directory.lookup(base) is not None
+            return self._lookup(path) is not None
         except OSError:
             return True
+
+    def link(self, path: str) -> str | None:
+        """The target of a symlink that the layers below show; None also if they cannot be read."""
+        try:
+            found = self._lookup(path)
+            if found is None or not stat.S_ISLNK(found.status.st_mode):
+                return None
+            return os.readlink(found.name, dir_fd=found.dir_fd)
+        except OSError:
+            return None
+
+    def _lookup(self, path: str) -> Found | None:
+        if not self._layer.lowers:
+            return None
+        if self._top is None:
+            self._top = self._stack.enter_context(Stack(self._layer.lowers, self._layer.markers)).top()
+        directory: MergedDirectory | None = self._top
+        *above, base = path.split("/")
+        for name in above:
+            directory = None if directory is None else directory.open(name)
+        return None if directory is None else directory.lookup(base)
+
+
+def _open_unchanged(name: str, dir_fd: int) -> int:
+    """Open a file to read without changing its access time, if the kernel permits that; raises OSError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=dir_fd)
+    except PermissionError:  # the file is another user's (open(2))
+        return os.open(name, flags, dir_fd=dir_fd)
 
 
 def _status(dir_fd: int, name: str) -> os.stat_result | None:

@@ -29,7 +29,9 @@ _LAST_TIME = (1 << 63) - 1
 # What security modules label a file with is the machine's, and what the kernel measures of it.
 _OF_MACHINE = ("security.selinux", "security.ima", "security.evm", "security.apparmor", "security.SMACK64")
 # All archivers write it, so that a file that has it and should not was given power since.
-_CAPABILITY = "security.capability"
+CAPABILITY = "security.capability"
+# containerd, snapshots/overlay/overlay.go, prepareDirectory
+_TOP_MODE = 0o755
 
 
 def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> Entry:
@@ -48,8 +50,7 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> 
     if layer.shift is not None:
         uid, gid = entry.uid + layer.shift, entry.gid + layer.shift
     mtime = bounded(entry.mtime_ns)
-    # The top is made before its entry is read, and the kernel sets its time again with what is made in it.
-    if found is not None and same and (not path or _is_same_time(mtime, found.mtime_ns)):
+    if found is not None and same and _is_same_time(mtime, found.mtime_ns):
         mtime = found.mtime_ns
     return Entry(
         path,
@@ -64,6 +65,12 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> 
         0,
         _xattrs(kind, entry.xattrs or {}, found.xattrs if found is not None and same else {}),
     )
+
+
+def expected_top(entry: tar.Entry, found: Entry) -> Entry:
+    """What the top of a tree should be: Docker takes its mode from the archive, containerd has one of its own."""
+    mode = stat.S_IMODE(found.mode)
+    return found if mode in (entry.mode, _TOP_MODE) else found._replace(mode=stat.S_IFDIR | _TOP_MODE)
 
 
 def implied(path: str, layer: Layer) -> Entry:
@@ -92,12 +99,12 @@ def _is_same_time(wanted: int, found: int) -> bool:
 
 def _xattrs(kind: int, said: Mapping[str, bytes], found: Mapping[str, bytes]) -> dict[str, bytes]:
     wanted = {name: value for name, value in said.items() if not _is_open(kind, name)}
-    wanted |= {name: value for name, value in found.items() if name not in said and name != _CAPABILITY}
+    wanted |= {name: value for name, value in found.items() if name not in said and name != CAPABILITY}
     return wanted | {name: found[name] for name in said.keys() & found.keys() if _is_open(kind, name)}
 
 
 def _is_open(kind: int, name: str) -> bool:
     """Whether an xattr need not be what the archive says: the kernel or the machine may have refused or changed it."""
-    # xattr(7): "user." only on files and directories.
+    # xattr(7): "user." only on files and directories. containerd leaves "trusted." out (archive/tar_unix.go, setxattr).
     is_refused = name.startswith("user.") and kind not in (stat.S_IFREG, stat.S_IFDIR)
-    return is_refused or is_marker(name) or name in _OF_MACHINE
+    return is_refused or name.startswith("trusted.") or is_marker(name) or name in _OF_MACHINE

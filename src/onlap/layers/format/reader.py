@@ -248,6 +248,8 @@ class TarReader:
 
     def _usual(self) -> Entry | None:
         """The next entry, if its header is in the chunk, and differs from earlier ones only in name, size and time."""
+        if self._at == len(self._chunk) and not self._left:
+            self._more()
         at = self._at + self._left + self._padding
         chunk = self._chunk
         if at + BLOCK > len(chunk):
