@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import threading
@@ -34,6 +35,8 @@ SNAPSHOTTERS = ("overlayfs", "native")
 ZSTD = "localhost/onlap/zstd:1"
 MANY = "localhost/onlap/many:1"
 OTHER = "other"
+# The containers by snapshotter; runc has one directory for all of the machine.
+CONTAINERS = {each: f"{each}-{os.getpid()}" for each in SNAPSHOTTERS}
 
 
 def digest(data: bytes) -> str:
@@ -88,13 +91,16 @@ def filled(place: Path, containerd: Containerd, image: Image, zstd: Image) -> It
             containerd.ctr("images", "import", "--snapshotter", snapshotter, archive)
     containerd.ctr("--namespace", OTHER, "images", "import", "--snapshotter", "overlayfs", image.archive)
     for snapshotter in SNAPSHOTTERS:
-        containerd.ctr("run", "--detach", "--null-io", "--snapshotter", snapshotter, image.reference, snapshotter)
+        containerd.ctr(
+            "run", "--detach", "--null-io", "--snapshotter", snapshotter, image.reference, CONTAINERS[snapshotter]
+        )
     yield containerd
-    for snapshotter in SNAPSHOTTERS:
-        containerd.ctr("tasks", "kill", snapshotter)
-        eventually(lambda: "RUNNING" not in containerd.ctr("tasks", "ls"), "the containers have stopped")
-        containerd.ctr("tasks", "rm", snapshotter)
-        containerd.ctr("containers", "rm", snapshotter)
+    for container in CONTAINERS.values():
+        containerd.ctr("tasks", "kill", container)
+    eventually(lambda: "RUNNING" not in containerd.ctr("tasks", "ls"), "the containers have stopped")
+    for container in CONTAINERS.values():
+        containerd.ctr("tasks", "rm", container)
+        containerd.ctr("containers", "rm", container)
     eventually(lambda: not shims(containerd.socket), "the shims have gone")
 
 
@@ -150,7 +156,7 @@ def test_layers_with_what_they_hold_and_who_stands_on_them(filled: Containerd, i
             assert layer.lowers == lowers
             assert layer.is_whole == (snapshotter == "native")
             assert layer.images == (image.reference,)
-            assert layer.users == (image.reference, *([snapshotter] if namespace == "default" else []))
+            assert layer.users == (image.reference, *([CONTAINERS[snapshotter]] if namespace == "default" else []))
             assert Path(layer.tree).is_dir()
             assert Path(layer.place).parent == place
             lowers = (layer.tree, *lowers)
@@ -289,8 +295,8 @@ def lose_whole_tree(root: Path, image: Image) -> list[tuple[str, str]]:
 
 
 def lose_workdir(root: Path, image: Image) -> list[tuple[str, str]]:
-    shutil.rmtree(root / OVERLAY / "snapshots" / str(Records(root).id("overlayfs")) / "work")
-    return [("workdir-missing", "overlayfs/default/overlayfs")]
+    shutil.rmtree(root / OVERLAY / "snapshots" / str(Records(root).id(CONTAINERS["overlayfs"])) / "work")
+    return [("workdir-missing", f"overlayfs/default/{CONTAINERS['overlayfs']}")]
 
 
 def empty_database(root: Path, image: Image) -> list[tuple[str, str]]:
@@ -324,12 +330,12 @@ def lose_name(root: Path, image: Image) -> list[tuple[str, str]]:
 
 def lose_record(root: Path, image: Image) -> list[tuple[str, str]]:
     records = Records(root)
-    id, parent = records.id("overlayfs"), records.id(chain_of(image)[-1])
-    del records.backend[b"v1"][b"snapshots"][records.names()[b"overlayfs"][b"name"]]
+    id, parent = records.id(CONTAINERS["overlayfs"]), records.id(chain_of(image)[-1])
+    del records.backend[b"v1"][b"snapshots"][records.names()[CONTAINERS["overlayfs"].encode()][b"name"]]
     del records.backend[b"v1"][b"parents"][pair(parent, id)]
     records.write()
     shutil.rmtree(root / OVERLAY / "snapshots" / str(id))
-    return [("record-missing", "overlayfs/default/overlayfs")]
+    return [("record-missing", f"overlayfs/default/{CONTAINERS['overlayfs']}")]
 
 
 def lose_index(root: Path, image: Image) -> list[tuple[str, str]]:
@@ -342,9 +348,9 @@ def lose_index(root: Path, image: Image) -> list[tuple[str, str]]:
 
 def lose_snapshot(root: Path, image: Image) -> list[tuple[str, str]]:
     records = Records(root)
-    records.meta[b"v1"][b"default"][b"containers"][b"native"][b"snapshotKey"] = b"gone"
+    records.meta[b"v1"][b"default"][b"containers"][CONTAINERS["native"].encode()][b"snapshotKey"] = b"gone"
     records.write()
-    return [("record-wrong", "native")]
+    return [("record-wrong", CONTAINERS["native"])]
 
 
 def lose_manifest(root: Path, image: Image) -> list[tuple[str, str]]:
@@ -394,12 +400,12 @@ def test_each_damage_has_its_finding(
 
 
 def test_a_workdir_is_as_the_daemon_makes_it(root: Path, image: Image) -> None:
-    path = root / OVERLAY / "snapshots" / str(Records(root).id("overlayfs")) / "work"
+    path = root / OVERLAY / "snapshots" / str(Records(root).id(CONTAINERS["overlayfs"])) / "work"
     before = path.stat()
     lose_workdir(root, image)
     found = store(root)
     (finding,) = found.findings()
-    assert finding.users == ("overlayfs",)
+    assert finding.users == (CONTAINERS["overlayfs"],)
     assert found.mend(finding) is not None
     after = path.stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)

@@ -88,6 +88,24 @@ def test_a_blob_that_was_cut_off(root: Root, what: str) -> None:
     assert (finding.kind, finding.thing, finding.users) == ("blob-damaged", blob_of(root, what), (root.image,))
 
 
+def test_a_blob_that_no_image_names_has_the_size_of_its_record(root: Root) -> None:
+    digest = root.add_blob("default", b"leased")
+    found = store(root)
+    assert list(found.findings()) == []
+    root.blob(digest).write_bytes(b"")
+    assert kinds(found) == [("blob-damaged", digest)]
+
+
+def test_a_layer_that_the_namespace_does_not_know_has_the_size_that_the_image_says(root: Root) -> None:
+    digest = blob_of(root, "layer")
+    del root.namespace("default")[b"content"][b"blob"][digest.encode()]
+    found = store(root)
+    assert list(found.findings()) == []
+    root.blob(digest).write_bytes(b"")
+    assert kinds(found) == [("blob-damaged", digest)]
+    assert found.layers()[1].archive is None
+
+
 @pytest.mark.parametrize("what", ["manifest", "config"])
 def test_a_document_with_another_digest(root: Root, what: str) -> None:
     found = store(root)

@@ -322,6 +322,11 @@ def garble_index(root: Root) -> None:
     root.index("overlayfs")[b"\xff\xff"] = b"?"
 
 
+def misspell_index(root: Root) -> None:
+    """The ids of a record, without the zero between them."""
+    root.index("overlayfs")[b"\x01\x01\x02"] = root.index("overlayfs").pop(pair(1, 2))
+
+
 def lose_child(root: Root) -> None:
     del root.names("default", "overlayfs")[root.chain[1].encode()][b"children"]
 
@@ -375,6 +380,7 @@ DAMAGES: list[tuple[Callable[[Root], None], list[tuple[str, str]]]] = [
     (add_index, [("record-wrong", "overlayfs/default/c1")]),
     (add_dangling_index, [("record-wrong", f"{OVERLAY}/metadata.db")]),
     (garble_index, [("record-wrong", f"{OVERLAY}/metadata.db")]),
+    (misspell_index, [("record-wrong", "overlayfs/default/{upper}"), ("record-wrong", f"{OVERLAY}/metadata.db")]),
     (lose_child, [("record-wrong", "overlayfs/default/c1")]),
     (share_directory, [("record-wrong", "overlayfs/default/twin")]),
     (lose_id, [("record-damaged", "overlayfs/default/nowhere")]),

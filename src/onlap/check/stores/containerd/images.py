@@ -144,16 +144,17 @@ class Content:
                 troubles.append(Trouble("blob-missing", digest, ""))
 
         waiting = [(Descriptor(target.media_type, target.digest, target.size), 0)]
-        for count, (descriptor, depth) in enumerate(waiting):
+        for descriptor, depth in waiting:
             digest = descriptor.digest
-            if count >= _MAX_DOCUMENTS or not media.is_document(descriptor.media_type):
+            if not media.is_document(descriptor.media_type):
                 continue
             blobs.add(digest)
             document = self._get(descriptor, model.MAX_MANIFEST, troubles, None)
             if depth == 0:
                 lacks(digest, document)
             if isinstance(document, Index) and depth < _MAX_DEPTH:
-                waiting += [(each, depth + 1) for each in document.manifests[:_MAX_DOCUMENTS]]
+                room = max(0, _MAX_DOCUMENTS - len(waiting))
+                waiting += [(each, depth + 1) for each in document.manifests[:room]]
             if not isinstance(document, Manifest):
                 continue
             blobs.update(each.digest for each in (document.config, *document.layers))
