@@ -58,13 +58,13 @@ class Tree(NamedTuple):
         foreign: its tree belongs to an additional layer store, and is only linked.
         plain: the tree holds what the layer's archive says: not so for composefs, which keeps the contents of files by
             their digests, and for a copy of a layer with other owners, which has only what had to be copied.
-        whole_split: its tar-split file is there; None: it is there and empty.
+        split_lost: what is wrong with its tar-split file, in words; ``""`` if it is there and not empty.
     """
 
     missing: str
     foreign: bool
     plain: bool
-    whole_split: bool | None
+    split_lost: str
 
 
 class State:
@@ -151,9 +151,10 @@ class State:
             overlay.status(f"{layer}/{other}") for other in ("composefs-data", "diff1")
         )
         split = self.bases.layers.status(layer + SPLIT_SUFFIX)
-        is_split = split is not None and stat.S_ISREG(split.st_mode)
-        empty = is_split and split is not None and split.st_size == 0
-        return Tree(missing, foreign, plain, None if empty else is_split)
+        lost = "it is missing" if split is None or not stat.S_ISREG(split.st_mode) else ""
+        if split is not None and not lost and split.st_size == 0:
+            lost = "it is empty"
+        return Tree(missing, foreign, plain, lost)
 
     def _directories(self) -> list[str]:
         """The directories of layers (overlay.go, ``ListLayers``)."""

@@ -134,7 +134,7 @@ class ContainersStorage:
             row.diff_id if comparable else None,
             (row.blob,) if row.blob is not None and comparable else (),
             None,
-            split if comparable and found.whole_split is True else None,
+            split if comparable and not found.split_lost else None,
             known.users.get(name, ()),
             known.image_names.get(name, ()),
             None if shifted or row.guessed else row.shift,

@@ -113,9 +113,8 @@ class Structure:
             yield from self._links_of(layer, row, users)
         committed = layer not in known.writable
         # A layer that came by its table of contents may have none; a guessed one has its digest from an image.
-        if committed and row.diff_id and not row.by_contents and not tree.foreign and tree.whole_split is not True:
-            detail = "it is empty" if tree.whole_split is None else "it is missing"
-            yield Finding("split-damaged", layer, detail=detail, users=users)
+        if committed and row.diff_id and not row.by_contents and not tree.foreign and tree.split_lost:
+            yield Finding("split-damaged", layer, detail=tree.split_lost, users=users)
         for item in row.items:
             if self._bases.layers.status(f"{layer}/{records.file_name(item.name)}") is None:
                 yield Finding("record-damaged", layer, detail=f"its item {shown(item.name)} is missing", users=users)
