@@ -76,7 +76,9 @@ class State:
 
     Attributes:
         layer_tables: ``layers.json`` and the volatile one; the others in the same way.
-        layers: all rows by id, also those of containers and incomplete ones; each after its parent if that has a row.
+        layers: all rows by id, also those of containers and incomplete ones; each after what it stands on.
+        parents: what each layer of ``layers`` stands on: its parent by the record; but a copy of a layer with other
+            owners stands on that layer (``overlay.go``, ``CreateFromTemplate``).
         images: by id.
         containers: by id.
         writable: the layers of containers, which are not committed.
@@ -118,18 +120,24 @@ class State:
             self.layer_tables[0].missing and bool(self.unrecorded)
         )
         guesses = self._guesses(rows) if self.layers_lost and self.unrecorded else set()
-        on_images = {layer for image in self.images.values() for layer in _up_to(rows, image.top, MAX_DEPTH)}
+        self.parents = {layer: row.parent for layer, row in rows.items()}
+        self.parents |= {copy: of for copy, of in self.templates.items() if copy in rows and of in rows and copy != of}
+        on_images = {layer for image in self.images.values() for layer in _up_to(self.parents, image.top, MAX_DEPTH)}
         # A container's layer is not made from an archive; and a record cannot turn an image's layer into one.
         self.writable = {each.layer for each in self.containers.values() if each.layer is not None}
         self.writable |= {each for each in guesses if bases.layers.status(each + SPLIT_SUFFIX) is None}
         self.writable -= on_images
-        self.layers = _parents_first(rows)
-        self.cycles = _cycles(rows)
+        self.layers = {layer: rows[layer] for layer in _parents_first(self.parents)}
+        self.cycles = _cycles(self.parents)
         self.users, self.image_names, self.used = self._users()
 
     def chain(self, layer: str, limit: int = MAX_DEPTH + 1) -> list[str]:
         """The layers below one, uppermost first; those that have records, and no more than ``limit``."""
-        return _chain(self.layers, layer, limit)
+        return _chain(self.parents, layer, limit)
+
+    def is_whole(self, layer: str, chain: Sequence[str]) -> bool:
+        """Whether a chain ends with a lowest layer: no record of a parent is lost, and there is no cycle."""
+        return self.parents[chain[-1] if chain else layer] is None
 
     def tree(self, layer: str) -> Tree:
         """What is there of a layer.
@@ -172,12 +180,12 @@ class State:
 
         def stand(tops: Iterable[str | None], called: Sequence[str], known: Sequence[str]) -> None:
             for top in tops:
-                for layer in _up_to(self.layers, top, MAX_DEPTH):
+                for layer in _up_to(self.parents, top, MAX_DEPTH):
                     users.setdefault(layer, {}).update(dict.fromkeys(called))
                     names.setdefault(layer, {}).update(dict.fromkeys(known))
-                while top is not None and top in self.layers and top not in used:
+                while top is not None and top in self.parents and top not in used:
                     used.add(top)
-                    top = self.layers[top].parent
+                    top = self.parents[top]
 
         for image in self.images.values():
             stand((image.top, *image.mapped), image.names or (image.label,), image.names)
@@ -202,7 +210,8 @@ class State:
 
     def _guess_digests(self, image: ImageRow, found: dict[str, LayerRow]) -> None:
         """Take the digests of guessed layers from an image's documents, if they have as many layers."""
-        layers = list(_up_to(found, image.top, MAX_DEPTH))[::-1]
+        parents = {layer: row.parent for layer, row in found.items()}
+        layers = list(_up_to(parents, image.top, MAX_DEPTH))[::-1]
         if not any(found[each].guessed for each in layers):
             return
         config = self._document(image, f"sha256:{image.id}")
@@ -231,50 +240,45 @@ class State:
         return document if isinstance(document, dict) else {}
 
 
-def _up_to(rows: Mapping[str, LayerRow], top: str | None, limit: int) -> Iterator[str]:
+def _up_to(parents: Mapping[str, str | None], top: str | None, limit: int) -> Iterator[str]:
     """A layer, and those below it."""
-    if top is not None and top in rows:
+    if top is not None and top in parents:
         yield top
-        yield from _chain(rows, top, limit)
+        yield from _chain(parents, top, limit)
 
 
-def _chain(rows: Mapping[str, LayerRow], layer: str, limit: int) -> list[str]:
-    found: list[str] = []
-    seen = {layer}
-    row = rows.get(layer)
-    while row is not None and row.parent is not None and row.parent in rows and len(found) < limit:
-        if row.parent in seen:
-            break
-        found.append(row.parent)
-        seen.add(row.parent)
-        row = rows[row.parent]
-    return found
+def _chain(parents: Mapping[str, str | None], layer: str, limit: int) -> list[str]:
+    found: dict[str, None] = {}
+    at = parents.get(layer)
+    while at is not None and at in parents and at != layer and at not in found and len(found) < limit:
+        found[at] = None
+        at = parents[at]
+    return list(found)
 
 
-def _parents_first(rows: Mapping[str, LayerRow]) -> dict[str, LayerRow]:
-    """The rows, each after its parent; otherwise in their order."""
-    found: dict[str, LayerRow] = {}
-    for start in rows:
+def _parents_first(parents: Mapping[str, str | None]) -> Iterable[str]:
+    """The layers, each after its parent; otherwise in their order."""
+    found: dict[str, None] = {}
+    for start in parents:
         waiting: dict[str, None] = {}
         at: str | None = start
-        while at is not None and at in rows and at not in found and at not in waiting:
+        while at is not None and at in parents and at not in found and at not in waiting:
             waiting[at] = None
-            at = rows[at].parent
-        for each in reversed(waiting):
-            found[each] = rows[each]
+            at = parents[at]
+        found.update(dict.fromkeys(reversed(waiting)))
     return found
 
 
-def _cycles(rows: Mapping[str, LayerRow]) -> set[str]:
+def _cycles(parents: Mapping[str, str | None]) -> set[str]:
     """The layers that stand on themselves."""
     done: set[str] = set()
     found: set[str] = set()
-    for start in rows:
+    for start in parents:
         path: dict[str, None] = {}
         at: str | None = start
-        while at is not None and at in rows and at not in done and at not in path:
+        while at is not None and at in parents and at not in done and at not in path:
             path[at] = None
-            at = rows[at].parent
+            at = parents[at]
         if at in path:
             members = list(path)
             found.update(members[members.index(at) :])

@@ -13,7 +13,7 @@ from onlap import errors
 from onlap.check.findings import Finding, identity
 from onlap.check.stores.containers_storage import records, state
 from onlap.check.stores.containers_storage.links import locked, mend_link, mend_lower
-from onlap.check.stores.containers_storage.records import LayerRow
+from onlap.check.stores.containers_storage.records import Damaged, LayerRow
 from onlap.check.stores.containers_storage.state import State, bases
 from onlap.check.stores.containers_storage.structure import Structure
 from onlap.check.stores.contract import Layer
@@ -23,6 +23,7 @@ from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.meta import OVERRIDE_XATTR
 
 DRIVER = "overlay"
+_MOUNT_PROGRAM = ".has-mount-program"
 # drivers/driver.go: what else may have made a root
 _OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
 
@@ -94,8 +95,19 @@ class ContainersStorage:
         with errors.translated("check the store", key=self.directory):
             known = State(self._bases, self._others)
             flavour, shifted = self._owner()
-            found = (self._layer(known, each, flavour, shifted) for each in known.layers)
+            plain = not self._has_mount_program()
+            found = (self._layer(known, each, flavour, shifted=shifted, plain=plain) for each in known.layers)
             return [each for each in found if each is not None]
+
+    def _has_mount_program(self) -> bool:
+        """Whether the store is for fuse-overlayfs: then trees have the archive's own names for whiteouts.
+
+        Source: ``drivers/overlay/overlay.go`` (``SupportsNativeOverlay``, ``getWhiteoutFormat``).
+        """
+        try:
+            return self._bases.overlay.read(_MOUNT_PROGRAM, 64).strip() == b"true"
+        except (FileNotFoundError, Damaged):
+            return False
 
     def _owner(self) -> tuple[str, bool]:
         """The flavour of the markers, and whether owners are as the records say.
@@ -112,7 +124,7 @@ class ContainersStorage:
             return USER, True
         return (USER if in_user_namespace() else TRUSTED), False
 
-    def _layer(self, known: State, name: str, flavour: str, shifted: bool) -> Layer | None:
+    def _layer(self, known: State, name: str, flavour: str, *, shifted: bool, plain: bool) -> Layer | None:
         row = known.layers[name]
         if row.incomplete or name in known.writable:
             return None
@@ -123,7 +135,7 @@ class ContainersStorage:
         place = f"{overlay}/{name}"
         # With force_mask all files have one mode, devices are files, and what they should be is in an xattr.
         masked = not found.missing and _has_xattr(f"{place}/diff", OVERRIDE_XATTR)
-        comparable = found.plain and not masked
+        comparable = plain and found.plain and not masked
         split = f"{self._bases.layers.directory}/{name}{state.SPLIT_SUFFIX}"
         return Layer(
             name,
@@ -173,6 +185,10 @@ class ContainersStorage:
                 self._cached = now, records.joined(*tables), lost
             return self._cached[1:]
 
+    def again(self) -> ContainersStorage:
+        """See the contract; what is read, is read anew each time."""
+        return self
+
     def mend(self, finding: Finding) -> str | None:
         """See the contract: short links, and lists of lower layers, are made again, under the lock of the tools.
 
@@ -190,15 +206,12 @@ class ContainersStorage:
             lists = {
                 layer: known.chain(layer)
                 for layer, each in known.layers.items()
-                if not each.guessed and layer not in known.templates and layer not in known.cycles
+                if not each.guessed and layer not in known.cycles
             }
             if finding.kind == "link-missing":
                 return mend_link(self._bases.overlay, finding.thing, lists)
-            if finding.thing not in lists:
-                return None
-            below = [known.layers[each] for each in lists[finding.thing]]
-            if (below[-1] if below else row).parent is not None:
-                return None  # the rest of the parents is lost
+            if finding.thing not in lists or not known.is_whole(finding.thing, lists[finding.thing]):
+                return None  # what should be below it is not known
             return mend_lower(self._bases.overlay, finding.thing, lists)
 
 

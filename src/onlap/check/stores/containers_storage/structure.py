@@ -130,14 +130,9 @@ class Structure:
         if len(chain) > MAX_DEPTH:
             yield Finding("too-deep", layer, detail=f"more than {MAX_DEPTH}", users=users)
             return
-        lowest = known.layers[chain[-1]] if chain else row
-        if lowest.parent is not None or row.guessed:
-            return  # its parents are lost or a cycle, or were told from the list itself
+        if row.guessed or not known.is_whole(layer, chain):
+            return  # its parents were told from the list itself, or are lost, or a cycle
         wrong = self._links.wrong_lower(layer, chain)
-        template = known.templates.get(layer)
-        if wrong and template is not None and template != layer and template in known.layers:
-            # overlay.go, CreateFromTemplate: a copy with other owners stands on the layer that it is a copy of.
-            wrong = self._links.wrong_lower(layer, [template, *known.chain(template)])
         if wrong:
             yield Finding("lower-wrong", layer, detail=wrong, users=users)
 
