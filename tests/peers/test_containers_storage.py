@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from onlap.check.findings import Finding
 from onlap.check.stores.containers_storage import ContainersStorage, open_store
-from onlap.check.stores.containers_storage.links import is_locked, locked
+from onlap.check.stores.containers_storage.locks import is_locked, locked
 from onlap.check.stores.containers_storage.records import Base
 from onlap.overlayfs.markers import TRUSTED, USER
 from peers import images
@@ -393,6 +394,30 @@ def test_what_we_hold_holds_the_tools_up(tools: Tools) -> None:
             raise
     assert listing.wait() == 0
     assert not is_locked(layers, "layers.lock")
+
+
+def test_what_the_tools_do_meanwhile_is_no_damage(tools: Tools) -> None:
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                container = tools.buildah("from", "--pull-never", THREE)
+                tools.buildah("copy", container, tools.root / "db.sql", "/copied")
+                tools.buildah("commit", "--rm", container, "localhost/onlap/passing:1")
+                tools.podman("rmi", "localhost/onlap/passing:1")
+        finally:
+            done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        while not done.is_set():
+            assert tools.findings() == []
+    finally:
+        worker.join()
+    assert "localhost/onlap/passing:1" not in tools.podman("images")
+    assert tools.findings() == []
 
 
 # Other ways to keep a store

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from onlap import errors
 from onlap.check.findings import Finding
-from onlap.check.stores.containers_storage import ContainersStorage, open_store, state, store
+from onlap.check.stores.containers_storage import ContainersStorage, locks, open_store, state, store
 from pure.containers_storage_maker import Maker, an_id, common
 
 LOW, MIDDLE, TOP, BOX = map(an_id, ("low", "middle", "top", "layer of box"))
@@ -266,6 +266,10 @@ ONE_DAMAGE: dict[str, tuple[Callable[[Maker], object], list[tuple[str, str]]]] =
         lambda made: edit(made, "layers", lambda listed: listed[1].update({"big-data-names": ["x\x1b"]})),
         [("record-damaged", MIDDLE)],
     ),
+    "a trial": (
+        lambda made: overlay(made, "compat123", "lower1").mkdir(parents=True),
+        [("staging-left", "overlay/compat123")],
+    ),
     "staging": (
         lambda made: overlay(made, "staging", "123").mkdir(parents=True),
         [("staging-left", "overlay/staging/123")],
@@ -307,13 +311,17 @@ def test_who_stands_on_it(made: Maker) -> None:
     }
 
 
-def test_an_incomplete_layer_is_left_unless_a_tool_is_writing(made: Maker) -> None:
+def test_an_incomplete_layer_is_left_unless_a_tool_is_writing(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(made, "layers", lambda listed: listed.append({"id": "a" * 64, "flags": {"incomplete": True}}))
     there = opened(made)
     assert [(each.kind, each.thing) for each in there.findings()] == [("staging-left", "a" * 64)]
     assert [each.name for each in there.layers()] == [LOW, MIDDLE, TOP]
+    monkeypatch.setattr(locks, "_LOOK_PATIENCE", 0.1)
     with _holder(made):
         assert list(there.findings()) == []
+        # What no tool is about to finish is found all the same.
+        overlay(made, TOP, "lower").unlink()
+        assert [(each.kind, each.thing) for each in there.findings()] == [("lower-wrong", TOP)]
 
 
 def _holder(made: Maker) -> subprocess.Popen[bytes]:
@@ -483,9 +491,7 @@ def test_what_cannot_be_told_is_not_mended(made: Maker) -> None:
 
 
 def test_mending_waits_for_the_tools(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onlap.check.stores.containers_storage import links
-
-    monkeypatch.setattr(links, "_PATIENCE", 0.1)
+    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
     overlay(made, TOP, "lower").unlink()
     there = opened(made)
     (only,) = there.findings()

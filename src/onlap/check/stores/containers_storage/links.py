@@ -5,7 +5,7 @@ of a layer has the short names of all layers below it. The tools make lost symli
 files from the symlinks, when they come upon one in a mount; not the lists.
 
 Source: containers/storage 1.57.2, ``drivers/overlay/overlay.go`` (``create``, ``getLower``, ``get``,
-``recreateSymlinks``), ``drivers/overlay/randomid.go``, ``pkg/lockfile``.
+``recreateSymlinks``), ``drivers/overlay/randomid.go``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import fcntl
 import os
 import re
-import stat
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from onlap import errors
 from onlap.check.findings import Finding
 from onlap.check.stores.containers_storage.records import Base, Damaged, is_id
 from onlap.syscalls.files import write_all
@@ -35,12 +30,6 @@ _LOWER_LIMIT = 1 << 20
 _SHORT = re.compile(r"[A-Za-z0-9]{1,128}")
 _TARGET = re.compile(r"\.\./([^/]+)/diff/?")
 _SHORT_LENGTH = 26
-# Seconds to wait for the tools: they hold their lock for as long as they unpack a layer.
-_PATIENCE = 10.0
-_PAUSE = 0.05
-
-# A process loses its lock (fcntl(2)) when it closes any descriptor of the file: only one of ours at a time.
-_ours = threading.Lock()
 
 
 class Links:
@@ -317,59 +306,3 @@ def _give(directory: int, made: int | str) -> None:
         os.fchown(made, status.st_uid, status.st_gid)
     else:
         os.chown(made, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
-
-
-@contextlib.contextmanager
-def locked(base: Base, name: str) -> Iterator[None]:
-    """A block in which no tool changes what a lock file of theirs protects.
-
-    Theirs is a write lock of fcntl(2) on the whole file (``pkg/lockfile/lockfile_unix.go``).
-
-    Raises:
-        Busy: a tool holds it for longer than we wait.
-        OSError: it cannot be locked.
-    """
-    end = time.monotonic() + _PATIENCE
-    with _ours:
-        fd = os.open(
-            f"{base.directory}/{name}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
-        )
-        try:
-            while not _try(fd, fcntl.LOCK_EX):
-                if time.monotonic() > end:
-                    raise errors.Busy(
-                        f"the store's {name} is locked", key=base.directory, hint="let its tools end, and try again"
-                    )
-                time.sleep(_PAUSE)
-            yield
-        finally:
-            os.close(fd)
-
-
-def is_locked(base: Base, path: str) -> bool:
-    """Whether a tool is writing now: it holds this lock file. False if there is none.
-
-    Raises:
-        OSError: that cannot be told.
-    """
-    with _ours:
-        try:
-            fd = base.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-                return False
-            raise
-        try:
-            return stat.S_ISREG(os.fstat(fd).st_mode) and not _try(fd, fcntl.LOCK_SH)
-        finally:
-            os.close(fd)
-
-
-def _try(fd: int, kind: int) -> bool:
-    try:
-        fcntl.lockf(fd, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        raise
-    return True

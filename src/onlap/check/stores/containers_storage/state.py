@@ -6,6 +6,7 @@ configurations and manifests of the images on them.
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -26,8 +27,9 @@ VOLATILE_LAYERS_FILE = "volatile-layers.json"
 IMAGES_FILE = "images.json"
 CONTAINERS_FILE = "containers.json"
 VOLATILE_CONTAINERS_FILE = "volatile-containers.json"
-LAYERS_LOCK = "layers.lock"
 SPLIT_SUFFIX = ".tar-split.gz"
+# drivers/overlay/check.go: layers to try mounts with
+_TRIAL = re.compile("(?:opaque-bug-check|metacopy-check|volatile-check|compat)[0-9]+")
 # overlay.go, stagingDir; internal/tempdir and drivers/overlay of 1.60: what is being made, or removed
 STAGING = "staging"
 TEMPORARY = "tempdirs"
@@ -43,11 +45,15 @@ class Bases(NamedTuple):
     layers: Base
     images: Base
     containers: Base
+    root: Base
 
 
 def bases(directory: str) -> Bases:
     """The directories of a root, by its path."""
-    return Bases(*(Base(f"{directory}/overlay{part}") for part in ("", "-layers", "-images", "-containers")))
+    overlay, layers, images, containers = (
+        Base(f"{directory}/overlay{part}") for part in ("", "-layers", "-images", "-containers")
+    )
+    return Bases(overlay, layers, images, containers, Base(directory))
 
 
 class Tree(NamedTuple):
@@ -87,6 +93,8 @@ class State:
         used: the layers that something stands on.
         templates: the layers that are copies of others, for a user namespace: of which.
         elsewhere: the layers and images of the other stores.
+        unrecorded: the directories of layers that have no record.
+        trials: those in which a tool tries what it can mount.
 
     Raises:
         OSError: something cannot be looked at.
@@ -115,7 +123,9 @@ class State:
         self.templates = {
             mapped: image.top for image in self.images.values() if image.top is not None for mapped in image.mapped
         }
-        self.unrecorded = [name for name in self._directories() if name not in rows]
+        found = [name for name in self._directories() if name not in rows]
+        self.trials = [name for name in found if _TRIAL.fullmatch(name)]
+        self.unrecorded = [name for name in found if name not in self.trials]
         self.layers_lost = not all(table.whole for table in self.layer_tables) or (
             self.layer_tables[0].missing and bool(self.unrecorded)
         )

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from onlap import errors
 from onlap.check.findings import Finding, identity
 from onlap.check.stores.containers_storage import records, state
-from onlap.check.stores.containers_storage.links import locked, mend_link, mend_lower
+from onlap.check.stores.containers_storage.links import mend_link, mend_lower
+from onlap.check.stores.containers_storage.locks import LAYERS_LOCK, locked, quiet
 from onlap.check.stores.containers_storage.records import Damaged, LayerRow
 from onlap.check.stores.containers_storage.state import State, bases
 from onlap.check.stores.containers_storage.structure import Structure
@@ -23,6 +25,8 @@ from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.meta import OVERRIDE_XATTR
 
 DRIVER = "overlay"
+# Seconds in which a tool that is writing does something else.
+_PAUSE = 0.2
 _MOUNT_PROGRAM = ".has-mount-program"
 # drivers/driver.go: what else may have made a root
 _OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
@@ -76,15 +80,29 @@ class ContainersStorage:
         self._caching = threading.Lock()
 
     def findings(self) -> Iterator[Finding]:
-        """See the contract. Whatever is found is looked at again: a tool may have been between two steps.
+        """See the contract. Whatever is found is looked at again while the tools wait: one may be between two steps.
+
+        If a tool writes for longer than we wait, as when it unpacks a large layer, there is only what is found twice
+        more, and nothing that it may be just about to finish or remove.
 
         Raises:
             OnlapError: something cannot be looked at.
         """
         with errors.translated("check the store", key=self.directory):
-            first = set(map(identity, Structure(State(self._bases, self._others)).findings()))
-            again = list(Structure(State(self._bases, self._others)).findings()) if first else []
-        yield from (each for each in again if identity(each) in first)
+            found = self._look(quiet=True)
+            if not found:
+                return
+            with quiet(self._bases) as got:
+                last = self._look(quiet=got)
+            if not got:
+                time.sleep(_PAUSE)
+                again = set(map(identity, self._look(quiet=False)))
+                seen = set(map(identity, found))
+                last = [each for each in last if identity(each) in again and identity(each) in seen]
+        yield from last
+
+    def _look(self, *, quiet: bool) -> list[Finding]:
+        return list(Structure(State(self._bases, self._others), quiet=quiet).findings())
 
     def layers(self) -> Sequence[Layer]:
         """See the contract; the layers of containers, and those that belong to another store, are not among them.
@@ -198,7 +216,7 @@ class ContainersStorage:
         """
         if finding.kind not in ("link-missing", "lower-wrong") or not records.is_id(finding.thing):
             return None
-        with errors.translated("mend the store", key=finding.thing), locked(self._bases.layers, state.LAYERS_LOCK):
+        with errors.translated("mend the store", key=finding.thing), locked(self._bases.layers, LAYERS_LOCK):
             known = State(self._bases, self._others)
             row = known.layers.get(finding.thing)
             if row is None or row.incomplete:

@@ -12,7 +12,8 @@ from collections.abc import Container, Iterator
 
 from onlap.check.findings import Finding
 from onlap.check.stores.containers_storage import records, state
-from onlap.check.stores.containers_storage.links import MAX_DEPTH, Links, is_locked
+from onlap.check.stores.containers_storage.links import MAX_DEPTH, Links
+from onlap.check.stores.containers_storage.locks import is_locked
 from onlap.check.stores.containers_storage.records import (
     Base,
     ContainerRow,
@@ -37,9 +38,11 @@ class Structure:
 
     Args:
         known: the state.
+        quiet: no tool was changing the store while it was read, nor does it now.
     """
 
-    def __init__(self, known: State) -> None:
+    def __init__(self, known: State, *, quiet: bool) -> None:
+        self._quiet = quiet
         self._state = known
         self._bases = known.bases
         self._links = Links(known.bases.overlay)
@@ -51,16 +54,16 @@ class Structure:
             OSError: something cannot be looked at.
         """
         yield from self._tables()
-        writing = is_locked(self._bases.layers, state.LAYERS_LOCK)
         for layer, row in self._state.layers.items():
-            yield from self._layer(layer, row, writing=writing)
+            yield from self._layer(layer, row)
         yield from self._unknown()
         yield from self._links.dangling(self._state.layers)
         for image in self._state.images.values():
             yield from self._image(image)
         for container in self._state.containers.values():
             yield from self._container(container)
-        yield from self._leftovers()
+        if self._quiet:
+            yield from self._leftovers()
 
     # Records
 
@@ -80,6 +83,8 @@ class Structure:
 
     def _unknown(self) -> Iterator[Finding]:
         known, bases = self._state, self._bases
+        if not self._quiet:
+            return  # their records may just be being written
         if not known.layers_lost:
             yield from (Finding("tree-unknown", f"overlay/{name}") for name in known.unrecorded)
         # Of a file that is damaged or missing, its finding says it for all.
@@ -92,10 +97,10 @@ class Structure:
 
     # Layers
 
-    def _layer(self, layer: str, row: LayerRow, *, writing: bool) -> Iterator[Finding]:
+    def _layer(self, layer: str, row: LayerRow) -> Iterator[Finding]:
         known = self._state
         if row.incomplete:
-            if not writing:  # else it is just being made or removed
+            if self._quiet:  # else it may just be being made or removed
                 yield Finding("staging-left", layer, detail="the layer is incomplete")
             return
         users = known.users.get(layer, ())
@@ -186,6 +191,8 @@ class Structure:
 
     def _leftovers(self) -> Iterator[Finding]:
         overlay = self._bases.overlay
+        for name in self._state.trials:
+            yield Finding("staging-left", f"overlay/{name}")
         for name in overlay.names(state.STAGING):
             # overlay.go, stagingLockFile: held by whoever unpacks in it
             if not is_locked(overlay, f"{state.STAGING}/{name}/staging.lock"):
