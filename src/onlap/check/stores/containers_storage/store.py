@@ -74,7 +74,6 @@ class ContainersStorage:
     def __init__(self, directory: str, additional: Sequence[str] = ()) -> None:
         self.directory = os.path.abspath(directory)
         self._bases = bases(self.directory)
-        self._additional = tuple(additional)
         self._others = [bases(each) for each in additional]
         self._cached: tuple[object, dict[str, LayerRow], bool] | None = None
         self._caching = threading.Lock()
@@ -169,10 +168,6 @@ class ContainersStorage:
             known.image_names.get(name, ()),
             None if shifted or row.guessed else row.shift,
         )
-
-    def again(self) -> ContainersStorage:
-        """See the contract."""
-        return ContainersStorage(self.directory, self._additional)
 
     def has(self, layer: Layer) -> bool:
         """See the contract.
