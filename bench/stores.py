@@ -45,7 +45,7 @@ def bench() -> None:
             compare(runs),
             conditions=lib.conditions(
                 image=f"{len(layers)} layers, {files:,} files",
-                peer=f"{run('podman', '--version').strip()}; the other store is containerd's, {lib.containerd_version()}",
+                peer=f"{run('podman', '--version').strip()}; the other store: containerd {lib.containerd_version()}",
             ),
             notes=NOTES,
             runs=runs,
