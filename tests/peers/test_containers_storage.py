@@ -24,6 +24,7 @@ from onlap.overlayfs.markers import TRUSTED, USER
 from peers import images
 from peers.daemons import eventually, run
 from peers.images import Layer
+from peers.registries import registry
 
 pytestmark = pytest.mark.needs("overlay", "mount", "peer:podman", "peer:buildah", "peer:skopeo")
 
@@ -188,7 +189,7 @@ def test_a_healthy_store(pristine: Tools, tmp_path: Path) -> None:
     for name, layer in layers.items():
         record = records[name]
         assert layer.diff_id == record["diff-digest"]
-        assert layer.digests == (record["compressed-diff-digest"],)
+        assert layer.digests[0] == record["compressed-diff-digest"]
         assert layer.split is not None
         assert Path(layer.split).is_file()
         assert Path(layer.tree).is_dir()
@@ -465,6 +466,33 @@ def test_a_copy_for_a_user_namespace(place: Path, image: images.Image) -> None:
         assert tools.findings() == []
     finally:
         shutil.rmtree(tools.root.parent)
+
+
+@pytest.mark.needs("peer:docker-registry")
+def test_layers_that_came_by_their_tables_of_contents(place: Path, image: images.Image) -> None:
+    """Their records do not say which blob they are; the image's manifest does."""
+    top = place / "chunked"
+    source, tools = Tools(top / "source"), Tools(top / "storage")
+    partial = "".join(
+        f'{each} = "{how}"\n' for each, how in (("enable_partial_images", "true"), ("convert_images", "false"))
+    )
+    settings = f'[storage]\ndriver = "overlay"\n[storage.options.pull_options]\n{partial}'
+    (top / "storage.conf").write_text(settings)
+    tools.environment["CONTAINERS_STORAGE_CONF"] = str(top / "storage.conf")
+    try:
+        source.podman("load", "-i", image.archive)
+        with registry(top / "registry") as host:
+            form = ("--compression-format=zstd:chunked", "--force-compression")
+            source.podman("push", "--tls-verify=false", *form, THREE, f"{host}/three:1")
+            tools.podman("pull", "--tls-verify=false", f"{host}/three:1")
+        records = tools.records("layers")
+        assert all("toc-digest" in each and "compressed-diff-digest" not in each for each in records)
+        assert tools.findings() == []
+        (made,) = tools.records("images")
+        manifest = json.loads((tools.root / "overlay-images" / made["id"] / "manifest").read_text())
+        assert [each.digests for each in tools.opened().layers()] == [(each["digest"],) for each in manifest["layers"]]
+    finally:
+        shutil.rmtree(top)
 
 
 @pytest.mark.needs("ordinary_user", "userns", "peer:setpriv")

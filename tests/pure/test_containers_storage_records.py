@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from onlap import errors
 from onlap.check.findings import Finding
 from onlap.check.stores.containers_storage import ContainersStorage, locks, open_store, state, store
-from pure.containers_storage_maker import Maker, an_id, common
+from pure.containers_storage_maker import Maker, an_id, common, digest
 
 LOW, MIDDLE, TOP, BOX = map(an_id, ("low", "middle", "top", "layer of box"))
 IMAGES = ("localhost/two:1", "localhost/three:1")
@@ -375,6 +375,17 @@ def test_composefs_and_contents_have_no_archive_to_compare_with(made: Maker) -> 
     _, middle, top = opened(made).layers()
     assert middle.split is None
     assert (top.split, top.diff_id, top.digests) == (None, None, ())
+
+
+def test_a_layer_has_the_digests_of_all_manifests(made: Maker) -> None:
+    """One that came by its table of contents has none in its record."""
+    edit(made, "layers", lambda listed: listed[0].pop("compressed-diff-digest"))
+    blob = made.layers[0]["compressed-diff-digest"]
+    made.layers[0]["compressed-diff-digest"] = digest("again")
+    made.image("again:1", [LOW])
+    edit(made, "images", lambda listed: listed.append(made.images[-1]))
+    assert found(made) == []
+    assert opened(made).layers()[0].digests == (blob, digest("again"))
 
 
 def test_a_copy_for_a_user_namespace_stands_on_what_it_is_a_copy_of(made: Maker) -> None:

@@ -219,28 +219,38 @@ class State:
         return set(self.unrecorded)
 
     def _guess_digests(self, image: ImageRow, found: dict[str, LayerRow]) -> None:
-        """Take the digests of guessed layers from an image's documents, if they have as many layers."""
-        parents = {layer: row.parent for layer, row in found.items()}
-        layers = list(_up_to(parents, image.top, MAX_DEPTH))[::-1]
+        """Take the digests of guessed layers from an image's configuration, if it has as many layers."""
+        layers = list(_up_to({layer: row.parent for layer, row in found.items()}, image.top, MAX_DEPTH))[::-1]
         if not any(found[each].guessed for each in layers):
             return
-        config = self._document(image, f"sha256:{image.id}")
-        filesystem = config.get("rootfs")
+        filesystem = self._document(image, f"sha256:{image.id}").get("rootfs")
         diff_ids = filesystem.get("diff_ids") if isinstance(filesystem, dict) else None
-        described = self._document(image, "manifest").get("layers")
-        blobs = (
-            [each.get("digest") if isinstance(each, dict) else None for each in described]
-            if isinstance(described, list)
-            else []
-        )
         if not isinstance(diff_ids, list) or len(diff_ids) != len(layers):
             return
-        if len(blobs) != len(layers):
-            blobs = [None] * len(layers)
-        for layer, diff_id, blob in zip(layers, diff_ids, blobs, strict=True):
-            row = found[layer]
-            if row.guessed and records.is_digest(diff_id):
-                found[layer] = row._replace(diff_id=diff_id, blob=blob if records.is_digest(blob) else None)
+        for layer, diff_id in zip(layers, diff_ids, strict=True):
+            if found[layer].guessed and records.is_digest(diff_id):
+                found[layer] = found[layer]._replace(diff_id=diff_id)
+
+    def blobs(self) -> dict[str, tuple[str, ...]]:
+        """The digests of the blobs of layers: of those that they were made from, and of those in images' manifests.
+
+        A layer that was made from the table of contents of a blob does not say which; and an image that was pulled
+        from elsewhere may have the same layer in another compression.
+
+        Raises:
+            OSError: a manifest cannot be looked at.
+        """
+        found = {layer: [row.blob] if row.blob else [] for layer, row in self.layers.items()}
+        for image in self.images.values():
+            described = self._document(image, "manifest").get("layers")
+            layers = list(_up_to(self.parents, image.top, MAX_DEPTH))[::-1]
+            if not isinstance(described, list) or len(described) != len(layers):
+                continue
+            for layer, each in zip(layers, described, strict=True):
+                digest = each.get("digest") if isinstance(each, dict) else None
+                if isinstance(digest, str) and records.is_digest(digest) and digest not in found[layer]:
+                    found[layer].append(digest)
+        return {layer: tuple(digests) for layer, digests in found.items()}
 
     def _document(self, image: ImageRow, item: str) -> dict[str, object]:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from onlap import errors
 from onlap.check.findings import Finding, identity
@@ -113,7 +113,8 @@ class ContainersStorage:
             known = State(self._bases, self._others)
             flavour, shifted = self._owner()
             plain = not self._has_mount_program()
-            found = (self._layer(known, each, flavour, shifted=shifted, plain=plain) for each in known.layers)
+            blobs = known.blobs()
+            found = (self._layer(known, each, flavour, blobs, shifted, plain) for each in known.layers)
             return [each for each in found if each is not None]
 
     def _has_mount_program(self) -> bool:
@@ -141,7 +142,15 @@ class ContainersStorage:
             return USER, True
         return (USER if in_user_namespace() else TRUSTED), False
 
-    def _layer(self, known: State, name: str, flavour: str, *, shifted: bool, plain: bool) -> Layer | None:
+    def _layer(
+        self,
+        known: State,
+        name: str,
+        flavour: str,
+        blobs: Mapping[str, tuple[str, ...]],
+        shifted: bool,
+        plain: bool,
+    ) -> Layer | None:
         row = known.layers[name]
         if row.incomplete or name in known.writable:
             return None
@@ -161,12 +170,11 @@ class ContainersStorage:
             tuple(f"{overlay}/{below}/diff" for below in known.chain(name)),
             Markers(flavour, recorded=True) if masked else Markers(flavour),
             row.diff_id if comparable else None,
-            (row.blob,) if row.blob is not None and comparable else (),
-            None,
-            split if comparable and not found.split_lost else None,
-            known.users.get(name, ()),
-            known.image_names.get(name, ()),
-            None if shifted or row.guessed else row.shift,
+            blobs[name] if comparable else (),
+            split=split if comparable and not found.split_lost else None,
+            users=known.users.get(name, ()),
+            images=known.image_names.get(name, ()),
+            shift=None if shifted or row.guessed else row.shift,
         )
 
     def has(self, layer: Layer) -> bool:
