@@ -26,6 +26,8 @@ class Layer(NamedTuple):
         images: the names of the images it belongs to, as a registry knows them.
         shift: what was added to the owners in the archive (a user namespace that begins at this id); None: owners are
             mapped in a way that is not known, and are not compared.
+        is_partial: what made the tree may have left out devices and FIFOs, and the times of directories: the tool of an
+            ordinary user, or a pull of parts (zstd:chunked).
         is_whole: the tree is the whole filesystem, and not what the layer changed: it has no markers.
     """
 
@@ -41,6 +43,7 @@ class Layer(NamedTuple):
     users: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     shift: int | None = 0
+    is_partial: bool = False
     is_whole: bool = False
 
 
@@ -85,6 +88,10 @@ class Store(Protocol):
         Raises:
             OnlapError: it cannot be told.
         """
+        ...
+
+    def blob(self, digest: str) -> str | None:
+        """Where the store keeps a blob, whether it is there or not; None if it keeps no blobs."""
         ...
 
     def mend(self, finding: Finding) -> str | None:

@@ -17,8 +17,11 @@ from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
 from onlap.errors import shown
 from onlap.progress import Callback, Reporter
+from onlap.syscalls.files import exists
 
 _BURST = 4 << 20
+# Where a repair works, beside a layer's tree: the store removes it with the layer.
+STAGING = ".onlap-repair"
 
 
 @public
@@ -128,6 +131,8 @@ class Doctor:
         Raises:
             OnlapError: it cannot be looked at.
         """
+        if exists(f"{layer.place}/{STAGING}"):
+            yield Finding("staging-left", layer.name, STAGING)
         comparison = Comparison(layer, self._spend)
         try:
             with errors.translated("compare the layer", key=layer.name):

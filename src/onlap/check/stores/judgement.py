@@ -30,8 +30,6 @@ _LAST_TIME = (1 << 63) - 1
 _OF_MACHINE = ("security.selinux", "security.ima", "security.evm", "security.apparmor", "security.SMACK64")
 # All archivers write it, so that a file that has it and should not was given power since.
 CAPABILITY = "security.capability"
-# containerd, snapshots/overlay/overlay.go, prepareDirectory
-_TOP_MODE = 0o755
 
 
 def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> Entry:
@@ -50,7 +48,7 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> 
     if layer.shift is not None:
         uid, gid = entry.uid + layer.shift, entry.gid + layer.shift
     mtime = bounded(entry.mtime_ns)
-    if found is not None and same and _is_same_time(mtime, found.mtime_ns):
+    if found is not None and same and _is_time_right(entry, found, layer):
         mtime = found.mtime_ns
     return Entry(
         path,
@@ -63,14 +61,13 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> 
         os.makedev(entry.devmajor, entry.devminor) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0,
         entry.linkname if kind == stat.S_IFLNK else "",
         0,
-        _xattrs(kind, entry.xattrs or {}, found.xattrs if found is not None and same else {}),
+        _xattrs(kind, entry.xattrs or {}, found.xattrs if found is not None and same else {}, layer),
     )
 
 
-def expected_top(entry: tar.Entry, found: Entry) -> Entry:
-    """What the top of a tree should be: Docker takes its mode from the archive, containerd has one of its own."""
-    mode = stat.S_IMODE(found.mode)
-    return found if mode in (entry.mode, _TOP_MODE) else found._replace(mode=stat.S_IFDIR | _TOP_MODE)
+def may_be_missing(entry: tar.Entry, layer: Layer) -> bool:
+    """Whether what made the tree may have left a file out."""
+    return layer.is_partial and entry.type in (tar.CHAR, tar.BLOCK_DEVICE, tar.FIFO)
 
 
 def implied(path: str, layer: Layer) -> Entry:
@@ -92,15 +89,25 @@ def bounded(mtime_ns: int) -> int:
     return mtime_ns if 0 <= mtime_ns <= _LAST_TIME else 0
 
 
+def _is_time_right(entry: tar.Entry, found: Entry, layer: Layer) -> bool:
+    if layer.is_partial and entry.type == tar.DIRECTORY:
+        return True
+    return _is_same_time(bounded(entry.mtime_ns), found.mtime_ns) or entry.mtime_ns == found.mtime_ns
+
+
 def _is_same_time(wanted: int, found: int) -> bool:
     # Archives made of trees have whole seconds (moby, FileInfoHeader), and their trees have more.
     return wanted == found or (wanted % _SECOND == 0 and found // _SECOND == wanted // _SECOND)
 
 
-def _xattrs(kind: int, said: Mapping[str, bytes], found: Mapping[str, bytes]) -> dict[str, bytes]:
-    wanted = {name: value for name, value in said.items() if not _is_open(kind, name)}
+def _xattrs(kind: int, said: Mapping[str, bytes], found: Mapping[str, bytes], layer: Layer) -> dict[str, bytes]:
+    def is_open(name: str) -> bool:
+        # One that an ordinary user sets has the user in it (capabilities(7), "Namespaced file capabilities").
+        return _is_open(kind, name) or (name == CAPABILITY and layer.shift is None and name in found)
+
+    wanted = {name: value for name, value in said.items() if not is_open(name)}
     wanted |= {name: value for name, value in found.items() if name not in said and name != CAPABILITY}
-    return wanted | {name: found[name] for name in said.keys() & found.keys() if _is_open(kind, name)}
+    return wanted | {name: found[name] for name in said.keys() & found.keys() if is_open(name)}
 
 
 def _is_open(kind: int, name: str) -> bool:

@@ -7,10 +7,11 @@ trees of containers are never touched.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from onlap.check.refill import Aside, Refill, open_in_tree, said
 from onlap.check.stores.archive import Uncomparable
 from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
-from onlap.check.stores.doctor import Doctor
+from onlap.check.stores.doctor import STAGING, Doctor
 from onlap.check.stores.supply import Found, Supply
 from onlap.check.stores.use import mounted
 from onlap.errors import shown
@@ -38,9 +39,10 @@ from onlap.trees.walk import opened
 
 _OF_FILES = frozenset({"file-missing", "file-changed", "file-unreadable", "file-unknown"})
 _OF_LAYERS = _OF_FILES | {"tree-missing"}
-REFILLED = _OF_LAYERS | {"blob-damaged"}
+_OF_RECORDS = frozenset({"link-missing", "lower-wrong", "workdir-missing", "record-damaged"})
+_OF_BLOBS = frozenset({"blob-damaged", "blob-missing"})
+REFILLED = _OF_LAYERS | _OF_BLOBS
 # Beside a layer's tree, where its store removes them with the layer.
-_STAGING = ".onlap-repair"
 _ASIDE = "onlap-damaged"
 _CHUNK = 1 << 20
 _ATTRIBUTES = frozenset({"mode", "owner", "mtime", "xattrs"})
@@ -94,16 +96,21 @@ class StoreRepair:
         self._supply = supply
         self._layers = {layer.name: layer for layer in store.layers()}
 
-    def plan(self, findings: Iterable[Finding]) -> Iterator[Done]:
+    def plan(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
         """What :meth:`run` would do. Nothing is changed.
 
         Raises:
             OnlapError: something cannot be looked at.
         """
-        in_use = self._in_use()
         for layer, mine in self._damaged(findings):
-            case = self._examine(layer, mine)
-            yield from (self._intended(case, each, layer.name in in_use) for each in mine)
+            in_use = self._is_in_use(layer)
+            case = self._examined_if_gone(layer) or self._examine(layer)
+            yield from (self._intended(case, each, in_use) for each in mine)
+        for each in self._of_records(findings):
+            if each.kind in _OF_BLOBS:
+                yield Done(each, "to be written again, if a source has it", True)
+            elif each.kind in _OF_RECORDS:
+                yield Done(each, "to be written again, if other records tell it", True)
 
     def run(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
         """Repair what can be repaired.
@@ -111,27 +118,38 @@ class StoreRepair:
         Raises:
             OnlapError: something cannot be looked at.
         """
-        in_use = self._in_use()
         for layer, mine in self._damaged(findings):
             try:
-                yield from self._treat(layer, mine, in_use=layer.name in in_use)
+                yield from self._treat(layer, mine)
             except (OSError, errors.OnlapError) as error:
                 yield from (Done(each, f"not repaired: {said(error)}", False) for each in mine)
-        for each in findings:
-            if each.kind in _OF_LAYERS and each.thing in self._layers:
-                continue
+        yield from self._mend(findings)
+        self.left = self._still_wrong(findings)
+        # A layer's directory that was gone has lost its links and lists as well.
+        known = set(map(identity, findings))
+        new = tuple(each for each in self.left if identity(each) not in known and each.kind in _OF_RECORDS)
+        if new:
+            yield from self._mend(new)
+            self.left = self._still_wrong(findings)
+
+    def _mend(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
+        for each in self._of_records(findings):
             try:
-                what = self._refetch(each) if each.kind == "blob-damaged" else self.store.mend(each)
+                what = self._refetch(each) if each.kind in _OF_BLOBS else self.store.mend(each)
             except errors.OnlapError as error:
                 yield Done(each, f"not repaired: {error.message}", False)
                 continue
             if what is not None:
                 yield Done(each, what, True)
-        self.left = self._still_wrong(findings)
+            elif each.kind in _OF_BLOBS | _OF_RECORDS:
+                yield Done(each, "not repaired: nothing tells what it was", False)
 
-    def _in_use(self) -> set[str]:
+    def _of_records(self, findings: tuple[Finding, ...]) -> Iterator[Finding]:
+        return (each for each in findings if each.kind not in _OF_LAYERS or each.thing not in self._layers)
+
+    def _is_in_use(self, layer: Layer) -> bool:
         with errors.translated("look at the mounts"):
-            return mounted(self._layers.values())
+            return bool(mounted([layer]))
 
     def _damaged(self, findings: Iterable[Finding]) -> Iterator[tuple[Layer, list[Finding]]]:
         by_layer: dict[str, list[Finding]] = {}
@@ -143,7 +161,14 @@ class StoreRepair:
 
     # Looking
 
-    def _examine(self, layer: Layer, findings: list[Finding]) -> _Case:
+    def _examined_if_gone(self, layer: Layer) -> _Case | None:
+        """The same of a layer without a tree, as it would be with an empty one; None if it has one."""
+        if exists(layer.tree):
+            return None
+        with tempfile.TemporaryDirectory(prefix="onlap-empty-") as empty:
+            return self._examine(layer._replace(tree=empty))
+
+    def _examine(self, layer: Layer) -> _Case:
         """Find something proven to compare a layer with, and the data that it needs."""
         own = self._compared(layer)
         if own is not None and own.proven and not any(map(_needs_data, own.deviations.values())):
@@ -169,6 +194,8 @@ class StoreRepair:
         path = "" if finding.path in (".", None) else finding.path
         if case.comparison is None:
             return Done(finding, case.why, False)
+        if finding.kind == "tree-missing":
+            return self._intended_tree(case, finding)
         deviation = case.comparison.deviations.get(path or "")
         if deviation is None:
             return Done(finding, "it is in order by now", True)
@@ -185,26 +212,44 @@ class StoreRepair:
         where = f" from {case.source.where}" if case.source is not None and _needs_data(deviation) else ""
         return Done(finding, f"to be restored{where}", True)
 
+    def _intended_tree(self, case: _Case, finding: Finding) -> Done:
+        if case.layer.is_whole:
+            return Done(
+                finding, "it has the files of the layers below, too: remove it, and unpack the image again", False
+            )
+        if case.source is None and any(
+            map(_needs_data, case.comparison.deviations.values() if case.comparison else ())
+        ):
+            return Done(finding, case.why, False)
+        return Done(finding, f"to be made again{'' if case.source is None else f' from {case.source.where}'}", True)
+
     def _has_other_name(self, case: _Case, deviation: Deviation) -> bool:
         assert case.comparison is not None
         return any(_has_data(case.comparison, path) for path in _names(case.comparison, deviation.path))
 
     # Treating
 
-    def _treat(self, layer: Layer, findings: list[Finding], *, in_use: bool) -> Iterator[Done]:
+    def _treat(self, layer: Layer, findings: list[Finding]) -> Iterator[Done]:
         with ExitStack() as stack:
+            if not self.store.has(layer):
+                return  # removed meanwhile
             if not exists(layer.place):
                 os.mkdir(layer.place, 0o700)
             held = lock_directory(layer.place)
             if held is None:
                 raise errors.Busy(f"another process repairs the layer {shown(layer.name)}", key=layer.name)
             place = stack.enter_context(held).fd
-            made = not exists(layer.tree)
-            if made:
-                os.mkdir(layer.tree, 0o755)
-            case = self._examine(layer, findings)
+            gone = self._examined_if_gone(layer)
+            if gone is not None:
+                if all(self._intended(gone, each, False).possible for each in findings):
+                    os.mkdir(layer.tree, 0o755)
+                else:
+                    yield from (self._intended(gone, each, False) for each in findings)
+                    return
+            case = self._examine(layer)
+            in_use = self._is_in_use(layer)
             intended = [self._intended(case, each, in_use) for each in findings]
-            if case.comparison is None or not (made or any(each.possible for each in intended)):
+            if case.comparison is None or not any(each.possible for each in intended):
                 yield from intended
                 return
             refill = self._refill(stack, case, place, in_use=in_use)
@@ -220,7 +265,7 @@ class StoreRepair:
         comparison = case.comparison
         assert comparison is not None
         wrong = [each for each in comparison.deviations.values() if not in_use or _may_be_replaced(comparison, each)]
-        staging = f"{case.layer.place}/{_STAGING}"
+        staging = f"{case.layer.place}/{STAGING}"
         if exists(staging):
             remove_at(staging)  # of a repair that was killed: we have the lock
         os.mkdir(staging, 0o700)
@@ -238,22 +283,16 @@ class StoreRepair:
         return refill
 
     def _refetch(self, finding: Finding) -> str | None:
-        """Put a blob in its place again."""
-        for layer in self._layers.values():
-            if layer.archive is None or finding.thing not in layer.digests:
-                continue
-            for found in self._supply.find(layer._replace(archive=None)):
-                with errors.translated("read the blob", key=finding.thing):
-                    with open_file(found.path) as file:
-                        is_it = PREFIX + _digest(file.fileno()) == finding.thing
-                    if not is_it:
-                        continue
-                    with open_file(found.path) as file, new_file(layer.archive, lambda _partial: None) as out:
-                        os.fchmod(out.fileno(), 0o444)  # as containerd's
-                        shutil.copyfileobj(file, out, _CHUNK)
-                        out.flush()
-                        os.fsync(out.fileno())
-                return f"written again from {found.where}"
+        """Put a blob in its place again; None if it is nowhere else."""
+        digest = finding.thing
+        place = self.store.blob(digest)
+        layers = [layer for layer in self._layers.values() if digest in layer.digests]
+        images = dict.fromkeys(name for layer in layers for name in layer.images) | dict.fromkeys(finding.users)
+        for found in self._supply.find_blob(digest, tuple(images)) if place is not None else ():
+            with errors.translated("read the blob", key=digest), contextlib.suppress(FileNotFoundError):
+                assert place is not None
+                if found.path != place and _put(found.path, place, digest):
+                    return f"written again from {found.where}"
         return None
 
     def _still_wrong(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
@@ -332,6 +371,30 @@ class _Data:
             where, name = self._spooled[entry.path]
             with opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staged) as fd:
                 yield where, fd
+
+
+def _put(source: str, place: str, digest: str) -> bool:
+    """Copy a blob, if it has the digest; return whether it has. Raises OSError."""
+    found = hashlib.sha256()
+    try:
+        with open_file(source) as file, new_file(place, lambda _partial: None) as out:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+                out.write(chunk)
+            if PREFIX + found.hexdigest() != digest:
+                raise _OtherBlob
+            os.fchmod(out.fileno(), 0o444)  # as containerd's
+            out.flush()
+            os.fsync(out.fileno())
+    except _OtherBlob:
+        return False
+    with opened(os.path.dirname(place)) as above:
+        os.fsync(above)
+    return True
+
+
+class _OtherBlob(Exception):
+    """A blob is not the one that was looked for."""
 
 
 def _digest(fd: int) -> str:

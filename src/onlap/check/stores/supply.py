@@ -82,15 +82,46 @@ class Supply:
         blobs = self._known()
         if layer.diff_id in blobs:
             yield blobs[layer.diff_id]
-        while layer.diff_id not in blobs and self._archives:
+            return
+        for _ in self._fetched(layer.images):
+            if layer.diff_id in blobs:
+                yield blobs[layer.diff_id]
+                return
+
+    def find_blob(self, digest: str, images: tuple[str, ...]) -> Iterator[Found]:
+        """Places of a blob; whoever uses one compares its digest.
+
+        Args:
+            digest: the blob's.
+            images: the names of images that need it.
+
+        Raises:
+            OnlapError: see :meth:`find`.
+        """
+        for store in self._stores:
+            path = store.blob(digest)
+            if path is not None:
+                yield Found(f"the blob in {shown(store.directory)}", path)
+        if self._images is not None and self._images.content.has(digest):
+            yield Found("what was fetched", self._images.content.path(digest))
+            return
+        for where in self._fetched(images):
+            if self._scratch().content.has(digest):
+                yield Found(where, self._scratch().content.path(digest))
+                return
+
+    def _fetched(self, names: tuple[str, ...]) -> Iterator[str]:
+        """Take in one archive or image after the other; where from."""
+        while self._archives:
             path = self._archives.pop(0)
-            self._take(self._scratch().import_(path, name=None, unpack=False), f"the archive {shown(path)}")
-        for name in layer.images if self._registry else ():
-            if layer.diff_id not in blobs and name not in self._asked:
+            where = f"the archive {shown(path)}"
+            self._take(self._scratch().import_(path, name=None, unpack=False), where)
+            yield where
+        for name in names if self._registry else ():
+            if name not in self._asked:
                 self._asked.add(name)
                 self._fetch(name)
-        if layer.diff_id in blobs:
-            yield blobs[layer.diff_id]
+                yield f"the registry, as {shown(name)}"
 
     def _known(self) -> dict[str, Found]:
         if self._blobs is None:

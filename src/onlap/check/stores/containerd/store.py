@@ -130,6 +130,10 @@ class Containerd:
         record = read_record(os.path.join(self.directory, home_of(snapshotter), DATABASE), key)
         return record is not None and record.kind == COMMITTED and str(record.id) == os.path.basename(layer.place)
 
+    def blob(self, digest: str) -> str | None:
+        """See :class:`onlap.check.stores.contract.Store`; raises InvalidArgument if it is no digest."""
+        return self._content.path(digest)
+
     def mend(self, finding: Finding) -> str | None:
         """See :class:`onlap.check.stores.contract.Store`: a workdir is made again; databases are never written to.
 
@@ -178,6 +182,7 @@ class Containerd:
             users=state.users_of(snapshot.key),
             images=tuple(state.belongs.get(snapshot.key, ())),
             shift=None if snapshot.record.is_mapped else shift,
+            is_partial=shift is None,
             is_whole=snapshot.key[0] == NATIVE,
         )
 

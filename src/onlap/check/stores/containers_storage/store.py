@@ -210,6 +210,10 @@ class ContainersStorage:
         """See the contract; what is read, is read anew each time."""
         return self
 
+    def blob(self, digest: str) -> str | None:
+        """See the contract."""
+        return None
+
     def mend(self, finding: Finding) -> str | None:
         """See the contract: short links, and lists of lower layers, are made again, under the lock of the tools.
 

@@ -81,6 +81,7 @@ class Docker:
                 root.users_of_chain(chain),
                 tuple(sorted(images.get(chain, ()))),
                 self._shift,
+                is_partial=self._shift is None,
             )
 
     def again(self) -> Docker:
@@ -92,6 +93,10 @@ class Docker:
         # A record is removed as a whole (rename(2)), before the layer is.
         with errors.translated("read the data root", key=self.directory):
             return layer.split is None or exists(layer.split)
+
+    def blob(self, digest: str) -> str | None:
+        """See the contract."""
+        return None
 
     def mend(self, finding: Finding) -> str | None:
         """See the contract."""
