@@ -42,7 +42,7 @@ _OF_OTHERS: Mapping[str, Meaning] = {
     "link-dangling": Meaning("warning", "a short link leads to nothing", "remove the link while the daemon is stopped"),
     "lower-wrong": Meaning("error", "its list of the layers below is missing or wrong", _MEND),
     "too-deep": Meaning("error", "it has more layers below it than can be mounted", "squash some of them"),
-    "split-damaged": Meaning("error", "the list of what the layer holds (tar-split) is damaged", _AGAIN),
+    "split-damaged": Meaning("error", "the list of what the layer holds (tar-split) is damaged", _FROM_SOURCE),
     "layer-unused": Meaning("warning", "no image or container stands on it", "see the guide of the store"),
 }
 OF_OTHERS = frozenset(_OF_OTHERS)

@@ -21,7 +21,8 @@ class Layer(NamedTuple):
         diff_id: the digest of its archive without compression, ``"sha256:..."``; None if the store does not say.
         digests: the digests of its blobs, as registries and content stores have them.
         archive: the path of its blob in the store; None if it is not there.
-        split: the path of its tar-split metadata; None if the store keeps none.
+        split: the path of its tar-split metadata; None if the store keeps none, or has lost it.
+        split_place: where that is to be; None if the store keeps none.
         users: the images and containers that stand on it, as people call them.
         images: the names of the images it belongs to, as a registry knows them.
         shift: what was added to the owners in the archive (a user namespace that begins at this id); None: owners are
@@ -40,6 +41,7 @@ class Layer(NamedTuple):
     digests: tuple[str, ...] = ()
     archive: str | None = None
     split: str | None = None
+    split_place: str | None = None
     users: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     shift: int | None = 0

@@ -20,6 +20,7 @@ from onlap import errors
 from onlap.boundary import public_class
 from onlap.check.findings import Finding, identity
 from onlap.check.refill import Aside, Refill, open_in_tree, said
+from onlap.check.stores import split
 from onlap.check.stores.archive import Uncomparable
 from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
@@ -41,7 +42,8 @@ _OF_FILES = frozenset({"file-missing", "file-changed", "file-unreadable", "file-
 _OF_LAYERS = _OF_FILES | {"tree-missing"}
 _OF_RECORDS = frozenset({"link-missing", "lower-wrong", "workdir-missing", "record-damaged"})
 _OF_BLOBS = frozenset({"blob-damaged", "blob-missing"})
-REFILLED = _OF_LAYERS | _OF_BLOBS
+_OF_SPLITS = frozenset({"split-damaged"})
+REFILLED = _OF_LAYERS | _OF_BLOBS | _OF_SPLITS
 # Beside a layer's tree, where its store removes them with the layer.
 _ASIDE = "onlap-damaged"
 _CHUNK = 1 << 20
@@ -107,7 +109,7 @@ class StoreRepair:
             case = self._examined_if_gone(layer) or self._examine(layer)
             yield from (self._intended(case, each, in_use) for each in mine)
         for each in self._of_records(findings):
-            if each.kind in _OF_BLOBS:
+            if each.kind in _OF_BLOBS | _OF_SPLITS:
                 yield Done(each, "to be written again, if a source has it", True)
             elif each.kind in _OF_RECORDS:
                 yield Done(each, "to be written again, if other records tell it", True)
@@ -135,14 +137,19 @@ class StoreRepair:
     def _mend(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
         for each in self._of_records(findings):
             try:
-                what = self._refetch(each) if each.kind in _OF_BLOBS else self.store.mend(each)
+                what = self._mended(each)
             except errors.OnlapError as error:
                 yield Done(each, f"not repaired: {error.message}", False)
                 continue
             if what is not None:
                 yield Done(each, what, True)
-            elif each.kind in _OF_BLOBS | _OF_RECORDS:
+            elif each.kind in _OF_BLOBS | _OF_RECORDS | _OF_SPLITS:
                 yield Done(each, "not repaired: nothing tells what it was", False)
+
+    def _mended(self, finding: Finding) -> str | None:
+        if finding.kind in _OF_BLOBS:
+            return self._refetch(finding)
+        return self._rewrite_split(finding) if finding.kind in _OF_SPLITS else self.store.mend(finding)
 
     def _of_records(self, findings: tuple[Finding, ...]) -> Iterator[Finding]:
         return (each for each in findings if each.kind not in _OF_LAYERS or each.thing not in self._layers)
@@ -295,6 +302,22 @@ class StoreRepair:
                     return f"written again from {found.where}"
         return None
 
+    def _rewrite_split(self, finding: Finding) -> str | None:
+        """Make the tar-split metadata of a layer again; None if its archive is nowhere."""
+        layer = self._layers.get(finding.thing)
+        if layer is None or layer.split_place is None:
+            return None
+        for found in self._supply.find(layer):
+            with errors.translated("write the list of the layer", key=layer.name), contextlib.suppress(_Other):
+                with new_file(layer.split_place, lambda _partial: None) as out:
+                    if split.write(found.path, out) != layer.diff_id:
+                        raise _Other
+                    os.fchmod(out.fileno(), 0o644)  # as dockerd's and Podman's
+                    out.flush()
+                    os.fsync(out.fileno())
+                return f"written again from {found.where}"
+        return None
+
     def _still_wrong(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
         store = self.store.again()
         now = {identity(each): each for each in store.findings()}
@@ -382,19 +405,19 @@ def _put(source: str, place: str, digest: str) -> bool:
                 found.update(chunk)
                 out.write(chunk)
             if PREFIX + found.hexdigest() != digest:
-                raise _OtherBlob
+                raise _Other
             os.fchmod(out.fileno(), 0o444)  # as containerd's
             out.flush()
             os.fsync(out.fileno())
-    except _OtherBlob:
+    except _Other:
         return False
     with opened(os.path.dirname(place)) as above:
         os.fsync(above)
     return True
 
 
-class _OtherBlob(Exception):
-    """A blob is not the one that was looked for."""
+class _Other(Exception):
+    """A blob or an archive is not the one that was looked for."""
 
 
 def _digest(fd: int) -> str:

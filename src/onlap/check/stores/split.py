@@ -17,10 +17,13 @@ import os
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import BinaryIO
 
 from onlap import errors
 from onlap.errors import shown
+from onlap.layers.format.reader import TarReader
 from onlap.layers.stream.digests import PREFIX
+from onlap.layers.stream.pipeline import Pipeline
 from onlap.syscalls.files import open_file
 
 _DATA = 1
@@ -30,6 +33,8 @@ _CHUNK = 256 << 10
 # another have 1 MiB of records each.
 _MAX_LINE = 16 << 20
 _CRC_SIZE = 8
+# Bytes of headers and padding in one line.
+_SEGMENT = 1 << 20
 
 
 class Split:
@@ -146,6 +151,69 @@ class Split:
 
     def _damaged(self, why: str) -> errors.DataLoss:
         return errors.DataLoss(f"{shown(self._path)} is damaged: {why}", key=self._path)
+
+
+def write(source: str, out: BinaryIO) -> str:
+    """Write the tar-split metadata of an archive.
+
+    Args:
+        source: the path of the archive, which may be compressed.
+        out: where to.
+
+    Returns:
+        The digest of the archive without compression.
+
+    Raises:
+        Unimplemented: it has sparse files, which tar-split does not give back as they are.
+        OnlapError: it is damaged.
+        OSError: it cannot be read, or the metadata cannot be written.
+    """
+    with Pipeline(source) as pipeline, gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as packed:
+        raw = bytearray()  # what was read and not written yet
+        start = number = 0  # where that is in the archive
+
+        def chunk() -> memoryview:
+            data = pipeline.chunk()
+            raw.extend(data)
+            return memoryview(bytes(data))
+
+        def put(**record: object) -> None:
+            nonlocal number
+            packed.write(json.dumps({**record, "position": number}).encode() + b"\n")
+            number += 1
+
+        def put_raw(end: int) -> None:
+            nonlocal start
+            for at in range(0, end - start, _SEGMENT):
+                part = bytes(raw[at : min(at + _SEGMENT, end - start)])
+                put(type=_RAW, payload=base64.b64encode(part).decode())
+            del raw[: end - start]
+            start = end
+
+        reader = TarReader(chunk)
+        for entry in reader:
+            if entry.sparse is not None:
+                raise errors.Unimplemented(f"{shown(source)} has sparse files", key=source)
+            put_raw(reader.position)
+            crc = 0
+            while piece := bytes(reader.piece()):
+                crc = crc64(piece, crc)
+                del raw[: reader.position - start]
+                start = reader.position
+            checksum = base64.b64encode(crc.to_bytes(_CRC_SIZE)).decode() if entry.size else None
+            put(type=_DATA, **_named(entry.name), **({"size": entry.size} if entry.size else {}), payload=checksum)
+        reader.drain()
+        put_raw(start + len(raw))
+    return pipeline.digests().diff_id
+
+
+def _named(name: str) -> dict[str, str]:
+    """A name as Go has it in JSON: as text, or in base64 if it is not UTF-8 (storage/entry.go, SetName)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return {"name_raw": base64.b64encode(os.fsencode(name)).decode()}
+    return {"name": name}
 
 
 def _loaded() -> Callable[[bytes, int], int]:

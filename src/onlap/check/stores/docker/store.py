@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,10 +10,12 @@ from collections.abc import Iterator
 
 from onlap import errors
 from onlap.check.findings import Finding
+from onlap.check.stores.archive import Uncomparable
+from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
 from onlap.check.stores.docker import records, structure
-from onlap.check.stores.docker.data_root import Root, open_root
-from onlap.check.stores.docker.records import SPLIT
+from onlap.check.stores.docker.data_root import ORPHAN, Root, open_root
+from onlap.check.stores.docker.records import CACHE_ID, SPLIT, ChainRecord
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.layers.stream.digests import chain_ids
@@ -78,6 +81,7 @@ class Docker:
                 _digests(root, record.diff_id),
                 None,
                 None if SPLIT in record.damaged else record.split,
+                record.split,
                 root.users_of_chain(chain),
                 tuple(sorted(images.get(chain, ()))),
                 self._shift,
@@ -136,11 +140,31 @@ class Docker:
         record = self._root.records.get(chain)
         if record is None:
             return None
+        if name == CACHE_ID:
+            return self._mend_cache_id(record)
         for id, diff_ids in self._root.image_diff_ids.items():
             content = records.restored(record, name, chain, diff_ids)
             if content is not None:
                 rewrite(os.path.join(record.directory, name), content.encode())
                 return f"written again, as the image {shown(id)} says; restart dockerd"
+        return None
+
+    def _mend_cache_id(self, record: ChainRecord) -> str | None:
+        """Find the layer that a record has lost: its archive, made of the tree, has the right digest."""
+        if SPLIT in record.damaged or not record.diff_id:
+            return None
+        for known in self._root.layers.values():
+            if known.kind != ORPHAN:
+                continue
+            place = os.path.join(self._root.home, known.id)
+            tree = os.path.join(place, layout.DIFF)
+            layer = Layer(known.id, place, tree, (), self._markers, record.diff_id, split=record.split)
+            comparison = Comparison(layer, lambda _size: None)
+            with contextlib.suppress(NoTree, Uncomparable, errors.OnlapError):
+                comparison.run()
+            if comparison.proven and not comparison.deviations:
+                rewrite(os.path.join(record.directory, CACHE_ID), known.id.encode())
+                return f"written again: {shown(known.id)} makes its archive; restart dockerd"
         return None
 
 

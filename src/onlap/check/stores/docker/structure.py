@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from onlap.check.findings import Finding
 from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root, layer_ids
-from onlap.check.stores.docker.records import ChainRecord, expected_lower
+from onlap.check.stores.docker.records import PARENT, SPLIT, ChainRecord, expected_lower
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.home import UNFINISHED
@@ -75,8 +75,11 @@ def _chains(root: Root) -> Iterator[Finding]:
     for chain, record in root.records.items():
         users = root.users_of_chain(chain)
         for name in record.damaged:
-            yield Finding("record-damaged", chain, name, users=users)
-        if not record.damaged and chain_of(record) != chain:
+            if name == SPLIT and record.cache_id:
+                yield Finding("split-damaged", record.cache_id, detail="it is missing or empty", users=users)
+            else:
+                yield Finding("record-damaged", chain, name, users=users)
+        if record.diff_id and PARENT not in record.damaged and chain_of(record) != chain:
             yield Finding("record-wrong", chain, detail="diff and parent make another chain ID", users=users)
         if record.parent and record.parent not in root.records:
             yield Finding("parent-missing", chain, detail=record.parent, users=users)
