@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from onlap import errors
 from onlap.arguments import StrPath, check_number, check_path, check_text
@@ -25,11 +26,12 @@ STAGING = ".onlap-repair"
 
 
 @public
-def open_store(directory: StrPath) -> Store:
+def open_store(directory: StrPath, *, driver: str | None = None) -> Store:
     """Find out which store a directory is, and open it to read.
 
     Args:
         directory: a containerd root, a data root of Docker, or a root of containers/storage.
+        driver: of a data root of Docker that has several: ``overlay2``, or the name of a plugin with its layout.
 
     Raises:
         NotFound: it is none of these.
@@ -40,7 +42,11 @@ def open_store(directory: StrPath) -> Store:
     from onlap.check.stores.docker.store import open_store as docker
 
     path = check_path(directory, "path of the store")
-    readers: tuple[Callable[[str], Store | None], ...] = (docker, containerd, containers_storage)
+    readers: tuple[Callable[[str], Store | None], ...] = (
+        partial(docker, driver=driver),
+        containerd,
+        containers_storage,
+    )
     for reader in readers:
         store = reader(path)
         if store is not None:

@@ -28,7 +28,7 @@ def check_store(call: Call) -> int:
 
     args, out = call.args, call.out
     _check_arguments(call)
-    store = open_store(args.store)
+    store = open_store(args.store, driver=args.driver)
     with call.progress() as report:
         doctor = Doctor(
             store,

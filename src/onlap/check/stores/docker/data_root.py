@@ -273,7 +273,9 @@ def open_root(directory: str, driver: str | None = None) -> Root:
         raise errors.NotFound(
             f"{shown(directory)} has no layers of {shown(driver or 'overlay2')}",
             key=directory,
-            hint="with the containerd image store its layers are containerd's; see: onlap ls" if not driver else None,
+            hint="with the containerd image store its layers are containerd's: give containerd's root"
+            if not driver
+            else None,
         )
     if len(found) > 1:
         raise errors.InvalidArgument(f"{shown(directory)} has several drivers: {', '.join(found)}", hint="name one")

@@ -192,10 +192,10 @@ def _digests(root: Root, diff_id: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(digest for digest in found if isinstance(digest, str)))
 
 
-def open_store(directory: str) -> Docker | None:
+def open_store(directory: str, driver: str | None = None) -> Docker | None:
     """Open a data root of Docker; None if it is not one.
 
     Raises:
         OnlapError: it is one, and cannot be read.
     """
-    return Docker(directory) if is_directory(os.path.join(directory, "image")) else None
+    return Docker(directory, driver) if is_directory(os.path.join(directory, "image")) else None
