@@ -1,0 +1,285 @@
+"""A layer's tree against its archive, as a blob and as tar-split metadata: what is judged, and what is left open."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import os
+import socket
+import stat
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from onlap import errors
+from onlap.check.stores import split
+from onlap.check.stores.archive import Uncomparable
+from onlap.check.stores.comparison import Comparison, NoTree
+from onlap.check.stores.contract import Layer
+from onlap.layers.apply.archive import apply
+from onlap.overlayfs.markers import TRUSTED, Markers
+from onlap.trees.walk import opened
+from peers import images
+
+pytestmark = pytest.mark.needs("overlay")
+
+MARKERS = Markers(TRUSTED)
+CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
+
+
+def archive() -> bytes:
+    """What most layers have, and what few have."""
+    layer = images.Layer().directory("d", mode=0o1777).file("d/f", b"x" * 300_000, mode=0o4755, uid=7, note="hi")
+    layer.link("d/g", "d/f").file("empty", b"").symlink("s", "d").fifo("p").file("\udcff\udcfe", b"not UTF-8")
+    layer.whiteout("gone").directory("o").opaque("o").file("o/new", b"2").file("implied/below/f", b"1")
+    return layer.file("long" * 40, b"PAX").done()
+
+
+class Case:
+    """A layer that was applied over a lower one, with its archive in all forms."""
+
+    def __init__(self, root: Path, data: bytes) -> None:
+        self.root = root
+        self.tree, self.lower = root / "fs", root / "lower"
+        for directory in (self.tree, self.lower / "o"):
+            directory.mkdir(parents=True)
+        for name in ("gone", "o/hidden"):
+            (self.lower / name).write_text("below")
+        (root / "layer.tar").write_bytes(data)
+        (root / "layer.tar.gz").write_bytes(gzip.compress(data, 1))
+        with (root / "split.gz").open("wb") as out:
+            assert split.write(str(root / "layer.tar.gz"), out) == f"sha256:{hashlib.sha256(data).hexdigest()}"
+        with opened(str(self.tree)) as fd:
+            applied = apply(io.BytesIO(data), fd, lowers=[str(self.lower)], markers=MARKERS)
+        base = Layer("layer", str(root), str(self.tree), (str(self.lower),), MARKERS, applied.diff_id)
+        self.layers = {
+            "plain": base._replace(archive=str(root / "layer.tar")),
+            "gzip": base._replace(archive=str(root / "layer.tar.gz")),
+            "split": base._replace(split=str(root / "split.gz")),
+        }
+
+    def compared(self, form: str, *, keep: bool = False) -> Comparison:
+        comparison = Comparison(self.layers[form], lambda _size: None, keep=keep)
+        comparison.run()
+        return comparison
+
+    def found(self, form: str) -> dict[str, tuple[str, ...]]:
+        """What deviates, by path."""
+        deviations = self.compared(form).deviations
+        return {
+            path: ("missing",)
+            if not each.found
+            else ("unknown",)
+            if each.expected is None
+            else tuple(sorted(each.what))
+            for path, each in deviations.items()
+        }
+
+
+@pytest.fixture
+def case(root: Path) -> Case:
+    return Case(root, archive())
+
+
+FORMS = ("plain", "gzip", "split")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_whole_layer(case: Case, form: str) -> None:
+    comparison = case.compared(form, keep=True)
+    assert (comparison.deviations, comparison.failures, comparison.proven) == ({}, {}, True)
+    assert {"", "d", "d/f", "d/g", "implied", "implied/below"} <= comparison.listed.keys()
+    assert comparison.listed["d/f"].link == comparison.listed["d/g"].link != 0
+
+
+def keeping_times(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    """A change that leaves the times of files and directories as they are, as a bad disk does."""
+
+    def changed(tree: Path) -> None:
+        times = {path: os.lstat(path) for path in (tree, *tree.rglob("*"))}
+        change(tree)
+        for path, status in times.items():
+            if os.path.lexists(path):
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+    return changed
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"y")
+
+
+def replaced_by_symlink(tree: Path) -> None:
+    (tree / "d").rename(tree.parent / "moved")
+    (tree / "d").symlink_to("../moved")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], dict[str, tuple[str, ...]]]] = {
+    "content": (lambda tree: flip(tree / "d/f"), {"d/f": ("content",)}),
+    "cut": (lambda tree: os.truncate(tree / "d/f", 10), {"d/f": ("size",)}),
+    "emptied": (lambda tree: os.truncate(tree / "d/f", 0), {"d/f": ("size",)}),
+    "filled": (lambda tree: (tree / "empty").write_text("1"), {"empty": ("size",)}),
+    "name not UTF-8": (lambda tree: (tree / "\udcff\udcfe").write_bytes(b"is  UTF-8"), {"\udcff\udcfe": ("content",)}),
+    "missing": (lambda tree: (tree / "implied/below/f").unlink(), {"implied/below/f": ("missing",)}),
+    "a name": (lambda tree: (tree / "d/g").unlink(), {"d/g": ("missing",)}),
+    "the first name": (lambda tree: (tree / "d/f").unlink(), {"d/f": ("missing",)}),
+    "mode": (lambda tree: (tree / "d/f").chmod(0o755), {"d/f": ("mode",)}),
+    "owner": (lambda tree: os.lchown(tree / "s", 1, 1), {"s": ("owner",)}),
+    "xattr": (lambda tree: os.removexattr(tree / "d/f", "user.note"), {"d/f": ("xattrs",)}),
+    "power": (lambda tree: os.setxattr(tree / "empty", "security.capability", CAPABILITY), {"empty": ("xattrs",)}),
+    "no power": (lambda tree: os.setxattr(tree / "empty", "user.other", b"1"), {}),
+    "target": (lambda tree: ((tree / "s").unlink(), (tree / "s").symlink_to("o")), {"s": ("target",)}),
+    "type": (lambda tree: ((tree / "p").unlink(), (tree / "p").mkdir()), {"p": ("type",)}),
+    "whiteout": (lambda tree: (tree / "gone").unlink(), {"gone": ("missing",)}),
+    "no whiteout": (lambda tree: ((tree / "gone").unlink(), (tree / "gone").write_text("1")), {"gone": ("type",)}),
+    "opaque": (lambda tree: os.removexattr(tree / "o", MARKERS.opaque), {"o": ("xattrs",)}),
+    "unknown": (lambda tree: (tree / "d/more").write_text("1"), {"d/more": ("unknown",)}),
+    "unknown directory": (lambda tree: ((tree / "more").mkdir(), (tree / "more/f").touch()), {"more": ("unknown",)}),
+    "unknown whiteout": (lambda tree: os.mknod(tree / "d/w", stat.S_IFCHR, 0), {"d/w": ("unknown",)}),
+    "mode of an implied directory": (lambda tree: (tree / "implied").chmod(0o700), {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage(case: Case, form: str, damage: str) -> None:
+    change, expected = DAMAGE[damage]
+    keeping_times(change)(case.tree)
+    assert case.found(form) == expected
+
+
+def test_a_time_that_differs_in_less_than_the_archive_has(case: Case) -> None:
+    seconds = 1_700_000_000
+    os.utime(case.tree / "empty", ns=(0, seconds * 10**9 + 5))
+    assert case.found("split") == {}
+    os.utime(case.tree / "empty", ns=(0, (seconds + 1) * 10**9))
+    assert case.found("split") == {"empty": ("mtime",)}
+
+
+def test_the_tree_of_a_directory_that_is_a_symlink_now(case: Case) -> None:
+    """Nothing is read through it, though all of it is there."""
+    replaced_by_symlink(case.tree)
+    assert case.found("plain") == {"d": ("type",), "d/f": ("missing",), "d/g": ("missing",)}
+
+
+def test_a_socket_is_in_no_archive(case: Case) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(case.tree / "socket"))
+    os.utime(case.tree, ns=(0, 0))
+    assert case.found("gzip") == {}
+
+
+def test_what_cannot_be_compared(case: Case, root: Path) -> None:
+    with pytest.raises(Uncomparable):
+        Comparison(case.layers["plain"]._replace(archive=None), lambda _size: None).run()
+    with pytest.raises(Uncomparable):
+        Comparison(case.layers["plain"]._replace(archive=str(root / "gone")), lambda _size: None).run()
+    with pytest.raises(errors.DataLoss):
+        Comparison(case.layers["split"]._replace(split=str(root / "gone")), lambda _size: None).run()
+    with pytest.raises(errors.DigestMismatch):
+        Comparison(case.layers["plain"]._replace(diff_id="sha256:" + "0" * 64), lambda _size: None).run()
+    for tree in (root / "gone", root / "layer.tar"):
+        with pytest.raises(NoTree):
+            Comparison(case.layers["plain"]._replace(tree=str(tree)), lambda _size: None).run()
+
+
+def records(case: Case) -> Iterator[dict[str, object]]:
+    with gzip.open(case.root / "split.gz") as file:
+        yield from map(json.loads, file)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: lines[:-1],
+        lambda lines: lines[1:],
+        lambda lines: [*lines[:3], *lines[5:]],
+        lambda lines: ["[]", *lines],
+        lambda lines: ["{}", *lines],
+        lambda lines: ["[" * 100_000, *lines],
+        lambda lines: ['{"type": 1, "size": -5, "payload": null}', *lines],
+        lambda lines: ['{"type": 1, "size": 1e400, "payload": null}', *lines],
+        lambda lines: ['{"type": 1, "size": 9223372036854775807, "payload": "AAAAAAAAAAA="}', *lines],
+        lambda lines: ['{"type": true, "payload": "!"}', *lines],
+        lambda lines: ["\0" * (17 << 20), *lines],
+        lambda lines: [],
+    ],
+    ids=[
+        "no end", "no start", "a gap", "a list", "nothing", "depth", "a negative size", "infinity", "a huge file",
+        "no type", "a long line", "empty",
+    ],
+)  # fmt: skip
+def test_hostile_metadata(case: Case, spoil: Callable[[list[str]], list[str]]) -> None:
+    lines = spoil([json.dumps(record) for record in records(case)])
+    with gzip.open(case.root / "split.gz", "wt") as file:
+        file.writelines(line + "\n" for line in lines)
+    with pytest.raises((errors.DataLoss, errors.InvalidArgument)):
+        case.compared("split")
+
+
+def test_metadata_that_is_cut_off_anywhere(case: Case) -> None:
+    whole = (case.root / "split.gz").read_bytes()
+    for end in range(0, len(whole), max(1, len(whole) // 60)):
+        (case.root / "split.gz").write_bytes(whole[:end])
+        with pytest.raises((errors.DataLoss, errors.InvalidArgument)):
+            case.compared("split")
+
+
+def test_the_metadata_makes_the_archive_again(case: Case) -> None:
+    """As tar-split does: the raw bytes, and the data of files by their names."""
+    made = bytearray()
+    with gzip.open(case.root / "split.gz") as file:
+        for record in map(json.loads, file):
+            if record["type"] == 2:
+                made += base64.b64decode(record["payload"])
+            elif record.get("size"):
+                name = record.get("name") or base64.b64decode(record["name_raw"]).decode("utf-8", "surrogateescape")
+                made += (case.tree / name).read_bytes()
+    assert bytes(made) == (case.root / "layer.tar").read_bytes()
+
+
+def test_a_checksum_of_gos() -> None:
+    """crc64.MakeTable(crc64.ISO), of "123456789": the catalogue of CRC parameters has it as CRC-64/GO-ISO."""
+    assert split.crc64(b"123456789") == 0xB90956C775A41001
+    assert split._slow_crc64(b"123456789", 0) == 0xB90956C775A41001
+    assert split.crc64(b"6789", split.crc64(b"12345")) == split._slow_crc64(b"6789", split._slow_crc64(b"12345", 0))
+    assert split.crc64(b"") == 0
+
+
+def test_names_in_the_archive(root: Path) -> None:
+    """Duplicates, links whose header has other attributes, symlinks on the way, AUFS's own files."""
+    buffer = io.BytesIO()
+    with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+
+        def add(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", **fields: object) -> None:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.size, entry.mtime, entry.mode = kind, len(data), 1_700_000_000, 0o644
+            for key, value in fields.items():
+                setattr(entry, key, value)
+            tar.addfile(entry, io.BytesIO(data))
+
+        add("./", tarfile.DIRTYPE, mode=0o700)
+        add("./usr/lib/", tarfile.DIRTYPE, mode=0o755)
+        add("lib", tarfile.SYMTYPE, linkname="usr/lib", mode=0o777)
+        add("lib/through", data=b"1")
+        add("twice", data=b"first")
+        add("twice", data=b"second")
+        add("one", data=b"linked")
+        add("two", tarfile.LNKTYPE, linkname="./one", mode=0o600)
+        add(".wh..wh.plnk/1.2", data=b"AUFS")
+        add("old", mtime=-5.0)
+    case = Case(root, buffer.getvalue())
+    for form in FORMS:
+        assert case.found(form) == {}, form
+    (case.tree / "one").chmod(0o600)  # what Docker and containerd leave: the last header's
+    for form in FORMS:
+        assert case.found(form) == {}, form
+    (case.tree / "twice").write_bytes(b"first!")
+    assert "twice" in case.found("gzip")
