@@ -53,6 +53,7 @@ class Comparison:
         listed: by path, what the tree should have, without digests.
         offsets: by path, where the entry of a regular file is in the archive, in bytes; if ``keep``.
         firsts: by path, of a further name of a file: the name that has its entry.
+        absent: the directories that the archive only implies, and the tree does not have; if ``keep``.
         proven: whether a digest proves that what the tree was compared with is the layer's.
     """
 
@@ -63,6 +64,7 @@ class Comparison:
         self.listed: dict[str, Entry] = {}
         self.offsets: dict[str, int] = {}
         self.firsts: dict[str, str] = {}
+        self.absent: set[str] = set()
         self.proven = False
         self._spend = spend
         self._keep = keep
@@ -443,6 +445,8 @@ class Comparison:
         for path in self._implied - self.listed.keys():
             status = self._status(path)
             if path not in self._symlinks:
+                if status is None:
+                    self.absent.add(path)
                 self.listed[path] = (
                     self._found(path, status) if status is not None else judgement.implied(path, self.layer)
                 )

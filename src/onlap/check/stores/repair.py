@@ -272,6 +272,7 @@ class StoreRepair:
         comparison = case.comparison
         assert comparison is not None
         wrong = [each for each in comparison.deviations.values() if not in_use or _may_be_replaced(comparison, each)]
+        wrong += _implied_above(comparison, wrong)
         staging = f"{case.layer.place}/{STAGING}"
         if exists(staging):
             remove_at(staging)  # of a repair that was killed: we have the lock
@@ -327,6 +328,17 @@ class StoreRepair:
             if layer.name in touched or not touched.isdisjoint(layer.digests):
                 now |= {identity(each): each for each in doctor.compare(layer)}
         return tuple(now.values())
+
+
+def _implied_above(comparison: Comparison, wrong: Iterable[Deviation]) -> list[Deviation]:
+    """The directories above what is to be made again that have gone with it, and that the archive only implies."""
+    needed = set()
+    for each in wrong:
+        above = each.path.rpartition("/")[0]
+        while each.expected is not None and above in comparison.absent:
+            needed.add(above)
+            above = above.rpartition("/")[0]
+    return [Deviation(path, comparison.listed[path], frozenset(), found=False) for path in sorted(needed)]
 
 
 class _Data:
