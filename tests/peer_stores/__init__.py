@@ -1,0 +1,1 @@
+"""Stores that real daemons made, and what is damaged in them by hand."""
