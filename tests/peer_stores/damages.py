@@ -120,7 +120,6 @@ TREES: dict[str, Damage] = {
     "mode of a directory": Damage(
         lambda tree: os.chmod(tree / "opaque", 0o777), one("file-changed", "opaque", "mode"), needs_data=False
     ),
-    "mode of the top": Damage(lambda tree: os.chmod(tree, 0o700), one("file-changed", ".", "mode"), needs_data=False),
     "owner": Damage(
         lambda tree: os.chown(tree / "d/owned", 12, 34), one("file-changed", "d/owned", "owner"), needs_data=False
     ),
@@ -211,6 +210,7 @@ HARMLESS: dict[str, tuple[int, Callable[[Path], object]]] = {
     "mode of an implied directory": (3, lambda tree: os.chmod(tree / "implied", 0o711)),
     "an xattr that no archive has": (0, lambda tree: os.setxattr(tree / "d/mode", "user.more", b"1")),
     "a whiteout of nothing": (0, lambda tree: (tree / "nothing").unlink(missing_ok=True)),
+    "the mode of the top": (0, lambda tree: os.chmod(tree, 0o700)),
     "the time of the top": (0, lambda tree: os.utime(tree, (0, 0))),
 }
 
