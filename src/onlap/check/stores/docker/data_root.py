@@ -162,7 +162,8 @@ class Root:
         above: list[str] = []
         chain = self._ids.get(id)
         if chain is not None:
-            chain = self.records[chain].parent if DIFF not in self.records[chain].damaged else None
+            record = self.records[chain]
+            chain = record.parent if not {DIFF, PARENT} & set(record.damaged) else None
         for layer, init, top in self.containers.values():
             if id == layer or (init and id == init):
                 above = [init] if id == layer and init else []
