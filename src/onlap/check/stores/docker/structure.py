@@ -148,7 +148,9 @@ def _links(root: Root) -> Iterator[Finding]:
             continue
         target = os.readlink(path)
         targets[target] += 1
-        if not os.path.isdir(path):
+        # Of a layer that has lost its tree there is another finding, and the link is needed when the tree is back.
+        id = os.path.basename(os.path.dirname(target))
+        if not os.path.isdir(path) and id not in root.layers and id not in root.chains.values():
             yield Finding("link-dangling", f"{layout.LINKS}/{name}", detail=f"to {shown(target)}")
     for target, count in targets.items():
         if count > 1:
