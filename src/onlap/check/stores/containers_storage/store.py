@@ -172,6 +172,7 @@ class ContainersStorage:
             row.diff_id if comparable else None,
             blobs[name] if comparable else (),
             split=split if comparable and not found.split_lost else None,
+            split_place=split if comparable else None,
             users=known.users.get(name, ()),
             images=known.image_names.get(name, ()),
             shift=None if shifted or row.guessed else row.shift,
