@@ -29,6 +29,7 @@ class Layer(NamedTuple):
             mapped in a way that is not known, and are not compared.
         is_partial: what made the tree may have left out devices and FIFOs, and the times of directories: the tool of an
             ordinary user, or a pull of parts (zstd:chunked).
+        top_mode: the permissions that the store gives to the top of a new tree.
         is_whole: the tree is the whole filesystem, and not what the layer changed: it has no markers.
     """
 
@@ -46,6 +47,7 @@ class Layer(NamedTuple):
     images: tuple[str, ...] = ()
     shift: int | None = 0
     is_partial: bool = False
+    top_mode: int = 0o755
     is_whole: bool = False
 
 

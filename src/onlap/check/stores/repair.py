@@ -249,7 +249,8 @@ class StoreRepair:
             gone = self._examined_if_gone(layer)
             if gone is not None:
                 if all(self._intended(gone, each, False).possible for each in findings):
-                    os.mkdir(layer.tree, 0o755)
+                    os.mkdir(layer.tree, 0o700)
+                    os.chmod(layer.tree, layer.top_mode)  # whatever our umask is
                 else:
                     yield from (self._intended(gone, each, False) for each in findings)
                     return

@@ -5,7 +5,9 @@ What is read is what its tools wrote last: they replace their files in one step,
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +27,8 @@ from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.meta import OVERRIDE_XATTR
 
 DRIVER = "overlay"
+# drivers/overlay/overlay.go, defaultPerms: of the top of the lowest layer
+_TOP_MODE = 0o555
 # Seconds in which a tool that is writing does something else.
 _PAUSE = 0.2
 _MOUNT_PROGRAM = ".has-mount-program"
@@ -163,11 +167,12 @@ class ContainersStorage:
         masked = not found.missing and _has_xattr(f"{place}/diff", OVERRIDE_XATTR)
         comparable = plain and found.plain and not masked
         split = f"{self._bases.layers.directory}/{name}{state.SPLIT_SUFFIX}"
+        lowers = tuple(f"{overlay}/{below}/diff" for below in known.chain(name))
         return Layer(
             name,
             place,
             f"{place}/diff",
-            tuple(f"{overlay}/{below}/diff" for below in known.chain(name)),
+            lowers,
             Markers(flavour, recorded=True) if masked else Markers(flavour),
             row.diff_id if comparable else None,
             blobs[name] if comparable else (),
@@ -176,6 +181,7 @@ class ContainersStorage:
             users=known.users.get(name, ()),
             images=known.image_names.get(name, ()),
             shift=None if shifted or row.guessed else row.shift,
+            top_mode=_top_mode(lowers),
         )
 
     def has(self, layer: Layer) -> bool:
@@ -239,6 +245,14 @@ class ContainersStorage:
             if finding.thing not in lists or not known.is_whole(finding.thing, lists[finding.thing]):
                 return None  # what should be below it is not known
             return mend_lower(self._bases.overlay, finding.thing, lists)
+
+
+def _top_mode(lowers: tuple[str, ...]) -> int:
+    """The permissions of the top of a new layer: those of the one below (``drivers/overlay/overlay.go``, create)."""
+    for tree in lowers:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return stat.S_IMODE(os.stat(tree).st_mode)
+    return _TOP_MODE
 
 
 def _has_xattr(path: str, name: str) -> bool:
