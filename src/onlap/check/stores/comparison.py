@@ -112,11 +112,11 @@ class Comparison:
                         raise
                     raise Uncomparable from error  # an entry that no applier takes
             self.proven = archive.prove(self.layer)
+            if self._keep:
+                self._list_implied()
             if not self.layer.is_whole:
                 self._markers()
                 self._extras()
-            if self._keep:
-                self._list_implied()
 
     # Entries
 
@@ -367,8 +367,12 @@ class Comparison:
         for path in sorted(self._opaque | self._found_opaque):
             status = self._status(path)
             if status is None or not stat.S_ISDIR(status.st_mode):
-                continue  # which is told of it already
-            wanted, expected = path in self._opaque, self._opaque_entry(path, status, path in self._opaque)
+                # It is told of already. When it is made again it has to hide what is below.
+                if path in self.listed and path in self._opaque and below.has(path):
+                    self._opaque_entry(path, self.listed[path], wanted=True)
+                continue
+            entry = self.listed.get(path) or self._found(path, status)
+            wanted, expected = path in self._opaque, self._opaque_entry(path, entry, wanted=path in self._opaque)
             if wanted != self._is_opaque(path) and below.has(path):
                 self._add(path, expected, "xattrs")
 
@@ -389,9 +393,8 @@ class Comparison:
             return False
         return found == OPAQUE_YES
 
-    def _opaque_entry(self, path: str, status: os.stat_result, wanted: bool) -> Entry:
+    def _opaque_entry(self, path: str, entry: Entry, *, wanted: bool) -> Entry:
         name = self.layer.markers.opaque
-        entry = self.listed.get(path) or self._found(path, status)
         xattrs = {key: value for key, value in entry.xattrs.items() if key != name}
         if wanted:
             xattrs[name] = OPAQUE_YES
