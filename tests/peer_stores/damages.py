@@ -201,6 +201,11 @@ TREES: dict[str, Damage] = {
     "opaque gained": Damage(
         lambda tree: opaque(tree / "shown"), one("file-changed", "shown", "xattrs"), 1, needs_data=False
     ),
+    "an opaque directory missing": Damage(
+        lambda tree: shutil.rmtree(tree / "opaque"),
+        (("file-missing", "opaque", ""), ("file-missing", "opaque/new", "")),
+        1,
+    ),
     "an implied directory missing": Damage(
         lambda tree: shutil.rmtree(tree / "implied"), one("file-missing", "implied/deep/f"), 3
     ),

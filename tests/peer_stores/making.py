@@ -15,7 +15,7 @@ from onlap.check.findings import Finding, Report
 from onlap.check.stores.contract import Layer as StoreLayer
 from onlap.check.stores.contract import Store
 from onlap.check.stores.doctor import Doctor, open_store
-from onlap.testing.same import Listing, read_tree
+from onlap.testing.same import Listing, assert_same_tree, read_tree
 from peers import images
 from peers.daemons import Containerd, Onlap, run
 from peers.graphdrivers import GraphDockerd
@@ -377,3 +377,15 @@ def everything(root: Path) -> dict[bytes, tuple[object, ...]]:
 def as_facts(findings: Iterable[Finding]) -> list[tuple[str, str, str | None, str]]:
     """What is compared of findings, sorted."""
     return sorted((each.kind, each.thing, each.path, each.detail) for each in findings)
+
+
+def assert_same_layers(store: Made, root: Path) -> None:
+    """Bit for bit; but no archive says the times of whiteouts, of directories that it implies, and of the top."""
+    unsaid = {b".", b"implied", b"implied/deep"}
+    for name, listing in zip(store.trees, store.listings, strict=True):
+        now = read_tree(root / name)
+        for path, was in listing.items():
+            is_whiteout = was.type == "character device" and was.rdev == (0, 0)
+            if path in now and (path in unsaid or is_whiteout):
+                now = {**now, path: now[path]._replace(times=was.times)}
+        assert_same_tree(listing, now)

@@ -11,11 +11,11 @@ import pytest
 from onlap.check.findings import Finding
 from onlap.check.stores.repair import Done, StoreRepair
 from onlap.check.stores.supply import Supply
-from onlap.testing.same import assert_same_tree, differences, read_tree
+from onlap.testing.same import differences
 from peer_stores import damages
 from peer_stores import making as stores
 from peer_stores.damages import HARMLESS, TREES, inflict
-from peer_stores.making import Made, as_facts, looked
+from peer_stores.making import Made, as_facts, assert_same_layers, looked
 
 pytestmark = pytest.mark.needs(
     "overlay", "mount", "peer:dockerd", "peer:docker", "peer:containerd", "peer:ctr", "peer:podman", "peer:skopeo"
@@ -47,18 +47,6 @@ def repaired(root: Path, findings: tuple[Finding, ...], *archives: Path) -> tupl
     with Supply(archives=tuple(map(str, archives))) as supply:
         repair = StoreRepair(stores.opened(root), supply)
         return list(repair.run(findings)), repair
-
-
-def assert_same_layers(store: Made, root: Path) -> None:
-    """Bit for bit; but no archive says the times of whiteouts, of directories that it implies, and of the top."""
-    unsaid = {b".", b"implied", b"implied/deep"}
-    for name, listing in zip(store.trees, store.listings, strict=True):
-        now = read_tree(root / name)
-        for path, was in listing.items():
-            is_whiteout = was.type == "character device" and was.rdev == (0, 0)
-            if path in now and (path in unsaid or is_whiteout):
-                now = {**now, path: now[path]._replace(times=was.times)}
-        assert_same_tree(listing, now)
 
 
 def test_the_store_is_healthy(store: Made) -> None:

@@ -1,0 +1,77 @@
+"""Records damaged by hand in stores that real daemons made: each damage is found as what it is, and mended if it can be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from onlap.check.findings import Finding
+from onlap.check.stores.repair import StoreRepair
+from onlap.check.stores.supply import Supply
+from peer_stores import making as stores
+from peer_stores.making import Made, assert_same_layers, looked
+from peer_stores.records import RECORDS, Place
+
+pytestmark = pytest.mark.needs(
+    "overlay", "mount", "peer:dockerd", "peer:docker", "peer:containerd", "peer:ctr", "peer:podman", "peer:skopeo"
+)
+
+
+@pytest.fixture(scope="module")
+def made(place: Path, tool: Path) -> Iterator[dict[str, Made]]:
+    """Healthy stores with the image, made when they are asked for first."""
+
+    class Stores(dict[str, Made]):
+        def __missing__(self, kind: str) -> Made:
+            where = place / kind
+            where.mkdir()
+            self[kind] = stores.MAKERS[kind](where, stores.awkward(where, tool))
+            return self[kind]
+
+    return Stores()
+
+
+def _facts(findings: Iterable[Finding]) -> list[tuple[str, str, str | None, str]]:
+    """What is compared; some details are the words of others, or have a path."""
+    return sorted((each.kind, each.thing, each.path, each.detail) for each in findings)
+
+
+@pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind, known in RECORDS.items() for what in known])
+def test_a_damage_of_records(made: dict[str, Made], kind: str, what: str) -> None:
+    store, damage = made[kind], RECORDS[kind][what]
+    root = stores.copied(store.root, store.root.with_name("damaged"))
+    try:
+        place = Place(root, store)
+        short = place.short(1) if kind != "containerd" else ""
+        damage.do(place)
+        found = looked(root)
+        assert not found.ok
+        expected = sorted(
+            (kind, place.named(thing), None if path is None else path.replace("{}", short), words)
+            for kind, thing, path, words in damage.found
+        )
+        facts = _facts(found.findings)
+        assert [each[:3] for each in facts] == [each[:3] for each in expected], facts
+        for fact, (*_, words) in zip(facts, expected, strict=True):
+            assert words in fact[3]
+            assert words or not fact[3]
+        assert {frozenset(each.users) for each in found.findings} == {frozenset(damage.users)}
+
+        before = stores.everything(root)
+        with Supply(archives=(str(store.archive),)) as supply:
+            repair = StoreRepair(stores.opened(root), supply)
+            list(repair.plan(found.findings))
+            assert stores.everything(root) == before
+            done = list(repair.run(found.findings))
+        if not damage.mended:
+            assert _facts(repair.left) == _facts(found.findings)
+            return
+        assert all(each.possible for each in done), done
+        assert repair.left == ()
+        stores.assert_healthy(root)
+        assert_same_layers(store, root)
+    finally:
+        shutil.rmtree(root)
