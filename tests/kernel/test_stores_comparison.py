@@ -116,6 +116,12 @@ def flip(path: Path) -> None:
         file.write(b"y")
 
 
+def again(path: Path) -> Path:
+    """Make room for something else."""
+    path.unlink()
+    return path
+
+
 def replaced_by_symlink(tree: Path) -> None:
     (tree / "d").rename(tree.parent / "moved")
     (tree / "d").symlink_to("../moved")
@@ -135,13 +141,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], dict[str, tuple[str, ...]]]] =
     "xattr": (lambda tree: os.removexattr(tree / "d/f", "user.note"), {"d/f": ("xattrs",)}),
     "power": (lambda tree: os.setxattr(tree / "empty", "security.capability", CAPABILITY), {"empty": ("xattrs",)}),
     "no power": (lambda tree: os.setxattr(tree / "empty", "user.other", b"1"), {}),
-    "target": (lambda tree: ((tree / "s").unlink(), (tree / "s").symlink_to("o")), {"s": ("target",)}),
-    "type": (lambda tree: ((tree / "p").unlink(), (tree / "p").mkdir()), {"p": ("type",)}),
+    "target": (lambda tree: again(tree / "s").symlink_to("o"), {"s": ("target",)}),
+    "type": (lambda tree: os.mkdir(again(tree / "p")), {"p": ("type",)}),
     "whiteout": (lambda tree: (tree / "gone").unlink(), {"gone": ("missing",)}),
-    "no whiteout": (lambda tree: ((tree / "gone").unlink(), (tree / "gone").write_text("1")), {"gone": ("type",)}),
+    "no whiteout": (lambda tree: again(tree / "gone").write_text("1"), {"gone": ("type",)}),
     "opaque": (lambda tree: os.removexattr(tree / "o", MARKERS.opaque), {"o": ("xattrs",)}),
     "unknown": (lambda tree: (tree / "d/more").write_text("1"), {"d/more": ("unknown",)}),
-    "unknown directory": (lambda tree: ((tree / "more").mkdir(), (tree / "more/f").touch()), {"more": ("unknown",)}),
+    "unknown directory": (lambda tree: os.makedirs(tree / "more/f"), {"more": ("unknown",)}),
     "unknown whiteout": (lambda tree: os.mknod(tree / "d/w", stat.S_IFCHR, 0), {"d/w": ("unknown",)}),
     "mode of an implied directory": (lambda tree: (tree / "implied").chmod(0o700), {}),
 }
