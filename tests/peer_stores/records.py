@@ -92,7 +92,9 @@ def _digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def one(kind: str, thing: str, path: str | None = None, detail: str = "") -> tuple[tuple[str, str, str | None, str], ...]:
+def one(
+    kind: str, thing: str, path: str | None = None, detail: str = ""
+) -> tuple[tuple[str, str, str | None, str], ...]:
     return ((kind, thing, path, detail),)
 
 
@@ -136,9 +138,7 @@ DOCKER: dict[str, Damage] = {
         one("lower-wrong", "{2}", "lower"),
     ),
     "workdir": Damage(lambda place: shutil.rmtree(place.trees[1].parent / "work"), one("workdir-missing", "{1}")),
-    "tree": Damage(
-        lambda place: shutil.rmtree(place.trees[0]), one("tree-missing", "{0}", None, "it has no diff/")
-    ),
+    "tree": Damage(lambda place: shutil.rmtree(place.trees[0]), one("tree-missing", "{0}", None, "it has no diff/")),
     "diff ID": Damage(lambda place: place.chain(1, "diff").unlink(), one("record-damaged", "{c1}", "diff")),
     "diff ID empty": Damage(
         lambda place: place.chain(1, "diff").write_bytes(b""), one("record-damaged", "{c1}", "diff")
@@ -156,7 +156,8 @@ DOCKER: dict[str, Damage] = {
         one("split-damaged", "{0}", None, "it is missing or empty"),
     ),
     "list of the layer cut": Damage(
-        lambda place: cut(place.chain(0, "tar-split.json.gz")), one("split-damaged", "{0}", None, "Compressed file ended before")
+        lambda place: cut(place.chain(0, "tar-split.json.gz")),
+        one("split-damaged", "{0}", None, "Compressed file ended before"),
     ),
     "list of the layer zeroed": Damage(
         lambda place: zero(place.chain(0, "tar-split.json.gz")), one("split-damaged", "{0}", None, "Not a gzipped file")
@@ -191,12 +192,22 @@ DOCKER: dict[str, Damage] = {
 }
 
 CONTAINERD: dict[str, Damage] = {
-    "tree": Damage(lambda place: shutil.rmtree(place.trees[0]), one("tree-missing", "{0}", None, "no directory io.containerd.snapshotter.v1.overlayfs/snapshots/1/fs")),
-    "directory": Damage(lambda place: shutil.rmtree(place.trees[0].parent), one("tree-missing", "{0}", None, "no directory io.containerd.snapshotter.v1.overlayfs/snapshots/1")),
-    "blob": Damage(lambda place: place.blob(place.blobs[0]).unlink(), one("blob-missing", "{b0}", None, "containerd has a record of it, but there is no file")),
+    "tree": Damage(
+        lambda place: shutil.rmtree(place.trees[0]),
+        one("tree-missing", "{0}", None, "no directory io.containerd.snapshotter.v1.overlayfs/snapshots/1/fs"),
+    ),
+    "directory": Damage(
+        lambda place: shutil.rmtree(place.trees[0].parent),
+        one("tree-missing", "{0}", None, "no directory io.containerd.snapshotter.v1.overlayfs/snapshots/1"),
+    ),
+    "blob": Damage(
+        lambda place: place.blob(place.blobs[0]).unlink(),
+        one("blob-missing", "{b0}", None, "containerd has a record of it, but there is no file"),
+    ),
     "blob cut": Damage(lambda place: cut(place.blob(place.blobs[0])), one("blob-damaged", "{b0}", None, "bytes, not ")),
     "blob empty": Damage(
-        lambda place: place.blob(place.blobs[1]).write_bytes(b""), one("blob-damaged", "{b1}", None, "it has 0 bytes, not ")
+        lambda place: place.blob(place.blobs[1]).write_bytes(b""),
+        one("blob-damaged", "{b1}", None, "it has 0 bytes, not "),
     ),
     "blob with another bit": Damage(
         lambda place: flip(place.blob(place.blobs[0])), one("blob-damaged", "{b0}", None, "the content is sha256:")
@@ -220,14 +231,22 @@ CONTAINERD: dict[str, Damage] = {
 
 PODMAN: dict[str, Damage] = {
     "tree": Damage(lambda place: shutil.rmtree(place.trees[1]), one("tree-missing", "{1}", None, "diff")),
-    "directory": Damage(lambda place: shutil.rmtree(place.trees[1].parent), one("tree-missing", "{1}", None, "its directory")),
+    "directory": Damage(
+        lambda place: shutil.rmtree(place.trees[1].parent), one("tree-missing", "{1}", None, "its directory")
+    ),
     "lowest tree": Damage(lambda place: shutil.rmtree(place.trees[0]), one("tree-missing", "{0}", None, "diff")),
-    "list of the layer": Damage(lambda place: place.split(0).unlink(), one("split-damaged", "{0}", None, "it is missing")),
+    "list of the layer": Damage(
+        lambda place: place.split(0).unlink(), one("split-damaged", "{0}", None, "it is missing")
+    ),
     "list of the layer empty": Damage(
         lambda place: place.split(0).write_bytes(b""), one("split-damaged", "{0}", None, "it is empty")
     ),
-    "list of the layer cut": Damage(lambda place: cut(place.split(0)), one("split-damaged", "{0}", None, "Compressed file ended before")),
-    "list of the layer zeroed": Damage(lambda place: zero(place.split(0)), one("split-damaged", "{0}", None, "Not a gzipped file")),
+    "list of the layer cut": Damage(
+        lambda place: cut(place.split(0)), one("split-damaged", "{0}", None, "Compressed file ended before")
+    ),
+    "list of the layer zeroed": Damage(
+        lambda place: zero(place.split(0)), one("split-damaged", "{0}", None, "Not a gzipped file")
+    ),
     "list of the layer with another bit": Damage(
         lambda place: flip(place.split(0)), one("split-damaged", "{0}", None, "")
     ),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onlap import errors
-from onlap.arguments import check_number
 from onlap.check.content import Content
 from onlap.check.findings import Finding, Report, identity
+from onlap.check.meter import Meter
 from onlap.check.structure import Structure
 from onlap.content.store import ContentStore
 from onlap.progress import Callback
@@ -41,17 +40,11 @@ class Check:
         rate: float | None = None,
         progress: Callback | None = None,
     ) -> None:
-        for value, name in ((max_duration, "longest duration"), (rate, "rate")):
-            if value is not None:
-                check_number(value, name)
-                if value <= 0:
-                    raise errors.InvalidArgument(f"the {name} is {value}", hint="it must be more than 0")
+        meter = Meter(max_duration, rate, progress)
         self._continues = after is not None
         self._deep = deep or self._continues
         self._structure = Structure(snapshotter, content)
-        self._content = Content(
-            snapshotter, content, after=after, max_duration=max_duration, rate=rate, progress=progress
-        )
+        self._content = Content(snapshotter, content, after=after, meter=meter)
 
     def findings(self) -> Iterator[Finding]:
         """Everything that is not as it should be.
@@ -77,8 +70,8 @@ class Check:
         return Report(
             findings,
             self._structure.snapshots,
-            content.files,
-            content.size,
+            content.meter.files,
+            content.meter.size,
             content.blobs,
             content.unlisted,
             content.after,

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Generator, Iterator
 
 from onlap import errors
 from onlap.arguments import check_text
-from onlap.catalog.background.manifests import FILE_COST
-from onlap.catalog.disk.pace import Pace
 from onlap.catalog.records import COMMITTED, Condition, Record
 from onlap.check.findings import Finding
+from onlap.check.meter import Meter
 from onlap.content.store import ContentStore
-from onlap.progress import Callback, Reporter
 from onlap.snapshots.recorded import RecordedSnapshotter
 from onlap.syscalls.files import is_directory, is_file
 from onlap.trees import manifest
 from onlap.trees.manifest import Deviation
 from onlap.trees.walk import opened
 
-_BURST = 4 << 20
 _BLOB = "blob:"
 _SNAPSHOT = "snapshot:"
 
@@ -32,13 +28,9 @@ class Content:
         snapshotter: of the root.
         content: of the root.
         after: where an earlier check stopped.
-        max_duration: seconds after which it stops, behind the snapshot or blob that it is at; None for no limit.
-        rate: bytes per second to read at most; None for no limit.
-        progress: called with the bytes read, at most ten times a second.
+        meter: for what is read; once it is over, the check stops behind the snapshot or blob that it is at.
 
     Attributes:
-        files: how many were compared.
-        size: how many bytes were read.
         blobs: how many were read.
         unlisted: committed snapshots without a manifest.
         after: where it stopped; None when it came to its end.
@@ -53,17 +45,13 @@ class Content:
         content: ContentStore,
         *,
         after: str | None,
-        max_duration: float | None,
-        rate: float | None,
-        progress: Callback | None,
+        meter: Meter,
     ) -> None:
         self.snapshotter = snapshotter
         self.content = content
         self._last_snapshot, self._last_blob = _parse(after)
-        self._end = None if max_duration is None else time.monotonic() + max_duration
-        self._pace = Pace(lambda: False, lambda: rate, _BURST)
-        self._report = Reporter(progress, "check", "bytes")
-        self.files = self.size = self.blobs = self.unlisted = 0
+        self.meter = meter
+        self.blobs = self.unlisted = 0
         self.after: str | None = None
 
     def findings(self) -> Iterator[Finding]:
@@ -77,24 +65,14 @@ class Content:
             is_over = yield from self._snapshots()
         if not is_over:
             yield from self._blobs()
-        self._report.finish(self.size)
+        self.meter.finish()
 
     def _is_over(self, done: str) -> bool:
         # Asked behind each snapshot and blob, and never inside one: so that every call gets further.
-        if self._end is None or time.monotonic() < self._end:
+        if not self.meter.is_over():
             return False
         self.after = done
         return True
-
-    def _spend(self, size: int) -> None:
-        """Count a chunk that was read, or with 0 a file; wait where that is too fast."""
-        if not size:
-            self.files += 1
-            self._pace(FILE_COST)
-            return
-        self.size += size
-        self._report(self.size)
-        self._pace(size)
 
     def _snapshots(self) -> Generator[Finding, None, bool]:
         """Yields what it finds; returns whether the time is up."""
@@ -118,7 +96,7 @@ class Content:
                     return
                 failures: dict[str, OSError] = {}
                 with opened(catalog.layout.tree(record.id)) as top:
-                    for deviation in manifest.deviations(listed, top, self._spend, failures.__setitem__):
+                    for deviation in manifest.deviations(listed, top, self.meter, failures.__setitem__):
                         yield finding_of(record, deviation, failures.get(deviation.path))
         except errors.NotFound:
             return  # removed meanwhile
@@ -140,7 +118,7 @@ class Content:
                 continue
             self.blobs += 1
             try:
-                whole = self.content.is_whole(blob.digest, self._spend)
+                whole = self.content.is_whole(blob.digest, self.meter)
             except errors.OnlapError as error:
                 yield Finding("blob-damaged", blob.digest, detail=error.message)
             else:

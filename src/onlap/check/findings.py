@@ -30,22 +30,35 @@ _REPAIR_DEEP = "onlap check --deep --repair"
 _CLEANUP = "onlap cleanup"
 _MEND = "onlap check --store DIR --repair"
 _FROM_SOURCE = "onlap check --store DIR --repair, with a source: --from-registry, --from-content or --from-archive F"
+_PRUNE = "let the store's own program remove what is not used, as docker system prune"
+_MEND_OR_AGAIN = f"{_MEND}; if other records do not tell it, remove what stands on it, and pull or make it again"
 _AGAIN = "remove what stands on it, and pull or make it again"
 _REMOVE = "if nothing brings it back, remove it, leaf first: onlap rm {}"
 
 # What only the stores of others can have.
 _OF_OTHERS: Mapping[str, Meaning] = {
-    "record-damaged": Meaning("error", "a record of it is missing, empty or damaged", _FROM_SOURCE),
+    "record-damaged": Meaning("error", "a record of it is missing, empty or damaged", _MEND_OR_AGAIN),
     "record-missing": Meaning("error", "the store has lost the record of it", _AGAIN),
     "record-wrong": Meaning("error", "records of it contradict each other", _AGAIN),
     "link-missing": Meaning("error", "the short link to it is missing, so that nothing on it can be mounted", _MEND),
-    "link-dangling": Meaning("warning", "a short link leads to nothing", "remove the link while the daemon is stopped"),
+    "link-dangling": Meaning("note", "a short link leads to nothing", "remove the link while the daemon is stopped"),
     "lower-wrong": Meaning("error", "its list of the layers below is missing or wrong", _MEND),
     "too-deep": Meaning("error", "it has more layers below it than can be mounted", "squash some of them"),
     "split-damaged": Meaning("error", "the list of what the layer holds (tar-split) is damaged", _FROM_SOURCE),
-    "layer-unused": Meaning("warning", "no image or container stands on it", "see the guide of the store"),
+    "layer-unused": Meaning("note", "no image or container uses it", _PRUNE),
 }
 OF_OTHERS = frozenset(_OF_OTHERS)
+# What to do about kinds of our own store that those of others have too.
+_REMEDIES_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("file-missing", "file-changed", "file-unreadable", "file-unknown", "tree-missing"), _FROM_SOURCE),
+    **dict.fromkeys(("blob-missing", "blob-damaged"), _FROM_SOURCE),
+    **dict.fromkeys(("image-damaged", "parent-missing", "parent-not-committed", "parent-cycle"), _AGAIN),
+    "tree-unknown": "remove it while the daemon is stopped, unless it was just making it",
+    "workdir-missing": _MEND,
+    "staging-left": "the next repair, or the store's own program, removes it",
+    "trash-waiting": "the store's own program removes it",
+    "catalog-damaged": "stop the daemon, move the store away, and pull again",
+}
 
 KINDS: Mapping[str, Meaning] = {
     # The catalog
@@ -62,7 +75,7 @@ KINDS: Mapping[str, Meaning] = {
     "sidecar-missing": Meaning("note", "the copy of its record beside the tree is missing or old", _CLEANUP),
     "sidecar-damaged": Meaning("warning", "the copy of its record beside the tree says something else", _REPAIR),
     # Trees
-    "tree-missing": Meaning("error", "the snapshot's directory is gone", _REPAIR),
+    "tree-missing": Meaning("error", "its directory is gone", _REPAIR),
     "tree-quarantined": Meaning("error", "its tree was damaged and set aside", _REPAIR),
     "workdir-missing": Meaning("error", "the snapshot cannot be mounted without its workdir", _REPAIR),
     "tree-unknown": Meaning("warning", "no record belongs to this directory", f"{_REPAIR} takes it in if it can"),
@@ -129,6 +142,17 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
         return f"{self.kind}: {self.place}: {self.explanation}{detail}"
+
+
+def remedy_elsewhere(finding: Finding, directory: str) -> str:
+    """What to do about a finding in another program's store.
+
+    Args:
+        finding: the finding.
+        directory: the store, as it was given.
+    """
+    said = _REMEDIES_ELSEWHERE.get(finding.kind, KINDS[finding.kind].remedy)
+    return said.replace("--store DIR", f"--store {shown(directory)}")
 
 
 def identity(finding: Finding) -> tuple[str, str, str | None]:

@@ -23,7 +23,7 @@ from onlap.trees.walk import NEW_FILE, OPEN_DIRECTORY, opened
 
 _CHUNK = 128 << 10
 # What is set without making the file again.
-_ATTRIBUTES = frozenset({"mode", "owner", "mtime", "xattrs"})
+ATTRIBUTES = frozenset({"mode", "owner", "mtime", "xattrs"})
 
 # Where the bytes of a file may be: what to call the place, and an open file. They are verified.
 Candidates = Callable[[Entry], Iterator[tuple[str, int]]]
@@ -121,7 +121,7 @@ class Refill:
         path, entry = deviation.path, deviation.expected
         if entry is None:
             self._remove_unknown(path)
-        elif deviation.found and deviation.what <= _ATTRIBUTES and not self._has_other_names(entry):
+        elif deviation.found and deviation.what <= ATTRIBUTES and not self._has_other_names(entry):
             self._touched.add(path)
             self.done[path] = "attributes set back"
         else:

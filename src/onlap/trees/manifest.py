@@ -33,7 +33,7 @@ from onlap.errors import shown
 from onlap.overlayfs.options import octal_unescape
 from onlap.trees import walk as walking
 from onlap.trees.meta import read_xattrs
-from onlap.trees.walk import OPEN_FILE, opened, path_of, walk
+from onlap.trees.walk import OPEN_FILE, path_of, walk
 
 _CHUNK = 1 << 20
 _HEAD = b"#mtree\n"
@@ -170,23 +170,35 @@ def entry_of(found: walking.Entry, links: LinkNumbers, digest: str, xattrs: Mapp
 
 def _digest(name: str, dir_fd: int, spend: Spend) -> str:
     with opened_unchanged(name, dir_fd) as fd:
-        found = hashlib.sha256()
-        while chunk := os.read(fd, _CHUNK):
-            found.update(chunk)
-            spend(len(chunk))
+        return digest_of(fd, spend)
+
+
+def digest_of(fd: int, spend: Spend = lambda _bytes: None) -> str:
+    """The SHA-256 of the rest of an open file in hexadecimal; raises OSError."""
+    found = hashlib.sha256()
+    while chunk := os.read(fd, _CHUNK):
+        found.update(chunk)
+        spend(len(chunk))
     return found.hexdigest()
 
 
 @contextlib.contextmanager
 def opened_unchanged(name: str, dir_fd: int) -> Iterator[int]:
+    """Open a file as :func:`open_unchanged` does, for the duration of a block; raises OSError."""
+    fd = open_unchanged(name, dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_unchanged(name: str, dir_fd: int) -> int:
     """Open a file for reading without changing its access time, if the kernel permits that; raises OSError."""
     flags = OPEN_FILE | os.O_NONBLOCK  # it may be a FIFO by now
-    with contextlib.ExitStack() as stack:
-        try:
-            fd = stack.enter_context(opened(name, flags | os.O_NOATIME, dir_fd=dir_fd))
-        except PermissionError:  # the file is another user's (open(2))
-            fd = stack.enter_context(opened(name, flags, dir_fd=dir_fd))
-        yield fd
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=dir_fd)
+    except PermissionError:  # the file is another user's (open(2))
+        return os.open(name, flags, dir_fd=dir_fd)
 
 
 # Writing

@@ -21,7 +21,7 @@ Spend = Callable[[int], object]
 
 
 class Uncomparable(Exception):
-    """There is nothing that a layer could be compared with."""
+    """There is nothing that a layer could be compared with; the text says why."""
 
 
 class Archive:
@@ -85,7 +85,7 @@ class SplitArchive(Archive):
     def is_same(self, entry: tar.Entry, fd: int | None) -> bool:
         if entry.sparse is not None:
             # Go's reader, and so tar-split, has the data with its holes, and not as it is in the archive.
-            raise Uncomparable
+            raise Uncomparable("tar-split does not give back sparse files")
         if not entry.size:
             return fd is not None and os.fstat(fd).st_size == 0
         try:
@@ -106,9 +106,18 @@ class Blob(Archive):
     def __init__(self, path: str, spend: Spend) -> None:
         with errors.translated("open the blob", key=path):
             self._pipeline = Pipeline(path)
-        super().__init__(self._pipeline.chunk)
+        super().__init__(self._chunk)
         self.stack.enter_context(self._pipeline)
         self._spend = spend
+        self._consumed = 0
+
+    def _chunk(self) -> bytes | memoryview:
+        chunk = self._pipeline.chunk()
+        consumed = self._pipeline.consumed
+        if consumed > self._consumed:
+            self._spend(consumed - self._consumed)
+            self._consumed = consumed
+        return chunk
 
     def is_same(self, entry: tar.Entry, fd: int | None) -> bool:
         if fd is None or os.fstat(fd).st_size != entry.size:
@@ -125,7 +134,7 @@ class Blob(Archive):
             wanted = bytes(self.reader.piece(size))
             size -= len(wanted)
             self._spend(len(wanted))
-            if os.read(fd, len(wanted)) != wanted:
+            if _read(fd, len(wanted)) != wanted:
                 return False
         return True
 
@@ -140,10 +149,20 @@ class Blob(Archive):
 
     def prove(self, layer: Layer) -> bool:
         found = self._pipeline.digests()
+        if layer.digests and found.digest not in layer.digests:
+            check_content(found.digest, 0, layer.digests[0])
         if layer.diff_id is None:
             return False
         check_content(found.diff_id, 0, layer.diff_id)
         return True
+
+
+def _read(fd: int, size: int) -> bytes:
+    """So many bytes of a file, or all if there are fewer: one read(2) may give less, as on FUSE; raises OSError."""
+    found = os.read(fd, size)
+    while found and len(found) < size and (more := os.read(fd, size - len(found))):
+        found += more
+    return found
 
 
 def open_archive(layer: Layer, spend: Spend) -> Archive:
@@ -163,5 +182,5 @@ def open_archive(layer: Layer, spend: Spend) -> Archive:
         try:
             return Blob(layer.archive, spend)
         except errors.NotFound as error:
-            raise Uncomparable from error  # removed meanwhile
-    raise Uncomparable
+            raise Uncomparable("its blob was removed meanwhile") from error
+    raise Uncomparable("no blob or tar-split of it is there")

@@ -18,12 +18,13 @@ from onlap import errors
 from onlap.check.stores import judgement
 from onlap.check.stores.archive import Archive, Spend, Uncomparable, open_archive
 from onlap.check.stores.contract import Layer
+from onlap.errors import shown
 from onlap.layers import paths
 from onlap.layers.format import tar
 from onlap.overlayfs.markers import OPAQUE_YES, get_xattr, is_whiteout
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 from onlap.syscalls.files import RESOLVE_NO_XDEV, list_directory, open_beneath
-from onlap.trees.manifest import Deviation, Entry, Links, differences
+from onlap.trees.manifest import Deviation, Entry, Links, differences, open_unchanged
 from onlap.trees.meta import read_xattrs
 from onlap.trees.walk import OPEN_DIRECTORY, opened, path_of
 
@@ -50,6 +51,7 @@ class Comparison:
     Attributes:
         deviations: by path, what is not as it should be; the top is ``""``.
         failures: by path, why a file could not be read.
+        sizes: by path, the size in bytes that a file has, and the one that it should have, where they differ.
         listed: by path, what the tree should have, without digests.
         offsets: by path, where the entry of a regular file is in the archive, in bytes; if ``keep``.
         firsts: by path, of a further name of a file: the name that has its entry.
@@ -61,6 +63,7 @@ class Comparison:
         self.layer = layer
         self.deviations: dict[str, Deviation] = {}
         self.failures: dict[str, OSError] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
         self.listed: dict[str, Entry] = {}
         self.offsets: dict[str, int] = {}
         self.firsts: dict[str, str] = {}
@@ -110,7 +113,7 @@ class Comparison:
                 except ValueError as error:
                     if isinstance(error, errors.OnlapError):
                         raise
-                    raise Uncomparable from error  # an entry that no applier takes
+                    raise Uncomparable(f"no applier takes {shown(entry.name)}: {error}") from error
             self.proven = archive.prove(self.layer)
             if self._keep:
                 self._list_implied()
@@ -209,8 +212,8 @@ class Comparison:
         if path in self._paths:
             # Further names that it had stay with the old file.
             for each in (path, *self._linked_to.pop(path, ())):
-                self.deviations.pop(each, None)
-                self.failures.pop(each, None)
+                for known in (self.deviations, self.failures, self.sizes):
+                    known.pop(each, None)
             if self._symlinks.pop(path, None) is not None:
                 self._resolved.clear()
 
@@ -218,7 +221,7 @@ class Comparison:
         parent, base = self._go(path)
         fd: int | None = None
         try:
-            fd = None if parent is None else _open_unchanged(base, parent)
+            fd = None if parent is None else open_unchanged(base, parent)
             status = None if fd is None else os.fstat(fd)
         except OSError as error:
             status = self._status(path)
@@ -309,6 +312,8 @@ class Comparison:
             what |= {"xattrs"}  # which cannot be read
         if what:
             self.deviations[path] = Deviation(path, expected, what, found=True)
+        if "size" in what:
+            self.sizes[path] = found.size, expected.size
         return expected
 
     def _found(self, path: str, status: os.stat_result, fd: int | None = None) -> Entry:
@@ -480,8 +485,14 @@ class Comparison:
         self._parent, self._trouble = ("", None), None
 
     def _status(self, path: str) -> os.stat_result | None:
+        """The status of a file; None if there is none, or if it cannot be told, which is a failure."""
         parent, base = self._go(path)
-        return None if parent is None else _status(parent, base)
+        try:
+            return None if parent is None else os.stat(base, dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                self.failures[path] = error
+            return None
 
 
 class _Below:
@@ -519,19 +530,3 @@ class _Below:
         for name in above:
             directory = None if directory is None else directory.open(name)
         return None if directory is None else directory.lookup(base)
-
-
-def _open_unchanged(name: str, dir_fd: int) -> int:
-    """Open a file to read without changing its access time, if the kernel permits that; raises OSError."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        return os.open(name, flags | os.O_NOATIME, dir_fd=dir_fd)
-    except PermissionError:  # the file is another user's (open(2))
-        return os.open(name, flags, dir_fd=dir_fd)
-
-
-def _status(dir_fd: int, name: str) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return None

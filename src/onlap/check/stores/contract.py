@@ -15,6 +15,7 @@ class Layer(NamedTuple):
     Attributes:
         name: what the store calls it; unique in the store.
         place: the layer's directory, which the store removes with the layer.
+        beside: where a repair works and keeps what it takes out; None for ``place``.
         tree: the directory in it with what the layer changed, with OverlayFS's markers.
         lowers: the trees below it, uppermost first; those that are known.
         markers: the flavour of the markers.
@@ -47,6 +48,7 @@ class Layer(NamedTuple):
     images: tuple[str, ...] = ()
     shift: int | None = 0
     is_partial: bool = False
+    beside: str | None = None
     top_mode: int = 0o755
     is_whole: bool = False
 

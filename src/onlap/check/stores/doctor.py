@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from onlap import errors
-from onlap.arguments import StrPath, check_number, check_path, check_text
-from onlap.boundary import public
-from onlap.catalog.background.manifests import FILE_COST
-from onlap.catalog.disk.pace import Pace
+from onlap.arguments import StrPath, check_path, check_text
+from onlap.boundary import public, public_class
 from onlap.check.content import as_finding
 from onlap.check.findings import Finding, Report, identity
+from onlap.check.meter import Meter
 from onlap.check.stores.archive import Uncomparable
 from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
 from onlap.errors import shown
-from onlap.progress import Callback, Reporter
+from onlap.progress import Callback
 from onlap.syscalls.files import exists
 
-_BURST = 4 << 20
+# A lack of the machine's, which is no damage.
+_OF_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # Where a repair works, beside a layer's tree: the store removes it with the layer.
 STAGING = ".onlap-repair"
 
 
 @public
-def open_store(directory: StrPath, *, driver: str | None = None) -> Store:
+def open_store(directory: StrPath, *, driver: str | None = None, additional: Sequence[str] = ()) -> Store:
     """Find out which store a directory is, and open it to read.
 
     Args:
         directory: a containerd root, a data root of Docker, or a root of containers/storage.
         driver: of a data root of Docker that has several: ``overlay2``, or the name of a plugin with its layout.
+        additional: the additional image stores of a root of containers/storage, whose layers others stand on.
 
     Raises:
         NotFound: it is none of these.
@@ -42,10 +45,11 @@ def open_store(directory: StrPath, *, driver: str | None = None) -> Store:
     from onlap.check.stores.docker.store import open_store as docker
 
     path = check_path(directory, "path of the store")
+    podman = partial(containers_storage, additional=additional)
     readers: tuple[Callable[[str], Store | None], ...] = (
         partial(docker, driver=driver),
         containerd,
-        containers_storage,
+        podman,
     )
     for reader in readers:
         store = reader(path)
@@ -58,6 +62,7 @@ def open_store(directory: StrPath, *, driver: str | None = None) -> Store:
     )
 
 
+@public_class
 class Doctor:
     """A check of a store of others.
 
@@ -68,6 +73,10 @@ class Doctor:
         max_duration: seconds after which it stops, behind the layer that it is at.
         rate: bytes per second that it reads at most.
         progress: called with the bytes read, at most ten times a second.
+
+    Attributes:
+        meter: counts what is read, and keeps the rate.
+        uncompared: why a layer could not be compared with anything, by its name.
 
     Raises:
         InvalidArgument: an argument is wrong.
@@ -83,20 +92,14 @@ class Doctor:
         rate: float | None = None,
         progress: Callback | None = None,
     ) -> None:
-        for value, name in ((max_duration, "longest duration"), (rate, "rate")):
-            if value is not None:
-                check_number(value, name)
-                if value <= 0:
-                    raise errors.InvalidArgument(f"the {name} is {value}", hint="it must be more than 0")
         if after is not None:
             check_text(after, "layer to continue after")
         self.store = store
         self._content = content
         self._after = after
-        self._end = None if max_duration is None else time.monotonic() + max_duration
-        self._pace = Pace(lambda: False, lambda: rate, _BURST)
-        self._progress = Reporter(progress, "check", "bytes")
-        self._layers = self._files = self._size = self._unlisted = 0
+        self.meter = Meter(max_duration, rate, progress)
+        self.uncompared: dict[str, str] = {}
+        self._layers = 0
         self._stopped: str | None = None
 
     def findings(self) -> Iterator[Finding]:
@@ -105,31 +108,43 @@ class Doctor:
         Raises:
             OnlapError: something cannot be looked at.
         """
-        told = set()
-        if self._after is None:
-            for each in self.store.findings():
-                told.add(identity(each))
+        found: set[tuple[str, str, str | None]] = set()
+        for each in itertools.chain(self._structure(), self._contents()):
+            if identity(each) not in found:
+                found.add(identity(each))
                 yield each
-        if self._content:
-            yield from (each for each in self._contents() if identity(each) not in told)
-            self._progress.finish(self._size)
+        self.meter.finish()
 
     def report(self, findings: tuple[Finding, ...], repaired: tuple[Finding, ...] = ()) -> Report:
         """What was found, with what was looked at."""
-        return Report(findings, self._layers, self._files, self._size, 0, self._unlisted, self._stopped, repaired)
+        meter = self.meter
+        return Report(findings, self._layers, meter.files, meter.size, 0, len(self.uncompared), self._stopped, repaired)
+
+    def _structure(self) -> Iterator[Finding]:
+        if self._after is None:
+            yield from self.store.findings()
 
     def _contents(self) -> Iterator[Finding]:
         # By name, so that a check that goes on finds its place when layers came and went meanwhile.
-        for layer in sorted(self.store.layers(), key=lambda layer: layer.name):
+        layers = sorted(self.store.layers(), key=lambda layer: layer.name) if self._content else []
+        done: str | None = None
+        for layer in layers:
             if self._after is not None and layer.name <= self._after:
                 continue
+            if done is not None and self.meter.is_over():
+                self._stopped = done
+                return
             self._layers += 1
             found = list(self.compare(layer))
-            if not found or self.store.has(layer):
+            if found and self._is_there(layer):
                 yield from found
-            if self._end is not None and time.monotonic() >= self._end:
-                self._stopped = layer.name
-                return
+            done = layer.name
+
+    def _is_there(self, layer: Layer) -> bool:
+        try:
+            return self.store.has(layer)
+        except errors.DataLoss:
+            return True  # it cannot be told, which is a finding of its own
 
     def compare(self, layer: Layer) -> Iterator[Finding]:
         """What of a layer is not as it should be.
@@ -137,38 +152,42 @@ class Doctor:
         Raises:
             OnlapError: it cannot be looked at.
         """
-        if exists(f"{layer.place}/{STAGING}"):
-            yield Finding("staging-left", layer.name, STAGING)
-        comparison = Comparison(layer, self._spend)
+        with errors.translated("compare the layer", key=layer.name):
+            if exists(f"{layer.beside or layer.place}/{STAGING}"):
+                yield Finding("staging-left", layer.name, STAGING)
+        comparison = Comparison(layer, self.meter)
         try:
-            with errors.translated("compare the layer", key=layer.name):
-                comparison.run()
+            comparison.run()
         except NoTree:
             yield Finding("tree-missing", layer.name, users=layer.users)
-            return
-        except Uncomparable:
-            self._unlisted += 1
-            return
-        except errors.OnlapError as error:
-            yield unreadable(layer, error)
-            return
-        for path in sorted(comparison.deviations):
-            yield as_finding(layer.name, comparison.deviations[path], comparison.failures.get(path), layer.users)
-
-    def _spend(self, size: int) -> None:
-        if not size:
-            self._files += 1
-            self._pace(FILE_COST)
-            return
-        self._size += size
-        self._progress(self._size)
-        self._pace(size)
+        except (Uncomparable, errors.Unimplemented) as error:
+            self.uncompared[layer.name] = str(error)
+        except (errors.DataLoss, errors.InvalidArgument) as error:
+            yield _archive_damaged(layer, error)
+        except OSError as error:
+            if error.errno in _OF_MACHINE:
+                raise errors.from_oserror(error, doing="compare the layer", key=layer.name) from error
+            yield Finding("file-unreadable", layer.name, ".", error.strerror or str(error), layer.users)
+        else:
+            for path in sorted(comparison.deviations):
+                finding = as_finding(
+                    layer.name, comparison.deviations[path], comparison.failures.get(path), layer.users
+                )
+                yield finding._replace(detail=_with_size(finding.detail, comparison.sizes.get(path)))
 
 
-def unreadable(layer: Layer, error: errors.OnlapError) -> Finding:
-    """What it is of a layer that cannot be compared."""
+def _with_size(detail: str, sizes: tuple[int, int] | None) -> str:
+    """The sizes in words, found and expected: a file that is empty is what a power cut leaves."""
+    if sizes is None:
+        return detail
+    found, expected = sizes
+    said = f"it has {found:,} bytes, not {expected:,}" if found else f"it is empty, and had {expected:,} bytes"
+    return f"{detail}: {said}"
+
+
+def _archive_damaged(layer: Layer, error: errors.OnlapError) -> Finding:
+    """What is wrong with what a layer is compared with."""
     if layer.split is not None:
         return Finding("split-damaged", layer.name, detail=error.message, users=layer.users)
-    return Finding(
-        "blob-damaged", layer.digests[0] if layer.digests else layer.name, detail=error.message, users=layer.users
-    )
+    blob = f"sha256:{os.path.basename(layer.archive or '')}"
+    return Finding("blob-damaged", blob, detail=error.message, users=layer.users)

@@ -24,6 +24,9 @@ _KINDS = {
     tar.FIFO: stat.S_IFIFO,
 }
 _SECOND = 10**9
+# include/linux/kdev_t.h, as the applier has it
+_MAX_MAJOR = (1 << 12) - 1
+_MAX_MINOR = (1 << 20) - 1
 # The largest time that Go has in nanoseconds, to which containerd and moby bound times (archive/time.go).
 _LAST_TIME = (1 << 63) - 1
 # What security modules label a file with is the machine's, and what the kernel measures of it.
@@ -58,11 +61,17 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> 
         mtime,
         entry.size if kind == stat.S_IFREG else 0,
         "",
-        os.makedev(entry.devmajor, entry.devminor) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0,
+        _device(entry) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0,
         entry.linkname if kind == stat.S_IFLNK else "",
         0,
         _xattrs(kind, entry.xattrs or {}, found.xattrs if found is not None and same else {}, layer),
     )
+
+
+def _device(entry: tar.Entry) -> int:
+    if not (0 <= entry.devmajor <= _MAX_MAJOR and 0 <= entry.devminor <= _MAX_MINOR):
+        raise ValueError(f"the device number {entry.devmajor},{entry.devminor} is out of range")
+    return os.makedev(entry.devmajor, entry.devminor)
 
 
 def may_be_missing(entry: tar.Entry, layer: Layer) -> bool:

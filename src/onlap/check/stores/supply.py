@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -34,11 +35,16 @@ class Found(NamedTuple):
 class Supply:
     """Where the archives of layers come from; a context manager, which removes what was fetched.
 
+    Whole images are fetched, into a directory below ``TMPDIR``.
+
     Args:
         stores: other stores, which may have the blobs.
         archives: archives of images or OCI layouts.
         registry: whether to fetch from registries, what is nowhere else.
         access: how to reach registries; by default anonymously.
+
+    Attributes:
+        failed: why an archive, or an image of a registry, could not be taken, by its name.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Supply:
         self._registry = registry
         self._access = access
         self._asked: set[str] = set()
-        self._blobs: dict[str, Found] | None = None
+        self._blobs: dict[str, list[Found]] | None = None
         self._images: Images | None = None
         self._stack = ExitStack()
         self.failed: dict[str, str] = {}
@@ -72,21 +78,18 @@ class Supply:
             layer: the layer.
 
         Raises:
-            OnlapError: one of the archives cannot be read. An image that a registry does not have is none; ``failed``
-                says why, by its name.
+            OnlapError: a store cannot be read, or the disk is full. Archives and images that cannot be read or fetched
+                are none; ``failed`` says why, by their names.
         """
         if layer.diff_id is None:
             return
         if layer.archive is not None:
             yield Found("its blob in the store", layer.archive)
-        blobs = self._known()
-        if layer.diff_id in blobs:
-            yield blobs[layer.diff_id]
-            return
-        for _ in self._fetched(layer.images):
-            if layer.diff_id in blobs:
-                yield blobs[layer.diff_id]
-                return
+        given = 0
+        for _ in itertools.chain([""], self._fetched(layer.images)):
+            found = self._known().get(layer.diff_id, [])
+            yield from (each for each in found[given:] if each.path != layer.archive)
+            given = len(found)
 
     def find_blob(self, digest: str, images: tuple[str, ...]) -> Iterator[Found]:
         """Places of a blob; whoever uses one compares its digest.
@@ -115,40 +118,41 @@ class Supply:
         while self._archives:
             path = self._archives.pop(0)
             where = f"the archive {shown(path)}"
-            self._take(self._scratch().import_(path, name=None, unpack=False), where)
+            self._attempt(path, where, lambda path=path: self._scratch().import_(path, unpack=False))  # type: ignore[misc]
             yield where
         for name in names if self._registry else ():
             if name not in self._asked:
                 self._asked.add(name)
-                self._fetch(name)
-                yield f"the registry, as {shown(name)}"
+                where = f"the registry, as {shown(name)}"
+                self._attempt(name, where, lambda name=name: [self._pull(name)])  # type: ignore[misc]
+                yield where
 
-    def _known(self) -> dict[str, Found]:
+    def _known(self) -> dict[str, list[Found]]:
         if self._blobs is None:
             self._blobs = {}
             for store in self._stores:
                 for layer in store.layers():
                     if layer.diff_id is not None and layer.archive is not None:
-                        self._blobs.setdefault(
-                            layer.diff_id, Found(f"the blob in {shown(store.directory)}", layer.archive)
-                        )
+                        found = Found(f"the blob in {shown(store.directory)}", layer.archive)
+                        if found not in self._blobs.setdefault(layer.diff_id, []):
+                            self._blobs[layer.diff_id].append(found)
         return self._blobs
 
-    def _fetch(self, name: str) -> None:
-        try:
-            image = self._scratch().pull(name, access=self._access, unpack=False)
-        except errors.OnlapError as error:
-            if isinstance(error, errors.ResourceExhausted):
-                raise
-            self.failed[name] = error.message
-            return
-        self._take([image], f"the registry, as {shown(name)}")
+    def _pull(self, name: str) -> Image:
+        return self._scratch().pull(name, access=self._access, unpack=False)
 
-    def _take(self, images: list[Image], where: str) -> None:
+    def _attempt(self, what: str, where: str, take: Callable[[], list[Image]]) -> None:
+        try:
+            images = take()
+        except (errors.ResourceExhausted, errors.Canceled):
+            raise
+        except errors.OnlapError as error:
+            self.failed[what] = error.message
+            return
         blobs = self._known()
         for image in images:
             for layer, diff_id in zip(image.layers, image.diff_ids, strict=True):
-                blobs.setdefault(diff_id, Found(where, self._scratch().content.path(layer.digest)))
+                blobs.setdefault(diff_id, []).append(Found(where, self._scratch().content.path(layer.digest)))
 
     def _scratch(self) -> Images:
         """A root of our own for what is fetched."""

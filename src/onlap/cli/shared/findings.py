@@ -16,10 +16,11 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 _USERS = 5
 
 
-def show_finding(out: Output, finding: Finding) -> None:
-    """Print a finding: a line, or a JSON object."""
+def show_finding(out: Output, finding: Finding, remedy: str | None = None) -> None:
+    """Print a finding: a line, or a JSON object; ``remedy``: what to do, if it is of another program's store."""
     if out.json:
-        more = {"severity": finding.severity, "explanation": finding.explanation, "remedy": finding.remedy}
+        remedy = finding.remedy if remedy is None else remedy
+        more = {"severity": finding.severity, "explanation": finding.explanation, "remedy": remedy}
         out.item({**finding._asdict(), **more})
     else:
         out.line(f"{out.paint(finding.severity, _STYLES[finding.severity])}: {finding}{users_of(finding)}")

@@ -40,6 +40,12 @@ def check_arguments(parser: Parser) -> None:
     parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
     parser.add_argument("--from-registry", action="store_true", help="with --repair: fetch what is nowhere else")
     parser.add_argument("--store", metavar="DIR", help="check another program's store")
+    parser.add_argument(
+        "--image-store",
+        metavar="DIR",
+        action="append",
+        help="with --store: an additional image store of Podman's, on whose layers others stand",
+    )
     parser.add_argument("--driver", metavar="D", help="with --store: the driver of a Docker data root that has several")
     parser.add_argument(
         "--from-content",
@@ -72,7 +78,7 @@ def check(call: Call) -> int:
         from onlap.cli.verbs.check_store import check_store
 
         return check_store(call)
-    for name in ("driver", "from_content", "from_archive", "dry_run", "yes"):
+    for name in ("driver", "image_store", "from_content", "from_archive", "dry_run", "yes"):
         if getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')} is for another program's store: give --store DIR")
     deep = args.deep or args.after is not None

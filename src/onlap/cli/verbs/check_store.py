@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -18,17 +19,19 @@ from onlap.errors import shown
 if TYPE_CHECKING:
     from onlap.check.findings import Finding, Report
     from onlap.check.stores.contract import Store
+    from onlap.check.stores.doctor import Doctor
     from onlap.check.stores.repair import StoreRepair
     from onlap.check.stores.supply import Supply
 
 
 def check_store(call: Call) -> int:
     """Check, and repair if that is asked."""
+    from onlap.check.findings import remedy_elsewhere
     from onlap.check.stores.doctor import Doctor, open_store
 
     args, out = call.args, call.out
     _check_arguments(call)
-    store = open_store(args.store, driver=args.driver)
+    store = open_store(args.store, driver=args.driver, additional=args.image_store or ())
     with call.progress() as report:
         doctor = Doctor(
             store,
@@ -40,14 +43,14 @@ def check_store(call: Call) -> int:
         findings = []
         for finding in doctor.findings():
             findings.append(finding)
-            show_finding(out, finding)
+            show_finding(out, finding, remedy_elsewhere(finding, args.store))
     done = doctor.report(tuple(findings))
     if not out.json:
         read = f"{count(done.snapshots, 'layer')}, {count(done.files, 'file')}, {size(done.size)}"
         out.line(f"checked {store.kind} in {shown(store.directory)}: {read}: {verdict(done.findings)}")
     if args.repair:
-        done = _repair(call, store, done)
-    _summary(call, store, done)
+        done = _repair(call, doctor, done)
+    _summary(call, doctor, done)
     return exits.DONE if done.ok else exits.NO
 
 
@@ -72,18 +75,18 @@ def _supply(call: Call, stack: ExitStack, store: Store) -> Supply:
     return stack.enter_context(Supply(stores=stores, archives=archives, registry=args.from_registry, access=access))
 
 
-def _repair(call: Call, store: Store, done: Report) -> Report:
+def _repair(call: Call, doctor: Doctor, done: Report) -> Report:
     from onlap.check.stores.repair import StoreRepair
 
     args, out = call.args, call.out
     wrong = tuple(each for each in done.findings if each.severity != "note")
     with ExitStack() as stack:
-        supply = _supply(call, stack, store)
-        repair = StoreRepair(store, supply)
+        supply = _supply(call, stack, doctor.store)
+        repair = StoreRepair(doctor.store, supply, doctor.meter)
         for each in repair.plan(wrong):
             _show(call, "plan" if each.possible else "cannot", each.finding, each.what)
         for name, why in supply.failed.items():
-            out.warn(f"{shown(name)} was not fetched: {why}")
+            out.warn(f"{shown(name)} is no source: {why}")
         if args.dry_run or not (wrong and _agreed(call)):
             return done
         for each in repair.run(wrong):
@@ -118,30 +121,24 @@ def _show(call: Call, word: str, finding: Finding, what: str) -> None:
         call.out.line(f"{word}: {finding.kind}: {finding.place}: {what}{users_of(finding)}")
 
 
-def _remedy(call: Call, finding: Finding) -> str:
-    from onlap.check.stores.repair import REFILLED
+def _summary(call: Call, doctor: Doctor, done: Report) -> None:
+    from onlap.check.findings import remedy_elsewhere
 
-    if finding.kind in REFILLED:
-        what = f"onlap check --store {shown(call.args.store)} --repair"
-        return f"{what}, with a source: --from-registry, --from-content or --from-archive FILE"
-    return finding.remedy.replace("DIR", shown(call.args.store))
-
-
-def _summary(call: Call, store: Store, done: Report) -> None:
     args, out = call.args, call.out
     left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
     if out.json:
         summary = done._asdict()
         del summary["findings"], summary["repaired"]
         repaired = {"repaired": len(done.repaired), "left": len(left)} if args.repair else {}
-        out.item({"checked": summary, "store": store.kind, "ok": done.ok, **repaired})
+        out.item(
+            {"checked": summary, "store": doctor.store.kind, "ok": done.ok, "uncompared": doctor.uncompared, **repaired}
+        )
         return
     if args.repair:
         out.line(f"repaired {len(done.repaired)}, left {len(left)}")
-    for remedy in dict.fromkeys(_remedy(call, each) for each in left):
+    for remedy in dict.fromkeys(remedy_elsewhere(each, args.store) for each in left):
         out.line(f"to repair it: {remedy}")
-    if done.unlisted:
-        have = count(done.unlisted, "layer has", "layers have")
-        out.line(f"{have} nothing to compare with")
+    for why, number in Counter(doctor.uncompared.values()).items():
+        out.line(f"{count(number, 'layer was', 'layers were')} not compared: {why}")
     if done.after is not None:
         out.line(f"stopped early; continue with: onlap check --store {shown(args.store)} --after {shown(done.after)}")

@@ -104,6 +104,7 @@ def check_arguments(parser: Parser) -> None:
 
 
 def check(call: Call) -> int:
+    from onlap.check.findings import remedy_elsewhere
     from onlap.check.stores.docker.store import Docker
     from onlap.check.stores.doctor import Doctor
     from onlap.cli.shared.findings import show_finding
@@ -112,8 +113,8 @@ def check(call: Call) -> int:
     found = []
     for finding in doctor.findings():
         found.append(finding)
-        show_finding(call.out, finding)
-    return exits.DONE if all(each.severity != "error" for each in found) else exits.NO
+        show_finding(call.out, finding, remedy_elsewhere(finding, call.args.directory))
+    return exits.DONE if doctor.report(tuple(found)).ok else exits.NO
 
 
 def _root_arguments(parser: Parser) -> None:

@@ -21,6 +21,7 @@ from onlap.check.stores.containerd.images import Content, Stacked
 from onlap.check.stores.containerd.metadata import COMMITTED, read_record
 from onlap.check.stores.containerd.state import CATALOG, DATABASE, NATIVE, Snapshot, State, home_of
 from onlap.check.stores.contract import Layer
+from onlap.check.stores.workdir import make_workdir
 from onlap.errors import shown
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.syscalls.files import is_directory, is_file
@@ -145,8 +146,12 @@ class Containerd:
         state = self._state()
         snapshot = next((each for each in state.snapshots.values() if each.name == finding.thing), None)
         with errors.translated("make the workdir again", key=finding.thing):
-            if snapshot is None or structure.has_workdir(snapshot) or not _make_workdir(snapshot):
+            if snapshot is None or structure.has_workdir(snapshot):
                 return None
+            try:
+                make_workdir(snapshot.place, _WORKDIR_MODE)
+            except FileNotFoundError:
+                return None  # the daemon removes the snapshot
         return f"made the workdir of {shown(snapshot.name)} again"
 
     def _state(self) -> State:
@@ -170,6 +175,8 @@ class Containerd:
         keys = [key for _, key in state.owners.get(snapshot.key, ())]
         stacked = [each for key in keys for each in state.stacked.get(key, {}).values()]
         archives = (self._content.path(each.blob) for each in stacked if each.is_archive and self._is_there(each))
+        is_native = snapshot.key[0] == NATIVE
+        home = os.path.join(self.directory, home_of(snapshot.key[0]))
         return Layer(
             name=snapshot.name,
             place=snapshot.place,
@@ -183,7 +190,9 @@ class Containerd:
             images=tuple(state.belongs.get(snapshot.key, ())),
             shift=None if snapshot.record.is_mapped else shift,
             is_partial=shift is None,
-            is_whole=snapshot.key[0] == NATIVE,
+            is_whole=is_native,
+            # The tree is the directory, and what else is in it would be in every container.
+            beside=os.path.join(home, "onlap", str(snapshot.record.id)) if is_native else None,
         )
 
     def _is_there(self, stacked: Stacked) -> bool:
@@ -200,20 +209,3 @@ def _findings(state: State) -> dict[tuple[str, str, str | None], Finding]:
             detail = known.detail if finding.detail in known.detail else f"{known.detail}; {finding.detail}"
             found[identity(finding)] = known._replace(detail=detail, users=users)
     return found
-
-
-def _make_workdir(snapshot: Snapshot) -> bool:
-    """Make it, with the owner of the snapshot's directory; False if that has gone meanwhile; raises OSError."""
-    try:
-        place = os.open(snapshot.place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        owner = os.fstat(place)
-        os.mkdir("work", _WORKDIR_MODE, dir_fd=place)
-        os.chown("work", owner.st_uid, owner.st_gid, dir_fd=place, follow_symlinks=False)
-    except FileNotFoundError:
-        return False  # the daemon removes the snapshot
-    finally:
-        os.close(place)
-    return True

@@ -16,14 +16,23 @@ Source: moby v26.1.5, layer/filestore.go, image/fs.go, reference/store.go, conta
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.check.stores.docker.records import CACHE_ID, DIFF, PARENT, SIZE, ChainRecord, read_record
+from onlap.check.stores.docker.records import (
+    CACHE_ID,
+    DIFF,
+    DIGEST,
+    PARENT,
+    SIZE,
+    ChainRecord,
+    json_of,
+    read_record,
+    text_of,
+)
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.contract import Change
@@ -31,7 +40,6 @@ from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.layout import Layer
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
-from onlap.syscalls.files import open_file
 from onlap.trees.usage import Usage, usage
 
 IMAGE = "image"
@@ -40,9 +48,6 @@ INIT = "init"
 CACHE = "cache"
 UNUSED = "unused"
 ORPHAN = "orphan"
-
-# Docker's records are some KiB; repositories.json has some 200 bytes per name.
-_MAX_TEXT = 64 << 20
 
 
 class Known(NamedTuple):
@@ -103,6 +108,14 @@ class Root:
         self.layers = {layer.id: layer for layer in _in_order(self._find())}
         self._ids = {id: chain for chain, id in self.chains.items()}
         self._shorts: dict[str, str] | None = None
+        users: dict[str, set[str]] = {}
+        for name, chains in self.images.items():
+            for chain in chains:
+                users.setdefault(chain, set()).add(name)
+        for name, (_, _, top) in self.containers.items():
+            for chain in self.chain(top):
+                users.setdefault(chain, set()).add(name)
+        self._chain_users = {chain: tuple(sorted(names)) for chain, names in users.items()}
 
     def find(self, name: str) -> Known:
         """A layer by its id or the start of it, or the top layer of an image or container.
@@ -145,17 +158,15 @@ class Root:
 
     def users_of_chain(self, chain: str) -> tuple[str, ...]:
         """The images and containers that stand on an image layer, by its chain ID."""
-        on_images = {name for name, chains in self.images.items() if chain in chains}
-        on_it = {name for name, (_, _, top) in self.containers.items() if chain in self.chain(top)}
-        return tuple(sorted(on_images | on_it))
+        return self._chain_users.get(chain, ())
 
     def chain(self, top: str) -> list[str]:
         """The chain IDs of an image layer and those below it, uppermost first, as far as their records tell."""
-        found: list[str] = []
+        found: dict[str, None] = {}
         while top and top not in found:
-            found.append(top)
+            found[top] = None
             top = self.records[top].parent if top in self.records else ""
-        return found
+        return list(found)
 
     def parents(self, id: str) -> list[str] | None:
         """The ids of the layers below one, uppermost first; None if the records do not say."""
@@ -182,7 +193,7 @@ class Root:
             return found
         if self._shorts is None:
             directory = os.path.join(self.home, layout.LINKS)
-            names = [name for name in _names(directory) if os.path.islink(os.path.join(directory, name))]
+            names = [name for name in names_in(directory) if os.path.islink(os.path.join(directory, name))]
             self._shorts = {os.readlink(os.path.join(directory, name)): name for name in names}
         return self._shorts.get(f"../{id}/{layout.DIFF}")
 
@@ -296,10 +307,10 @@ def layer_ids(home: str) -> list[str]:
 def _read_chains(directory: str) -> tuple[dict[str, ChainRecord], list[str]]:
     """The records of the image layers by chain ID, and the names of those that Docker was about to remove."""
     records, removing = {}, []
-    for name in _names(directory):
+    for name in names_in(directory):
         where = os.path.join(directory, name)
         if len(name) == 64:
-            texts = {each: _text_if_any(os.path.join(where, each)) for each in (CACHE_ID, DIFF, PARENT, SIZE)}
+            texts = {each: text_of(os.path.join(where, each)) for each in (CACHE_ID, DIFF, PARENT, SIZE)}
             records[f"sha256:{name}"] = read_record(where, f"sha256:{name}", texts)
         else:  # "<chain>-<random>-removing"
             removing.append(name)
@@ -315,11 +326,13 @@ def _read_images(store: str) -> tuple[dict[str, list[str]], dict[str, tuple[str,
             names.setdefault(str(id), []).append(reference)
     directory = os.path.join(store, "imagedb", "content", "sha256")
     found = {}
-    for name in _names(directory):
+    for name in names_in(directory):
         rootfs = _json(os.path.join(directory, name)).get("rootfs")
         diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
         names.setdefault(f"sha256:{name}", [])
-        found[f"sha256:{name}"] = tuple(str(id) for id in (diff_ids if isinstance(diff_ids, list) else ()))
+        listed = diff_ids if isinstance(diff_ids, list) else []
+        whole = all(isinstance(id, str) and DIGEST.fullmatch(id) for id in listed)
+        found[f"sha256:{name}"] = tuple(listed) if whole else ()
     return names, found
 
 
@@ -327,7 +340,7 @@ def _read_containers(directory: str, mounts: str) -> tuple[dict[str, tuple[str, 
     """Writable layer, init layer and parent chain by container; and all writable layers that Docker knows."""
     containers: dict[str, tuple[str, str, str]] = {}
     known: set[str] = set()
-    for key in _names(mounts):
+    for key in names_in(mounts):
         where = os.path.join(mounts, key)
         id, init = _text(os.path.join(where, "mount-id")), _text(os.path.join(where, "init-id"))
         known.update(each for each in (id, init) if each)
@@ -347,7 +360,7 @@ def _cached(directory: str, ids: list[str]) -> list[str]:
     """
     found: set[str] = set()
     where = os.path.join(directory, "buildkit")
-    for name in _names(where):
+    for name in names_in(where):
         path = os.path.join(where, name)
         if not name.endswith(".db") or not os.path.getsize(path):
             continue
@@ -371,7 +384,8 @@ def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
         yield from rest
 
 
-def _names(directory: str) -> list[str]:
+def names_in(directory: str) -> list[str]:
+    """The names in a directory, sorted; none if there is no directory. Raises OSError."""
     try:
         return sorted(os.listdir(directory))
     except FileNotFoundError:
@@ -379,22 +393,9 @@ def _names(directory: str) -> list[str]:
 
 
 def _text(path: str) -> str:
-    return _text_if_any(path) or ""
-
-
-def _text_if_any(path: str) -> str | None:
-    """A small file, without what surrounds its text; None if there is none."""
-    try:
-        with open_file(path) as file:
-            return os.fsdecode(file.read(_MAX_TEXT)).strip()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
+    return text_of(path) or ""
 
 
 def _json(path: str) -> dict[str, object]:
     """A JSON object; empty if the file is missing or damaged, as Docker also treats it."""
-    try:
-        value = json.loads(_text(path) or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return json_of(path) or {}

@@ -13,6 +13,7 @@ Source: moby v26.1.5, layer/filestore.go and layer/ro_layer.go.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,15 +21,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from onlap.graphdrivers import layout
 from onlap.layers.stream.digests import chain_ids
-from onlap.syscalls.files import is_file
+from onlap.syscalls.files import is_directory, is_file, open_file
 
 if TYPE_CHECKING:
     from onlap.check.stores.docker.data_root import Root
 
+# Docker's records are some KiB; repositories.json has some 200 bytes per name.
+_MAX_TEXT = 64 << 20
+
 SPLIT = "tar-split.json.gz"
 CACHE_ID, DIFF, PARENT, SIZE = "cache-id", "diff", "parent", "size"
 
-_DIGEST = re.compile("sha256:[0-9a-f]{64}")
+DIGEST = re.compile("sha256:[0-9a-f]{64}")
 # moby, layer/filestore.go, GetCacheID: stringIDRegexp.
 _CACHE_ID = re.compile("[a-f0-9]{64}(-init)?")
 
@@ -56,6 +60,31 @@ class ChainRecord(NamedTuple):
         return os.path.join(self.directory, SPLIT)
 
 
+def cache_id(directory: str) -> str | None:
+    """The driver's id in a record; None if the record has lost it, and empty if there is no record any more."""
+    if not is_directory(directory):
+        return ""
+    return text_of(os.path.join(directory, CACHE_ID)) or None
+
+
+def text_of(path: str) -> str | None:
+    """A small file, without what surrounds its text; None if there is none, or it cannot be read, which is damage."""
+    try:
+        with open_file(path) as file:
+            return os.fsdecode(file.read(_MAX_TEXT)).strip()
+    except OSError:
+        return None
+
+
+def json_of(path: str) -> dict[str, object] | None:
+    """A JSON object; None if the file is missing or damaged."""
+    try:
+        value = json.loads(text_of(path) or "")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_record(directory: str, chain: str, texts: Mapping[str, str | None]) -> ChainRecord:
     """The record of an image layer.
 
@@ -72,12 +101,12 @@ def read_record(directory: str, chain: str, texts: Mapping[str, str | None]) -> 
     if not cache_id or "/" in cache_id or cache_id in (".", ".."):
         damaged.append(CACHE_ID)
         cache_id = ""
-    if not _DIGEST.fullmatch(diff_id):
+    if not DIGEST.fullmatch(diff_id):
         damaged.append(DIFF)
         diff_id = ""
     # A layer without a parent has its diff ID as its chain ID, so that a lost file shows.
     is_lost = texts.get(PARENT) == "" or diff_id not in ("", chain)
-    if not _DIGEST.fullmatch(parent) if parent else is_lost:
+    if not DIGEST.fullmatch(parent) if parent else is_lost:
         damaged.append(PARENT)
         parent = ""
     if not size.isdigit():

@@ -6,26 +6,32 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 
 from onlap import errors
-from onlap.check.findings import Finding
+from onlap.check.findings import Finding, identity
 from onlap.check.stores.archive import Uncomparable
 from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
 from onlap.check.stores.docker import records, structure
 from onlap.check.stores.docker.data_root import ORPHAN, Root, open_root
-from onlap.check.stores.docker.records import CACHE_ID, SPLIT, ChainRecord
+from onlap.check.stores.docker.records import CACHE_ID, SPLIT, ChainRecord, cache_id
+from onlap.check.stores.workdir import make_workdir
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
-from onlap.syscalls.files import exists, is_directory, open_file
+from onlap.syscalls.files import is_directory, open_file
+from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.atomic import rewrite
+from onlap.trees.walk import opened
 
 # moby, daemon/daemon_unix.go: with userns-remap the data root is DIR/<uid>.<gid> of the user namespace's root.
 _REMAPPED = re.compile(r"([0-9]+)\.([0-9]+)")
 _MAX_DOCUMENT = 8 << 20
+# Seconds before each further look at what did not fit: dockerd writes an image's records within milliseconds.
+_PAUSES = (0.1, 0.5)
 
 
 class Docker:
@@ -45,22 +51,31 @@ class Docker:
         self._driver = driver
         self._root = open_root(directory, driver)
         self.directory = self._root.directory
-        owner = os.stat(self._root.home).st_uid
-        remapped = _REMAPPED.fullmatch(os.path.basename(self.directory))
+        with errors.translated("look at the data root", key=self.directory):
+            owner = os.stat(self._root.home).st_uid
+        remapped = _REMAPPED.fullmatch(os.path.basename(os.path.realpath(self.directory)))
         self._shift: int | None = 0
-        if owner and not remapped:
-            self._shift = None  # rootless: mapped by /etc/subuid of its user, at the time
-        elif remapped:
+        if remapped:
             self._shift = int(remapped[1]) if remapped[1] == remapped[2] else None
-        self._markers = Markers(USER if owner and not remapped else TRUSTED)
+        elif owner:
+            self._shift = None  # rootless: mapped by /etc/subuid of its user, at the time
+        is_rootless = in_user_namespace() or (owner and not remapped)
+        self._markers = Markers(USER if is_rootless else TRUSTED)
 
     def findings(self) -> Iterator[Finding]:
-        """See the contract."""
+        """See the contract. What does not fit is read again: dockerd may have been in the middle of a change."""
         with errors.translated("check the data root", key=self.directory):
-            yield from structure.findings(self._root)
+            found = _findings(self._root)
+            for pause in _PAUSES if found else ():
+                time.sleep(pause)
+                self._root = open_root(self.directory, self._driver)
+                again = _findings(self._root)
+                found = {each: finding for each, finding in again.items() if each in found}
+        yield from found.values()
 
     def layers(self) -> list[Layer]:
         """See the contract."""
+        self._root = open_root(self.directory, self._driver)
         with errors.translated("read the data root", key=self.directory):
             return list(self._layers())
 
@@ -72,19 +87,18 @@ class Docker:
             below = [root.chains[each] for each in root.chain(chain)[1:] if each in root.chains]
             place = os.path.join(root.home, record.cache_id)
             yield Layer(
-                record.cache_id,
-                place,
-                os.path.join(place, layout.DIFF),
-                tuple(tree for id in below if os.path.isdir(tree := os.path.join(root.home, id, layout.DIFF))),
-                self._markers,
-                record.diff_id or None,
-                _digests(root, record.diff_id),
-                None,
-                None if SPLIT in record.damaged else record.split,
-                record.split,
-                root.users_of_chain(chain),
-                tuple(sorted(images.get(chain, ()))),
-                self._shift,
+                name=record.cache_id,
+                place=place,
+                tree=os.path.join(place, layout.DIFF),
+                lowers=tuple(tree for id in below if os.path.isdir(tree := os.path.join(root.home, id, layout.DIFF))),
+                markers=self._markers,
+                diff_id=record.diff_id or None,
+                digests=_digests(root, record.diff_id),
+                split=None if SPLIT in record.damaged else record.split,
+                split_place=record.split,
+                users=root.users_of_chain(chain),
+                images=tuple(sorted(images.get(chain, ()), key=lambda name: ("@" not in name, name))),
+                shift=self._shift,
                 is_partial=self._shift is None,
             )
 
@@ -94,9 +108,11 @@ class Docker:
 
     def has(self, layer: Layer) -> bool:
         """See the contract."""
-        # A record is removed as a whole (rename(2)), before the layer is.
+        # A record is removed as a whole (rename(2)), before the layer is; made again, it has another cache ID.
+        if layer.split_place is None:
+            return False
         with errors.translated("read the data root", key=self.directory):
-            return layer.split is None or exists(layer.split)
+            return cache_id(os.path.dirname(layer.split_place)) in (None, layer.name)
 
     def blob(self, digest: str) -> str | None:
         """See the contract."""
@@ -104,16 +120,15 @@ class Docker:
 
     def mend(self, finding: Finding) -> str | None:
         """See the contract."""
+        self._root = open_root(self.directory, self._driver)
         with errors.translated("repair the data root", key=finding.thing):
             if finding.kind == "link-missing":
                 return self._mend_link(finding.thing)
             if finding.kind == "lower-wrong":
                 return self._mend_lower(finding.thing)
             if finding.kind == "workdir-missing":
-                # moby v26.1.5, overlay2.go, create: the owner of the root in the layers, and only for it.
-                path = os.path.join(self._root.home, finding.thing, layout.WORK)
-                os.mkdir(path, 0o700)
-                os.chown(path, self._shift or 0, self._shift or 0)
+                # moby v26.1.5, overlay2.go, create
+                make_workdir(os.path.join(self._root.home, finding.thing), 0o700)
                 return "made again"
             if finding.kind == "record-damaged" and finding.path is not None:
                 return self._mend_record(finding.thing, finding.path)
@@ -127,6 +142,8 @@ class Docker:
             rewrite(os.path.join(home, id, layout.LINK), short.encode())
             return "written again, as its link is called"
         os.symlink(os.path.join("..", id, layout.DIFF), os.path.join(home, layout.LINKS, short))
+        with opened(os.path.join(home, layout.LINKS)) as links:
+            os.fsync(links)
         return "linked again"
 
     def _mend_lower(self, id: str) -> str | None:
@@ -158,7 +175,9 @@ class Docker:
                 continue
             place = os.path.join(self._root.home, known.id)
             tree = os.path.join(place, layout.DIFF)
-            layer = Layer(known.id, place, tree, (), self._markers, record.diff_id, split=record.split)
+            layer = Layer(
+                known.id, place, tree, (), self._markers, record.diff_id, split=record.split, shift=self._shift
+            )
             comparison = Comparison(layer, lambda _size: None)
             with contextlib.suppress(NoTree, Uncomparable, errors.OnlapError):
                 comparison.run()
@@ -166,6 +185,10 @@ class Docker:
                 rewrite(os.path.join(record.directory, CACHE_ID), known.id.encode())
                 return f"written again: {shown(known.id)} makes its archive; restart dockerd"
         return None
+
+
+def _findings(root: Root) -> dict[tuple[str, str, str | None], Finding]:
+    return {identity(each): each for each in structure.findings(root)}
 
 
 def _repositories(root: Root) -> dict[str, set[str]]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 
 from onlap.check.findings import Finding
-from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root, layer_ids
-from onlap.check.stores.docker.records import PARENT, SPLIT, ChainRecord, expected_lower
+from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root, layer_ids, names_in
+from onlap.check.stores.docker.records import DIGEST, PARENT, SPLIT, ChainRecord, expected_lower, json_of
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.home import UNFINISHED
 from onlap.graphdrivers.layout import Layer
-from onlap.layers.stream.digests import chain_ids, digest_of
+from onlap.layers.stream.digests import PREFIX, chain_ids
 from onlap.syscalls.files import exists, is_directory, open_file
-
-_DIGEST = re.compile("sha256:[0-9a-f]{64}")
-# Configurations of images are a few KiB; containerd reads documents of images up to this size (8 MiB).
-_MAX_DOCUMENT = 8 << 20
+from onlap.trees.manifest import digest_of
 
 
 def findings(root: Root) -> Iterator[Finding]:
@@ -42,13 +37,15 @@ def findings(root: Root) -> Iterator[Finding]:
 def _documents(root: Root) -> Iterator[Finding]:
     path = os.path.join(root.store, "repositories.json")
     if exists(path):
-        try:
-            with open_file(path) as file:
-                known = json.load(file)
-        except (ValueError, RecursionError):
-            known = None
-        if not isinstance(known, dict) or not isinstance(known.get("Repositories"), dict):
+        known = json_of(path)
+        if known is None or not isinstance(known.get("Repositories"), dict):
             yield Finding("record-damaged", os.path.relpath(path, root.directory), detail="the names of all images")
+    for id in names_in(os.path.join(root.directory, "containers")):
+        path = os.path.join(root.directory, "containers", id, "config.v2.json")
+        if json_of(path) is None:
+            yield Finding(
+                "record-damaged", os.path.relpath(path, root.directory), detail="a container's", users=(id[:12],)
+            )
 
 
 def _images(root: Root) -> Iterator[Finding]:
@@ -57,18 +54,27 @@ def _images(root: Root) -> Iterator[Finding]:
         name = names[0] if names else id.removeprefix("sha256:")[:12]
         users = tuple(names)
         path = os.path.join(directory, id.removeprefix("sha256:"))
-        if not _DIGEST.fullmatch(id) or not exists(path):
-            yield Finding("image-damaged", name, detail="its configuration is gone", users=users)
-            continue
-        with open_file(path) as file:
-            content = file.read(_MAX_DOCUMENT)
-        if digest_of(content) != id:
-            what = "its configuration is not what its digest says" if content else "its configuration is empty"
+        what = _wrong_with(path, id) if DIGEST.fullmatch(id) else "its id is no digest"
+        if what is not None:
             yield Finding("image-damaged", name, detail=what, users=users)
             continue
         for chain in root.images.get(name, ()):
             if chain not in root.records:
                 yield Finding("record-missing", chain, detail="of an image layer", users=root.users_of_chain(chain))
+
+
+def _wrong_with(path: str, id: str) -> str | None:
+    try:
+        with open_file(path) as file:
+            found = f"{PREFIX}{digest_of(file.fileno())}"
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return "its configuration is gone"
+    except OSError as error:
+        return f"its configuration cannot be read: {error.strerror}"
+    if found == id:
+        return None
+    return "its configuration is not what its digest says" if size else "its configuration is empty"
 
 
 def _chains(root: Root) -> Iterator[Finding]:
