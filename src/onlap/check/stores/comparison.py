@@ -255,11 +255,13 @@ class Comparison:
         if there is None:
             self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
         elif target not in self._paths or other is None:
-            return  # a copy of a file of a layer below; or it has lost its first name, which is told
+            pass  # a copy of a file of a layer below; or it has lost its first name, which is told
         elif not os.path.samestat(there, other):
             self.deviations[path] = Deviation(path, expected, frozenset({"links"}), found=True)
         else:
             self._settle(target, entry, there)
+        if self._keep and target in self._paths:
+            self._take_over(target, entry, there if other is None else other)
 
     def _settle(self, target: str, entry: tar.Entry, there: os.stat_result) -> None:
         """The peers set what the header of a link says, too, and the last one stays."""
@@ -275,6 +277,19 @@ class Comparison:
             found.get(name) == deviation.expected.xattrs.get(name) for name in names
         ):
             self._remove(target, frozenset({"xattrs"}))
+
+    def _take_over(self, target: str, entry: tar.Entry, status: os.stat_result | None) -> None:
+        """Expect of a file what the header of a link says, unless it is as an earlier header says."""
+        first = self.listed.get(target)
+        if first is None or not (
+            status is None or not _is_as(first, status) or judgement.agrees(entry, status, self.layer.shift)
+        ):
+            return
+        for path in (target, *self._linked_to[target]):
+            if path in self.listed:
+                expected = self.listed[path] = judgement.linked(self.listed[path], entry, status, self.layer)
+                if path in self.deviations:
+                    self.deviations[path] = self.deviations[path]._replace(expected=expected)
 
     def _linked(self, path: str, target: str, there: os.stat_result | None) -> Entry:
         """What a further name of a file should be."""
@@ -530,3 +545,9 @@ class _Below:
         for name in above:
             directory = None if directory is None else directory.open(name)
         return None if directory is None else directory.lookup(base)
+
+
+def _is_as(entry: Entry, status: os.stat_result) -> bool:
+    """Whether a file has the attributes that its names share."""
+    found = status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns
+    return found == (entry.mode, entry.uid, entry.gid, entry.mtime_ns)

@@ -93,6 +93,24 @@ def agrees(entry: tar.Entry, status: os.stat_result, shift: int | None) -> bool:
     )
 
 
+def linked(first: Entry, entry: tar.Entry, status: os.stat_result | None, layer: Layer) -> Entry:
+    """What a file with several names should be after the entry of a further one, whose header the peers apply, too.
+
+    Args:
+        first: what it should be before.
+        entry: of the further name.
+        status: of the file, if it is there.
+        layer: the layer.
+    """
+    mtime = bounded(entry.mtime_ns)
+    if status is not None and _is_same_time(mtime, status.st_mtime_ns):
+        mtime = status.st_mtime_ns
+    mode = first.mode if stat.S_ISLNK(first.mode) else stat.S_IFMT(first.mode) | entry.mode
+    if layer.shift is None:
+        return first._replace(mode=mode, mtime_ns=mtime)
+    return first._replace(mode=mode, uid=entry.uid + layer.shift, gid=entry.gid + layer.shift, mtime_ns=mtime)
+
+
 def bounded(mtime_ns: int) -> int:
     """The time that the peers give a file, in nanoseconds."""
     return mtime_ns if 0 <= mtime_ns <= _LAST_TIME else 0
