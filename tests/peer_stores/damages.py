@@ -40,6 +40,11 @@ def write(path: Path, content: bytes, at: int = 0) -> None:
         file.write(content)
 
 
+def lose(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
 def zero(path: Path) -> None:
     write(path, bytes(path.stat().st_size))
 
@@ -184,6 +189,13 @@ TREES: dict[str, Damage] = {
     "a directory made a file": Damage(
         lambda tree: into_file(tree / "d/file-now"),
         (("file-changed", "d/file-now", "type"), ("file-missing", "d/file-now/f", "")),
+    ),
+    "a file with two headers": Damage(
+        lambda tree: os.truncate(tree / "link-first", 1), one("file-changed", "link-first", "size")
+    ),
+    "both names of a file": Damage(
+        lambda tree: lose(tree / "link-first", tree / "link-other"),
+        (("file-missing", "link-first", ""), ("file-missing", "link-other", "")),
     ),
     "both entries' file": Damage(lambda tree: os.truncate(tree / "twice", 1), one("file-changed", "twice", "size")),
     "whiteout missing": Damage(

@@ -1,7 +1,7 @@
 """What is done by hand to the records of stores with the image ``awkward``, and what is to be found.
 
-What stands in a finding's place is written with ``{0}`` for the name of the lowest layer, and so on; with ``{c0}`` for its
-chain ID, ``{d0}`` for its diff ID, ``{b0}`` for the digest of its blob, and ``{s0}`` for its short link.
+In what is to be found ``{0}`` stands for the name of the lowest layer, and so on, ``{c0}`` for its chain ID, and
+``{b0}`` for the digest of its blob; ``{}`` stands for the short link of the second layer.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class Place:
         for number, name in enumerate(self.store.names):
             known[f"{{{number}}}"] = name
             known[f"{{c{number}}}"] = self.chains[number]
-            known[f"{{d{number}}}"] = self.diff_ids[number]
             known[f"{{b{number}}}"] = self.blobs[number]
         for word, value in known.items():
             text = text.replace(word, value)
@@ -76,7 +75,7 @@ class Damage(NamedTuple):
     """One damage.
 
     Attributes:
-        do: does it; returns what stands in the findings for ``{}``.
+        do: does it.
         found: kind, thing, path (or None) and words of the detail of each finding.
         mended: whether a repair, with an archive of the image, leaves nothing.
         users: who is named.
@@ -111,11 +110,6 @@ def cut(path: Path) -> None:
 
 def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
-
-
-def lose_blob_and_file(place: Place) -> None:
-    (place.trees[0] / "d/gone").unlink()
-    place.blob(place.blobs[0]).unlink()
 
 
 DOCKER: dict[str, Damage] = {
@@ -203,11 +197,15 @@ CONTAINERD: dict[str, Damage] = {
     "blob": Damage(
         lambda place: place.blob(place.blobs[0]).unlink(),
         one("blob-missing", "{b0}", None, "containerd has a record of it, but there is no file"),
+        users=(NAME,),
     ),
-    "blob cut": Damage(lambda place: cut(place.blob(place.blobs[0])), one("blob-damaged", "{b0}", None, "bytes, not ")),
+    "blob cut": Damage(
+        lambda place: cut(place.blob(place.blobs[0])), one("blob-damaged", "{b0}", None, "bytes, not "), users=(NAME,)
+    ),
     "blob empty": Damage(
         lambda place: place.blob(place.blobs[1]).write_bytes(b""),
         one("blob-damaged", "{b1}", None, "it has 0 bytes, not "),
+        users=(NAME,),
     ),
     "blob with another bit": Damage(
         lambda place: flip(place.blob(place.blobs[0])), one("blob-damaged", "{b0}", None, "the content is sha256:")
@@ -216,10 +214,7 @@ CONTAINERD: dict[str, Damage] = {
         lambda place: flip(place.blob(place.blobs[1])), one("blob-damaged", "{b1}", None, "the gzip stream is damaged")
     ),
     "blob of zstd with another bit": Damage(
-        lambda place: flip(place.blob(place.blobs[3])), one("blob-damaged", "{b3}", None, "?")
-    ),
-    "blob and a file": Damage(
-        lose_blob_and_file, (("blob-missing", "{b0}", None, "containerd has a record of it, but there is no file"),)
+        lambda place: flip(place.blob(place.blobs[3])), one("blob-damaged", "{b3}", None, "not a tar archive")
     ),
     "a directory of nobody": Damage(
         lambda place: (place.trees[0].parents[1] / "4711" / "fs").mkdir(parents=True),
@@ -248,7 +243,7 @@ PODMAN: dict[str, Damage] = {
         lambda place: zero(place.split(0)), one("split-damaged", "{0}", None, "Not a gzipped file")
     ),
     "list of the layer with another bit": Damage(
-        lambda place: flip(place.split(0)), one("split-damaged", "{0}", None, "")
+        lambda place: flip(place.split(0)), one("split-damaged", "{0}", None, "bad archive")
     ),
     "short link": Damage(lambda place: place.link(1).unlink(), one("link-missing", "{1}", None, "is missing")),
     "list of lower layers": Damage(

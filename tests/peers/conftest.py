@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 import capabilities
+from peer_stores import making
+from peer_stores.making import Made
 from peers import daemons, gobuild, images
 from peers.daemons import Containerd, Dockerd, Onlap
 from peers.remote import NAMESPACE, RemoteDiffer
@@ -33,6 +35,24 @@ def place() -> Iterator[Path]:
     # A mount that is left fails the removal: it is a defect, and nothing is deleted through it.
     assert os.fsencode(path) not in Path("/proc/self/mountinfo").read_bytes()
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def made(tool: Path) -> Iterator[Mapping[str, Made]]:
+    """Healthy stores of :data:`peer_stores.making.MAKERS` with one image, by kind; made when they are asked for."""
+    top = Path(tempfile.mkdtemp(prefix="onlap-", dir=capabilities.overlay_directory()[0]))
+
+    class Stores(dict[str, Made]):
+        def __missing__(self, kind: str) -> Made:
+            where = top / kind
+            where.mkdir()
+            # Docker and containers/storage do not take two entries for one path.
+            image = making.awkward(where, tool, twice=kind == "containerd")
+            self[kind] = making.MAKERS[kind](where, image)
+            return self[kind]
+
+    yield Stores()
+    shutil.rmtree(top)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
-"""Records damaged by hand in stores that real daemons made: each damage is found as what it is, and mended if it can be."""
+"""Records of real stores, damaged by hand: each damage is found as what it is, and mended if it can be."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import pytest
 
@@ -12,6 +11,7 @@ from onlap.check.findings import Finding
 from onlap.check.stores.repair import StoreRepair
 from onlap.check.stores.supply import Supply
 from peer_stores import making as stores
+from peer_stores.damages import TREES, inflict
 from peer_stores.making import Made, assert_same_layers, looked
 from peer_stores.records import RECORDS, Place
 
@@ -20,27 +20,13 @@ pytestmark = pytest.mark.needs(
 )
 
 
-@pytest.fixture(scope="module")
-def made(place: Path, tool: Path) -> Iterator[dict[str, Made]]:
-    """Healthy stores with the image, made when they are asked for first."""
-
-    class Stores(dict[str, Made]):
-        def __missing__(self, kind: str) -> Made:
-            where = place / kind
-            where.mkdir()
-            self[kind] = stores.MAKERS[kind](where, stores.awkward(where, tool))
-            return self[kind]
-
-    return Stores()
-
-
 def _facts(findings: Iterable[Finding]) -> list[tuple[str, str, str | None, str]]:
     """What is compared; some details are the words of others, or have a path."""
     return sorted((each.kind, each.thing, each.path, each.detail) for each in findings)
 
 
-@pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind, known in RECORDS.items() for what in known])
-def test_a_damage_of_records(made: dict[str, Made], kind: str, what: str) -> None:
+@pytest.mark.parametrize("kind, what", [(kind, what) for kind, known in RECORDS.items() for what in known])
+def test_a_damage_of_records(made: Mapping[str, Made], kind: str, what: str) -> None:
     store, damage = made[kind], RECORDS[kind][what]
     root = stores.copied(store.root, store.root.with_name("damaged"))
     try:
@@ -71,6 +57,28 @@ def test_a_damage_of_records(made: dict[str, Made], kind: str, what: str) -> Non
             return
         assert all(each.possible for each in done), done
         assert repair.left == ()
+        stores.assert_healthy(root)
+        assert_same_layers(store, root)
+    finally:
+        shutil.rmtree(root)
+
+
+def test_what_is_wrong_behind_a_lost_blob(made: Mapping[str, Made]) -> None:
+    """A layer cannot be compared before its blob is there again; then the rest is found, and repaired next."""
+    store = made["containerd"]
+    root = stores.copied(store.root, store.root.with_name("damaged"))
+    try:
+        place = Place(root, store)
+        inflict(TREES["missing"], place.trees[0])
+        place.blob(place.blobs[0]).unlink()
+        found = looked(root)
+        assert [each.kind for each in found.findings] == ["blob-missing"]
+        assert found.unlisted == 1
+        for left in ["file-missing"], []:
+            with Supply(archives=(str(store.archive),)) as supply:
+                repair = StoreRepair(stores.opened(root), supply)
+                list(repair.run(looked(root).findings))
+            assert [each.kind for each in repair.left] == left
         stores.assert_healthy(root)
         assert_same_layers(store, root)
     finally:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from onlap.check.findings import Finding
-from onlap.check.stores.case import Done
-from onlap.check.stores.repair import StoreRepair
+from onlap.check.stores.repair import Done, StoreRepair
 from onlap.check.stores.supply import Supply
 from onlap.testing.same import differences
 from peer_stores import damages
@@ -24,11 +23,8 @@ pytestmark = pytest.mark.needs(
 
 
 @pytest.fixture(scope="module", params=stores.MAKERS)
-def store(request: pytest.FixtureRequest, place: Path, tool: Path) -> Made:
-    """A healthy store with the image, and with a container on it."""
-    where = place / request.param
-    where.mkdir()
-    return stores.MAKERS[request.param](where, stores.awkward(where, tool, twice=request.param == "containerd"))
+def store(request: pytest.FixtureRequest, made: Mapping[str, Made]) -> Made:
+    return made[request.param]
 
 
 @pytest.fixture
