@@ -286,9 +286,14 @@ def made(root: Path, image: Image, archive: Path, users: tuple[str, ...], kind: 
     return Made(root, users, image, archive, trees, tuple(each.name for each in found), listings)
 
 
+def digest(data: bytes) -> str:
+    """As registries write it."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
 def stacked(layers: Iterable[StoreLayer], image: Image) -> list[StoreLayer]:
     """Those layers that are the image's, lowest first."""
-    diff_ids = [f"sha256:{hashlib.sha256(each).hexdigest()}" for each in image.layers]
+    diff_ids = [digest(each) for each in image.layers]
     found: list[StoreLayer] = []
     for diff_id in diff_ids:
         below = tuple(each.tree for each in found[::-1])

@@ -6,7 +6,6 @@ In what is to be found ``{0}`` stands for the name of the lowest layer, and so o
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onlap.layers.stream.digests import chain_ids
-from peer_stores.making import NAME, Made
+from peer_stores.making import NAME, Made, digest
 from peers import images
 
 
@@ -30,10 +29,10 @@ class Place:
         self.root = root
         self.store = store
         self.trees = [root / each for each in store.trees]
-        self.diff_ids = [_digest(each) for each in store.image.layers]
+        self.diff_ids = [digest(each) for each in store.image.layers]
         self.chains = list(chain_ids(self.diff_ids))
         packed = zip(store.image.layers, ("", "gzip", "gzip", "zstd"), strict=True)
-        self.blobs = [_digest(images.compressed(layer, how)) for layer, how in packed]
+        self.blobs = [digest(images.compressed(layer, how)) for layer, how in packed]
 
     def chain(self, number: int, name: str) -> Path:
         """A file of Docker's record of a layer."""
@@ -85,10 +84,6 @@ class Damage(NamedTuple):
     found: tuple[tuple[str, str, str | None, str], ...]
     mended: bool = True
     users: tuple[str, ...] = (NAME, "box")
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def one(

@@ -1,0 +1,177 @@
+"""``onlap check --store --repair`` on stores with all damages at once, and the daemons on what was repaired."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from onlap.testing.same import assert_same_tree
+from peer_stores import making as stores
+from peer_stores.damages import TREES, inflict
+from peer_stores.making import NAME, TEXT, Made, Podman, assert_same_layers, check, command, looked
+from peers.daemons import Containerd, Onlap, eventually, output, run
+from peers.graphdrivers import GraphDockerd
+
+pytestmark = pytest.mark.needs(
+    "overlay",
+    "mount",
+    "peer:dockerd",
+    "peer:docker",
+    "peer:containerd",
+    "peer:ctr",
+    "peer:runc",
+    "peer:podman",
+    "peer:buildah",
+    "peer:skopeo",
+)
+KINDS = tuple(stores.MAKERS)
+# What containers print of the repaired files.
+PRINTED = ("d/truncated", "d/zeroed", "d/gone", "d/second0", "d/lost/f", "implied/deep/f", "opaque/new")
+OFFLINE = ("--network", "none")
+
+
+@pytest.fixture
+def place_of(place: Path, tmp_path: Path) -> Iterator[Callable[[Made], Path]]:
+    """Gives a copy of a store in a place of its own, to be damaged, where a daemon finds it."""
+    made: list[Path] = []
+
+    def copy(store: Made) -> Path:
+        # Short: the daemons' sockets are beside it.
+        where = place / f"r{len(made)}"
+        where.mkdir()
+        made.append(where)
+        return stores.copied(store.root, where / store.root.name)
+
+    yield copy
+    for each in made:
+        shutil.rmtree(each)
+
+
+def damage_all(store: Made, root: Path) -> list[tuple[str, str, str | None, str]]:
+    """All damages of trees at once; what is to be found."""
+    found = []
+    for what, damage in TREES.items():
+        if what in ("opaque lost", "a file with two headers"):
+            continue  # another damage takes it away
+        inflict(damage, root / store.trees[damage.layer])
+        found += [(kind, store.names[damage.layer], path, detail) for kind, path, detail in damage.found]
+    return sorted(found)
+
+
+def named(path: str | dict[str, str]) -> str:
+    """A path in JSON, which has those that are not UTF-8 in base64."""
+    return path if isinstance(path, str) else os.fsdecode(base64.b64decode(path["bytes"]))
+
+
+def printed(store: Made) -> bytes:
+    """What the words of :func:`words` print."""
+    tree = {path: listing for listing in store.listings for path, listing in listing.items()}
+    assert all(os.fsencode(each) in tree for each in PRINTED)
+    contents = [f"{each.removeprefix('d/')}: ".encode() + TEXT for each in PRINTED[:3]]
+    return b"".join((*contents, TEXT + b"0", TEXT, TEXT, TEXT))
+
+
+def words() -> list[str]:
+    return " -- ".join(f"cat /{each}" for each in PRINTED).split()
+
+
+def run_docker(store: Made, root: Path) -> None:
+    with GraphDockerd(root.parent, "overlay2", root) as dockerd:
+        docker = ["docker", "--host", f"unix://{dockerd.socket}"]
+        assert output(*docker, "run", "--rm", *OFFLINE, NAME, "/bin/tool", *words()) == printed(store)
+        assert dockerd.docker("start", "box").strip() == "box"
+        dockerd.docker("rm", "--force", "box")
+        # It makes each layer's archive from tree and tar-split, and it has the digests of before.
+        dockerd.docker("save", "--output", root.parent / "saved.tar", NAME)
+    listed = run("skopeo", "inspect", "--config", f"docker-archive:{root.parent / 'saved.tar'}")
+    assert all(stores.digest(each) in listed for each in store.image.layers)
+
+
+def run_containerd(store: Made, root: Path) -> None:
+    with Containerd(root.parent, Onlap(root.parent)) as containerd:
+        command = ["ctr", "--address", containerd.socket, "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
+        assert output(*command, "/bin/tool", *words()) == printed(store)
+        containerd.ctr("containers", "rm", "box")
+        eventually(lambda: looked(root).ok, "the snapshots of the containers are collected")
+
+
+def run_podman(store: Made, root: Path) -> None:
+    tools = Podman(root, root.parent)
+    container = tools.buildah("from", "--pull-never", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", NAME)
+    told = output("buildah", *tools.options, "run", "--isolation", "chroot", container, "/bin/tool", *words())
+    assert told == printed(store)
+    tools.buildah("rm", container)
+    (root / "db.sql").unlink()  # which says where the root was
+    tools.podman("save", "--format=oci-archive", "-o", root.parent / "saved.tar", NAME)
+    listed = run("skopeo", "inspect", "--config", f"oci-archive:{root.parent / 'saved.tar'}")
+    assert all(stores.digest(each) in listed for each in store.image.layers)
+
+
+def assert_kept(store: Made, root: Path) -> None:
+    """What was in the way is beside the tree, in a directory for each repair."""
+    (kept,) = ((root / store.trees[0]).parent / "onlap-damaged").iterdir()
+    assert (kept / "fs/d/truncated").stat().st_size == 5
+    assert not (kept / "fs/d/zeroed").read_bytes().strip(b"\0")
+    for name in ("more/in", "d/swapped/in"):
+        assert (kept / "fs" / name).read_bytes() == b"in it"
+    assert (kept / "fs/d/file-now").read_bytes() == b"a file"
+    assert not (kept / "fs/d/gone").exists()
+
+
+RUNS = {"docker": run_docker, "containerd": run_containerd, "podman": run_podman}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_damages_at_once(made: Mapping[str, Made], place_of: Callable[[Made], Path], kind: str) -> None:
+    """The command finds all of them, plans, and repairs; the daemon's containers have what they had."""
+    store = made[kind]
+    root = place_of(store)
+    expected = damage_all(store, root)
+    checked = check(root)
+    assert checked.status == 1
+    assert checked.errors == ""
+    *shown, summary, remedy = checked.lines
+    assert len(shown) == len(expected) > 40
+    users = ", ".join(sorted(store.users) if kind == "docker" else store.users)
+    assert (
+        f"error: file-changed: {store.names[0]}: /d/truncated: a file of a committed layer is not what was committed "
+        f"(size); used by {users}"
+    ) in shown
+    assert f"warning: file-unknown: {store.names[0]}: /more: a committed layer has a file that was not committed" in (
+        line.partition(";")[0] for line in shown
+    )
+    assert all(line.endswith(f"; used by {users}") for line in shown)
+    assert summary.startswith("checked ")
+    assert remedy == (
+        f"to repair it: onlap check --store {root} --repair, with a source: "
+        "--from-registry, --from-content or --from-archive FILE"
+    )
+    json = check(root, json=True)
+    assert json.status == 1
+    *found, last = json.items
+    assert sorted((each["kind"], each["thing"], named(each["path"]), each["detail"]) for each in found) == expected
+    assert last["ok"] is False
+
+    before = stores.everything(root)
+    planned = check(root, "--repair", "--from-archive", store.archive, "--dry-run")
+    assert planned.status == 1
+    assert sum(each.startswith("plan: ") for each in planned.lines) == len(expected), planned.lines
+    assert stores.everything(root) == before
+
+    repaired = check(root, "--repair", "--from-archive", store.archive)
+    assert f"repaired {len(expected)}, left 0" in repaired.lines, repaired.lines
+    assert repaired.status == 0
+    assert_same_layers(store, root)
+    assert_kept(store, root)
+    again = check(root)
+    assert (again.status, again.lines[0].rpartition(": ")[2]) == (0, "nothing found")
+    RUNS[kind](store, root)
+    stores.assert_healthy(root)
