@@ -21,6 +21,7 @@ from onlap.check.stores import split
 from onlap.check.stores.archive import Uncomparable
 from onlap.check.stores.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
+from onlap.check.stores.doctor import Doctor
 from onlap.layers.apply.archive import apply
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.trees.walk import opened
@@ -159,6 +160,23 @@ def test_damage(case: Case, form: str, damage: str) -> None:
     change, expected = DAMAGE[damage]
     keeping_times(change)(case.tree)
     assert case.found(form) == expected
+
+
+def test_sizes_are_named(case: Case) -> None:
+    """A power cut leaves files of no bytes."""
+
+    class One:
+        kind = "one"
+        directory = str(case.root)
+
+        def has(self, layer: Layer) -> bool:
+            return True
+
+    os.truncate(case.tree / "d/f", 0)
+    (case.tree / "o/new").write_text("22")
+    found = {each.path: each.detail for each in Doctor(One()).compare(case.layers["gzip"])}  # type: ignore[arg-type]
+    assert found["d/f"].endswith("size: it is empty, and had 300,000 bytes")
+    assert found["o/new"].endswith("size: it has 2 bytes, not 1")
 
 
 def test_a_time_that_differs_in_less_than_the_archive_has(case: Case) -> None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-import signal
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from onlap.testing.same import assert_same_tree
 from peer_stores import making as stores
 from peer_stores.damages import TREES, inflict
-from peer_stores.making import NAME, TEXT, Made, Podman, assert_same_layers, check, command, looked
+from peer_stores.making import NAME, TEXT, Made, Podman, assert_same_layers, check, looked
 from peers.daemons import Containerd, Onlap, eventually, output, run
 from peers.graphdrivers import GraphDockerd
 
@@ -73,7 +69,7 @@ def named(path: str | dict[str, str]) -> str:
 
 def printed(store: Made) -> bytes:
     """What the words of :func:`words` print."""
-    tree = {path: listing for listing in store.listings for path, listing in listing.items()}
+    tree = {path for listing in store.listings for path in listing}
     assert all(os.fsencode(each) in tree for each in PRINTED)
     contents = [f"{each.removeprefix('d/')}: ".encode() + TEXT for each in PRINTED[:3]]
     return b"".join((*contents, TEXT + b"0", TEXT, TEXT, TEXT))
@@ -97,7 +93,7 @@ def run_docker(store: Made, root: Path) -> None:
 
 def run_containerd(store: Made, root: Path) -> None:
     with Containerd(root.parent, Onlap(root.parent)) as containerd:
-        command = ["ctr", "--address", containerd.socket, "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
+        command = ["ctr", "--address", str(containerd.socket), "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
         assert output(*command, "/bin/tool", *words()) == printed(store)
         containerd.ctr("containers", "rm", "box")
         eventually(lambda: looked(root).ok, "the snapshots of the containers are collected")

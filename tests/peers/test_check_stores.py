@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from onlap.check.findings import Finding
-from onlap.check.stores.repair import Done, StoreRepair
+from onlap.check.stores.case import Done
+from onlap.check.stores.repair import StoreRepair
 from onlap.check.stores.supply import Supply
 from onlap.testing.same import differences
 from peer_stores import damages
