@@ -93,7 +93,17 @@ def run_docker(store: Made, root: Path) -> None:
 
 def run_containerd(store: Made, root: Path) -> None:
     with Containerd(root.parent, Onlap(root.parent)) as containerd:
-        command = ["ctr", "--address", str(containerd.socket), "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
+        command = [
+            "ctr",
+            "--address",
+            str(containerd.socket),
+            "run",
+            "--rm",
+            "--snapshotter",
+            "overlayfs",
+            NAME,
+            "proof",
+        ]
         assert output(*command, "/bin/tool", *words()) == printed(store)
         containerd.ctr("containers", "rm", "box")
         eventually(lambda: looked(root).ok, "the snapshots of the containers are collected")
