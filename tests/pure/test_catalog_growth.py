@@ -14,6 +14,7 @@ import pytest
 
 import onlap
 from onlap.catalog import records
+from onlap.catalog.background import sidecars
 from onlap.catalog.catalog import Catalog, New
 from onlap.catalog.db.database import Connection
 from onlap.catalog.records import Record
@@ -223,3 +224,76 @@ def test_a_copy_of_a_record_that_a_power_cut_emptied_is_written_again(tmp_path: 
         catalog._background(lambda: False)
         assert catalog.sidecars.is_current(catalog.get("", "name-2"))
         assert due(store) == 0
+
+
+def commit(store: Store, *names: str) -> list[Record]:
+    """Make committed snapshots, with the janitor stopped."""
+    catalog = store.snapshotter.catalog
+    catalog._janitor.stop()
+    for name in names:
+        store.prepare(f"key of {name}")
+        store.commit(name, f"key of {name}")
+    return [catalog.get("", name) for name in names]
+
+
+def stop_at_manifests(catalog: Catalog) -> Callable[[], bool]:
+    """What says that the work has to stop, from the moment at which all manifests are made."""
+    return lambda: bool(catalog.manifests._looked and not catalog.manifests._unlisted)
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_sidecar_gets_the_digest_of_a_manifest_that_was_made_just_before_the_end(tmp_path: Path, end: str) -> None:
+    """Of a process that is killed before it writes the digest, and of one that stops with more than it writes then."""
+    root = tmp_path / "root"
+    with onlap.open(root, snapshotter="native", sync="none") as store:
+        made = commit(store, "one", "two")
+        catalog = store.snapshotter.catalog
+        if end == "killed":
+            catalog.sidecars.write(lambda: False)
+            catalog.manifests.make(lambda: False)
+            # As the next process begins, since it sees what this one would have written at its end.
+            catalog.sidecars._unwritten.clear()
+            catalog.sidecars._written.clear()
+        else:
+            catalog._background(stop_at_manifests(catalog))
+            catalog.sidecars._unwritten.clear()
+        assert due(store) == 2
+    with onlap.open(root, sync="none") as store:
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+        assert [catalog.sidecars.is_current(each) for each in made] == [False, False]
+        catalog._background(lambda: False)
+        for each in made:
+            digest = catalog.database.read(lambda c: records.manifest(c, each.id))  # noqa: B023 - run at once
+            assert digest is not None
+            assert sidecars.read(catalog.layout.record(each.id)).manifest == digest
+        assert due(store) == 0
+
+
+def test_a_sidecar_that_lacks_a_digest_is_a_finding_unless_it_is_yet_to_be_written(tmp_path: Path) -> None:
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        (made,) = commit(store, "one")
+        catalog = store.snapshotter.catalog
+        catalog.sidecars.write(lambda: False)
+        catalog.usages.measure(lambda: False)
+        catalog.manifests.make(lambda: False)
+        assert store.check().findings == ()
+        catalog.database.write(lambda c: c.execute("UPDATE snapshots SET due = 0"))
+        assert [(finding.kind, finding.thing) for finding in store.check().findings] == [("sidecar-damaged", "one")]
+        store.cleanup()
+        assert store.check().findings == ()
+        assert catalog.sidecars.is_current(made)
+
+
+def test_another_process_that_lists_a_layer_does_not_end_what_is_left_to_do_for_it(tmp_path: Path) -> None:
+    """Its sidecar, which this process has written, has no digest yet."""
+    root = tmp_path / "root"
+    with onlap.open(root, snapshotter="native", sync="none") as store, onlap.open(root, sync="none") as other:
+        (made,) = commit(store, "one")
+        other.snapshotter.catalog._janitor.stop()
+        catalog = store.snapshotter.catalog
+        catalog.usages.measure(lambda: False)
+        catalog.sidecars.write(lambda: False)
+        other.snapshotter.catalog.manifests.ensure(made)
+        catalog.sidecars.clear_due()
+        assert due(store) == 1

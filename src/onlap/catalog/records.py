@@ -441,19 +441,24 @@ def set_due(connection: Connection, identifiers: Iterable[int]) -> None:
     connection.executemany("UPDATE snapshots SET due = 1 WHERE id = ? AND NOT due", ((each,) for each in identifiers))
 
 
-def clear_due(connection: Connection, done: Iterable[tuple[int, int]]) -> None:
+def is_due(connection: Connection, identifier: int) -> bool:
+    """Whether background work may be left for a snapshot."""
+    return connection.execute("SELECT 1 FROM snapshots WHERE id = ? AND due", (identifier,)).fetchone() is not None
+
+
+def clear_due(connection: Connection, done: Iterable[tuple[int, int, str | None]]) -> None:
     """Note for which of these snapshots no background work is left; the others stay due.
 
     Args:
         connection: in a write transaction.
-        done: the id of each, and its ``updated_ns`` when its sidecar was written.
+        done: the id of each, and what its sidecar has: ``updated_ns`` of the record, and the digest of the manifest.
     """
     connection.executemany(
         """
         UPDATE snapshots SET due = 0
         WHERE id = ? AND updated_ns = ? AND due AND (
             kind <> 'committed'
-            OR (size IS NOT NULL AND EXISTS (SELECT 1 FROM manifests WHERE snapshot = snapshots.id))
+            OR (size IS NOT NULL AND ? = (SELECT digest FROM manifests WHERE snapshot = snapshots.id))
         )
         """,
         done,

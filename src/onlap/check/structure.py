@@ -183,7 +183,9 @@ class Structure:
             yield Finding("manifest-missing", record.name)
 
     def _sidecar(self, record: Record) -> Iterator[Finding]:
-        if not self.catalog.sidecars.is_current(record):
+        # Before the sidecar is read, since one that is completed meanwhile was due until then.
+        is_due = self.catalog.database.read(lambda c: records.is_due(c, record.id))
+        if not self.catalog.sidecars.is_there(record):
             yield Finding("sidecar-missing", record.name)
             return
         try:
@@ -194,7 +196,7 @@ class Structure:
             yield Finding("sidecar-damaged", record.name, detail=error.message)
             return
         expected = self.catalog.sidecars.expected(record)
-        if found.manifest is None:  # one that was made since then is written into it next
+        if found.manifest is None and is_due:  # the digest of one that was made since then is written into it next
             found = found._replace(manifest=expected.manifest)
         if found != expected:
             yield Finding("sidecar-damaged", record.name)

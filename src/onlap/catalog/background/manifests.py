@@ -52,16 +52,16 @@ class Manifests:
         self.staging = staging
         self.database = database
         self._made = made
-        self._due: set[int] = set()
+        self._unlisted: set[int] = set()
         self._looked = False
 
     def committed(self, identifier: int) -> None:
         """Note that a snapshot was committed."""
-        self._due.add(identifier)
+        self._unlisted.add(identifier)
 
     def removed(self, identifier: int) -> None:
         """Note that a snapshot was removed: most are, in a burst, before their turn comes."""
-        self._due.discard(identifier)
+        self._unlisted.discard(identifier)
 
     def make(self, stop: Callable[[], bool]) -> int:
         """Make those that are missing, slowly, until ``stop`` says so; returns how many.
@@ -70,20 +70,20 @@ class Manifests:
             OnlapError: the catalog cannot be read.
         """
         if not self._looked:
-            self._looked = True
             # Only once, for what other processes left: they list their later commits, or the next process does.
-            self._due.update(self.database.read(records.without_manifest))
+            self._unlisted.update(self.database.read(records.without_manifest))
+            self._looked = True
         made = 0
         pace = Pace(stop, lambda: RATE, _BURST)
-        while self._due and not stop():
+        while self._unlisted and not stop():
             try:
-                identifier = self._due.pop()
+                identifier = self._unlisted.pop()
             except KeyError:
                 break  # it was removed meanwhile
             try:
                 made += self._make(identifier, pace)
             except Stopped:
-                self._due.add(identifier)
+                self._unlisted.add(identifier)
                 break
         return made
 

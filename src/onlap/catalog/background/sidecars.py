@@ -171,31 +171,31 @@ class Sidecars:
         self.layout = layout
         self.staging = staging
         self.database = database
-        self._due: set[int] = set()
-        # By id, the ``updated_ns`` of which the sidecar is written, until :meth:`clear_due` has noted that.
-        self._written: dict[int, int] = {}
+        self._unwritten: set[int] = set()
+        # By id, the ``updated_ns`` and the manifest's digest that a sidecar has, until :meth:`clear_due` was called.
+        self._written: dict[int, tuple[int, str | None]] = {}
         self._looked = False
         self._settings: dict[str, str] | None = None
 
     def changed(self, identifier: int) -> None:
-        """Note that the record of a snapshot is new or has changed."""
-        self._due.add(identifier)
+        """Note that the record of a snapshot, or its manifest, is new or has changed."""
+        self._unwritten.add(identifier)
 
     def removed(self, identifier: int) -> None:
         """Note that a snapshot was removed: most are, in a burst, before their turn comes."""
-        self._due.discard(identifier)
+        self._unwritten.discard(identifier)
         self._written.pop(identifier, None)
 
     def write(self, stop: Callable[[], bool]) -> None:
-        """Write all that are due, those of other processes too, until ``stop`` says so.
+        """Write all that are missing or old, those of other processes too, until ``stop`` says so.
 
         Raises:
             OnlapError: the catalog cannot be read.
         """
         if not self._looked:
-            self._looked = True
             # Only once, for what other processes left: they write what they change later, or the next process does.
-            self._due.update(self._outdated(records.DUE))
+            self._unwritten.update(self._outdated(records.DUE))
+            self._looked = True
         while not stop() and self._write_next():
             pass
         self._write_images()
@@ -217,49 +217,66 @@ class Sidecars:
         Raises:
             OnlapError: the catalog cannot be written.
         """
-        written = list(self._written.items())
+        written = [(identifier, *has) for identifier, has in list(self._written.items())]
         if not written:
             return
         # On a full or read-only disk they stay due, and the next process finds that nothing is left to do.
         with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
             self.database.write(lambda c: records.clear_due(c, written))
-        for identifier, _ in written:
+        for identifier, *_ in written:
             self._written.pop(identifier, None)
 
     def finish(self) -> None:
-        """Write what this process has left to do, if that is not much; never fails. The background has ended."""
-        if 0 < len(self._due) <= _AT_CLOSE:
+        """Write what this process has left to do, if that is not much. Call it when the background work has ended."""
+        if 0 < len(self._unwritten) <= _AT_CLOSE:
             with contextlib.suppress(errors.OnlapError):
                 while self._write_next():
                     pass
                 self._write_images()
 
     def is_current(self, record: Record) -> bool:
-        """Whether a snapshot's sidecar is there, as new as its record, and no empty shell; what it says is not checked.
+        """Whether a snapshot's sidecar is there, and has the digest of its manifest; no more of it is checked."""
+        return self._has(record, self._manifest(record))
+
+    def is_there(self, record: Record) -> bool:
+        """Whether a snapshot's sidecar is as new as its record, and not empty or zeroed; what it says is not checked.
 
         Nothing is synced here. Of one that was written just before a power cut there may be the name, the time and the
         length, and nothing in it, or zeroes.
         """
+        return self._data(record) != b""
+
+    def _has(self, record: Record, manifest: str | None) -> bool:
+        # Without parsing it: in a name or label, the quotes would be escaped.
+        return b'"manifest": ' + (f'"{manifest}"' if manifest else "null").encode() in self._data(record)
+
+    def _data(self, record: Record) -> bytes:
+        """The content of a sidecar that is there; else nothing."""
         try:
             fd = os.open(self.layout.record(record.id), OUR_FILE)
         except OSError:
-            return False
+            return b""
         try:
             status = os.fstat(fd)
             if status.st_mtime_ns != record.updated_ns:
-                return False
-            return os.pread(fd, 1, 0) + os.pread(fd, 1, max(0, status.st_size - 1)) == b"{}"
+                return b""
+            data = os.pread(fd, min(status.st_size, _LARGEST), 0)
         except OSError:
-            return False
+            return b""
         finally:
             os.close(fd)
+        return data if data[:1] + data[-1:] == b"{}" else b""
+
+    def _manifest(self, record: Record) -> str | None:
+        if record.kind != records.COMMITTED:
+            return None
+        return self.database.read(lambda c: records.manifest(c, record.id))
 
     def expected(self, record: Record) -> Sidecar:
         """What the sidecar of a record should say."""
         if self._settings is None:
             found = self.database.read(records.settings)
             self._settings = {key: value for key, value in found.items() if key not in _PASSING}
-        manifest = self.database.read(lambda c: records.manifest(c, record.id))
         return Sidecar(
             record.id,
             record.owner,
@@ -270,21 +287,22 @@ class Sidecars:
             record.updated_ns,
             record.empty,
             record.labels,
-            manifest,
+            self._manifest(record),
             self._settings,
         )
 
     def _outdated(self, condition: records.Condition | None) -> Iterator[int]:
         for record in records.walk(self.database.read, condition=condition):
-            if self.is_current(record):
-                self._written[record.id] = record.updated_ns
+            manifest = self._manifest(record)
+            if self._has(record, manifest):
+                self._written[record.id] = (record.updated_ns, manifest)
             else:
                 yield record.id
 
     def _write_next(self) -> bool:
-        """Write one that is due; returns whether there was one."""
+        """Write one that is missing or old; returns whether there was one."""
         try:
-            identifier = self._due.pop()
+            identifier = self._unwritten.pop()
         except KeyError:
             return False  # none, or the last one was removed meanwhile
         self.write_one(identifier)
@@ -295,8 +313,9 @@ class Sidecars:
         record = self.database.read(lambda c: records.by_id(c, identifier))
         if record is None:
             return
-        if self._put(self.layout.record(identifier), encode(self.expected(record)), record.updated_ns):
-            self._written[identifier] = record.updated_ns
+        sidecar = self.expected(record)
+        if self._put(self.layout.record(identifier), encode(sidecar), record.updated_ns):
+            self._written[identifier] = (record.updated_ns, sidecar.manifest)
 
     def _write_images(self) -> None:
         path = self.layout.images
