@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import onlap
+from onlap import errors
 from onlap.catalog import records
 from onlap.catalog.background import sidecars
 from onlap.catalog.catalog import Catalog, New
@@ -297,3 +298,78 @@ def test_another_process_that_lists_a_layer_does_not_end_what_is_left_to_do_for_
         other.snapshotter.catalog.manifests.ensure(made)
         catalog.sidecars.clear_due()
         assert due(store) == 1
+
+
+def test_a_commit_beside_the_first_look_at_what_is_left_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+        made: list[Record] = []
+
+        def beside(look: Callable[[Connection], list[int]]) -> Callable[[Connection], list[int]]:
+            def looked(connection: Connection) -> list[int]:
+                found = look(connection)
+                if not made:
+                    made.extend(commit(store, "one"))
+                return found
+
+            return looked
+
+        monkeypatch.setattr(records, "unmeasured", beside(records.unmeasured))
+        catalog.usages.measure(lambda: False)
+        assert catalog.get("", "one").size is not None
+
+
+@pytest.mark.parametrize("refusal", [errors.ResourceExhausted, errors.FailedPrecondition])
+def test_a_disk_that_takes_no_sizes_does_not_end_the_rest_of_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: type[errors.OnlapError]
+) -> None:
+    def refused(*_: object) -> None:
+        raise refusal("the disk is full, or read-only")
+
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        catalog = store.snapshotter.catalog
+        (made,) = commit(store, "one")
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "set_usages", refused)
+            catalog._background(lambda: False)
+        assert catalog.sidecars.is_current(made)
+        assert due(store) == 1
+        assert store.usage("one").inodes > 0
+
+
+def test_sizes_that_cannot_be_noted_now_are_noted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*_: object) -> None:
+        raise errors.Unavailable("another process has the lock")
+
+    with onlap.open(tmp_path / "root", snapshotter="native", sync="none") as store:
+        catalog = store.snapshotter.catalog
+        commit(store, "one")
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "set_usages", locked)
+            with pytest.raises(errors.Unavailable):
+                catalog._background(lambda: False)
+        catalog._background(lambda: False)
+        assert due(store) == 0
+
+
+@pytest.mark.parametrize("look", ["unmeasured", "without_manifest", "walk"])
+def test_a_look_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str) -> None:
+    """Else what other processes left would wait for the next process."""
+    root = tmp_path / "root"
+
+    def locked(*_: object, **__: object) -> None:
+        raise errors.Unavailable("another process has the lock")
+
+    with onlap.open(root, snapshotter="native", sync="none") as other, onlap.open(root, sync="none") as store:
+        commit(other, "one")
+        catalog = store.snapshotter.catalog
+        catalog._janitor.stop()
+        with monkeypatch.context() as patch:
+            patch.setattr(records, look, locked)
+            with pytest.raises(errors.Unavailable):
+                catalog._background(lambda: False)
+        catalog._background(lambda: False)
+        assert due(store) == 0

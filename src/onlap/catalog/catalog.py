@@ -364,6 +364,7 @@ class Catalog:
         """Delete the tree of a snapshot whose record is gone."""
         self.sidecars.removed(identifier)
         self.manifests.removed(identifier)
+        self.usages.removed(identifier)
         # The snapshot is removed: a failure from here on only delays the release of its space.
         try:
             self.trash.put(self.layout.snapshot(identifier))

@@ -29,32 +29,38 @@ class Usages:
     def __init__(self, layout: Layout, database: Database) -> None:
         self.layout = layout
         self.database = database
-        self._unmeasured: list[int] | None = None
+        self._unmeasured: set[int] = set()
+        self._looked = False
 
     def committed(self, identifier: int) -> None:
-        """Have a newly committed snapshot measured."""
-        if self._unmeasured is not None:
-            self._unmeasured.append(identifier)
+        """Note that a snapshot was committed."""
+        self._unmeasured.add(identifier)
+
+    def removed(self, identifier: int) -> None:
+        """Note that a snapshot was removed: most are, in a burst, before their turn comes."""
+        self._unmeasured.discard(identifier)
 
     def of(self, record: Record) -> tuple[int, int]:
         """Inodes and bytes of a committed snapshot; measured now unless they are known."""
         if record.inodes is not None and record.size is not None:
             return record.inodes, record.size
         measured = usage(self.layout.tree(record.id))
-        # The answer does not depend on recording it: on a full or read-only disk it is measured again the next time.
-        with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
-            self.database.write(lambda c: records.set_usages(c, [(*measured, record.id)]))
+        self._record([(*measured, record.id)])
         return measured
 
     def measure(self, stop: Callable[[], bool]) -> None:
-        """Measure what has not been measured, until ``stop`` returns True."""
-        if self._unmeasured is None:
+        """Measure what has not been measured, until ``stop`` returns True.
+
+        Raises:
+            OnlapError: the catalog cannot be read, or not be written now.
+        """
+        if not self._looked:
             # Only once, for what other processes left: they measure their later commits, or the first request does.
-            self._unmeasured = self.database.read(records.unmeasured)
-        while self._unmeasured:
-            due = self._unmeasured[:_MEASURED_AT_ONCE]
+            self._unmeasured.update(self.database.read(records.unmeasured))
+            self._looked = True
+        while batch := self._next_batch():
             measured = []
-            for identifier in due:
+            for identifier in batch:
                 if stop():
                     return
                 try:
@@ -62,5 +68,20 @@ class Usages:
                 except OSError as error:
                     if error.errno != errno.ENOENT:  # else it was removed in the meantime, or is reported as lost
                         warn(f"cannot measure a layer: {error}")
-            self.database.write(lambda c: records.set_usages(c, measured))  # noqa: B023 - run at once
-            del self._unmeasured[: len(due)]
+            try:
+                self._record(measured)
+            except errors.OnlapError:
+                self._unmeasured.update(batch)
+                raise
+
+    def _next_batch(self) -> list[int]:
+        batch: list[int] = []
+        with contextlib.suppress(KeyError):  # none is left, or was removed meanwhile
+            while len(batch) < _MEASURED_AT_ONCE:
+                batch.append(self._unmeasured.pop())
+        return batch
+
+    def _record(self, measured: list[tuple[int, int, int]]) -> None:
+        # On a full or read-only disk they are measured again when they are asked for, or by the next process.
+        with contextlib.suppress(errors.ResourceExhausted, errors.FailedPrecondition):
+            self.database.write(lambda c: records.set_usages(c, measured))
