@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import resource
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,7 +20,7 @@ from kernel.helpers import python
 from kernel.layer_oracle import archive as layer
 from kernel.layer_oracle import directory, entry, hardlink, look
 from onlap import errors
-from onlap.graphdrivers import Driver, IdMap, layout, open_driver
+from onlap.graphdrivers import Driver, IdMap, base, layout, open_driver
 from onlap.graphdrivers.ids import Range
 from onlap.mounts import kernel
 from onlap.syscalls import mount as calls
@@ -415,3 +416,67 @@ def test_an_error_in_create_leaves_no_lock(root: Path, monkeypatch: pytest.Monke
                 driver.create("x")
         driver.create("x")
         assert kept.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("call", ["get", "put"])
+def test_a_mount_point_that_cannot_be_looked_at(call: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the layer, and the layer is in use as often as before."""
+
+    def fails(_: str) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with closing(open_driver("overlay2", str(root / "home"), sync="none")) as driver:
+        with_base(driver)
+        if call == "get":
+            driver.get("layer")
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "is_mounted", fails)
+            with pytest.raises(errors.OnlapError, match="layer") as raised:
+                getattr(driver, call)("layer")
+        assert raised.value.key == "layer"
+        assert driver.counts == ({"layer": 1} if call == "get" else {})
+        if call == "get":
+            driver.put("layer")
+        is_usable(driver)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_driver_that_is_closed_in_apply_diff(kind: str, root: Path) -> None:
+    """Nobody is told that the layer is on the disk."""
+    with closing(open_driver(kind, str(root / kind), sync="layer")) as driver:
+        driver.create("base")
+
+        class Closing(io.BytesIO):
+            def read(self, size: int | None = -1, /) -> bytes:
+                driver.close()
+                return super().read(size)
+
+        with pytest.raises(errors.Canceled, match="before the layer was on the disk"):
+            driver.apply_diff("base", "", Closing(archive(("f", {"content": b"1"})).read()))
+
+
+_FORKING = """
+import io, os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads is what is tested
+from onlap.graphdrivers import open_driver
+driver = open_driver("overlay2", sys.argv[1], sync="layer")
+data = sys.stdin.buffer.read()
+driver.create("one")
+driver.apply_diff("one", "", io.BytesIO(data))
+pid = os.fork()  # while the thread that syncs waits for more
+if not pid:
+    driver.create("two")
+    driver.apply_diff("two", "", io.BytesIO(data))
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_applies_a_layer_too(root: Path) -> None:
+    with python(_FORKING, root / "home") as child:
+        try:
+            err = child.communicate(archive(("f", {"content": b"1"})).read(), timeout=30)[1]
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise
+    assert child.returncode == 0, err.decode()

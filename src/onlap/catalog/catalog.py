@@ -160,7 +160,6 @@ class Catalog:
 
     def _after_fork_in_child(self) -> None:
         self.staging.after_fork()
-        self._syncer.after_fork()
         self._janitor.after_fork()
 
     # Reading

@@ -105,7 +105,7 @@ class StackDriver(Driver):
             mounted = self._take_over(counts or {})
         except OSError as error:
             self.close()
-            raise errors.from_oserror(error, doing="look for unfinished layers", key=home) from error
+            raise errors.from_oserror(error, doing="open the driver's home", key=home) from error
         except BaseException:
             self.close()
             raise
@@ -176,7 +176,7 @@ class StackDriver(Driver):
         check_mapping(storage_options, "storage options")
         self._check_storage_options(storage_options, read_write=read_write)
         directory = self._dir(id)
-        support.label_flag(mount_label)
+        support.label_flag(mount_label)  # raises
         with self._locks.held(id):
             if exists(directory):
                 if self._is_empty_on(id, parent):
@@ -226,8 +226,8 @@ class StackDriver(Driver):
     def remove(self, id: str) -> None:
         """See :meth:`ProtoDriver.remove`."""
         if not id:
-            raise errors.InvalidArgument("refusing to remove the directories: id is empty")
-        self._dir(id)
+            raise errors.InvalidArgument("the layer's id is empty: that would remove all layers")
+        self._dir(id)  # raises
         with self._locks.held(id):
             self._remove(id)
 
@@ -272,13 +272,14 @@ class StackDriver(Driver):
                 return tree
             flags = support.label_flag(mount_label)
             target = f"{directory}/{MERGED}"
-            if self._counter.increment(id) > 1 and is_mounted(target):
-                return target
-            try:
-                self._mount(tree._replace(flags=tree.flags + flags) if flags else tree, target)
-            except BaseException:
-                self._counter.decrement(id)
-                raise
+            with errors.translated("mount the layer", key=id):
+                count = self._counter.increment(id)
+                try:
+                    if count == 1 or not is_mounted(target):
+                        self._mount(tree._replace(flags=tree.flags + flags) if flags else tree, target)
+                except BaseException:
+                    self._counter.decrement(id)
+                    raise
             return target
 
     def _mount(self, plan: Mount, target: str) -> None:
@@ -301,10 +302,9 @@ class StackDriver(Driver):
     def put(self, id: str) -> None:
         """See :meth:`ProtoDriver.put`."""
         target = f"{self._dir(id)}/{MERGED}"
-        with self._locks.held(id):
-            # Of a layer that needs no mount there is no such directory.
+        with self._locks.held(id), errors.translated("unmount the layer", key=id):
             if self._counter.decrement(id) <= 0:
-                self._unmount(target)
+                self._unmount(target)  # a layer that needs no mount has no such directory, and then nothing happens
 
     def _unmount(self, target: str) -> None:
         try:
@@ -385,13 +385,16 @@ class StackDriver(Driver):
 
     @contextlib.contextmanager
     def _synced(self, id: str) -> Iterator[None]:
-        """Sync what a ``with`` block writes to the disk, if the driver syncs layers."""
-        since = None if self._syncer is None else self._syncer.failures
+        """Sync what a ``with`` block writes to the disk, if the driver syncs layers; raises OnlapError if it cannot."""
+        syncer = self._syncer
+        since = None if syncer is None else syncer.failures
         yield
-        if self._syncer is None:
+        if syncer is None:
             return
+        if syncer is not self._syncer:
+            raise errors.Canceled("the driver was closed before the layer was on the disk", key=id)
         with errors.translated("write the layer to the disk", key=id):
-            self._syncer.sync(since)
+            syncer.sync(since)
 
     # Other
 

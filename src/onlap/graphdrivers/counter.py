@@ -69,16 +69,16 @@ class Locks:
     def held(self, id: str) -> Iterator[None]:
         """Hold the lock of ``id`` in a block."""
         with self._mutex:
-            lock, waiting = self._locks.get(id, (None, 0))
+            lock, users = self._locks.get(id, (None, 0))
             lock = lock or threading.Lock()
-            self._locks[id] = lock, waiting + 1
+            self._locks[id] = lock, users + 1
         try:
             with lock:
                 yield
         finally:
             with self._mutex:
-                lock, waiting = self._locks[id]
-                if waiting == 1:
+                lock, users = self._locks[id]
+                if users == 1:
                     del self._locks[id]
                 else:
-                    self._locks[id] = lock, waiting - 1
+                    self._locks[id] = lock, users - 1

@@ -12,7 +12,6 @@ from onlap.mounts import mountinfo
 from onlap.mounts.holders import holders
 from onlap.mounts.unmount import attempts, busy
 from onlap.syscalls import mount as calls
-from onlap.syscalls.files import exists
 from onlap.trees.remove import remove
 
 # How long a removal is retried while something is busy, in seconds; moby's EnsureRemoveAll does 50 tries of 100 ms.
@@ -45,8 +44,12 @@ def mounts_below(directory: str) -> list[str]:
 
 
 def is_mounted(directory: str) -> bool:
-    """Whether an overlay is mounted at ``directory``; raises OSError if that cannot be determined."""
-    return exists(directory) and os.lstat(directory).st_dev != os.lstat(os.path.join(directory, "..")).st_dev
+    """Whether another filesystem is mounted at ``directory``; raises OSError if that cannot be determined."""
+    try:
+        device = os.lstat(directory).st_dev
+    except FileNotFoundError:
+        return False
+    return device != os.lstat(os.path.join(directory, "..")).st_dev
 
 
 def detach(target: str) -> bool:

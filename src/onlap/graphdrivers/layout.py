@@ -8,7 +8,7 @@
     HOME/<id>/lower         "l/<short>:l/<short>...", the layers below, uppermost first; none for a base layer
     HOME/<id>/work          OverlayFS's workdir; none for a base layer
     HOME/<id>/merged        the mount point, while it is mounted
-    HOME/<id>/committed     empty: this layer has a child, so it is mounted read-only from now on
+    HOME/<id>/committed     empty: this layer has, or has had, a child, so it is mounted read-only
 
 Why short names: mount(2) takes one page of options, 4096 bytes with the closing NUL, and all lower layers must fit.
 With relative names ``l/<short>:`` of L + 3 bytes, where L is the length of a short name (the last one has no colon, but
@@ -118,7 +118,7 @@ class Layer:
             return []
 
     def is_committed(self) -> bool:
-        """Whether it has a child."""
+        """Whether it has, or has had, a child."""
         return exists(f"{self.path}/{COMMITTED}")
 
     def lower_for_child(self) -> str:

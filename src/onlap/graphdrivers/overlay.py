@@ -115,8 +115,8 @@ class OverlayDriver(StackDriver):
 
     def apply_diff(self, id: str, parent: str, archive: BinaryIO) -> int:
         """See :meth:`DiffDriver.apply_diff`; the layer becomes an image's."""
-        self._existing_stack(id)
-        self._stack_or_none(parent)
+        self._existing_stack(id)  # raises
+        self._stack_or_none(parent)  # raises
         with self._synced(id):
             if parent and self._is_image(parent) and not self._is_image(id):
                 with self._locks.held(id):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 from onlap.catalog.helper import Helper, Job, nothing
+from onlap.forks import restarted_in_children
 from onlap.syscalls.files import syncfs
 
 # Errors of a syncfs(2) that was not run at all: nothing is known to be lost.
@@ -36,6 +37,7 @@ class Syncer:
         self._failed = failed
         self.failures = 0
         self.after_fork()
+        restarted_in_children(self)
 
     def after_fork(self) -> None:
         """In the child: the helper stayed with the parent."""
