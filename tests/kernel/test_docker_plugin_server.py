@@ -11,15 +11,20 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from graphdriver_suite.cases import archive
 from graphdriver_suite.plugin import PluginDriver, PluginError
 from onlap import errors
+from onlap.graphdrivers import Driver, open_driver
 from onlap.serve.docker import Server
+from onlap.serve.docker import service as service_module
+from onlap.serve.docker.service import Service
 from onlap.serve.docker.state import FILE, StateFile
 
 pytestmark = pytest.mark.needs("overlay")
@@ -377,3 +382,50 @@ def test_the_end_waits_for_what_runs(root: Path) -> None:
         apply.join(20)
         assert sizes == [8 << 20]
         assert idle.recv(1) == b""
+
+
+def test_of_two_inits_at_once_no_driver_is_left_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, whose driver it closes."""
+    service = Service("overlay2", "none", StateFile(str(root), "p"))
+    entered: list[None] = []
+    opened: list[Driver] = []
+    second = threading.Event()
+
+    class Announced:
+        """A lock that says that somebody waits for it."""
+
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if not self._lock.acquire(blocking=False):
+                second.set()
+                self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    def open_slowly(*arguments: Any, **named: Any) -> Driver:
+        entered.append(None)
+        if len(entered) == 2:
+            second.set()
+        opened.append(driver := open_driver(*arguments, **named))
+        assert second.wait(30)
+        return driver
+
+    monkeypatch.setattr(service, "_opening", Announced(), raising=False)
+    monkeypatch.setattr(service_module, "open_driver", open_slowly)
+    with ThreadPoolExecutor(2) as threads, closing(service):
+        calls = [threads.submit(service.calls["GraphDriver.Init"], {"Home": str(root / "home")}) for _ in range(2)]
+        assert [call.result() for call in calls] == [{}, {}]
+        assert sum(driver._home_fd >= 0 for driver in opened) == 1  # type: ignore[attr-defined]
+
+
+def test_an_empty_archive_after_a_new_init_is_no_layer(root: Path) -> None:
+    """dockerd has restarted, and has begun no call for a layer that it knew before."""
+    with serve(root) as server:
+        driver = PluginDriver(server.socket, str(root / "home"))
+        driver.create("layer")
+        driver = PluginDriver(server.socket, str(root / "home"))
+        with pytest.raises(PluginError, match="the beginning of layer layer is missing"):
+            driver.apply_diff("layer", "", io.BytesIO())

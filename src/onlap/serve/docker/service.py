@@ -35,7 +35,7 @@ class Service:
         state: the file with what dockerd told the plugin.
 
     Attributes:
-        calls: the JSON calls, by the last part of their path, as ``"GraphDriver.Create"``.
+        calls: the JSON calls, by their path, as ``"GraphDriver.Create"``.
     """
 
     def __init__(self, kind: str, sync: str, state: StateFile) -> None:
@@ -47,7 +47,8 @@ class Service:
         self._saved: dict[str, int] = {}
         self._mutex = threading.Condition()
         self._running = 0
-        # Layers that this process has created and not yet filled.
+        self._opening = threading.Lock()
+        # Layers that this process has created, until ApplyDiff fills them; those of containers, until they are removed.
         self._fresh: set[str] = set()
         self._saving = threading.Lock()
         self.calls: dict[str, Callable[[Request], Response]] = {
@@ -134,15 +135,17 @@ class Service:
         )
         if not state.home.startswith("/"):
             raise errors.InvalidArgument(f"Home is not an absolute path: {state.home!r}")
-        with self._mutex:
-            while self._running:
-                self._mutex.wait()
-            # Before the home is opened again, so that the old one is not used in the meantime.
-            driver, self._driver = self._driver, None
-        if driver is not None:
-            driver.close()
-        self._open(state)
-        Applying.forget_all(state.home)
+        with self._opening:
+            with self._mutex:
+                while self._running:
+                    self._mutex.wait()
+                # Before the home is opened again, so that the old one is not used in the meantime.
+                driver, self._driver = self._driver, None
+            if driver is not None:
+                driver.close()
+            self._fresh.clear()
+            self._open(state)
+            Applying.forget_all(state.home)
         return {}
 
     def _open(self, state: State) -> None:
