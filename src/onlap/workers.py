@@ -1,8 +1,9 @@
 """Worker processes: fresh interpreters that do one request after the other, on a core of their own.
 
-Threads of one interpreter do not unpack two layers on two cores. A worker is no fork, so no SQLite connection crosses
-one. It reads requests as lines of JSON from stdin, and writes lines to stdout: how far a request is, and its answer.
-When the process that started it is gone, so are its pipes, and it ends at once, in the middle of a request.
+Threads of one interpreter do not unpack two layers on two cores. Workers are started afresh, not forked, so that no
+SQLite connection gets into them. A worker reads requests as lines of JSON from stdin, and writes lines to stdout: how
+far a request is, and its answer. When the process that started it is gone, so are its pipes, and it ends at once, in
+the middle of a request.
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._mutex = threading.Lock()
         self._killed = False
+        self._owes_answer = False
 
     def perform(self, request: Mapping[str, Any], progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
         """Have a request answered.
 
         Args:
             request: for the answerer.
-            progress: called with what the answerer reports. If it raises, kill the worker: the answer is still to come.
+            progress: called with what the answerer reports. If it raises, the answer is still to come, and the worker
+                is not usable any more.
 
         Raises:
             Canceled: the worker was killed by :meth:`kill`.
@@ -63,21 +66,25 @@ class Worker:
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
+        self._owes_answer = True
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
             raise self._death(process) from None
         for line in process.stdout:
+            if not line.endswith(b"\n"):
+                break  # it was killed while it wrote: a pipe takes a long line in pieces
             reported: dict[str, Any] = json.loads(line)
             if "reached" in reported:
                 progress(reported["reached"])
-            elif "error" in reported:
+                continue
+            self._owes_answer = False
+            if "error" in reported:
                 kind: type[errors.OnlapError] = getattr(errors, reported["error"], errors.Internal)
                 raise kind(reported["message"], key=reported["key"], hint=reported["hint"])
-            else:
-                answer: dict[str, Any] = reported["answer"]
-                return answer
+            answer: dict[str, Any] = reported["answer"]
+            return answer
         raise self._death(process)
 
     def start(self) -> None:
@@ -90,9 +97,9 @@ class Worker:
         self._started()
 
     def is_usable(self) -> bool:
-        """Whether it can be given a request: nobody has killed it, :meth:`kill` or the kernel."""
+        """Whether it can be given a request: it has answered the last one, and neither we nor the kernel killed it."""
         with self._mutex:
-            return not self._killed and (self._process is None or self._process.poll() is None)
+            return not (self._killed or self._owes_answer) and (self._process is None or self._process.poll() is None)
 
     def _started(self) -> subprocess.Popen[bytes]:
         with self._mutex:
@@ -174,13 +181,15 @@ class Pool:
 
         Args:
             request: for the answerer.
-            when_gone: gets what ends the work, to be called, in any thread, when nobody waits for the answer any more.
+            when_gone: called at once with a function that ends the work; call that, in any thread, when nobody waits
+                for the answer any more.
             progress: called with what the answerer reports; what it raises ends the worker.
 
         Raises:
             Canceled: nobody waits any more, or the pool was closed.
             Unavailable: the worker died; its memory may have run out.
             OnlapError: of the answerer.
+            OSError: no process can be started.
         """
         job = _Job()
 
@@ -193,22 +202,24 @@ class Pool:
         when_gone(gone)
         with self._free:
             worker = self._take(job)
-            idle = False
             try:
-                answer = worker.perform(request, progress)
-                idle = True
-            except errors.OnlapError:
-                idle = True  # or dead
-                raise
+                return worker.perform(request, progress)
             finally:
-                self._put_back(job, worker, keep=idle)
-            return answer
+                self._put_back(job, worker)
 
     def warm(self) -> None:
-        """Start a worker, so that the first layer need not wait for that; raises OSError if that is impossible."""
-        worker = self._take(job := _Job())
-        worker.start()
-        self._put_back(job, worker, keep=True)
+        """Start a worker, so that the first layer need not wait for that.
+
+        Raises:
+            Canceled: the pool was closed.
+            OSError: no process can be started.
+        """
+        with self._free:
+            worker = self._take(job := _Job())
+            try:
+                worker.start()
+            finally:
+                self._put_back(job, worker)
 
     def _take(self, job: _Job) -> Worker:
         with self._mutex:
@@ -223,12 +234,12 @@ class Pool:
             job.worker = worker
             return worker
 
-    def _put_back(self, job: _Job, worker: Worker, *, keep: bool) -> None:
+    def _put_back(self, job: _Job, worker: Worker) -> None:
         with self._mutex:
             job.worker = None
             self._busy.remove(worker)
             # A caller that went away in the last moment has killed it, although it had answered.
-            keep = keep and not self._closed and worker.is_usable()
+            keep = not self._closed and worker.is_usable()
             if keep:
                 self._idle.append(worker)
         if not keep:

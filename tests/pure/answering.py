@@ -14,6 +14,9 @@ def answer(request: Mapping[str, Any], progress: Callable[[int], None]) -> Mappi
     """Do what the request says, and answer it and the pid."""
     if request.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if "die in a line" in request:
+        os.write(1, b'{"answer": {"pid"')
+        os.kill(os.getpid(), signal.SIGKILL)
     if "error" in request:
         raise errors.InvalidArgument("a bad request", key=request["error"], hint="ask better")
     if "open" in request:

@@ -118,6 +118,23 @@ def test_a_worker_that_dies(worker: Worker) -> None:
         worker.perform({"die": True})
 
 
+def test_a_worker_that_dies_while_it_answers(worker: Worker) -> None:
+    """A pipe takes a long answer in pieces."""
+    with pytest.raises(errors.Unavailable, match="ended with status -9"):
+        worker.perform({"die in a line": True})
+
+
+def test_a_worker_whose_answer_was_not_awaited(worker: Worker) -> None:
+    def stop(_: int) -> None:
+        raise errors.Canceled("stop")
+
+    worker.start()
+    assert worker.is_usable()
+    with pytest.raises(errors.Canceled, match="stop"):
+        worker.perform({"steps": 1}, stop)
+    assert not worker.is_usable()
+
+
 def test_a_worker_that_is_killed(worker: Worker, blockers: Callable[[], Blocker]) -> None:
     """In the middle of a request, which is canceled; from another thread."""
     blocker = blockers()
@@ -219,6 +236,20 @@ def test_errors_of_the_answerer(pool: Pool) -> None:
     assert pool.perform({"echo": 1}, patient) == {"pid": pid, "echo": 1}
 
 
+@pytest.mark.parametrize("error", [errors.Canceled("stop"), ValueError("stop"), KeyboardInterrupt("stop")])
+def test_what_progress_raises_ends_the_worker(pool: Pool, error: BaseException) -> None:
+    """Its answer is still to come, and must not be taken for that of the next request."""
+
+    def stop(_: int) -> None:
+        raise error
+
+    pid = pool.perform({}, patient)["pid"]
+    with pytest.raises(type(error), match="stop"):
+        pool.perform({"echo": 1, "steps": 2}, patient, stop)
+    assert not is_there(pid)
+    assert pool.perform({"echo": 2}, patient)["echo"] == 2
+
+
 def test_system_errors_of_the_answerer(pool: Pool) -> None:
     """They say what is wrong, and not that memory has run out."""
     with pytest.raises(errors.InvalidArgument, match="Is a directory: /usr"):
@@ -239,10 +270,10 @@ def test_a_caller_who_goes_away_at_the_answer() -> None:
     gone: list[Callable[[], None]] = []
 
     class Late(Pool):
-        def _put_back(self, *arguments: Any, keep: bool) -> None:
+        def _put_back(self, *arguments: Any) -> None:
             if gone:
                 gone.pop()()
-            super()._put_back(*arguments, keep=keep)
+            super()._put_back(*arguments)
 
     with closing(Late(ANSWERER, 1)) as pool:
         assert pool.perform({"echo": 1}, gone.append)["echo"] == 1
@@ -298,8 +329,10 @@ def test_a_process_that_cannot_be_started(pool: Pool, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/no/such/python")
         for _ in range(9):
-            with pytest.raises(OSError, match="No such file"):
-                pool.perform({}, patient)
+            for call in (lambda: pool.perform({}, patient), pool.warm):
+                with pytest.raises(OSError, match="No such file"):
+                    call()
+        assert not pool._busy
     assert pool.perform({"echo": 1}, patient)["echo"] == 1
 
 
