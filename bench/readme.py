@@ -54,9 +54,17 @@ def figures(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
         def median(side: str, cells: Mapping[str, str] = cells) -> str:
             return f"{cells[side].partition(' ')[0]} {cells['unit']}" if side in cells else ""
 
-        ratio = cells.get("Onlap / peer", "").partition(" (")[0]
-        lines.append([label, median("peer"), median("Onlap"), ratio])
-    return lib.markdown_table(["what; beside", "peer", "Onlap", "Onlap / peer"], lines) + "\n"
+        lines.append([label, median("peer"), median("Onlap"), _speed(cells)])
+    return lib.markdown_table(["what; compared with", "peer", "Onlap", "Onlap's speed"], lines) + "\n"
+
+
+def _speed(cells: Mapping[str, str]) -> str:
+    """Ours to the peer's, which is the ratio of rates, and the inverse of that of times; or why there is none."""
+    ratio = cells.get("Onlap / peer", "").partition(" (")[0]
+    if not ratio.endswith("x"):
+        return ratio
+    value = float(ratio[:-1])
+    return f"{lib.number(value if cells['unit'].endswith('/s') else 1 / value)}x"
 
 
 def main(*words: str) -> int:
