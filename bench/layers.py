@@ -15,9 +15,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -238,12 +238,12 @@ def _at_once(mount: Path, archive: Path, one: lib.Worker, other: lib.Worker) -> 
     a, b = (_fresh(mount, name) for name in ("run-a", "run-b"))
 
     def both() -> None:
-        thread = threading.Thread(target=partial(other, "apply", dir=str(b), tar=str(archive)))
-        thread.start()
+        second = threads.submit(other, "apply", dir=str(b), tar=str(archive))
         one("apply", dir=str(a), tar=str(archive))
-        thread.join()
+        second.result()
 
-    return lib.measured(both, one.pid, other.pid)
+    with ThreadPoolExecutor(1) as threads:
+        return lib.measured(both, one.pid, other.pid)
 
 
 def _diff_cases(
