@@ -207,7 +207,8 @@ def compare(runs: dict[str, list[lib.Result]], lives: tuple[int, ...], size: int
     for server, other in (("none", "peer"), ("layer", "sync -f")):
         what = f"commit of {size >> 20:,} MiB just written, --sync {server}"
         peer, ours = (runs[f"commit, {side}"] for side in (other, server))
-        what = f"{what}; beside {'its' if other == 'peer' else other}"
+        beside = "containerd's" if other == "peer" else other
+        what = f"{what}; beside {beside}"
         rows.append(lib.Row.of(what, "ms", peer, ours, "commit_ms"))
     for name, what in COMMANDS.items():
         peer, ours = (runs[f"{name}, {side}"] for side in ("peer", "none"))

@@ -32,7 +32,7 @@ CALLS = ("create", "get", "put", "remove", "apply", "diff", "diff_size", "change
 LIBRARY = lib.Reach(most=1.0)
 PLUGIN = lib.Reach(most=1.5, stretch=1.1)
 NOTHING = lib.Reach()
-EMPTY = 1000  # calls that do nothing, of which a round takes the mean
+EXISTS = 1000  # calls, of which a round takes the mean
 STEPS = 10
 RUNS = 5
 
@@ -62,10 +62,10 @@ def bench() -> None:
         }
         served = stack.enter_context(lib.our_worker("bench.docker", "serve"))
         socket = served("serve", directory=str(mount / "sockets"))["socket"]
-        nothing, floor = stack.enter_context(lib.Worker([program])), stack.enter_context(lib.Worker([program]))
+        nothing, idle = stack.enter_context(lib.Worker([program])), stack.enter_context(lib.Worker([program]))
         nothing("serve", socket=str(mount / "nothing.sock"))
-        floor("open", home=str(mount / "floor" / "onlap"), socket=str(mount / "nothing.sock"))
-        cases: dict[str, Callable[[], lib.Result]] = {"floor": lambda: floor("exists", id="0" * 64, count=EMPTY)}
+        idle("open", home=str(mount / "idle" / "onlap"), socket=str(mount / "nothing.sock"))
+        cases: dict[str, Callable[[], lib.Result]] = {"nothing": lambda: idle("exists", id="0" * 64, count=EXISTS)}
         for name, worker in workers.items():
             (mount / name).mkdir()
             worker("open", home=str(mount / name / "onlap"), **({"socket": socket} if name == "plugin" else {}))
@@ -80,7 +80,7 @@ def bench() -> None:
             for kind, name in (("overlay", "overlay"), ("overlay2", "library"))
         }
         for worker in workers.values():
-            worker("close")
+            worker("clear")
     rows = []
     sides = (("plugin", "behind the plugin's socket", PLUGIN), ("library", "as a library", LIBRARY))
     for side, what, reach in sides:
@@ -89,7 +89,7 @@ def bench() -> None:
             rows.append(row(f"{named}, {what}", runs["peer"], runs[side], call, reach))
         whole = f"the first four together, {what}"
         rows.append(lib.Row.of(whole, "ms", runs["peer"], runs[side], cycle_ms, per="cycles"))
-    rows.append(row("an empty call; Go's HTTP server", runs["floor"], runs["plugin"], "exists"))
+    rows.append(row("exists; a server that does nothing", runs["nothing"], runs["plugin"], "exists"))
     for call, what in (("run", "docker run --rm of true"), ("build", f"docker build of {STEPS} steps")):
         rows.append(row(what, runs["dockerd"], runs["dockerd on Onlap"], call, lib.Reach(most=1.03)))
     lines = [[f"{depth}", *(f"{counts[depth]:,}" for counts in inodes.values())] for depth in depths]
@@ -109,15 +109,7 @@ def bench() -> None:
         "Docker's graph drivers",
         rows,
         conditions=lib.conditions(peer=f"Docker {docker_version()}, overlay2"),
-        notes=(
-            f"create, get, put and remove: a container's layer on 5 layers, mean of {cycles}. apply, diff, diff_size "
-            f"and changes: a layer of {files:,} small files, of which half are new and half replace files of the "
-            "image. Where a layer has rewritten files as they were, Docker's driver writes all of them, and Onlap's "
-            "reads both and leaves them out. A call of the plugin takes a request over the socket: no less than the "
-            "empty call, which Docker's client makes to Go's own HTTP server as its peer. Under dockerd, the client "
-            "and its start are in the times. The processor time of a call of the plugin is that of both ends. Of the "
-            "inodes, the floor is the files and directories themselves."
-        ),
+        notes=NOTES.format(cycles=cycles, files=files),
         details=lib.Details(
             "Inodes of an image of N layers, each of which adds 200 files in 20 directories",
             ["layers", *inodes],
@@ -129,6 +121,16 @@ def bench() -> None:
     )
 
 
+NOTES = """\
+create, get, put and remove: a container's layer on 5 layers, mean of {cycles}. apply, diff, diff_size and changes: a
+layer of {files:,} small files, of which half are new and half replace files of the image. Where a layer has rewritten
+files as they were, Docker's driver writes all of them, and Onlap's reads both and leaves them out. A call of the plugin
+takes a request over the socket: no less than Exists, whose peer is a server of Go's that does nothing, with Docker's
+client on both sides. Under dockerd, the client and its start are in the times. The processor time of a call of the
+plugin is that of both ends. Of the inodes, the floor is the files and directories themselves.
+"""
+
+
 def row(what: str, peer: list[lib.Result], ours: list[lib.Result], call: str, reach: lib.Reach = NOTHING) -> lib.Row:
     """The same call of both sides, in milliseconds."""
     values = [[result[call] * 1000 for result in results] for results in (peer, ours)]
@@ -138,7 +140,7 @@ def row(what: str, peer: list[lib.Result], ours: list[lib.Result], call: str, re
 def one_round(worker: lib.Worker, base: str, layers: tuple[Path, Path], cycles: int, *servers: int) -> lib.Result:
     """Every call, on one side; what is used is that of the cycles, by the worker and those that serve it."""
     same, changed = map(str, layers)
-    result = worker("exists", id=base, count=EMPTY)
+    result = worker("exists", id=base, count=EXISTS)
     used = lib.measured(lambda: worker("cycles", parent=base, count=cycles) | {"cycles": cycles}, worker.pid, *servers)
     rewritten = worker("diff", id=worker("apply", parent=base, tar=same)["id"], parent=base)
     worker("drop")  # the filesystem has inodes for one round only
@@ -191,7 +193,7 @@ def waited_for(dockerd: GraphDockerd, context: Path) -> lib.Result:
 
 def count_inodes(worker: lib.Worker, mount: Path, depth: int) -> int:
     """What an image of that many layers takes, by what the filesystem has free."""
-    worker("close")
+    worker("clear")
     os.sync()
     before = os.statvfs(mount).f_ffree
     worker("image", layers=depth, tar=str(mount / "small-NUMBER.tar"))

@@ -157,9 +157,9 @@ def commit(side: Side, directory: Path) -> lib.Result:
 
 
 NOTES = """\
-Both sides are the same containerd; `walking` is its own differ. Onlap runs with `--sync none`, as the peer does. Both
-sides first copy the image into containerd's content, which alone is the floor here. ctr and dockerd ask containerd 1.7
-for one layer after the other. Times are of whole commands, `ctr` and `docker` included.
+Both sides are the same containerd; the peer has containerd's own differ (`walking`). Onlap runs with `--sync none`, as
+the peer does. Both sides first copy the image into containerd's content, which alone is the floor here. ctr and dockerd
+ask containerd 1.7 for one layer after the other. Times are of whole commands, `ctr` and `docker` included.
 """
 
 _BESIDE = {"differ": "into overlayfs", "differ and snapshotter": "into Onlap's snapshotter"}

@@ -74,12 +74,12 @@ PREAMBLE = """\
 # Benchmarks
 
 Onlap beside its peers, measured by the programs in `bench/` (`make bench`). Each program writes its own section.
-Runs are interleaved, on one machine, on a new ext4 with a journal on a loop device.
+Runs are interleaved, on one machine, on a new ext4 with a journal on a loop device unless a section says otherwise.
 
 - Figures are medians of the rounds, with the smallest and the largest in brackets. The brackets of a ratio have the
   ratios of the single rounds. If these differ by a greater factor than the two sides do ("rounds differ"), the
-  measurement was too rough for a ratio, and there is a verdict only if it is the same for every round. A plot has the
-  medians, with a band from the smallest to the largest.
+  measurement was too rough for a ratio, and there is a verdict only if no round is below what is to be reached, or all
+  are. A plot has the medians, with a band from the smallest to the largest.
 - Both sides have the same durability, unless a column says how it differs.
 - "CPU" is processor time, user and system, of all processes of a side: the peer's / Onlap's. "MiB" is the largest
   resident size of the largest process of a side, likewise. A column is left out where a benchmark does not measure it.
@@ -99,9 +99,10 @@ def publish(
     document: Path = DOCUMENT,
 ) -> None:
     """Replace the section of the benchmark ``name`` in docs/benchmarks.md, or append it; see :func:`report`."""
+    rounds = " or ".join(str(count) for count in sorted({len(row.ours) for row in rows}))
     parts = [
         f"## {title}",
-        "; ".join(f"{key}: {value}" for key, value in conditions.items()),
+        "; ".join(f"{key}: {value}" for key, value in {**conditions, "rounds": rounds}.items()),
         markdown_table(*table(rows)),
         notes,
         *(f"![{plot.alternative}](plots/{plot.name}.svg)" for plot in plots),

@@ -44,12 +44,19 @@ class Plot(NamedTuple):
 
     @property
     def alternative(self) -> str:
-        """The plot in words, for readers who do not see it: the last point of each line, or all bars."""
+        """The plot in words, for readers who do not see it: the last point of each line, or all bars and the floor."""
+
+        def told(name: str, points: Sequence[Point]) -> list[str]:
+            return [
+                f"{name} {number(statistics.median(values))} at {where if isinstance(where, str) else f'{where:,}'}"
+                for where, values in points
+            ]
+
         ends = [
-            f"{name} {number(statistics.median(values))} at {where if isinstance(where, str) else f'{where:,}'}"
-            for name, points in (*self.series.items(), (self.floor_label, self.floor))
-            for where, values in (points if self.bars else points[-1:])
+            text for name, points in self.series.items() for text in told(name, points if self.bars else points[-1:])
         ]
+        floor = told(self.floor_label, self.floor[-1:])
+        ends += [text.rpartition(" at ")[0] for text in floor] if self.bars else floor  # under bars it is a line
         return " ".join(f"{self.title} ({self.y}): {'; '.join(ends)}".split())
 
     @property

@@ -113,12 +113,14 @@ class Row(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """See Reach.judge; empty if there is nothing to reach, or without a ratio if the rounds are judged unalike."""
+        """See Reach.judge; empty if there is nothing to reach. Without a ratio it is what all rounds have reached."""
         if self.reach == Reach():
             return ""
         ratios = self.by_round if self.ratio is None else [self.ratio]
         verdicts = {self.reach.judge(ratio) for ratio in ratios}
-        return verdicts.pop() if len(verdicts) == 1 else ""
+        if len(verdicts) == 1:
+            return verdicts.pop()
+        return "" if "below" in verdicts else "reached"
 
     def cells(self) -> dict[str, str]:
         """The row as text, by heading; the ratio with its range over the rounds."""

@@ -48,6 +48,33 @@ def test_rounds_that_differ_are_judged_if_all_say_the_same(most: float, verdict:
     assert row.verdict == verdict
 
 
+@pytest.mark.parametrize("stretch, verdict", [(0.5, "reached"), (1.0, "reached"), (1.3, "stretch")])
+def test_rounds_that_differ_have_reached_what_all_of_them_have(stretch: float, verdict: str) -> None:
+    row = lib.Row("apply", "s", [1.0, 1.0, 1.0], [1.1, 0.9, 1.2], lib.Reach(most=1.4, stretch=stretch))
+    assert row.ratio is None
+    assert row.verdict == verdict
+
+
+def test_a_plot_in_words_has_all_bars_and_their_floor_once() -> None:
+    series = {"gzip": [("ours", [1.0]), ("theirs", [2.0])]}
+    plot = lib.Plot("pull", "Pull", "", "s", series, [("ours", [0.5]), ("theirs", [0.5])], floor_label="blobs")
+    assert plot.alternative == "Pull (s): gzip 1 at ours; gzip 2 at theirs; blobs 0.5"
+
+
+def test_the_speed_in_readme_is_greater_where_onlap_is_faster() -> None:
+    def cells(unit: str, ratio: str) -> dict[str, str]:
+        return {"unit": unit, "peer": "2 (1-3)", "Onlap": "1 (1-1)", "Onlap / peer": ratio}
+
+    label = readme.SHOWN[0][2]
+    for unit, ratio, speed in (
+        ("s", "0.436x (0.383-0.499)", "2.29x"),
+        ("MB/s", "3.43x (2.29-4.76)", "3.43x"),
+        ("s", "rounds differ (0.871-2.08)", "rounds differ"),
+    ):
+        rows = {(bench, row): cells(unit, ratio) for bench, row, _ in readme.SHOWN}
+        assert f"| {label} | 2 {unit} | 1 {unit} | {speed} |" in readme.figures(rows)
+
+
 def test_a_row_of_results_has_processor_time_memory_and_floor() -> None:
     peer, ours = [{"n": 4, "cpu_s": 2.0, "peak_mib": 10.0}], [{"n": 8, "cpu_s": 0.08, "peak_mib": 20.0}]
     row = lib.Row.of("cycles", "cycles/s", peer, ours, "n", floor=[{"n": 16}], per="n")
@@ -72,6 +99,7 @@ def test_what_is_published_is_read_again(tmp_path: Path) -> None:
     assert found[KEY]["durability"] == "Onlap syncs"
     assert check.recorded_ranges(found) == {KEY: (2, 2.5)}
     assert document.read_text().count("![Apply (s): Onlap 1 at 1](plots/apply.svg)") == 1
+    assert document.read_text().count("\nrounds: 2\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@
 //	{"op": "exists", "id": ID, "count": N}          whether it exists, N times
 //	{"op": "serve", "socket": PATH}                 be a plugin that does nothing, for others to ask: what a call costs
 //	{"op": "drop"}                                  remove the layer that was made last
-//	{"op": "close"}                                 remove all layers, and clean up
+//	{"op": "clear"}                                 remove all layers, and clean up
 //
 // Times are in seconds.
 package main
@@ -107,7 +107,7 @@ func (b *bench) run(c command) (answer, error) {
 		last := b.ids[len(b.ids)-1]
 		b.ids = b.ids[:len(b.ids)-1]
 		return answer{}, b.driver.Remove(last)
-	case "close":
+	case "clear":
 		for i := len(b.ids) - 1; i >= 0; i-- {
 			if err := b.driver.Remove(b.ids[i]); err != nil {
 				return nil, err
