@@ -39,10 +39,10 @@ class Job(Generic[T]):
         error: what it raised, or why it was not run.
         finished: whether it has ended.
         helper: the helper that it was given to.
-        could_be_here: whether its caller may do it itself, if nothing else is at work: see :meth:`Helper.do_here`.
+        caller_may_do_it: whether its caller may do it itself, if nothing else is at work: see :meth:`Helper.do_here`.
     """
 
-    __slots__ = ("_begun", "_done", "action", "could_be_here", "error", "finished", "helper", "result")
+    __slots__ = ("_begun", "_done", "action", "caller_may_do_it", "error", "finished", "helper", "result")
 
     def __init__(self, action: Callable[..., T]) -> None:
         self.action = action
@@ -50,7 +50,7 @@ class Job(Generic[T]):
         self.result: T
         self.error: BaseException | None = None
         self.finished = False
-        self.could_be_here = False
+        self.caller_may_do_it = False
         # Plain locks: taking or releasing one is a single step, which no interrupt can split.
         self._begun = allocate_lock()
         self._done = allocate_lock()
@@ -143,7 +143,7 @@ class Helper:
         """
         if _is_main_thread():
             return False
-        job.could_be_here = True
+        job.caller_may_do_it = True
         if not self._running.acquire(blocking=False):
             return False
         try:
@@ -180,7 +180,7 @@ class Helper:
         job.check()
 
     def is_idle(self) -> bool:
-        """Whether no job is running or waiting."""
+        """Whether there is neither a job nor a thread, which stays for a second after its last job."""
         return self.jobs.empty() and not self._running.locked()
 
     def waiting(self) -> list[Job[object]]:
@@ -211,7 +211,7 @@ class Helper:
             try:
                 while True:
                     # A caller that comes alone can do its job itself, unless this thread is still there.
-                    lingers = linger and not (len(self._taken) == 1 and self._taken[0].could_be_here)
+                    lingers = linger and not (len(self._taken) == 1 and self._taken[0].caller_may_do_it)
                     self._taken = [self.jobs.get(timeout=linger) if lingers else self.jobs.get_nowait()]
                     self._serve_or_fail(self._taken[0], in_caller)
             except Empty:
@@ -273,7 +273,7 @@ class Batches:
         self._helper.ask(Job(nothing))
 
     def is_idle(self) -> bool:
-        """Whether nothing is being done or was asked for."""
+        """Whether nothing was asked for, and there is no thread, which stays for a second after its last work."""
         return self._helper.is_idle()
 
     def _serve(self, first: Job[object], in_caller: bool) -> None:

@@ -1,4 +1,7 @@
-"""Background work: a thread that deletes trash, measures layers and checkpoints once the process is quiet."""
+"""Background work: a thread that checkpoints at once, and does the rest once the process is quiet.
+
+It deletes trash, measures and lists layers, and copies records.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,7 @@ class Janitor:
         """Run ``action``; returns whether it has to be run again."""
         try:
             return bool(action())
-        except Exception as error:  # noqa: BLE001 - a thread that ends is a thread that never tries again
+        except Exception as error:  # noqa: BLE001 - else the thread would end and never try again
             # Nobody waits for this thread: the log is the only place to report the failure.
             warn(f"background work failed: {error}")
             return True

@@ -74,12 +74,13 @@ CREATE TABLE manifests (
 
 _VERSION_3 = """
 -- Whether background work may be left: measuring it, listing what it holds, copying the record beside its tree. So a
--- process finds what others left without reading every row. Of what is made, committed and removed in a burst, nothing
--- but this index changes.
+-- process finds what others left without reading every row. For what is made, committed and removed in a burst, only
+-- this index is kept in addition, and the sums below are not touched. What a process itself has left of each kind of
+-- work it calls unmeasured, unlisted and unwritten.
 ALTER TABLE snapshots ADD COLUMN due INTEGER NOT NULL DEFAULT 1;
 CREATE INDEX snapshots_due ON snapshots (id) WHERE due;
 
--- How many of the others there are, with their inodes and bytes.
+-- Sums over the rows that are not due: how many there are, their inodes and bytes.
 CREATE TABLE settled (
     owner  TEXT NOT NULL,
     kind   TEXT NOT NULL,

@@ -106,6 +106,7 @@ class Applier:
         for kind in entry.skipped:
             self.attributes.skipped[kind] += 1
         above, _, base = entry.name.removesuffix("/").rpartition("/")
+        # The fast path is an ordinary name in the directory of the last entry.
         if above != self._above or base[:1] in _UNUSUAL or entry.type == tar.CHAR:
             found = self._find(entry, above, base)
             if found is None:
@@ -118,7 +119,7 @@ class Applier:
             self.upper.mark_made(paths.join(parent.path, base))
 
     def _find(self, entry: Entry, above: str, last: str) -> str | None:
-        """Go to the parent of an entry.
+        """Go to the parent of an entry, or finish an entry that has none.
 
         Args:
             entry: the entry.

@@ -192,7 +192,7 @@ class _Meter:
 
 def _exceeded(what: str, item: str | None) -> errors.ResourceExhausted:
     at = f", at entry {shown(item)}" if item is not None else ""
-    return errors.ResourceExhausted(f"{what}{at}", key=item, hint="raise the limit if you trust it")
+    return errors.ResourceExhausted(f"{what}{at}", key=item, hint="raise the limit if you trust the archive")
 
 
 def _check_diff_id(digests: Digests, expected: str | None) -> None:

@@ -166,9 +166,9 @@ class Directories:
         for key in [key for key in self._open if paths.is_below(key, path)]:
             self._close(self._open.pop(key), forget=forget)
 
-    def close(self, *, forget: bool = False) -> None:
-        """Close all but the top, and set all attributes; with ``forget``, ignore errors."""
-        suppressed = (OSError,) if forget else ()
+    def close(self, *, ignore_errors: bool = False) -> None:
+        """Close all but the top, and set all attributes."""
+        suppressed = (OSError,) if ignore_errors else ()
         try:
             while self._open:
                 _, directory = self._open.popitem()

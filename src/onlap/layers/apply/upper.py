@@ -88,7 +88,7 @@ class Upper:
 
     def close(self) -> None:
         """Close everything; after an error, restore the directories' attributes as far as possible."""
-        self.directories.close(forget=True)
+        self.directories.close(ignore_errors=True)
         self.lowers.close()
 
     def finish(self) -> None:

@@ -47,10 +47,6 @@ class Whiteouts:
         if where is not None:
             self._remove_before(where, base)
 
-    def _is_empty(self, path: str) -> bool:
-        """Whether everything that was in the directory ``path`` before the archive is already removed."""
-        return self._emptied.covers(path) or self._removed.covers(path)
-
     def opaque(self, path: str) -> None:
         """Remove everything that was in the directory ``path`` before the archive.
 
@@ -85,6 +81,10 @@ class Whiteouts:
             names.update(entry.name for entry in files.list_directory(self._upper.top.fd))
         for name in sorted(names):
             self._remove_before("", name)
+
+    def _is_empty(self, path: str) -> bool:
+        """Whether everything that was in the directory ``path`` before the archive is already removed."""
+        return self._emptied.covers(path) or self._removed.covers(path)
 
     def _before(self, path: str) -> str | None:
         """The path of the directory ``path`` before the archive; None if there was none, or it is hidden."""

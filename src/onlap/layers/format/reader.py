@@ -2,7 +2,7 @@
 
 Written for speed: a header costs one unpack and one checksum, data is returned as views of the chunks read, and nothing
 about an entry is kept once the next one is requested. Most headers of an archive are those of files and directories
-that differ from an earlier one only in name, size and time. Of these, only that is parsed.
+that differ from an earlier one only in name, size and time. Of such headers, only these fields are parsed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onlap.layers.format.tar import BLOCK, ZERO_BLOCK, Entry, bad, parse_decimal
 
 # name mode uid gid size mtime (checksum) type linkname magic+version (uname gname) devmajor devminor prefix trailer
 _HEADER = struct.Struct("100s8s8s8s12s12s8xc100s8s64x8s8s155s8x4s")
-# name mode+uid+gid size mtime checksum, type to devminor, prefix+trailer; the numbers end with their last digit
+# name mode+uid+gid size mtime checksum, type to devminor, prefix+trailer; a number is split from the byte that ends it
 _USUAL = struct.Struct("100s24s11sc11sc6s2s189s167s")
 _USUAL_TYPES = (b"0", b"5")
 _ENDS = frozenset((b"\0", b" ", b"\0 ", b" \0"))
@@ -119,7 +119,7 @@ class TarReader:
             InvalidArgument: what follows is not a tar entry, or is malformed.
             DataLoss: the archive ends within an entry.
         """
-        usual = self._usual()
+        usual = self._like_an_earlier_one()
         if usual is not None:
             return usual
         records: Mapping[str, bytes] | None = None
@@ -246,7 +246,7 @@ class TarReader:
 
     # Headers
 
-    def _usual(self) -> Entry | None:
+    def _like_an_earlier_one(self) -> Entry | None:
         """The next entry, if its header is in the chunk, and differs from earlier ones only in name, size and time."""
         if self._at == len(self._chunk) and not self._left:
             self._more()
@@ -271,7 +271,7 @@ class TarReader:
         end = name.find(0)
         if end >= 0:
             name = name[:end]
-        # See tar.checksum().
+        # What is expected lacks the 1 that this adler32 adds (see _parse).
         expected += adler32(chunk[at : at + _HEAD]) & 0xFFFF
         if rest != _NO_REST:
             if not may_have_prefix or not rest[0] or not rest.endswith(_NO_TRAILER):
@@ -425,6 +425,7 @@ class TarReader:
             and len(self._middles) < _MAX_PARSED
             and len(self._owners) < _MAX_PARSED
         ):
+            # An adler32 is 1 more than the sum of its bytes: the total lacks what the head's will add to it.
             total = tar.checksum(header) - sum(adler32(part) & 0xFFFF for part in (header[:_HEAD], header[_REST:])) + 1
             self._middles[header[156:_REST].tobytes()] = (type, total, magic != _GNU)
             self._owners[header[100:124].tobytes()] = (mode, uid, gid)
