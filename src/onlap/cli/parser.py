@@ -167,10 +167,11 @@ class Parser(argparse.ArgumentParser):
         others: list[str] = []
         command: list[str] = []
         waiting: argparse.Action | None = None
-        dashes = False
+        dashes = may_take = False
         rest = iter(arguments)
         for word in rest:
             is_option = word.startswith("-") and word not in ("-", "--")
+            may_be_taken, may_take = may_take, False
             if self.takes_command and (
                 not is_option if self.only_command else others and not (is_option and self.options_behind)
             ):
@@ -180,8 +181,12 @@ class Parser(argparse.ArgumentParser):
                 dashes = True
                 others += islice(rest, 1) if self.takes_command else rest
                 command = [*rest]
+            elif may_be_taken and not is_option:
+                options.append(word)
             elif is_option:
                 waiting = self._takes_next_word(word)
+                action = self.find_option(word)
+                may_take = action is not None and action.nargs == "?"
                 options.append(word)
                 if waiting is not None and (value := next(rest, None)) is not None:
                     options.append(value)
