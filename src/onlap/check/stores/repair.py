@@ -85,6 +85,9 @@ class StoreRepair:
         for layer, mine in self._damaged(findings):
             case = self._examine(layer)
             yield from map(case.verdict, mine)
+        for each in findings:
+            if self._is_leftover(each):
+                yield Done(each, "to be removed", True)
         for each in self._of_records(findings):
             if each.kind in _OF_BLOBS | _OF_SPLITS:
                 yield Done(each, "to be written again, if a source has it", True)
@@ -103,6 +106,7 @@ class StoreRepair:
                 yield from self._repair_layer(layer, mine)
             except (OSError, errors.OnlapError) as error:
                 yield from (Done(each, f"not repaired: {said(error)}", False) for each in mine)
+        yield from (Done(each, *self._clear(self._layers[each.thing])) for each in findings if self._is_leftover(each))
         yield from self._mend(findings)
         self.left = self._still_wrong(findings)
         # A layer's directory that was gone has lost its links and lists as well.
@@ -183,6 +187,25 @@ class StoreRepair:
         return refill
 
     # Records and blobs
+
+    def _is_leftover(self, finding: Finding) -> bool:
+        """Whether it is what a repair has left that was killed."""
+        return finding.kind == "staging-left" and finding.path == STAGING and finding.thing in self._layers
+
+    def _clear(self, layer: Layer) -> tuple[str, bool]:
+        """Remove what a repair has left that was killed, if no other one is at it."""
+        beside = layer.beside or layer.place
+        try:
+            held = lock_directory(beside)
+            if held is None:
+                return "not removed: another process repairs the layer", False
+            with held:
+                remove_at(f"{beside}/{STAGING}")
+        except FileNotFoundError:
+            pass  # the repair of the layer has removed it
+        except (OSError, errors.OnlapError) as error:
+            return f"not removed: {said(error)}", False
+        return "removed", True
 
     def _mend(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
         for each in self._of_records(findings):

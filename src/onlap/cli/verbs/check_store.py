@@ -76,10 +76,12 @@ def _supply(call: Call, stack: ExitStack, store: Store) -> Supply:
 
 
 def _repair(call: Call, doctor: Doctor, done: Report) -> Report:
+    from onlap.check.stores.doctor import STAGING
     from onlap.check.stores.repair import StoreRepair
 
     args, out = call.args, call.out
-    wrong = tuple(each for each in done.findings if each.severity != "note")
+    # Of notes, only what a repair of ours has left.
+    wrong = tuple(each for each in done.findings if each.severity != "note" or each.path == STAGING)
     with ExitStack() as stack:
         supply = _supply(call, stack, doctor.store)
         repair = StoreRepair(doctor.store, supply, doctor.meter)
