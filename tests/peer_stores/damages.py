@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -252,3 +252,14 @@ def inflict(damage: Damage, tree: Path) -> None:
         return
     with same_times(tree):
         damage.do(tree)
+
+
+def damage_all(trees: Sequence[Path], names: Sequence[str]) -> list[tuple[str, str, str | None, str]]:
+    """Do all damages of layers at once; what is to be found: kind, layer, path and detail."""
+    found: list[tuple[str, str, str | None, str]] = []
+    for what, damage in TREES.items():
+        if what in ("opaque lost", "a file with two headers"):
+            continue  # another damage takes it away
+        inflict(damage, trees[damage.layer])
+        found += [(kind, names[damage.layer], path, detail) for kind, path, detail in damage.found]
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,23 @@ def made(tool: Path) -> Iterator[Mapping[str, Made]]:
 
     yield Stores()
     shutil.rmtree(top)
+
+
+@pytest.fixture
+def place_of(place: Path) -> Iterator[Callable[[Made], Path]]:
+    """Gives a copy of a store in a place of its own, to be damaged, where a daemon finds it."""
+    made: list[Path] = []
+
+    def copy(store: Made) -> Path:
+        # Short: the daemons' sockets are beside it.
+        where = place / f"r{len(made)}"
+        where.mkdir()
+        made.append(where)
+        return making.copied(store.root, where / store.root.name)
+
+    yield copy
+    for each in made:
+        shutil.rmtree(each)
 
 
 @pytest.fixture(scope="module")

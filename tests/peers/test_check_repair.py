@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from peer_stores import making as stores
-from peer_stores.damages import TREES, inflict
+from peer_stores.damages import damage_all
 from peer_stores.making import NAME, TEXT, Made, Podman, assert_same_layers, check, looked
-from peers.daemons import Containerd, Onlap, eventually, output, run
+from peers.daemons import eventually, output, run
 from peers.graphdrivers import GraphDockerd
 
 pytestmark = pytest.mark.needs(
@@ -32,34 +31,6 @@ KINDS = tuple(stores.MAKERS)
 # What containers print of the repaired files.
 PRINTED = ("d/truncated", "d/zeroed", "d/gone", "d/second0", "d/lost/f", "implied/deep/f", "opaque/new")
 OFFLINE = ("--network", "none")
-
-
-@pytest.fixture
-def place_of(place: Path, tmp_path: Path) -> Iterator[Callable[[Made], Path]]:
-    """Gives a copy of a store in a place of its own, to be damaged, where a daemon finds it."""
-    made: list[Path] = []
-
-    def copy(store: Made) -> Path:
-        # Short: the daemons' sockets are beside it.
-        where = place / f"r{len(made)}"
-        where.mkdir()
-        made.append(where)
-        return stores.copied(store.root, where / store.root.name)
-
-    yield copy
-    for each in made:
-        shutil.rmtree(each)
-
-
-def damage_all(store: Made, root: Path) -> list[tuple[str, str, str | None, str]]:
-    """All damages of trees at once; what is to be found."""
-    found = []
-    for what, damage in TREES.items():
-        if what in ("opaque lost", "a file with two headers"):
-            continue  # another damage takes it away
-        inflict(damage, root / store.trees[damage.layer])
-        found += [(kind, store.names[damage.layer], path, detail) for kind, path, detail in damage.found]
-    return sorted(found)
 
 
 def named(path: str | dict[str, str]) -> str:
@@ -92,18 +63,8 @@ def run_docker(store: Made, root: Path) -> None:
 
 
 def run_containerd(store: Made, root: Path) -> None:
-    with Containerd(root.parent, Onlap(root.parent)) as containerd:
-        command = [
-            "ctr",
-            "--address",
-            str(containerd.socket),
-            "run",
-            "--rm",
-            "--snapshotter",
-            "overlayfs",
-            NAME,
-            "proof",
-        ]
+    with stores.plain_containerd(root.parent) as containerd:
+        command = ["ctr", "--address", containerd.socket, "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
         assert output(*command, "/bin/tool", *words()) == printed(store)
         containerd.ctr("containers", "rm", "box")
         eventually(lambda: looked(root).ok, "the snapshots of the containers are collected")
@@ -140,7 +101,7 @@ def test_all_damages_at_once(made: Mapping[str, Made], place_of: Callable[[Made]
     """The command finds all of them, plans, and repairs; the daemon's containers have what they had."""
     store = made[kind]
     root = place_of(store)
-    expected = damage_all(store, root)
+    expected = sorted(damage_all([root / each for each in store.trees], store.names))
     checked = check(root)
     assert checked.status == 1
     assert checked.errors == ""

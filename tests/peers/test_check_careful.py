@@ -1,0 +1,275 @@
+"""What a repair of a store of others leaves alone, where its data comes from, and what is when it is cut short."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from onlap.testing.same import assert_same_tree, read_tree
+from peer_stores import making as stores
+from peer_stores.damages import TREES, damage_all, inflict
+from peer_stores.making import NAME, Made, Podman, assert_healthy, assert_same_layers, check, looked
+from peers import images
+from peers.daemons import eventually
+from peers.graphdrivers import GraphDockerd
+
+pytestmark = pytest.mark.needs(
+    "overlay",
+    "mount",
+    "peer:dockerd",
+    "peer:docker",
+    "peer:containerd",
+    "peer:ctr",
+    "peer:runc",
+    "peer:podman",
+    "peer:buildah",
+    "peer:skopeo",
+)
+Copy = Callable[[Made], Path]
+STAGING = ".onlap-repair"
+
+# The command, killed when it is about to change the filesystem for the given time.
+KILLED = """
+import os, signal, sys
+left = int(sys.argv[1])
+
+def counted(function):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+for name in ("rename", "link", "symlink", "mkdir", "mknod", "unlink", "rmdir", "ftruncate", "fsync", "chmod", "chown",
+             "setxattr", "removexattr", "utime"):
+    setattr(os, name, counted(getattr(os, name)))
+from onlap.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def trees_of(store: Made, root: Path) -> list[Path]:
+    return [root / each for each in store.trees]
+
+
+def facts(root: Path) -> set[tuple[str, str, str | None]]:
+    return {(each.kind, each.thing, each.path) for each in looked(root).findings}
+
+
+def test_a_repair_that_is_killed(made: Mapping[str, Made], place_of: Copy) -> None:
+    """Again and again, each time later; what is found in between is what was damaged, and less and less of it."""
+    store = made["podman"]
+    root = place_of(store)
+    damage_all(trees_of(store, root), store.names)
+    known = facts(root)
+    # The times of directories in which files were replaced are set back in the end.
+    times = {
+        ("file-changed", name, os.fsdecode(path))
+        for name, listing in zip(store.names, store.listings, strict=True)
+        for path, node in listing.items()
+        if node.type == "directory"
+    }
+    line = stores.command(root).line("check", "--store", root, "--repair", "--from-archive", store.archive)
+    arguments = [os.fsdecode(word) for word in line[line.index("onlap") + 1 :]]
+    environment = stores.command(root).environment()
+    killed = 0
+    for allowed in (0, 1, 2, 5, 12, 25, 40, 70, 110, 160, 230, 320, 1000):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(allowed), *arguments], capture_output=True, text=True, env=environment
+        )
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        killed += 1
+        found = facts(root)
+        assert found - times - {each for each in found if each[0] == "staging-left"} <= known
+        known = found
+    assert killed > 5
+    assert_healthy(root)
+    assert_same_layers(store, root)
+    assert not list(root.rglob(STAGING))
+
+
+def test_two_repairs_at_once(made: Mapping[str, Made], place_of: Copy) -> None:
+    store = made["docker"]
+    root = place_of(store)
+    damage_all(trees_of(store, root), store.names)
+    command = stores.command(root)
+    line = command.line("check", "--store", root, "--repair", "--from-archive", store.archive)
+    both = [
+        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=command.environment())
+        for _ in range(2)
+    ]
+    for each in both:
+        _, told = each.communicate()
+        assert each.returncode in (0, 1), told
+        assert "Traceback" not in told
+    assert_healthy(root)
+    assert_same_layers(store, root)
+    assert not list(root.rglob(STAGING))
+
+
+# ------------------------------------------------------------------------------------------------------- in use
+
+
+@contextmanager
+def used_by_docker(root: Path) -> Iterator[Path]:
+    """A container that runs; gives its own layer."""
+    with GraphDockerd(root.parent, "overlay2", root) as dockerd:
+        dockerd.docker("run", "--detach", "--network", "none", "--name", "running", NAME, "/bin/tool", "wait")
+        dockerd.docker("exec", "running", "/bin/tool", "write", "/own", "its own")
+        yield Path(dockerd.docker("inspect", "--format", "{{.GraphDriver.Data.UpperDir}}", "running").strip())
+        dockerd.docker("rm", "--force", "running")
+
+
+@contextmanager
+def used_by_containerd(root: Path) -> Iterator[Path]:
+    with stores.plain_containerd(root.parent) as containerd:
+        containerd.ctr("run", "--detach", "--null-io", "--snapshotter", "overlayfs", NAME, "running")
+        words = ("--exec-id", "e", "running", "/bin/tool", "write", "/own", "its own")
+        containerd.ctr("tasks", "exec", *words)
+        mounts = containerd.snapshots("mounts", "/x", "running", snapshotter="overlayfs")
+        yield Path(mounts.partition("upperdir=")[2].partition(",")[0])
+        containerd.ctr("tasks", "kill", "--signal", "SIGKILL", "running")
+        containerd.ctr("tasks", "delete", "--force", "running")
+        containerd.ctr("containers", "rm", "running")
+        eventually(lambda: "layer-unused" not in {kind for kind, *_ in facts(root)}, "its snapshot is collected")
+
+
+@contextmanager
+def used_by_buildah(root: Path) -> Iterator[Path]:
+    tools = Podman(root, root.parent)
+    container = tools.buildah("from", "--pull-never", NAME)
+    merged = Path(tools.buildah("mount", container))
+    (merged / "own").write_text("its own")
+    yield merged.parent / "diff"
+    tools.buildah("rm", container)
+
+
+USES = {"docker": used_by_docker, "containerd": used_by_containerd, "podman": used_by_buildah}
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_a_layer_below_a_running_container(made: Mapping[str, Made], place_of: Copy, kind: str) -> None:
+    """What can still be read stays as it is, what is gone comes back; the container's own layer is not looked at."""
+    store = made[kind]
+    root = place_of(store)
+    tree = root / store.trees[0]
+    with USES[kind](root) as own:
+        for what in ("truncated", "mode", "extra", "missing", "a hard link missing"):
+            inflict(TREES[what], tree)
+        (own / "own").write_bytes(bytes(7))
+        os.chmod(own / "own", 0o777)
+        kept, before = read_tree(own), read_tree(tree)
+        words = ("--repair", "--from-archive", store.archive)
+        for options in (*words, "--dry-run"), words:
+            told = check(root, *options)
+            assert told.status == 1
+            refused = "a container uses the layer, and this file can still be read: stop it first"
+            lines = [each.partition("; used by ")[0] for each in told.lines if each.startswith("cannot: ")]
+            assert lines == [
+                f"cannot: file-changed: {store.names[0]}: /d/mode: {refused}",
+                f"cannot: file-changed: {store.names[0]}: /d/truncated: {refused}",
+                f"cannot: file-unknown: {store.names[0]}: /more: {refused}",
+            ]
+        assert "repaired 2, left 3" in told.lines
+        assert_same_tree(kept, own)
+        now = read_tree(tree)
+        changed = {path for path, node in now.items() if node != before.get(path)}
+        assert changed == {b"d/gone", b"d/first0", b"d/second0"}
+        assert not before.keys() - now.keys()
+    told = check(root, *words)
+    assert "repaired 3, left 0" in told.lines
+    assert_same_layers(store, root)
+
+
+# ------------------------------------------------------------------------------------------------------ sources
+
+
+def test_without_a_source(made: Mapping[str, Made], place_of: Copy) -> None:
+    """What the layer itself tells is repaired; the rest is left as it is."""
+    store = made["docker"]
+    root = place_of(store)
+    for what in ("mode", "whiteout missing", "truncated", "a hard link missing"):
+        inflict(TREES[what], root / store.trees[TREES[what].layer])
+    told = check(root, "--repair")
+    assert told.status == 1
+    assert "repaired 3, left 1" in told.lines
+    assert f"cannot: file-changed: {store.names[0]}: /d/truncated: its data is nowhere; give a source" in [
+        each.partition("; used by ")[0] for each in told.lines
+    ]
+    assert (root / store.trees[0] / "d/truncated").stat().st_size == 5
+    assert check(root, "--repair", "--from-archive", store.archive).status == 0
+    assert_same_layers(store, root)
+
+
+def test_an_archive_that_does_not_have_the_layer(made: Mapping[str, Made], place_of: Copy, tmp_path: Path) -> None:
+    """As of an image that was built again: its files have the same names, and are not taken."""
+    store = made["podman"]
+    root = place_of(store)
+    inflict(TREES["truncated"], root / store.trees[0])
+    layer = stores.Raw().directory(b"d").add(b"d/truncated", b"another file").done()
+    other = images.write(tmp_path / "other.tar", NAME, (layer,), ("gzip",))
+    before = stores.everything(root)
+    told = check(root, "--repair", "--from-archive", other.archive)
+    assert told.status == 1
+    assert "repaired 0, left 1" in told.lines
+    trees = {path: value for path, value in before.items() if b"/diff" in path}
+    now = stores.everything(root)
+    assert trees == {path: value for path, value in now.items() if b"/diff" in path}
+
+
+def test_a_containerd_root_as_a_source(made: Mapping[str, Made], place_of: Copy) -> None:
+    """The blobs of the same layers, which are compressed there, for Docker; and its own, for containerd."""
+    docker, containerd = made["docker"], made["containerd"]
+    root = place_of(docker)
+    inflict(TREES["an opaque directory missing"], root / docker.trees[1])
+    told = check(root, "--repair", "--from-content", containerd.root)
+    assert told.status == 0, told
+    assert any(f"refilled from the blob in {containerd.root}" in each for each in told.lines)
+    assert_same_layers(docker, root)
+
+    root = place_of(containerd)
+    damage_all(trees_of(containerd, root), containerd.names)
+    told = check(root, "--repair", "--from-content")
+    assert told.status == 0, told
+    assert any("refilled from its blob in the store" in each for each in told.lines)
+    assert_same_layers(containerd, root)
+
+
+# --------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("kind", stores.MAKERS)
+def test_the_parts_of_a_check_find_what_the_whole_does(made: Mapping[str, Made], place_of: Copy, kind: str) -> None:
+    store = made[kind]
+    root = place_of(store)
+    damage_all(trees_of(store, root), store.names)
+    (root / store.trees[2]).parent.joinpath("work").exists()
+    whole = check(root, json=True)
+    found, last = whole.items[:-1], whole.items[-1]["checked"]
+    assert last["after"] is None
+    parts: list[dict[str, object]] = []
+    after: list[str] = []
+    counted = {"snapshots": 0, "files": 0, "size": 0}
+    calls = 0
+    while True:
+        *more, summary = check(root, "--max-duration", "0.000001", "--rate", "500M", *after, json=True).items
+        parts += more
+        calls += 1
+        counted = {name: value + summary["checked"][name] for name, value in counted.items()}
+        if summary["checked"]["after"] is None:
+            break
+        after = ["--after", summary["checked"]["after"]]
+    assert calls >= len(store.names)
+    assert parts == found
+    assert counted == {name: last[name] for name in counted}
