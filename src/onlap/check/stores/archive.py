@@ -82,6 +82,15 @@ class SplitArchive(Archive):
         super().__init__(self._split.chunk)
         self.stack.enter_context(self._split)
 
+    def entries(self) -> Iterator[tar.Entry]:
+        try:
+            yield from super().entries()
+        except errors.OnlapError as error:
+            # The map of a sparse file (pax format 1.0) is in its data, which Go's reader has taken out.
+            if self._split.at_data:
+                raise Uncomparable from error
+            raise
+
     def is_same(self, entry: tar.Entry, fd: int | None) -> bool:
         if entry.sparse is not None:
             # Go's reader, and so tar-split, has the data with its holes, and not as it is in the archive.

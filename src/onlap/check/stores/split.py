@@ -85,6 +85,11 @@ class Split:
                 self._data = size, payload
         return b""
 
+    @property
+    def at_data(self) -> bool:
+        """Whether the data of a file comes next."""
+        return self._data is not None
+
     def data(self, fd: int | None, size: int) -> bool:
         """Take the data of a file from the tree; return whether it is what it was.
 
