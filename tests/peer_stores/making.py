@@ -318,7 +318,8 @@ def assert_healthy(root: Path, unlisted: int = 0) -> Report:
     """Nothing is found, and all is compared that can be."""
     found = looked(root)
     assert not found.findings, "\n".join(map(str, found.findings))
-    assert found.unlisted == unlisted, found
+    without = [each for each in opened(root).layers() if each.split is None and each.archive is None]
+    assert found.unlisted == unlisted, (found, without)
     return found
 
 

@@ -40,8 +40,7 @@ def named(path: str | dict[str, str]) -> str:
 
 def printed(store: Made) -> bytes:
     """What the words of :func:`words` print."""
-    tree = {path for listing in store.listings for path in listing}
-    assert all(os.fsencode(each) in tree for each in PRINTED)
+    assert {os.fsencode(each) for each in PRINTED} <= {path for listing in store.listings for path in listing}
     contents = [f"{each.removeprefix('d/')}: ".encode() + TEXT for each in PRINTED[:3]]
     return b"".join((*contents, TEXT + b"0", TEXT, TEXT, TEXT))
 
@@ -64,7 +63,7 @@ def run_docker(store: Made, root: Path) -> None:
 
 def run_containerd(store: Made, root: Path) -> None:
     with stores.plain_containerd(root.parent) as containerd:
-        command = ["ctr", "--address", containerd.socket, "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
+        command = ["ctr", "--address", str(containerd.socket), "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
         assert output(*command, "/bin/tool", *words()) == printed(store)
         containerd.ctr("containers", "rm", "box")
         eventually(lambda: looked(root).ok, "the snapshots of the containers are collected")

@@ -1,0 +1,155 @@
+"""Healthy stores of all kinds, made by the daemons themselves: nothing is found, and all is compared that can be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from peer_stores import making as stores
+from peer_stores.damages import damage_all
+from peer_stores.making import NAME, Made, Podman, assert_healthy, assert_same_layers, check
+from peers.daemons import Containerd, Dockerd
+from peers.graphdriver_story import OFFLINE, base_layer, tell
+from peers.graphdrivers import GraphDockerd
+
+pytestmark = pytest.mark.needs(
+    "overlay",
+    "mount",
+    "peer:dockerd",
+    "peer:docker",
+    "peer:containerd",
+    "peer:ctr",
+    "peer:runc",
+    "peer:podman",
+    "peer:buildah",
+    "peer:skopeo",
+    "gopkg:github.com/containerd/containerd",
+)
+# The fixture `containerd` unpacks with Onlap's differ.
+DIFFER = True
+
+
+@pytest.mark.skipif(
+    not Path("/usr/libexec/docker/cli-plugins/docker-buildx").exists(), reason="no docker-buildx: make peers"
+)
+def test_docker(place: Path, tool: Path) -> None:
+    """Imported, built in both ways, committed, saved and loaded; with a container that runs, and without a daemon."""
+    where = place / "docker"
+    where.mkdir()
+    with GraphDockerd(where, "overlay2", where / "data") as dockerd:
+        tell(dockerd, where, tool)
+        for image in (stores.awkward(where, tool), stores.sparse(where)):
+            dockerd.docker("load", "--input", stores.as_docker_archive(image))
+        dockerd.docker("run", "--detach", *OFFLINE, "--name", "running", NAME, "/bin/tool", "wait")
+        dockerd.docker("exec", "running", "/bin/tool", "write", "/d/truncated", "a container may")
+        # tar-split has the data of a sparse file with its holes, and no way back.
+        found = assert_healthy(where / "data", unlisted=1)
+        assert found.snapshots > 20
+        dockerd.docker("rm", "--force", "running")
+    assert_healthy(where / "data", unlisted=1)
+
+
+@pytest.fixture(scope="module")
+def archives(place: Path, tool: Path) -> list[Path]:
+    """The images for containerd."""
+    where = place / "images"
+    where.mkdir()
+    return [stores.awkward(where, tool, twice=True).archive, stores.sparse(where).archive]
+
+
+def test_containerd_with_our_differ(containerd: Containerd, archives: list[Path]) -> None:
+    """While it runs; both of its snapshotters, and a container."""
+    for snapshotter in ("overlayfs", "native"):
+        for archive in archives:
+            containerd.ctr("images", "import", "--snapshotter", snapshotter, archive)
+    containerd.ctr("run", "--detach", "--null-io", "--snapshotter", "overlayfs", NAME, "c")
+    root = containerd.place / "root"
+    try:
+        found = assert_healthy(root)
+        assert found.snapshots == 10
+    finally:
+        containerd.ctr("tasks", "kill", "--signal", "SIGKILL", "c")
+        containerd.ctr("tasks", "delete", "--force", "c")
+        containerd.ctr("containers", "rm", "c")
+
+
+def test_docker_on_containerd(place: Path, containerd: Containerd, tool: Path) -> None:
+    """Docker with the containerd image store."""
+    where = place / "dc"
+    where.mkdir()
+    layer = where / "base.tar"
+    layer.write_bytes(base_layer(tool))
+    with Dockerd(where, containerd.socket, "overlayfs") as dockerd:
+        dockerd.docker("load", "--input", stores.as_docker_archive(stores.sparse(where)))
+        dockerd.docker("import", layer, "base:1")
+        dockerd.docker("run", "--detach", *OFFLINE, "--name", "box", "base:1", "/bin/tool", "wait")
+        dockerd.docker("exec", "box", "/bin/tool", "write", "/d/new", "new")
+        try:
+            # That in which Docker makes the container's /etc/hosts and the like.
+            found = assert_healthy(containerd.place / "root", unlisted=1)
+            known = {name for each in stores.opened(containerd.place / "root").layers() for name in each.users}
+            assert {"docker.io/library/base:1"} < known
+            assert found.snapshots >= 2
+            dockerd.docker("commit", "box", "committed:1")
+            assert_healthy(containerd.place / "root", unlisted=1)
+        finally:
+            dockerd.docker("rm", "--force", "box")
+
+
+def test_containerd_with_its_own_differ(place: Path, archives: list[Path]) -> None:
+    """In two namespaces; also after it was stopped."""
+    where = place / "plain"
+    where.mkdir()
+    with stores.plain_containerd(where) as containerd:
+        for archive in archives:
+            containerd.ctr("images", "import", "--snapshotter", "native", archive)
+            containerd.ctr("--namespace", "other", "images", "import", "--snapshotter", "overlayfs", archive)
+        assert assert_healthy(where / "root").snapshots == 10
+    assert_healthy(where / "root")
+
+
+def test_podman_and_buildah(place: Path, tool: Path) -> None:
+    """Loaded in both formats, imported, committed by Buildah, and a container that is mounted."""
+    where = place / "podman"
+    where.mkdir()
+    tools = Podman(where / "storage", where)
+    image, sparse = stores.awkward(where, tool), stores.sparse(where)
+    tools.podman("load", "-i", image.archive)
+    tools.podman("load", "-i", stores.as_docker_archive(sparse))
+    (where / "base.tar").write_bytes(base_layer(tool))
+    tools.podman("import", where / "base.tar", "localhost/base:1")
+    container = tools.buildah("from", "--pull-never", "localhost/base:1")
+    tree = Path(tools.buildah("mount", container))
+    (tree / "d/a").unlink()
+    shutil.rmtree(tree / "d/sub")
+    (tree / "d/sub").mkdir()
+    (tree / "d/sub/new").write_text("new")
+    tools.buildah("commit", "--rm=false", container, "localhost/committed:1")
+    (tree / "d/b").unlink()
+    try:
+        assert assert_healthy(tools.root, unlisted=1).snapshots == 7
+    finally:
+        tools.buildah("rm", container)
+    assert_healthy(tools.root, unlisted=1)
+
+
+@pytest.mark.needs("loop")
+@pytest.mark.parametrize("filesystem", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ("xfs", "btrfs")])
+def test_other_filesystems(
+    loop_fs: Callable[..., Path], filesystem: str, made: Mapping[str, Made], tmp_path: Path
+) -> None:
+    """Also what is damaged there comes back as it was."""
+    image = made["podman"].image
+    root = loop_fs(filesystem, 400) / "storage"
+    tools = Podman(root, tmp_path / "work")
+    tools.podman("load", "-i", image.archive)
+    assert assert_healthy(root).snapshots == 4
+    store = stores.made(root, image, image.archive, (NAME,))
+    damage_all([root / each for each in store.trees], store.names)
+    told = check(root, "--repair", "--from-archive", image.archive)
+    assert told.status == 0, told
+    assert_healthy(root)
+    assert_same_layers(store, root)
