@@ -103,7 +103,8 @@ class Comparison:
             except OSError as error:
                 if error.errno in _NOT_THERE:
                     raise NoTree from error
-                raise
+                self._unreadable("", error)
+                return
             self._stack.callback(self._leave)
             archive = self._stack.enter_context(open_archive(self.layer, self._spend))
             for entry in archive.entries():
