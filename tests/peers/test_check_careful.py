@@ -17,7 +17,7 @@ from peer_stores import making as stores
 from peer_stores.damages import TREES, damage_all, inflict
 from peer_stores.making import NAME, Made, Podman, assert_healthy, assert_same_layers, check, looked
 from peers import images
-from peers.daemons import eventually
+from peers.daemons import eventually, run
 from peers.graphdrivers import GraphDockerd
 
 pytestmark = pytest.mark.needs(
@@ -273,3 +273,37 @@ def test_the_parts_of_a_check_find_what_the_whole_does(made: Mapping[str, Made],
     assert calls >= len(store.names)
     assert parts == found
     assert counted == {name: last[name] for name in counted}
+
+
+@pytest.mark.needs("ext4", "loop", "peer:debugfs", "peer:e2fsck")
+def test_files_that_the_kernel_cannot_look_at(made: Mapping[str, Made], loop_fs: Callable[..., Path]) -> None:
+    """As after a power cut: they are named, with what else is wrong; behind fsck, which drops them, they come back."""
+    store = made["podman"]
+    mounted = loop_fs("ext4", 100)
+    root = stores.copied(store.root, mounted / "storage")
+    inflict(TREES["zeroed"], root / store.trees[0])
+    device = run("findmnt", "--noheadings", "--output", "SOURCE", mounted).strip()
+    run("umount", mounted)
+    for name in ("d/truncated", "opaque"):
+        run("debugfs", "-w", "-R", f"set_inode_field /storage/{store.trees[0]}/{name} block[0] 0", device)
+    run("mount", device, mounted)
+    users = frozenset(store.users)
+    unreadable = ["d/truncated", "opaque", "opaque/below", "opaque/below/f", "opaque/hidden"]
+    words = ("--repair", "--from-archive", store.archive)
+    for repaired in False, True:
+        found = looked(root)
+        assert sorted((each.kind, each.path or "", each.detail) for each in found.findings) == [
+            *([] if repaired else [("file-changed", "d/zeroed", "content")]),
+            *(("file-unreadable", path, "Structure needs cleaning") for path in unreadable),
+        ]
+        assert {each.thing for each in found.findings} == {store.names[0]}
+        assert {frozenset(each.users) for each in found.findings} == {users}
+        told = check(root, *words)
+        assert f"repaired {0 if repaired else 1}, left 5" in told.lines
+    run("umount", mounted)
+    subprocess.run(["e2fsck", "-fy", device], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    run("mount", device, mounted)
+    told = check(root, *words)
+    assert told.status == 0, told
+    assert_healthy(root)
+    assert_same_layers(store, root)

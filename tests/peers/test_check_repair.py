@@ -63,7 +63,17 @@ def run_docker(store: Made, root: Path) -> None:
 
 def run_containerd(store: Made, root: Path) -> None:
     with stores.plain_containerd(root.parent) as containerd:
-        command = ["ctr", "--address", str(containerd.socket), "run", "--rm", "--snapshotter", "overlayfs", NAME, "proof"]
+        command = [
+            "ctr",
+            "--address",
+            str(containerd.socket),
+            "run",
+            "--rm",
+            "--snapshotter",
+            "overlayfs",
+            NAME,
+            "proof",
+        ]
         assert output(*command, "/bin/tool", *words()) == printed(store)
         containerd.ctr("containers", "rm", "box")
         eventually(lambda: looked(root).ok, "the snapshots of the containers are collected")

@@ -197,6 +197,13 @@ def test_short_options_share_a_word_with_one_that_takes_a_value() -> None:
     assert (args.name, args.command, args.verbose) == ("image", ["sh", "-v"], 0)
 
 
+def test_an_option_whose_value_may_be_left_out() -> None:
+    from onlap.cli.parser import make_parser
+
+    args = make_parser(VERBS["check"]).read(["--from-content", "/a", "--from-content", "--store", "/b"])
+    assert (args.from_content, args.store) == (["/a", ""], "/b")
+
+
 # The root
 
 
