@@ -59,6 +59,7 @@ def masked(line: str, root: Path) -> str:
     line = re.sub(r"STORE|/var/lib/(docker|containerd|containers/storage)", "STORE", line)
     line = re.sub(r"127\.0\.0\.1:[0-9]+|localhost|registry\.example", "HOST", line)
     line = re.sub(r"[0-9a-f]{64}|[0-9a-f]{4}\.\.\.([0-9a-f]{4})?", "ID", line)
+    line = re.sub(r"it has [0-9,]+ bytes?, not [0-9,]+", "it has SIZES", line)
     return re.sub(r"(?<=: )[0-9]+ layers?, [0-9,]+ files?, [0-9.]+ [KM]?i?B", "AMOUNTS", line)
 
 
