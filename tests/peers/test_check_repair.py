@@ -76,7 +76,7 @@ def run_containerd(store: Made, root: Path) -> None:
         ]
         assert output(*command, "/bin/tool", *words()) == printed(store)
         containerd.ctr("containers", "rm", "box")
-        eventually(lambda: looked(root).ok, "the snapshots of the containers are collected")
+        eventually(lambda: not looked(root).findings, "the snapshots of the containers are collected")
 
 
 def run_podman(store: Made, root: Path) -> None:
