@@ -216,8 +216,8 @@ def test_without_a_source(made: Mapping[str, Made], place_of: Copy) -> None:
     planned = [each.partition("; used by ")[0] for each in told.lines if each.startswith(("plan: ", "cannot: "))]
     assert sorted(planned) == [
         *(
-            f"cannot: file-changed: {store.names[0]}: /d/{name}: no source has its data; give --from-registry, "
-            "--from-content or --from-archive"
+            f"cannot: file-changed: {store.names[0]}: /d/{name}: without all data of the layer, nothing proves what it "
+            "held; give --from-registry, --from-content or --from-archive"
             for name in ("mode", "truncated")
         ),
         f"plan: file-missing: {store.names[1]}: /hidden: to be restored",

@@ -50,7 +50,8 @@ _OF_OTHERS: Mapping[str, Meaning] = {
 OF_OTHERS = frozenset(_OF_OTHERS)
 # What to do about kinds of our own store that those of others have too.
 _REMEDIES_ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("file-missing", "file-changed", "file-unreadable", "file-unknown", "tree-missing"), _FROM_SOURCE),
+    **dict.fromkeys(("file-missing", "file-changed", "file-unknown", "tree-missing"), _FROM_SOURCE),
+    "file-unreadable": f"check the filesystem (fsck) while nothing is mounted, then: {_FROM_SOURCE}",
     **dict.fromkeys(("blob-missing", "blob-damaged"), _FROM_SOURCE),
     **dict.fromkeys(("image-damaged", "parent-missing", "parent-not-committed", "parent-cycle"), _AGAIN),
     "tree-unknown": "remove it while the daemon is stopped, unless it was just making it",

@@ -16,6 +16,9 @@ from onlap.check.stores.supply import Found, Supply
 from onlap.syscalls.files import exists
 from onlap.trees.manifest import Deviation
 
+_NOT_PROVEN = (
+    "without all data of the layer, nothing proves what it held; give --from-registry, --from-content or --from-archive"
+)
 _NO_SOURCE = "no source has its data; give --from-registry, --from-content or --from-archive"
 
 
@@ -51,7 +54,7 @@ class Case(NamedTuple):
     def verdict(self, finding: Finding) -> Done:
         """What is to be done for a finding."""
         if self.comparison is None:
-            return Done(finding, _NO_SOURCE, False)
+            return Done(finding, _NOT_PROVEN, False)
         if finding.kind == "tree-missing":
             return self._verdict_of_tree(finding)
         path = "" if finding.path in (".", None) else finding.path or ""

@@ -31,6 +31,7 @@ class Layer(NamedTuple):
         is_partial: what made the tree may have left out devices and FIFOs, and the times of directories: the tool of an
             ordinary user, or a pull of parts (zstd:chunked).
         top_mode: the permissions that the store gives to the top of a new tree.
+        drops_trusted: what made the tree leaves out the xattrs ``trusted.*`` of archives.
         is_whole: the tree is the whole filesystem, and not what the layer changed: it has no markers.
     """
 
@@ -50,6 +51,7 @@ class Layer(NamedTuple):
     is_partial: bool = False
     beside: str | None = None
     top_mode: int = 0o755
+    drops_trusted: bool = False
     is_whole: bool = False
 
 

@@ -64,7 +64,7 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> 
         _device(entry) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0,
         entry.linkname if kind == stat.S_IFLNK else "",
         0,
-        _xattrs(kind, entry.xattrs or {}, found.xattrs if found is not None and same else {}, layer),
+        _xattrs(kind, entry.xattrs or {}, found.xattrs if found is not None and same else None, layer),
     )
 
 
@@ -127,9 +127,14 @@ def _is_same_time(wanted: int, found: int) -> bool:
     return wanted == found or (wanted % _SECOND == 0 and found // _SECOND == wanted // _SECOND)
 
 
-def _xattrs(kind: int, said: Mapping[str, bytes], found: Mapping[str, bytes], layer: Layer) -> dict[str, bytes]:
+def _xattrs(kind: int, said: Mapping[str, bytes], there: Mapping[str, bytes] | None, layer: Layer) -> dict[str, bytes]:
+    """What a file should have, and what is open and there; None: there is no such file, and it is to be made."""
+    is_made, found = there is None, there or {}
+
     def is_open(name: str) -> bool:
         # One that an ordinary user sets has the user in it (capabilities(7), "Namespaced file capabilities").
+        if name.startswith("trusted."):
+            return not is_made or layer.drops_trusted or layer.shift is None
         return _is_open(kind, name) or (name == CAPABILITY and layer.shift is None and name in found)
 
     wanted = {name: value for name, value in said.items() if not is_open(name)}
@@ -139,6 +144,6 @@ def _xattrs(kind: int, said: Mapping[str, bytes], found: Mapping[str, bytes], la
 
 def _is_open(kind: int, name: str) -> bool:
     """Whether an xattr need not be what the archive says: the kernel or the machine may have refused or changed it."""
-    # xattr(7): "user." only on files and directories. containerd leaves "trusted." out (archive/tar_unix.go, setxattr).
+    # xattr(7): "user." only on files and directories.
     is_refused = name.startswith("user.") and kind not in (stat.S_IFREG, stat.S_IFDIR)
-    return is_refused or name.startswith("trusted.") or is_marker(name) or name in _OF_MACHINE
+    return is_refused or is_marker(name) or name in _OF_MACHINE

@@ -190,6 +190,7 @@ class Containerd:
             images=tuple(state.belongs.get(snapshot.key, ())),
             shift=None if snapshot.record.is_mapped else shift,
             is_partial=shift is None,
+            drops_trusted=True,  # archive/tar_unix.go, setxattr
             is_whole=is_native,
             # The tree is the directory, and what else is in it would be in every container.
             beside=os.path.join(home, "onlap", str(snapshot.record.id)) if is_native else None,
