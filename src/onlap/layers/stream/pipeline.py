@@ -33,7 +33,7 @@ class Digests(NamedTuple):
 
     Attributes:
         digest: of the stream as read, ``"sha256:..."``.
-        diff_id: of the archive without compression.
+        diff_id: of the archive without compression; empty if it was not asked for.
         size: bytes read.
         uncompressed: bytes of the archive without compression.
     """
@@ -125,6 +125,8 @@ class Pipeline:
 
     Args:
         source: a path, or a binary file, which is read from its position to its end.
+        diff_id: whether the digest of a compressed archive without its compression is asked for; it costs more than
+            the other, which proves the same where it is known.
 
     Attributes:
         compression: one of the constants of :mod:`onlap.layers.stream.compression`.
@@ -136,8 +138,9 @@ class Pipeline:
         Unimplemented: no library for its compression is installed.
     """
 
-    def __init__(self, source: BinaryIO | str | os.PathLike[str]) -> None:
+    def __init__(self, source: BinaryIO | str | os.PathLike[str], *, diff_id: bool = True) -> None:
         self._input = Input(source)
+        self._hashes = diff_id
         self._threads: list[threading.Thread] = []
         self._out = Channel()
         self._to_hash = Channel()
@@ -162,7 +165,7 @@ class Pipeline:
                 self._hashed = HashedReader(self._input.read_into, self._hash)
                 return
             self._start(self._produce)
-            if self._inflater is not None:
+            if self._inflater is not None and self._hashes:
                 self._start(self._hash_inflated)
 
     def __enter__(self) -> Pipeline:
@@ -192,7 +195,7 @@ class Pipeline:
             data = self._out.get()
         else:
             data = self._next()
-            if self._inflater is not None:
+            if self._inflater is not None and self._hashes:
                 self._hash.update(data)
         self.produced += len(data)
         self._ended = not data
@@ -201,9 +204,9 @@ class Pipeline:
     def digests(self) -> Digests:
         """The digests and sizes; only after :meth:`chunk` reached the end."""
         self._join()
-        return Digests(
-            PREFIX + self._input.hash.hexdigest(), PREFIX + self._hash.hexdigest(), self._input.count, self.produced
-        )
+        hashed = self._inflater is None or self._hashes
+        diff_id = PREFIX + self._hash.hexdigest() if hashed else ""
+        return Digests(PREFIX + self._input.hash.hexdigest(), diff_id, self._input.count, self.produced)
 
     def close(self) -> None:
         """Stop the threads and close the path that was opened."""
@@ -230,7 +233,7 @@ class Pipeline:
         try:
             while True:
                 data = self._next()
-                if self._inflater is not None:
+                if self._inflater is not None and self._hashes:
                     self._to_hash.put(data)
                 self._out.put(data)
                 if not data:
