@@ -1,4 +1,4 @@
-"""Small bbolt databases, written by hand: ``tests/peers/test_bolt.py`` has bbolt itself check them.
+"""Small bbolt databases, written by hand: ``tests/stores/test_bolt.py`` has bbolt itself check them.
 
 The pages of a bucket come before those of the bucket that it is in: leaves, then each level of branches. The last one
 is the root.

@@ -1,4 +1,4 @@
-"""containerd roots, written by hand: what ``tests/peers/test_containerd_store.py`` finds in real ones."""
+"""containerd roots, written by hand: what ``tests/stores/test_containerd_store.py`` finds in real ones."""
 
 from __future__ import annotations
 
