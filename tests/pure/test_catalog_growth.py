@@ -20,6 +20,7 @@ from onlap.catalog.catalog import Catalog, New
 from onlap.catalog.db.database import Connection
 from onlap.catalog.records import Record
 from onlap.store import Store
+from onlap.workspaces.workspace import Workspace
 
 FEW, MANY = 20, 220
 
@@ -373,3 +374,60 @@ def test_a_look_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
                 catalog._background(lambda: False)
         catalog._background(lambda: False)
         assert due(store) == 0
+
+
+def settle(catalog: Catalog) -> None:
+    """Do all background work."""
+    catalog._janitor.stop()
+    for _ in range(2):
+        catalog._background(lambda: False)
+    assert catalog.database.read(lambda c: c.execute("SELECT count(*) FROM snapshots WHERE due").fetchone()) == (0,)
+
+
+def durable(store: Store, ws: Workspace) -> None:
+    """A checkpoint that is written to the disk after its sidecar was written."""
+    catalog = store.snapshotter.catalog
+    synced = catalog.sync
+
+    def sync(since: int | None = None) -> None:
+        settle(catalog)
+        synced(since)
+
+    setattr(catalog, "sync", sync)  # noqa: B010 - for mypy, a method is not to be assigned
+    ws.checkpoint("third", durable=True)
+
+
+CHANGES: dict[str, Callable[[Store, Workspace], object]] = {
+    "a label": lambda store, _: store.label("base", {"a": "b"}),
+    "a durable checkpoint": durable,
+    "a forgotten checkpoint": lambda _, ws: ws.forget("first"),
+    "the labels of a row": lambda store, _: store.snapshotter.catalog.database.write(
+        lambda c: records.set_labels(c, 1, {"a": "b"})
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_labels_that_a_killed_process_changed_come_into_the_sidecars(tmp_path: Path, change: str) -> None:
+    root = tmp_path / "root"
+    with onlap.open(root, snapshotter="native", sync="none") as store:
+        commit(store, "base")
+        ws = store.workspaces.create("w", "base")
+        catalog = store.snapshotter.catalog
+        for content in ("first", "second", "third"):
+            top = store.snapshotter.for_owner(records.WORKSPACES).record("top/w")
+            Path(catalog.layout.tree(top.id), "file").write_text(content)
+            if content != "third":
+                ws.checkpoint(content, durable=True)
+        settle(catalog)
+        CHANGES[change](store, ws)
+        # What a process knows that is killed here ends with it.
+        catalog._janitor.stop()
+        catalog.sidecars._unwritten.clear()
+        catalog.sidecars._written.clear()
+    with onlap.open(root, sync="none") as store:
+        catalog = store.snapshotter.catalog
+        settle(catalog)
+        for record in catalog.walk(None):
+            assert sidecars.read(catalog.layout.record(record.id)).labels == record.labels
+        assert store.check().findings == ()

@@ -380,7 +380,6 @@ class Catalog:
         def operation(connection: Connection) -> Record:
             record = records.get(connection, owner, name)
             change(connection, record)
-            records.touch(connection, record.id)
             return records.get(connection, owner, name)
 
         record = self.database.write(operation)

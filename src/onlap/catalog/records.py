@@ -302,7 +302,7 @@ def make_committed(
     except sqlite3.IntegrityError as error:
         raise already_exists(name) from error
     if changed:
-        replace_labels(connection, record.id, labels)
+        write_labels(connection, record.id, labels)
         if not empty:
             check_kept(connection, record)
     return bool(changed)
@@ -336,17 +336,27 @@ def check_kept(connection: Connection, record: Record) -> None:
         )
 
 
-def replace_labels(connection: Connection, identifier: int, labels: Mapping[str, str]) -> None:
-    """Give a snapshot these labels and no others."""
+def write_labels(connection: Connection, identifier: int, labels: Mapping[str, str]) -> None:
+    """Write the labels of a record that is made anew, with its times."""
     connection.execute("DELETE FROM labels WHERE snapshot = ?", (identifier,))
     _put_labels(connection, identifier, labels)
 
 
+def replace_labels(connection: Connection, identifier: int, labels: Mapping[str, str]) -> None:
+    """Give a snapshot these labels and no others, and record that it was updated now."""
+    write_labels(connection, identifier, labels)
+    _touch(connection, identifier)
+
+
 def set_labels(connection: Connection, identifier: int, changes: Mapping[str, str | None]) -> None:
-    """Set some labels; None or an empty value removes one, as in containerd (boltutil.writeMap)."""
+    """Set some labels, and record that the snapshot was updated now.
+
+    None or an empty value removes a label, as in containerd (boltutil.writeMap).
+    """
     gone = [(identifier, key) for key, value in changes.items() if not value]
     connection.executemany("DELETE FROM labels WHERE snapshot = ? AND key = ?", gone)
     _put_labels(connection, identifier, {key: value for key, value in changes.items() if value})
+    _touch(connection, identifier)
 
 
 def _put_labels(connection: Connection, identifier: int, labels: Mapping[str, str]) -> None:
@@ -355,8 +365,8 @@ def _put_labels(connection: Connection, identifier: int, labels: Mapping[str, st
         connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
 
 
-def touch(connection: Connection, identifier: int) -> None:
-    """Record that a snapshot was updated now."""
+def _touch(connection: Connection, identifier: int) -> None:
+    # Its sidecar is told from an older one by this time alone, and is looked at only where something is due.
     connection.execute("UPDATE snapshots SET updated_ns = ?, due = 1 WHERE id = ?", (time.time_ns(), identifier))
 
 

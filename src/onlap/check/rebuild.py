@@ -226,7 +226,7 @@ def insert(connection: Connection, found: Sidecar) -> None:
         """,
         (*found[:7], found.empty),
     )
-    records.replace_labels(connection, found.id, found.labels)
+    records.write_labels(connection, found.id, found.labels)
     if found.manifest is not None:
         records.set_manifest(connection, found.id, found.manifest)
 
