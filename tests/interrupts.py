@@ -2,8 +2,8 @@
 
 Not a test itself: ``python interrupts.py ROOT SCENARIO EVERY`` raises KeyboardInterrupt in the main thread before the
 nth bytecode of the scenario, for every EVERYth n up to its end, while another thread and another process write to the
-same root all the time. It prints how many points it tried, and "done"; it ends with a traceback of all threads when
-anybody hangs.
+same root all the time; a scenario of a graph driver is on its own. It prints how many points it tried, and "done"; it
+ends with a traceback of all threads when anybody hangs.
 
 A signal's exception comes at fewer points than that (after calls, and at jumps back), and at no others.
 """
@@ -20,7 +20,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import onlap
 from onlap import errors
 from onlap.catalog.disk import sync
 from onlap.catalog.records import WORKSPACES
+from onlap.graphdrivers import Driver, open_driver
 from onlap.store import Store
 
 # Seconds after which something hangs; what is waited for takes milliseconds.
@@ -37,7 +38,8 @@ _monitoring: Any = getattr(sys, "monitoring", None)  # from Python 3.12
 _TOOL = 3  # none of those that Python names for a purpose
 # Whose bytecodes count.
 _PLACES = tuple(
-    f"{_HERE}/{place}" for place in ("catalog/", "content/", "images/", "snapshots/", "workspaces/", "store.py")
+    f"{_HERE}/{place}"
+    for place in ("catalog/", "content/", "graphdrivers/", "images/", "snapshots/", "workspaces/", "store.py")
 )
 
 
@@ -335,11 +337,131 @@ def _check(store: Store, scenario: str, number: int, acknowledged: bool) -> None
         assert not there or there in store.images
 
 
+def _in_use(driver: Driver, id: str) -> None:
+    driver.create_read_write(id, "base")
+    driver.get(id)
+
+
+# Likewise of a graph driver; and by how much its end changes how often the layer is in use.
+DRIVER_SCENARIOS: dict[str, tuple[Callable[[Driver, str], object], Callable[[Driver, str], object], int]] = {
+    "driver create": (lambda driver, id: None, lambda driver, id: driver.create_read_write(id, "base"), 0),
+    "driver get": (
+        lambda driver, id: driver.create_read_write(id, "base"),
+        lambda driver, id: driver.get(id),
+        1,
+    ),
+    "driver get again": (
+        _in_use,
+        lambda driver, id: driver.get(id),
+        1,
+    ),
+    "driver put": (
+        _in_use,
+        lambda driver, id: driver.put(id),
+        -1,
+    ),
+    "driver apply": (
+        lambda driver, id: driver.create(id, "base"),
+        lambda driver, id: driver.apply_diff(id, "base", _archive(file="text")),
+        0,
+    ),
+    "driver remove": (
+        _in_use,
+        lambda driver, id: driver.remove(id),
+        -1,
+    ),
+}
+
+
+def interrupt_driver(home: str, scenario: str, every: int) -> int:
+    """Run a scenario of a graph driver; returns at how many points it was interrupted."""
+    kind, _, name = scenario.partition(" ")
+    prepare, act, change = DRIVER_SCENARIOS[name]
+    points, number = 0, 1
+    with closing(open_driver(kind, home, sync="none")) as driver:
+        driver.create("base")
+        driver.apply_diff("base", "", _archive(base="base"))
+        while True:
+            faulthandler.dump_traceback_later(PATIENCE, exit=True)
+            id = f"layer-{number}"
+            prepare(driver, id)
+            before = driver.counts.get(id, 0)
+            kept = None
+            interrupter = Interrupter(number)
+            try:
+                with interrupter:
+                    act(driver, id)
+            except KeyboardInterrupt as error:
+                kept = error  # and with it all that its frames refer to
+            count = driver.counts.get(id, 0)
+            assert count == before + change or (kept is not None and count == before), (number, before, count)
+            _in_another_thread(lambda: _use(driver, id))  # noqa: B023 - run at once
+            del kept
+            if not interrupter.fired:
+                break
+            points += 1
+            number += every
+    with closing(open_driver(kind, home, sync="none")) as driver:
+        driver.remove("base")
+    assert [name for name in os.listdir(home) if name != "l"] == []
+    faulthandler.cancel_dump_traceback_later()
+    return points
+
+
+def _in_another_thread(work: Callable[[], None]) -> None:
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that asserts
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    for failure in failures:
+        raise failure
+
+
+def _use(driver: Driver, id: str) -> None:
+    """The layer can be used and removed, and is mounted just as long as it is in use."""
+    driver.create_read_write("other", "base")
+    if not driver.exists(id):
+        driver.create_read_write(id, "base")
+    count = driver.counts.get(id, 0)
+    assert Path(driver.get(id), "base").read_text() == "base"
+    assert driver.counts.get(id, 0) in (count + 1, 0)  # 0: a layer that needs no mount
+    for _ in range(count + 1):
+        driver.put(id)
+    assert driver.counts == {}
+    assert not os.path.ismount(Path(driver.home, id, "merged"))
+    driver.remove(id)
+    driver.remove("other")
+
+
+def points(root: Path, scenario: str, every: int, timeout: float) -> int:
+    """For a test: run the program; returns at how many points it interrupted the scenario."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(root), scenario, str(every)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    found, word = done.stdout.split()
+    assert word == "done"
+    return int(found)
+
+
 def main() -> None:
     root, scenario, every = sys.argv[1], sys.argv[2], int(sys.argv[3])
     setattr(sync, "syncfs", lambda _: None)  # noqa: B010 - how long the disk takes is no matter here
     if scenario == "compete":
         compete(root)
+    elif " driver " in scenario:
+        sys.stdout.write(f"{interrupt_driver(root, scenario, every)} done\n")
     else:
         sys.stdout.write(f"{interrupt(root, scenario, every)} done\n")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,29 +28,15 @@ SCENARIOS = [
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="tells bytecodes by sys.monitoring, Python 3.12")
 
 
-def points(root: Path, scenario: str, every: int, timeout: float) -> int:
-    done = subprocess.run(
-        [sys.executable, interrupts.__file__, str(root), scenario, str(every)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr
-    found, word = done.stdout.split()
-    assert word == "done"
-    return int(found)
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_an_interrupt_at_any_moment_is_survived(root: Path, scenario: str) -> None:
-    assert points(root, scenario, _EVERY[scenario], 50) > 5
+    assert interrupts.points(root, scenario, _EVERY[scenario], 50) > 5
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_an_interrupt_at_every_bytecode_is_survived(root: Path, scenario: str) -> None:
-    assert points(root, scenario, 1, 1800) > 100
+    assert interrupts.points(root, scenario, 1, 1800) > 100
 
 
 @pytest.mark.parametrize("step", ["forgotten", "unlocked"])

@@ -177,24 +177,26 @@ class StackDriver(Driver):
         self._check_storage_options(storage_options, read_write=read_write)
         directory = self._dir(id)
         support.label_flag(mount_label)  # raises
-        with self._locks.held(id):
-            if exists(directory):
-                if self._is_empty_on(id, parent):
-                    return  # the same call again
-                if self._is_whole(id):
-                    raise errors.AlreadyExists(f"the layer {shown(id)} exists", key=id, hint="remove it first")
-                self._remove(id)
-            if parent and not self.exists(parent):
-                raise errors.NotFound(f"there is no layer {shown(parent)} to put {shown(id)} on", key=parent)
-            staged = STAGING + id
-            with errors.translated("create the layer", key=id), self._stage(staged):
-                try:
-                    self._build(os.path.join(self.home, staged), id, parent)
-                    self._own(os.path.join(self.home, staged), 0o710, ours=True)
-                    os.rename(staged, id, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
-                except BaseException:
-                    self._try_to_discard(staged)
-                    raise
+        self._locks.hold(id, lambda: self._make(id, directory, parent))
+
+    def _make(self, id: str, directory: str, parent: str) -> None:
+        if exists(directory):
+            if self._is_empty_on(id, parent):
+                return  # the same call again
+            if self._is_whole(id):
+                raise errors.AlreadyExists(f"the layer {shown(id)} exists", key=id, hint="remove it first")
+            self._remove(id)
+        if parent and not self.exists(parent):
+            raise errors.NotFound(f"there is no layer {shown(parent)} to put {shown(id)} on", key=parent)
+        staged = STAGING + id
+        with errors.translated("create the layer", key=id), self._stage(staged):
+            try:
+                self._build(os.path.join(self.home, staged), id, parent)
+                self._own(os.path.join(self.home, staged), 0o710, ours=True)
+                os.rename(staged, id, src_dir_fd=self._home_fd, dst_dir_fd=self._home_fd)
+            except BaseException:
+                self._try_to_discard(staged)
+                raise
 
     def _stage(self, staged: str) -> Flock:
         """An empty directory to build a layer in."""
@@ -228,8 +230,7 @@ class StackDriver(Driver):
         if not id:
             raise errors.InvalidArgument("the layer's id is empty: that would remove all layers")
         self._dir(id)  # raises
-        with self._locks.held(id):
-            self._remove(id)
+        self._locks.hold(id, lambda: self._remove(id))
 
     def _remove(self, id: str) -> None:
         """Rename the layer first, so that it disappears in one step; a sweep deletes what an error or a kill leaves."""
@@ -260,27 +261,33 @@ class StackDriver(Driver):
     def get(self, id: str, mount_label: str = "") -> str:
         """See :meth:`ProtoDriver.get`."""
         directory = self._dir(id)
-        with self._locks.held(id):
-            if not exists(directory):
-                raise errors.NotFound(f"there is no layer {shown(id)}", key=id)
-            tree = self._tree(id)
-            if isinstance(tree, str):
-                if mount_label:
-                    raise errors.Unimplemented(
-                        f"the layer {shown(id)} needs no mount, so it cannot get a mount label", key=id
-                    )
-                return tree
-            flags = support.label_flag(mount_label)
-            target = f"{directory}/{MERGED}"
-            with errors.translated("mount the layer", key=id):
+        return self._locks.hold(id, lambda: self._get(id, directory, mount_label))
+
+    def _get(self, id: str, directory: str, mount_label: str) -> str:
+        if not exists(directory):
+            raise errors.NotFound(f"there is no layer {shown(id)}", key=id)
+        tree = self._tree(id)
+        if isinstance(tree, str):
+            if mount_label:
+                raise errors.Unimplemented(
+                    f"the layer {shown(id)} needs no mount, so it cannot get a mount label", key=id
+                )
+            return tree
+        flags = support.label_flag(mount_label)
+        target = f"{directory}/{MERGED}"
+        before, mounted = self._counter.count(id), True
+        with errors.translated("mount the layer", key=id):
+            try:
                 count = self._counter.increment(id)
-                try:
-                    if count == 1 or not is_mounted(target):
-                        self._mount(tree._replace(flags=tree.flags + flags) if flags else tree, target)
-                except BaseException:
-                    self._counter.decrement(id)
-                    raise
-            return target
+                mounted = count > 1 and is_mounted(target)
+                if not mounted:
+                    self._mount(tree._replace(flags=tree.flags + flags) if flags else tree, target)
+            except BaseException:
+                self._counter.restore(id, before)
+                if not mounted:
+                    self._unmount(target)
+                raise
+        return target
 
     def _mount(self, plan: Mount, target: str) -> None:
         with errors.translated("mount the layer", key=target):
@@ -290,11 +297,7 @@ class StackDriver(Driver):
                 pass  # left by a kill
             if self.ids:
                 self._own(target, 0o700)
-            try:
-                kernel.attach(plan, target, at_once=True)
-            except BaseException:
-                self._unmount(target)
-                raise
+            kernel.attach(plan, target, at_once=True)
             if plan.work is not None and self.ids:
                 # In a user namespace the kernel moves directories through it, as the remapped root.
                 os.chown(os.path.join(plan.work, "work"), *self.ids.root)
@@ -302,9 +305,17 @@ class StackDriver(Driver):
     def put(self, id: str) -> None:
         """See :meth:`ProtoDriver.put`."""
         target = f"{self._dir(id)}/{MERGED}"
-        with self._locks.held(id), errors.translated("unmount the layer", key=id):
-            if self._counter.decrement(id) <= 0:
-                self._unmount(target)  # a layer that needs no mount has no such directory, and then nothing happens
+        self._locks.hold(id, lambda: self._put(id, target))
+
+    def _put(self, id: str, target: str) -> None:
+        before = self._counter.count(id)
+        with errors.translated("unmount the layer", key=id):
+            try:
+                if self._counter.decrement(id) <= 0:
+                    self._unmount(target)  # a layer that needs no mount has no such directory; then nothing happens
+            except BaseException:
+                self._counter.restore(id, before)
+                raise
 
     def _unmount(self, target: str) -> None:
         try:

@@ -91,7 +91,8 @@ class ProtoDriver(Protocol):
     def get(self, id: str, mount_label: str = "") -> str:
         """The directory that shows a layer's whole tree; mounted if it is not yet.
 
-        Each call is counted and needs one :meth:`put`. A layer that needs no mount is not counted.
+        Each call is counted and needs one :meth:`put`. A layer that needs no mount is not counted. A call that is
+        interrupted at its end (KeyboardInterrupt) may be counted all the same: see :meth:`Driver.counts`.
 
         Raises:
             NotFound: there is no such layer.

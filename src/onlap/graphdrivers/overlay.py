@@ -119,8 +119,7 @@ class OverlayDriver(StackDriver):
         self._stack_or_none(parent)  # raises
         with self._synced(id):
             if parent and self._is_image(parent) and not self._is_image(id):
-                with self._locks.held(id):
-                    return self._apply_on(id, parent, archive)
+                return self._locks.hold(id, lambda: self._apply_on(id, parent, archive))
             return self._naive.apply_diff(id, parent, archive)
 
     def _apply_on(self, id: str, parent: str, archive: BinaryIO) -> int:
