@@ -52,7 +52,8 @@ def remove_at(path: str) -> None:
 
 
 def empty(fd: int) -> None:
-    """Remove the contents of an open directory; raises OSError as :func:`remove`."""
+    """Remove the contents of an open directory, which may become writable; raises OSError as :func:`remove`."""
+    _make_writable(fd)
     for entry in files.list_directory(fd):
         remove(fd, entry.name)
 
@@ -83,16 +84,21 @@ def _open_if_full(dir_fd: int, entry: os.DirEntry[str]) -> int | None:
 def _open(dir_fd: int, name: str) -> int | None:
     """A descriptor of the directory ``name``, made writable; None if it was not a directory, and was unlinked."""
     fd = _open_if_directory(dir_fd, name)
-    if fd is not None and os.geteuid() != 0:
-        # As its owner, we may make our directory writable. Root needs no permission.
+    if fd is not None:
         try:
-            status = os.fstat(fd)
-            if status.st_mode & 0o700 != 0o700 and status.st_uid == os.geteuid():
-                os.fchmod(fd, 0o700)
+            _make_writable(fd)
         except BaseException:
             os.close(fd)
             raise
     return fd
+
+
+def _make_writable(fd: int) -> None:
+    """As its owner, we may make our directory writable. Root needs no permission."""
+    if os.geteuid() != 0:
+        status = os.fstat(fd)
+        if status.st_mode & 0o700 != 0o700 and status.st_uid == os.geteuid():
+            os.fchmod(fd, 0o700)
 
 
 def _open_if_directory(dir_fd: int, name: str) -> int | None:
