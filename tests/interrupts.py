@@ -11,6 +11,7 @@ A signal's exception comes at fewer points than that (after calls, and at jumps 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import os
 import subprocess
@@ -299,6 +300,7 @@ def interrupt(root: str, scenario: str, every: int) -> int:
             points += 1
             number += every
         competitors.close()
+        _await_closed(f"{root}/snapshots")
         for name in list(store.workspaces):
             store.workspaces.remove(name)
         store.cleanup()
@@ -308,6 +310,25 @@ def interrupt(root: str, scenario: str, every: int) -> int:
             assert os.path.isdir(store.snapshotter.catalog.layout.tree(record.id)), record
     faulthandler.cancel_dump_traceback_later()
     return points
+
+
+def _await_closed(path: str) -> None:
+    """Wait until only one descriptor leads to a path; the thread of a store that was not closed may have others yet."""
+    while len(descriptors(path)) > 1:
+        gc.collect()
+        time.sleep(0.01)
+
+
+def descriptors(path: str) -> list[str]:
+    """Those of this process that lead to a path."""
+    return [fd for fd in os.listdir("/proc/self/fd") if _target(fd) == path]
+
+
+def _target(fd: str) -> str | None:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return None
 
 
 def _check(store: Store, scenario: str, number: int, acknowledged: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 import interrupts
+import onlap
 from onlap import locks
+from onlap.catalog.disk.sync import Syncer
 
 # Every how manieth bytecode: about twenty looks at each call. All of them are for the long run.
 _EVERY = {"stat": 11, "prepare": 41, "commit": 67, "remove": 53, "open and close": 389, "fork": 9}
@@ -37,6 +40,40 @@ def test_an_interrupt_at_any_moment_is_survived(root: Path, scenario: str) -> No
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_an_interrupt_at_every_bytecode_is_survived(root: Path, scenario: str) -> None:
     assert interrupts.points(root, scenario, 1, 1800) > 100
+
+
+@pytest.mark.parametrize("part", ["_janitor.stop", "sidecars.finish", "staging.close", "database.close"])
+def test_an_interrupted_close_closes_the_rest(root: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    store = onlap.open(root, snapshotter="native", sync="none")
+    store.prepare("key")
+    catalog = store.snapshotter.catalog
+    name, _, method = part.partition(".")
+    interrupted: list[str] = []
+
+    def interrupt() -> None:
+        if not interrupted:
+            interrupted.append(part)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(catalog, name), method, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.close()
+    assert catalog._format_lock.fd == -1
+    assert interrupts.descriptors(catalog.layout.snapshots) == []
+    assert catalog.staging._claimed == {} or name == "staging"
+    assert catalog.database._closed or name == "database"
+    store.close()
+    assert catalog.staging._claimed == {}
+    assert catalog.database._closed
+
+
+def test_a_thing_that_nobody_closed_is_closed(tmp_path: Path) -> None:
+    syncer = Syncer(str(tmp_path))
+    assert len(interrupts.descriptors(str(tmp_path))) == 1
+    del syncer
+    gc.collect()
+    assert interrupts.descriptors(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize("step", ["forgotten", "unlocked"])

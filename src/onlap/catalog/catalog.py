@@ -118,12 +118,15 @@ class Catalog:
     def close(self) -> None:
         """Stop the background work and close everything; idempotent, also after an interrupted call."""
         _opened.discard(self)
-        self._janitor.stop()
-        self.sidecars.finish()
-        self.staging.close()
-        self.database.close()
-        self._syncer.close()
-        self._format_lock.release()
+        with contextlib.ExitStack() as always:
+            for each in (self._format_lock.release, self._syncer.close, self.database.close, self.staging.close):
+                always.callback(each)
+            try:
+                self._janitor.stop()
+                self.sidecars.finish()
+            except BaseException:
+                self._janitor.stop()  # what it uses is closed next
+                raise
 
     def _background(self, stop: Callable[[], bool]) -> bool:
         again = self.garbage.work(stop)

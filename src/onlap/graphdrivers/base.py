@@ -41,7 +41,7 @@ from onlap.graphdrivers.ids import IdMap
 from onlap.locks import Flock, abandoned, lock_directory
 from onlap.mounts import kernel
 from onlap.mounts.plan import Mount
-from onlap.syscalls.files import exists
+from onlap.syscalls.files import Descriptor, exists
 
 _log = logging.getLogger("onlap.graphdrivers")
 
@@ -97,7 +97,7 @@ class StackDriver(Driver):
             # As Docker's: only the remapped root may pass through.
             os.chown(self.home, -1, root_gid)
             os.chmod(self.home, 0o710)
-            self._home_fd = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._opened = Descriptor(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.support = support.probe_support(self.home)
             self._syncer = Syncer(self.home) if sync == "layer" else None
@@ -115,12 +115,14 @@ class StackDriver(Driver):
 
     def close(self) -> None:
         """Close the descriptors; mounts stay as they are."""
-        fd, self._home_fd = self._home_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._opened.close()
         syncer, self._syncer = getattr(self, "_syncer", None), None
         if syncer is not None:
             syncer.close()
+
+    @property
+    def _home_fd(self) -> int:
+        return self._opened.fd
 
     # For subclasses
 

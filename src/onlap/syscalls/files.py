@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import sys
+import weakref
 from typing import BinaryIO
 
 from onlap.syscalls import _libc
@@ -42,6 +43,42 @@ _STATX_MASK_OFFSET = 0  # struct statx: stx_mask, the first 32 bits
 _STATX_MNT_ID_OFFSET = 0x90  # struct statx: stx_mnt_id
 _STATX_SIZE = 0x100
 _STATFS_SIZE = 0x100  # struct statfs is 120 bytes on 64-bit machines, and less on others
+
+
+class Descriptor:
+    """An open file that a thing keeps for as long as it is open itself, and that is closed with it at the latest.
+
+    Args:
+        path: what to open.
+        flags: of open(2).
+
+    Attributes:
+        fd: the descriptor; -1 after :meth:`close`.
+    """
+
+    fd = -1
+
+    def __init__(self, path: str, flags: int) -> None:
+        self.fd = fd = os.open(path, flags)
+        # An interrupt may come before anyone can close it, or end what would. Not __del__, which also runs for closed
+        # ones, at any moment, and in which Python drops what a signal handler raises.
+        self._forgotten = weakref.finalize(self, os.close, fd)
+        self._forgotten.atexit = False
+
+    def close(self) -> None:
+        """Close it; idempotent, and never fails."""
+        fd = self.fd
+        if fd < 0:
+            return
+        # An interrupt comes as a call begins or ends: all calls are inside this block.
+        try:
+            self._forgotten.detach()
+        finally:
+            self.fd = -1
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # EIO, EINTR: it is closed all the same (close(2))
 
 
 class _OpenHow(ctypes.Structure):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from onlap.catalog.helper import Helper, Job, nothing
 from onlap.forks import restarted_in_children
-from onlap.syscalls.files import syncfs
+from onlap.syscalls.files import Descriptor, syncfs
 
 # Errors of a syncfs(2) that was not run at all: nothing is known to be lost.
 _NOT_DONE = (errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EINTR, errno.EAGAIN)
@@ -33,7 +33,7 @@ class Syncer:
     """
 
     def __init__(self, directory: str, failed: Callable[[], None] = lambda: None) -> None:
-        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._file = Descriptor(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._failed = failed
         self.failures = 0
         self.after_fork()
@@ -44,13 +44,8 @@ class Syncer:
         self._helper = Helper(self._serve)
 
     def close(self) -> None:
-        """Close the descriptor."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # EIO, EINTR: nothing was written through it, and it is closed all the same (close(2))
+        """Close the descriptor; idempotent, and never fails."""
+        self._file.close()
 
     def sync(self, since: int | None = None) -> None:
         """Return when everything written before the call is on the disk.
@@ -68,7 +63,7 @@ class Syncer:
     def _serve(self, first: Job[object], _in_caller: bool) -> None:
         jobs = [first, *self._helper.waiting()]
         try:
-            syncfs(self._fd)
+            syncfs(self._file.fd)
         except OSError as error:
             if error.errno not in _NOT_DONE:
                 self.failures += 1
