@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +181,26 @@ def test_an_older_format_is_brought_to_ours(old_root: Path) -> None:
         assert store.stat("key").kind == "active"
         assert store.snapshotter.catalog.database.read(lambda c: c.execute("SELECT * FROM added").fetchall()) == []
         store.prepare("new")
+    assert user_version(old_root) == schema.VERSION
+
+
+def test_a_file_that_could_not_be_opened_for_writing_at_one_moment_ends_no_migration(
+    old_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite does not say that it got EMFILE or ENOMEM, but opens it for reading only."""
+    connect: Any = sqlite3.connect
+    refused: list[str] = []
+
+    def sometimes(path: str, **arguments: Any) -> Any:
+        if "_migrate" in {frame.name for frame in traceback.extract_stack()} and not refused:
+            refused.append(path)
+            return connect(f"file:{path}?mode=ro", uri=True, **arguments)
+        return connect(path, **arguments)
+
+    monkeypatch.setattr(sqlite3, "connect", sometimes)
+    with onlap.open(old_root) as store:
+        assert "key" in store
+    assert refused
     assert user_version(old_root) == schema.VERSION
 
 

@@ -32,6 +32,7 @@ from onlap.catalog.db.writer import (
     closed,
     forks,
     is_of_files,
+    is_readonly,
     other_version,
     translated,
 )
@@ -104,7 +105,13 @@ class Database:
         if exists(self._path) and self.read(schema.version) == schema.VERSION:
             return  # the usual case: without the lock, so that opening waits for nobody
         self._check()
-        self._writer.do(Job(lambda: self._migrate(check_migration)))
+        try:
+            self._writer.do(Job(lambda: self._migrate(check_migration)))
+        except errors.OnlapError as error:
+            if not is_readonly(error.__cause__):
+                raise
+            self._close_connections()
+            self._writer.do(Job(lambda: self._migrate(check_migration)))
 
     def _migrate(self, check_migration: Callable[[int], None]) -> None:
         connection = self._writer.connect()
@@ -190,14 +197,17 @@ class Database:
         except errors.OnlapError:
             if not job.readonly:
                 raise
-            # SQLite opens a file for reading where it cannot for writing, perhaps only at that moment (EMFILE), and
-            # keeps it so for as long as any connection of the process is open.
-            self._writer.do(Job(lambda: self._writer.close_all(self._readers, _is_any_reading)))
+            self._close_connections()
             result = self._writer.do(Operation(operation))
         if self._writer.upkeep_due:
             self._writer.upkeep_due = False
             self._upkeep_due()
         return result
+
+    def _close_connections(self) -> None:
+        # SQLite opens a file for reading where it cannot for writing, perhaps only at that moment (EMFILE), and keeps
+        # it so for as long as any connection of the process is open.
+        self._writer.do(Job(lambda: self._writer.close_all(self._readers, _is_any_reading)))
 
     def upkeep(self) -> None:
         """Enlarge the write-ahead log once, and empty it after a number of commits.

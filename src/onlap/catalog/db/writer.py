@@ -266,7 +266,7 @@ class Writer:
             # unknown: SQLite may have rolled it back.
             for job in batch:
                 job.error = translated(error, self._path) if isinstance(error, sqlite3.Error) else error
-                job.readonly = isinstance(error, sqlite3.Error) and _primary_code(error) == sqlite3.SQLITE_READONLY
+                job.readonly = is_readonly(error)
             if self._connection is not None:
                 self.close_now(self._connection)
             return
@@ -482,6 +482,11 @@ _OF_ITS_FILES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLIT
 
 def _primary_code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def is_readonly(error: BaseException | None) -> bool:
+    """Whether SQLite has one of its files open for reading only."""
+    return isinstance(error, sqlite3.Error) and _primary_code(error) == sqlite3.SQLITE_READONLY
 
 
 def is_of_files(error: sqlite3.Error) -> bool:
