@@ -5,18 +5,28 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import subprocess
+import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import onlap
 from onlap import errors
+from onlap.catalog import catalog
+from onlap.catalog.catalog import Catalog
 from onlap.catalog.db import schema
+from onlap.catalog.db.database import Database
 from onlap.catalog.db.writer import other_version
 from onlap.catalog.disk.layout import RESERVE_SIZE
 from onlap.probing.probe import SCRATCH
+
+PATIENCE = 30.0
 
 # The places
 
@@ -210,7 +220,7 @@ def test_an_older_format_stays_while_others_have_it_open(old_root: Path) -> None
     try:
         fcntl.flock(lease, fcntl.LOCK_SH)
         with pytest.raises(errors.Unavailable, match="other processes have it open"):
-            onlap.open(old_root)
+            onlap.open(old_root, timeout=0.01)
         assert user_version(old_root) == schema.VERSION - 1
     finally:
         os.close(lease)
@@ -224,10 +234,64 @@ def test_nobody_opens_a_root_that_is_brought_to_a_newer_format(root: Path) -> No
     try:
         fcntl.flock(lease, fcntl.LOCK_EX)
         with pytest.raises(errors.Unavailable, match="is being migrated to a newer format"):
-            onlap.open(root)
+            onlap.open(root, timeout=0.01)
     finally:
         os.close(lease)
     onlap.open(root).close()
+
+
+def test_the_end_of_a_migration_is_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onlap.open(root, snapshotter="native").close()
+    leases = [os.open(root / "staging", os.O_RDONLY | os.O_DIRECTORY)]
+    fcntl.flock(leases[0], fcntl.LOCK_EX)
+    monkeypatch.setattr(
+        catalog, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: os.close(leases.pop()))
+    )
+    onlap.open(root).close()
+    assert leases == []
+
+
+def test_of_several_that_open_an_older_format_at_once_one_migrates_it(
+    old_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes while the first is about to migrate, and waits for it."""
+    opened: list[onlap.Store] = []
+    second = threading.Thread(target=lambda: opened.append(onlap.open(old_root)))
+    waits = threading.Event()
+    set_up, check = Database.set_up, Catalog._check_migration
+
+    def noted(database: Database, check_migration: Callable[[int], None]) -> None:
+        if threading.current_thread() is second:
+            waits.set()
+        set_up(database, check_migration)
+
+    def checked(self: Catalog, found: int) -> None:
+        if second.ident is None:
+            second.start()
+            assert waits.wait(PATIENCE)
+        check(self, found)
+
+    monkeypatch.setattr(Database, "set_up", noted)
+    monkeypatch.setattr(Catalog, "_check_migration", checked)
+    with onlap.open(old_root) as store:
+        second.join(PATIENCE)
+        with opened[0] as other:
+            assert "key" in store
+            assert "key" in other
+    assert user_version(old_root) == schema.VERSION
+
+
+@pytest.mark.needs("mount")
+def test_an_older_format_that_cannot_be_written_is_said_to_be_so(old_root: Path) -> None:
+    subprocess.run(["mount", "--bind", old_root, old_root], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", old_root], check=True)
+        with pytest.raises(errors.FailedPrecondition, match=f"has format {schema.VERSION - 1}.*read-only") as raised:
+            onlap.open(old_root)
+        assert "where it can be written" in str(raised.value)
+    finally:
+        subprocess.run(["umount", old_root], check=True)
+    onlap.open(old_root).close()
 
 
 def test_a_failed_migration_changes_nothing(old_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from onlap.catalog.background.manifests import Manifests
 from onlap.catalog.background.sidecars import Sidecars
 from onlap.catalog.background.usages import Usages
 from onlap.catalog.checks import check_commit, check_rebase, lost, no_parent
+from onlap.catalog.db import schema
 from onlap.catalog.db.database import Connection, Database
 from onlap.catalog.disk.layout import Layout
 from onlap.catalog.disk.staging import Staging
@@ -35,6 +37,15 @@ from onlap.catalog.records import Condition, Kind, Record
 from onlap.errors import shown
 from onlap.locks import Flock, claim_directory, lock_directory
 from onlap.syscalls.files import exists
+
+# Seconds in which others that are just opening a root come to see that it has an older format, as we do.
+_OPENING = 1.0
+# Seconds between two attempts to lock it.
+_POLL = 0.005
+
+
+class _OpenElsewhere(Exception):
+    """Other processes have a root open whose format is to change."""
 
 
 class New(NamedTuple):
@@ -108,7 +119,7 @@ class Catalog:
                 self.usages = Usages(self.layout, self.database)
                 self.sidecars = Sidecars(self.layout, self.staging, self.database)
                 self.manifests = Manifests(self.layout, self.staging, self.database, self.sidecars.changed)
-                self.garbage.with_space(lambda: self.database.set_up(self._check_migration))
+                self._set_up()
                 has_trash = not self.trash.is_empty()
             on_error.pop_all()
         _opened.add(self)
@@ -139,14 +150,42 @@ class Catalog:
 
     def _lock_format(self) -> Flock:
         # Every process that has the root open holds its staging directory shared; a migration needs it exclusively.
-        held = lock_directory(self.layout.staging, shared=True)
-        if held is None:
-            raise errors.Unavailable(
-                f"the root {shown(self.layout.root)} is being migrated to a newer format",
-                key=self.layout.root,
-                hint="try again in a moment",
-            )
+        held = Flock(self.layout.staging)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(held.release)
+            self._share(held)
+            on_error.pop_all()
         return held
+
+    def _share(self, held: Flock) -> None:
+        until = time.monotonic() + self.timeout
+        while not held.lock(shared=True):
+            if time.monotonic() >= until:
+                raise errors.Unavailable(
+                    f"the root {shown(self.layout.root)} is being migrated to a newer format",
+                    key=self.layout.root,
+                    hint="try again in a moment",
+                )
+            time.sleep(_POLL)
+
+    def _set_up(self) -> None:
+        """Create the tables, or migrate them; raises as :meth:`Database.set_up`."""
+        until = time.monotonic() + min(self.timeout, _OPENING)
+        while (found := self.garbage.with_space(self.database.version)) != schema.VERSION:
+            if found:
+                # Others that open it now want to migrate it as well: none of them keeps another from it.
+                self._format_lock.unlock()
+            try:
+                self.garbage.with_space(lambda: self.database.set_up(self._check_migration))
+            except _OpenElsewhere as error:
+                if time.monotonic() >= until:
+                    raise errors.Unavailable(
+                        f"the root {shown(self.layout.root)} has an older format, and other processes have it open",
+                        key=self.layout.root,
+                        hint="end them, then open it again to migrate it to this Onlap's format",
+                    ) from error
+                time.sleep(_POLL)
+            self._share(self._format_lock)
 
     def _check_migration(self, found: int) -> None:
         """Raise when a catalog of an older format cannot be migrated to ours now; a new one has format 0."""
@@ -154,11 +193,7 @@ class Catalog:
             self.layout.check_new()
             return
         if not self._format_lock.lock():
-            raise errors.Unavailable(
-                f"the root {shown(self.layout.root)} has an older format, and other processes have it open",
-                key=self.layout.root,
-                hint="end them, then open it again to migrate it to this Onlap's format",
-            )
+            raise _OpenElsewhere
         self._format_lock.lock(shared=True)
 
     def _after_fork_in_child(self) -> None:

@@ -92,6 +92,14 @@ class Database:
         # The last step: a child in which an interrupt ended this halfway still has its parent's pid here.
         self._pid = os.getpid()
 
+    def version(self) -> int:
+        """The format of the tables, 0 if there are none yet. This waits for nobody: it takes no lock.
+
+        Raises:
+            OnlapError: an error of SQLite.
+        """
+        return self.read(schema.version) if exists(self._path) else 0
+
     def set_up(self, check_migration: Callable[[int], None]) -> None:
         """Create the tables, or migrate them to our format.
 
@@ -99,15 +107,21 @@ class Database:
             check_migration: raises if a catalog of the given format cannot be migrated now; a new one has format 0.
 
         Raises:
-            FailedPrecondition: a newer Onlap wrote it.
+            FailedPrecondition: a newer Onlap wrote it, or an older one and it cannot be written.
             OnlapError: what ``check_migration`` raises, or an error of SQLite.
         """
-        if exists(self._path) and self.read(schema.version) == schema.VERSION:
-            return  # the usual case: without the lock, so that opening waits for nobody
+        found = self.version()
         self._check()
         try:
             self._writer.do(Job(lambda: self._migrate(check_migration)))
         except errors.OnlapError as error:
+            if 0 < found < schema.VERSION and os.statvfs(self._path).f_flag & os.ST_RDONLY:
+                raise errors.FailedPrecondition(
+                    f"the catalog has format {found}, and its filesystem is read-only: "
+                    f"it cannot be migrated to format {schema.VERSION}, which this Onlap reads",
+                    key=self._path,
+                    hint="open the root once where it can be written, or with the Onlap that wrote it",
+                ) from error
             if not is_readonly(error.__cause__):
                 raise
             self._close_connections()
