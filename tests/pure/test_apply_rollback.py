@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import stat
 import tarfile
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from onlap import errors
 from onlap.layers.apply.archive import apply
+from onlap.layers.apply.rollback import emptied_on_error
+from onlap.trees.atomic import new_directory
 from onlap.trees.remove import empty
 
 _NOBODY = 65534
@@ -84,3 +88,17 @@ def test_a_directory_that_cannot_be_written_is_emptied(tmp_path: Path) -> None:
 
     as_ordinary_user(work)
     os.close(place)
+
+
+def test_what_an_interrupt_left_before_its_block_empties_nothing_later(tmp_path: Path) -> None:
+    """The generator of the context manager ends with the interrupt's frames: any time later."""
+    layer = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    for make in (lambda: emptied_on_error(layer), lambda: new_directory(str(tmp_path), note=lambda _: None)):
+        interrupted: AbstractContextManager[object] = make()
+        interrupted.__enter__()
+        (tmp_path / "of another call").touch()
+        del interrupted
+        gc.collect()
+        assert os.listdir(tmp_path) == ["of another call"]
+        (tmp_path / "of another call").unlink()
+    os.close(layer)

@@ -74,6 +74,8 @@ def new_directory(path: str, note: Note) -> Iterator[str]:
             )
         try:
             yield path
+        except GeneratorExit:
+            raise  # an interrupt came before the block, and by now another call may have filled it
         except BaseException:
             with opened(path) as fd:
                 empty(fd)

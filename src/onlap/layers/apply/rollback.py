@@ -33,6 +33,10 @@ def emptied_on_error(layer: int) -> Iterator[None]:
     status, names, xattrs = os.fstat(layer), frozenset(list_xattrs(layer)), read_xattrs(layer)
     try:
         yield
+    except GeneratorExit:
+        # An interrupt came before the block. It is told here when nobody keeps the interrupt any more: by then the
+        # number of the descriptor may be that of another directory, or another call may have filled the layer.
+        raise
     except BaseException:
         try:
             _restore(layer, status, names, xattrs)
