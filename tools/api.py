@@ -38,8 +38,8 @@ _MODULES = {
     "onlap.containers.options": "the options of a container",
     "onlap.graphdrivers": "Docker's graph drivers",
     "onlap.check.stores.doctor": "check the stores of other programs",
-    "onlap.check.stores.supply": "where their layers' archives come from",
-    "onlap.check.stores.repair": "repair them",
+    "onlap.check.stores.repairing.supply": "where their layers' archives come from",
+    "onlap.check.stores.repairing.repair": "repair them",
     "onlap.check.stores.docker.data_root": "look into a Docker data root",
     "onlap.testing": "the conformance suite",
 }

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from onlap import errors
-from onlap.check.stores import split
-from onlap.check.stores.archive import Uncomparable
-from onlap.check.stores.comparison import Comparison, NoTree
+from onlap.check.stores.comparing import split
+from onlap.check.stores.comparing.archive import Uncomparable
+from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
 from onlap.check.stores.doctor import Doctor
 from onlap.layers.apply.archive import apply

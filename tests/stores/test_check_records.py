@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import pytest
 
 from onlap.check.findings import Finding
-from onlap.check.stores.repair import StoreRepair
-from onlap.check.stores.supply import Supply
+from onlap.check.stores.repairing.repair import StoreRepair
+from onlap.check.stores.repairing.supply import Supply
 from peer_stores import making as stores
 from peer_stores.damages import TREES, inflict
 from peer_stores.making import Made, assert_same_layers, looked

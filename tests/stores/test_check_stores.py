@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from onlap.check.findings import Finding
-from onlap.check.stores.case import Done
-from onlap.check.stores.repair import StoreRepair
-from onlap.check.stores.supply import Supply
+from onlap.check.stores.repairing.case import Done
+from onlap.check.stores.repairing.repair import StoreRepair
+from onlap.check.stores.repairing.supply import Supply
 from onlap.testing.same import differences
 from peer_stores import damages
 from peer_stores import making as stores

@@ -36,7 +36,7 @@ import re
 from onlap import errors
 from onlap.errors import shown
 from onlap.graphdrivers.home import STAGING
-from onlap.syscalls.files import exists
+from onlap.syscalls.files import exists, open_file
 
 LINKS = "l"
 DIFF = "diff"
@@ -45,6 +45,9 @@ LOWER = "lower"
 WORK = "work"
 MERGED = "merged"
 COMMITTED = "committed"
+
+# The longest is "lower": some 30 bytes for each of MAX_DEPTH layers.
+_MAX_TEXT = 1 << 16
 
 SHORT_LENGTH = 26
 MAX_DEPTH = 128
@@ -91,7 +94,7 @@ class Layer:
         """Its short name; None if it has none, as only an incomplete layer."""
         try:
             short = _text(f"{self.path}/{LINK}")
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         return short if LOWER_LINK.fullmatch(f"{LINKS}/{short}") else None
 
@@ -114,7 +117,7 @@ class Layer:
         """The same, without a check."""
         try:
             return _text(f"{self.path}/{LOWER}").split(":")
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return []
 
     def is_committed(self) -> bool:
@@ -213,11 +216,6 @@ def unlink_dangling(home: str) -> None:
 
 
 def _text(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        found = b""
-        while part := os.read(fd, 1 << 13):  # longer than any of Docker's
-            found += part
-    finally:
-        os.close(fd)
-    return found.decode("ascii", "surrogateescape")
+    """A small file of ours, whatever is in its place; raises OSError."""
+    with open_file(path) as file:
+        return file.read(_MAX_TEXT).decode("ascii", "surrogateescape")

@@ -14,12 +14,14 @@ from onlap.boundary import public, public_class
 from onlap.check.content import as_finding
 from onlap.check.findings import Finding, Report, identity
 from onlap.check.meter import Meter
-from onlap.check.stores.archive import Uncomparable
-from onlap.check.stores.comparison import Comparison, NoTree
+from onlap.check.stores.comparing.archive import Spend, Uncomparable
+from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
 from onlap.errors import shown
+from onlap.layers.stream.digests import PREFIX
 from onlap.progress import Callback
-from onlap.syscalls.files import exists
+from onlap.syscalls.files import exists, open_file
+from onlap.trees.manifest import digest_of
 
 # A lack of the machine's, which is no damage.
 _OF_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -162,7 +164,13 @@ class Doctor:
             yield Finding("tree-missing", layer.name, users=layer.users)
         except (Uncomparable, errors.Unimplemented) as error:
             self.uncompared[layer.name] = str(error)
-        except (errors.DataLoss, errors.InvalidArgument) as error:
+        except errors.InvalidArgument as error:
+            # An archive that the store's program took and Onlap does not, as for an owner of -1; unless it is damaged.
+            if layer.split is None and not _is_whole(layer, self.meter):
+                yield _archive_damaged(layer, error)
+            else:
+                self.uncompared[layer.name] = error.message
+        except errors.DataLoss as error:
             yield _archive_damaged(layer, error)
         except OSError as error:
             if error.errno in _OF_MACHINE:
@@ -174,6 +182,13 @@ class Doctor:
                     layer.name, comparison.deviations[path], comparison.failures.get(path), layer.users
                 )
                 yield finding._replace(detail=_with_size(finding.detail, comparison.sizes.get(path)))
+
+
+def _is_whole(layer: Layer, spend: Spend) -> bool:
+    """Whether a layer's blob is what its digest says."""
+    assert layer.archive is not None
+    with errors.translated("read the blob", key=layer.archive), open_file(layer.archive) as file:
+        return f"{PREFIX}{digest_of(file.fileno(), spend)}" in layer.digests
 
 
 def _with_size(detail: str, sizes: tuple[int, int] | None) -> str:

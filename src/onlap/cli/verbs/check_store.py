@@ -15,13 +15,14 @@ from onlap.cli.shared.findings import show_finding, users_of, verdict
 from onlap.cli.shared.images import registry_access
 from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
+from onlap.syscalls.files import exists, is_directory, is_file
 
 if TYPE_CHECKING:
     from onlap.check.findings import Finding, Report
     from onlap.check.stores.contract import Store
     from onlap.check.stores.doctor import Doctor
-    from onlap.check.stores.repair import StoreRepair
-    from onlap.check.stores.supply import Supply
+    from onlap.check.stores.repairing.repair import StoreRepair
+    from onlap.check.stores.repairing.supply import Supply
 
 
 def check_store(call: Call) -> int:
@@ -66,18 +67,21 @@ def _check_arguments(call: Call) -> None:
 
 def _supply(call: Call, stack: ExitStack, store: Store) -> Supply:
     from onlap.check.stores.doctor import open_store
-    from onlap.check.stores.supply import Supply
+    from onlap.check.stores.repairing.supply import Supply
 
     args = call.args
     stores = tuple(store if not each else open_store(each) for each in args.from_content or ())
     access = registry_access(call) if args.from_registry else None
     archives = tuple(args.from_archive or ())
+    for path in archives:
+        if exists(path) and not (is_file(path) or is_directory(path)):
+            raise UsageError(f"--from-archive takes a file or a directory: {shown(path)}")
     return stack.enter_context(Supply(stores=stores, archives=archives, registry=args.from_registry, access=access))
 
 
 def _repair(call: Call, doctor: Doctor, done: Report) -> Report:
     from onlap.check.stores.doctor import STAGING
-    from onlap.check.stores.repair import StoreRepair
+    from onlap.check.stores.repairing.repair import StoreRepair
 
     args, out = call.args, call.out
     # Of notes, only what a repair of ours has left.

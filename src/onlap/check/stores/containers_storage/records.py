@@ -171,10 +171,10 @@ class Base:
             if error.errno in _NO_FILE:
                 raise Damaged("no file is in its place") from error
             raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise Damaged("no file is in its place")
         with open(fd, "rb", buffering=0) as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise Damaged("no file is in its place")
             left = limit
             while True:
                 try:

@@ -26,6 +26,9 @@ from onlap.check.stores.docker.records import (
     CACHE_ID,
     DIFF,
     DIGEST,
+    ID,
+    INIT_ID,
+    MOUNT_ID,
     PARENT,
     SIZE,
     ChainRecord,
@@ -88,6 +91,7 @@ class Root:
         images: the chain IDs of each image's layers, lowest first, by the image's name.
         containers: the ids of each container's writable layer and init layer, and its parent chain, by the
             container's name.
+        damaged_containers: the names of the records of a container that are damaged, by the container's id.
     """
 
     def __init__(self, directory: str, driver: str) -> None:
@@ -104,10 +108,12 @@ class Root:
             for id, diff_ids in self.image_diff_ids.items()
             for name in self.image_names[id] or [id.removeprefix("sha256:")[:12]]
         }
-        self.containers, self._known_mounts = _read_containers(directory, os.path.join(store, "layerdb", "mounts"))
+        mounts = os.path.join(store, "layerdb", "mounts")
+        self.containers, self._known_mounts, self.damaged_containers = _read_containers(directory, mounts)
         self.layers = {layer.id: layer for layer in _in_order(self._find())}
         self._ids = {id: chain for chain, id in self.chains.items()}
         self._shorts: dict[str, str] | None = None
+        self._short_of: dict[str, str | None] = {}
         users: dict[str, set[str]] = {}
         for name, chains in self.images.items():
             for chain in chains:
@@ -188,9 +194,12 @@ class Root:
 
     def short(self, id: str) -> str | None:
         """The short name of a layer, by its file or, where that is lost, by its link; None if both are lost."""
-        found = Layer(self.home, id).short()
-        if found is not None:
-            return found
+        if id in self._short_of:
+            return self._short_of[id]
+        self._short_of[id] = found = Layer(self.home, id).short() or self._short_of_link(id)
+        return found
+
+    def _short_of_link(self, id: str) -> str | None:
         if self._shorts is None:
             directory = os.path.join(self.home, layout.LINKS)
             names = [name for name in names_in(directory) if os.path.islink(os.path.join(directory, name))]
@@ -239,12 +248,11 @@ class Root:
             if init:
                 kinds[init] = INIT
                 owners.setdefault(init, []).append(name)
-            while chain:
-                below = self.chains.get(chain)
+            for each in self.chain(chain):
+                below = self.chains.get(each)
                 if below is not None:
                     kinds[below] = IMAGE
                     owners.setdefault(below, []).append(name)
-                chain = self.records[chain].parent if chain in self.records else ""
         cached = _cached(self.directory, [id for id in layer_ids(self.home) if kinds.get(id, UNUSED) == UNUSED])
         kinds.update(dict.fromkeys(cached, CACHE))
         shorts = {f"{layout.LINKS}/{Layer(self.home, id).short()}": id for id in layer_ids(self.home)}
@@ -336,19 +344,33 @@ def _read_images(store: str) -> tuple[dict[str, list[str]], dict[str, tuple[str,
     return names, found
 
 
-def _read_containers(directory: str, mounts: str) -> tuple[dict[str, tuple[str, str, str]], set[str]]:
-    """Writable layer, init layer and parent chain by container; and all writable layers that Docker knows."""
+def _read_containers(
+    directory: str, mounts: str
+) -> tuple[dict[str, tuple[str, str, str]], set[str], dict[str, tuple[str, ...]]]:
+    """Writable layer, init layer and parent chain by container; all layers that Docker knows; and what is damaged.
+
+    The last are the names of records, by the container's id, of containers that are there.
+    """
     containers: dict[str, tuple[str, str, str]] = {}
     known: set[str] = set()
-    for key in names_in(mounts):
+    damaged: dict[str, tuple[str, ...]] = {}
+    there = set(names_in(os.path.join(directory, "containers")))
+    for key in sorted(there | set(names_in(mounts))):
         where = os.path.join(mounts, key)
-        id, init = _text(os.path.join(where, "mount-id")), _text(os.path.join(where, "init-id"))
+        texts = {name: text_of(os.path.join(where, name)) or "" for name in (MOUNT_ID, INIT_ID, PARENT)}
+        parent = texts[PARENT]
+        wrong = [name for name in (MOUNT_ID, INIT_ID) if not ID.fullmatch(texts[name])]
+        # A container on an image without layers has no parent.
+        wrong += [PARENT] if parent and not DIGEST.fullmatch(parent) else []
+        if key in there and wrong:
+            damaged[key] = tuple(wrong)
+        id, init, parent = ("" if name in wrong else texts[name] for name in (MOUNT_ID, INIT_ID, PARENT))
         known.update(each for each in (id, init) if each)
-        config = os.path.join(directory, "containers", key, "config.v2.json")
-        if id and os.path.exists(config):
+        if id and key in there:
+            config = os.path.join(directory, "containers", key, "config.v2.json")
             name = str(_json(config).get("Name") or key[:12]).lstrip("/")
-            containers[name] = (id, init, _text(os.path.join(where, "parent")))
-    return containers, known
+            containers[name] = (id, init, parent)
+    return containers, known, damaged
 
 
 def _cached(directory: str, ids: list[str]) -> list[str]:

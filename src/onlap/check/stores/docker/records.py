@@ -31,10 +31,11 @@ _MAX_TEXT = 64 << 20
 
 SPLIT = "tar-split.json.gz"
 CACHE_ID, DIFF, PARENT, SIZE = "cache-id", "diff", "parent", "size"
+MOUNT_ID, INIT_ID = "mount-id", "init-id"
 
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
-# moby, layer/filestore.go, GetCacheID: stringIDRegexp.
-_CACHE_ID = re.compile("[a-f0-9]{64}(-init)?")
+# moby writes 64 hexadecimal digits, and BuildKit 25 letters and digits; a plugin of Onlap's takes any name of a file.
+ID = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 
 
 class ChainRecord(NamedTuple):
@@ -98,7 +99,7 @@ def read_record(directory: str, chain: str, texts: Mapping[str, str | None]) -> 
     """
     cache_id, diff_id, parent, size = (texts.get(name) or "" for name in (CACHE_ID, DIFF, PARENT, SIZE))
     damaged = []
-    if not cache_id or "/" in cache_id or cache_id in (".", ".."):
+    if not ID.fullmatch(cache_id):
         damaged.append(CACHE_ID)
         cache_id = ""
     if not DIGEST.fullmatch(diff_id):
@@ -144,7 +145,7 @@ def expected_lower(root: Root, id: str) -> list[str] | None:
         OSError: a short name cannot be read.
     """
     parents = root.parents(id)
-    if parents is None:
+    if parents is None or len(parents) > layout.MAX_DEPTH:
         return None
     shorts = [root.short(each) for each in parents]
     return None if None in shorts else [f"{layout.LINKS}/{short}" for short in shorts]

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from onlap import errors
 from onlap.check.findings import Finding, identity
-from onlap.check.stores.archive import Uncomparable
-from onlap.check.stores.comparison import Comparison, NoTree
+from onlap.check.stores.comparing.archive import Uncomparable
+from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
 from onlap.check.stores.docker import records, structure
 from onlap.check.stores.docker.data_root import ORPHAN, Root, open_root

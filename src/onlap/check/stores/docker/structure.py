@@ -102,10 +102,15 @@ def chain_of(record: ChainRecord) -> str:
 
 
 def _containers(root: Root) -> Iterator[Finding]:
-    for name, (id, init, _) in root.containers.items():
+    for key, names in root.damaged_containers.items():
+        for name in names:
+            yield Finding("record-damaged", key[:12], name, "of a container", (key[:12],))
+    for name, (id, init, parent) in root.containers.items():
         for each in (id, init):
             if each and each not in root.layers:
                 yield Finding("tree-missing", each, detail="the layer of a container", users=(name,))
+        if parent and parent not in root.records:
+            yield Finding("record-missing", parent, detail="the layer below a container", users=(name,))
 
 
 def _layer(root: Root, id: str) -> Iterator[Finding]:
@@ -169,6 +174,8 @@ def _left(root: Root) -> Iterator[Finding]:
             yield Finding("staging-left", name)
     for name in root.removing:
         yield Finding("trash-waiting", name)
+    if root.damaged_containers:
+        return  # what seems to be nobody's may be what one of them wrote
     for layer in root.layers.values():
         if layer.kind == ORPHAN:
             yield Finding("tree-unknown", layer.id, detail="it is mounted" if layer.mounted else "")

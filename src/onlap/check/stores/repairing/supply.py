@@ -149,6 +149,8 @@ class Supply:
         except errors.OnlapError as error:
             self.failed[what] = error.message
             return
+        if not images:
+            self.failed[what] = "it has no image"
         blobs = self._known()
         for image in images:
             for layer, diff_id in zip(image.layers, image.diff_ids, strict=True):

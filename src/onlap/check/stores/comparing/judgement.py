@@ -14,6 +14,7 @@ from onlap.check.stores.contract import Layer
 from onlap.layers.format import tar
 from onlap.overlayfs.markers import is_marker
 from onlap.trees.manifest import Entry
+from onlap.trees.meta import ACCESS_ACL, DEFAULT_ACL
 
 _KINDS = {
     tar.FILE: stat.S_IFREG,
@@ -46,7 +47,10 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> 
     """
     kind = _KINDS[entry.type]
     same = found is not None and stat.S_IFMT(found.mode) == kind
-    mode = found.mode if found is not None and same and kind == stat.S_IFLNK else kind | entry.mode
+    mode = kind | entry.mode
+    # An ACL and the mode change each other, and the peers set them in different orders (acl(5)).
+    if found is not None and same and (kind == stat.S_IFLNK or ACCESS_ACL in (entry.xattrs or {})):
+        mode = found.mode
     uid, gid = (found.uid, found.gid) if found is not None else (0, 0)
     if layer.shift is not None:
         uid, gid = entry.uid + layer.shift, entry.gid + layer.shift
@@ -133,6 +137,8 @@ def _xattrs(kind: int, said: Mapping[str, bytes], there: Mapping[str, bytes] | N
 
     def is_open(name: str) -> bool:
         # One that an ordinary user sets has the user in it (capabilities(7), "Namespaced file capabilities").
+        if name == ACCESS_ACL or (name == DEFAULT_ACL and layer.shift is None):
+            return name in found
         if name.startswith("trusted."):
             return not is_made or layer.drops_trusted or layer.shift is None
         return _is_open(kind, name) or (name == CAPABILITY and layer.shift is None and name in found)

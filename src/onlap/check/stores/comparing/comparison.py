@@ -1,7 +1,7 @@
 """A layer's tree against the archive that it was unpacked from, entry by entry, while the archive is read.
 
-What the archive does not say is not judged (:mod:`onlap.check.stores.judgement`). What is in the tree and not in the
-archive is found by a walk behind it.
+What the archive does not say is not judged (:mod:`onlap.check.stores.comparing.judgement`). What is in the tree and not
+in the archive is found by a walk behind it.
 
 Sources: what the appliers of the peers do with an entry: containerd v1.7.24, archive/tar.go and archive/tar_unix.go;
 moby v26.1.5, pkg/archive/archive.go and diff.go; containers/storage v1.57, pkg/archive/archive.go.
@@ -13,16 +13,17 @@ import errno
 import os
 import stat
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from onlap import errors
-from onlap.check.stores import judgement
-from onlap.check.stores.archive import Archive, Spend, Uncomparable, open_archive
+from onlap.check.stores.comparing import judgement
+from onlap.check.stores.comparing.archive import Archive, Spend, Uncomparable, open_archive
+from onlap.check.stores.comparing.below import Below
 from onlap.check.stores.contract import Layer
 from onlap.errors import shown
 from onlap.layers import paths
 from onlap.layers.format import tar
 from onlap.overlayfs.markers import OPAQUE_YES, get_xattr, is_whiteout
-from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 from onlap.syscalls.files import RESOLVE_NO_XDEV, list_directory, open_beneath
 from onlap.trees.manifest import Deviation, Entry, Links, differences, open_unchanged
 from onlap.trees.meta import read_xattrs
@@ -40,6 +41,14 @@ class NoTree(Exception):
     """The layer's tree is gone, or is not a directory."""
 
 
+class _Header(NamedTuple):
+    """The header of a link, the status of the file, and whether they agree."""
+
+    entry: tar.Entry
+    status: os.stat_result | None
+    agrees: bool
+
+
 class Comparison:
     """One comparison; used once.
 
@@ -55,6 +64,7 @@ class Comparison:
         listed: by path, what the tree should have, without digests.
         offsets: by path, where the entry of a regular file is in the archive, in bytes; if ``keep``.
         firsts: by path, of a further name of a file: the name that has its entry.
+        groups: by the number in ``listed``, all names of a file that has several; if ``keep``.
         absent: the directories that the archive only implies, and the tree does not have; if ``keep``.
         proven: whether a digest proves that what the tree was compared with is the layer's.
     """
@@ -67,6 +77,7 @@ class Comparison:
         self.listed: dict[str, Entry] = {}
         self.offsets: dict[str, int] = {}
         self.firsts: dict[str, str] = {}
+        self.groups: dict[int, list[str]] = {}
         self.absent: set[str] = set()
         self.proven = False
         self._spend = spend
@@ -78,15 +89,16 @@ class Comparison:
         self._whiteouts: set[str] = set()
         self._opaque: set[str] = set()
         self._found_opaque: set[str] = set()
+        self._either: set[str] = set()
         # Where the names of directories lead through the symlinks of the archive.
         self._symlinks: dict[str, str] = {}
         self._resolved: dict[str, str] = {}
         self._linked_to: dict[str, list[str]] = {}
-        self._groups = 0
+        self._deciding: dict[str, _Header] = {}
         self._parent: tuple[str, int | None] = ("", None)
         self._trouble: OSError | None = None  # why the parent cannot be opened, though it is there
         self._stack = ExitStack()
-        self._below = _Below(self._stack, layer)
+        self._below = Below(self._stack, layer)
 
     def run(self) -> None:
         """Compare.
@@ -117,6 +129,7 @@ class Comparison:
                     raise Uncomparable(f"no applier takes {shown(entry.name)}: {error}") from error
             self.proven = archive.prove(self.layer)
             if self._keep:
+                self._decide()
                 self._list_implied()
             if not self.layer.is_whole:
                 self._markers()
@@ -142,7 +155,11 @@ class Comparison:
         if entry.type == tar.CHAR and not entry.devmajor and not entry.devminor:
             self._whiteouts.add(path)
             return
+        if path in self._paths and path in self._implied and entry.type != tar.DIRECTORY:
+            self._drop_below(path)
         self._paths.add(path)
+        if (entry.xattrs or {}).get(self.layer.markers.opaque) is not None:
+            self._either.add(path)  # containerd leaves it out, and Docker and Podman set it
         if entry.type == tar.SYMLINK:
             self._symlinks[path] = entry.linkname
             self._resolved.clear()
@@ -213,10 +230,22 @@ class Comparison:
         if path in self._paths:
             # Further names that it had stay with the old file.
             for each in (path, *self._linked_to.pop(path, ())):
-                for known in (self.deviations, self.failures, self.sizes):
-                    known.pop(each, None)
+                self._drop(each)
             if self._symlinks.pop(path, None) is not None:
                 self._resolved.clear()
+
+    def _drop(self, path: str) -> None:
+        for known in (self.deviations, self.failures, self.sizes, self.firsts):
+            known.pop(path, None)
+
+    def _drop_below(self, directory: str) -> None:
+        """A directory was replaced by a file, with all that earlier entries left in it."""
+        for path in [each for each in self._paths if each.startswith(f"{directory}/")]:
+            self._paths.discard(path)
+            self.listed.pop(path, None)
+            self._drop(path)
+        self._implied = {each for each in self._implied if not paths.is_below(each, directory)}
+        self._resolved.clear()
 
     def _file(self, archive: Archive, path: str, entry: tar.Entry) -> None:
         parent, base = self._go(path)
@@ -224,6 +253,8 @@ class Comparison:
         try:
             fd = None if parent is None else open_unchanged(base, parent)
             status = None if fd is None else os.fstat(fd)
+        except PermissionError as error:
+            raise _not_permitted(path) from error
         except OSError as error:
             status = self._status(path)
             if status is not None and stat.S_ISREG(status.st_mode):
@@ -249,7 +280,9 @@ class Comparison:
         target = paths.clean(entry.linkname)
         above, _, base = target.rpartition("/")
         target = paths.join(self._directory(above), base)
+        target = self.firsts.get(target, target)
         self._paths.add(path)
+        self.firsts[path] = target
         self._linked_to.setdefault(target, []).append(path)
         there, other = self._status(path), self._status(target)
         expected = self._linked(path, target, there)
@@ -280,17 +313,23 @@ class Comparison:
             self._remove(target, frozenset({"xattrs"}))
 
     def _take_over(self, target: str, entry: tar.Entry, status: os.stat_result | None) -> None:
-        """Expect of a file what the header of a link says, unless it is as an earlier header says."""
-        first = self.listed.get(target)
-        if first is None or not (
-            status is None or not _is_as(first, status) or judgement.agrees(entry, status, self.layer.shift)
-        ):
-            return
-        for path in (target, *self._linked_to[target]):
-            if path in self.listed:
-                expected = self.listed[path] = judgement.linked(self.listed[path], entry, status, self.layer)
-                if path in self.deviations:
-                    self.deviations[path] = self.deviations[path]._replace(expected=expected)
+        """Note the header of a link that decides: the last one that the tree agrees with, or else the last one."""
+        agrees = status is not None and judgement.agrees(entry, status, self.layer.shift)
+        known = self._deciding.get(target)
+        if known is None or agrees or not known.agrees:
+            self._deciding[target] = _Header(entry, status, agrees)
+
+    def _decide(self) -> None:
+        """Expect of files with several names what the header says that decides, unless they are as the first says."""
+        for target, (entry, status, agrees) in self._deciding.items():
+            first = self.listed.get(target)
+            if first is None or not (status is None or agrees or not _is_as(first, status)):
+                continue
+            for path in (target, *self._linked_to.get(target, ())):
+                if path in self.listed:
+                    expected = self.listed[path] = judgement.linked(self.listed[path], entry, status, self.layer)
+                    if path in self.deviations:
+                        self.deviations[path] = self.deviations[path]._replace(expected=expected)
 
     def _linked(self, path: str, target: str, there: os.stat_result | None) -> Entry:
         """What a further name of a file should be."""
@@ -298,10 +337,11 @@ class Comparison:
         if first is None:
             return Entry(path, stat.S_IFREG if there is None else there.st_mode, 0, 0, 0)
         if not first.link:
-            self._groups += 1
-            first = self.listed[target] = first._replace(link=self._groups)
+            number = len(self.groups) + 1
+            self.groups[number] = [target]
+            first = self.listed[target] = first._replace(link=number)
+        self.groups[first.link].append(path)
         self.listed[path] = first._replace(path=path)
-        self.firsts[path] = target
         return self.listed[path]
 
     # Judging
@@ -378,14 +418,14 @@ class Comparison:
             status = self._status(path)
             if self.layer.is_partial or self._is_hidden(path):
                 continue
-            expected = Entry(path, stat.S_IFCHR, 0, 0, 0)
+            expected = Entry(path, stat.S_IFCHR, self.layer.shift or 0, self.layer.shift or 0, 0)
             if status is not None and not is_whiteout(status):
                 self.deviations[path] = Deviation(path, expected, frozenset({"type"}), found=True)
             elif status is None and below.has(path):
                 self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
             if self._keep and path in self.deviations:
                 self.listed[path] = expected
-        for path in sorted(self._opaque | self._found_opaque):
+        for path in sorted((self._opaque | self._found_opaque) - self._either):
             status = self._status(path)
             if status is None or not stat.S_ISDIR(status.st_mode):
                 # It is told of already. When it is made again it has to hide what is below.
@@ -434,6 +474,8 @@ class Comparison:
                 fd = open_beneath(directory or ".", OPEN_DIRECTORY, dir_fd=self._top, resolve=RESOLVE_NO_XDEV)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # removed meanwhile
+            except PermissionError as error:
+                raise _not_permitted(directory) from error
             except OSError as error:
                 self._unreadable(directory, error)
                 continue
@@ -450,6 +492,10 @@ class Comparison:
                     self._extra(path)
                 elif each.is_dir(follow_symlinks=False):
                     pending.append(path)
+                elif path in self._implied and path not in self._paths:
+                    self.deviations[path] = Deviation(
+                        path, judgement.implied(path, self.layer), frozenset({"type"}), found=True
+                    )
 
     def _unreadable(self, directory: str, error: OSError) -> None:
         self.failures[directory] = error
@@ -457,23 +503,23 @@ class Comparison:
 
     def _extra(self, path: str) -> None:
         status = self._status(path)
-        # containers/storage makes whiteouts of AUFS's own files (pkg/archive/archive_linux.go, ConvertRead).
-        is_left = (
-            status is not None and is_whiteout(status) and os.path.basename(path).startswith(paths.WHITEOUT_PREFIX)
-        )
+        # AUFS's own files: some of the peers take them, or make whiteouts of them (ConvertRead), and others do not.
+        is_left = any(name.startswith(paths.WHITEOUT_PREFIX) for name in path.split("/"))
         # No archive has sockets, so that a layer which was made of a container's tree keeps its own.
         if status is not None and not is_left and not stat.S_ISSOCK(status.st_mode):
             self.deviations[path] = Deviation(path, None, frozenset(), found=True)
 
     def _list_implied(self) -> None:
-        for path in self._implied - self.listed.keys():
+        for path in self._implied - self.listed.keys() - self._symlinks.keys():
             status = self._status(path)
-            if path not in self._symlinks:
-                if status is None:
-                    self.absent.add(path)
-                self.listed[path] = (
-                    self._found(path, status) if status is not None else judgement.implied(path, self.layer)
-                )
+            if status is None:
+                self.absent.add(path)
+            is_directory = status is not None and stat.S_ISDIR(status.st_mode)
+            self.listed[path] = (
+                self._found(path, status)
+                if status is not None and is_directory
+                else judgement.implied(path, self.layer)
+            )
 
     # Places
 
@@ -511,44 +557,11 @@ class Comparison:
             return None
 
 
-class _Below:
-    """The layers below, opened when they are needed."""
-
-    def __init__(self, stack: ExitStack, layer: Layer) -> None:
-        self._stack = stack
-        self._layer = layer
-        self._top: MergedDirectory | None = None
-
-    def has(self, path: str) -> bool:
-        """Whether the layers below show a file of that path; also if they cannot be read."""
-        try:
-            return self._lookup(path) is not None
-        except OSError:
-            return True
-
-    def link(self, path: str) -> str | None:
-        """The target of a symlink that the layers below show; None also if they cannot be read."""
-        try:
-            found = self._lookup(path)
-            if found is None or not stat.S_ISLNK(found.status.st_mode):
-                return None
-            return os.readlink(found.name, dir_fd=found.dir_fd)
-        except OSError:
-            return None
-
-    def _lookup(self, path: str) -> Found | None:
-        if not self._layer.lowers:
-            return None
-        if self._top is None:
-            self._top = self._stack.enter_context(Stack(self._layer.lowers, self._layer.markers)).top()
-        directory: MergedDirectory | None = self._top
-        *above, base = path.split("/")
-        for name in above:
-            directory = None if directory is None else directory.open(name)
-        return None if directory is None else directory.lookup(base)
-
-
 def _is_as(entry: Entry, status: os.stat_result) -> bool:
     """Whether a file has the attributes that its names share."""
     found = status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns
     return found == (entry.mode, entry.uid, entry.gid, entry.mtime_ns)
+
+
+def _not_permitted(path: str) -> Uncomparable:
+    return Uncomparable(f"this user may not read {shown(path)}; check it as root, or in podman unshare")

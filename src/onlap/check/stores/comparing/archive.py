@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from typing import Self
 
 from onlap import errors
+from onlap.check.stores.comparing.split import Split
 from onlap.check.stores.contract import Layer
-from onlap.check.stores.split import Split
 from onlap.layers.format import tar
 from onlap.layers.format.reader import TarReader
 from onlap.layers.stream.digests import check_content

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from onlap import errors
 from onlap.check.findings import Finding
 from onlap.check.refill import ATTRIBUTES
-from onlap.check.stores.archive import Spend, Uncomparable
-from onlap.check.stores.comparison import Comparison, NoTree
+from onlap.check.stores.comparing.archive import Spend, Uncomparable
+from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
-from onlap.check.stores.spool import has_data, names_of, needs_data
-from onlap.check.stores.supply import Found, Supply
+from onlap.check.stores.repairing.spool import has_data, names_of, needs_data
+from onlap.check.stores.repairing.supply import Found, Supply
 from onlap.syscalls.files import exists
 from onlap.trees.manifest import Deviation
 

@@ -17,15 +17,16 @@ from onlap import errors
 from onlap.boundary import public_class
 from onlap.check.findings import Finding, identity
 from onlap.check.refill import Aside, Refill, said
-from onlap.check.stores import split
-from onlap.check.stores.archive import Spend
-from onlap.check.stores.case import Case, Done, examine
-from onlap.check.stores.comparison import Comparison
+from onlap.check.stores.comparing import split
+from onlap.check.stores.comparing.archive import Spend
+from onlap.check.stores.comparing.comparison import Comparison
 from onlap.check.stores.contract import Layer, Store
 from onlap.check.stores.doctor import STAGING, Doctor
-from onlap.check.stores.spool import Spool
-from onlap.check.stores.supply import Supply
-from onlap.check.stores.use import mounted
+from onlap.check.stores.repairing.case import Case, Done, examine
+from onlap.check.stores.repairing.own import check_own
+from onlap.check.stores.repairing.spool import Spool
+from onlap.check.stores.repairing.supply import Supply
+from onlap.check.stores.repairing.use import mounted
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX
 from onlap.locks import lock_directory
@@ -68,13 +69,7 @@ class StoreRepair:
         self._spend = spend
         self._layers = {layer.name: layer for layer in store.layers()}
         with errors.translated("look at the store", key=store.directory):
-            owner = os.stat(store.directory).st_uid
-        if owner not in {0, os.geteuid(), *(layer.shift for layer in self._layers.values())}:
-            raise errors.PermissionDenied(
-                f"{shown(store.directory)} is the store of user {owner}",
-                key=store.directory,
-                hint="repair it as that user, in the user namespace of its tools (podman unshare, rootlesskit)",
-            )
+            check_own(store.directory)
 
     def plan(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
         """What :meth:`run` would do. Nothing is changed.
@@ -107,14 +102,13 @@ class StoreRepair:
             except (OSError, errors.OnlapError) as error:
                 yield from (Done(each, f"not repaired: {said(error)}", False) for each in mine)
         yield from (Done(each, *self._clear(self._layers[each.thing])) for each in findings if self._is_leftover(each))
-        yield from self._mend(findings)
-        self.left = self._still_wrong(findings)
-        # A layer's directory that was gone has lost its links and lists as well.
-        known = set(map(identity, findings))
-        new = tuple(each for each in self.left if identity(each) not in known and each.kind in _OF_RECORDS)
-        if new:
+        known, new = set(map(identity, findings)), findings
+        while new:
             yield from self._mend(new)
             self.left = self._still_wrong(findings)
+            # A layer's directory that was gone has lost its links and lists as well, one of which shows after another.
+            new = tuple(each for each in self.left if identity(each) not in known and each.kind in _OF_RECORDS)
+            known |= set(map(identity, new))
 
     def _damaged(self, findings: Iterable[Finding]) -> Iterator[tuple[Layer, list[Finding]]]:
         by_layer: dict[str, list[Finding]] = {}
@@ -144,7 +138,9 @@ class StoreRepair:
                 yield from verdicts
                 return
             for place in dict.fromkeys((layer.place, layer.beside or layer.place)):
+                check_own(os.path.dirname(layer.place))
                 os.makedirs(place, 0o700, exist_ok=True)
+                check_own(place)
             held = lock_directory(layer.beside or layer.place)
             if held is None:
                 raise errors.Busy(f"another process repairs the layer {shown(layer.name)}", key=layer.name)
@@ -247,7 +243,7 @@ class StoreRepair:
                 with new_file(layer.split_place, lambda _partial: None) as out:
                     if split.write(found.path, out) != layer.diff_id:
                         raise _Other
-                    os.fchmod(out.fileno(), 0o644)  # as dockerd's and Podman's
+                    os.fchmod(out.fileno(), 0o644 if self.store.kind == "Docker" else 0o600)  # as each has it
                     out.flush()
                     os.fsync(out.fileno())
                 return f"written again from {found.where}"

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from onlap import errors
 from onlap.check.refill import ATTRIBUTES, open_in_tree
-from onlap.check.stores.archive import Spend
-from onlap.check.stores.comparison import Comparison
-from onlap.check.stores.supply import Found
+from onlap.check.stores.comparing.archive import Spend
+from onlap.check.stores.comparing.comparison import Comparison
+from onlap.check.stores.repairing.supply import Found
 from onlap.layers.format import tar
 from onlap.layers.format.reader import TarReader
 from onlap.layers.stream.pipeline import Pipeline
@@ -115,7 +115,7 @@ def names_of(comparison: Comparison, path: str) -> list[str]:
     entry = comparison.listed.get(path)
     if entry is None or not entry.link:
         return [path]
-    return [each for each, other in comparison.listed.items() if other.link == entry.link]
+    return comparison.groups[entry.link]
 
 
 def has_data(comparison: Comparison, path: str) -> bool:

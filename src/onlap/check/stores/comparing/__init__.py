@@ -1,0 +1,1 @@
+"""Layers of other stores, compared with what their archives say."""

@@ -1,0 +1,47 @@
+"""The layers below a layer, as the kernel merges them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import ExitStack
+
+from onlap.check.stores.contract import Layer
+from onlap.overlayfs.merged import Found, MergedDirectory, Stack
+
+
+class Below:
+    """The layers below, opened when they are needed."""
+
+    def __init__(self, stack: ExitStack, layer: Layer) -> None:
+        self._stack = stack
+        self._layer = layer
+        self._top: MergedDirectory | None = None
+
+    def has(self, path: str) -> bool:
+        """Whether the layers below show a file of that path; also if they cannot be read."""
+        try:
+            return self._lookup(path) is not None
+        except OSError:
+            return True
+
+    def link(self, path: str) -> str | None:
+        """The target of a symlink that the layers below show; None also if they cannot be read."""
+        try:
+            found = self._lookup(path)
+            if found is None or not stat.S_ISLNK(found.status.st_mode):
+                return None
+            return os.readlink(found.name, dir_fd=found.dir_fd)
+        except OSError:
+            return None
+
+    def _lookup(self, path: str) -> Found | None:
+        if not self._layer.lowers:
+            return None
+        if self._top is None:
+            self._top = self._stack.enter_context(Stack(self._layer.lowers, self._layer.markers)).top()
+        directory: MergedDirectory | None = self._top
+        *above, base = path.split("/")
+        for name in above:
+            directory = None if directory is None else directory.open(name)
+        return None if directory is None else directory.lookup(base)

@@ -1,0 +1,1 @@
+"""Layers and records of other stores, repaired."""
