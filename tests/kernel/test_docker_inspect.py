@@ -171,3 +171,46 @@ def test_what_is_no_data_root(data: Path, tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidArgument, match="several drivers"):
         open_root(str(data))
     assert open_root(str(data), "overlay2").driver == "overlay2"
+
+
+def layerdb(data: Path) -> Path:
+    return data / "image" / "overlay2" / "layerdb"
+
+
+@pytest.mark.parametrize("content", ["\0" * 64, "", "a/b", ".."])
+def test_an_id_that_is_none(data: Path, content: str) -> None:
+    """A power cut leaves files of zeros; whatever is there, the rest is checked."""
+    (layerdb(data) / "sha256" / CHAINS[1].removeprefix("sha256:") / "cache-id").write_text(content)
+    assert ("record-damaged", CHAINS[1]) in problems(data)
+
+
+@pytest.mark.parametrize("name", ["mount-id", "init-id", "parent"])
+@pytest.mark.parametrize("content", ["\0" * 64, "sha256:" + "0" * 64])
+def test_damaged_records_of_a_container(data: Path, name: str, content: str) -> None:
+    """What the container wrote may have lost its record: nobody is told to remove it."""
+    (layerdb(data) / "mounts" / CONTAINER / name).write_text(content)
+    found = problems(data)
+    assert {kind for kind, _ in found} & {"record-damaged", "record-missing"}
+    assert ("tree-unknown", "rw") not in found
+    assert ("tree-unknown", "rw-init") not in found
+
+
+def test_a_container_without_records(data: Path) -> None:
+    shutil.rmtree(layerdb(data) / "mounts" / CONTAINER)
+    found = problems(data)
+    assert ("record-damaged", CONTAINER[:12]) in found
+    assert ("tree-unknown", "rw") not in found
+
+
+def test_records_without_end(data: Path) -> None:
+    """FIFOs, devices behind symlinks, directories, and a circle of parents."""
+    home = data / "overlay2"
+    for id, make in (
+        ("one", os.mkfifo),
+        ("two", lambda path: os.symlink("/dev/zero", path)),
+        ("orphan", os.mkdir),
+    ):
+        (home / id / "link").unlink()
+        make(home / id / "link")
+    (layerdb(data) / "sha256" / CHAINS[0].removeprefix("sha256:") / "parent").write_text(CHAINS[1])
+    assert problems(data)

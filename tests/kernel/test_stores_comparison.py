@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import stat
+import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from onlap.check.stores.comparing.archive import Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
 from onlap.check.stores.doctor import Doctor
+from onlap.check.stores.repairing.own import check_own
 from onlap.layers.apply.archive import apply
 from onlap.overlayfs.markers import TRUSTED, Markers
 from onlap.trees.walk import opened
@@ -162,6 +165,131 @@ def test_damage(case: Case, form: str, damage: str) -> None:
     assert case.found(form) == expected
 
 
+Fields = dict[str, object]
+
+
+def made(root: Path, *entries: tuple[str, Fields], change: Callable[[Path], object]) -> Case:
+    """A layer of such entries, and what a peer makes of it."""
+    buffer = io.BytesIO()
+    with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, fields in entries:
+            entry = tarfile.TarInfo(name)
+            entry.mtime, entry.mode = 1_700_000_000, 0o644
+            for key, value in fields.items():
+                setattr(entry, key, value)
+            tar.addfile(entry, io.BytesIO(bytes(entry.size)))
+    case = Case(root, buffer.getvalue())
+    keeping_times(change)(case.tree)
+    return case
+
+
+def test_a_chain_of_links(root: Path) -> None:
+    """The last header of all decides, and no other change is proposed."""
+    link: Fields = {"type": tarfile.LNKTYPE}
+    last: Fields = {**link, "linkname": "y", "mode": 0o600, "uid": 3}
+    entries: list[tuple[str, Fields]] = [("x", {"size": 3}), ("y", {**link, "linkname": "x"}), ("z", last)]
+
+    def as_docker(tree: Path) -> None:
+        os.chown(tree / "z", 3, 0)
+        (tree / "z").chmod(0o600)
+
+    case = made(root, *entries, change=as_docker)
+    for form in FORMS:
+        assert case.found(form) == {}, form
+    (case.tree / "y").unlink()
+    listed = case.compared("plain", keep=True).listed
+    assert {(each.mode & 0o7777, each.uid, each.link) for each in (listed[name] for name in "xyz")} == {(0o600, 3, 1)}
+
+
+def test_an_acl_and_a_mode(root: Path) -> None:
+    """Each changes the other, and the peers set them in different orders."""
+    nobody = 2**32 - 1
+    parts = (1, 6, nobody), (2, 7, 1000), (4, 4, nobody), (16, 4, nobody), (32, 0, nobody)
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *each) for each in parts)
+    headers = {"SCHILY.xattr.system.posix_acl_access": acl.decode("latin-1")}
+    case = made(root, ("f", {"mode": 0o777, "pax_headers": headers}), change=lambda tree: (tree / "f").chmod(0o640))
+    for form in FORMS:
+        assert case.found(form) == {}, form
+
+
+def test_a_mark_in_the_archive(root: Path) -> None:
+    """As ``tar --xattrs`` writes it: Docker and Podman set it, containerd leaves it out."""
+    headers = {"SCHILY.xattr.trusted.overlay.opaque": "y"}
+    fields: Fields = {"type": tarfile.DIRTYPE, "mode": 0o755, "pax_headers": headers}
+    case = made(root, ("o", fields), change=lambda tree: os.setxattr(tree / "o", MARKERS.opaque, b"y"))
+    assert case.found("plain") == {}
+    os.removexattr(case.tree / "o", MARKERS.opaque)
+    assert case.found("plain") == {}
+
+
+def test_a_directory_that_becomes_a_file(root: Path) -> None:
+    entries: list[tuple[str, Fields]] = [
+        ("n", {"type": tarfile.DIRTYPE}),
+        ("n/x", {}),
+        ("n/y/z", {}),
+        ("n", {"size": 1}),
+    ]
+    case = made(root, *entries, change=lambda _tree: None)
+    for form in FORMS:
+        assert case.found(form) == {}, form
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: os.symlink("/etc", path), lambda path: open(path, "x").close()]
+)
+def test_an_implied_directory_that_is_none(case: Case, form: str, make: Callable[[Path], object]) -> None:
+    shutil.rmtree(case.tree / "implied")
+    make(case.tree / "implied")
+    assert case.found(form) == {"implied": ("type",), "implied/below/f": ("missing",)}
+    assert stat.S_ISDIR(case.compared("plain", keep=True).listed["implied"].mode)
+
+
+def test_an_owner_that_there_is_not(root: Path) -> None:
+    """Docker and Podman take it. It cannot be compared, which is no damage."""
+    case = made(root, ("f", {}), change=lambda _tree: None)
+    data = bytearray((root / "layer.tar").read_bytes())
+    data[108:116] = b"\xff" * 8  # -1 in base 256
+    data[148:156] = b"        "
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (root / "layer.tar").write_bytes(data)
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    doctor = Doctor(One(root))  # type: ignore[arg-type]
+    assert list(doctor.compare(case.layers["plain"]._replace(diff_id=digest, digests=(digest,)))) == []
+    assert list(doctor.uncompared) == ["layer"]
+    damaged = case.layers["plain"]._replace(digests=("sha256:" + "0" * 64,))
+    assert [each.kind for each in doctor.compare(damaged)] == ["blob-damaged"]
+
+
+class One:
+    """A store that has any layer."""
+
+    kind = "one"
+
+    def __init__(self, root: Path) -> None:
+        self.directory = str(root)
+
+    def has(self, layer: Layer) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "owner, mode, is_own", [(0, 0o755, True), (0, 0o1777, False), (0, 0o775, False), (60000, 0o700, False)]
+)
+def test_what_another_user_could_change(root: Path, owner: int, mode: int, is_own: bool) -> None:
+    """Root repairs nothing there; also not by a symlink that leads out of it, or into it."""
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "link").symlink_to("a/b")
+    os.chown(root / "a", owner, owner)
+    (root / "a").chmod(mode)
+    for path in ("a", "a/b", "link") if mode != 0o1777 else ("a",):
+        if is_own:
+            check_own(str(root / path))
+        else:
+            with pytest.raises(errors.PermissionDenied, match="another user could change"):
+                check_own(str(root / path))
+
+
 def test_trusted_xattrs(root: Path) -> None:
     """Docker and Podman set them, containerd and Onlap do not: one may be missing, and is set on what is made again."""
     buffer = io.BytesIO()
@@ -182,16 +310,9 @@ def test_trusted_xattrs(root: Path) -> None:
 def test_sizes_are_named(case: Case) -> None:
     """A power cut leaves files of no bytes."""
 
-    class One:
-        kind = "one"
-        directory = str(case.root)
-
-        def has(self, layer: Layer) -> bool:
-            return True
-
     os.truncate(case.tree / "d/f", 0)
     (case.tree / "o/new").write_text("22")
-    found = {each.path: each.detail for each in Doctor(One()).compare(case.layers["gzip"])}  # type: ignore[arg-type]
+    found = {each.path: each.detail for each in Doctor(One(case.root)).compare(case.layers["gzip"])}  # type: ignore[arg-type]
     assert found["d/f"].endswith("size: it is empty, and had 300,000 bytes")
     assert found["o/new"].endswith("size: it has 2 bytes, not 1")
 

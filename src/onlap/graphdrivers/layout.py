@@ -30,6 +30,7 @@ Source: moby v26.1.5, daemon/graphdriver/overlay2/overlay.go.
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import re
 
@@ -92,11 +93,8 @@ class Layer:
 
     def short(self) -> str | None:
         """Its short name; None if it has none, as only an incomplete layer."""
-        try:
-            short = _text(f"{self.path}/{LINK}")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
-        return short if LOWER_LINK.fullmatch(f"{LINKS}/{short}") else None
+        short = _text(f"{self.path}/{LINK}")
+        return short if short is not None and LOWER_LINK.fullmatch(f"{LINKS}/{short}") else None
 
     def lower(self) -> list[str]:
         """The layers below it, uppermost first, as ``"l/<short>"``.
@@ -115,10 +113,8 @@ class Layer:
 
     def written_lower(self) -> list[str]:
         """The same, without a check."""
-        try:
-            return _text(f"{self.path}/{LOWER}").split(":")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return []
+        found = _text(f"{self.path}/{LOWER}")
+        return [] if found is None else found.split(":")
 
     def is_committed(self) -> bool:
         """Whether it has, or has had, a child."""
@@ -215,7 +211,16 @@ def unlink_dangling(home: str) -> None:
             continue  # another process is removing the layer
 
 
-def _text(path: str) -> str:
-    """A small file of ours, whatever is in its place; raises OSError."""
-    with open_file(path) as file:
-        return file.read(_MAX_TEXT).decode("ascii", "surrogateescape")
+# Errors of what is no file of ours: there is none, or a directory, a symlink or a socket.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+
+
+def _text(path: str) -> str | None:
+    """A small file of ours; None if there is none, whatever is in its place. Raises OSError."""
+    try:
+        with open_file(path) as file:
+            return file.read(_MAX_TEXT).decode("ascii", "surrogateescape")
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise

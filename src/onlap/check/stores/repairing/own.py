@@ -21,9 +21,9 @@ def check_own(path: str) -> None:
     """
     if os.geteuid() != 0 or in_user_namespace():
         return  # an ordinary user can be led to no more than the user's own
-    above = ""
+    above = "/"
     for name in os.path.realpath(path).split("/"):
-        above = f"{above}/{name}" if name else above or "/"
+        above = os.path.join(above, name)
         status = os.lstat(above)
         # In a sticky directory nobody renames what is another's (inode(7)), but anybody makes new files.
         is_sticky = status.st_mode & stat.S_ISVTX and above != os.path.realpath(path)
