@@ -206,7 +206,7 @@ def test_an_acl_and_a_mode(root: Path) -> None:
     nobody = 2**32 - 1
     parts = (1, 6, nobody), (2, 7, 1000), (4, 4, nobody), (16, 4, nobody), (32, 0, nobody)
     acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *each) for each in parts)
-    headers = {"SCHILY.xattr.system.posix_acl_access": acl.decode("latin-1")}
+    headers = {"SCHILY.xattr.system.posix_acl_access": acl.decode("utf-8", "surrogateescape")}
     case = made(root, ("f", {"mode": 0o777, "pax_headers": headers}), change=lambda tree: (tree / "f").chmod(0o640))
     for form in FORMS:
         assert case.found(form) == {}, form
@@ -236,7 +236,9 @@ def test_a_directory_that_becomes_a_file(root: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "make", [os.mkfifo, lambda path: os.symlink("/etc", path), lambda path: open(path, "x").close()]
+    "make",
+    [os.mkfifo, lambda path: os.symlink("/etc", path), lambda path: path.touch()],
+    ids=["fifo", "symlink", "file"],
 )
 def test_an_implied_directory_that_is_none(case: Case, form: str, make: Callable[[Path], object]) -> None:
     shutil.rmtree(case.tree / "implied")

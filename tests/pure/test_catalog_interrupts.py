@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import interrupts
 import onlap
 from onlap import locks
 from onlap.catalog.disk.sync import Syncer
+from onlap.syscalls.files import Descriptor
 
 # Every how manieth bytecode: about twenty looks at each call. All of them are for the long run.
 _EVERY = {"stat": 11, "prepare": 41, "commit": 67, "remove": 53, "open and close": 389, "fork": 9}
@@ -74,6 +76,34 @@ def test_a_thing_that_nobody_closed_is_closed(tmp_path: Path) -> None:
     del syncer
     gc.collect()
     assert interrupts.descriptors(str(tmp_path)) == []
+
+
+class Interrupted:
+    """A finalizer that an interrupt keeps from being detached, once."""
+
+    def __init__(self, finalizer: object) -> None:
+        self._finalizer = finalizer
+        self._interrupts = 1
+
+    def detach(self) -> None:
+        if self._interrupts:
+            self._interrupts -= 1
+            raise KeyboardInterrupt
+        self._finalizer.detach()  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_as_a_descriptor_is_closed(tmp_path: Path) -> None:
+    """Its number is soon that of another file, which nothing may close."""
+    opened = Descriptor(str(tmp_path), os.O_RDONLY)
+    number = opened.fd
+    opened._forgotten = Interrupted(opened._forgotten)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        opened.close()
+    other = os.open(tmp_path, os.O_RDONLY)
+    assert other == number
+    del opened
+    gc.collect()
+    os.close(other)
 
 
 @pytest.mark.parametrize("step", ["forgotten", "unlocked"])

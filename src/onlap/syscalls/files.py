@@ -74,6 +74,8 @@ class Descriptor:
         try:
             self._forgotten.detach()
         finally:
+            # Again, if an interrupt kept it: the number is soon another file's, which would be closed then.
+            self._forgotten.detach()
             self.fd = -1
             try:
                 os.close(fd)

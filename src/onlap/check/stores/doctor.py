@@ -14,6 +14,7 @@ from onlap.boundary import public, public_class
 from onlap.check.content import as_finding
 from onlap.check.findings import Finding, Report, identity
 from onlap.check.meter import Meter
+from onlap.check.stores.comparing import split
 from onlap.check.stores.comparing.archive import Spend, Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer, Store
@@ -166,10 +167,10 @@ class Doctor:
             self.uncompared[layer.name] = str(error)
         except errors.InvalidArgument as error:
             # An archive that the store's program took and Onlap does not, as for an owner of -1; unless it is damaged.
-            if layer.split is None and not _is_whole(layer, self.meter):
-                yield _archive_damaged(layer, error)
-            else:
+            if _is_whole(layer, self.meter):
                 self.uncompared[layer.name] = error.message
+            else:
+                yield _archive_damaged(layer, error)
         except errors.DataLoss as error:
             yield _archive_damaged(layer, error)
         except OSError as error:
@@ -185,7 +186,9 @@ class Doctor:
 
 
 def _is_whole(layer: Layer, spend: Spend) -> bool:
-    """Whether a layer's blob is what its digest says."""
+    """Whether a layer's blob is what its digest says, or its tar-split metadata what its own checksum does."""
+    if layer.split is not None:
+        return split.is_whole(layer.split)
     assert layer.archive is not None
     with errors.translated("read the blob", key=layer.archive), open_file(layer.archive) as file:
         return f"{PREFIX}{digest_of(file.fileno(), spend)}" in layer.digests

@@ -159,6 +159,17 @@ class Split:
         return errors.DataLoss(f"{shown(self._path)} is damaged: {why}", key=self._path)
 
 
+def is_whole(path: str) -> bool:
+    """Whether metadata is what the checksum at its end says (RFC 1952, CRC32); raises OSError."""
+    with open_file(path) as file, gzip.GzipFile(fileobj=file, mode="rb") as lines:
+        try:
+            while lines.read(_SEGMENT):
+                pass
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            return False
+    return True
+
+
 def write(source: str, out: BinaryIO) -> str:
     """Write the tar-split metadata of an archive.
 
