@@ -90,8 +90,8 @@ class Flock:
             pass  # ENOLCK: the close releases it as well
         finally:
             # Again, if an interrupt kept it: the number is soon another file's, which would be closed then.
-            if fd in _open_flocks:  # noqa: RUF051 - an interrupt comes as a call ends
-                del _open_flocks[fd]
+            if fd in _open_flocks:
+                del _open_flocks[fd]  # noqa: RUF051 - an interrupt comes as a call ends
             self.fd = -1
             try:
                 os.close(fd)
