@@ -13,6 +13,7 @@ import socket
 import stat
 import struct
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -338,6 +339,22 @@ def test_a_socket_is_in_no_archive(case: Case) -> None:
         made.bind(str(case.tree / "socket"))
     os.utime(case.tree, ns=(0, 0))
     assert case.found("gzip") == {}
+
+
+@pytest.mark.needs("ordinary_user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user owns the layers of his tests")
+@pytest.mark.parametrize("closed", ["", "d", "implied", "implied/below", "d/f"])
+def test_what_a_user_may_not_read_is_not_damaged(closed: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="onlap-test-") as directory:
+        Path(directory).chmod(0o755)
+        case = Case(Path(directory), archive())
+        (case.tree / closed).chmod(0o400 if closed == "implied/below" else 0o200)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(Uncomparable, match="may not read"):
+                case.compared("gzip")
+        finally:
+            os.seteuid(0)
 
 
 def test_what_cannot_be_compared(case: Case, root: Path) -> None:

@@ -112,6 +112,8 @@ class Comparison:
         with self._stack:
             try:
                 self._top = self._stack.enter_context(opened(self.layer.tree))
+            except PermissionError as error:
+                raise _not_permitted("") from error
             except OSError as error:
                 if error.errno in _NOT_THERE:
                     raise NoTree from error
@@ -535,6 +537,8 @@ class Comparison:
             fd = None
             try:
                 fd = open_beneath(above, _PASS, dir_fd=self._top, resolve=RESOLVE_NO_XDEV)
+            except PermissionError as error:
+                raise _not_permitted(above) from error
             except OSError as error:
                 # What is in its place otherwise is judged by itself.
                 self._trouble = error if error.errno not in _NOT_THERE else None
@@ -551,6 +555,8 @@ class Comparison:
         parent, base = self._go(path)
         try:
             return None if parent is None else os.stat(base, dir_fd=parent, follow_symlinks=False)
+        except PermissionError as error:
+            raise _not_permitted(path) from error
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 self.failures[path] = error
@@ -564,4 +570,4 @@ def _is_as(entry: Entry, status: os.stat_result) -> bool:
 
 
 def _not_permitted(path: str) -> Uncomparable:
-    return Uncomparable(f"this user may not read {shown(path)}; check it as root, or in podman unshare")
+    return Uncomparable(f"this user may not read {shown(path) or 'its tree'}; check it as root, or in podman unshare")
