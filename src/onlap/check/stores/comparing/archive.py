@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Self
@@ -16,6 +17,7 @@ from onlap.layers.stream.digests import check_content
 from onlap.layers.stream.pipeline import Pipeline
 
 _CHUNK = 1 << 20
+_SPARSE = "tar-split does not give back sparse files"
 
 Spend = Callable[[int], object]
 
@@ -24,7 +26,7 @@ class Uncomparable(Exception):
     """There is nothing that a layer could be compared with; the text says why."""
 
 
-class Archive:
+class Archive(ABC):
     """An archive that is read once, from its first entry to its last. A context manager.
 
     Args:
@@ -51,6 +53,7 @@ class Archive:
             yield from self.reader
             self.reader.drain()
 
+    @abstractmethod
     def is_same(self, entry: tar.Entry, fd: int | None) -> bool:
         """Whether a file has the data of the entry that was read last.
 
@@ -63,15 +66,14 @@ class Archive:
             Uncomparable: the archive does not tell.
             OSError: the file cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def prove(self, layer: Layer) -> bool:
         """Whether the archive is known to be that of a layer, after its last entry.
 
         Raises:
             DigestMismatch: it is another.
         """
-        raise NotImplementedError
 
 
 class SplitArchive(Archive):
@@ -88,13 +90,13 @@ class SplitArchive(Archive):
         except errors.OnlapError as error:
             # The map of a sparse file (pax format 1.0) is in its data, which Go's reader has taken out.
             if self._split.at_data:
-                raise Uncomparable from error
+                raise Uncomparable(_SPARSE) from error
             raise
 
     def is_same(self, entry: tar.Entry, fd: int | None) -> bool:
         if entry.sparse is not None:
             # Go's reader, and so tar-split, has the data with its holes, and not as it is in the archive.
-            raise Uncomparable("tar-split does not give back sparse files")
+            raise Uncomparable(_SPARSE)
         if not entry.size:
             return fd is not None and os.fstat(fd).st_size == 0
         try:
