@@ -543,17 +543,17 @@ class Store:
             rate=rate,
             progress=progress,
         )
-        findings = tuple(check.findings())
+        report = check.report(tuple(check.findings()))
         if not repair:
-            return check.report(findings)
+            return report
         from onlap.check.repair import Repair
 
         access = None if isinstance(from_registry, bool) else from_registry
         fetch = partial(self.images.refetch, access=access) if from_registry else None
         repairing = Repair(self.snapshotter, self.content, quarantine=quarantine, fetch=fetch)
-        for _ in repairing.run(findings):
+        for _ in repairing.run(report.findings):
             pass
-        return check.repaired(findings, repairing.left)
+        return report.after_repair(report.findings, repairing.left)
 
     def backup(self, out: StrPath | BinaryIO, *, active: bool = False, progress: Callback | None = None) -> Backup:
         """Write all committed snapshots, images and settings into one archive, from which :func:`onlap.restore` makes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onlap.check.content import Content
-from onlap.check.findings import Finding, Report, identity
+from onlap.check.findings import Finding, Report
 from onlap.check.meter import Meter
 from onlap.check.structure import Structure
 from onlap.content.store import ContentStore
@@ -57,14 +57,7 @@ class Check:
         if self._deep:
             yield from self._content.findings()
 
-    def repaired(self, findings: tuple[Finding, ...], left: tuple[Finding, ...]) -> Report:
-        """The same after a repair that left some of it."""
-        still, known = {identity(each) for each in left}, {identity(each) for each in findings}
-        # What the repair itself leaves for the background is no finding.
-        new = tuple(each for each in left if identity(each) not in known and each.severity != "note")
-        return self.report(findings + new, tuple(each for each in findings if identity(each) not in still))
-
-    def report(self, findings: tuple[Finding, ...], repaired: tuple[Finding, ...] = ()) -> Report:
+    def report(self, findings: tuple[Finding, ...]) -> Report:
         """What was found, with what was looked at."""
         content = self._content
         return Report(
@@ -75,5 +68,4 @@ class Check:
             content.blobs,
             content.unlisted,
             content.after,
-            repaired,
         )

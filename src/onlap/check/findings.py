@@ -185,7 +185,25 @@ class Report(NamedTuple):
     repaired: tuple[Finding, ...] = ()
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong that was not repaired; leftovers do not count."""
+    def left(self) -> tuple[Finding, ...]:
+        """What is wrong and was not repaired; leftovers (of severity ``"note"``) do not count."""
         repaired = set(self.repaired)
-        return all(each.severity == "note" or each in repaired for each in self.findings)
+        return tuple(each for each in self.findings if each.severity != "note" and each not in repaired)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is left."""
+        return not self.left
+
+    def after_repair(self, tried: tuple[Finding, ...], left: tuple[Finding, ...]) -> Report:
+        """The same after a repair.
+
+        Args:
+            tried: the findings that were to be repaired.
+            left: what was found behind the repair.
+        """
+        still, known = set(map(identity, left)), set(map(identity, self.findings))
+        # What the repair itself leaves for the background is no finding.
+        new = tuple(each for each in left if identity(each) not in known and each.severity != "note")
+        repaired = tuple(each for each in tried if identity(each) not in still)
+        return self._replace(findings=self.findings + new, repaired=repaired)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from onlap.cli.terminal.text import count
@@ -16,14 +17,25 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 _USERS = 5
 
 
-def show_finding(out: Output, finding: Finding, remedy: str | None = None) -> None:
-    """Print a finding: a line, or a JSON object; ``remedy``: what to do, if it is of another program's store."""
-    if out.json:
-        remedy = finding.remedy if remedy is None else remedy
-        more = {"severity": finding.severity, "explanation": finding.explanation, "remedy": remedy}
-        out.item({**finding._asdict(), **more})
-    else:
-        out.line(f"{out.paint(finding.severity, _STYLES[finding.severity])}: {finding}{users_of(finding)}")
+def show_findings(
+    out: Output, findings: Iterable[Finding], remedy: Callable[[Finding], str] = lambda finding: finding.remedy
+) -> tuple[Finding, ...]:
+    """Print findings as they come, each as a line or a JSON object, and return them.
+
+    Args:
+        out: where to.
+        findings: the findings.
+        remedy: what to do about one.
+    """
+    shown_ones = []
+    for finding in findings:
+        shown_ones.append(finding)
+        if out.json:
+            more = {"severity": finding.severity, "explanation": finding.explanation, "remedy": remedy(finding)}
+            out.item({**finding._asdict(), **more})
+        else:
+            out.line(f"{out.paint(finding.severity, _STYLES[finding.severity])}: {finding}{users_of(finding)}")
+    return tuple(shown_ones)
 
 
 def users_of(finding: Finding) -> str:

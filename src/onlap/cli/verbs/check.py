@@ -9,7 +9,7 @@ from onlap.cli import exits
 from onlap.cli.call import Call, check_access
 from onlap.cli.parser import Parser, UsageError
 from onlap.cli.shared.amounts import byte_count
-from onlap.cli.shared.findings import show_finding, verdict
+from onlap.cli.shared.findings import show_findings, verdict
 from onlap.cli.shared.images import registry_access, registry_arguments
 from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
@@ -99,11 +99,7 @@ def check(call: Call) -> int:
             rate=None if args.rate is None else byte_count(args.rate, "--rate"),
             progress=report,
         )
-        findings = []
-        for finding in checking.findings():
-            findings.append(finding)
-            show_finding(out, finding)
-        done = checking.report(tuple(findings))
+        done = checking.report(show_findings(out, checking.findings()))
         if args.repair:
             repairing = Repair(
                 store.snapshotter,
@@ -116,11 +112,10 @@ def check(call: Call) -> int:
                     out.item({"repair": finding._asdict(), "done": what})
                 else:
                     out.line(f"repair: {finding.kind}: {finding.place}: {what}")
-            done, advice = checking.repaired(done.findings, repairing.left), repairing.advice()
-    left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
+            done, advice = done.after_repair(done.findings, repairing.left), repairing.advice()
     if out.json:
         if args.repair:
-            for finding in left:
+            for finding in done.left:
                 out.item({"left": finding._asdict()})
         summary = done._asdict()
         del summary["findings"], summary["repaired"]
@@ -130,11 +125,11 @@ def check(call: Call) -> int:
         read = f", {count(done.files, 'file')}, {count(done.blobs, 'blob')}, {size(done.size)}" if deep else ""
         out.line(f"checked {count(done.snapshots, 'snapshot')}{read}: {verdict(done.findings)}")
         if args.repair:
-            out.line(f"repaired {len(done.repaired)}, left {len(left)}")
-            for finding in left:
+            out.line(f"repaired {len(done.repaired)}, left {len(done.left)}")
+            for finding in done.left:
                 out.line(f"left: {finding}")
         else:
-            advice = list(dict.fromkeys(each.remedy for each in findings if each.severity != "note"))
+            advice = list(dict.fromkeys(each.remedy for each in done.left))
         for remedy in advice:
             out.line(f"to repair it: {remedy}")
         if done.unlisted:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from onlap.cli import exits
 from onlap.cli.call import Call
 from onlap.cli.parser import UsageError
 from onlap.cli.shared.amounts import byte_count
-from onlap.cli.shared.findings import show_finding, users_of, verdict
+from onlap.cli.shared.findings import show_findings, users_of, verdict
 from onlap.cli.shared.images import registry_access
 from onlap.cli.terminal.text import count, size
 from onlap.errors import shown
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from onlap.check.findings import Finding, Report
     from onlap.check.stores.contract import Store
     from onlap.check.stores.doctor import Doctor
-    from onlap.check.stores.repairing.repair import StoreRepair
     from onlap.check.stores.repairing.supply import Supply
 
 
@@ -41,11 +41,7 @@ def check_store(call: Call) -> int:
             rate=None if args.rate is None else byte_count(args.rate, "--rate"),
             progress=report,
         )
-        findings = []
-        for finding in doctor.findings():
-            findings.append(finding)
-            show_finding(out, finding, remedy_elsewhere(finding, args.store))
-    done = doctor.report(tuple(findings))
+        done = doctor.report(show_findings(out, doctor.findings(), partial(remedy_elsewhere, directory=args.store)))
     if not out.json:
         read = f"{count(done.snapshots, 'layer')}, {count(done.files, 'file')}, {size(done.size)}"
         out.line(f"checked {store.kind} in {shown(store.directory)}: {read}: {verdict(done.findings)}")
@@ -97,17 +93,7 @@ def _repair(call: Call, doctor: Doctor, done: Report) -> Report:
             return done
         for each in repair.run(wrong):
             _show(call, "repair", each.finding, each.what)
-        return _after(repair, done)
-
-
-def _after(repair: StoreRepair, done: Report) -> Report:
-    from onlap.check.findings import identity
-
-    left = {identity(each) for each in repair.left}
-    known = {identity(each) for each in done.findings}
-    new = tuple(each for each in repair.left if identity(each) not in known)
-    repaired = tuple(each for each in done.findings if identity(each) not in left and each.severity != "note")
-    return done._replace(findings=done.findings + new, repaired=repaired)
+        return done.after_repair(wrong, repair.left)
 
 
 def _agreed(call: Call) -> bool:
@@ -131,18 +117,17 @@ def _summary(call: Call, doctor: Doctor, done: Report) -> None:
     from onlap.check.findings import remedy_elsewhere
 
     args, out = call.args, call.out
-    left = [each for each in done.findings if each not in done.repaired and each.severity != "note"]
     if out.json:
         summary = done._asdict()
         del summary["findings"], summary["repaired"]
-        repaired = {"repaired": len(done.repaired), "left": len(left)} if args.repair else {}
+        repaired = {"repaired": len(done.repaired), "left": len(done.left)} if args.repair else {}
         out.item(
             {"checked": summary, "store": doctor.store.kind, "ok": done.ok, "uncompared": doctor.uncompared, **repaired}
         )
         return
     if args.repair:
-        out.line(f"repaired {len(done.repaired)}, left {len(left)}")
-    for remedy in dict.fromkeys(remedy_elsewhere(each, args.store) for each in left):
+        out.line(f"repaired {len(done.repaired)}, left {len(done.left)}")
+    for remedy in dict.fromkeys(remedy_elsewhere(each, args.store) for each in done.left):
         out.line(f"to repair it: {remedy}")
     for why, number in Counter(doctor.uncompared.values()).items():
         out.line(f"{count(number, 'layer was', 'layers were')} not compared: {why}")

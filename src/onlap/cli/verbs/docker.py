@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from onlap.cli import exits
@@ -107,14 +108,11 @@ def check(call: Call) -> int:
     from onlap.check.findings import remedy_elsewhere
     from onlap.check.stores.docker.store import Docker
     from onlap.check.stores.doctor import Doctor
-    from onlap.cli.shared.findings import show_finding
+    from onlap.cli.shared.findings import show_findings
 
     doctor = Doctor(Docker(call.args.directory, call.args.driver), content=False)
-    found = []
-    for finding in doctor.findings():
-        found.append(finding)
-        show_finding(call.out, finding, remedy_elsewhere(finding, call.args.directory))
-    return exits.DONE if doctor.report(tuple(found)).ok else exits.NO
+    found = show_findings(call.out, doctor.findings(), partial(remedy_elsewhere, directory=call.args.directory))
+    return exits.DONE if doctor.report(found).ok else exits.NO
 
 
 def _root_arguments(parser: Parser) -> None:
