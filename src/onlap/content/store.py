@@ -27,7 +27,7 @@ from onlap.content.writer import Blob, Partial, Writer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX, check_digest, digest_of
 from onlap.locks import Flock
-from onlap.syscalls.files import is_directory, open_file
+from onlap.syscalls.files import is_directory, names_in, open_file
 from onlap.trees.atomic import Note
 from onlap.trees.walk import opened
 
@@ -302,12 +302,12 @@ class ContentStore:
             OnlapError: the filesystem refuses.
         """
         wanted = None if only is None else {check_digest(digest) for digest in only}
-        names = [name for name in _names(self._blobs) if wanted is None or name in wanted]
+        names = [name for name in names_in(self._blobs) if wanted is None or name in wanted]
         gone = 0
         with errors.translated("delete blobs", key=self._blobs):
             for start in range(0, len(names), _AT_ONCE):
                 gone += self._delete([PREFIX + name for name in names[start : start + _AT_ONCE]])
-            for name in _names(self._ingest):
+            for name in names_in(self._ingest):
                 if wanted is None or name in wanted:
                     self._drop_partial(name)
         return gone
@@ -349,19 +349,12 @@ class ContentStore:
 
 
 def _walk(directory: str) -> Iterator[Blob]:
-    for name in sorted(_names(directory)):
+    for name in names_in(directory):
         try:
             size = os.stat(f"{directory}/{name}").st_size
         except FileNotFoundError:
             continue  # collected meanwhile
         yield Blob(PREFIX + name, size)
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []  # made with the first blob
 
 
 def _missing(error: OSError, digest: str) -> errors.OnlapError:

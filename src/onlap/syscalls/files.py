@@ -199,6 +199,20 @@ def list_directory(fd: int) -> list[os.DirEntry[str]]:
         return list(entries)
 
 
+def names_in(path: str) -> list[str]:
+    """The names in a directory, sorted; none if there is no such directory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return []
+        raise
+
+
 # To open a file of ours to read, whatever is in its place: not through a symlink, nor waiting for a FIFO's writer.
 OUR_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 

@@ -22,7 +22,7 @@ from onlap.errors import shown
 from onlap.images.spec import media, model
 from onlap.images.spec.model import Descriptor, Index, Manifest
 from onlap.layers.stream.digests import chain_ids, check_content, check_sha256, digest_of
-from onlap.syscalls.files import list_directory, open_file
+from onlap.syscalls.files import names_in, open_file
 
 CONTENT = "io.containerd.content.v1.content"
 
@@ -183,7 +183,7 @@ class Content:
         place = os.path.join(self._directory, _INGEST)
         with errors.translated("look for unfinished blobs", key=place):
             found = []
-            for name in names(place):
+            for name in names_in(place):
                 try:
                     changed = max(os.lstat(os.path.join(place, *path)).st_mtime for path in ((name,), (name, "data")))
                 except (FileNotFoundError, NotADirectoryError):
@@ -242,18 +242,6 @@ class Content:
 _MISSING = object()
 _INGEST = "ingest"
 _DAY = 24 * 60 * 60.0  # seconds; metadata/content.go: how long an unfinished blob without a lease is kept
-
-
-def names(directory: str) -> list[str]:
-    """What is in a directory, in order; nothing if it is not there; raises OSError."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    try:
-        return sorted(entry.name for entry in list_directory(fd))
-    finally:
-        os.close(fd)
 
 
 def _parsed(data: bytes, digest: str) -> Index | Manifest | None:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.check.stores.containerd import metadata
-from onlap.check.stores.containerd.images import Content, Read, Stacked, described, names
+from onlap.check.stores.containerd.images import Content, Read, Stacked, described
 from onlap.check.stores.containerd.metadata import Backend, Container, Metadata, Record
+from onlap.syscalls.files import names_in
 
 CATALOG = os.path.join("io.containerd.metadata.v1.bolt", "meta.db")
 DATABASE = "metadata.db"  # of a snapshotter
@@ -125,7 +126,7 @@ class State:
             return True
         home = os.path.join(self.directory, home_of(snapshotter))
         with errors.translated("look at a snapshotter", key=home):
-            return bool(names(os.path.join(home, "snapshots"))) or DATABASE in names(home)
+            return bool(names_in(os.path.join(home, "snapshots"))) or DATABASE in names_in(home)
 
     def _snapshots(self) -> dict[Key, Snapshot]:
         found: dict[Key, Snapshot] = {}

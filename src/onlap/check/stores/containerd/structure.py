@@ -12,11 +12,12 @@ from collections.abc import Iterator
 
 from onlap import errors
 from onlap.check.findings import Finding
-from onlap.check.stores.containerd.images import Trouble, described, is_digest, names
+from onlap.check.stores.containerd.images import Trouble, described, is_digest
 from onlap.check.stores.containerd.metadata import ACTIVE, COMMITTED, VIEW, Backend, Name
 from onlap.check.stores.containerd.state import CATALOG, DATABASE, NATIVE, Snapshot, State, home_of, shown_name
+from onlap.check.stores.cycles import cycles
 from onlap.errors import shown
-from onlap.syscalls.files import is_directory
+from onlap.syscalls.files import is_directory, names_in
 
 # What the snapshotters call directories while they make them, and while they delete them.
 _STAGING = "new-"
@@ -91,20 +92,8 @@ def _records(state: State, snapshots: list[Snapshot]) -> Iterator[Finding]:
 
 
 def _cycles(state: State, snapshots: list[Snapshot]) -> Iterator[Finding]:
-    """Those that stand on themselves; not what stands on them."""
-    done: set[str] = set()
-    for start in snapshots:
-        path: list[Snapshot] = []
-        at: dict[str, int] = {}
-        snapshot: Snapshot | None = start
-        while snapshot is not None and snapshot.name not in done and snapshot.name not in at:
-            at[snapshot.name] = len(path)
-            path.append(snapshot)
-            snapshot = state.snapshots.get((snapshot.key[0], snapshot.record.parent))
-        if snapshot is not None and snapshot.name in at:
-            for each in path[at[snapshot.name] :]:
-                yield _found(state, "parent-cycle", each)
-        done.update(at)
+    for key in cycles({each.key: (each.key[0], each.record.parent) for each in snapshots}):
+        yield _found(state, "parent-cycle", state.snapshots[key])
 
 
 def _children(state: State, snapshotter: str, backend: Backend) -> Iterator[Finding]:
@@ -158,7 +147,7 @@ def _relative(state: State, path: str) -> str:
 def _unknown(state: State, snapshotter: str, backend: Backend) -> Iterator[Finding]:
     ids = {str(record.id) for record in backend.records.values()}
     trees = os.path.join(home_of(snapshotter), "snapshots")
-    for name in names(os.path.join(state.directory, trees)):
+    for name in names_in(os.path.join(state.directory, trees)):
         if name in ids:
             continue
         kind = (

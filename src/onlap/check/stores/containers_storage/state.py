@@ -21,6 +21,7 @@ from onlap.check.stores.containers_storage.records import (
     LayerRow,
     Table,
 )
+from onlap.check.stores.cycles import cycles
 
 LAYERS_FILE = "layers.json"
 VOLATILE_LAYERS_FILE = "volatile-layers.json"
@@ -138,7 +139,7 @@ class State:
         self.writable |= {each for each in guesses if bases.layers.status(each + SPLIT_SUFFIX) is None}
         self.writable -= on_images
         self.layers = {layer: rows[layer] for layer in _parents_first(self.parents)}
-        self.cycles = _cycles(self.parents)
+        self.cycles = frozenset(cycles(self.parents))
         self.users, self.image_names, self.used = self._users()
 
     def chain(self, layer: str, limit: int = MAX_DEPTH + 1) -> list[str]:
@@ -286,23 +287,6 @@ def _parents_first(parents: Mapping[str, str | None]) -> Iterable[str]:
             waiting[at] = None
             at = parents[at]
         found.update(dict.fromkeys(reversed(waiting)))
-    return found
-
-
-def _cycles(parents: Mapping[str, str | None]) -> set[str]:
-    """The layers that stand on themselves."""
-    done: set[str] = set()
-    found: set[str] = set()
-    for start in parents:
-        path: dict[str, None] = {}
-        at: str | None = start
-        while at is not None and at in parents and at not in done and at not in path:
-            path[at] = None
-            at = parents[at]
-        if at in path:
-            members = list(path)
-            found.update(members[members.index(at) :])
-        done.update(path)
     return found
 
 

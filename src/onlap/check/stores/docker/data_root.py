@@ -16,6 +16,7 @@ Source: moby v26.1.5, layer/filestore.go, image/fs.go, reference/store.go, conta
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,7 @@ from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.layout import Layer
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
+from onlap.syscalls.files import names_in
 from onlap.trees.usage import Usage, usage
 
 IMAGE = "image"
@@ -112,6 +114,12 @@ class Root:
         self.containers, self._known_mounts, self.damaged_containers = _read_containers(directory, mounts)
         self.layers = {layer.id: layer for layer in _in_order(self._find())}
         self._ids = {id: chain for chain, id in self.chains.items()}
+        # What a container's layers stand on: an init layer, and an image's chain.
+        self._on: dict[str, tuple[tuple[str, ...], str]] = {}
+        for id, init, top in self.containers.values():
+            self._on |= {init: ((), top)} if init else {}
+            self._on[id] = ((init,) if init else (), top)
+        self._links: dict[str, str | None] | None = None
         self._shorts: dict[str, str] | None = None
         self._short_of: dict[str, str | None] = {}
         users: dict[str, set[str]] = {}
@@ -176,21 +184,16 @@ class Root:
 
     def parents(self, id: str) -> list[str] | None:
         """The ids of the layers below one, uppermost first; None if the records do not say."""
-        above: list[str] = []
-        chain = self._ids.get(id)
-        if chain is not None:
-            record = self.records[chain]
+        above, chain = self._on.get(id, ((), None))
+        if chain is None and id in self._ids:
+            record = self.records[self._ids[id]]
             chain = record.parent if not {DIFF, PARENT} & set(record.damaged) else None
-        for layer, init, top in self.containers.values():
-            if id == layer or (init and id == init):
-                above = [init] if id == layer and init else []
-                chain = top
         if chain is None:
             return None
         below = self.chain(chain)
         if any(each not in self.chains or self.records[each].damaged for each in below):
             return None
-        return above + [self.chains[each] for each in below]
+        return [*above, *(self.chains[each] for each in below)]
 
     def short(self, id: str) -> str | None:
         """The short name of a layer, by its file or, where that is lost, by its link; None if both are lost."""
@@ -201,10 +204,19 @@ class Root:
 
     def _short_of_link(self, id: str) -> str | None:
         if self._shorts is None:
-            directory = os.path.join(self.home, layout.LINKS)
-            names = [name for name in names_in(directory) if os.path.islink(os.path.join(directory, name))]
-            self._shorts = {os.readlink(os.path.join(directory, name)): name for name in names}
+            self._shorts = {target: name for name, target in self.links().items() if target is not None}
         return self._shorts.get(f"../{id}/{layout.DIFF}")
+
+    def links(self) -> dict[str, str | None]:
+        """The short links: what each leads to, by its name; None for what is no symlink.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        if self._links is None:
+            directory = os.path.join(self.home, layout.LINKS)
+            self._links = {name: _target(os.path.join(directory, name)) for name in names_in(directory)}
+        return self._links
 
     def usage(self, id: str) -> Usage:
         """The disk usage of a layer, without those below; walks the layer.
@@ -406,16 +418,13 @@ def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
         yield from rest
 
 
-def names_in(directory: str) -> list[str]:
-    """The names in a directory, sorted; none if there is no directory. Raises OSError."""
+def _target(link: str) -> str | None:
     try:
-        return sorted(os.listdir(directory))
-    except FileNotFoundError:
-        return []
-
-
-def _text(path: str) -> str:
-    return text_of(path) or ""
+        return os.readlink(link)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        return None  # no symlink, or removed meanwhile
 
 
 def _json(path: str) -> dict[str, object]:

@@ -77,12 +77,17 @@ def text_of(path: str) -> str | None:
         return None
 
 
-def json_of(path: str) -> dict[str, object] | None:
-    """A JSON object; None if the file is missing or damaged."""
+def value_of(path: str) -> object:
+    """The value in a JSON file; None if the file is missing or damaged."""
     try:
-        value = json.loads(text_of(path) or "")
+        return json.loads(text_of(path) or "")
     except (ValueError, RecursionError):
         return None
+
+
+def json_of(path: str) -> dict[str, object] | None:
+    """A JSON object; None if the file is missing or damaged, or has another value."""
+    value = value_of(path)
     return value if isinstance(value, dict) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -22,14 +21,13 @@ from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
-from onlap.syscalls.files import is_directory, open_file
+from onlap.syscalls.files import is_directory
 from onlap.syscalls.namespaces import in_user_namespace
 from onlap.trees.atomic import rewrite
 from onlap.trees.walk import opened
 
 # moby, daemon/daemon_unix.go: with userns-remap the data root is DIR/<uid>.<gid> of the user namespace's root.
 _REMAPPED = re.compile(r"([0-9]+)\.([0-9]+)")
-_MAX_DOCUMENT = 8 << 20
 # Seconds before each further look at what did not fit: dockerd writes an image's records within milliseconds.
 _PAUSES = (0.1, 0.5)
 
@@ -205,11 +203,7 @@ def _digests(root: Root, diff_id: str) -> tuple[str, ...]:
     if not diff_id:
         return ()
     where = os.path.join(root.store, "distribution", "v2metadata-by-diffid", "sha256", diff_id.removeprefix("sha256:"))
-    try:
-        with open_file(where) as file:
-            known = json.loads(file.read(_MAX_DOCUMENT))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return ()
+    known = records.value_of(where)
     listed = known if isinstance(known, list) else []
     found = (each.get("Digest") for each in listed if isinstance(each, dict))
     return tuple(dict.fromkeys(digest for digest in found if isinstance(digest, str)))

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 from onlap.check.findings import Finding
-from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root, layer_ids, names_in
+from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root, layer_ids
 from onlap.check.stores.docker.records import DIGEST, PARENT, SPLIT, ChainRecord, expected_lower, json_of
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.home import UNFINISHED
 from onlap.graphdrivers.layout import Layer
 from onlap.layers.stream.digests import PREFIX, chain_ids
-from onlap.syscalls.files import exists, is_directory, open_file
+from onlap.syscalls.files import exists, is_directory, names_in, open_file
 from onlap.trees.manifest import digest_of
 
 
@@ -152,16 +152,16 @@ def _unknown_lower(root: Root, id: str, written: list[str]) -> Iterator[Finding]
 def _links(root: Root) -> Iterator[Finding]:
     directory = os.path.join(root.home, layout.LINKS)
     targets: Counter[str] = Counter()
-    for name in sorted(os.listdir(directory)):
+    known = root.layers.keys() | root.chains.values()
+    for name, target in root.links().items():
         path = os.path.join(directory, name)
-        if not os.path.islink(path):
+        if target is None:
             yield Finding("link-dangling", f"{layout.LINKS}/{name}", detail="it is not a symlink")
             continue
-        target = os.readlink(path)
         targets[target] += 1
         # Of a layer that has lost its tree there is another finding, and the link is needed when the tree is back.
         id = os.path.basename(os.path.dirname(target))
-        if not os.path.isdir(path) and id not in root.layers and id not in root.chains.values():
+        if not os.path.isdir(path) and id not in known:
             yield Finding("link-dangling", f"{layout.LINKS}/{name}", detail=f"to {shown(target)}")
     for target, count in targets.items():
         if count > 1:
