@@ -47,11 +47,8 @@ class Links:
         self._files: dict[str, str | None] = {}
         self.targets: dict[str, str | None] = {}  # the layer that each short link leads to; None: to nothing of ours
         self.of_layer: dict[str, list[str]] = {}
-        try:
-            fd = overlay.open(LINKS, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise
+        fd = overlay.find(LINKS, os.O_RDONLY | os.O_DIRECTORY)
+        if fd is None:
             return
         try:
             for short in sorted(os.listdir(fd)):
@@ -178,20 +175,18 @@ def mend_link(overlay: Base, layer: str, lists: Mapping[str, Sequence[str]]) -> 
         return None
     short, mine = links.short(layer), links.of_layer.get(layer, [])
     said = set(_said_by_others(links, layer, lists))
+    done = []
     if short is None or (short in links.targets and mine):
         # As recreateSymlinks does; the lists decide between two.
         free = [each for each in said if each not in links.targets]
         found = next((each for each in mine if each in said), None) or next(iter(mine), None) or next(iter(free), None)
         short = found or base64.b32encode(os.urandom(20)).decode("ascii")[:_SHORT_LENGTH]
         _write(overlay, layer, "link", short.encode("ascii"))
-        done = [f"wrote {layer}/link"]
-    elif short in links.targets:
-        other = links.targets[short]
+        done.append(f"wrote {layer}/link")
+    else:
+        other = links.targets.get(short)
         if other is not None and overlay.is_directory(other) and links.short(other) in (None, short):
             return None  # two layers with one name
-        done = []
-    else:
-        done = []
     if links.targets.get(short) != layer:
         _link(overlay, short, layer)
         done.append(f"linked {LINKS}/{short}")

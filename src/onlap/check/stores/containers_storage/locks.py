@@ -100,12 +100,9 @@ def is_locked(base: Base, path: str) -> bool:
 
 
 def _open(base: Base, path: str) -> int | None:
-    try:
-        fd = base.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-            return None
-        raise
+    fd = base.find(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if fd is None:
+        return None
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
     os.close(fd)

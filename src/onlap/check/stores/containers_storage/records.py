@@ -32,7 +32,7 @@ class Damaged(Exception):
 
 
 # What else an open can say of a file that something else has taken the place of, or whose name is none.
-_NO_FILE = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR, errno.ENODEV, errno.EXDEV, errno.ENAMETOOLONG)
+_OTHER_KIND = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR, errno.ENODEV, errno.EXDEV, errno.ENAMETOOLONG)
 
 
 class Item(NamedTuple):
@@ -153,6 +153,15 @@ class Base:
         finally:
             os.close(top)
 
+    def find(self, path: str, flags: int) -> int | None:
+        """As :meth:`open`; None if there is nothing, or something of another kind."""
+        try:
+            return self.open(path, flags)
+        except OSError as error:
+            if error.errno == errno.ENOENT or error.errno in _OTHER_KIND:
+                return None
+            raise
+
     def read(self, path: str, limit: int = RECORD_LIMIT) -> bytes:
         """The content of a file below it.
 
@@ -168,7 +177,7 @@ class Base:
         try:
             fd = self.open(path, OUR_FILE)
         except OSError as error:
-            if error.errno in _NO_FILE:
+            if error.errno in _OTHER_KIND:
                 raise Damaged("no file is in its place") from error
             raise
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -196,12 +205,9 @@ class Base:
         Raises:
             OSError: it cannot be looked at.
         """
-        try:
-            fd = self.open(path, os.O_PATH | os.O_NOFOLLOW)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, *_NO_FILE):
-                return None
-            raise
+        fd = self.find(path, os.O_PATH | os.O_NOFOLLOW)
+        if fd is None:
+            return None
         try:
             return os.fstat(fd)
         finally:
@@ -218,12 +224,9 @@ class Base:
         Raises:
             OSError: it cannot be looked at.
         """
-        try:
-            fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, *_NO_FILE):
-                return []
-            raise
+        fd = self.find(path, os.O_RDONLY | os.O_DIRECTORY)
+        if fd is None:
+            return []
         try:
             return sorted(os.listdir(fd))
         finally:
