@@ -44,15 +44,22 @@ def new_file(path: str, note: Note) -> Iterator[BinaryIO]:
         raise
 
 
-def rewrite(path: str, content: bytes, mode: int = 0o644) -> None:
-    """Write a small file in place of the one that is there, if any, so that it survives a power cut; raises OSError."""
+@contextlib.contextmanager
+def durable_file(path: str, mode: int) -> Iterator[BinaryIO]:
+    """As :func:`new_file`, with these permissions; once the block has ended, it survives a power cut."""
     with new_file(path, lambda _partial: None) as file:
         os.fchmod(file.fileno(), mode)
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     with opened(os.path.dirname(path)) as above:
         os.fsync(above)
+
+
+def rewrite(path: str, content: bytes) -> None:
+    """Write a small file in place of the one that is there, if any, so that it survives a power cut; raises OSError."""
+    with durable_file(path, 0o644) as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

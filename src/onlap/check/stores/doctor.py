@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 from onlap import errors
 from onlap.arguments import StrPath, check_path, check_text
@@ -48,16 +47,9 @@ def open_store(directory: StrPath, *, driver: str | None = None, additional: Seq
     from onlap.check.stores.docker.store import open_store as docker
 
     path = check_path(directory, "path of the store")
-    podman = partial(containers_storage, additional=additional)
-    readers: tuple[Callable[[str], Store | None], ...] = (
-        partial(docker, driver=driver),
-        containerd,
-        podman,
-    )
-    for reader in readers:
-        store = reader(path)
-        if store is not None:
-            return store
+    store = docker(path, driver) or containerd(path) or containers_storage(path, additional)
+    if store is not None:
+        return store
     raise errors.NotFound(
         f"{shown(path)} is not a store that is known here",
         key=path,
@@ -118,10 +110,10 @@ class Doctor:
                 yield each
         self.meter.finish()
 
-    def report(self, findings: tuple[Finding, ...], repaired: tuple[Finding, ...] = ()) -> Report:
+    def report(self, findings: tuple[Finding, ...]) -> Report:
         """What was found, with what was looked at."""
         meter = self.meter
-        return Report(findings, self._layers, meter.files, meter.size, 0, len(self.uncompared), self._stopped, repaired)
+        return Report(findings, self._layers, meter.files, meter.size, 0, len(self.uncompared), self._stopped)
 
     def _structure(self) -> Iterator[Finding]:
         if self._after is None:
@@ -187,11 +179,13 @@ class Doctor:
 
 def _is_whole(layer: Layer, spend: Spend) -> bool:
     """Whether a layer's blob is what its digest says, or its tar-split metadata what its own checksum does."""
-    if layer.split is not None:
-        return split.is_whole(layer.split)
-    assert layer.archive is not None
-    with errors.translated("read the blob", key=layer.archive), open_file(layer.archive) as file:
-        return f"{PREFIX}{digest_of(file.fileno(), spend)}" in layer.digests
+    path = layer.split or layer.archive
+    assert path is not None
+    with errors.translated("read what the layer was made from", key=path):
+        if layer.split is not None:
+            return split.is_whole(path)
+        with open_file(path) as file:
+            return f"{PREFIX}{digest_of(file.fileno(), spend)}" in layer.digests
 
 
 def _with_size(detail: str, sizes: tuple[int, int] | None) -> str:

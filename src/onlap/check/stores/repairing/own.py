@@ -21,12 +21,12 @@ def check_own(path: str) -> None:
     """
     if os.geteuid() != 0 or in_user_namespace():
         return  # an ordinary user can be led to no more than the user's own
-    above = "/"
-    for name in os.path.realpath(path).split("/"):
+    path, above = os.path.realpath(path), "/"
+    for name in path.split("/"):
         above = os.path.join(above, name)
         status = os.lstat(above)
         # In a sticky directory nobody renames what is another's (inode(7)), but anybody makes new files.
-        is_sticky = status.st_mode & stat.S_ISVTX and above != os.path.realpath(path)
+        is_sticky = status.st_mode & stat.S_ISVTX and above != path
         if status.st_uid != 0 or (status.st_mode & _OTHERS_WRITE and not is_sticky):
             raise errors.PermissionDenied(
                 f"another user could change {shown(above)} (user {status.st_uid}, mode "

@@ -31,7 +31,7 @@ from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX
 from onlap.locks import lock_directory
 from onlap.syscalls.files import exists, open_file, syncfs
-from onlap.trees.atomic import new_file
+from onlap.trees.atomic import durable_file
 from onlap.trees.manifest import Deviation
 from onlap.trees.remove import remove_at
 from onlap.trees.walk import opened
@@ -41,7 +41,6 @@ _OF_LAYERS = _OF_FILES | {"tree-missing"}
 _OF_RECORDS = frozenset({"link-missing", "lower-wrong", "workdir-missing", "record-damaged"})
 _OF_BLOBS = frozenset({"blob-damaged", "blob-missing"})
 _OF_SPLITS = frozenset({"split-damaged"})
-REFILLED = _OF_LAYERS | _OF_BLOBS | _OF_SPLITS
 _ASIDE = "onlap-damaged"
 _CHUNK = 1 << 20
 
@@ -137,8 +136,8 @@ class StoreRepair:
             if case.comparison is None or not any(each.possible for each in verdicts):
                 yield from verdicts
                 return
+            check_own(os.path.dirname(layer.place))
             for place in dict.fromkeys((layer.place, layer.beside or layer.place)):
-                check_own(os.path.dirname(layer.place))
                 os.makedirs(place, 0o700, exist_ok=True)
                 check_own(place)
             held = lock_directory(layer.beside or layer.place)
@@ -224,11 +223,12 @@ class StoreRepair:
         """Put a blob in its place again; None if it is nowhere else."""
         digest = finding.thing
         place = self.store.blob(digest)
+        if place is None:
+            return None
         layers = [layer for layer in self._layers.values() if digest in layer.digests]
         images = dict.fromkeys(name for layer in layers for name in layer.images) | dict.fromkeys(finding.users)
-        for found in self._supply.find_blob(digest, tuple(images)) if place is not None else ():
+        for found in self._supply.find_blob(digest, tuple(images)):
             with errors.translated("read the blob", key=digest), contextlib.suppress(FileNotFoundError):
-                assert place is not None
                 if found.path != place and _put(found.path, place, digest):
                     return f"written again from {found.where}"
         return None
@@ -238,14 +238,12 @@ class StoreRepair:
         layer = self._layers.get(finding.thing)
         if layer is None or layer.split_place is None:
             return None
+        mode = 0o644 if self.store.kind == "Docker" else 0o600  # as each has it
         for found in self._supply.find(layer):
             with errors.translated("write the list of the layer", key=layer.name), contextlib.suppress(_Other):
-                with new_file(layer.split_place, lambda _partial: None) as out:
+                with durable_file(layer.split_place, mode) as out:
                     if split.write(found.path, out) != layer.diff_id:
                         raise _Other
-                    os.fchmod(out.fileno(), 0o644 if self.store.kind == "Docker" else 0o600)  # as each has it
-                    out.flush()
-                    os.fsync(out.fileno())
                 return f"written again from {found.where}"
         return None
 
@@ -275,19 +273,14 @@ def _put(source: str, place: str, digest: str) -> bool:
     """Copy a blob, if it has the digest; return whether it has. Raises OSError."""
     found = hashlib.sha256()
     try:
-        with open_file(source) as file, new_file(place, lambda _partial: None) as out:
+        with open_file(source) as file, durable_file(place, 0o444) as out:  # as containerd's
             while chunk := file.read(_CHUNK):
                 found.update(chunk)
                 out.write(chunk)
             if PREFIX + found.hexdigest() != digest:
                 raise _Other
-            os.fchmod(out.fileno(), 0o444)  # as containerd's
-            out.flush()
-            os.fsync(out.fileno())
     except _Other:
         return False
-    with opened(os.path.dirname(place)) as above:
-        os.fsync(above)
     return True
 
 
