@@ -23,6 +23,17 @@ from peers.graphdrivers import GraphDockerd
 from peers.images import Image
 from pure.tar_makers import END, gnu_long, header, padded, pax
 
+# What the makers of the stores need, for pytest.mark.needs.
+NEEDS = (
+    "overlay",
+    "mount",
+    "peer:dockerd",
+    "peer:docker",
+    "peer:containerd",
+    "peer:ctr",
+    "peer:podman",
+    "peer:skopeo",
+)
 NAME = "localhost/onlap/awkward:1"
 SPARSE = "localhost/onlap/sparse:1"
 MTIME = 1_700_000_000

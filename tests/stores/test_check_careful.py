@@ -21,18 +21,7 @@ from peers import images
 from peers.daemons import eventually, run
 from peers.graphdrivers import GraphDockerd
 
-pytestmark = pytest.mark.needs(
-    "overlay",
-    "mount",
-    "peer:dockerd",
-    "peer:docker",
-    "peer:containerd",
-    "peer:ctr",
-    "peer:runc",
-    "peer:podman",
-    "peer:buildah",
-    "peer:skopeo",
-)
+pytestmark = pytest.mark.needs(*stores.NEEDS, "peer:runc", "peer:buildah")
 Copy = Callable[[Made], Path]
 STAGING = ".onlap-repair"
 

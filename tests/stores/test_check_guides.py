@@ -17,18 +17,7 @@ from peers.daemons import eventually
 from peers.graphdrivers import GraphDockerd
 from peers.registries import registry
 
-pytestmark = pytest.mark.needs(
-    "overlay",
-    "mount",
-    "peer:dockerd",
-    "peer:docker",
-    "peer:containerd",
-    "peer:ctr",
-    "peer:runc",
-    "peer:podman",
-    "peer:skopeo",
-    "peer:docker-registry",
-)
+pytestmark = pytest.mark.needs(*stores.NEEDS, "peer:runc", "peer:docker-registry")
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "how-to"
 LIBRARY = b"a library of the app\n" * 100
 

@@ -15,19 +15,7 @@ from peers.daemons import Containerd, Dockerd
 from peers.graphdriver_story import OFFLINE, base_layer, tell
 from peers.graphdrivers import GraphDockerd
 
-pytestmark = pytest.mark.needs(
-    "overlay",
-    "mount",
-    "peer:dockerd",
-    "peer:docker",
-    "peer:containerd",
-    "peer:ctr",
-    "peer:runc",
-    "peer:podman",
-    "peer:buildah",
-    "peer:skopeo",
-    "gopkg:github.com/containerd/containerd",
-)
+pytestmark = pytest.mark.needs(*stores.NEEDS, "peer:runc", "peer:buildah", "gopkg:github.com/containerd/containerd")
 # The fixture `containerd` unpacks with Onlap's differ.
 DIFFER = True
 

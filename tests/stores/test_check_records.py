@@ -15,9 +15,7 @@ from peer_stores.damages import TREES, inflict
 from peer_stores.making import Made, assert_same_layers, looked
 from peer_stores.records import RECORDS, Place
 
-pytestmark = pytest.mark.needs(
-    "overlay", "mount", "peer:dockerd", "peer:docker", "peer:containerd", "peer:ctr", "peer:podman", "peer:skopeo"
-)
+pytestmark = pytest.mark.needs(*stores.NEEDS)
 
 
 def _facts(findings: Iterable[Finding]) -> list[tuple[str, str, str | None, str]]:

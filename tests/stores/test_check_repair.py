@@ -15,18 +15,7 @@ from peer_stores.making import NAME, TEXT, Made, Podman, assert_same_layers, che
 from peers.daemons import eventually, output, run
 from peers.graphdrivers import GraphDockerd
 
-pytestmark = pytest.mark.needs(
-    "overlay",
-    "mount",
-    "peer:dockerd",
-    "peer:docker",
-    "peer:containerd",
-    "peer:ctr",
-    "peer:runc",
-    "peer:podman",
-    "peer:buildah",
-    "peer:skopeo",
-)
+pytestmark = pytest.mark.needs(*stores.NEEDS, "peer:runc", "peer:buildah")
 KINDS = tuple(stores.MAKERS)
 # What containers print of the repaired files.
 PRINTED = ("d/truncated", "d/zeroed", "d/gone", "d/second0", "d/lost/f", "implied/deep/f", "opaque/new")

@@ -18,9 +18,7 @@ from peer_stores import making as stores
 from peer_stores.damages import HARMLESS, TREES, inflict
 from peer_stores.making import Made, as_facts, assert_same_layers, looked
 
-pytestmark = pytest.mark.needs(
-    "overlay", "mount", "peer:dockerd", "peer:docker", "peer:containerd", "peer:ctr", "peer:podman", "peer:skopeo"
-)
+pytestmark = pytest.mark.needs(*stores.NEEDS)
 
 
 @pytest.fixture(scope="module", params=stores.MAKERS)
