@@ -89,6 +89,18 @@ def test_a_repair_that_is_killed(made: Mapping[str, Made], place_of: Copy) -> No
     assert not list(root.rglob(STAGING))
 
 
+@pytest.mark.parametrize("kind", stores.MAKERS)
+def test_what_a_killed_repair_left_in_a_whole_layer(made: Mapping[str, Made], place_of: Copy, kind: str) -> None:
+    store = made[kind]
+    root = place_of(store)
+    left = trees_of(store, root)[0].parent / STAGING
+    left.mkdir()
+    (left / "data-0").write_bytes(b"half of it")
+    *_, summary = stores.command(root).json("check", "--store", root, "--repair")
+    assert (summary["ok"], summary["repaired"], summary["left"]) == (True, 1, 0)
+    assert not left.exists()
+
+
 def test_two_repairs_at_once(made: Mapping[str, Made], place_of: Copy) -> None:
     store = made["docker"]
     root = place_of(store)
