@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from onlap import errors
+from onlap.check.stores.docker.copies import Listed, find_copies
 from onlap.check.stores.docker.records import (
     CACHE_ID,
     DIFF,
@@ -87,6 +88,7 @@ class Root:
         records: what the layer store has of each image layer, by chain ID.
         removing: the records that Docker was about to remove.
         chains: the driver's id of each image layer that Docker knows, by chain ID.
+        copies: the chain IDs of the image layers of which BuildKit has copies, by the copy's id.
         references: all that names each image, with digests, by its id; also images that are gone.
         image_names: the names of each image, without digests, by its id; likewise.
         image_diff_ids: the diff IDs of each image that can be read, by its id.
@@ -112,16 +114,6 @@ class Root:
         }
         mounts = os.path.join(store, "layerdb", "mounts")
         self.containers, self._known_mounts, self.damaged_containers = _read_containers(directory, mounts)
-        self.layers = {layer.id: layer for layer in _in_order(self._find())}
-        self._ids = {id: chain for chain, id in self.chains.items()}
-        # What a container's layers stand on: an init layer, and an image's chain.
-        self._on: dict[str, tuple[tuple[str, ...], str]] = {}
-        for id, init, top in self.containers.values():
-            self._on |= {init: ((), top)} if init else {}
-            self._on[id] = ((init,) if init else (), top)
-        self._links: dict[str, str | None] | None = None
-        self._shorts: dict[str, str] | None = None
-        self._short_of: dict[str, str | None] = {}
         users: dict[str, set[str]] = {}
         for name, chains in self.images.items():
             for chain in chains:
@@ -130,6 +122,18 @@ class Root:
             for chain in self.chain(top):
                 users.setdefault(chain, set()).add(name)
         self._chain_users = {chain: tuple(sorted(names)) for chain, names in users.items()}
+        self._links: dict[str, str | None] | None = None
+        self._shorts: dict[str, str] | None = None
+        self._short_of: dict[str, str | None] = {}
+        self._listed = self._read_layers()
+        self.copies = find_copies(self.records, self._listed, {*self.chains.values(), *self._known_mounts})
+        self.layers = {layer.id: layer for layer in _in_order(self._find())}
+        self._ids = {id: chain for chain, id in self.chains.items()} | self.copies
+        # What a container's layers stand on: an init layer, and an image's chain.
+        self._on: dict[str, tuple[tuple[str, ...], str]] = {}
+        for id, init, top in self.containers.values():
+            self._on |= {init: ((), top)} if init else {}
+            self._on[id] = ((init,) if init else (), top)
 
     def find(self, name: str) -> Known:
         """A layer by its id or the start of it, or the top layer of an image or container.
@@ -195,6 +199,19 @@ class Root:
             return None
         return [*above, *(self.chains[each] for each in below)]
 
+    def lower_by_records(self, lower: list[str]) -> list[str]:
+        """The content of a file ``lower`` with the image layers that have records in the place of their copies."""
+        found = []
+        for link in lower:
+            chain = self.copies.get(self._listed.ids.get(link, ""))
+            found.append(link if chain is None else f"{layout.LINKS}/{self.short(self.chains[chain])}")
+        return found
+
+    def needed(self) -> set[str]:
+        """The layers that others name as below them, of which Docker knows."""
+        known = (self._listed.lower[id] for id, layer in self.layers.items() if layer.kind != ORPHAN)
+        return {self._listed.ids[link] for lower in known for link in lower if link in self._listed.ids}
+
     def short(self, id: str) -> str | None:
         """The short name of a layer, by its file or, where that is lost, by its link; None if both are lost."""
         if id in self._short_of:
@@ -244,35 +261,34 @@ class Root:
         markers = Markers(TRUSTED if os.geteuid() == 0 else USER)
         return layer_changes(below, [layer.diff, *below], markers)
 
+    def _read_layers(self) -> Listed:
+        ids = layer_ids(self.home)
+        shorts = {id: self.short(id) for id in ids}
+        return Listed(
+            {id: Layer(self.home, id).written_lower() for id in ids},
+            {f"{layout.LINKS}/{short}": id for id, short in shorts.items() if short is not None},
+        )
+
     def _find(self) -> Iterator[Known]:
-        kinds: dict[str, str] = dict.fromkeys(self.chains.values(), UNUSED)
-        owners: dict[str, list[str]] = {}
-        for name, chains in self.images.items():
-            for chain in chains:
-                if chain in self.chains:
-                    kinds[self.chains[chain]] = IMAGE
-                    owners.setdefault(self.chains[chain], []).append(name)
-        for id in self._known_mounts:
-            kinds.setdefault(id, UNUSED)
-        for name, (id, init, chain) in self.containers.items():
-            kinds[id] = CONTAINER
-            owners.setdefault(id, []).append(name)
-            if init:
-                kinds[init] = INIT
-                owners.setdefault(init, []).append(name)
-            for each in self.chain(chain):
-                below = self.chains.get(each)
-                if below is not None:
-                    kinds[below] = IMAGE
-                    owners.setdefault(below, []).append(name)
-        cached = _cached(self.directory, [id for id in layer_ids(self.home) if kinds.get(id, UNUSED) == UNUSED])
+        kinds: dict[str, str] = dict.fromkeys([*self.chains.values(), *self._known_mounts, *self.copies], UNUSED)
+        owners: dict[str, set[str]] = {}
+        for chain, id in self.chains.items():
+            users = self.users_of_chain(chain)
+            # A copy is used by what stands on it, and not by all that stands on the same image layer.
+            copies = (self._listed.ids.get(link) for link in self._listed.lower.get(id, ()))
+            for each in (id, *(copy for copy in copies if copy in self.copies)) if users else ():
+                kinds[each] = IMAGE
+                owners.setdefault(each, set()).update(users)
+        for name, (id, init, _) in self.containers.items():
+            for each, kind in ((id, CONTAINER), (init, INIT)):
+                if each:
+                    kinds[each] = kind
+                    owners.setdefault(each, set()).add(name)
+        cached = _cached(self.directory, [id for id in self._listed.lower if kinds.get(id, UNUSED) == UNUSED])
         kinds.update(dict.fromkeys(cached, CACHE))
-        shorts = {f"{layout.LINKS}/{Layer(self.home, id).short()}": id for id in layer_ids(self.home)}
-        for id in layer_ids(self.home):
-            lower = Layer(self.home, id).written_lower()
-            parent = shorts.get(lower[0]) if lower else None
+        for id in self._listed.lower:
             mounted = os.path.ismount(os.path.join(self.home, id, layout.MERGED))
-            yield Known(id, kinds.get(id, ORPHAN), parent, tuple(sorted(set(owners.get(id, ())))), mounted)
+            yield Known(id, kinds.get(id, ORPHAN), self._listed.below(id), tuple(sorted(owners.get(id, ()))), mounted)
 
 
 def open_root(directory: str, driver: str | None = None) -> Root:

@@ -14,7 +14,7 @@ from onlap.check.stores.comparing.archive import Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import Layer
 from onlap.check.stores.docker import records, structure
-from onlap.check.stores.docker.data_root import ORPHAN, Root, open_root
+from onlap.check.stores.docker.data_root import CACHE, ORPHAN, Root, open_root
 from onlap.check.stores.docker.records import CACHE_ID, SPLIT, ChainRecord, cache_id
 from onlap.check.stores.workdir import make_workdir
 from onlap.errors import shown
@@ -79,16 +79,19 @@ class Docker:
 
     def _layers(self) -> Iterator[Layer]:
         root, images = self._root, _repositories(self._root)
+        copies: dict[str, list[str]] = {}
+        for id, chain in root.copies.items():
+            copies.setdefault(chain, []).append(id)
         for chain, record in sorted(root.records.items(), key=lambda item: (len(root.chain(item[0])), item[0])):
             if not record.cache_id:
                 continue
             below = [root.chains[each] for each in root.chain(chain)[1:] if each in root.chains]
-            place = os.path.join(root.home, record.cache_id)
-            yield Layer(
+            lowers = (os.path.join(root.home, id, layout.DIFF) for id in below)
+            layer = Layer(
                 name=record.cache_id,
-                place=place,
-                tree=os.path.join(place, layout.DIFF),
-                lowers=tuple(tree for id in below if os.path.isdir(tree := os.path.join(root.home, id, layout.DIFF))),
+                place=os.path.join(root.home, record.cache_id),
+                tree=os.path.join(root.home, record.cache_id, layout.DIFF),
+                lowers=tuple(filter(os.path.isdir, lowers)),
                 markers=self._markers,
                 diff_id=record.diff_id or None,
                 digests=_digests(root, record.diff_id),
@@ -99,6 +102,11 @@ class Docker:
                 shift=self._shift,
                 is_partial=self._shift is None,
             )
+            yield layer
+            for id in copies.get(chain, ()):
+                place = os.path.join(root.home, id)
+                tree = os.path.join(place, layout.DIFF)
+                yield layer._replace(name=id, place=place, tree=tree, users=root.users(id))
 
     def again(self) -> Docker:
         """See the contract."""
@@ -110,7 +118,9 @@ class Docker:
         if layer.split_place is None:
             return False
         with errors.translated("read the data root", key=self.directory):
-            return cache_id(os.path.dirname(layer.split_place)) in (None, layer.name)
+            id = cache_id(os.path.dirname(layer.split_place))
+        # Of a copy nothing is removed but what stands on it.
+        return id in (None, layer.name) or (id != "" and layer.name in self._root.copies)
 
     def blob(self, digest: str) -> str | None:
         """See the contract."""
@@ -168,8 +178,11 @@ class Docker:
         """Find the layer that a record has lost: its archive, made of the tree, has the right digest."""
         if SPLIT in record.damaged or not record.diff_id:
             return None
+        depth = len(self._root.chain(record.parent))
         for known in self._root.layers.values():
-            if known.kind != ORPHAN:
+            # The builder has many layers, and each has to be read; what Docker has no name for has been damaged.
+            cached = known.kind == CACHE and len(layout.Layer(self._root.home, known.id).written_lower()) == depth
+            if known.kind != ORPHAN and not cached:
                 continue
             place = os.path.join(self._root.home, known.id)
             tree = os.path.join(place, layout.DIFF)

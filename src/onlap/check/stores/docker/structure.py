@@ -123,7 +123,7 @@ def _layer(root: Root, id: str) -> Iterator[Finding]:
     elif not exists(os.path.join(root.home, layout.LINKS, short)):
         yield Finding("link-missing", id, f"../{layout.LINKS}/{short}", "moby#46498", users)
     written, expected = layer.written_lower(), expected_lower(root, id)
-    if expected is not None and written != expected:
+    if expected is not None and expected not in (written, root.lower_by_records(written)):
         detail = "" if written else "it is missing"
         yield Finding("lower-wrong", id, layout.LOWER, detail, users)
     elif expected is None:
@@ -176,8 +176,9 @@ def _left(root: Root) -> Iterator[Finding]:
         yield Finding("trash-waiting", name)
     if root.damaged_containers:
         return  # what seems to be nobody's may be what one of them wrote
+    needed = root.needed()
     for layer in root.layers.values():
-        if layer.kind == ORPHAN:
+        if layer.kind == ORPHAN and layer.id not in needed:
             yield Finding("tree-unknown", layer.id, detail="it is mounted" if layer.mounted else "")
         elif layer.kind == UNUSED:
             yield Finding("layer-unused", layer.id)

@@ -1,0 +1,182 @@
+"""Image layers of which BuildKit has made copies: no record names them, and images stand on them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from onlap.check.stores.docker.data_root import Root, open_root
+from peer_stores import making as stores
+from peer_stores.making import assert_healthy, check, looked
+from peers.graphdriver_story import OFFLINE, base_layer
+from peers.graphdrivers import GraphDockerd
+
+pytestmark = [
+    pytest.mark.needs(*stores.NEEDS, "peer:runc"),
+    pytest.mark.skipif(
+        not Path("/usr/libexec/docker/cli-plugins/docker-buildx").exists(), reason="no docker-buildx: make peers"
+    ),
+]
+COPIED = 'FROM base:1\nCOPY f /f\nCOPY g /g\nRUN ["/bin/tool", "write", "/new", "{}"]\n'
+USERS = ("box", "by-buildkit:1")
+
+
+class Store(NamedTuple):
+    """A data root at rest with two copies, one on the other.
+
+    Attributes:
+        place: where it is and what it was made from.
+        archive: of the image that stands on the copies, as ``docker save`` writes it.
+    """
+
+    place: Path
+    archive: Path
+
+    @property
+    def data(self) -> Path:
+        return self.place / "data"
+
+    def root(self) -> Root:
+        return open_root(str(self.data))
+
+    def copies(self) -> list[str]:
+        """Their ids, lowest first."""
+        root = self.root()
+        return sorted(root.copies, key=lambda id: len(root.chain(root.copies[id])))
+
+    def directory(self, id: str) -> Path:
+        return self.data / "overlay2" / id
+
+
+def build(dockerd: GraphDockerd, context: Path, tag: str, *, buildkit: bool) -> None:
+    (context / "Dockerfile").write_text(COPIED.format(tag))
+    words = ("buildx", "build") if buildkit else ("build",)
+    dockerd.docker(*words, *OFFLINE, "--tag", tag, context, DOCKER_BUILDKIT="1" if buildkit else "0")
+
+
+@pytest.fixture(scope="module")
+def built(place: Path, tool: Path) -> Store:
+    """Two builders copy the same files: the second makes the layers again, as BuildKit does after a prune too."""
+    where = place / "copies"
+    context = where / "context"
+    context.mkdir(parents=True)
+    for name in ("f", "g"):
+        (context / name).write_text(f"the content of {name}")
+        os.utime(context / name, (1, 1))
+    (where / "base.tar").write_bytes(base_layer(tool))
+    store = Store(where, where / "saved.tar")
+    with GraphDockerd(where, "overlay2", store.data) as dockerd:
+        dockerd.docker("import", where / "base.tar", "base:1")
+        build(dockerd, context, "classic:1", buildkit=False)
+        build(dockerd, context, "by-buildkit:1", buildkit=True)
+        dockerd.docker("create", *OFFLINE, "--name", "box", "by-buildkit:1", "/bin/tool")
+        dockerd.docker("save", "--output", store.archive, "by-buildkit:1")
+        # base, two of classic:1 and their copies, and the top of each image
+        assert assert_healthy(store.data).snapshots == 7
+        assert len(store.copies()) == 2
+        stores.copied(store.data, where / "unpruned")
+        dockerd.docker("builder", "prune", "--all", "--force")
+        assert assert_healthy(store.data).snapshots == 7
+    return store
+
+
+@pytest.fixture
+def store(built: Store, place: Path) -> Store:
+    where = place / "copy-of-it"
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir()
+    stores.copied(built.data, where / "data")
+    return Store(where, built.archive)
+
+
+def test_who_uses_them(built: Store) -> None:
+    root = built.root()
+    for id in built.copies():
+        assert (root.layers[id].kind, root.users(id)) == ("image", USERS)
+
+
+def test_copies_that_nothing_stands_on_any_more(store: Store) -> None:
+    """Then they are left over, since Docker never removes them; what stands on the image layers is not damaged."""
+    lower, upper = store.copies()
+    with GraphDockerd(store.place, "overlay2", store.data) as dockerd:
+        dockerd.docker("run", "--rm", *OFFLINE, "by-buildkit:1", "/bin/tool", "cat", "/f", "--", "cat", "/g")
+        dockerd.docker("rm", "box")
+        dockerd.docker("rmi", "by-buildkit:1")
+    assert {(each.kind, each.thing) for each in looked(store.data).findings} == {
+        ("tree-unknown", lower),
+        ("tree-unknown", upper),
+    }
+
+
+def test_a_damaged_file_in_a_copy(store: Store) -> None:
+    """It is found, and refilled from an archive of the image, while the layer with the record has none."""
+    lower, _ = store.copies()
+    file = store.directory(lower) / "diff" / "f"
+    was = file.stat()
+    file.write_bytes(bytes(was.st_size))
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    (found,) = looked(store.data).findings
+    assert (found.kind, found.thing, found.path, found.users) == ("file-changed", lower, "f", USERS)
+    done = check(store.data, "--repair", "--from-archive", store.archive)
+    assert done.status == 0, (done.lines, done.errors)
+    assert file.read_text() == "the content of f"
+    assert_healthy(store.data)
+
+
+LOSSES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
+    "its link": (lambda path: (path / "link").unlink(), {"link-missing"}),
+    "its list": (lambda path: (path / "lower").unlink(), {"lower-wrong"}),
+    "all of it": (shutil.rmtree, {"lower-wrong", "link-dangling"}),
+}
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+def test_what_a_copy_has_lost(store: Store, lost: str) -> None:
+    """The records tell what to write, if need be without the copy."""
+    _, upper = store.copies()
+    lose, kinds = LOSSES[lost]
+    lose(store.directory(upper))
+    assert {each.kind for each in looked(store.data).findings} == kinds
+    check(store.data, "--repair")
+    left = {each.kind for each in looked(store.data).findings}
+    assert left <= {"link-dangling", "tree-unknown"}
+    if "lower-wrong" in kinds:
+        with GraphDockerd(store.place, "overlay2", store.data) as dockerd:
+            dockerd.docker("run", "--rm", *OFFLINE, "by-buildkit:1", "/bin/tool", "cat", "/f", "--", "cat", "/g")
+            dockerd.docker("start", "--attach", "box")
+
+
+def test_lists_that_lead_elsewhere_make_no_copies(store: Store) -> None:
+    """A list that names a directory of nobody is wrong, and what is in that directory is not changed."""
+    root = store.root()
+    _, upper = store.copies()
+    (top,) = (id for id in root.layers if root.layers[id].parent == upper and root.layers[id].kind == "image")
+    stranger = store.directory("0123456789abcdefghijklmno")
+    (stranger / "diff").mkdir(parents=True)
+    (stranger / "diff" / "precious").write_text("of nobody")
+    (stranger / "link").write_text("STRANGERSTRANGERSTRANGER22")
+    os.symlink(f"../{stranger.name}/diff", store.data / "overlay2" / "l" / "STRANGERSTRANGERSTRANGER22")
+    lower = store.directory(top) / "lower"
+    lower.write_text(":".join(["l/STRANGERSTRANGERSTRANGER22", *lower.read_text().split(":")[1:]]))
+    assert ("lower-wrong", top) in {(each.kind, each.thing) for each in looked(store.data).findings}
+    check(store.data, "--repair", "--from-archive", store.archive)
+    assert (stranger / "diff" / "precious").read_text() == "of nobody"
+    assert {each.kind for each in looked(store.data).findings} == {"tree-unknown"}
+
+
+def test_the_record_of_a_layer_of_buildkits_has_lost_its_id(built: Store) -> None:
+    """The builder knows the directory as its cache; its content tells which layer it is."""
+    data = built.place / "unpruned"
+    root = open_root(str(data))
+    ((chain, id),) = ((chain, id) for chain, id in root.chains.items() if len(id) == 25)
+    record = Path(root.records[chain].directory) / "cache-id"
+    record.unlink()
+    assert open_root(str(data)).layers[id].kind == "cache"
+    check(data, "--repair")
+    assert record.read_text() == id
+    assert_healthy(data)
