@@ -97,6 +97,10 @@ class Found(NamedTuple):
         """The directory that holds it; use it at once, see :attr:`Part.fd`."""
         return self.part.fd
 
+    def open(self) -> int:
+        """Open a regular file; a metacopy file has no data of its own, see :meth:`MergedDirectory.data`."""
+        return os.open(self.name, _FILE, dir_fd=self.dir_fd)
+
 
 class MergedDirectory:
     """A directory of a stack, as the kernel merges it. Close it, or use it as a context manager.
@@ -240,7 +244,7 @@ class MergedDirectory:
         Raises:
             OSError: ENOENT: no layer below has the data.
         """
-        fd = os.open(found.name, _FILE, dir_fd=found.dir_fd)
+        fd = found.open()
         layer, name = found.layer, found.name
         # The data is searched beside the file, whose directory may have another path in the layers below, until an
         # absolute redirect leads elsewhere (fs/overlayfs/namei.c, ovl_lookup).

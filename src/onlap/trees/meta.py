@@ -78,6 +78,16 @@ def read_meta(dir_fd: int, name: str, status: os.stat_result, *, recorded: bool 
     return _meta(status, target, read_xattrs(path_of(dir_fd, name)), recorded)
 
 
+def read_open_meta(fd: int, status: os.stat_result, *, recorded: bool = False) -> tuple[Meta, bool]:
+    """The attributes of an open regular file whose status is known, and whether it has xattrs of OverlayFS's own.
+
+    By a descriptor the xattrs take a tenth of the time that a name takes, which leads through /proc.
+    """
+    found = read_xattrs(fd, markers=True)
+    xattrs = {name: value for name, value in found.items() if not is_marker(name)}
+    return _meta(status, None, xattrs, recorded), len(xattrs) < len(found)
+
+
 def read_directory_meta(fd: int, *, recorded: bool = False) -> Meta:
     """The attributes of an open directory."""
     return _meta(os.fstat(fd), None, read_xattrs(fd), recorded)

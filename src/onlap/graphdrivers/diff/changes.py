@@ -14,13 +14,12 @@ from onlap import errors
 from onlap.graphdrivers.contract import ADDED, DELETED, MODIFIED, Change
 from onlap.graphdrivers.ids import IdMap
 from onlap.layers.diff.changes import stack_changes
-from onlap.layers.diff.write import Encoding, write_layer
+from onlap.layers.diff.write import write_plain
 from onlap.overlayfs.markers import Markers
 from onlap.trees import compare
 from onlap.trees.usage import inodes
 from onlap.trees.walk import opened
 
-_BY_CONTENT = Encoding(content=True)
 _KINDS = {compare.ADDED: ADDED, compare.MODIFIED: MODIFIED, compare.DELETED: DELETED}
 
 # A container may run in the layer and remove a file while it is compared.
@@ -58,7 +57,7 @@ def write_diff(before: Sequence[str], after: Sequence[str], markers: Markers, id
         OnlapError: something cannot be read, or has a name that no layer can hold.
     """
     with errors.translated("write the difference of layers", key=after[0]):
-        write_layer(before, after, markers, out, _BY_CONTENT, owners=ids.to_container if ids else None)
+        write_plain(before, after, markers, out, owners=ids.to_container if ids else None)
 
 
 def layer_size(directory: str) -> int:

@@ -30,7 +30,7 @@ from onlap.trees.compare import (
     may_differ,
     same_content,
 )
-from onlap.trees.meta import Meta, read_directory_meta, read_meta
+from onlap.trees.meta import Meta, read_directory_meta, read_meta, read_open_meta
 
 # Only the writer of an archive needs this change: another name was linked to the file, so the file must be in the
 # archive for that link to have a target.
@@ -49,6 +49,7 @@ class Item(NamedTuple):
         found: the file in it; None likewise.
         old_directory: the merged directory that held the old file; None for the top directory and what is added.
         old: the old file in it; None likewise.
+        fd: the file's data, if it is open already; the walk closes it.
     """
 
     change: Change
@@ -56,6 +57,7 @@ class Item(NamedTuple):
     found: Found | None
     old_directory: MergedDirectory | None = None
     old: Found | None = None
+    fd: int = -1
 
 
 def stack_changes(
@@ -193,6 +195,8 @@ class _Walk:
         self._links: Links | None = None
         # Files of the layers below that a renamed directory shows: the names shown, and the link count.
         self._moved: dict[tuple[int, int], tuple[set[str], int]] = {}
+        # The new file that is compared, if it is open.
+        self._fd = -1
         # Whether names are compared that both sides have from shared layers.
         self._whole = False
         if for_archive and above is None and (shared := _shared(before, after)):
@@ -202,6 +206,12 @@ class _Walk:
 
     def items(self) -> Iterator[Item]:
         """The changes, sorted by path; the other names of moved files come last."""
+        try:
+            yield from self._items()
+        finally:
+            self._close()
+
+    def _items(self) -> Iterator[Item]:
         if self._after.parts:
             yield from self._top()
         levels = [_Level(self._before, self._after, "", self._whole, None)]
@@ -269,7 +279,13 @@ class _Walk:
             left += reversed(below)
             directory.close()
 
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def _compare(self, level: _Level, name: str) -> Item | None:
+        self._close()
         path = level.prefix + name
         old = level.before.lookup(name) if level.before is not None else None
         new = level.after.lookup(name)
@@ -278,11 +294,11 @@ class _Walk:
                 return None
             return Item(Change(DELETED, path, self._meta(old), None), None, None, level.before, old)
         if old is None:
-            return Item(Change(ADDED, path, None, self._meta(new)), level.after, new)
+            return Item(Change(ADDED, path, None, self._new_meta(new)), level.after, new, fd=self._fd)
         is_directory = stat.S_ISDIR(new.status.st_mode)
         if _same_file(old, new) and not is_directory and (self._above is not None or new.status.st_nlink == 1):
             return None
-        old_meta, new_meta = self._meta(old), self._meta(new)
+        old_meta, new_meta = self._meta(old), self._new_meta(new)
         what = frozenset(differences(old_meta, new_meta))
         if is_directory and not self._directory_times:
             what -= {"mtime"}
@@ -291,7 +307,7 @@ class _Walk:
             what = self._beyond_attributes(level.before, level.after, old, new, path)
             if not what:
                 return None
-        return Item(Change(MODIFIED, path, old_meta, new_meta, what), level.after, new, level.before, old)
+        return Item(Change(MODIFIED, path, old_meta, new_meta, what), level.after, new, level.before, old, self._fd)
 
     def _beyond_attributes(
         self, before: MergedDirectory, after: MergedDirectory, old: Found, new: Found, path: str
@@ -323,6 +339,19 @@ class _Walk:
 
     def _meta(self, found: Found) -> Meta:
         return read_meta(found.dir_fd, found.name, found.status, recorded=self._recorded)
+
+    def _new_meta(self, found: Found) -> Meta:
+        """The same of what an archive gets next; a file that has its data stays open."""
+        if not self._for_archive or not found.status.st_size or not stat.S_ISREG(found.status.st_mode):
+            return self._meta(found)
+        try:
+            self._fd = found.open()
+        except OSError:
+            return self._meta(found)  # what cannot be read may not have changed
+        meta, is_marked = read_open_meta(self._fd, found.status, recorded=self._recorded)
+        if is_marked:  # a metacopy file, perhaps
+            self._close()
+        return meta
 
     def _descend(self, level: _Level, item: Item, pending: Item | None) -> Iterator[_Level]:
         assert item.found is not None

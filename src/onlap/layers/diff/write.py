@@ -27,7 +27,7 @@ from onlap.layers.format.tar import Entry
 from onlap.layers.format.writer import TarWriter
 from onlap.layers.paths import WHITEOUT_PREFIX, check_length
 from onlap.layers.stream.compression import Compression
-from onlap.layers.stream.sink import ArchiveSink
+from onlap.layers.stream.sink import ArchiveSink, PlainSink
 from onlap.overlayfs.markers import Markers
 from onlap.progress import Callback, Reporter
 from onlap.trees.compare import DELETED, NEVER, Since
@@ -86,7 +86,6 @@ def write_layer(
     encoding: Encoding = _PLAIN,
     *,
     since: Since = (NEVER, NEVER),
-    owners: Callable[[int, int], tuple[int, int]] | None = None,
     progress: Callback | None = None,
 ) -> Written:
     """Write how one stack of layers differs from another as the archive of a layer.
@@ -98,7 +97,6 @@ def write_layer(
         out: where to write; left open.
         encoding: how to write the archive.
         since: see :func:`onlap.layers.diff.changes.stack_changes`.
-        owners: maps the user and group of a file to those in the archive.
         progress: called with the bytes of the uncompressed archive, at most ten times per second.
 
     Raises:
@@ -111,7 +109,7 @@ def write_layer(
         check_number(encoding.epoch, "epoch", whole=True)
     report = Reporter(progress, "diff", "bytes")
     with ArchiveSink(out, encoding.compression, encoding.level) as sink:
-        layer = _LayerWriter(sink.write, encoding, owners, report)
+        layer = _LayerWriter(sink.write, encoding, report)
         for item in stack_items(before, after, markers, content=encoding.content, since=since):
             layer.add(item)
         layer.end()
@@ -120,15 +118,42 @@ def write_layer(
     return Written(*digests, layer.entries, dict(layer.skipped))
 
 
+def write_plain(
+    before: Sequence[str],
+    after: Sequence[str],
+    markers: Markers,
+    out: BinaryIO,
+    *,
+    sparse: bool = False,
+    owners: Callable[[int, int], tuple[int, int]] | None = None,
+) -> None:
+    """The same for a reader who computes the digests: comparing content, without compression.
+
+    Args:
+        before, after, markers, out: as :func:`write_layer`.
+        sparse: see :class:`Encoding`.
+        owners: maps the user and group of a file to those in the archive.
+
+    Raises:
+        OnlapError, OSError: see :func:`write_layer`.
+    """
+    sink = PlainSink(out)
+    layer = _LayerWriter(sink.write, Encoding(sparse=sparse), Reporter(None, "diff", "bytes"), owners)
+    for item in stack_items(before, after, markers, content=True):
+        layer.add(item)
+    layer.end()
+    sink.finish()
+
+
 @contextlib.contextmanager
-def piped(before: Sequence[str], after: Sequence[str], markers: Markers, encoding: Encoding) -> Iterator[BinaryIO]:
-    """The output of :func:`write_layer`, to be read in a ``with`` block while another thread writes it.
+def piped(before: Sequence[str], after: Sequence[str], markers: Markers, *, sparse: bool) -> Iterator[BinaryIO]:
+    """The output of :func:`write_plain`, to be read in a ``with`` block while another thread writes it.
 
     An error of the writer is raised at the end even if the reader succeeded: a truncated archive may look complete.
 
     Raises:
         ResourceExhausted: no thread can be started.
-        OnlapError, OSError: see :func:`write_layer`.
+        OnlapError, OSError: see :func:`write_plain`.
     """
     failure: list[BaseException] = []
     read_end, write_end = os.pipe()
@@ -137,7 +162,7 @@ def piped(before: Sequence[str], after: Sequence[str], markers: Markers, encodin
     def write() -> None:
         try:
             with out:
-                write_layer(before, after, markers, out, encoding)
+                write_plain(before, after, markers, out, sparse=sparse)
         except BrokenPipeError:
             return  # the reader has closed its end
         except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
@@ -173,8 +198,8 @@ class _LayerWriter:
         self,
         write: Callable[[bytes | memoryview], object],
         encoding: Encoding,
-        owners: Callable[[int, int], tuple[int, int]] | None,
         report: Reporter,
+        owners: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
         self._tar = TarWriter(write)
         self._owners = owners
@@ -241,6 +266,9 @@ class _LayerWriter:
                 return
         if kind != tar.FILE or not meta.size:
             self._emit(entry)
+            return
+        if item.fd >= 0:
+            self._content(item.fd, meta.size, entry, path)
             return
         fd = item.directory.data(item.found, path)
         try:

@@ -1,4 +1,4 @@
-"""The destination of an archive: a thread hashes, compresses and writes it while the caller produces it."""
+"""Destinations of an archive: a thread hashes, compresses and writes it meanwhile, or the caller just writes it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,42 @@ class ArchiveSink:
         write_whole(self._out, packed)
 
 
-def write_whole(out: BinaryIO, data: bytes) -> None:
+class PlainSink:
+    """A sink for an archive that is written as it is, for a reader who hashes it.
+
+    Args:
+        out: where to write; left open.
+
+    Raises:
+        InvalidArgument: one cannot write to it.
+    """
+
+    def __init__(self, out: BinaryIO) -> None:
+        check_file(out, "place to write an archive", "write")
+        self._out = out
+        self._buffer = bytearray()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take all of ``data``, which may be changed afterwards.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._buffer += data
+        if len(self._buffer) >= _BLOCK:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write the rest.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        block, self._buffer = self._buffer, bytearray()
+        write_whole(self._out, block)
+
+
+def write_whole(out: BinaryIO, data: bytes | bytearray) -> None:
     """Write all of ``data``: a raw stream (a pipe, a socket) may take less at a time.
 
     Raises:

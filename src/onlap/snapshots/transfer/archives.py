@@ -245,9 +245,8 @@ def squash(snapshotter: RecordedSnapshotter, top: str, key: str, base: str | Non
             f"{shown(top)} is not based on {shown(base)}", key=top, hint="see with: onlap tree"
         )
     # In native copies only content shows an edit that restored size and time; overlays compare content anyway.
-    encoding = Encoding(content=True, sparse=True)
     with (
         snapshotter.comparing(Pair(below, record), "squash") as (before, after, _),
-        piped(before, after, snapshotter.markers, encoding) as source,
+        piped(before, after, snapshotter.markers, sparse=True) as source,
     ):
         apply_layer(snapshotter, key, source)
