@@ -14,7 +14,7 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,8 @@ def bench() -> None:
     for side, what, reach in sides:
         for call in (*CALLS, "diff_same"):
             named = {"diff_same": "diff, files rewritten as they were"}.get(call, call)
-            rows.append(row(f"{named}, {what}", runs["peer"], runs[side], call, reach))
+            alone = runs["nothing"] if side == "plugin" else []
+            rows.append(row(f"{named}, {what}", runs["peer"], runs[side], call, reach, alone))
         whole = f"the first four together, {what}"
         rows.append(lib.Row.of(whole, "ms", runs["peer"], runs[side], cycle_ms, per="cycles"))
     rows.append(row("exists; a server that does nothing", runs["nothing"], runs["plugin"], "exists"))
@@ -127,14 +128,23 @@ layer of {files:,} small files, of which half are new and half replace files of 
 files as they were, Docker's driver writes all of them, and Onlap's reads both and leaves them out. A call of the plugin
 takes a request over the socket: no less than Exists, whose peer is a server of Go's that does nothing, with Docker's
 client on both sides. Under dockerd, the client and its start are in the times. The processor time of a call of the
-plugin is that of both ends. Of the inodes, the floor is the files and directories themselves.
+plugin is that of both ends. The floor of a call behind the socket is that of a server of Go's that does nothing, with
+the time that Docker's own driver takes without a socket; of the inodes, the files and directories themselves.
 """
 
 
-def row(what: str, peer: list[lib.Result], ours: list[lib.Result], call: str, reach: lib.Reach = NOTHING) -> lib.Row:
-    """The same call of both sides, in milliseconds."""
+def row(
+    what: str,
+    peer: list[lib.Result],
+    ours: list[lib.Result],
+    call: str,
+    reach: lib.Reach = NOTHING,
+    alone: Sequence[lib.Result] = (),
+) -> lib.Row:
+    """The same call of both sides, in milliseconds; ``alone``: the calls over a socket that do nothing."""
     values = [[result[call] * 1000 for result in results] for results in (peer, ours)]
-    return lib.Row(what, "ms", *values, reach)
+    floor = [taken + result["exists"] * 1000 for taken, result in zip(values[0], alone, strict=False)]
+    return lib.Row(what, "ms", *values, reach, floor)
 
 
 def one_round(worker: lib.Worker, base: str, layers: tuple[Path, Path], cycles: int, *servers: int) -> lib.Result:
