@@ -23,7 +23,7 @@ from onlap import errors
 from onlap.check.stores.comparing import split
 from onlap.check.stores.comparing.archive import Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.check.stores.doctor import Doctor
 from onlap.check.stores.repairing.own import check_own
 from onlap.layers.apply.archive import apply
@@ -61,7 +61,7 @@ class Case:
             assert split.write(str(root / "layer.tar.gz"), out) == f"sha256:{hashlib.sha256(data).hexdigest()}"
         with opened(str(self.tree)) as fd:
             applied = apply(io.BytesIO(data), fd, lowers=[str(self.lower)], markers=MARKERS)
-        base = Layer("layer", str(root), str(self.tree), (str(self.lower),), MARKERS, applied.diff_id)
+        base = StoreLayer("layer", str(root), str(self.tree), (str(self.lower),), MARKERS, applied.diff_id)
         self.layers = {
             "plain": base._replace(archive=str(root / "layer.tar")),
             "gzip": base._replace(archive=str(root / "layer.tar.gz")),
@@ -223,6 +223,15 @@ def test_a_mark_in_the_archive(root: Path) -> None:
     assert case.found("plain") == {}
 
 
+def test_directories_that_become_files_again_and_again(root: Path) -> None:
+    """Only a hostile archive has many, and each costs a look at all paths; the layer is not called damaged."""
+    layer = images.Layer()
+    for _ in range(1001):
+        layer.directory("d").file("d/x", b"1").file("d", b"2")
+    with pytest.raises(Uncomparable, match="replaces very many directories"):
+        Case(root, layer.done()).compared("plain")
+
+
 def test_a_directory_that_becomes_a_file(root: Path) -> None:
     entries: list[tuple[str, Fields]] = [
         ("n", {"type": tarfile.DIRTYPE}),
@@ -272,7 +281,7 @@ class One:
     def __init__(self, root: Path) -> None:
         self.directory = str(root)
 
-    def has(self, layer: Layer) -> bool:
+    def has(self, layer: StoreLayer) -> bool:
         return True
 
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from commandline import Command
 from onlap.check.findings import Finding, Report
-from onlap.check.stores.contract import Layer as StoreLayer
-from onlap.check.stores.contract import Store
+from onlap.check.stores.contract import Store, StoreLayer
 from onlap.check.stores.doctor import Doctor, open_store
 from onlap.testing.same import Listing, assert_same_tree, read_tree
 from peers import images

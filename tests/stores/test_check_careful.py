@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import signal
@@ -10,9 +11,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from onlap.graphdrivers import layout
+from onlap.syscalls import files
 from onlap.testing.same import assert_same_tree, read_tree
 from peer_stores import making as stores
 from peer_stores.damages import TREES, damage_all, inflict
@@ -330,3 +334,38 @@ def test_files_that_the_kernel_cannot_look_at(made: Mapping[str, Made], loop_fs:
     assert told.status == 0, told
     assert_healthy(root)
     assert_same_layers(store, root)
+
+
+def test_a_source_that_is_damaged_itself(made: Mapping[str, Made], place: Path, place_of: Copy) -> None:
+    """The list of a layer is made of the next source that has the layer."""
+    store, broken = made["docker"], place / "broken"
+    root = place_of(store)
+    stores.copied(made["containerd"].root, broken)
+    for blob in (broken / "io.containerd.content.v1.content" / "blobs" / "sha256").iterdir():
+        os.truncate(blob, blob.stat().st_size - min(blob.stat().st_size, 300))
+    (layer,) = (each for each in stores.opened(root).layers() if each.name == store.names[1])
+    assert layer.split is not None
+    os.truncate(layer.split, 100)
+    done = check(root, "--repair", "--from-content", broken, "--from-content", made["containerd"].root)
+    assert done.status == 0, (done.lines, done.errors)
+    assert_healthy(root)
+
+
+@pytest.mark.parametrize("name", ["lower", "link"])
+def test_a_file_that_the_disk_does_not_give(
+    made: Mapping[str, Made], place_of: Copy, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It is like one that is lost: the check goes on."""
+    store = made["docker"]
+    root = place_of(store)
+    path = trees_of(store, root)[1].parent / name
+
+    def open_file(opened: str) -> BinaryIO:
+        if Path(opened) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), opened)
+        return files.open_file(opened)
+
+    monkeypatch.setattr(layout, "open_file", open_file)
+    assert {(each.kind, each.thing) for each in looked(root).findings} == {
+        ("lower-wrong" if name == "lower" else "link-missing", store.names[1])
+    }

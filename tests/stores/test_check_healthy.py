@@ -16,7 +16,7 @@ from peers.graphdriver_story import OFFLINE, base_layer, tell
 from peers.graphdrivers import GraphDockerd
 
 pytestmark = pytest.mark.needs(*stores.NEEDS, "peer:runc", "peer:buildah", "gopkg:github.com/containerd/containerd")
-# The fixture `containerd` unpacks with Onlap's differ.
+# The fixture `containerd` reads this, and unpacks with Onlap's differ.
 DIFFER = True
 
 
@@ -76,7 +76,7 @@ def test_docker_on_containerd(place: Path, containerd: Containerd, tool: Path) -
         dockerd.docker("run", "--detach", *OFFLINE, "--name", "box", "base:1", "/bin/tool", "wait")
         dockerd.docker("exec", "box", "/bin/tool", "write", "/d/new", "new")
         try:
-            # That in which Docker makes the container's /etc/hosts and the like.
+            # Not compared: the snapshot in which Docker makes the container's /etc/hosts and the like.
             found = assert_healthy(containerd.place / "root", unlisted=1)
             known = {name for each in stores.opened(containerd.place / "root").layers() for name in each.users}
             assert {"docker.io/library/base:1"} < known

@@ -20,7 +20,7 @@ from onlap.check.findings import Finding
 from onlap.check.stores.containerd import bolt
 from onlap.check.stores.containerd.store import Containerd as Store
 from onlap.check.stores.containerd.store import open_store
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.layers.stream.digests import chain_ids
 from peers import images
 from peers.daemons import Containerd, Onlap, eventually, run, shims
@@ -132,7 +132,7 @@ def test_nothing_is_found_in_a_healthy_root(filled: Containerd, onlap: Onlap) ->
     assert list(store(root_of(filled)).findings()) == []
 
 
-def plain(layer: Layer) -> bytes:
+def plain(layer: StoreLayer) -> bytes:
     assert layer.archive is not None
     blob = Path(layer.archive).read_bytes()
     assert digest(blob) in layer.digests

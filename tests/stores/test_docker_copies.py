@@ -47,7 +47,12 @@ class Store(NamedTuple):
     def copies(self) -> list[str]:
         """Their ids, lowest first."""
         root = self.root()
-        return sorted(root.copies, key=lambda id: len(root.chain(root.copies[id])))
+        return sorted(root.copies, key=lambda id: len(root.chain(root.copies[id].chain)))
+
+    def top(self, copy: str) -> str:
+        """The image layer that stands directly on a copy."""
+        (found,) = (known.id for known in self.root().layers.values() if known.parent == copy and known.kind == "image")
+        return found
 
     def directory(self, id: str) -> Path:
         return self.data / "overlay2" / id
@@ -61,7 +66,7 @@ def build(dockerd: GraphDockerd, context: Path, tag: str, *, buildkit: bool) -> 
 
 @pytest.fixture(scope="module")
 def built(place: Path, tool: Path) -> Store:
-    """Two builders copy the same files: the second makes the layers again, as BuildKit does after a prune too."""
+    """Two builders copy the same files: the second makes layers that the store already has, which become copies."""
     where = place / "copies"
     context = where / "context"
     context.mkdir(parents=True)
@@ -114,7 +119,7 @@ def test_copies_that_nothing_stands_on_any_more(store: Store) -> None:
 
 
 def test_a_damaged_file_in_a_copy(store: Store) -> None:
-    """It is found, and refilled from an archive of the image, while the layer with the record has none."""
+    """It is found, and refilled from an archive of the image, while the layer that has the record is whole."""
     lower, _ = store.copies()
     file = store.directory(lower) / "diff" / "f"
     was = file.stat()
@@ -128,34 +133,62 @@ def test_a_damaged_file_in_a_copy(store: Store) -> None:
     assert_healthy(store.data)
 
 
-LOSSES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
-    "its link": (lambda path: (path / "link").unlink(), {"link-missing"}),
-    "its list": (lambda path: (path / "lower").unlink(), {"lower-wrong"}),
-    "all of it": (shutil.rmtree, {"lower-wrong", "link-dangling"}),
+LOSSES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], set[str]]] = {
+    # What the copy loses, of which layers something is found (the copy, or what stands on it), and what is left.
+    "its link": (lambda path: (path / "link").unlink(), ("copy",), set()),
+    "its list": (lambda path: (path / "lower").unlink(), ("copy",), set()),
+    "its list, which is zeroed": (lambda path: (path / "lower").write_bytes(bytes(57)), ("copy",), set()),
+    "all of it": (shutil.rmtree, ("top", "box", "box-init", "link"), {"link-dangling", "tree-unknown"}),
 }
 
 
 @pytest.mark.parametrize("lost", LOSSES)
 def test_what_a_copy_has_lost(store: Store, lost: str) -> None:
     """The records tell what to write, if need be without the copy."""
-    _, upper = store.copies()
-    lose, kinds = LOSSES[lost]
+    lower, upper = store.copies()
+    lose, where, left = LOSSES[lost]
+    root = store.root()
+    box, init, _ = root.containers["box"]
+    names = {"copy": upper, "top": store.top(upper), "box": box, "box-init": init}
+    names["link"] = f"l/{root.short(upper)}"
+    lists = {id: store.root().lowers.of[id] for id in (lower, upper)}
     lose(store.directory(upper))
-    assert {each.kind for each in looked(store.data).findings} == kinds
+    (store.directory(lower) / "diff" / "f").chmod(0o600)
+    damaged = {names[each] for each in where}
+    # Without the copy on top, nothing tells whose copy the lower one is.
+    found = {(each.thing, each.path) for each in looked(store.data).findings}
+    assert {thing for thing, _ in found} == damaged | ({lower} if "copy" in where else set())
+    assert ((lower, "f") in found) == ("copy" in where)
     check(store.data, "--repair")
-    left = {each.kind for each in looked(store.data).findings}
-    assert left <= {"link-dangling", "tree-unknown"}
-    if "lower-wrong" in kinds:
+    assert {each.kind for each in looked(store.data).findings} == left
+    if not left:
+        assert {id: store.root().lowers.of[id] for id in (lower, upper)} == lists
+    else:
         with GraphDockerd(store.place, "overlay2", store.data) as dockerd:
             dockerd.docker("run", "--rm", *OFFLINE, "by-buildkit:1", "/bin/tool", "cat", "/f", "--", "cat", "/g")
             dockerd.docker("start", "--attach", "box")
 
 
+def test_a_damaged_list_of_what_an_image_layer_and_its_copy_hold(store: Store) -> None:
+    """It is one finding, and written again once."""
+    lower, _ = store.copies()
+    root = store.root()
+    record = root.records[root.copies[lower].chain]
+    Path(record.split).write_bytes(b"no gzip")
+    (found,) = looked(store.data).findings
+    assert (found.kind, found.thing in (lower, record.cache_id)) == ("split-damaged", True)
+    broken = store.place / "broken.tar"
+    broken.write_bytes(store.archive.read_bytes()[:4000])
+    done = check(store.data, "--repair", "--from-archive", broken, "--from-archive", store.archive)
+    assert done.status == 0, (done.lines, done.errors)
+    assert str(broken) in done.errors
+    assert_healthy(store.data)
+
+
 def test_lists_that_lead_elsewhere_make_no_copies(store: Store) -> None:
     """A list that names a directory of nobody is wrong, and what is in that directory is not changed."""
-    root = store.root()
     _, upper = store.copies()
-    (top,) = (id for id in root.layers if root.layers[id].parent == upper and root.layers[id].kind == "image")
+    top = store.top(upper)
     stranger = store.directory("0123456789abcdefghijklmno")
     (stranger / "diff").mkdir(parents=True)
     (stranger / "diff" / "precious").write_text("of nobody")
@@ -169,14 +202,45 @@ def test_lists_that_lead_elsewhere_make_no_copies(store: Store) -> None:
     assert {each.kind for each in looked(store.data).findings} == {"tree-unknown"}
 
 
-def test_the_record_of_a_layer_of_buildkits_has_lost_its_id(built: Store) -> None:
-    """The builder knows the directory as its cache; its content tells which layer it is."""
-    data = built.place / "unpruned"
+def test_a_lost_cache_id_of_a_buildkit_layer(built: Store, place: Path) -> None:
+    """The builder has its directory, and another one with the same files on another image, which is not taken."""
+    data = place / "unpruned"
+    stores.copied(built.place / "unpruned", data)
     root = open_root(str(data))
     ((chain, id),) = ((chain, id) for chain, id in root.chains.items() if len(id) == 25)
+    other = data / "overlay2" / f"{0:025d}"
+    stores.copied(data / "overlay2" / id, other)
+    (other / "link").write_text("ANOTHERANOTHERANOTHER22222")
+    os.symlink(f"../{other.name}/diff", data / "overlay2" / "l" / "ANOTHERANOTHERANOTHER22222")
+    base = next(each for each in root.layers if root.layers[each].parent is None and root.layers[each].kind == "image")
+    (other / "lower").write_text(":".join([f"l/{root.short(base)}"] * len(root.lowers.of[id])))
+    with (data / "buildkit" / "snapshots.db").open("ab") as file:
+        file.write(other.name.encode())
     record = Path(root.records[chain].directory) / "cache-id"
     record.unlink()
-    assert open_root(str(data)).layers[id].kind == "cache"
+    before = open_root(str(data)).layers
+    assert (before[id].kind, before[other.name].kind) == ("cache", "cache")
     check(data, "--repair")
     assert record.read_text() == id
-    assert_healthy(data)
+
+
+def test_an_id_that_two_records_name(store: Store) -> None:
+    """Nothing tells what its layer should be: it is named, and not changed; a container's is not either."""
+    root = store.root()
+    box, _, _ = root.containers["box"]
+    precious = store.directory(box) / "diff" / "precious"
+    precious.write_text("written by the container")
+    (chain,) = (chain for chain, id in root.chains.items() if len(id) == 25)
+    (Path(root.records[chain].directory) / "cache-id").write_text(box)
+    found = {(each.kind, each.thing) for each in looked(store.data).findings}
+    assert ("record-wrong", box) in found
+    check(store.data, "--repair", "--from-archive", store.archive)
+    assert precious.read_text() == "written by the container"
+
+    upper, lower = root.chains[root.records[chain].parent], root.chains[root.records[root.records[chain].parent].parent]
+    (Path(root.records[chain].directory) / "cache-id").write_text(root.chains[chain])
+    (Path(root.records[root.records[chain].parent].directory) / "cache-id").write_text(lower)
+    assert ("record-wrong", lower) in {(each.kind, each.thing) for each in looked(store.data).findings}
+    check(store.data, "--repair", "--from-archive", store.archive)
+    assert (store.directory(lower) / "diff" / "f").exists()
+    assert upper != lower

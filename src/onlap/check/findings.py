@@ -54,7 +54,7 @@ _REMEDIES_ELSEWHERE: Mapping[str, str] = {
     "file-unreadable": f"check the filesystem (fsck) while nothing is mounted, then: {_FROM_SOURCE}",
     **dict.fromkeys(("blob-missing", "blob-damaged"), _FROM_SOURCE),
     **dict.fromkeys(("image-damaged", "parent-missing", "parent-not-committed", "parent-cycle"), _AGAIN),
-    "tree-unknown": "remove it while the daemon is stopped, unless it was just making it",
+    "tree-unknown": "remove it while the daemon and all containers are stopped, unless it was just making it",
     "workdir-missing": _MEND,
     "staging-left": "the next repair, or the store's own program, removes it",
     "trash-waiting": "the store's own program removes it",
@@ -109,7 +109,7 @@ class Finding(NamedTuple):
     Attributes:
         kind: one of :data:`KINDS`.
         thing: the name of a snapshot or image, a digest, or a path below the root.
-        path: a file inside the snapshot's tree, from its top; else None.
+        path: a file inside the snapshot's tree, from its top; of a record, the name of its file; else None.
         detail: more, in words: what of it differs, who has it mounted.
         users: the images and containers of a store of others that stand on the thing.
     """
@@ -138,7 +138,9 @@ class Finding(NamedTuple):
     @property
     def place(self) -> str:
         """The thing, and the file in it, to be shown."""
-        return shown(self.thing) if self.path is None else f"{shown(self.thing)}: {shown('/' + self.path)}"
+        if self.path is None:
+            return shown(self.thing)
+        return f"{shown(self.thing)}: {shown(self.path if self.kind in OF_OTHERS else '/' + self.path)}"
 
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""

@@ -85,7 +85,8 @@ def read_open_meta(fd: int, status: os.stat_result, *, recorded: bool = False) -
     """
     found = read_xattrs(fd, markers=True)
     xattrs = {name: value for name, value in found.items() if not is_marker(name)}
-    return _meta(status, None, xattrs, recorded), len(xattrs) < len(found)
+    is_marked = len(xattrs) < len(found)
+    return _meta(status, None, xattrs, recorded), is_marked
 
 
 def read_directory_meta(fd: int, *, recorded: bool = False) -> Meta:

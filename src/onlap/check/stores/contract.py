@@ -9,7 +9,7 @@ from onlap.check.findings import Finding
 from onlap.overlayfs.markers import Markers
 
 
-class Layer(NamedTuple):
+class StoreLayer(NamedTuple):
     """A committed layer of a store.
 
     Attributes:
@@ -67,14 +67,14 @@ class Store(Protocol):
     directory: str
 
     def findings(self) -> Iterator[Finding]:
-        """All that does not fit in its records and directories; the content of layers is not looked at.
+        """Everything in its records and directories that does not fit together; the content of layers is not read.
 
         Raises:
             OnlapError: something cannot be looked at.
         """
         ...
 
-    def layers(self) -> Sequence[Layer]:
+    def layers(self) -> Sequence[StoreLayer]:
         """Its committed layers, each after those below it, in an order that stays.
 
         Raises:
@@ -90,8 +90,8 @@ class Store(Protocol):
         """
         ...
 
-    def has(self, layer: Layer) -> bool:
-        """Whether it still has a layer, and the same: a daemon may have removed it meanwhile.
+    def has(self, layer: StoreLayer) -> bool:
+        """Whether the store still has this layer, and has not replaced it: a daemon may have removed it meanwhile.
 
         Raises:
             OnlapError: it cannot be told.

@@ -16,7 +16,7 @@ from onlap.check.meter import Meter
 from onlap.check.stores.comparing import split
 from onlap.check.stores.comparing.archive import Spend, Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
-from onlap.check.stores.contract import Layer, Store
+from onlap.check.stores.contract import Store, StoreLayer
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX
 from onlap.progress import Callback
@@ -123,6 +123,7 @@ class Doctor:
         # By name, so that a check that goes on finds its place when layers came and went meanwhile.
         layers = sorted(self.store.layers(), key=lambda layer: layer.name) if self._content else []
         done: str | None = None
+        damaged: set[str | None] = set()
         for layer in layers:
             if self._after is not None and layer.name <= self._after:
                 continue
@@ -131,53 +132,75 @@ class Doctor:
                 return
             self._layers += 1
             found = list(self.compare(layer))
+            if any(each.kind == "split-damaged" for each in found):
+                # Several layers may have one list: a copy has that of what it is a copy of.
+                found = [] if layer.split_place in damaged else found
+                damaged.add(layer.split_place)
             if found and self._is_there(layer):
                 yield from found
             done = layer.name
 
-    def _is_there(self, layer: Layer) -> bool:
+    def _is_there(self, layer: StoreLayer) -> bool:
         try:
             return self.store.has(layer)
         except errors.DataLoss:
             return True  # it cannot be told, which is a finding of its own
 
-    def compare(self, layer: Layer) -> Iterator[Finding]:
+    def compare(self, layer: StoreLayer) -> Iterator[Finding]:
         """What of a layer is not as it should be.
 
         Raises:
             OnlapError: it cannot be looked at.
         """
-        with errors.translated("compare the layer", key=layer.name):
-            if exists(f"{layer.beside or layer.place}/{STAGING}"):
-                yield Finding("staging-left", layer.name, STAGING)
-        comparison = Comparison(layer, self.meter)
         try:
-            comparison.run()
-        except NoTree:
-            yield Finding("tree-missing", layer.name, users=layer.users)
-        except (Uncomparable, errors.Unimplemented) as error:
+            yield from compared(layer, self.meter)
+        except NotCompared as error:
             self.uncompared[layer.name] = str(error)
-        except errors.InvalidArgument as error:
-            # An archive that the store's program took and Onlap does not, as for an owner of -1; unless it is damaged.
-            if _is_whole(layer, self.meter):
-                self.uncompared[layer.name] = error.message
-            else:
-                yield _archive_damaged(layer, error)
-        except errors.DataLoss as error:
-            yield _archive_damaged(layer, error)
-        except OSError as error:
-            if error.errno in _OF_MACHINE:
-                raise errors.from_oserror(error, doing="compare the layer", key=layer.name) from error
-            yield Finding("file-unreadable", layer.name, ".", error.strerror or str(error), layer.users)
-        else:
-            for path in sorted(comparison.deviations):
-                finding = as_finding(
-                    layer.name, comparison.deviations[path], comparison.failures.get(path), layer.users
-                )
-                yield finding._replace(detail=_with_size(finding.detail, comparison.sizes.get(path)))
 
 
-def _is_whole(layer: Layer, spend: Spend) -> bool:
+class NotCompared(Exception):
+    """A layer cannot be compared with anything, which is no damage."""
+
+
+def compared(layer: StoreLayer, spend: Spend) -> Iterator[Finding]:
+    """What of a layer is not as it should be.
+
+    Args:
+        layer: the layer.
+        spend: called with the size of each chunk that is read.
+
+    Raises:
+        NotCompared: after what can be told without a comparison.
+        OnlapError: it cannot be looked at.
+    """
+    with errors.translated("compare the layer", key=layer.name):
+        if exists(f"{layer.beside or layer.place}/{STAGING}"):
+            yield Finding("staging-left", layer.name, STAGING)
+    comparison = Comparison(layer, spend)
+    try:
+        comparison.run()
+    except NoTree:
+        yield Finding("tree-missing", layer.name, users=layer.users)
+    except (Uncomparable, errors.Unimplemented) as error:
+        raise NotCompared(str(error)) from error
+    except errors.InvalidArgument as error:
+        # An archive that the store's program took and Onlap does not, as for an owner of -1; unless it is damaged.
+        if _is_whole(layer, spend):
+            raise NotCompared(error.message) from error
+        yield _archive_damaged(layer, error)
+    except errors.DataLoss as error:
+        yield _archive_damaged(layer, error)
+    except OSError as error:
+        if error.errno in _OF_MACHINE:
+            raise errors.from_oserror(error, doing="compare the layer", key=layer.name) from error
+        yield Finding("file-unreadable", layer.name, ".", error.strerror or str(error), layer.users)
+    else:
+        for path in sorted(comparison.deviations):
+            finding = as_finding(layer.name, comparison.deviations[path], comparison.failures.get(path), layer.users)
+            yield finding._replace(detail=_with_size(finding.detail, comparison.sizes.get(path)))
+
+
+def _is_whole(layer: StoreLayer, spend: Spend) -> bool:
     """Whether a layer's blob is what its digest says, or its tar-split metadata what its own checksum does."""
     path = layer.split or layer.archive
     assert path is not None
@@ -197,7 +220,7 @@ def _with_size(detail: str, sizes: tuple[int, int] | None) -> str:
     return f"{detail}: {said}"
 
 
-def _archive_damaged(layer: Layer, error: errors.OnlapError) -> Finding:
+def _archive_damaged(layer: StoreLayer, error: errors.OnlapError) -> Finding:
     """What is wrong with what a layer is compared with."""
     if layer.split is not None:
         return Finding("split-damaged", layer.name, detail=error.message, users=layer.users)

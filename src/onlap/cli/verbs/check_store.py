@@ -79,7 +79,7 @@ def _repair(call: Call, doctor: Doctor, done: Report) -> Report:
     from onlap.check.stores.doctor import STAGING
     from onlap.check.stores.repairing.repair import StoreRepair
 
-    args, out = call.args, call.out
+    args = call.args
     # Of notes, only what a repair of ours has left.
     wrong = tuple(each for each in done.findings if each.severity != "note" or each.path == STAGING)
     with ExitStack() as stack:
@@ -87,13 +87,19 @@ def _repair(call: Call, doctor: Doctor, done: Report) -> Report:
         repair = StoreRepair(doctor.store, supply, doctor.meter)
         for each in repair.plan(wrong):
             _show(call, "plan" if each.possible else "cannot", each.finding, each.what)
-        for name, why in supply.failed.items():
-            out.warn(f"{shown(name)} is no source: {why}")
+        _warn(call, supply, set())
         if args.dry_run or not (wrong and _agreed(call)):
             return done
+        told = set(supply.failed)
         for each in repair.run(wrong):
             _show(call, "repair", each.finding, each.what)
+        _warn(call, supply, told)  # of those that only blobs and lists were looked for in
         return done.after_repair(wrong, repair.left)
+
+
+def _warn(call: Call, supply: Supply, told: set[str]) -> None:
+    for name in supply.failed.keys() - told:
+        call.out.warn(f"{shown(name)} is no source: {supply.failed[name]}")
 
 
 def _agreed(call: Call) -> bool:

@@ -49,7 +49,7 @@ class Item(NamedTuple):
         found: the file in it; None likewise.
         old_directory: the merged directory that held the old file; None for the top directory and what is added.
         old: the old file in it; None likewise.
-        fd: the file's data, if it is open already; the walk closes it.
+        fd: a descriptor of the file's data, which the walk closes; -1 if it is not open.
     """
 
     change: Change
@@ -209,7 +209,7 @@ class _Walk:
         try:
             yield from self._items()
         finally:
-            self._close()
+            self._close_file()
 
     def _items(self) -> Iterator[Item]:
         if self._after.parts:
@@ -279,13 +279,13 @@ class _Walk:
             left += reversed(below)
             directory.close()
 
-    def _close(self) -> None:
+    def _close_file(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def _compare(self, level: _Level, name: str) -> Item | None:
-        self._close()
+        self._close_file()
         path = level.prefix + name
         old = level.before.lookup(name) if level.before is not None else None
         new = level.after.lookup(name)
@@ -341,7 +341,7 @@ class _Walk:
         return read_meta(found.dir_fd, found.name, found.status, recorded=self._recorded)
 
     def _new_meta(self, found: Found) -> Meta:
-        """The same of what an archive gets next; a file that has its data stays open."""
+        """As :meth:`_meta`, of the new file. For an archive, a file with data of its own is left open in ``_fd``."""
         if not self._for_archive or not found.status.st_size or not stat.S_ISREG(found.status.st_mode):
             return self._meta(found)
         try:
@@ -350,7 +350,7 @@ class _Walk:
             return self._meta(found)  # what cannot be read may not have changed
         meta, is_marked = read_open_meta(self._fd, found.status, recorded=self._recorded)
         if is_marked:  # a metacopy file, perhaps
-            self._close()
+            self._close_file()
         return meta
 
     def _descend(self, level: _Level, item: Item, pending: Item | None) -> Iterator[_Level]:

@@ -127,7 +127,7 @@ def write_plain(
     sparse: bool = False,
     owners: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> None:
-    """The same for a reader who computes the digests: comparing content, without compression.
+    """As :func:`write_layer`, comparing content, without compression, for a reader that computes the digests.
 
     Args:
         before, after, markers, out: as :func:`write_layer`.

@@ -47,7 +47,9 @@ def digest_of(data: bytes) -> str:
     return PREFIX + hashlib.sha256(data).hexdigest()
 
 
-def check_content(found: str, found_size: int, digest: str | None = None, size: int | None = None) -> None:
+def check_content(
+    found: str, found_size: int | None = None, digest: str | None = None, size: int | None = None
+) -> None:
     """Raise DigestMismatch unless content has the digest and the size, in bytes, that are expected."""
     if size is not None and found_size != size:
         raise errors.DigestMismatch(

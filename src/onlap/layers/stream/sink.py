@@ -1,4 +1,4 @@
-"""Destinations of an archive: a thread hashes, compresses and writes it meanwhile, or the caller just writes it."""
+"""Where an archive is written to: through a thread that hashes and compresses it, or directly."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from onlap import errors
 from onlap.check.stores.comparing.split import Split
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.layers.format import tar
 from onlap.layers.format.reader import TarReader
 from onlap.layers.stream.digests import check_content
@@ -68,7 +68,7 @@ class Archive(ABC):
         """
 
     @abstractmethod
-    def prove(self, layer: Layer) -> bool:
+    def prove(self, layer: StoreLayer) -> bool:
         """Whether the archive is known to be that of a layer, after its last entry.
 
         Raises:
@@ -104,10 +104,10 @@ class SplitArchive(Archive):
         finally:
             self.reader.omit()
 
-    def prove(self, layer: Layer) -> bool:
+    def prove(self, layer: StoreLayer) -> bool:
         if not self._split.complete or layer.diff_id is None:
             return False
-        check_content(self._split.digest(), 0, layer.diff_id)
+        check_content(self._split.digest(), digest=layer.diff_id)
         return True
 
 
@@ -165,16 +165,16 @@ class Blob(Archive):
                 return False
         return True
 
-    def prove(self, layer: Layer) -> bool:
+    def prove(self, layer: StoreLayer) -> bool:
         found = self._pipeline.digests()
         if self._digests:
             # The image's documents say which blob it is, and that proves what is in it.
             if found.digest not in self._digests:
-                check_content(found.digest, 0, self._digests[0])
+                check_content(found.digest, digest=self._digests[0])
             return True
         if layer.diff_id is None:
             return False
-        check_content(found.diff_id, 0, layer.diff_id)
+        check_content(found.diff_id, digest=layer.diff_id)
         return True
 
 
@@ -186,7 +186,7 @@ def _read(fd: int, size: int) -> bytes:
     return found
 
 
-def open_archive(layer: Layer, spend: Spend) -> Archive:
+def open_archive(layer: StoreLayer, spend: Spend) -> Archive:
     """What a layer can be compared with.
 
     Args:

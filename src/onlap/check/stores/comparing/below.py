@@ -6,14 +6,14 @@ import os
 import stat
 from contextlib import ExitStack
 
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
 
 
 class Below:
     """The layers below, opened when they are needed."""
 
-    def __init__(self, stack: ExitStack, layer: Layer) -> None:
+    def __init__(self, stack: ExitStack, layer: StoreLayer) -> None:
         self._stack = stack
         self._layer = layer
         self._top: MergedDirectory | None = None

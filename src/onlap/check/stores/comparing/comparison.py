@@ -19,7 +19,7 @@ from onlap import errors
 from onlap.check.stores.comparing import judgement
 from onlap.check.stores.comparing.archive import Archive, Spend, Uncomparable, open_archive
 from onlap.check.stores.comparing.below import Below
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.errors import shown
 from onlap.layers import paths
 from onlap.layers.format import tar
@@ -35,6 +35,10 @@ _MAX_FOLLOWED = 255
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 # The attributes of a file that all of its names share.
 _SHARED = frozenset({"mode", "owner", "mtime"})
+
+
+# Directories that an archive may replace by files; builders make no such archive, and only hostile ones have many.
+_MAX_REPLACED = 1000
 
 
 class NoTree(Exception):
@@ -69,7 +73,7 @@ class Comparison:
         proven: whether a digest proves that what the tree was compared with is the layer's.
     """
 
-    def __init__(self, layer: Layer, spend: Spend, *, keep: bool = False) -> None:
+    def __init__(self, layer: StoreLayer, spend: Spend, *, keep: bool = False) -> None:
         self.layer = layer
         self.deviations: dict[str, Deviation] = {}
         self.failures: dict[str, OSError] = {}
@@ -93,6 +97,7 @@ class Comparison:
         # Where the names of directories lead through the symlinks of the archive.
         self._symlinks: dict[str, str] = {}
         self._resolved: dict[str, str] = {}
+        self._replaced = 0
         self._linked_to: dict[str, list[str]] = {}
         self._deciding: dict[str, _Header] = {}
         self._parent: tuple[str, int | None] = ("", None)
@@ -241,7 +246,14 @@ class Comparison:
             known.pop(path, None)
 
     def _drop_below(self, directory: str) -> None:
-        """A directory was replaced by a file, with all that earlier entries left in it."""
+        """A directory was replaced by a file, with all that earlier entries left in it.
+
+        Raises:
+            Uncomparable: this happened too often: each time all paths are looked at.
+        """
+        self._replaced += 1
+        if self._replaced > _MAX_REPLACED:
+            raise Uncomparable("its archive replaces very many directories by files")
         for path in [each for each in self._paths if each.startswith(f"{directory}/")]:
             self._paths.discard(path)
             self.listed.pop(path, None)

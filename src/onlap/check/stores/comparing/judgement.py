@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Mapping
 
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.layers.format import tar
 from onlap.overlayfs.markers import is_marker
 from onlap.trees.manifest import Entry
@@ -36,7 +36,7 @@ _OF_MACHINE = ("security.selinux", "security.ima", "security.evm", "security.app
 CAPABILITY = "security.capability"
 
 
-def expected(path: str, entry: tar.Entry, found: Entry | None, layer: Layer) -> Entry:
+def expected(path: str, entry: tar.Entry, found: Entry | None, layer: StoreLayer) -> Entry:
     """What a tree should have at a path.
 
     Args:
@@ -78,12 +78,12 @@ def _device(entry: tar.Entry) -> int:
     return os.makedev(entry.devmajor, entry.devminor)
 
 
-def may_be_missing(entry: tar.Entry, layer: Layer) -> bool:
+def may_be_missing(entry: tar.Entry, layer: StoreLayer) -> bool:
     """Whether what made the tree may have left a file out."""
     return layer.is_partial and entry.type in (tar.CHAR, tar.BLOCK_DEVICE, tar.FIFO)
 
 
-def implied(path: str, layer: Layer) -> Entry:
+def implied(path: str, layer: StoreLayer) -> Entry:
     """A directory that an archive only implies, as containerd and moby make it."""
     return Entry(path, stat.S_IFDIR | 0o755, layer.shift or 0, layer.shift or 0, 0)
 
@@ -97,7 +97,7 @@ def agrees(entry: tar.Entry, status: os.stat_result, shift: int | None) -> bool:
     )
 
 
-def linked(first: Entry, entry: tar.Entry, status: os.stat_result | None, layer: Layer) -> Entry:
+def linked(first: Entry, entry: tar.Entry, status: os.stat_result | None, layer: StoreLayer) -> Entry:
     """What a file with several names should be after the entry of a further one, whose header the peers apply, too.
 
     Args:
@@ -120,7 +120,7 @@ def bounded(mtime_ns: int) -> int:
     return mtime_ns if 0 <= mtime_ns <= _LAST_TIME else 0
 
 
-def _is_time_right(entry: tar.Entry, found: Entry, layer: Layer) -> bool:
+def _is_time_right(entry: tar.Entry, found: Entry, layer: StoreLayer) -> bool:
     if layer.is_partial and entry.type == tar.DIRECTORY:
         return True
     return _is_same_time(bounded(entry.mtime_ns), found.mtime_ns) or entry.mtime_ns == found.mtime_ns
@@ -131,7 +131,9 @@ def _is_same_time(wanted: int, found: int) -> bool:
     return wanted == found or (wanted % _SECOND == 0 and found // _SECOND == wanted // _SECOND)
 
 
-def _xattrs(kind: int, said: Mapping[str, bytes], there: Mapping[str, bytes] | None, layer: Layer) -> dict[str, bytes]:
+def _xattrs(
+    kind: int, said: Mapping[str, bytes], there: Mapping[str, bytes] | None, layer: StoreLayer
+) -> dict[str, bytes]:
     """What a file should have, and what is open and there; None: there is no such file, and it is to be made."""
     is_made, found = there is None, there or {}
 

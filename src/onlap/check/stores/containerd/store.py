@@ -20,7 +20,7 @@ from onlap.check.stores.containerd import structure
 from onlap.check.stores.containerd.images import Content, Stacked
 from onlap.check.stores.containerd.metadata import COMMITTED, read_record
 from onlap.check.stores.containerd.state import CATALOG, DATABASE, NATIVE, Snapshot, State, home_of
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.check.stores.workdir import make_workdir
 from onlap.errors import shown
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
@@ -93,7 +93,7 @@ class Containerd:
                 break
         yield from found.values()
 
-    def layers(self) -> Sequence[Layer]:
+    def layers(self) -> Sequence[StoreLayer]:
         """See :class:`onlap.check.stores.contract.Store`.
 
         Raises:
@@ -102,7 +102,7 @@ class Containerd:
         """
         state = self._state()
         markers, shift = self._owners()
-        found: list[tuple[tuple[str, int, int], Layer]] = []
+        found: list[tuple[tuple[str, int, int], StoreLayer]] = []
         self._keys = {}
         for snapshot in state.snapshots.values():
             # One without a directory has its finding.
@@ -117,7 +117,7 @@ class Containerd:
         """See :class:`onlap.check.stores.contract.Store`."""
         return Containerd(self.directory)
 
-    def has(self, layer: Layer) -> bool:
+    def has(self, layer: StoreLayer) -> bool:
         """See :class:`onlap.check.stores.contract.Store`: whether the snapshotter has it, in the same directory.
 
         Raises:
@@ -171,13 +171,13 @@ class Containerd:
 
     def _layer(
         self, state: State, snapshot: Snapshot, lowers: tuple[str, ...], markers: Markers, shift: int | None
-    ) -> Layer:
+    ) -> StoreLayer:
         keys = [key for _, key in state.owners.get(snapshot.key, ())]
         stacked = [each for key in keys for each in state.stacked.get(key, {}).values()]
         archives = (self._content.path(each.blob) for each in stacked if each.is_archive and self._is_there(each))
         is_native = snapshot.key[0] == NATIVE
         home = os.path.join(self.directory, home_of(snapshot.key[0]))
-        return Layer(
+        return StoreLayer(
             name=snapshot.name,
             place=snapshot.place,
             tree=snapshot.tree,

@@ -20,7 +20,7 @@ from onlap.check.stores.containers_storage.locks import LAYERS_LOCK, locked, qui
 from onlap.check.stores.containers_storage.records import Damaged, LayerRow
 from onlap.check.stores.containers_storage.state import State, bases
 from onlap.check.stores.containers_storage.structure import Structure
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
 from onlap.syscalls.files import is_directory
 from onlap.syscalls.namespaces import in_user_namespace
@@ -107,7 +107,7 @@ class ContainersStorage:
     def _look(self, *, quiet: bool) -> list[Finding]:
         return list(Structure(State(self._bases, self._others), quiet=quiet).findings())
 
-    def layers(self) -> Sequence[Layer]:
+    def layers(self) -> Sequence[StoreLayer]:
         """See the contract; the layers of containers, and those that belong to another store, are not among them.
 
         Raises:
@@ -154,7 +154,7 @@ class ContainersStorage:
         blobs: Mapping[str, tuple[str, ...]],
         shifted: bool,
         plain: bool,
-    ) -> Layer | None:
+    ) -> StoreLayer | None:
         row = known.layers[name]
         if row.incomplete or name in known.writable:
             return None
@@ -168,7 +168,7 @@ class ContainersStorage:
         comparable = plain and found.plain and not masked
         split = f"{self._bases.layers.directory}/{name}{state.SPLIT_SUFFIX}"
         lowers = tuple(f"{overlay}/{below}/diff" for below in known.chain(name))
-        return Layer(
+        return StoreLayer(
             name,
             place,
             f"{place}/diff",
@@ -186,7 +186,7 @@ class ContainersStorage:
             top_mode=_top_mode(lowers),
         )
 
-    def has(self, layer: Layer) -> bool:
+    def has(self, layer: StoreLayer) -> bool:
         """See the contract.
 
         Raises:

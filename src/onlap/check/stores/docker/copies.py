@@ -1,9 +1,9 @@
 """BuildKit's copies of image layers that Docker already has.
 
-BuildKit makes a layer before it knows what is in it. Where the layer store turns out to have that layer (by its chain
-ID), the record keeps the id of the one that it has. BuildKit's stays beside it without a record, and what was built on
-it names it in its file ``lower``. Docker never removes such a copy, also not when the builder's cache is pruned, so
-that images and containers may stand on a layer that no record and no database names.
+BuildKit makes a layer before it knows its content. If the layer store already has a layer with that chain ID, its
+record goes on naming the old directory. BuildKit's directory stays without a record, and the files ``lower`` of what
+was built on it name it. Docker never removes such a copy, not even when the builder's cache is pruned, so that images
+and containers may stand on a layer that no record and no database names.
 
 Source: moby v26.1.5, layer/migration.go (RegisterByGraphID), builder/builder-next/adapters/snapshot/layer.go
 (EnsureLayer) and snapshot.go (remove).
@@ -21,43 +21,58 @@ from onlap.check.stores.docker.records import ChainRecord
 _BUILDKIT_ID = re.compile("[0-9a-z]{25}")
 
 
-class Listed(NamedTuple):
-    """What the layers in a home say of each other.
+class Lowers(NamedTuple):
+    """The files ``lower`` of a home.
 
     Attributes:
-        lower: the content of each layer's file ``lower``, by the layer's id.
-        ids: the id of each layer, as files ``lower`` name it.
+        of: the content of each, by the layer's id; empty if there is none, or it cannot be read.
+        ids: the id of each layer, by the link that files ``lower`` name it by (``"l/<short>"``).
+        lost: the ids of the layers that have lost theirs.
     """
 
-    lower: Mapping[str, list[str]]
+    of: Mapping[str, list[str]]
     ids: Mapping[str, str]
+    lost: Collection[str]
 
     def below(self, id: str) -> str | None:
         """The layer directly below one; None if there is none or it is not known."""
-        lower = self.lower.get(id)
+        lower = self.of.get(id)
         return self.ids.get(lower[0]) if lower else None
 
 
-def find_copies(records: Mapping[str, ChainRecord], listed: Listed, known: Collection[str]) -> dict[str, str]:
-    """The chain ID of the image layer that each copy is one of, by the copy's id.
+class Copy(NamedTuple):
+    """A copy.
 
-    A file ``lower`` that is damaged makes no copy: the layer below has to be BuildKit's, and to have the same layers
-    below it.
+    Attributes:
+        chain: the chain ID of the image layer that it is a copy of.
+        lower: its file ``lower``, by that of a layer on it.
+    """
+
+    chain: str
+    lower: list[str]
+
+
+def find_copies(records: Mapping[str, ChainRecord], lowers: Lowers, known: Collection[str]) -> dict[str, Copy]:
+    """BuildKit's copies, by their ids.
+
+    A copy is below a layer of BuildKit's, is itself BuildKit's by its id, and has the rest of that layer's list as its
+    own, unless it has lost that: so a damaged ``lower`` does not make a stranger's directory a copy.
 
     Args:
         records: of the image layers, by chain ID.
-        listed: what the layers say.
-        known: the layers of image layers and of containers, which are no copies.
+        lowers: the files ``lower``.
+        known: the ids of layers that have records.
     """
-    found: dict[str, str] = {}
-    pending = [(record.cache_id, chain) for chain, record in records.items() if record.cache_id]
+    found: dict[str, Copy] = {}
+    pending = [(chain, record.cache_id, lowers.of.get(record.cache_id, [])) for chain, record in records.items()]
     while pending:
-        id, chain = pending.pop()
-        below, parent = listed.below(id), records[chain].parent
+        chain, id, lower = pending.pop()
+        below, parent = lowers.ids.get(lower[0]) if lower else None, records[chain].parent
         if below is None or below in known or parent not in records or not records[parent].cache_id:
             continue
         if not (_BUILDKIT_ID.fullmatch(id) and _BUILDKIT_ID.fullmatch(below)):
             continue
-        if listed.lower[below] == listed.lower[id][1:] and found.setdefault(below, parent) == parent:
-            pending.append((below, parent))
+        copy = Copy(parent, lower[1:])
+        if (lowers.of[below] == copy.lower or below in lowers.lost) and found.setdefault(below, copy) == copy:
+            pending.append((parent, below, copy.lower))
     return found

@@ -16,14 +16,15 @@ Source: moby v26.1.5, layer/filestore.go, image/fs.go, reference/store.go, conta
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from onlap import errors
-from onlap.check.stores.docker.copies import Listed, find_copies
+from onlap.check.stores.docker.copies import Copy, Lowers, find_copies
 from onlap.check.stores.docker.records import (
     CACHE_ID,
     DIFF,
@@ -45,8 +46,10 @@ from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.layout import Layer
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
-from onlap.syscalls.files import names_in
+from onlap.syscalls.files import is_directory, names_in
 from onlap.trees.usage import Usage, usage
+
+T = TypeVar("T")
 
 IMAGE = "image"
 CONTAINER = "container"
@@ -61,9 +64,9 @@ class Known(NamedTuple):
 
     Attributes:
         id: its directory in the driver's home.
-        kind: ``"image"``; ``"container"``; ``"init"``: the one between a container's layer and its image's;
-            ``"cache"``: the builder's; ``"unused"``: Docker's layer store has it, but no image, container or builder
-            uses it, since removing it failed; ``"orphan"``: Docker does not know it.
+        kind: ``"image"``, also BuildKit's copy of one; ``"container"``; ``"init"``: the one between a container's
+            layer and its image's; ``"cache"``: the builder's; ``"unused"``: Docker's layer store has it, but no image,
+            container or builder uses it, since removing it failed; ``"orphan"``: Docker does not know it.
         parent: the id of the layer directly below; None if there is none or it is unknown.
         owners: the images (by name, otherwise by id) and containers that use it.
         mounted: whether it is mounted now, in this process's mount namespace.
@@ -88,11 +91,13 @@ class Root:
         records: what the layer store has of each image layer, by chain ID.
         removing: the records that Docker was about to remove.
         chains: the driver's id of each image layer that Docker knows, by chain ID.
-        copies: the chain IDs of the image layers of which BuildKit has copies, by the copy's id.
+        copies: BuildKit's copies of image layers, by their ids.
+        lowers: the files ``lower``.
         references: all that names each image, with digests, by its id; also images that are gone.
         image_names: the names of each image, without digests, by its id; likewise.
         image_diff_ids: the diff IDs of each image that can be read, by its id.
         images: the chain IDs of each image's layers, lowest first, by the image's name.
+        container_layers: the ids of all layers of containers that Docker knows.
         containers: the ids of each container's writable layer and init layer, and its parent chain, by the
             container's name.
         damaged_containers: the names of the records of a container that are damaged, by the container's id.
@@ -113,7 +118,7 @@ class Root:
             for name in self.image_names[id] or [id.removeprefix("sha256:")[:12]]
         }
         mounts = os.path.join(store, "layerdb", "mounts")
-        self.containers, self._known_mounts, self.damaged_containers = _read_containers(directory, mounts)
+        self.containers, self.container_layers, self.damaged_containers = _read_containers(directory, mounts)
         users: dict[str, set[str]] = {}
         for name, chains in self.images.items():
             for chain in chains:
@@ -125,10 +130,12 @@ class Root:
         self._links: dict[str, str | None] | None = None
         self._shorts: dict[str, str] | None = None
         self._short_of: dict[str, str | None] = {}
-        self._listed = self._read_layers()
-        self.copies = find_copies(self.records, self._listed, {*self.chains.values(), *self._known_mounts})
+        self.lowers = self._read_lowers()
+        self._recorded = {*self.chains.values(), *self.container_layers}
+        self.copies = find_copies(self.records, self.lowers, self._recorded)
         self.layers = {layer.id: layer for layer in _in_order(self._find())}
-        self._ids = {id: chain for chain, id in self.chains.items()} | self.copies
+        self._ids = {id: chain for chain, id in self.chains.items()}
+        self._ids |= {id: copy.chain for id, copy in self.copies.items()}
         # What a container's layers stand on: an init layer, and an image's chain.
         self._on: dict[str, tuple[tuple[str, ...], str]] = {}
         for id, init, top in self.containers.values():
@@ -156,7 +163,9 @@ class Root:
                 f"{len(found)} layers begin with {shown(name)}", key=name, hint="give more of it"
             )
         raise errors.NotFound(
-            f"{shown(self.directory)} has no layer, image or container {shown(name)}", key=name, hint="see: docker ls"
+            f"{shown(self.directory)} has no layer, image or container {shown(name)}",
+            key=name,
+            hint=f"see: onlap docker ls {shown(self.directory)}",
         )
 
     def _layer_of_chain(self, chain: str, name: str) -> Known:
@@ -199,25 +208,60 @@ class Root:
             return None
         return [*above, *(self.chains[each] for each in below)]
 
-    def lower_by_records(self, lower: list[str]) -> list[str]:
-        """The content of a file ``lower`` with the image layers that have records in the place of their copies."""
+    def expected_lower(self, id: str) -> list[str] | None:
+        """What a layer's file ``lower`` should have, by the records; None if they do not say.
+
+        Raises:
+            OSError: the short links cannot be read.
+        """
+        parents = self.parents(id)
+        return None if parents is None else self._links_to(parents)
+
+    def stands_on(self, id: str, chain: str) -> bool:
+        """Whether the file ``lower`` of a layer names the image layers below a chain ID, or copies of them."""
+        record = self.records[chain]
+        copies = find_copies({**self.records, chain: record._replace(cache_id=id)}, self.lowers, {*self._recorded, id})
+        below = self.chain(record.parent)
+        expected = self._links_to([self.chains[each] for each in below]) if self.chains.keys() >= set(below) else None
+        return expected is not None and expected == self.without_copies(self.lowers.of[id], copies)
+
+    def _links_to(self, ids: list[str]) -> list[str] | None:
+        shorts = [self.short(each) for each in ids]
+        if None in shorts or len(shorts) > layout.MAX_DEPTH:
+            return None
+        return [f"{layout.LINKS}/{short}" for short in shorts]
+
+    def without_copies(self, lower: list[str], copies: Mapping[str, Copy] | None = None) -> list[str]:
+        """A list of lower layers, with each copy replaced by the layer that the record names.
+
+        Args:
+            lower: the list.
+            copies: by default :attr:`copies`.
+        """
+        known = self.copies if copies is None else copies
         found = []
         for link in lower:
-            chain = self.copies.get(self._listed.ids.get(link, ""))
-            found.append(link if chain is None else f"{layout.LINKS}/{self.short(self.chains[chain])}")
+            copy = known.get(self.lowers.ids.get(link, ""))
+            original = None if copy is None else self.chains.get(copy.chain)
+            short = None if original is None else self.short(original)
+            found.append(link if short is None else f"{layout.LINKS}/{short}")
         return found
 
     def needed(self) -> set[str]:
-        """The layers that others name as below them, of which Docker knows."""
-        known = (self._listed.lower[id] for id, layer in self.layers.items() if layer.kind != ORPHAN)
-        return {self._listed.ids[link] for lower in known for link in lower if link in self._listed.ids}
+        """The ids of the layers that a layer known to Docker or BuildKit names in its file ``lower``."""
+        known = (self.lowers.of[id] for id, layer in self.layers.items() if layer.kind != ORPHAN)
+        return {self.lowers.ids[link] for lower in known for link in lower if link in self.lowers.ids}
 
     def short(self, id: str) -> str | None:
         """The short name of a layer, by its file or, where that is lost, by its link; None if both are lost."""
         if id in self._short_of:
             return self._short_of[id]
-        self._short_of[id] = found = Layer(self.home, id).short() or self._short_of_link(id)
+        self._short_of[id] = found = self.written_short(id) or self._short_of_link(id)
         return found
+
+    def written_short(self, id: str) -> str | None:
+        """The short name in a layer's file ``link``; None if that is lost, or cannot be read."""
+        return _readable(Layer(self.home, id).short)
 
     def _short_of_link(self, id: str) -> str | None:
         if self._shorts is None:
@@ -261,22 +305,32 @@ class Root:
         markers = Markers(TRUSTED if os.geteuid() == 0 else USER)
         return layer_changes(below, [layer.diff, *below], markers)
 
-    def _read_layers(self) -> Listed:
+    def _read_lowers(self) -> Lowers:
         ids = layer_ids(self.home)
         shorts = {id: self.short(id) for id in ids}
-        return Listed(
-            {id: Layer(self.home, id).written_lower() for id in ids},
+        lower = {id: _readable(Layer(self.home, id).written_lower) or [] for id in ids}
+        return Lowers(
+            lower,
             {f"{layout.LINKS}/{short}": id for id, short in shorts.items() if short is not None},
+            {id for id in ids if self._has_lost(id, lower[id])},
         )
 
+    def _has_lost(self, id: str, lower: list[str]) -> bool:
+        """Whether a layer's file ``lower`` is damaged, or missing: only what stands on others has a workdir."""
+        if lower:
+            return not all(map(layout.LOWER_LINK.fullmatch, lower))
+        return is_directory(os.path.join(self.home, id, layout.WORK))
+
     def _find(self) -> Iterator[Known]:
-        kinds: dict[str, str] = dict.fromkeys([*self.chains.values(), *self._known_mounts, *self.copies], UNUSED)
+        kinds: dict[str, str] = dict.fromkeys([*self.chains.values(), *self.container_layers], UNUSED)
         owners: dict[str, set[str]] = {}
         for chain, id in self.chains.items():
             users = self.users_of_chain(chain)
+            if not users:
+                continue
             # A copy is used by what stands on it, and not by all that stands on the same image layer.
-            copies = (self._listed.ids.get(link) for link in self._listed.lower.get(id, ()))
-            for each in (id, *(copy for copy in copies if copy in self.copies)) if users else ():
+            below = (self.lowers.ids.get(link, "") for link in self.lowers.of.get(id, ()))
+            for each in (id, *filter(self.copies.__contains__, below)):
                 kinds[each] = IMAGE
                 owners.setdefault(each, set()).update(users)
         for name, (id, init, _) in self.containers.items():
@@ -284,11 +338,11 @@ class Root:
                 if each:
                     kinds[each] = kind
                     owners.setdefault(each, set()).add(name)
-        cached = _cached(self.directory, [id for id in self._listed.lower if kinds.get(id, UNUSED) == UNUSED])
+        cached = _cached(self.directory, [id for id in self.lowers.of if kinds.get(id, UNUSED) == UNUSED])
         kinds.update(dict.fromkeys(cached, CACHE))
-        for id in self._listed.lower:
+        for id in self.lowers.of:
             mounted = os.path.ismount(os.path.join(self.home, id, layout.MERGED))
-            yield Known(id, kinds.get(id, ORPHAN), self._listed.below(id), tuple(sorted(owners.get(id, ()))), mounted)
+            yield Known(id, kinds.get(id, ORPHAN), self.lowers.below(id), tuple(sorted(owners.get(id, ()))), mounted)
 
 
 def open_root(directory: str, driver: str | None = None) -> Root:
@@ -412,9 +466,12 @@ def _cached(directory: str, ids: list[str]) -> list[str]:
     where = os.path.join(directory, "buildkit")
     for name in names_in(where):
         path = os.path.join(where, name)
-        if not name.endswith(".db") or not os.path.getsize(path):
+        if not name.endswith(".db"):
             continue
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(path, "rb"))
+            stack.enter_context(contextlib.suppress(ValueError))  # of an empty one
+            content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             found.update(id for id in ids if content.find(os.fsencode(id)) >= 0)
     return sorted(found)
 
@@ -432,6 +489,16 @@ def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
         pending += waiting.pop(layer.id, [])[::-1]
     for rest in waiting.values():  # cycles, which only damage makes
         yield from rest
+
+
+def _readable(read: Callable[[], T | None]) -> T | None:
+    """What a function reads; None if the disk does not give it: for a check, that is like a file that is lost."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None
 
 
 def _target(link: str) -> str | None:

@@ -17,14 +17,10 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from onlap.graphdrivers import layout
 from onlap.layers.stream.digests import chain_ids
 from onlap.syscalls.files import is_directory, is_file, open_file
-
-if TYPE_CHECKING:
-    from onlap.check.stores.docker.data_root import Root
 
 # Docker's records are some KiB; repositories.json has some 200 bytes per name.
 _MAX_TEXT = 64 << 20
@@ -102,11 +98,11 @@ def read_record(directory: str, chain: str, texts: Mapping[str, str | None]) -> 
     Raises:
         OSError: it cannot be told whether the metadata is there.
     """
-    cache_id, diff_id, parent, size = (texts.get(name) or "" for name in (CACHE_ID, DIFF, PARENT, SIZE))
+    layer_id, diff_id, parent, size = (texts.get(name) or "" for name in (CACHE_ID, DIFF, PARENT, SIZE))
     damaged = []
-    if not ID.fullmatch(cache_id):
+    if not ID.fullmatch(layer_id):
         damaged.append(CACHE_ID)
-        cache_id = ""
+        layer_id = ""
     if not DIGEST.fullmatch(diff_id):
         damaged.append(DIFF)
         diff_id = ""
@@ -120,7 +116,7 @@ def read_record(directory: str, chain: str, texts: Mapping[str, str | None]) -> 
     path = os.path.join(directory, SPLIT)
     if not is_file(path) or not os.path.getsize(path):
         damaged.append(SPLIT)
-    return ChainRecord(directory, cache_id, diff_id, parent, tuple(damaged))
+    return ChainRecord(directory, layer_id, diff_id, parent, tuple(damaged))
 
 
 def restored(record: ChainRecord, name: str, chain: str, diff_ids: tuple[str, ...]) -> str | None:
@@ -141,16 +137,3 @@ def restored(record: ChainRecord, name: str, chain: str, diff_ids: tuple[str, ..
     if name == PARENT and at:
         return chains[at - 1]
     return None
-
-
-def expected_lower(root: Root, id: str) -> list[str] | None:
-    """What a layer's file ``lower`` should have, by the records; None if they do not say.
-
-    Raises:
-        OSError: a short name cannot be read.
-    """
-    parents = root.parents(id)
-    if parents is None or len(parents) > layout.MAX_DEPTH:
-        return None
-    shorts = [root.short(each) for each in parents]
-    return None if None in shorts else [f"{layout.LINKS}/{short}" for short in shorts]

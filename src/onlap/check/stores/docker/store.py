@@ -6,13 +6,14 @@ import contextlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 from onlap import errors
 from onlap.check.findings import Finding, identity
 from onlap.check.stores.comparing.archive import Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.check.stores.docker import records, structure
 from onlap.check.stores.docker.data_root import CACHE, ORPHAN, Root, open_root
 from onlap.check.stores.docker.records import CACHE_ID, SPLIT, ChainRecord, cache_id
@@ -71,23 +72,25 @@ class Docker:
                 found = {each: finding for each, finding in again.items() if each in found}
         yield from found.values()
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[StoreLayer]:
         """See the contract."""
         self._root = open_root(self.directory, self._driver)
         with errors.translated("read the data root", key=self.directory):
             return list(self._layers())
 
-    def _layers(self) -> Iterator[Layer]:
+    def _layers(self) -> Iterator[StoreLayer]:
         root, images = self._root, _repositories(self._root)
+        shared = Counter(root.chains.values())
         copies: dict[str, list[str]] = {}
-        for id, chain in root.copies.items():
-            copies.setdefault(chain, []).append(id)
+        for id, copy in root.copies.items():
+            copies.setdefault(copy.chain, []).append(id)
         for chain, record in sorted(root.records.items(), key=lambda item: (len(root.chain(item[0])), item[0])):
-            if not record.cache_id:
+            # Of a layer that has several records one cannot tell what it should be.
+            if not record.cache_id or shared[record.cache_id] > 1 or record.cache_id in root.container_layers:
                 continue
             below = [root.chains[each] for each in root.chain(chain)[1:] if each in root.chains]
             lowers = (os.path.join(root.home, id, layout.DIFF) for id in below)
-            layer = Layer(
+            layer = StoreLayer(
                 name=record.cache_id,
                 place=os.path.join(root.home, record.cache_id),
                 tree=os.path.join(root.home, record.cache_id, layout.DIFF),
@@ -112,14 +115,14 @@ class Docker:
         """See the contract."""
         return Docker(self.directory, self._driver)
 
-    def has(self, layer: Layer) -> bool:
+    def has(self, layer: StoreLayer) -> bool:
         """See the contract."""
         # A record is removed as a whole (rename(2)), before the layer is; made again, it has another cache ID.
         if layer.split_place is None:
             return False
         with errors.translated("read the data root", key=self.directory):
             id = cache_id(os.path.dirname(layer.split_place))
-        # Of a copy nothing is removed but what stands on it.
+        # Docker never removes a copy; if the record is there, so is what the copy is compared with.
         return id in (None, layer.name) or (id != "" and layer.name in self._root.copies)
 
     def blob(self, digest: str) -> str | None:
@@ -146,7 +149,7 @@ class Docker:
         home, short = self._root.home, self._root.short(id)
         if short is None:
             return None
-        if layout.Layer(home, id).short() is None:
+        if self._root.written_short(id) is None:
             rewrite(os.path.join(home, id, layout.LINK), short.encode())
             return "written again, as its link is called"
         os.symlink(os.path.join("..", id, layout.DIFF), os.path.join(home, layout.LINKS, short))
@@ -155,18 +158,21 @@ class Docker:
         return "linked again"
 
     def _mend_lower(self, id: str) -> str | None:
-        expected = records.expected_lower(self._root, id)
+        copy = self._root.copies.get(id)
+        expected = self._root.expected_lower(id) if copy is None else copy.lower
         if not expected:
             return None
         rewrite(os.path.join(self._root.home, id, layout.LOWER), ":".join(expected).encode())
-        return "written again, from the records of the layers below"
+        return (
+            f"written again, from {'the records of the layers below' if copy is None else 'the list of what is on it'}"
+        )
 
     def _mend_record(self, chain: str, name: str) -> str | None:
         record = self._root.records.get(chain)
         if record is None:
             return None
         if name == CACHE_ID:
-            return self._mend_cache_id(record)
+            return self._mend_cache_id(chain, record)
         for id, diff_ids in self._root.image_diff_ids.items():
             content = records.restored(record, name, chain, diff_ids)
             if content is not None:
@@ -174,28 +180,34 @@ class Docker:
                 return f"written again, as the image {shown(id)} says; restart dockerd"
         return None
 
-    def _mend_cache_id(self, record: ChainRecord) -> str | None:
+    def _mend_cache_id(self, chain: str, record: ChainRecord) -> str | None:
         """Find the layer that a record has lost: its archive, made of the tree, has the right digest."""
         if SPLIT in record.damaged or not record.diff_id:
             return None
-        depth = len(self._root.chain(record.parent))
-        for known in self._root.layers.values():
-            # The builder has many layers, and each has to be read; what Docker has no name for has been damaged.
-            cached = known.kind == CACHE and len(layout.Layer(self._root.home, known.id).written_lower()) == depth
-            if known.kind != ORPHAN and not cached:
-                continue
-            place = os.path.join(self._root.home, known.id)
+        for id in self._candidates(chain):
+            place = os.path.join(self._root.home, id)
             tree = os.path.join(place, layout.DIFF)
-            layer = Layer(
-                known.id, place, tree, (), self._markers, record.diff_id, split=record.split, shift=self._shift
+            layer = StoreLayer(
+                id, place, tree, (), self._markers, record.diff_id, split=record.split, shift=self._shift
             )
             comparison = Comparison(layer, lambda _size: None)
             with contextlib.suppress(NoTree, Uncomparable, errors.OnlapError):
                 comparison.run()
             if comparison.proven and not comparison.deviations:
-                rewrite(os.path.join(record.directory, CACHE_ID), known.id.encode())
-                return f"written again: {shown(known.id)} makes its archive; restart dockerd"
+                rewrite(os.path.join(record.directory, CACHE_ID), id.encode())
+                return f"written again: {shown(id)} makes its archive; restart dockerd"
         return None
+
+    def _candidates(self, chain: str) -> list[str]:
+        """The layers that a record may have lost: those that stand on the right ones, and any of which nobody knows.
+
+        The builder's have to stand on them: it may have the same files in many places.
+        """
+        root = self._root
+        depth = len(root.chain(chain)) - 1
+        kinds = {id: known.kind for id, known in root.layers.items() if known.kind in (ORPHAN, CACHE)}
+        found = [id for id in kinds if len(root.lowers.of[id]) == depth and root.stands_on(id, chain)]
+        return [*found, *(id for id, kind in kinds.items() if kind == ORPHAN and id not in found)]
 
 
 def _findings(root: Root) -> dict[tuple[str, str, str | None], Finding]:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from onlap.check.findings import Finding
-from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root, layer_ids
-from onlap.check.stores.docker.records import DIGEST, PARENT, SPLIT, ChainRecord, expected_lower, json_of
+from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root
+from onlap.check.stores.docker.records import DIGEST, PARENT, SPLIT, ChainRecord, json_of
 from onlap.errors import shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.home import UNFINISHED
@@ -28,7 +28,7 @@ def findings(root: Root) -> Iterator[Finding]:
     yield from _images(root)
     yield from _chains(root)
     yield from _containers(root)
-    for id in layer_ids(root.home):
+    for id in root.lowers.of:
         yield from _layer(root, id)
     yield from _links(root)
     yield from _left(root)
@@ -94,6 +94,8 @@ def _chains(root: Root) -> Iterator[Finding]:
     for id, count in Counter(root.chains.values()).items():
         if count > 1:
             yield Finding("record-wrong", id, detail=f"{count} image layers share it", users=root.users(id))
+        if id in root.container_layers:
+            yield Finding("record-wrong", id, detail="it is also a container's", users=root.users(id))
 
 
 def chain_of(record: ChainRecord) -> str:
@@ -117,13 +119,13 @@ def _layer(root: Root, id: str) -> Iterator[Finding]:
     layer, users = Layer(root.home, id), root.users(id)
     if not is_directory(layer.diff):
         yield Finding("tree-missing", id, detail=f"it has no {layout.DIFF}/", users=users)
-    short = layer.short()
+    short = root.written_short(id)
     if short is None:
         yield Finding("link-missing", id, layout.LINK, users=users)
     elif not exists(os.path.join(root.home, layout.LINKS, short)):
-        yield Finding("link-missing", id, f"../{layout.LINKS}/{short}", "moby#46498", users)
-    written, expected = layer.written_lower(), expected_lower(root, id)
-    if expected is not None and expected not in (written, root.lower_by_records(written)):
+        yield Finding("link-missing", id, f"../{layout.LINKS}/{short}", "Docker loses it in a crash, moby#46498", users)
+    written, expected = root.lowers.of[id], root.expected_lower(id)
+    if expected is not None and expected != root.without_copies(written):
         detail = "" if written else "it is missing"
         yield Finding("lower-wrong", id, layout.LOWER, detail, users)
     elif expected is None:

@@ -10,7 +10,7 @@ from onlap.check.findings import Finding
 from onlap.check.refill import ATTRIBUTES
 from onlap.check.stores.comparing.archive import Spend, Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.check.stores.repairing.spool import has_data, names_of, needs_data
 from onlap.check.stores.repairing.supply import Found, Supply
 from onlap.syscalls.files import exists
@@ -36,20 +36,25 @@ class Done(NamedTuple):
     possible: bool
 
 
-class Case(NamedTuple):
+class Case:
     """A damaged layer that was looked at.
 
-    Attributes:
+    Args:
         layer: the layer.
         source: what it is refilled from; None if it needs no data, or there is none.
         comparison: of its tree, with what is proven; None if nothing is.
         is_mounted: whether a container may use it.
     """
 
-    layer: Layer
-    source: Found | None
-    comparison: Comparison | None
-    is_mounted: bool
+    def __init__(
+        self, layer: StoreLayer, source: Found | None, comparison: Comparison | None, is_mounted: bool
+    ) -> None:
+        self.layer = layer
+        self.source = source
+        self.comparison = comparison
+        self.is_mounted = is_mounted
+        # Whether a file with several names has its data, by its first name: each of them may be asked about.
+        self._has_data: dict[str, bool] = {}
 
     def verdict(self, finding: Finding) -> Done:
         """What is to be done for a finding."""
@@ -101,12 +106,17 @@ class Case(NamedTuple):
         may_be_replaced = (not deviation.found or path in comparison.failures) and len(names) == 1
         if self.is_mounted and not may_be_replaced:
             return "a container uses the layer, and this file can still be read: stop the container first"
-        if needs_data(deviation) and self.source is None and not any(has_data(comparison, each) for each in names):
+        if needs_data(deviation) and self.source is None and not self._one_has_data(comparison, names):
             return _NO_SOURCE
         return None
 
+    def _one_has_data(self, comparison: Comparison, names: list[str]) -> bool:
+        if names[0] not in self._has_data:
+            self._has_data[names[0]] = any(has_data(comparison, each) for each in names)
+        return self._has_data[names[0]]
 
-def examine(layer: Layer, supply: Supply, spend: Spend, *, is_mounted: bool) -> Case:
+
+def examine(layer: StoreLayer, supply: Supply, spend: Spend, *, is_mounted: bool) -> Case:
     """Find something proven to compare a layer with, and the data that it needs.
 
     Args:
@@ -134,7 +144,7 @@ def examine(layer: Layer, supply: Supply, spend: Spend, *, is_mounted: bool) -> 
     return Case(layer, None, own, is_mounted)
 
 
-def _compared(layer: Layer, spend: Spend) -> Comparison | None:
+def _compared(layer: StoreLayer, spend: Spend) -> Comparison | None:
     comparison = Comparison(layer, spend, keep=True)
     try:
         with errors.translated("compare the layer", key=layer.name):

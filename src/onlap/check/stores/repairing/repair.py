@@ -20,8 +20,8 @@ from onlap.check.refill import Aside, Refill, said
 from onlap.check.stores.comparing import split
 from onlap.check.stores.comparing.archive import Spend
 from onlap.check.stores.comparing.comparison import Comparison
-from onlap.check.stores.contract import Layer, Store
-from onlap.check.stores.doctor import STAGING, Doctor
+from onlap.check.stores.contract import Store, StoreLayer
+from onlap.check.stores.doctor import STAGING, NotCompared, compared
 from onlap.check.stores.repairing.case import Case, Done, examine
 from onlap.check.stores.repairing.own import check_own
 from onlap.check.stores.repairing.spool import Spool
@@ -89,7 +89,10 @@ class StoreRepair:
                 yield Done(each, "to be written again, if other records tell it", True)
 
     def run(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
-        """Repair what can be repaired.
+        """Repair what can be repaired, while the result is iterated.
+
+        Yields:
+            What was done for each finding, or why it was not.
 
         Raises:
             OnlapError: something cannot be looked at.
@@ -109,7 +112,7 @@ class StoreRepair:
             new = tuple(each for each in self.left if identity(each) not in known and each.kind in _OF_RECORDS)
             known |= set(map(identity, new))
 
-    def _damaged(self, findings: Iterable[Finding]) -> Iterator[tuple[Layer, list[Finding]]]:
+    def _damaged(self, findings: Iterable[Finding]) -> Iterator[tuple[StoreLayer, list[Finding]]]:
         by_layer: dict[str, list[Finding]] = {}
         for each in findings:
             if each.kind in _OF_LAYERS and each.thing in self._layers:
@@ -120,14 +123,14 @@ class StoreRepair:
     def _of_records(self, findings: tuple[Finding, ...]) -> Iterator[Finding]:
         return (each for each in findings if each.kind not in _OF_LAYERS or each.thing not in self._layers)
 
-    def _examine(self, layer: Layer) -> Case:
+    def _examine(self, layer: StoreLayer) -> Case:
         with errors.translated("look at the mounts"):
             is_mounted = bool(mounted([layer]))
         return examine(layer, self._supply, self._spend, is_mounted=is_mounted)
 
     # Layers
 
-    def _repair_layer(self, layer: Layer, findings: list[Finding]) -> Iterator[Done]:
+    def _repair_layer(self, layer: StoreLayer, findings: list[Finding]) -> Iterator[Done]:
         with ExitStack() as stack:
             if not self.store.has(layer):
                 return  # removed meanwhile
@@ -150,7 +153,7 @@ class StoreRepair:
             # Again, since another repair, or a new container, may have come before the lock.
             case = self._examine(layer)
             refill = self._refill(stack, case, beside)
-        after = {identity(each) for each in Doctor(self.store).compare(layer)}
+        after = {identity(each) for each in self._compared(layer)}
         for each, before in zip(findings, verdicts, strict=True):
             path = each.path or "."
             if identity(each) not in after:
@@ -187,7 +190,7 @@ class StoreRepair:
         """Whether it is what a repair has left that was killed."""
         return finding.kind == "staging-left" and finding.path == STAGING and finding.thing in self._layers
 
-    def _clear(self, layer: Layer) -> tuple[str, bool]:
+    def _clear(self, layer: StoreLayer) -> tuple[str, bool]:
         """Remove what a repair has left that was killed, if no other one is at it."""
         beside = layer.beside or layer.place
         try:
@@ -212,7 +215,8 @@ class StoreRepair:
             if what is not None:
                 yield Done(each, what, True)
             elif each.kind in _OF_BLOBS | _OF_RECORDS | _OF_SPLITS:
-                yield Done(each, "not repaired: nothing tells what it was", False)
+                missing = "nothing tells what it was" if each.kind in _OF_RECORDS else "no source has it"
+                yield Done(each, f"not repaired: {missing}", False)
 
     def _mended(self, finding: Finding) -> str | None:
         if finding.kind in _OF_BLOBS:
@@ -228,7 +232,7 @@ class StoreRepair:
         layers = [layer for layer in self._layers.values() if digest in layer.digests]
         images = dict.fromkeys(name for layer in layers for name in layer.images) | dict.fromkeys(finding.users)
         for found in self._supply.find_blob(digest, tuple(images)):
-            with errors.translated("read the blob", key=digest), contextlib.suppress(FileNotFoundError):
+            with errors.translated("write the blob again", key=digest):
                 if found.path != place and _put(found.path, place, digest):
                     return f"written again from {found.where}"
         return None
@@ -240,7 +244,8 @@ class StoreRepair:
             return None
         mode = 0o644 if self.store.kind == "Docker" else 0o600  # as each has it
         for found in self._supply.find(layer):
-            with errors.translated("write the list of the layer", key=layer.name), contextlib.suppress(_Other):
+            # A source that is damaged itself is none, as one of another layer.
+            with errors.translated("write the list of the layer", key=layer.name), contextlib.suppress(*_NO_SOURCE):
                 with durable_file(layer.split_place, mode) as out:
                     if split.write(found.path, out) != layer.diff_id:
                         raise _Other
@@ -250,12 +255,15 @@ class StoreRepair:
     def _still_wrong(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
         self.store = self.store.again()
         now = {identity(each): each for each in self.store.findings()}
-        doctor = Doctor(self.store)
         touched = {each.thing for each in findings}
         for layer in self.store.layers():
             if layer.name in touched or not touched.isdisjoint(layer.digests):
-                now |= {identity(each): each for each in doctor.compare(layer)}
+                now |= {identity(each): each for each in self._compared(layer)}
         return tuple(now.values())
+
+    def _compared(self, layer: StoreLayer) -> Iterator[Finding]:
+        with contextlib.suppress(NotCompared):
+            yield from compared(layer, self._spend)
 
 
 def _implied_above(comparison: Comparison, wrong: Iterable[Deviation]) -> list[Deviation]:
@@ -270,11 +278,11 @@ def _implied_above(comparison: Comparison, wrong: Iterable[Deviation]) -> list[D
 
 
 def _put(source: str, place: str, digest: str) -> bool:
-    """Copy a blob, if it has the digest; return whether it has. Raises OSError."""
+    """Copy a blob, if it can be read and has the digest; return whether that is so. Raises OSError for the copy."""
     found = hashlib.sha256()
     try:
-        with open_file(source) as file, durable_file(place, 0o444) as out:  # as containerd's
-            while chunk := file.read(_CHUNK):
+        with durable_file(place, 0o444) as out:  # as containerd's
+            for chunk in _chunks(source):
                 found.update(chunk)
                 out.write(chunk)
             if PREFIX + found.hexdigest() != digest:
@@ -284,5 +292,18 @@ def _put(source: str, place: str, digest: str) -> bool:
     return True
 
 
+def _chunks(source: str) -> Iterator[bytes]:
+    try:
+        with open_file(source) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except OSError as error:
+        raise _Other from error
+
+
 class _Other(Exception):
-    """A blob or an archive is not the one that was looked for."""
+    """A blob or an archive is not the one that was looked for, or cannot be read."""
+
+
+# What the search for a source goes on after.
+_NO_SOURCE = (_Other, errors.DataLoss, errors.InvalidArgument)

@@ -87,8 +87,12 @@ class Spool:
     def listed(self, wrong: Iterable[Deviation]) -> list[Entry]:
         """What the tree should have, with the digests of what is made again; raises OSError."""
         comparison = self._comparison
+        looked_at: set[str] = set()
         for each in wrong:
             names = names_of(comparison, each.path)
+            if names[0] in looked_at:
+                continue
+            looked_at.add(names[0])
             for path in names:
                 if path not in self._digests and has_data(comparison, path):
                     with open(open_in_tree(self._top, path), "rb", buffering=0) as file:

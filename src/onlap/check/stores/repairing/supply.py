@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from onlap import errors
 from onlap.boundary import public_class
-from onlap.check.stores.contract import Layer, Store
+from onlap.check.stores.contract import Store, StoreLayer
 from onlap.content.store import ContentStore
 from onlap.errors import shown
 from onlap.images.api import Images
@@ -71,7 +71,7 @@ class Supply:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def find(self, layer: Layer) -> Iterator[Found]:
+    def find(self, layer: StoreLayer) -> Iterator[Found]:
         """Archives that may be a layer's, those that cost least first.
 
         Args:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from onlap.check.stores.contract import Layer
+from onlap.check.stores.contract import StoreLayer
 from onlap.mounts import mountinfo, namespaces
 from onlap.overlayfs.options import layer_paths
 
 
-def mounted(layers: Iterable[Layer]) -> set[str]:
+def mounted(layers: Iterable[StoreLayer]) -> set[str]:
     """The names of those layers that are mounted in any mount namespace that can be looked into.
 
     Raises:
