@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from onlap import errors
+from onlap.check.findings import Finding
 from onlap.check.stores.comparing import split
 from onlap.check.stores.comparing.archive import Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
@@ -221,6 +222,40 @@ def test_a_mark_in_the_archive(root: Path) -> None:
     assert case.found("plain") == {}
     os.removexattr(case.tree / "o", MARKERS.opaque)
     assert case.found("plain") == {}
+
+
+class Leaving:
+    """A store whose layer has lost its tree; the record goes later, as with containerd's native snapshotter."""
+
+    kind, directory = "store", "/"
+
+    def __init__(self, layer: StoreLayer, has: list[bool]) -> None:
+        self._layer = layer
+        self._has = has
+
+    def findings(self) -> Iterator[Finding]:
+        yield from ()
+
+    def layers(self) -> list[StoreLayer]:
+        return [self._layer]
+
+    def again(self) -> Leaving:
+        return self
+
+    def has(self, layer: StoreLayer) -> bool:
+        return self._has.pop(0) if len(self._has) > 1 else self._has[0]
+
+    def blob(self, digest: str) -> None:
+        return None
+
+    def mend(self, finding: Finding) -> None:
+        return None
+
+
+@pytest.mark.parametrize("has, found", [([True], ["tree-missing"]), ([True, False], []), ([False], [])])
+def test_a_layer_that_is_just_being_removed(case: Case, has: list[bool], found: list[str]) -> None:
+    shutil.rmtree(case.tree)
+    assert [each.kind for each in Doctor(Leaving(case.layers["plain"], has)).findings()] == found
 
 
 def test_directories_that_become_files_again_and_again(root: Path) -> None:

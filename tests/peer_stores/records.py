@@ -168,7 +168,7 @@ DOCKER: dict[str, Damage] = {
     ),
     "a directory of nobody": Damage(
         lambda place: (place.root / "overlay2" / ("f" * 64) / "diff").mkdir(parents=True),
-        (("tree-unknown", "f" * 64, None, ""), ("link-missing", "f" * 64, "link", "")),
+        one("tree-unknown", "f" * 64),
         mended=False,
         users=(),
     ),

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from typing import Union
 
-from onlap.check.stores.containerd.bolt import Bucket, Database
+from onlap.check.stores.bolt import Bucket, Database
 
 Tree = Mapping[bytes, Union[bytes, "Tree"]]
 # A bucket as a test compares it: its sequence, and its keys in order.

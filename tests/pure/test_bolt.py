@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onlap import errors
-from onlap.check.stores.containerd import bolt
+from onlap.check.stores import bolt
 from pure.bolt_makers import HEAD, Found, Tree, Writer, checksum, expected, found, meta, size
 
 SIZES = (1024, 4096, 16384, 65536)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from onlap import errors
-from onlap.check.stores.containerd import bolt
+from onlap.check.stores import bolt
 from peers import gobuild
 from pure.bolt_makers import Found, Tree, Writer, found, size
 from pure.test_bolt import mutate

@@ -10,10 +10,12 @@ import pytest
 
 from peer_stores import making as stores
 from peer_stores.damages import damage_all
-from peer_stores.making import NAME, Made, Podman, assert_healthy, assert_same_layers, check
+from peer_stores.making import NAME, Made, Podman, Raw, assert_healthy, assert_same_layers, check
+from peers import images
 from peers.daemons import Containerd, Dockerd
 from peers.graphdriver_story import OFFLINE, base_layer, tell
 from peers.graphdrivers import GraphDockerd
+from peers.registries import registry
 
 pytestmark = pytest.mark.needs(*stores.NEEDS, "peer:runc", "peer:buildah", "gopkg:github.com/containerd/containerd")
 # The fixture `containerd` reads this, and unpacks with Onlap's differ.
@@ -141,3 +143,41 @@ def test_other_filesystems(
     assert told.status == 0, told
     assert_healthy(root)
     assert_same_layers(store, root)
+
+
+@pytest.mark.needs("peer:docker-registry")
+@pytest.mark.parametrize(
+    "form, options",
+    [
+        ("zstd:chunked", {"enable_partial_images": "true", "use_hard_links": "true"}),
+        ("gzip", {"enable_partial_images": "true", "convert_images": "true"}),
+    ],
+    ids=["of parts, with hard links", "converted"],
+)
+def test_podman_that_pulls_otherwise(place: Path, tool: Path, form: str, options: Mapping[str, str]) -> None:
+    """It gives directories and symlinks no time, makes no FIFOs, and shares files of equal content between layers."""
+    where = place / f"podman-{form.replace(':', '-')}"
+    where.mkdir()
+    source, tools = Podman(where / "source", where / "s"), Podman(where / "storage", where / "t")
+    lines = "".join(f'{key} = "{value}"\n' for key, value in {"convert_images": "false", **options}.items())
+    settings = where / "storage.conf"
+    settings.write_text(f'[storage]\ndriver = "overlay"\n[storage.options.pull_options]\n{lines}')
+    base = base_layer(tool)
+    large, small = b"x" * 200_000, b"1"
+    later, earlier = (
+        Raw().directory(b"d").add(b"d/large", large, mtime=time).add(b"d/small", small, mtime=time).done()
+        for time in (1_700_000_005, 1_700_000_009)
+    )
+    words = ("--tls-verify=false",)
+    with registry(where / "registry") as host, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTAINERS_STORAGE_CONF", str(settings))
+        for number, layers in enumerate(((base, later), (base, earlier))):
+            name = f"localhost/onlap/pulled-{number}:1"
+            archive = images.write(where / f"{number}.tar", name, layers, ("gzip", "gzip")).archive
+            source.podman("load", "-i", archive)
+            source.podman(
+                "push", *words, f"--compression-format={form}", "--force-compression", name, f"{host}/{number}:1"
+            )
+        for number in range(2):
+            tools.podman("pull", *words, f"{host}/{number}:1")
+    assert assert_healthy(where / "storage").snapshots == 3

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from onlap.check.findings import Finding
-from onlap.check.stores.containerd import bolt
+from onlap.check.stores import bolt
 from onlap.check.stores.containerd.store import Containerd as Store
 from onlap.check.stores.containerd.store import open_store
 from onlap.check.stores.contract import StoreLayer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from onlap.check.stores.docker.data_root import Root, open_root
+from onlap.layers.stream.digests import chain_ids
 from peer_stores import making as stores
 from peer_stores.making import assert_healthy, check, looked
 from peers.graphdriver_story import OFFLINE, base_layer
@@ -203,7 +206,7 @@ def test_lists_that_lead_elsewhere_make_no_copies(store: Store) -> None:
 
 
 def test_a_lost_cache_id_of_a_buildkit_layer(built: Store, place: Path) -> None:
-    """The builder has its directory, and another one with the same files on another image, which is not taken."""
+    """The builder has its directory; another one has the same files on another image, and is not taken."""
     data = place / "unpruned"
     stores.copied(built.place / "unpruned", data)
     root = open_root(str(data))
@@ -214,12 +217,10 @@ def test_a_lost_cache_id_of_a_buildkit_layer(built: Store, place: Path) -> None:
     os.symlink(f"../{other.name}/diff", data / "overlay2" / "l" / "ANOTHERANOTHERANOTHER22222")
     base = next(each for each in root.layers if root.layers[each].parent is None and root.layers[each].kind == "image")
     (other / "lower").write_text(":".join([f"l/{root.short(base)}"] * len(root.lowers.of[id])))
-    with (data / "buildkit" / "snapshots.db").open("ab") as file:
-        file.write(other.name.encode())
     record = Path(root.records[chain].directory) / "cache-id"
     record.unlink()
     before = open_root(str(data)).layers
-    assert (before[id].kind, before[other.name].kind) == ("cache", "cache")
+    assert (before[id].kind, before[other.name].kind) == ("cache", "orphan")
     check(data, "--repair")
     assert record.read_text() == id
 
@@ -244,3 +245,125 @@ def test_an_id_that_two_records_name(store: Store) -> None:
     check(store.data, "--repair", "--from-archive", store.archive)
     assert (store.directory(lower) / "diff" / "f").exists()
     assert upper != lower
+
+
+# What BuildKit builds on a copy after a restart of dockerd, whose archives compare whole trees (naiveDiff).
+ON_A_COPY = {
+    "a file that looks as below": "COPY f2 /f",
+    "the same file": "COPY f /f",
+    "nothing": 'RUN ["/bin/tool", "write", "/d/x", "1", "--", "rm", "/d/x"]',
+    "a directory made again": 'RUN ["/bin/tool", "rm", "/d/sub", "--", "mkdir", "/d/sub"]',
+    "a directory emptied": 'RUN ["/bin/tool", "rm", "/directory", "--", "mkdir", "/directory"]',
+    "links": 'RUN ["/bin/tool", "write", "/one", "1", "--", "rm", "/two"]',
+    "a working directory": "WORKDIR /d/below/this",
+}
+
+
+@pytest.fixture(scope="module")
+def compared(place: Path, tool: Path) -> Store:
+    """Images of what is built on a copy, one for each line."""
+    where = place / "compared"
+    context = where / "context"
+    context.mkdir(parents=True)
+    for name, content in (("f", "the content of f"), ("f2", "THE CONTENT OF F")):
+        (context / name).write_text(content)
+        os.utime(context / name, (1, 1))
+    (where / "base.tar").write_bytes(base_layer(tool))
+    store = Store(where, where / "saved.tar")
+    begin = "FROM base:1\nCOPY f /f\n"
+
+    def build(tag: str, lines: str, *, buildkit: bool = True) -> None:
+        (context / "Dockerfile").write_text(begin + lines)
+        words = ("buildx", "build") if buildkit else ("build",)
+        dockerd.docker(*words, *OFFLINE, "--tag", tag, context, DOCKER_BUILDKIT="1" if buildkit else "0")
+
+    with GraphDockerd(where, "overlay2", store.data) as dockerd:
+        dockerd.docker("import", where / "base.tar", "base:1")
+        build("classic:1", "", buildkit=False)
+        build("by-buildkit:1", "")
+        dockerd.restart()
+        for number, line in enumerate(ON_A_COPY.values()):
+            build(f"built-{number}:1", line)
+        assert_healthy(store.data)
+        dockerd.docker("save", "--output", store.archive, "built-0:1")
+    return store
+
+
+def test_what_was_built_on_a_copy(compared: Store) -> None:
+    """Nothing is found, and a repair changes nothing."""
+    assert len(compared.copies()) == 1
+    before = stores.everything(compared.data)
+    assert check(compared.data, "--repair").status == 0
+    assert stores.everything(compared.data) == before
+
+
+def test_damages_of_what_was_built_on_a_copy(compared: Store, place: Path) -> None:
+    """They are found all the same: what is new, hidden or shown does not look as it does below."""
+    store = Store(place / "damaged", compared.archive)
+    store.place.mkdir()
+    stores.copied(compared.data, store.data)
+    root = store.root()
+
+    def tree(what: str) -> Path:
+        number = list(ON_A_COPY).index(what)
+        return store.directory(root.chains[root.images[f"built-{number}:1"][-1]]) / "diff"
+
+    (tree("a working directory") / "d" / "below" / "new").write_text("1")
+    (tree("nothing") / "f").write_text("longer than what is below")
+    os.removexattr(tree("a directory made again") / "d" / "sub", "trusted.overlay.opaque")
+    hidden = tree("links") / "d"
+    hidden.mkdir(exist_ok=True)
+    os.mknod(hidden / "a", stat.S_IFCHR)
+    made = tree("a directory emptied") / "d"
+    made.mkdir(mode=0o1777, exist_ok=True)
+    os.setxattr(made, "trusted.overlay.opaque", b"y")
+    found = {(each.kind, each.thing, each.path) for each in looked(store.data).findings}
+    names = {what: tree(what).parent.name for what in ON_A_COPY}
+    assert found >= {
+        ("file-unknown", names["a working directory"], "d/below/new"),
+        ("file-unknown", names["nothing"], "f"),
+        ("file-missing", names["a directory made again"], "d/sub/hidden"),
+        ("file-unknown", names["links"], "d"),
+        ("file-unknown", names["a directory emptied"], "d"),
+    }
+
+
+def test_what_docker_is_removing(store: Store) -> None:
+    """Nothing is said of layers that go away bit by bit, and nothing is put into them; no error stays."""
+    root = store.root()
+    box, init, _ = root.containers["box"]
+    config = next(iter((store.data / "containers").iterdir())) / "config.v2.json"
+    state = json.loads(config.read_text())
+    state["State"] |= {"Dead": True, "RemovalInProgress": True}
+    config.write_text(json.dumps(state))
+    top = next(chain for chain, id in root.chains.items() if len(id) == 25)
+    for id in (box, init, root.chains[top]):
+        (store.directory(id) / "lower").unlink()
+        shutil.rmtree(store.directory(id) / "work")
+        (store.data / "overlay2" / "l" / str(root.short(id))).unlink()
+    record = Path(root.records[top].directory)
+    record.rename(record.with_name(f"{record.name}-0123-removing"))
+    for image in (store.data / "image" / "overlay2" / "imagedb" / "content" / "sha256").iterdir():
+        if root.images["by-buildkit:1"] == list(chain_ids(root.image_diff_ids[f"sha256:{image.name}"])):
+            image.unlink()
+    names = store.data / "image" / "overlay2" / "repositories.json"
+    names.write_text(json.dumps({"Repositories": {}}))
+    before = stores.everything(store.data)
+    kinds = {each.kind for each in looked(store.data).findings}
+    assert kinds <= {"trash-waiting", "tree-unknown", "layer-unused"}
+    check(store.data, "--repair")
+    assert stores.everything(store.data) == before
+
+
+def test_what_only_the_builder_uses(compared: Store, place: Path) -> None:
+    """Its image layers are known by their chain IDs."""
+    data = place / "only-built"
+    stores.copied(compared.data, data)
+    where = place / "d"
+    where.mkdir()
+    with GraphDockerd(where, "overlay2", data) as dockerd:
+        dockerd.docker("rmi", *dockerd.docker("images", "--format", "{{.Repository}}:{{.Tag}}").split())
+        assert not looked(data).findings
+        kinds = {known.kind for known in open_root(str(data)).layers.values()}
+        assert kinds == {"cache"}
+        dockerd.docker("builder", "prune", "--all", "--force")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 
 from onlap import errors
@@ -25,6 +26,8 @@ from onlap.trees.manifest import digest_of
 
 # A lack of the machine's, which is no damage.
 _OF_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Seconds before each further look at a layer whose tree is gone.
+_PAUSES = (0.1, 0.5)
 # Where a repair works, beside a layer's tree: the store removes it with the layer.
 STAGING = ".onlap-repair"
 
@@ -136,15 +139,21 @@ class Doctor:
                 # Several layers may have one list: a copy has that of what it is a copy of.
                 found = [] if layer.split_place in damaged else found
                 damaged.add(layer.split_place)
-            if found and self._is_there(layer):
+            if found and self._is_there(layer, found):
                 yield from found
             done = layer.name
 
-    def _is_there(self, layer: StoreLayer) -> bool:
+    def _is_there(self, layer: StoreLayer, found: list[Finding]) -> bool:
+        # A daemon may take away the tree some moments before the record (containerd's native snapshotter).
+        pauses = _PAUSES if any(each.kind == "tree-missing" for each in found) else (0.0,)
         try:
-            return self.store.has(layer)
+            for pause in pauses:
+                time.sleep(pause)
+                if not self.store.has(layer):
+                    return False
         except errors.DataLoss:
-            return True  # it cannot be told, which is a finding of its own
+            pass  # it cannot be told, which is a finding of its own
+        return True
 
     def compare(self, layer: StoreLayer) -> Iterator[Finding]:
         """What of a layer is not as it should be.

@@ -7,7 +7,9 @@ import stat
 from contextlib import ExitStack
 
 from onlap.check.stores.contract import StoreLayer
+from onlap.overlayfs.markers import get_xattr
 from onlap.overlayfs.merged import Found, MergedDirectory, Stack
+from onlap.trees.walk import path_of
 
 
 class Below:
@@ -35,13 +37,32 @@ class Below:
         except OSError:
             return None
 
+    def status(self, path: str) -> os.stat_result | None:
+        """The status of what the layers below show; raises OSError."""
+        found = self._lookup(path)
+        return None if found is None else found.status
+
+    def xattr(self, path: str, name: str) -> bytes | None:
+        """An xattr of what the layers below show; raises OSError."""
+        found = self._lookup(path)
+        return None if found is None else get_xattr(path_of(found.dir_fd, found.name), name)
+
+    def names(self, path: str) -> set[str]:
+        """The names in a directory that the layers below show; none if they show no directory. Raises OSError."""
+        directory = self._directory(path.split("/"))
+        return set() if directory is None else set(directory.names())
+
     def _lookup(self, path: str) -> Found | None:
+        *above, base = path.split("/")
+        directory = self._directory(above)
+        return None if directory is None else directory.lookup(base)
+
+    def _directory(self, names: list[str]) -> MergedDirectory | None:
         if not self._layer.lowers:
             return None
         if self._top is None:
             self._top = self._stack.enter_context(Stack(self._layer.lowers, self._layer.markers)).top()
         directory: MergedDirectory | None = self._top
-        *above, base = path.split("/")
-        for name in above:
+        for name in names:
             directory = None if directory is None else directory.open(name)
-        return None if directory is None else directory.lookup(base)
+        return directory

@@ -19,6 +19,7 @@ from onlap import errors
 from onlap.check.stores.comparing import judgement
 from onlap.check.stores.comparing.archive import Archive, Spend, Uncomparable, open_archive
 from onlap.check.stores.comparing.below import Below
+from onlap.check.stores.comparing.naive import Naive
 from onlap.check.stores.contract import StoreLayer
 from onlap.errors import shown
 from onlap.layers import paths
@@ -35,8 +36,6 @@ _MAX_FOLLOWED = 255
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 # The attributes of a file that all of its names share.
 _SHARED = frozenset({"mode", "owner", "mtime"})
-
-
 # Directories that an archive may replace by files; builders make no such archive, and only hostile ones have many.
 _MAX_REPLACED = 1000
 
@@ -104,6 +103,7 @@ class Comparison:
         self._trouble: OSError | None = None  # why the parent cannot be opened, though it is there
         self._stack = ExitStack()
         self._below = Below(self._stack, layer)
+        self._naive: Naive | None = None
 
     def run(self) -> None:
         """Compare.
@@ -125,6 +125,7 @@ class Comparison:
                 self._unreadable("", error)
                 return
             self._stack.callback(self._leave)
+            self._naive = Naive(self.layer, self._top, self._below) if self.layer.is_naive else None
             archive = self._stack.enter_context(open_archive(self.layer, self._spend))
             for entry in archive.entries():
                 self._spend(0)
@@ -141,6 +142,7 @@ class Comparison:
             if not self.layer.is_whole:
                 self._markers()
                 self._extras()
+            self._check_marked()
 
     # Entries
 
@@ -362,7 +364,8 @@ class Comparison:
 
     def _judge(self, path: str, entry: tar.Entry, status: os.stat_result | None, fd: int | None = None) -> Entry:
         found = None if status is None else self._found(path, status, fd)
-        expected = judgement.expected(path, entry, found, self.layer)
+        is_shared = status is not None and stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+        expected = judgement.expected(path, entry, found, self.layer, is_shared=is_shared)
         if self._keep:
             self.listed[path] = expected
             if entry.type == tar.FILE:
@@ -435,7 +438,7 @@ class Comparison:
             expected = Entry(path, stat.S_IFCHR, self.layer.shift or 0, self.layer.shift or 0, 0)
             if status is not None and not is_whiteout(status):
                 self.deviations[path] = Deviation(path, expected, frozenset({"type"}), found=True)
-            elif status is None and below.has(path):
+            elif status is None and below.has(path) and not (self._naive and self._naive.is_below_opaque(path)):
                 self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
             if self._keep and path in self.deviations:
                 self.listed[path] = expected
@@ -448,6 +451,8 @@ class Comparison:
                 continue
             entry = self.listed.get(path) or self._found(path, status)
             wanted, expected = path in self._opaque, self._opaque_entry(path, entry, wanted=path in self._opaque)
+            if self._naive and not wanted and self._naive.hides_what_it_says(path, self._whiteouts):
+                continue
             if wanted != self._is_opaque(path) and below.has(path):
                 self._add(path, expected, "xattrs")
 
@@ -520,8 +525,18 @@ class Comparison:
         # AUFS's own files: some of the peers take them, or make whiteouts of them (ConvertRead), and others do not.
         is_left = any(name.startswith(paths.WHITEOUT_PREFIX) for name in path.split("/"))
         # No archive has sockets, so that a layer which was made of a container's tree keeps its own.
-        if status is not None and not is_left and not stat.S_ISSOCK(status.st_mode):
+        if status is None or is_left or stat.S_ISSOCK(status.st_mode):
+            return
+        if not (self._naive and self._naive.looks_as_below(path)):
             self.deviations[path] = Deviation(path, None, frozenset(), found=True)
+
+    def _check_marked(self) -> None:
+        if self._naive and any(
+            self._naive.is_marked(each.path)
+            for each in self.deviations.values()
+            if not each.found or "content" in each.what
+        ):
+            raise Uncomparable("the kernel renamed directories in it, or left data below (redirect_dir, metacopy)")
 
     def _list_implied(self) -> None:
         for path in self._implied - self.listed.keys() - self._symlinks.keys():

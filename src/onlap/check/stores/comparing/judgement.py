@@ -36,7 +36,7 @@ _OF_MACHINE = ("security.selinux", "security.ima", "security.evm", "security.app
 CAPABILITY = "security.capability"
 
 
-def expected(path: str, entry: tar.Entry, found: Entry | None, layer: StoreLayer) -> Entry:
+def expected(path: str, entry: tar.Entry, found: Entry | None, layer: StoreLayer, *, is_shared: bool = False) -> Entry:
     """What a tree should have at a path.
 
     Args:
@@ -44,6 +44,7 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: StoreLayer
         entry: what the archive says.
         found: what the tree has, from which comes what the archive does not say; None if it has nothing.
         layer: the layer.
+        is_shared: whether the file has several names.
     """
     kind = _KINDS[entry.type]
     same = found is not None and stat.S_IFMT(found.mode) == kind
@@ -55,7 +56,7 @@ def expected(path: str, entry: tar.Entry, found: Entry | None, layer: StoreLayer
     if layer.shift is not None:
         uid, gid = entry.uid + layer.shift, entry.gid + layer.shift
     mtime = bounded(entry.mtime_ns)
-    if found is not None and same and _is_time_right(entry, found, layer):
+    if found is not None and same and _is_time_right(entry, found, layer, is_shared):
         mtime = found.mtime_ns
     return Entry(
         path,
@@ -120,8 +121,10 @@ def bounded(mtime_ns: int) -> int:
     return mtime_ns if 0 <= mtime_ns <= _LAST_TIME else 0
 
 
-def _is_time_right(entry: tar.Entry, found: Entry, layer: StoreLayer) -> bool:
-    if layer.is_partial and entry.type == tar.DIRECTORY:
+def _is_time_right(entry: tar.Entry, found: Entry, layer: StoreLayer, is_shared: bool) -> bool:
+    # containers/storage gives directories and symlinks no time in a pull of parts. With use_hard_links, files with the
+    # same content in several layers are one file, with the time of the last of them.
+    if layer.is_partial and (entry.type in (tar.DIRECTORY, tar.SYMLINK) or is_shared):
         return True
     return _is_same_time(bounded(entry.mtime_ns), found.mtime_ns) or entry.mtime_ns == found.mtime_ns
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from onlap import errors
-from onlap.check.stores.containerd import bolt
+from onlap.check.stores import bolt
 
 # snapshots/snapshotter.go: Kind
 VIEW = 1

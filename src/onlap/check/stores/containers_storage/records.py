@@ -26,6 +26,9 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,250}")
 _DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128})")
 _PLAIN_ITEM = re.compile(r"[.0-9a-z]*")
 
+# containers/storage v1.57, pkg/chunked/storage_linux.go: where it keeps what a layer was made of.
+_CHUNKED = "zstd-chunked-manifest"
+
 
 class Damaged(Exception):
     """A record is there, and is not what it should be; the text says why."""
@@ -429,7 +432,8 @@ def _layer(fields: _Fields) -> LayerRow:
         fields.optional_id("parent"),
         fields.digest("diff-digest"),
         fields.digest("compressed-diff-digest"),
-        by_contents=bool(fields.text("toc-digest")),
+        # The second: of a blob that was converted (convert_images).
+        by_contents=bool(fields.text("toc-digest")) or _CHUNKED in fields.texts("big-data-names"),
         created=fields.text("created"),
         incomplete=fields.members("flags").get("incomplete") is True,
         shift=fields.shift(),

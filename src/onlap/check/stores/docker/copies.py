@@ -21,6 +21,11 @@ from onlap.check.stores.docker.records import ChainRecord
 _BUILDKIT_ID = re.compile("[0-9a-z]{25}")
 
 
+def is_of_buildkit(id: str) -> bool:
+    """Whether a layer was made by BuildKit, by its id."""
+    return _BUILDKIT_ID.fullmatch(id) is not None
+
+
 class Lowers(NamedTuple):
     """The files ``lower`` of a home.
 
@@ -70,7 +75,7 @@ def find_copies(records: Mapping[str, ChainRecord], lowers: Lowers, known: Colle
         below, parent = lowers.ids.get(lower[0]) if lower else None, records[chain].parent
         if below is None or below in known or parent not in records or not records[parent].cache_id:
             continue
-        if not (_BUILDKIT_ID.fullmatch(id) and _BUILDKIT_ID.fullmatch(below)):
+        if not (is_of_buildkit(id) and is_of_buildkit(below)):
             continue
         copy = Copy(parent, lower[1:])
         if (lowers.of[below] == copy.lower or below in lowers.lost) and found.setdefault(below, copy) == copy:

@@ -16,14 +16,13 @@ Source: moby v26.1.5, layer/filestore.go, image/fs.go, reference/store.go, conta
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from onlap import errors
+from onlap.check.stores import bolt
 from onlap.check.stores.docker.copies import Copy, Lowers, find_copies
 from onlap.check.stores.docker.records import (
     CACHE_ID,
@@ -46,7 +45,7 @@ from onlap.graphdrivers.diff.changes import layer_changes
 from onlap.graphdrivers.layout import Layer
 from onlap.layers.stream.digests import chain_ids
 from onlap.overlayfs.markers import TRUSTED, USER, Markers
-from onlap.syscalls.files import is_directory, names_in
+from onlap.syscalls.files import exists, is_directory, names_in
 from onlap.trees.usage import Usage, usage
 
 T = TypeVar("T")
@@ -90,6 +89,7 @@ class Root:
         store: where its layer and image stores are.
         records: what the layer store has of each image layer, by chain ID.
         removing: the records that Docker was about to remove.
+        leaving: the ids of layers that Docker removes now, or has begun to.
         chains: the driver's id of each image layer that Docker knows, by chain ID.
         copies: BuildKit's copies of image layers, by their ids.
         lowers: the files ``lower``.
@@ -109,6 +109,7 @@ class Root:
         self.home = os.path.join(directory, driver)
         self.store = store = os.path.join(directory, "image", driver)
         self.records, self.removing = _read_chains(os.path.join(store, "layerdb", "sha256"))
+        self.leaving = set(self.removing.values())
         self.chains = {chain: record.cache_id for chain, record in self.records.items() if record.cache_id}
         self.references, self.image_diff_ids = _read_images(store)
         self.image_names = {id: [each for each in known if "@" not in each] for id, known in self.references.items()}
@@ -117,8 +118,9 @@ class Root:
             for id, diff_ids in self.image_diff_ids.items()
             for name in self.image_names[id] or [id.removeprefix("sha256:")[:12]]
         }
-        mounts = os.path.join(store, "layerdb", "mounts")
-        self.containers, self.container_layers, self.damaged_containers = _read_containers(directory, mounts)
+        read = _read_containers(directory, os.path.join(store, "layerdb", "mounts"))
+        self.containers, self.container_layers, self.damaged_containers, leaving = read
+        self.leaving |= leaving
         users: dict[str, set[str]] = {}
         for name, chains in self.images.items():
             for chain in chains:
@@ -133,9 +135,10 @@ class Root:
         self.lowers = self._read_lowers()
         self._recorded = {*self.chains.values(), *self.container_layers}
         self.copies = find_copies(self.records, self.lowers, self._recorded)
-        self.layers = {layer.id: layer for layer in _in_order(self._find())}
         self._ids = {id: chain for chain, id in self.chains.items()}
         self._ids |= {id: copy.chain for id, copy in self.copies.items()}
+        self._builder = _read_builder(directory)
+        self.layers = {layer.id: layer for layer in _in_order(self._find())}
         # What a container's layers stand on: an init layer, and an image's chain.
         self._on: dict[str, tuple[tuple[str, ...], str]] = {}
         for id, init, top in self.containers.values():
@@ -247,6 +250,10 @@ class Root:
             found.append(link if short is None else f"{layout.LINKS}/{short}")
         return found
 
+    def _is_builders(self, id: str) -> bool:
+        # Wrongly called so is the harmless error.
+        return self._builder is None or not self._builder.isdisjoint((id, self._ids.get(id, id)))
+
     def needed(self) -> set[str]:
         """The ids of the layers that a layer known to Docker or BuildKit names in its file ``lower``."""
         known = (self.lowers.of[id] for id, layer in self.layers.items() if layer.kind != ORPHAN)
@@ -338,9 +345,9 @@ class Root:
                 if each:
                     kinds[each] = kind
                     owners.setdefault(each, set()).add(name)
-        cached = _cached(self.directory, [id for id in self.lowers.of if kinds.get(id, UNUSED) == UNUSED])
-        kinds.update(dict.fromkeys(cached, CACHE))
         for id in self.lowers.of:
+            if kinds.get(id, UNUSED) == UNUSED and self._is_builders(id):
+                kinds[id] = CACHE
             mounted = os.path.ismount(os.path.join(self.home, id, layout.MERGED))
             yield Known(id, kinds.get(id, ORPHAN), self.lowers.below(id), tuple(sorted(owners.get(id, ()))), mounted)
 
@@ -394,16 +401,16 @@ def layer_ids(home: str) -> list[str]:
     )
 
 
-def _read_chains(directory: str) -> tuple[dict[str, ChainRecord], list[str]]:
-    """The records of the image layers by chain ID, and the names of those that Docker was about to remove."""
-    records, removing = {}, []
+def _read_chains(directory: str) -> tuple[dict[str, ChainRecord], dict[str, str]]:
+    """The records of the image layers by chain ID; and the layers of those that Docker was about to remove, by name."""
+    records, removing = {}, {}
     for name in names_in(directory):
         where = os.path.join(directory, name)
         if len(name) == 64:
             texts = {each: text_of(os.path.join(where, each)) for each in (CACHE_ID, DIFF, PARENT, SIZE)}
             records[f"sha256:{name}"] = read_record(where, f"sha256:{name}", texts)
         else:  # "<chain>-<random>-removing"
-            removing.append(name)
+            removing[name] = text_of(os.path.join(where, CACHE_ID)) or ""
     return records, removing
 
 
@@ -428,14 +435,16 @@ def _read_images(store: str) -> tuple[dict[str, list[str]], dict[str, tuple[str,
 
 def _read_containers(
     directory: str, mounts: str
-) -> tuple[dict[str, tuple[str, str, str]], set[str], dict[str, tuple[str, ...]]]:
-    """Writable layer, init layer and parent chain by container; all layers that Docker knows; and what is damaged.
+) -> tuple[dict[str, tuple[str, str, str]], set[str], dict[str, tuple[str, ...]], set[str]]:
+    """Writable layer, init layer and parent chain by container; all layers that Docker knows; damage; what is leaving.
 
-    The last are the names of records, by the container's id, of containers that are there.
+    The third are the names of records, by the container's id, of containers that are there; the last the layers of
+    containers that are being removed (``docker rm`` says so in the container's configuration before it begins).
     """
     containers: dict[str, tuple[str, str, str]] = {}
     known: set[str] = set()
     damaged: dict[str, tuple[str, ...]] = {}
+    leaving: set[str] = set()
     there = set(names_in(os.path.join(directory, "containers")))
     for key in sorted(there | set(names_in(mounts))):
         where = os.path.join(mounts, key)
@@ -448,32 +457,38 @@ def _read_containers(
             damaged[key] = tuple(wrong)
         id, init, parent = ("" if name in wrong else texts[name] for name in (MOUNT_ID, INIT_ID, PARENT))
         known.update(each for each in (id, init) if each)
-        if id and key in there:
-            config = os.path.join(directory, "containers", key, "config.v2.json")
-            name = str(_json(config).get("Name") or key[:12]).lstrip("/")
+        config = _json(os.path.join(directory, "containers", key, "config.v2.json")) if key in there else {}
+        state = config.get("State")
+        if isinstance(state, dict) and (state.get("RemovalInProgress") or state.get("Dead")):
+            leaving.update((id, init))
+            damaged.pop(key, None)
+        elif id and key in there:
+            name = str(config.get("Name") or key[:12]).lstrip("/")
             containers[name] = (id, init, parent)
-    return containers, known, damaged
+    return containers, known, damaged, leaving - {""}
 
 
-def _cached(directory: str, ids: list[str]) -> list[str]:
-    """The layers that BuildKit knows.
+def _read_builder(directory: str) -> frozenset[str] | None:
+    """What BuildKit has: ids of layers, and chain IDs of image layers; None if its database cannot be read.
 
-    Its databases (buildkit/snapshots.db, metadata_v2.db) are bbolt's, which stores names verbatim: a layer whose id is
-    nowhere in them is not BuildKit's. An id that is there may be in a deleted record; then a layer is wrongly called
-    cache, which is the harmless error.
+    Its snapshots are buckets by key: an id, a name whose value ``committed`` is one, or a chain ID; ``chainid`` says
+    which image layer it has become.
+
+    Source: moby v26.1.5, builder/builder-next/adapters/snapshot/snapshot.go.
     """
-    found: set[str] = set()
-    where = os.path.join(directory, "buildkit")
-    for name in names_in(where):
-        path = os.path.join(where, name)
-        if not name.endswith(".db"):
-            continue
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(path, "rb"))
-            stack.enter_context(contextlib.suppress(ValueError))  # of an empty one
-            content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            found.update(id for id in ids if content.find(os.fsencode(id)) >= 0)
-    return sorted(found)
+    found: set[bytes] = set()
+    path = os.path.join(directory, "buildkit", "snapshots.db")
+    if not exists(path):
+        return frozenset()
+    try:
+        with bolt.opened(path) as database:
+            for key, bucket in database.items():
+                found.add(key)
+                if not isinstance(bucket, bytes):
+                    found.update(filter(None, (bucket.get(b"committed"), bucket.get(b"chainid"))))
+    except (errors.DataLoss, errors.ResourceExhausted, errors.Unavailable):
+        return None
+    return frozenset(map(os.fsdecode, found))
 
 
 def _in_order(layers: Iterable[Known]) -> Iterator[Known]:

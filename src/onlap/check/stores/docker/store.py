@@ -15,6 +15,7 @@ from onlap.check.stores.comparing.archive import Uncomparable
 from onlap.check.stores.comparing.comparison import Comparison, NoTree
 from onlap.check.stores.contract import StoreLayer
 from onlap.check.stores.docker import records, structure
+from onlap.check.stores.docker.copies import is_of_buildkit
 from onlap.check.stores.docker.data_root import CACHE, ORPHAN, Root, open_root
 from onlap.check.stores.docker.records import CACHE_ID, SPLIT, ChainRecord, cache_id
 from onlap.check.stores.workdir import make_workdir
@@ -100,6 +101,7 @@ class Docker:
                 digests=_digests(root, record.diff_id),
                 split=None if SPLIT in record.damaged else record.split,
                 split_place=record.split,
+                is_naive=is_of_buildkit(record.cache_id),
                 users=root.users_of_chain(chain),
                 images=tuple(sorted(images.get(chain, ()), key=lambda name: ("@" not in name, name))),
                 shift=self._shift,
@@ -109,7 +111,7 @@ class Docker:
             for id in copies.get(chain, ()):
                 place = os.path.join(root.home, id)
                 tree = os.path.join(place, layout.DIFF)
-                yield layer._replace(name=id, place=place, tree=tree, users=root.users(id))
+                yield layer._replace(name=id, place=place, tree=tree, users=root.users(id), is_naive=True)
 
     def again(self) -> Docker:
         """See the contract."""
@@ -131,8 +133,11 @@ class Docker:
 
     def mend(self, finding: Finding) -> str | None:
         """See the contract."""
-        self._root = open_root(self.directory, self._driver)
+        self._root = root = open_root(self.directory, self._driver)
         with errors.translated("repair the data root", key=finding.thing):
+            # dockerd may have begun to remove it.
+            if finding.thing in root.leaving or finding.thing not in root.layers | root.records:
+                return None
             if finding.kind == "link-missing":
                 return self._mend_link(finding.thing)
             if finding.kind == "lower-wrong":

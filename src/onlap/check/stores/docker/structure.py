@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -17,6 +18,9 @@ from onlap.layers.stream.digests import PREFIX, chain_ids
 from onlap.syscalls.files import exists, is_directory, names_in, open_file
 from onlap.trees.manifest import digest_of
 
+# Seconds after which what dockerd was writing is taken for left: it buffers some, and disks are slow.
+_LATELY = 60.0
+
 
 def findings(root: Root) -> Iterator[Finding]:
     """Everything that does not fit.
@@ -29,7 +33,8 @@ def findings(root: Root) -> Iterator[Finding]:
     yield from _chains(root)
     yield from _containers(root)
     for id in root.lowers.of:
-        yield from _layer(root, id)
+        if _matters(root, id):
+            yield from _layer(root, id)
     yield from _links(root)
     yield from _left(root)
 
@@ -115,6 +120,12 @@ def _containers(root: Root) -> Iterator[Finding]:
             yield Finding("record-missing", parent, detail="the layer below a container", users=(name,))
 
 
+def _matters(root: Root, id: str) -> bool:
+    """Whether a layer is in use, or may be again; what is not is removed bit by bit, perhaps after what is below it."""
+    kind = root.layers[id].kind
+    return id not in root.leaving and (kind not in (ORPHAN, UNUSED) or id in root.chains.values())
+
+
 def _layer(root: Root, id: str) -> Iterator[Finding]:
     layer, users = Layer(root.home, id), root.users(id)
     if not is_directory(layer.diff):
@@ -179,8 +190,40 @@ def _left(root: Root) -> Iterator[Finding]:
     if root.damaged_containers:
         return  # what seems to be nobody's may be what one of them wrote
     needed = root.needed()
+    made = _being_made(root)
     for layer in root.layers.values():
-        if layer.kind == ORPHAN and layer.id not in needed:
+        if layer.id in root.leaving:
+            continue
+        if layer.kind == ORPHAN and layer.id not in needed and layer.id not in made:
             yield Finding("tree-unknown", layer.id, detail="it is mounted" if layer.mounted else "")
         elif layer.kind == UNUSED:
             yield Finding("layer-unused", layer.id)
+
+
+def _being_made(root: Root) -> set[str]:
+    """The layers without a record which dockerd may be filling: it writes their tar-split metadata meanwhile.
+
+    Source: moby v26.1.5, layer/filestore.go (StartTransaction), layer/layer_store.go (registerWithDescriptor).
+    """
+    started = []
+    where = os.path.join(root.store, "layerdb", "tmp")
+    for name in names_in(where):
+        directory = os.path.join(where, name)
+        try:
+            written = os.stat(os.path.join(directory, SPLIT)).st_mtime
+            made = os.stat(directory).st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if time.time() - written < _LATELY:
+            started.append(made)
+    if not started:
+        return set()
+    # The layer's directory is made just before the transaction begins.
+    return {id for id in root.lowers.of if _mtime(os.path.join(root.home, id)) > min(started) - _LATELY}
+
+
+def _mtime(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0
