@@ -50,6 +50,9 @@ from onlap.trees.usage import Usage, usage
 
 T = TypeVar("T")
 
+# BuildKit's records of layers, below the data root.
+BUILDER = "buildkit/snapshots.db"
+
 IMAGE = "image"
 CONTAINER = "container"
 INIT = "init"
@@ -100,6 +103,7 @@ class Root:
         container_layers: the ids of all layers of containers that Docker knows.
         containers: the ids of each container's writable layer and init layer, and its parent chain, by the
             container's name.
+        unread_builder: why BuildKit's records of layers cannot be read; empty if they can, or there are none.
         damaged_containers: the names of the records of a container that are damaged, by the container's id.
     """
 
@@ -137,7 +141,7 @@ class Root:
         self.copies = find_copies(self.records, self.lowers, self._recorded)
         self._ids = {id: chain for chain, id in self.chains.items()}
         self._ids |= {id: copy.chain for id, copy in self.copies.items()}
-        self._builder = _read_builder(directory)
+        self._builder, self.unread_builder = _read_builder(directory)
         self.layers = {layer.id: layer for layer in _in_order(self._find())}
         # What a container's layers stand on: an init layer, and an image's chain.
         self._on: dict[str, tuple[tuple[str, ...], str]] = {}
@@ -252,7 +256,7 @@ class Root:
 
     def _is_builders(self, id: str) -> bool:
         # Wrongly called so is the harmless error.
-        return self._builder is None or not self._builder.isdisjoint((id, self._ids.get(id, id)))
+        return bool(self.unread_builder) or not self._builder.isdisjoint((id, self._ids.get(id, id)))
 
     def needed(self) -> set[str]:
         """The ids of the layers that a layer known to Docker or BuildKit names in its file ``lower``."""
@@ -468,8 +472,8 @@ def _read_containers(
     return containers, known, damaged, leaving - {""}
 
 
-def _read_builder(directory: str) -> frozenset[str] | None:
-    """What BuildKit has: ids of layers, and chain IDs of image layers; None if its database cannot be read.
+def _read_builder(directory: str) -> tuple[frozenset[str], str]:
+    """What BuildKit has: ids of layers, and chain IDs of image layers; and why that cannot be read, or nothing.
 
     Its snapshots are buckets by key: an id, a name whose value ``committed`` is one, or a chain ID; ``chainid`` says
     which image layer it has become.
@@ -477,18 +481,18 @@ def _read_builder(directory: str) -> frozenset[str] | None:
     Source: moby v26.1.5, builder/builder-next/adapters/snapshot/snapshot.go.
     """
     found: set[bytes] = set()
-    path = os.path.join(directory, "buildkit", "snapshots.db")
+    path = os.path.join(directory, BUILDER)
     if not exists(path):
-        return frozenset()
+        return frozenset(), ""
     try:
         with bolt.opened(path) as database:
             for key, bucket in database.items():
                 found.add(key)
                 if not isinstance(bucket, bytes):
                     found.update(filter(None, (bucket.get(b"committed"), bucket.get(b"chainid"))))
-    except (errors.DataLoss, errors.ResourceExhausted, errors.Unavailable):
-        return None
-    return frozenset(map(os.fsdecode, found))
+    except (errors.DataLoss, errors.ResourceExhausted, errors.Unavailable) as error:
+        return frozenset(), error.message
+    return frozenset(map(os.fsdecode, found)), ""
 
 
 def _in_order(layers: Iterable[Known]) -> Iterator[Known]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from onlap.check.findings import Finding
-from onlap.check.stores.docker.data_root import ORPHAN, UNUSED, Root
+from onlap.check.stores.docker.data_root import BUILDER, ORPHAN, UNUSED, Root
 from onlap.check.stores.docker.records import DIGEST, PARENT, SPLIT, ChainRecord, json_of
 from onlap.errors import shown
 from onlap.graphdrivers import layout
@@ -45,6 +45,8 @@ def _documents(root: Root) -> Iterator[Finding]:
         known = json_of(path)
         if known is None or not isinstance(known.get("Repositories"), dict):
             yield Finding("record-damaged", os.path.relpath(path, root.directory), detail="the names of all images")
+    if root.unread_builder:
+        yield Finding("record-damaged", BUILDER, detail=f"the builder's: {root.unread_builder}")
     for id in names_in(os.path.join(root.directory, "containers")):
         path = os.path.join(root.directory, "containers", id, "config.v2.json")
         if json_of(path) is None:
