@@ -41,8 +41,8 @@ PRIVATE = private=; \
 	fi
 
 # $(call run_tests,OPTIONS): pure and kernel beside each other. Then the peers one after the other, since each module has
-# its own daemons; they mostly wait, so the other stores and the crashes run beside them. All of them run, also after a
-# failure. A folder without tests (pytest's status 5) is not a failure.
+# its own daemons; they mostly wait, so the other stores and the crashes run beside them, each in a mount namespace of
+# their own. All of them run, also after a failure. A folder without tests (pytest's status 5) is not a failure.
 define run_tests
 	@$(PRIVATE); started=$$(date +%s); status=0; \
 	suite() { \
@@ -57,9 +57,11 @@ define run_tests
 		[ $$rc -eq 0 ] || [ $$rc -eq 5 ] || status=$$rc; \
 	}; \
 	suite 'pure kernel' -n 3; \
-	mkdir -p .cache; (suite crash -n 2 --dist loadfile; suite stores -n 0; exit $$status) >.cache/beside.log 2>&1 & \
-	beside=$$!; suite peers -n 0; \
-	wait $$beside || status=$$?; cat .cache/beside.log; \
+	mkdir -p .cache; \
+	(suite crash -n 2 --dist loadfile; exit $$status) >.cache/crash.log 2>&1 & crash=$$!; \
+	(suite stores -n 0; exit $$status) >.cache/stores.log 2>&1 & stores=$$!; \
+	suite peers -n 0; \
+	wait $$crash || status=$$?; wait $$stores || status=$$?; cat .cache/crash.log .cache/stores.log; \
 	took=$$(($$(date +%s) - started)); echo; \
 	if [ $$status -eq 0 ]; then echo "All passed in $$took s."; else echo "Tests failed ($$took s)." >&2; fi
 endef
