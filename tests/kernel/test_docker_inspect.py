@@ -168,6 +168,23 @@ def test_records_of_the_builder_that_are_damaged(data: Path) -> None:
     assert not {"tree-unknown", "layer-unused"} & {kind for kind, _ in problems(data)}
 
 
+def test_a_list_that_is_lost_above_a_damaged_record(data: Path) -> None:
+    """The size of a layer says nothing of what stands on it."""
+    (layerdb(data) / "sha256" / CHAINS[0].removeprefix("sha256:") / "size").write_bytes(bytes(4))
+    (data / "overlay2" / "two" / "lower").unlink()
+    assert {("record-damaged", CHAINS[0]), ("lower-wrong", "two")} <= set(problems(data))
+
+
+def test_two_containers_of_one_name(data: Path) -> None:
+    """As a power cut leaves them while a container is made again: both keep their layers."""
+    other = "f" * 64
+    for name, text in (("mount-id", "half"), ("init-id", ""), ("parent", CHAINS[1])):
+        write(layerdb(data) / "mounts" / other / name, text)
+    write(data / "containers" / other / "config.v2.json", {"Name": "/web"})
+    assert {"web", other[:12]} <= open_root(str(data)).containers.keys() | {CONTAINER[:12]}
+    assert not {("layer-unused", "rw"), ("layer-unused", "rw-init")} & set(problems(data))
+
+
 def test_what_is_no_data_root(data: Path, tmp_path: Path) -> None:
     with pytest.raises(errors.NotFound, match="not a data root"):
         open_root(str(tmp_path))

@@ -328,6 +328,26 @@ def test_damages_of_what_was_built_on_a_copy(compared: Store, place: Path) -> No
     }
 
 
+def test_damage_below_what_was_left_out_of_an_archive(compared: Store, place: Path) -> None:
+    """What an image shows stays, since its archive may have left it out for looking like what is damaged now."""
+    store = Store(place / "below", compared.archive)
+    store.place.mkdir()
+    stores.copied(compared.data, store.data)
+    root = store.root()
+    below, above = (root.chains[each] for each in root.images["built-0:1"][-2:])
+    shown, file = (store.directory(id) / "diff" / "f" for id in (above, below))
+    file.write_bytes(b"")
+    for id in store.copies():
+        (store.directory(id) / "diff" / "f").write_bytes(b"")
+    assert ("file-changed", below) in {(each.kind, each.thing) for each in looked(store.data).findings}
+    check(store.data, "--repair")
+    assert shown.read_text() == "THE CONTENT OF F"
+    check(store.data, "--repair", "--from-archive", store.archive)
+    assert file.read_text() == "the content of f"
+    assert shown.read_text() == "THE CONTENT OF F"
+    assert_healthy(store.data)
+
+
 def test_what_docker_is_removing(store: Store) -> None:
     """Nothing is said of layers that go away bit by bit, and nothing is put into them; no error stays."""
     root = store.root()
@@ -353,6 +373,22 @@ def test_what_docker_is_removing(store: Store) -> None:
     assert kinds <= {"trash-waiting", "tree-unknown", "layer-unused"}
     check(store.data, "--repair")
     assert stores.everything(store.data) == before
+
+
+def test_a_record_of_zeros(store: Store) -> None:
+    """What a power cut leaves: one file tells the next, and the layer that was lost is not called unknown."""
+    root = store.root()
+    (chain,) = (chain for chain, id in root.chains.items() if len(id) == 25)
+    was = {}
+    for name in ("cache-id", "diff", "parent"):
+        path = Path(root.records[chain].directory) / name
+        was[path] = path.read_text()
+        path.write_bytes(bytes(64))
+    assert "tree-unknown" not in {each.kind for each in looked(store.data).findings}
+    done = check(store.data, "--repair")
+    assert done.status == 0, (done.lines, done.errors)
+    assert {path: path.read_text() for path in was} == was
+    assert_healthy(store.data)
 
 
 def test_what_only_the_builder_uses(compared: Store, place: Path) -> None:

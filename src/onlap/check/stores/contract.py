@@ -32,6 +32,7 @@ class StoreLayer(NamedTuple):
             ordinary user, or a pull of parts (zstd:chunked).
         top_mode: the permissions that the store gives to the top of a new tree.
         drops_trusted: what made the tree leaves out the xattrs ``trusted.*`` of archives.
+        drops_whiteouts: what made the tree may have left out whiteouts.
         is_naive: its archive may have been made by comparing whole trees (:mod:`onlap.check.stores.comparing.naive`).
         is_whole: the tree is the whole filesystem, and not what the layer changed: it has no markers.
     """
@@ -53,6 +54,7 @@ class StoreLayer(NamedTuple):
     beside: str | None = None
     top_mode: int = 0o755
     drops_trusted: bool = False
+    drops_whiteouts: bool = False
     is_naive: bool = False
     is_whole: bool = False
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -142,7 +143,8 @@ class Comparison:
             if not self.layer.is_whole:
                 self._markers()
                 self._extras()
-            self._check_marked()
+            if self._naive is not None:
+                self._naive.check_marked(self.deviations.values())
 
     # Entries
 
@@ -339,7 +341,7 @@ class Comparison:
         """Expect of files with several names what the header says that decides, unless they are as the first says."""
         for target, (entry, status, agrees) in self._deciding.items():
             first = self.listed.get(target)
-            if first is None or not (status is None or agrees or not _is_as(first, status)):
+            if first is None or not (status is None or agrees or not judgement.is_as(first, status)):
                 continue
             for path in (target, *self._linked_to.get(target, ())):
                 if path in self.listed:
@@ -433,12 +435,12 @@ class Comparison:
         below = self._below
         for path in sorted(self._whiteouts):
             status = self._status(path)
-            if self.layer.is_partial or self._is_hidden(path):
+            if self.layer.drops_whiteouts or self._is_hidden(path):
                 continue
             expected = Entry(path, stat.S_IFCHR, self.layer.shift or 0, self.layer.shift or 0, 0)
             if status is not None and not is_whiteout(status):
                 self.deviations[path] = Deviation(path, expected, frozenset({"type"}), found=True)
-            elif status is None and below.has(path) and not (self._naive and self._naive.is_below_opaque(path)):
+            elif status is None and below.has(path) and not self._is_untold(path, Naive.is_below_opaque):
                 self.deviations[path] = Deviation(path, expected, frozenset(), found=False)
             if self._keep and path in self.deviations:
                 self.listed[path] = expected
@@ -451,7 +453,7 @@ class Comparison:
                 continue
             entry = self.listed.get(path) or self._found(path, status)
             wanted, expected = path in self._opaque, self._opaque_entry(path, entry, wanted=path in self._opaque)
-            if self._naive and not wanted and self._naive.hides_what_it_says(path, self._whiteouts):
+            if not wanted and self._is_untold(path, Naive.hides_what_it_says, self._whiteouts):
                 continue
             if wanted != self._is_opaque(path) and below.has(path):
                 self._add(path, expected, "xattrs")
@@ -527,16 +529,20 @@ class Comparison:
         # No archive has sockets, so that a layer which was made of a container's tree keeps its own.
         if status is None or is_left or stat.S_ISSOCK(status.st_mode):
             return
-        if not (self._naive and self._naive.looks_as_below(path)):
+        if not self._is_untold(path, Naive.looks_as_below):
             self.deviations[path] = Deviation(path, None, frozenset(), found=True)
 
-    def _check_marked(self) -> None:
-        if self._naive and any(
-            self._naive.is_marked(each.path)
-            for each in self.deviations.values()
-            if not each.found or "content" in each.what
-        ):
-            raise Uncomparable("the kernel renamed directories in it, or left data below (redirect_dir, metacopy)")
+    def _is_untold(self, path: str, says: Callable[..., bool], *arguments: object) -> bool:
+        """Whether the archive does not tell what is at a path, by a method of :class:`Naive`."""
+        try:
+            return self._naive is not None and says(self._naive, path, *arguments)
+        except FileNotFoundError:
+            return True  # removed meanwhile
+        except PermissionError as error:
+            raise _not_permitted(path) from error
+        except OSError as error:
+            self.failures[path] = error
+            return False
 
     def _list_implied(self) -> None:
         for path in self._implied - self.listed.keys() - self._symlinks.keys():
@@ -588,12 +594,6 @@ class Comparison:
             if error.errno not in _NOT_THERE:
                 self.failures[path] = error
             return None
-
-
-def _is_as(entry: Entry, status: os.stat_result) -> bool:
-    """Whether a file has the attributes that its names share."""
-    found = status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns
-    return found == (entry.mode, entry.uid, entry.gid, entry.mtime_ns)
 
 
 def _not_permitted(path: str) -> Uncomparable:

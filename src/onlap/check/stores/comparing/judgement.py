@@ -98,6 +98,12 @@ def agrees(entry: tar.Entry, status: os.stat_result, shift: int | None) -> bool:
     )
 
 
+def is_as(entry: Entry, status: os.stat_result) -> bool:
+    """Whether a file has the attributes that its names share."""
+    found = status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns
+    return found == (entry.mode, entry.uid, entry.gid, entry.mtime_ns)
+
+
 def linked(first: Entry, entry: tar.Entry, status: os.stat_result | None, layer: StoreLayer) -> Entry:
     """What a file with several names should be after the entry of a further one, whose header the peers apply, too.
 

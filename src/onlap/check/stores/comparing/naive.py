@@ -13,16 +13,20 @@ changes_unix.go (statDifferent).
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from onlap.check.stores.comparing.archive import Uncomparable
 from onlap.check.stores.comparing.below import Below
 from onlap.check.stores.comparing.judgement import CAPABILITY
 from onlap.check.stores.contract import StoreLayer
 from onlap.layers import paths
 from onlap.overlayfs.markers import OPAQUE_YES, get_xattr, is_whiteout
 from onlap.syscalls.files import RESOLVE_NO_XDEV, list_directory, open_beneath
+from onlap.trees.manifest import Deviation
 from onlap.trees.walk import OPEN_DIRECTORY, path_of
 
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -42,6 +46,7 @@ class Naive:
         self._layer = layer
         self._top = top
         self._below = below
+        self._marked: dict[str, bool] = {}
 
     def looks_as_below(self, path: str) -> bool:
         """Whether what is in the tree was left out, since it looks as it does below.
@@ -96,23 +101,31 @@ class Naive:
         """
         return self._xattr(path, self._layer.markers.opaque) == OPAQUE_YES
 
-    def is_marked(self, path: str) -> bool:
-        """Whether the kernel has a part of what a path shows elsewhere: a renamed directory, a file without its data.
+    def check_marked(self, deviations: Iterable[Deviation]) -> None:
+        """Raise Uncomparable if what deviates is shown from elsewhere: a renamed directory, data of a layer below."""
+        if any(self._is_marked(each.path) for each in deviations if not each.found or "content" in each.what):
+            raise Uncomparable("the kernel renamed directories in it, or left data below (redirect_dir, metacopy)")
 
-        Raises:
-            OSError: it cannot be looked at.
-        """
+    def _is_marked(self, path: str) -> bool:
+        # What cannot be read is told of already.
         markers = self._layer.markers
-        while path:
-            if any(self._xattr(path, name) is not None for name in (markers.redirect, markers.metacopy)):
-                return True
+        above: list[str] = []
+        while path and path not in self._marked:
+            above.append(path)
             path = path.rpartition("/")[0]
-        return False
+        found = self._marked.get(path, False)
+        for each in reversed(above):
+            with contextlib.suppress(OSError):
+                found = found or any(
+                    self._xattr(each, name) is not None for name in (markers.redirect, markers.metacopy)
+                )
+            self._marked[each] = found
+        return found
 
     def _is_same(self, path: str, found: os.stat_result, below: os.stat_result) -> bool:
         if (found.st_mode, found.st_uid, found.st_gid) != (below.st_mode, below.st_uid, below.st_gid):
             return False
-        if stat.S_ISDIR(found.st_mode):
+        if found.st_mode & stat.S_IFDIR:  # statDifferent's test, which block devices pass, too
             return self._xattr(path, CAPABILITY) == self._below.xattr(path, CAPABILITY)
         if (found.st_rdev, found.st_size) != (below.st_rdev, below.st_size):
             return False
@@ -135,14 +148,14 @@ class Naive:
         """The value of an xattr; None also if there is no such file."""
         try:
             parent, base = self._open_parent(path)
-        except (FileNotFoundError, NotADirectoryError):
+            try:
+                return get_xattr(path_of(parent, base), name)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             return None
-        try:
-            return get_xattr(path_of(parent, base), name)
-        except FileNotFoundError:
-            return None
-        finally:
-            os.close(parent)
 
     def _names(self, path: str) -> set[str]:
         fd = open_beneath(path or ".", OPEN_DIRECTORY, dir_fd=self._top, resolve=RESOLVE_NO_XDEV)

@@ -183,6 +183,7 @@ class ContainersStorage:
             shift=None if shifted or row.guessed else row.shift,
             # An ordinary user's tools leave devices out, also as root of their namespace.
             is_partial=shifted or in_user_namespace() or row.by_contents,
+            drops_whiteouts=shifted or in_user_namespace() or row.by_contents,
             top_mode=_top_mode(lowers),
         )
 

@@ -57,7 +57,9 @@ class Copy(NamedTuple):
     lower: list[str]
 
 
-def find_copies(records: Mapping[str, ChainRecord], lowers: Lowers, known: Collection[str]) -> dict[str, Copy]:
+def find_copies(
+    records: Mapping[str, ChainRecord], lowers: Lowers, known: Collection[str], ids: Mapping[str, str]
+) -> dict[str, Copy]:
     """BuildKit's copies, by their ids.
 
     A copy is below a layer of BuildKit's, is itself BuildKit's by its id, and has the rest of that layer's list as its
@@ -67,9 +69,10 @@ def find_copies(records: Mapping[str, ChainRecord], lowers: Lowers, known: Colle
         records: of the image layers, by chain ID.
         lowers: the files ``lower``.
         known: the ids of layers that have records.
+        ids: the layers below which to look, by chain ID.
     """
     found: dict[str, Copy] = {}
-    pending = [(chain, record.cache_id, lowers.of.get(record.cache_id, [])) for chain, record in records.items()]
+    pending = [(chain, id, lowers.of.get(id, [])) for chain, id in ids.items()]
     while pending:
         chain, id, lower = pending.pop()
         below, parent = lowers.ids.get(lower[0]) if lower else None, records[chain].parent

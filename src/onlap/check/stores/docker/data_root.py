@@ -103,7 +103,7 @@ class Root:
         container_layers: the ids of all layers of containers that Docker knows.
         containers: the ids of each container's writable layer and init layer, and its parent chain, by the
             container's name.
-        unread_builder: why BuildKit's records of layers cannot be read; empty if they can, or there are none.
+        unread_builder: why BuildKit's records of layers cannot be read; None if they can, or there are none.
         damaged_containers: the names of the records of a container that are damaged, by the container's id.
     """
 
@@ -138,7 +138,7 @@ class Root:
         self._short_of: dict[str, str | None] = {}
         self.lowers = self._read_lowers()
         self._recorded = {*self.chains.values(), *self.container_layers}
-        self.copies = find_copies(self.records, self.lowers, self._recorded)
+        self.copies = find_copies(self.records, self.lowers, self._recorded, self.chains)
         self._ids = {id: chain for chain, id in self.chains.items()}
         self._ids |= {id: copy.chain for id, copy in self.copies.items()}
         self._builder, self.unread_builder = _read_builder(directory)
@@ -211,7 +211,7 @@ class Root:
         if chain is None:
             return None
         below = self.chain(chain)
-        if any(each not in self.chains or self.records[each].damaged for each in below):
+        if any(each not in self.chains or {DIFF, PARENT} & set(self.records[each].damaged) for each in below):
             return None
         return [*above, *(self.chains[each] for each in below)]
 
@@ -226,9 +226,8 @@ class Root:
 
     def stands_on(self, id: str, chain: str) -> bool:
         """Whether the file ``lower`` of a layer names the image layers below a chain ID, or copies of them."""
-        record = self.records[chain]
-        copies = find_copies({**self.records, chain: record._replace(cache_id=id)}, self.lowers, {*self._recorded, id})
-        below = self.chain(record.parent)
+        copies = {**self.copies, **find_copies(self.records, self.lowers, self._recorded, {chain: id})}
+        below = self.chain(self.records[chain].parent)
         expected = self._links_to([self.chains[each] for each in below]) if self.chains.keys() >= set(below) else None
         return expected is not None and expected == self.without_copies(self.lowers.of[id], copies)
 
@@ -256,7 +255,7 @@ class Root:
 
     def _is_builders(self, id: str) -> bool:
         # Wrongly called so is the harmless error.
-        return bool(self.unread_builder) or not self._builder.isdisjoint((id, self._ids.get(id, id)))
+        return self.unread_builder is not None or not self._builder.isdisjoint((id, self._ids.get(id, id)))
 
     def needed(self) -> set[str]:
         """The ids of the layers that a layer known to Docker or BuildKit names in its file ``lower``."""
@@ -330,7 +329,7 @@ class Root:
         """Whether a layer's file ``lower`` is damaged, or missing: only what stands on others has a workdir."""
         if lower:
             return not all(map(layout.LOWER_LINK.fullmatch, lower))
-        return is_directory(os.path.join(self.home, id, layout.WORK))
+        return bool(_readable(lambda: is_directory(os.path.join(self.home, id, layout.WORK))))
 
     def _find(self) -> Iterator[Known]:
         kinds: dict[str, str] = dict.fromkeys([*self.chains.values(), *self.container_layers], UNUSED)
@@ -467,13 +466,14 @@ def _read_containers(
             leaving.update((id, init))
             damaged.pop(key, None)
         elif id and key in there:
-            name = str(config.get("Name") or key[:12]).lstrip("/")
-            containers[name] = (id, init, parent)
+            name = str(config.get("Name") or "").lstrip("/")
+            # After a power cut two may have one name.
+            containers[name if name and name not in containers else key[:12]] = (id, init, parent)
     return containers, known, damaged, leaving - {""}
 
 
-def _read_builder(directory: str) -> tuple[frozenset[str], str]:
-    """What BuildKit has: ids of layers, and chain IDs of image layers; and why that cannot be read, or nothing.
+def _read_builder(directory: str) -> tuple[frozenset[str], errors.OnlapError | None]:
+    """What BuildKit has: ids of layers, and chain IDs of image layers; or why that cannot be read.
 
     Its snapshots are buckets by key: an id, a name whose value ``committed`` is one, or a chain ID; ``chainid`` says
     which image layer it has become.
@@ -483,7 +483,7 @@ def _read_builder(directory: str) -> tuple[frozenset[str], str]:
     found: set[bytes] = set()
     path = os.path.join(directory, BUILDER)
     if not exists(path):
-        return frozenset(), ""
+        return frozenset(), None
     try:
         with bolt.opened(path) as database:
             for key, bucket in database.items():
@@ -491,8 +491,8 @@ def _read_builder(directory: str) -> tuple[frozenset[str], str]:
                 if not isinstance(bucket, bytes):
                     found.update(filter(None, (bucket.get(b"committed"), bucket.get(b"chainid"))))
     except (errors.DataLoss, errors.ResourceExhausted, errors.Unavailable) as error:
-        return frozenset(), error.message
-    return frozenset(map(os.fsdecode, found)), ""
+        return frozenset(), error
+    return frozenset(map(os.fsdecode, found)), None
 
 
 def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
@@ -510,12 +510,16 @@ def _in_order(layers: Iterable[Known]) -> Iterator[Known]:
         yield from rest
 
 
+# What a damaged disk or filesystem says, of which a check tells, and goes on.
+BAD = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE)
+
+
 def _readable(read: Callable[[], T | None]) -> T | None:
     """What a function reads; None if the disk does not give it: for a check, that is like a file that is lost."""
     try:
         return read()
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in BAD:
             raise
         return None
 
@@ -524,7 +528,7 @@ def _target(link: str) -> str | None:
     try:
         return os.readlink(link)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOENT):
+        if error.errno not in (errno.EINVAL, errno.ENOENT, *BAD):
             raise
         return None  # no symlink, or removed meanwhile
 

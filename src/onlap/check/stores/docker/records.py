@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from onlap.layers.stream.digests import chain_ids
-from onlap.syscalls.files import is_directory, is_file, open_file
+from onlap.syscalls.files import is_directory, open_file
 
 # Docker's records are some KiB; repositories.json has some 200 bytes per name.
 _MAX_TEXT = 64 << 20
@@ -113,8 +114,12 @@ def read_record(directory: str, chain: str, texts: Mapping[str, str | None]) -> 
         parent = ""
     if not size.isdigit():
         damaged.append(SIZE)
-    path = os.path.join(directory, SPLIT)
-    if not is_file(path) or not os.path.getsize(path):
+    try:
+        status = os.stat(os.path.join(directory, SPLIT), follow_symlinks=False)
+        is_there = stat.S_ISREG(status.st_mode) and status.st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        is_there = False
+    if not is_there:
         damaged.append(SPLIT)
     return ChainRecord(directory, layer_id, diff_id, parent, tuple(damaged))
 

@@ -136,7 +136,7 @@ class Docker:
         self._root = root = open_root(self.directory, self._driver)
         with errors.translated("repair the data root", key=finding.thing):
             # dockerd may have begun to remove it.
-            if finding.thing in root.leaving or finding.thing not in root.layers | root.records:
+            if finding.thing not in structure.in_use(root) | root.records.keys():
                 return None
             if finding.kind == "link-missing":
                 return self._mend_link(finding.thing)
@@ -210,7 +210,9 @@ class Docker:
         """
         root = self._root
         depth = len(root.chain(chain)) - 1
+        shunned = root.leaving | structure.being_made(root)
         kinds = {id: known.kind for id, known in root.layers.items() if known.kind in (ORPHAN, CACHE)}
+        kinds = {id: kind for id, kind in kinds.items() if id not in shunned}
         found = [id for id in kinds if len(root.lowers.of[id]) == depth and root.stands_on(id, chain)]
         return [*found, *(id for id, kind in kinds.items() if kind == ORPHAN and id not in found)]
 

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from onlap.check.findings import Finding
-from onlap.check.stores.docker.data_root import BUILDER, ORPHAN, UNUSED, Root
-from onlap.check.stores.docker.records import DIGEST, PARENT, SPLIT, ChainRecord, json_of
-from onlap.errors import shown
+from onlap.check.stores.docker.data_root import BAD, BUILDER, ORPHAN, UNUSED, Root
+from onlap.check.stores.docker.records import CACHE_ID, DIGEST, PARENT, SPLIT, ChainRecord, json_of
+from onlap.errors import DataLoss, shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.home import UNFINISHED
 from onlap.graphdrivers.layout import Layer
@@ -32,9 +32,16 @@ def findings(root: Root) -> Iterator[Finding]:
     yield from _images(root)
     yield from _chains(root)
     yield from _containers(root)
+    used = in_use(root)
     for id in root.lowers.of:
-        if _matters(root, id):
+        if id not in used:
+            continue
+        try:
             yield from _layer(root, id)
+        except OSError as error:
+            if error.errno not in BAD:
+                raise
+            yield Finding("file-unreadable", id, detail=error.strerror or str(error), users=root.users(id))
     yield from _links(root)
     yield from _left(root)
 
@@ -45,8 +52,8 @@ def _documents(root: Root) -> Iterator[Finding]:
         known = json_of(path)
         if known is None or not isinstance(known.get("Repositories"), dict):
             yield Finding("record-damaged", os.path.relpath(path, root.directory), detail="the names of all images")
-    if root.unread_builder:
-        yield Finding("record-damaged", BUILDER, detail=f"the builder's: {root.unread_builder}")
+    if isinstance(root.unread_builder, DataLoss):
+        yield Finding("record-damaged", BUILDER, detail=f"the builder's: {root.unread_builder.message}")
     for id in names_in(os.path.join(root.directory, "containers")):
         path = os.path.join(root.directory, "containers", id, "config.v2.json")
         if json_of(path) is None:
@@ -122,10 +129,11 @@ def _containers(root: Root) -> Iterator[Finding]:
             yield Finding("record-missing", parent, detail="the layer below a container", users=(name,))
 
 
-def _matters(root: Root, id: str) -> bool:
-    """Whether a layer is in use, or may be again; what is not is removed bit by bit, perhaps after what is below it."""
-    kind = root.layers[id].kind
-    return id not in root.leaving and (kind not in (ORPHAN, UNUSED) or id in root.chains.values())
+def in_use(root: Root) -> set[str]:
+    """The layers that are in use, or may be again. Others are removed bit by bit, perhaps after what is below them."""
+    kept = {*root.chains.values(), *root.needed()} - root.leaving
+    used = (id for id, known in root.layers.items() if known.kind not in (ORPHAN, UNUSED))
+    return kept.union(used) - root.leaving
 
 
 def _layer(root: Root, id: str) -> Iterator[Finding]:
@@ -153,6 +161,8 @@ def _layer(root: Root, id: str) -> Iterator[Finding]:
 def _unknown_lower(root: Root, id: str, written: list[str]) -> Iterator[Finding]:
     """The layers below one of which no record says what is below it."""
     users = root.users(id)
+    if not written and id in root.lowers.lost:
+        yield Finding("lower-wrong", id, layout.LOWER, "it is missing", users)
     for link in written:
         if not layout.LOWER_LINK.fullmatch(link):
             yield Finding("lower-wrong", id, layout.LOWER, "it is damaged", users)
@@ -191,18 +201,17 @@ def _left(root: Root) -> Iterator[Finding]:
         yield Finding("trash-waiting", name)
     if root.damaged_containers:
         return  # what seems to be nobody's may be what one of them wrote
-    needed = root.needed()
-    made = _being_made(root)
+    # One of them is perhaps what a record has lost.
+    wanted = any(CACHE_ID in record.damaged for record in root.records.values())
+    known = root.needed() | being_made(root) | root.leaving
     for layer in root.layers.values():
-        if layer.id in root.leaving:
-            continue
-        if layer.kind == ORPHAN and layer.id not in needed and layer.id not in made:
+        if layer.kind == ORPHAN and not wanted and layer.id not in known:
             yield Finding("tree-unknown", layer.id, detail="it is mounted" if layer.mounted else "")
-        elif layer.kind == UNUSED:
+        elif layer.kind == UNUSED and layer.id not in root.leaving:
             yield Finding("layer-unused", layer.id)
 
 
-def _being_made(root: Root) -> set[str]:
+def being_made(root: Root) -> set[str]:
     """The layers without a record which dockerd may be filling: it writes their tar-split metadata meanwhile.
 
     Source: moby v26.1.5, layer/filestore.go (StartTransaction), layer/layer_store.go (registerWithDescriptor).
@@ -216,7 +225,7 @@ def _being_made(root: Root) -> set[str]:
             made = os.stat(directory).st_mtime
         except (FileNotFoundError, NotADirectoryError):
             continue
-        if time.time() - written < _LATELY:
+        if abs(time.time() - written) < _LATELY:
             started.append(made)
     if not started:
         return set()

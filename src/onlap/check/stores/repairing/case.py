@@ -98,6 +98,10 @@ class Case:
         assert comparison is not None
         if expected is None and path in comparison.failures:
             return "the directory cannot be read, and what is in it cannot be kept"
+        if expected is None and self.layer.is_naive:
+            return (
+                "its archive may have left it out, as it looked like that below; repair what is below, and look again"
+            )
         is_made = expected is not None and not (deviation.found and deviation.what <= ATTRIBUTES)
         if is_made and self.layer.shift is None:
             # A file of the wrong owner may have set-user-ID.

@@ -139,6 +139,8 @@ class StoreRepair:
             if case.comparison is None or not any(each.possible for each in verdicts):
                 yield from verdicts
                 return
+            if not self.store.has(layer):
+                return  # while its archive was read
             check_own(os.path.dirname(layer.place))
             for place in dict.fromkeys((layer.place, layer.beside or layer.place)):
                 os.makedirs(place, 0o700, exist_ok=True)
@@ -206,7 +208,8 @@ class StoreRepair:
         return "removed", True
 
     def _mend(self, findings: tuple[Finding, ...]) -> Iterator[Done]:
-        for each in self._of_records(findings):
+        # A lost cache-id is found by what the other records say.
+        for each in sorted(self._of_records(findings), key=lambda each: each.path == "cache-id"):
             try:
                 what = self._mended(each)
             except errors.OnlapError as error:
