@@ -98,8 +98,9 @@ def _repair(call: Call, doctor: Doctor, done: Report) -> Report:
 
 
 def _warn(call: Call, supply: Supply, told: set[str]) -> None:
-    for name in supply.failed.keys() - told:
-        call.out.warn(f"{shown(name)} is no source: {supply.failed[name]}")
+    for name, why in supply.failed.items():
+        if name not in told:
+            call.out.warn(f"{shown(name)} is no source: {why}")
 
 
 def _agreed(call: Call) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from typing import BinaryIO
 
 from onlap import errors
@@ -18,7 +19,33 @@ from onlap.layers.stream.pipeline import Digests
 _BLOCK = 256 * 1024
 
 
-class ArchiveSink:
+class _Sink(ABC):
+    """What is written is passed on in blocks."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        check_file(out, "place to write an archive", "write")
+        self._out = out
+        self._buffer = bytearray()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take all of ``data``, which may be changed afterwards.
+
+        Raises:
+            OSError: this data, or earlier data, could not be written.
+        """
+        self._buffer += data
+        if len(self._buffer) >= _BLOCK:
+            self._pass_on()
+
+    def _take(self) -> bytes:
+        block, self._buffer = bytes(self._buffer), bytearray()
+        return block
+
+    @abstractmethod
+    def _pass_on(self) -> None: ...
+
+
+class ArchiveSink(_Sink):
     """A sink for an archive; a context manager. Small archives never start its thread.
 
     Args:
@@ -31,14 +58,12 @@ class ArchiveSink:
     """
 
     def __init__(self, out: BinaryIO, compression: str, level: int | None = None) -> None:
-        check_file(out, "place to write an archive", "write")
-        self._out = out
+        super().__init__(out)
         self._compressor: Compressor | None = None if compression == NONE else compressor(compression, level)
         self._plain = hashlib.sha256()
         self._packed = hashlib.sha256()
         self._plain_size = 0
         self._packed_size = 0
-        self._buffer = bytearray()
         self._blocks = Channel()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -48,16 +73,6 @@ class ArchiveSink:
 
     def __exit__(self, *_: object) -> None:
         self._stop()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Take all of ``data``, which may be changed afterwards.
-
-        Raises:
-            OSError: earlier data could not be written.
-        """
-        self._buffer += data
-        if len(self._buffer) >= _BLOCK:
-            self._pass_on()
 
     def finish(self) -> Digests:
         """Write the rest; return what was written.
@@ -71,7 +86,7 @@ class ArchiveSink:
             if self._failure is not None:
                 raise self._failure
         else:
-            self._process(bytes(self._buffer))
+            self._process(self._take())
         if self._compressor is not None:
             self._write_packed(self._compressor.flush())
         diff_id = PREFIX + self._plain.hexdigest()
@@ -83,9 +98,8 @@ class ArchiveSink:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="onlap-sink", daemon=True)
             self._thread.start()
-        block, self._buffer = bytes(self._buffer), bytearray()
         try:
-            self._blocks.put(block)
+            self._blocks.put(self._take())
         except Closed:
             assert self._failure is not None
             raise self._failure from None
@@ -117,7 +131,7 @@ class ArchiveSink:
         write_whole(self._out, packed)
 
 
-class PlainSink:
+class PlainSink(_Sink):
     """A sink for an archive that is written as it is, for a reader who hashes it.
 
     Args:
@@ -127,32 +141,19 @@ class PlainSink:
         InvalidArgument: one cannot write to it.
     """
 
-    def __init__(self, out: BinaryIO) -> None:
-        check_file(out, "place to write an archive", "write")
-        self._out = out
-        self._buffer = bytearray()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Take all of ``data``, which may be changed afterwards.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        self._buffer += data
-        if len(self._buffer) >= _BLOCK:
-            self.finish()
-
     def finish(self) -> None:
         """Write the rest.
 
         Raises:
             OSError: it could not be written.
         """
-        block, self._buffer = self._buffer, bytearray()
-        write_whole(self._out, block)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        write_whole(self._out, self._take())
 
 
-def write_whole(out: BinaryIO, data: bytes | bytearray) -> None:
+def write_whole(out: BinaryIO, data: bytes) -> None:
     """Write all of ``data``: a raw stream (a pipe, a socket) may take less at a time.
 
     Raises:

@@ -89,29 +89,36 @@ class Docker:
             # Of a layer that has several records one cannot tell what it should be.
             if not record.cache_id or shared[record.cache_id] > 1 or record.cache_id in root.container_layers:
                 continue
-            below = [root.chains[each] for each in root.chain(chain)[1:] if each in root.chains]
-            lowers = (os.path.join(root.home, id, layout.DIFF) for id in below)
-            layer = StoreLayer(
-                name=record.cache_id,
-                place=os.path.join(root.home, record.cache_id),
-                tree=os.path.join(root.home, record.cache_id, layout.DIFF),
-                lowers=tuple(filter(os.path.isdir, lowers)),
-                markers=self._markers,
-                diff_id=record.diff_id or None,
+            known = self._layer(chain, record.cache_id)
+            known = known._replace(
                 digests=_digests(root, record.diff_id),
-                split=None if SPLIT in record.damaged else record.split,
-                split_place=record.split,
-                is_naive=is_of_buildkit(record.cache_id),
                 users=root.users_of_chain(chain),
                 images=tuple(sorted(images.get(chain, ()), key=lambda name: ("@" not in name, name))),
-                shift=self._shift,
-                is_partial=self._shift is None,
             )
-            yield layer
+            yield known
             for id in copies.get(chain, ()):
-                place = os.path.join(root.home, id)
-                tree = os.path.join(place, layout.DIFF)
-                yield layer._replace(name=id, place=place, tree=tree, users=root.users(id), is_naive=True)
+                copied = self._layer(chain, id)
+                yield copied._replace(digests=known.digests, users=root.users(id), images=known.images)
+
+    def _layer(self, chain: str, id: str) -> StoreLayer:
+        """An image layer, in the directory of the id."""
+        root, record = self._root, self._root.records[chain]
+        place = os.path.join(root.home, id)
+        below = [root.chains[each] for each in root.chain(chain)[1:] if each in root.chains]
+        lowers = (os.path.join(root.home, each, layout.DIFF) for each in below)
+        return StoreLayer(
+            name=id,
+            place=place,
+            tree=os.path.join(place, layout.DIFF),
+            lowers=tuple(filter(os.path.isdir, lowers)),
+            markers=self._markers,
+            diff_id=record.diff_id or None,
+            split=None if SPLIT in record.damaged else record.split,
+            split_place=record.split,
+            shift=self._shift,
+            is_partial=self._shift is None,
+            is_naive=is_of_buildkit(id),
+        )
 
     def again(self) -> Docker:
         """See the contract."""
@@ -164,13 +171,14 @@ class Docker:
 
     def _mend_lower(self, id: str) -> str | None:
         copy = self._root.copies.get(id)
-        expected = self._root.expected_lower(id) if copy is None else copy.lower
+        if copy is not None:
+            expected, source = copy.lower, "the list of the layer on it"
+        else:
+            expected, source = self._root.expected_lower(id) or [], "the records of the layers below"
         if not expected:
             return None
         rewrite(os.path.join(self._root.home, id, layout.LOWER), ":".join(expected).encode())
-        return (
-            f"written again, from {'the records of the layers below' if copy is None else 'the list of what is on it'}"
-        )
+        return f"written again, from {source}"
 
     def _mend_record(self, chain: str, name: str) -> str | None:
         record = self._root.records.get(chain)
@@ -190,13 +198,8 @@ class Docker:
         if SPLIT in record.damaged or not record.diff_id:
             return None
         for id in self._candidates(chain):
-            place = os.path.join(self._root.home, id)
-            tree = os.path.join(place, layout.DIFF)
-            layer = StoreLayer(
-                id, place, tree, (), self._markers, record.diff_id, split=record.split, shift=self._shift
-            )
-            comparison = Comparison(layer, lambda _size: None)
-            with contextlib.suppress(NoTree, Uncomparable, errors.OnlapError):
+            comparison = Comparison(self._layer(chain, id), lambda _size: None)
+            with contextlib.suppress(NoTree, Uncomparable, errors.OnlapError, OSError):
                 comparison.run()
             if comparison.proven and not comparison.deviations:
                 rewrite(os.path.join(record.directory, CACHE_ID), id.encode())

@@ -34,16 +34,20 @@ def findings(root: Root) -> Iterator[Finding]:
     yield from _containers(root)
     used = in_use(root)
     for id in root.lowers.of:
-        if id not in used:
-            continue
-        try:
-            yield from _layer(root, id)
-        except OSError as error:
-            if error.errno not in BAD:
-                raise
-            yield Finding("file-unreadable", id, detail=error.strerror or str(error), users=root.users(id))
+        if id in used:
+            yield from _as_far_as_readable(_layer(root, id), id, root.users(id))
     yield from _links(root)
     yield from _left(root)
+
+
+def _as_far_as_readable(found: Iterator[Finding], thing: str, users: tuple[str, ...]) -> Iterator[Finding]:
+    """What is found of a thing, up to what the disk does not give."""
+    try:
+        yield from found
+    except OSError as error:
+        if error.errno not in BAD:
+            raise
+        yield Finding("file-unreadable", thing, detail=error.strerror or str(error), users=users)
 
 
 def _documents(root: Root) -> Iterator[Finding]:
@@ -93,23 +97,27 @@ def _wrong_with(path: str, id: str) -> str | None:
 
 def _chains(root: Root) -> Iterator[Finding]:
     for chain, record in root.records.items():
-        users = root.users_of_chain(chain)
-        for name in record.damaged:
-            if name == SPLIT and record.cache_id:
-                yield Finding("split-damaged", record.cache_id, detail="it is missing or empty", users=users)
-            else:
-                yield Finding("record-damaged", chain, name, users=users)
-        if record.diff_id and PARENT not in record.damaged and chain_of(record) != chain:
-            yield Finding("record-wrong", chain, detail="diff and parent make another chain ID", users=users)
-        if record.parent and record.parent not in root.records:
-            yield Finding("parent-missing", chain, detail=record.parent, users=users)
-        if record.cache_id and not is_directory(os.path.join(root.home, record.cache_id)):
-            yield Finding("tree-missing", record.cache_id, users=users)
+        yield from _as_far_as_readable(_chain(root, chain, record), chain, root.users_of_chain(chain))
     for id, count in Counter(root.chains.values()).items():
         if count > 1:
             yield Finding("record-wrong", id, detail=f"{count} image layers share it", users=root.users(id))
         if id in root.container_layers:
             yield Finding("record-wrong", id, detail="it is also a container's", users=root.users(id))
+
+
+def _chain(root: Root, chain: str, record: ChainRecord) -> Iterator[Finding]:
+    users = root.users_of_chain(chain)
+    for name in record.damaged:
+        if name == SPLIT and record.cache_id:
+            yield Finding("split-damaged", record.cache_id, detail="it is missing or empty", users=users)
+        else:
+            yield Finding("record-damaged", chain, name, users=users)
+    if record.diff_id and PARENT not in record.damaged and chain_of(record) != chain:
+        yield Finding("record-wrong", chain, detail="diff and parent make another chain ID", users=users)
+    if record.parent and record.parent not in root.records:
+        yield Finding("parent-missing", chain, detail=record.parent, users=users)
+    if record.cache_id and not is_directory(os.path.join(root.home, record.cache_id)):
+        yield Finding("tree-missing", record.cache_id, users=users)
 
 
 def chain_of(record: ChainRecord) -> str:
@@ -131,9 +139,8 @@ def _containers(root: Root) -> Iterator[Finding]:
 
 def in_use(root: Root) -> set[str]:
     """The layers that are in use, or may be again. Others are removed bit by bit, perhaps after what is below them."""
-    kept = {*root.chains.values(), *root.needed()} - root.leaving
-    used = (id for id, known in root.layers.items() if known.kind not in (ORPHAN, UNUSED))
-    return kept.union(used) - root.leaving
+    used = {id for id, known in root.layers.items() if known.kind not in (ORPHAN, UNUSED)}
+    return (used | root.needed() | set(root.chains.values())) - root.leaving
 
 
 def _layer(root: Root, id: str) -> Iterator[Finding]:
