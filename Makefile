@@ -53,7 +53,7 @@ define run_tests
 		[ -n "$$dirs" ] || return 0; \
 		shift; \
 		echo; echo "==$$dirs"; \
-		$$private $(BIN)/python -m pytest -q --durations=15 --durations-min=0.5 $(1) "$$@" $$dirs $(ARGS); rc=$$?; \
+		$$private tools/scratch $(BIN)/python -m pytest -q --durations=15 --durations-min=0.5 $(1) "$$@" $$dirs $(ARGS); rc=$$?; \
 		[ $$rc -eq 0 ] || [ $$rc -eq 5 ] || status=$$rc; \
 	}; \
 	suite 'pure kernel' -n 3; \
