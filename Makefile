@@ -11,6 +11,9 @@ MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
 .PHONY: help demo peers peers-soft lint docs dist test test-crash test-long bench bench-check protocol clean
 
+# Else each process of the tests and benchmarks would compile all that it imports, which takes longer than most commands.
+unexport PYTHONDONTWRITEBYTECODE
+
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin

@@ -46,6 +46,7 @@ def main(bench: Callable[[], None]) -> NoReturn:
     try:
         enter_namespace()
         os.environ["PYTHONPATH"] = f"{REPOSITORY / 'src'}:{REPOSITORY}"  # for the workers
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed Onlap is compiled once, not by each process
         bench()
     except BenchError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
