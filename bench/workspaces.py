@@ -109,6 +109,8 @@ def make_tree(directory: Path, files: int) -> Path:
         (directory / name_of(number)).write_text(f"line {number}\n" * 20)
     for words in (
         ["init", "--quiet"],
+        ["config", "gc.auto", "0"],  # it would go on in the background
+        ["config", "maintenance.auto", "false"],
         ["add", "--all"],
         ["-c", "user.name=bench", "-c", "user.email=bench@localhost", "commit", "--quiet", "--message", "all"],
         ["gc", "--quiet", "--prune=now"],  # else there are as many files of git

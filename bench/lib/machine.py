@@ -104,10 +104,15 @@ class LoopExt4:
             # The default filesystem; only, its tables are written now, not by the kernel during the runs.
             run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
             target.mkdir()
+
+            def unmount(kind: type[BaseException] | None, *_: object) -> None:
+                # After a failure something may still be at work there; "target is busy" would hide the failure.
+                run("umount", *(["--lazy"] if kind else []), target)
+
             device = run("losetup", "--find", "--show", "--direct-io=on", image)
             try:
                 run("mount", device, target)
-                stack.callback(run, "umount", target)
+                stack.push(unmount)
             finally:
                 image.unlink()
                 run("losetup", "--detach", device)  # in use: the kernel detaches it with its last mount
@@ -117,7 +122,7 @@ class LoopExt4:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
