@@ -20,12 +20,16 @@ pytestmark = pytest.mark.needs("overlay", "mount")
 # Mounts in a mount namespace of its own, below a tmpfs that only this one has, until its input ends.
 APART = """
 import subprocess, sys
-hidden, base = sys.argv[1:]
+hidden, base, volume, covered = sys.argv[1:]
 subprocess.run(["mount", "-t", "tmpfs", "tmpfs", hidden], check=True)
+if volume:
+    subprocess.run(["mount", "--bind", volume, base], check=True)
 subprocess.run(["mkdir", "-p", *(f"{base}/{name}/{each}" for name in "123" for each in ("fs", "work")), f"{hidden}/m"],
     check=True)
 options = f"lowerdir=2/fs:1/fs,upperdir={base}/3/fs,workdir={base}/3/work"
 subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, f"{hidden}/m"], cwd=base, check=True)
+if covered:
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", covered], check=True)
 print("mounted", flush=True)
 sys.stdin.read()
 """
@@ -82,14 +86,27 @@ def test_layers_of_docker(root: Path, spelling: str) -> None:
         assert (mounted([ours]), mounted([theirs])) == ({"first"}, set())
 
 
-@pytest.mark.parametrize("whose", ["ours", "theirs"])
-def test_in_another_mount_namespace(root: Path, whose: str) -> None:
-    """The upperdir is looked up where it was mounted."""
+@pytest.mark.parametrize(
+    "base, volume, covered, is_ours",
+    [
+        ("home", "", "", True),
+        ("link", "", "", True),
+        ("home", "", "home", True),  # something was mounted on it since
+        ("hidden/home", "", "", False),  # on another filesystem
+        ("other", "", "", False),
+        ("other", "", "home", False),
+        ("home", "other", "", False),  # as a containerd in a container, whose directory is a volume
+    ],
+)
+def test_in_another_mount_namespace(root: Path, base: str, volume: str, covered: str, is_ours: bool) -> None:
+    """The upperdir is where it was mounted."""
     layer = store(root / "home")
+    store(root / "other")
     (root / "hidden").mkdir()
-    base = root / "home" if whose == "ours" else root / "hidden" / "home"
+    (root / "link").symlink_to("home")
+    words = [root / "hidden", root / base, *(name and root / name for name in (volume, covered))]
     child = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", APART, root / "hidden", base],
+        ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", APART, *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -97,7 +114,7 @@ def test_in_another_mount_namespace(root: Path, whose: str) -> None:
     assert child.stdout is not None
     try:
         assert child.stdout.readline() == b"mounted\n"
-        assert mounted([layer]) == ({"first"} if whose == "ours" else set())
+        assert mounted([layer]) == ({"first"} if is_ours else set())
     finally:
         child.stdin.close()
         child.stdout.close()
