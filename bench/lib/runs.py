@@ -50,10 +50,13 @@ def measured(call: Callable[[], object], *pids: int, commands: bool = True) -> R
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has ended
     before = _cpu_seconds(pids, commands)
+    own = time.process_time()  # more exact than what the kernel shows, and without the reading of that
     began = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - began
-    used = {"seconds": seconds, "cpu_s": _cpu_seconds(pids, commands) - before, "peak_mib": _peak_mib(pids)}
+    own = time.process_time() - own if os.getpid() in pids else 0
+    cpu = _cpu_seconds(pids, commands) - before + own
+    used = {"seconds": seconds, "cpu_s": cpu, "peak_mib": _peak_mib(pids)}
     return used | result if isinstance(result, dict) else used
 
 
@@ -69,20 +72,18 @@ def _with_descendants(pids: Sequence[int]) -> Iterator[int]:
 
 
 def _cpu_seconds(pids: Sequence[int], commands: bool) -> float:
-    """User and system time, with that of children that have ended and were waited for."""
+    """User and system time, with that of children that have ended and were waited for; without this process's own."""
     ticks = 0
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)  # nothing else of this process: it is of neither side
-    own = 0.0
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     for pid in _with_descendants(pids):
         if pid == os.getpid():
-            own = time.process_time()  # more exact
             continue
         try:
             text = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
         ticks += sum(int(field) for field in text.rpartition(")")[2].split()[11:15])
-    return ticks / os.sysconf("SC_CLK_TCK") + own + (children.ru_utime + children.ru_stime if commands else 0)
+    return ticks / os.sysconf("SC_CLK_TCK") + (children.ru_utime + children.ru_stime if commands else 0)
 
 
 def _peak_mib(pids: Sequence[int]) -> float:
