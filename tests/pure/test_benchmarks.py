@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import check, lib, readme
+from bench import check, growth, lib, readme
+from bench.lib import plots
 from bench.lib.page import publish
 
 PROGRAMS = sorted(path.stem for path in (lib.REPOSITORY / "bench").glob("*.py") if path.stem != "image_worker")
@@ -59,6 +60,12 @@ def test_a_plot_in_words_has_all_bars_and_their_floor_once() -> None:
     series = {"gzip": [("ours", [1.0]), ("theirs", [2.0])]}
     plot = lib.Plot("pull", "Pull", "", "s", series, [("ours", [0.5]), ("theirs", [0.5])], floor_label="blobs")
     assert plot.alternative == "Pull (s): gzip 1 at ours; gzip 2 at theirs; blobs 0.5"
+
+
+def test_the_plot_of_growth_has_as_many_lines_as_colours() -> None:
+    point = dict.fromkeys(growth.CONSTANT, 1.0)
+    runs: dict[str, list[lib.Result]] = {"operations 10": [point], "floor": [{"seconds": 1.0, "cycles": 10}]}
+    assert 1 < len(growth.plot(runs, [10]).series) <= len(plots.COLORS)
 
 
 def test_the_speed_in_readme_is_greater_where_onlap_is_faster() -> None:
