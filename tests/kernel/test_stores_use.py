@@ -1,4 +1,4 @@
-"""Which layers of another program's store are mounted, also by names relative to a driver's directory."""
+"""Whether a layer of another program's store is mounted, also by names relative to a driver's directory."""
 
 from __future__ import annotations
 
@@ -12,40 +12,63 @@ from pathlib import Path
 import pytest
 
 from onlap.check.stores.contract import StoreLayer
-from onlap.check.stores.repairing.use import mounted
+from onlap.check.stores.repairing.use import is_mounted
 from onlap.overlayfs.markers import TRUSTED, Markers
+from onlap.overlayfs.options import escape
 
 pytestmark = pytest.mark.needs("overlay", "mount")
 
-# Mounts in a mount namespace of its own, below a tmpfs that only this one has, until its input ends.
+# What stands for a layer's tree. Not "fs": other tests, whose mounts are seen too, have containerd's names.
+TREE = "tree"
+
+# In a mount namespace of its own, below a tmpfs that only this one has: mounts, changes what is there, and stays until
+# its input ends.
 APART = """
-import subprocess, sys
-hidden, base, volume, covered = sys.argv[1:]
-subprocess.run(["mount", "-t", "tmpfs", "tmpfs", hidden], check=True)
-if volume:
-    subprocess.run(["mount", "--bind", volume, base], check=True)
-subprocess.run(["mkdir", "-p", *(f"{base}/{name}/{each}" for name in "123" for each in ("fs", "work")), f"{hidden}/m"],
-    check=True)
-options = f"lowerdir=2/fs:1/fs,upperdir={base}/3/fs,workdir={base}/3/work"
-subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, f"{hidden}/m"], cwd=base, check=True)
-if covered:
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", covered], check=True)
+import os, subprocess, sys
+hidden, base, before, after = sys.argv[1:]
+def run(*words):
+    subprocess.run(words, check=True)
+run("mount", "-t", "tmpfs", "tmpfs", hidden)
+if before:
+    run("mount", "--bind", before, base)
+run("mkdir", "-p", *(f"{base}/{name}/{each}" for name in "123" for each in ("tree", "work")), f"{hidden}/m")
+os.chdir(base)
+run("mount", "-t", "overlay", "overlay", f"{hidden}/m",
+    "-o", f"lowerdir=2/tree:1/tree,upperdir={base}/3/tree,workdir={base}/3/work")
+os.chdir("/")
+if after == "tmpfs":
+    run("mount", "-t", "tmpfs", "tmpfs", base)
+elif after:
+    run("mount", "--bind", after, base)
 print("mounted", flush=True)
 sys.stdin.read()
 """
 
+# Mounts an overlay by one call of mount(2), which mount(8) would not do: at a directory, perhaps in a chroot.
+MOUNT = """
+import ctypes, os, sys
+directory, target, options, *root = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+for each in root:
+    os.chroot(each)
+os.chdir(directory)
+if libc.mount(b"overlay", os.fsencode(target), b"overlay", 0, os.fsencode(options)):
+    sys.exit(os.strerror(ctypes.get_errno()))
+"""
 
-def store(home: Path, tree: str = "fs", work: str = "work") -> StoreLayer:
+
+def store(home: Path, work: str = "work") -> StoreLayer:
     """A home with three layers; the first."""
     for name in "123":
-        for each in (tree, work):
+        for each in (TREE, work):
             (home / name / each).mkdir(parents=True)
-    return StoreLayer("first", str(home / "1"), str(home / "1" / tree), (), Markers(TRUSTED), None)
+    return StoreLayer("first", str(home / "1"), str(home / "1" / TREE), (), Markers(TRUSTED), None)
 
 
 @contextmanager
-def overlay(cwd: Path, target: Path, options: str) -> Iterator[None]:
+def overlay(cwd: Path, target: Path, lowers: str, upper: str | Path = "") -> Iterator[None]:
     target.mkdir()
+    options = f"lowerdir={lowers}" + (f",upperdir={upper}/{TREE},workdir={upper}/work" if upper else "")
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, target], cwd=cwd, check=True)
     try:
         yield
@@ -53,60 +76,11 @@ def overlay(cwd: Path, target: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", target], check=True)
 
 
-def by_names(home: Path) -> str:
-    """As containerd mounts many layers."""
-    return f"lowerdir=2/fs:1/fs,upperdir={home}/3/fs,workdir={home}/3/work"
-
-
-def test_many_layers_of_containerd(root: Path) -> None:
-    """Its layers have the same names in every store: only the one whose upperdir it is has mounted them."""
-    ours, theirs = store(root / "ours"), store(root / "theirs")
-    with overlay(root / "theirs", root / "m", by_names(root / "theirs")):
-        assert (mounted([ours]), mounted([theirs])) == (set(), {"first"})
-
-
-def test_a_view_of_many_layers(root: Path) -> None:
-    """Nothing tells whose it is, and a layer that may be in use is left alone."""
-    layer = store(root / "home")
-    with overlay(root / "home", root / "m", "lowerdir=2/fs:1/fs"):
-        assert mounted([layer]) == {"first"}
-
-
-@pytest.mark.parametrize("spelling", ["1/diff", "l/SHORT"])
-def test_layers_of_docker(root: Path, spelling: str) -> None:
-    """The upperdir is relative, too."""
-    ours, theirs = store(root / "ours", "diff"), store(root / "theirs", "diff")
-    for home in ("ours", "theirs"):
-        (root / home / "l").mkdir()
-    (root / "ours" / "l" / "SHORT").symlink_to("../1/diff")
-    (root / "ours" / "3").rename(root / "ours" / "a-random-id")
-    with overlay(
-        root / "ours", root / "m", f"lowerdir=2/diff:{spelling},upperdir=a-random-id/diff,workdir=a-random-id/work"
-    ):
-        assert (mounted([ours]), mounted([theirs])) == ({"first"}, set())
-
-
-@pytest.mark.parametrize(
-    "base, volume, covered, is_ours",
-    [
-        ("home", "", "", True),
-        ("link", "", "", True),
-        ("home", "", "home", True),  # something was mounted on it since
-        ("hidden/home", "", "", False),  # on another filesystem
-        ("other", "", "", False),
-        ("other", "", "home", False),
-        ("home", "other", "", False),  # as a containerd in a container, whose directory is a volume
-    ],
-)
-def test_in_another_mount_namespace(root: Path, base: str, volume: str, covered: str, is_ours: bool) -> None:
-    """The upperdir is where it was mounted."""
-    layer = store(root / "home")
-    store(root / "other")
-    (root / "hidden").mkdir()
-    (root / "link").symlink_to("home")
-    words = [root / "hidden", root / base, *(name and root / name for name in (volume, covered))]
+@contextmanager
+def apart(*words: str | Path) -> Iterator[None]:
+    """Python in a mount namespace of its own, which has printed "mounted"."""
     child = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", APART, *words],
+        ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -114,9 +88,166 @@ def test_in_another_mount_namespace(root: Path, base: str, volume: str, covered:
     assert child.stdout is not None
     try:
         assert child.stdout.readline() == b"mounted\n"
-        assert mounted([layer]) == ({"first"} if is_ours else set())
+        yield
     finally:
         child.stdin.close()
         child.stdout.close()
         assert child.wait() == 0
-    assert not os.listdir(root / "hidden")
+
+
+def test_many_layers_of_containerd(root: Path) -> None:
+    """Its layers have the same names in every store: only the one whose upperdir it is has mounted them."""
+    ours, theirs = store(root / "ours"), store(root / "theirs")
+    with overlay(root / "theirs", root / "m", f"2/{TREE}:1/{TREE}", root / "theirs" / "3"):
+        assert not is_mounted(ours)
+        assert is_mounted(theirs)
+
+
+def test_few_layers_of_containerd(root: Path) -> None:
+    ours, theirs = store(root / "ours"), store(root / "theirs")
+    (root / "link").symlink_to("theirs")
+    with overlay(root, root / "m", f"{root}/link/2/{TREE}:{root}/link/1/{TREE}", root / "link" / "3"):
+        assert not is_mounted(ours)
+        assert is_mounted(theirs)
+
+
+def test_a_view_of_many_layers(root: Path) -> None:
+    """Nothing tells whose it is, and a layer that may be in use is left alone."""
+    layer = store(root / "home")
+    (root / "home" / "1" / TREE).rename(root / "home" / "1" / "view")
+    layer = layer._replace(tree=str(root / "home" / "1" / "view"))
+    with overlay(root / "home", root / "m", f"2/{TREE}:1/view"):
+        assert is_mounted(layer)
+
+
+@pytest.mark.parametrize("spelling", ["a/tree", "l/SHORT", "HOME/l/SHORT"])
+def test_layers_of_docker(root: Path, spelling: str) -> None:
+    """The upperdir is relative, too; the names are random."""
+    ours, theirs = store(root / "ours"), store(root / "theirs")
+    (root / "ours" / "1").rename(root / "ours" / "a")
+    ours = ours._replace(place=str(root / "ours" / "a"), tree=str(root / "ours" / "a" / TREE))
+    for home in ("ours", "theirs"):
+        (root / home / "l").mkdir()
+    (root / "ours" / "l" / "SHORT").symlink_to("../a/tree")
+    (root / "ours" / "3").rename(root / "ours" / "container")
+    with overlay(root / "ours", root / "m", f"2/{TREE}:{spelling.replace('HOME', str(root / 'ours'))}", "container"):
+        assert is_mounted(ours)
+        assert not is_mounted(theirs)
+        if "l/" in spelling:
+            (root / "ours" / "l" / "SHORT").unlink()  # a power cut
+            assert is_mounted(ours)
+            assert not is_mounted(theirs)
+
+
+def test_a_container_whose_directory_is_gone(root: Path) -> None:
+    """As a mount that another namespace has kept."""
+    layer = store(root / "home")
+    with overlay(root / "home", root / "m", f"2/{TREE}:1/{TREE}", "3"):
+        (root / "home" / "3").rename(root / "gone")
+        assert is_mounted(layer)
+
+
+def test_numbers_of_descriptors(root: Path) -> None:
+    """Podman gives them if the relative names are too long as well (containers/storage, drivers/overlay/mount.go)."""
+    ours, theirs = store(root / "ours"), store(root / "theirs")
+    descriptors = [os.open(root / "ours" / name / TREE, os.O_RDONLY) for name in "21"]
+    try:
+        for number in descriptors:
+            os.set_inheritable(number, True)
+        (root / "m").mkdir()
+        upper = root / "ours" / "3"
+        options = f"lowerdir={descriptors[0]}:{descriptors[1]},upperdir={upper}/{TREE},workdir={upper}/work"
+        subprocess.run(
+            [sys.executable, "-c", MOUNT, "/proc/self/fd", root / "m", options], check=True, pass_fds=descriptors
+        )
+    finally:
+        for number in descriptors:
+            os.close(number)
+    try:
+        assert is_mounted(ours)
+        assert not is_mounted(theirs)
+    finally:
+        subprocess.run(["umount", root / "m"], check=True)
+
+
+def test_bound(root: Path) -> None:
+    layer = store(root / "home")
+    (root / "home" / "1" / TREE / "below").mkdir()
+    (root / "m").mkdir()
+    for name, used in (("1/tree", True), ("1/tree/below", True), ("2/tree", False), ("1", False)):
+        subprocess.run(["mount", "--bind", root / "home" / name, root / "m"], check=True)
+        try:
+            assert is_mounted(layer) == used, name
+        finally:
+            subprocess.run(["umount", root / "m"], check=True)
+
+
+@pytest.mark.parametrize(
+    "base, before, after, is_ours",
+    [
+        ("home", "", "", True),
+        ("link", "", "", True),
+        ("bound", "home", "", True),
+        ("home", "", "tmpfs", True),  # something was mounted on it since
+        ("home", "", "other", True),
+        ("bound", "home", "other", True),
+        ("other", "", "", False),
+        ("bound", "other", "", False),
+        # On a filesystem that nobody else sees. Whose it is cannot be told.
+        ("hidden/home", "", "", True),
+    ],
+)
+def test_in_another_mount_namespace(root: Path, base: str, before: str, after: str, is_ours: bool) -> None:
+    layer = store(root / "home")
+    store(root / "other")
+    for name in ("hidden", "bound"):
+        (root / name).mkdir()
+    (root / "link").symlink_to("home")
+    words = [str(root / before) if before else "", str(root / after) if after not in ("", "tmpfs") else after]
+    with apart(APART, root / "hidden", root / base, *words):
+        assert is_mounted(layer) == is_ours
+
+
+def test_a_containerd_in_a_container(root: Path) -> None:
+    """Its directory is a volume, and has the path of ours, but in another root."""
+    layer = store(root / "home")
+    store(root / "volume")
+    program = f"""
+import os, subprocess, sys
+root, home, volume = {str(root / "inner")!r}, {str(root / "home")!r}, {str(root / "volume")!r}
+def run(*words):
+    subprocess.run(words, check=True)
+run("mount", "-t", "tmpfs", "tmpfs", root)
+os.makedirs(root + home)
+os.makedirs(root + "/m")
+run("mount", "--bind", volume, root + home)
+sys.argv[1:] = [home, "/m", f"lowerdir=2/tree:1/tree,upperdir={{home}}/3/tree,workdir={{home}}/3/work", root]
+{MOUNT}
+print("mounted", flush=True)
+sys.stdin.read()
+"""
+    (root / "inner").mkdir()
+    with apart(program):
+        # The table that this process shows has another root, which was changed by chroot(2) or pivot_root(2).
+        assert not is_mounted(layer)
+
+
+def test_a_chroot(root: Path) -> None:
+    """A path that was given there leads elsewhere here."""
+    home = root / "jail" / "home"
+    layer = store(home)
+    (root / "jail" / "m").mkdir()
+    options = f"lowerdir=2/{TREE}:1/{TREE},upperdir=/home/3/{TREE},workdir=/home/3/work"
+    subprocess.run([sys.executable, "-c", MOUNT, "/home", "/m", options, root / "jail"], check=True)
+    try:
+        assert is_mounted(layer)
+    finally:
+        subprocess.run(["umount", root / "jail" / "m"], check=True)
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b", "a\\b", "a b", b"\xff".decode(errors="surrogateescape")])
+def test_odd_names(root: Path, name: str) -> None:
+    layer = store(root / name)
+    home = escape(str(root / name))
+    with overlay(root / name, root / "m", f"2/{TREE}:{home}/1/{TREE}", f"{home}/3"):
+        assert is_mounted(layer)

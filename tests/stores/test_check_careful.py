@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import pytest
 
-from onlap.check.stores.repairing.use import mounted
+from onlap.check.stores.repairing.use import is_mounted
 from onlap.graphdrivers import layout
 from onlap.syscalls import files
 from onlap.testing.same import assert_same_tree, read_tree
@@ -203,7 +203,7 @@ def test_a_layer_below_a_running_container(made: Mapping[str, Made], place_of: C
         assert changed == {b"d/gone"}
         assert not before.keys() - now.keys()
     layers = [each for each in stores.opened(root).layers() if each.name == store.names[0]]
-    eventually(lambda: not mounted(layers), "the container's mount namespace is gone")
+    eventually(lambda: not any(map(is_mounted, layers)), "the container's mount namespace is gone")
     told = check(root, *words)
     assert "repaired 4, left 0" in told.lines
     assert_same_layers(store, root)

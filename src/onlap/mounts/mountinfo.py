@@ -120,9 +120,18 @@ class Table:
         self._text: bytes | None = text
         self._on: dict[tuple[int, bytes], Entry] = {}
         self._tops: dict[bytes, Entry] = {}
+        self._entries: list[Entry] = []
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The mounts."""
+        if self._text is not None:
+            self._read(self._text)
+            self._text = None
+        return self._entries
 
     def _read(self, text: bytes) -> None:
-        entries = list(parse(text))
+        self._entries = entries = list(parse(text))
         ids = {entry.id for entry in entries}
         self._on = {(entry.parent, entry.mountpoint): entry for entry in entries if entry.parent != entry.id}
         for entry in entries:
@@ -131,9 +140,7 @@ class Table:
 
     def place(self, path: bytes) -> Place | None:
         """Where an absolute path leads, ignoring symlinks; None if no mount in the table contains it."""
-        if self._text is not None:
-            self._read(self._text)
-            self._text = None
+        _ = self.entries
         points = [b"/", *(path[:end] for end in range(1, len(path)) if path[end] == _SLASH), path]
         mount = next((self._tops[point] for point in reversed(points) if point in self._tops), None)
         if mount is None:
@@ -145,6 +152,22 @@ class Table:
                 passed.add(upper.id)
                 mount = upper
         return _place(mount, path)
+
+    def path(self, place: Place) -> bytes | None:
+        """A path that leads to a place; None if none does."""
+        for entry in self.entries:
+            if entry.device == place.device and (rest := relative_to(place.path, entry.root)) is not None:
+                path = entry.mountpoint.rstrip(b"/") + rest
+                if self.place(path) == place:
+                    return path
+        return None
+
+
+def relative_to(path: bytes, above: bytes) -> bytes | None:
+    """What follows a directory in a path that is in it, with its slash; empty for itself, None for another."""
+    above = above.rstrip(b"/")
+    rest = path[len(above) :]
+    return rest if path.startswith(above) and rest[:1] in (b"", b"/") else None
 
 
 _SLASH = ord("/")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # OVL_MAX_STACK, fs/overlayfs/params.h: the limit of lower layers per mount.
 MAX_LOWERS = 500
@@ -69,31 +69,38 @@ def octal_unescape(field: bytes) -> bytes:
 
 
 def layer_paths(super_options: bytes) -> list[bytes]:
-    """Every path in an overlay's options, as mountinfo shows them.
+    """Every path in an overlay's options, as mountinfo shows them."""
+    return [*lowerdirs(super_options), *upperdirs(super_options), *_spellings(super_options, b"workdir")]
 
-    A comma in a value is shown as an octal escape (seq_show_option), so plain commas separate options. ``lowerdir=`` is
-    shown as it was given to mount(2), the others as plain paths.
-    """
+
+def lowerdirs(super_options: bytes) -> list[bytes]:
+    """The lower layers, which are shown as they were given to mount(2) or fsconfig(2); absolute or not."""
     paths: list[bytes] = []
-    for option in super_options.split(b","):
-        key, _, value = option.partition(b"=")
-        value = octal_unescape(value)
+    for key, value in _values(super_options):
         if key == b"lowerdir":
             paths += [unescape(part) for part in split(value, b":") if part]
         elif key in (b"lowerdir+", b"datadir+"):
             paths.append(value)
-        elif key in (b"upperdir", b"workdir"):
-            # With or without the escapes given to mount(2), depending on the kernel's version; a path without a
-            # backslash is the same both ways.
-            paths += dict.fromkeys((value, unescape(value)))
     return paths
 
 
 def upperdirs(super_options: bytes) -> list[bytes]:
     """What an overlay's upperdir may be: the kernel shows it with or without the escapes that mount(2) was given."""
+    return _spellings(super_options, b"upperdir")
+
+
+def _spellings(super_options: bytes, key: bytes) -> list[bytes]:
+    # A path without a backslash is the same both ways.
+    return [
+        path
+        for name, value in _values(super_options)
+        if name == key
+        for path in dict.fromkeys((value, unescape(value)))
+    ]
+
+
+def _values(super_options: bytes) -> Iterator[tuple[bytes, bytes]]:
+    # A comma in a value is shown as an octal escape (seq_show_option), so plain commas separate options.
     for option in super_options.split(b","):
         key, _, value = option.partition(b"=")
-        if key == b"upperdir":
-            shown_as = octal_unescape(value)
-            return [shown_as, unescape(shown_as)]
-    return []
+        yield key, octal_unescape(value)

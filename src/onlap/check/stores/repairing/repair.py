@@ -26,7 +26,7 @@ from onlap.check.stores.repairing.case import Case, Done, examine
 from onlap.check.stores.repairing.own import check_own
 from onlap.check.stores.repairing.spool import Spool
 from onlap.check.stores.repairing.supply import Supply
-from onlap.check.stores.repairing.use import mounted
+from onlap.check.stores.repairing.use import is_mounted
 from onlap.errors import shown
 from onlap.layers.stream.digests import PREFIX
 from onlap.locks import lock_directory
@@ -125,8 +125,8 @@ class StoreRepair:
 
     def _examine(self, layer: StoreLayer) -> Case:
         with errors.translated("look at the mounts"):
-            is_mounted = bool(mounted([layer]))
-        return examine(layer, self._supply, self._spend, is_mounted=is_mounted)
+            in_use = is_mounted(layer)
+        return examine(layer, self._supply, self._spend, is_mounted=in_use)
 
     # Layers
 

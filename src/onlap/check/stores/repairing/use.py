@@ -1,79 +1,125 @@
-"""Which layers of a store are mounted now, below a container for instance."""
+"""Whether a layer of another program's store is mounted now, below a container for instance."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from onlap.check.stores.contract import StoreLayer
 from onlap.mounts import mountinfo, namespaces
-from onlap.overlayfs.options import layer_paths, upperdirs
+from onlap.mounts.mountinfo import Entry, Table, relative_to
+from onlap.overlayfs.options import lowerdirs, upperdirs
 
 
-def mounted(layers: Iterable[StoreLayer]) -> set[str]:
-    """The names of those layers that are mounted in any mount namespace that can be looked into.
+def is_mounted(layer: StoreLayer) -> bool:
+    """Whether a layer is mounted in any mount namespace that can be looked into; true where that cannot be told.
+
+    Not found are mounts that have no path (open_tree(2), fsmount(2)), and overlays that were mounted in a chroot by
+    absolute names.
 
     Raises:
         OSError: the mounts cannot be read.
     """
-    trees = {os.fsencode(os.path.realpath(layer.tree)): layer.name for layer in layers}
-    homes = {os.fsencode(os.path.dirname(layer.place)) for layer in layers}
-    places = {home: mountinfo.place_of(os.path.realpath(os.fsdecode(home))) for home in homes if os.path.isdir(home)}
-    known: dict[bytes, bytes] = {}
-    found = set()
-    for text in namespaces.tables():
-        table = mountinfo.Table(text)
-        for entry in mountinfo.parse(text):
-            if entry.fstype == b"overlay":
-                paths = [path for home, place in places.items() for path in _layers(entry, table, home, place)]
-            else:
-                paths = [
-                    home + entry.root[len(place.path) :]
-                    for home, place in places.items()
-                    if place is not None and place.device == entry.device and entry.root.startswith(place.path + b"/")
-                ]
-            for path in paths:
-                if path not in known:
-                    known[path] = os.path.realpath(path)
-                if known[path] in trees:
-                    found.add(trees[known[path]])
-    return found
+    sought = _Sought(layer)
+    return any(_Mounts(sought, Table(text)).use_it() for text in namespaces.tables())
 
 
-def _layers(entry: mountinfo.Entry, table: mountinfo.Table, home: bytes, place: mountinfo.Place | None) -> list[bytes]:
-    """The layers of an overlay, if it is of the store with this home.
+class _Sought:
+    """The layer, its driver's directory (the home), and where they are."""
 
-    Docker, Podman and containerd mount many layers by names relative to their driver's directory, where they call
-    mount(2). containerd's are numbers (``2/fs``), which every store has: its upperdir, which is absolute, tells whose.
+    def __init__(self, layer: StoreLayer) -> None:
+        self.resolve = functools.cache(os.path.realpath)
+        self.own = Table(mountinfo.own())
+        self.home = os.fsencode(os.path.dirname(layer.place))
+        self.real_home = self.resolve(self.home)
+        self.place = self.own.place(self.real_home)
+        self._tree = self.resolve(os.fsencode(layer.tree))
+
+    def is_at(self, path: bytes) -> bool:
+        """Whether a path leads to the layer, or into it."""
+        return relative_to(self.resolve(path), self._tree) is not None
+
+
+class _Mounts:
+    """The mounts of one namespace.
+
+    Paths in a table are those that mount(2) was given, which may mean something else here: nothing is looked up through
+    ``/proc/<pid>/root``, since a filesystem there may be another user's FUSE, which need not answer.
     """
-    listed = layer_paths(entry.super_options)
-    if all(path.startswith(b"/") for path in listed) or _is_of(home, place, upperdirs(entry.super_options), table):
-        return [os.path.join(home, path) for path in listed]
-    return [path for path in listed if path.startswith(b"/")]
 
+    def __init__(self, sought: _Sought, table: Table) -> None:
+        self._sought = sought
+        self._table = table
+        self._is_like_ours = table.place(b"/") == sought.own.place(b"/")
+        self._names = list(self._homes())
 
-def _is_of(home: bytes, place: mountinfo.Place | None, uppers: list[bytes], table: mountinfo.Table) -> bool:
-    """Whether the upperdir is in a home; true if there is none.
+    def use_it(self) -> bool:
+        """Whether one of them has the layer in it."""
+        return any(
+            self._is_used_by_overlay(entry) if entry.fstype == b"overlay" else self._is_bound(entry)
+            for entry in self._table.entries
+        )
 
-    Args:
-        home: the home.
-        place: where it is.
-        uppers: the upperdir, in the spellings that it may have.
-        table: the mounts where it was given to mount(2).
-    """
-    if any(not upper.startswith(b"/") for upper in uppers):
-        return any(os.path.lexists(os.path.join(home, upper)) for upper in uppers)
-    # Symlinks are followed as they are here: a filesystem there may be a FUSE that does not answer.
-    paths = {path for upper in uppers for path in (upper, os.path.realpath(upper))}
-    if place is None:
-        return True
-    found = {path: table.place(path) for path in paths}
-    if any(at is not None and at.device == place.device and _is_below(at.path, place.path) for at in found.values()):
-        return True
-    # On another filesystem: a neighbour's, or ours, which something was mounted on since.
-    hidden = (path for path, at in found.items() if at is None or at.device != place.device)
-    return not uppers or any(_is_below(path, above) for path in hidden for above in (home, os.path.realpath(home)))
+    def _homes(self) -> Iterator[tuple[bytes, bytes]]:
+        """Directories of this namespace that are the home, or in it; each with its path here."""
+        home, place = self._sought.home, self._sought.place
+        if self._is_like_ours:
+            yield home, home  # also if something was mounted on it since
+        for entry in self._table.entries:
+            if place is None or entry.device != place.device:
+                continue
+            point = entry.mountpoint.rstrip(b"/")
+            if (rest := relative_to(place.path, entry.root)) is not None:
+                yield point + rest, home
+            elif (rest := relative_to(entry.root, place.path)) is not None:
+                yield point, home + rest
 
+    def _here(self, path: bytes) -> bytes | None:
+        """The path here of what is in the home; None if it is elsewhere."""
+        if not path.startswith(b"/"):
+            return os.path.join(self._sought.home, path)
+        for name, here in self._names:
+            if (rest := relative_to(path, name)) is not None:
+                return here + rest
+        # A layer is two names below the home, which containerd names as it was told, with symlinks.
+        above, _, name = path.rpartition(b"/")
+        above, _, layer = above.rpartition(b"/")
+        if self._is_like_ours and above and self._sought.resolve(above) == self._sought.real_home:
+            return os.path.join(self._sought.home, layer, name)
+        return None
 
-def _is_below(path: bytes, above: bytes) -> bool:
-    return path.startswith(above.rstrip(b"/") + b"/")
+    def _is_bound(self, entry: Entry) -> bool:
+        place = self._sought.place
+        if place is None or entry.device != place.device:
+            return False
+        rest = relative_to(entry.root, place.path)
+        return rest is not None and self._sought.is_at(self._sought.home + rest)
+
+    def _is_used_by_overlay(self, entry: Entry) -> bool:
+        """Whether it is a layer of an overlay.
+
+        Many layers have names relative to the home (drivers call mount(2) there). Docker's and Podman's are random.
+        containerd's are numbers, which every store has: its upperdir tells whose they are.
+        """
+        lowers, uppers = lowerdirs(entry.super_options), upperdirs(entry.super_options)
+        if self._is_of_another(lowers, uppers):
+            lowers = [path for path in lowers if path.startswith(b"/")]
+        paths = [here for path in (*lowers, *uppers) if (here := self._here(path)) is not None]
+        if any(map(self._sought.is_at, paths)):
+            return True
+        # Of a container that is here, a short link was lost (l/ABC); or Podman gave the kernel numbers of descriptors.
+        is_ours = any(here is not None and os.path.lexists(here) for here in map(self._here, uppers))
+        return is_ours and not all(map(os.path.lexists, filter(None, map(self._here, lowers))))
+
+    def _is_of_another(self, lowers: list[bytes], uppers: list[bytes]) -> bool:
+        """Whether the relative names of an overlay are those of another store, which is there to be seen."""
+        relative = [path for path in lowers if not path.startswith(b"/")]
+        if not relative or any(self._here(upper) is not None for upper in uppers):
+            return False
+        for place in filter(None, map(self._table.place, uppers)):
+            upper = self._sought.own.path(place)
+            home = upper and os.path.dirname(os.path.dirname(upper))
+            if home and all(os.path.lexists(os.path.join(home, path)) for path in relative):
+                return True
+        return False
