@@ -1,4 +1,4 @@
-"""How long the command takes to start, beside the part of it that no program in Python with a catalog is without.
+"""How long ``python -m onlap`` takes for a small question, beside the start of Python and the import of sqlite3.
 
 Each run is a process that has been run before: its modules are compiled, and the kernel has them in memory.
 """
@@ -45,7 +45,7 @@ start of the interpreter, and of the library that reads the catalog.
 
 
 def lines(runs: dict[str, list[lib.Result]]) -> list[lib.Row | lib.Figure]:
-    """The table, with what is to be reached."""
+    """The table: the absolute time of one command, and all of them beside the bare start."""
 
     def ms(result: lib.Result) -> float:
         return float(result["seconds"] * 1000)

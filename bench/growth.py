@@ -78,7 +78,8 @@ are views of one base, without layers and manifests of their own, and nothing is
 record with its labels, usage and layers, "metrics" a whole scrape of the server's page, and "background" a pass of the
 work in the background, with what a commit and a remove have left to do; the "first pass" of a process also looks for
 what others have left. A chain is measured by the plan of its mounts, for which each layer is named: the kernel takes
-500 at most. The clients are threads, each with its cycles of prepare, commit and remove.
+500 at most. A commit of many files is timed after another one, so that caches are warm. The clients are threads, each
+with its cycles of prepare, commit and remove.
 """
 
 

@@ -50,7 +50,7 @@ def measured(call: Callable[[], object], *pids: int, commands: bool = True) -> R
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has ended
     before = _cpu_seconds(pids, commands)
-    own = time.process_time()  # more exact than what the kernel shows, and without the reading of that
+    own = time.process_time()  # /proc counts in 10 ms, and reading it is not the call's work
     began = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - began

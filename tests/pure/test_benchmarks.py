@@ -62,7 +62,7 @@ def test_a_plot_in_words_has_all_bars_and_their_floor_once() -> None:
     assert plot.alternative == "Pull (s): gzip 1 at ours; gzip 2 at theirs; blobs 0.5"
 
 
-def test_the_plot_of_growth_has_as_many_lines_as_colours() -> None:
+def test_the_plot_of_growth_has_a_colour_for_each_line() -> None:
     point = dict.fromkeys(growth.CONSTANT, 1.0)
     runs: dict[str, list[lib.Result]] = {"operations 10": [point], "floor": [{"seconds": 1.0, "cycles": 10}]}
     assert 1 < len(growth.plot(runs, [10]).series) <= len(plots.COLORS)

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments without the program's name; by default those of the process.
+        argv: the arguments without the program's name; by default those of the process, which is to end then.
 
     Returns:
         The exit status (:mod:`onlap.cli.exits`).

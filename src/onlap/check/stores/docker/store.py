@@ -199,6 +199,7 @@ class Docker:
             return None
         for id in self._candidates(chain):
             comparison = Comparison(self._layer(chain, id), lambda _size: None)
+            # One that cannot be read is not proven to be it.
             with contextlib.suppress(NoTree, Uncomparable, errors.OnlapError, OSError):
                 comparison.run()
             if comparison.proven and not comparison.deviations:
