@@ -103,6 +103,23 @@ def test_many_layers_of_containerd(root: Path) -> None:
         assert is_mounted(theirs)
 
 
+def test_a_container_of_a_neighbour(root: Path) -> None:
+    """It has the overlay as its root."""
+    ours, theirs = store(root / "ours"), store(root / "theirs")
+    program = """
+import os, subprocess, sys
+os.chdir(sys.argv[1])
+os.mkdir("old")
+subprocess.run(["pivot_root", ".", "old"], check=True)
+sys.stdout.write("mounted\\n")
+sys.stdout.flush()
+sys.stdin.read()
+"""
+    with overlay(root / "theirs", root / "m", f"2/{TREE}:1/{TREE}", root / "theirs" / "3"), apart(program, root / "m"):
+        assert not is_mounted(ours)
+        assert is_mounted(theirs)
+
+
 def test_few_layers_of_containerd(root: Path) -> None:
     ours, theirs = store(root / "ours"), store(root / "theirs")
     (root / "link").symlink_to("theirs")

@@ -107,6 +107,14 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def swap(one: Path, other: Path) -> None:
+    """Let two symlinks lead where the other does."""
+    targets = one.readlink(), other.readlink()
+    for link, target in zip((other, one), targets, strict=True):
+        link.unlink()
+        link.symlink_to(target)
+
+
 DOCKER: dict[str, Damage] = {
     "short link": Damage(
         lambda place: place.link(1).unlink(),
@@ -153,6 +161,37 @@ DOCKER: dict[str, Damage] = {
     ),
     "size": Damage(
         lambda place: place.chain(1, "size").write_bytes(b""), one("record-damaged", "{c1}", "size"), mended=False
+    ),
+    "cache ID of another": Damage(
+        lambda place: place.chain(1, "cache-id").write_text(place.chain(0, "cache-id").read_text()),
+        one("record-wrong", "{0}", None, "2 image layers share it"),
+        mended=False,
+    ),
+    "diff ID of another": Damage(
+        lambda place: place.chain(1, "diff").write_text(place.chain(0, "diff").read_text()),
+        one("record-wrong", "{c1}", None, "another chain ID"),
+        mended=False,
+    ),
+    "parent of another": Damage(
+        lambda place: place.chain(2, "parent").write_text(place.chain(1, "parent").read_text()),
+        one("record-wrong", "{c2}", None, "another chain ID"),
+        mended=False,
+    ),
+    "short name of another": Damage(
+        lambda place: (place.trees[1].parent / "link").write_text(place.short(2)),
+        one("record-wrong", "{1}", "link", "leads to another layer"),
+        mended=False,
+    ),
+    "short name cut": Damage(
+        lambda place: cut(place.trees[1].parent / "link"), one("link-missing", "{1}", "link", "is called {}")
+    ),
+    "short links swapped": Damage(
+        lambda place: swap(place.link(0), place.link(1)),
+        (
+            *one("record-wrong", "{0}", "link", "leads to another layer"),
+            *one("record-wrong", "{1}", "link", "leads to another layer"),
+        ),
+        mended=False,
     ),
     "configuration": Damage(
         lambda place: flip(place.configuration()),

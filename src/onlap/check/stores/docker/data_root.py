@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -34,6 +35,7 @@ from onlap.check.stores.docker.records import (
     PARENT,
     SIZE,
     ChainRecord,
+    contradicts,
     json_of,
     read_record,
     text_of,
@@ -94,6 +96,8 @@ class Root:
         removing: the records that Docker was about to remove.
         leaving: the ids of layers that Docker removes now, or has begun to.
         chains: the driver's id of each image layer that Docker knows, by chain ID.
+        contradictory: the chain IDs of records that contradict themselves or others: what such a layer should be, or
+            what it stands on, cannot be told, and nothing is written on their word.
         copies: BuildKit's copies of image layers, by their ids.
         lowers: the files ``lower``.
         references: all that names each image, with digests, by its id; also images that are gone.
@@ -122,9 +126,13 @@ class Root:
             for id, diff_ids in self.image_diff_ids.items()
             for name in self.image_names[id] or [id.removeprefix("sha256:")[:12]]
         }
-        read = _read_containers(directory, os.path.join(store, "layerdb", "mounts"))
-        self.containers, self.container_layers, self.damaged_containers, leaving = read
-        self.leaving |= leaving
+        read = _read_containers(directory, os.path.join(store, "layerdb", "mounts"), self.image_diff_ids)
+        self.containers, self.container_layers, self.damaged_containers = read.containers, read.layers, read.damaged
+        self.leaving |= read.leaving
+        uses = Counter([*self.chains.values(), *self.container_layers])
+        self.contradictory = {
+            chain for chain, record in self.records.items() if contradicts(record, chain) or uses[record.cache_id] > 1
+        }
         users: dict[str, set[str]] = {}
         for name, chains in self.images.items():
             for chain in chains:
@@ -146,8 +154,9 @@ class Root:
         # What a container's layers stand on: an init layer, and an image's chain.
         self._on: dict[str, tuple[tuple[str, ...], str]] = {}
         for id, init, top in self.containers.values():
-            self._on |= {init: ((), top)} if init else {}
-            self._on[id] = ((init,) if init else (), top)
+            if id not in read.uncertain:
+                self._on |= {init: ((), top)} if init else {}
+                self._on[id] = ((init,) if init else (), top)
 
     def find(self, name: str) -> Known:
         """A layer by its id or the start of it, or the top layer of an image or container.
@@ -205,15 +214,18 @@ class Root:
     def parents(self, id: str) -> list[str] | None:
         """The ids of the layers below one, uppermost first; None if the records do not say."""
         above, chain = self._on.get(id, ((), None))
-        if chain is None and id in self._ids:
-            record = self.records[self._ids[id]]
-            chain = record.parent if not {DIFF, PARENT} & set(record.damaged) else None
+        if chain is None and id in self._ids and self._is_sure(self._ids[id]):
+            chain = self.records[self._ids[id]].parent
         if chain is None:
             return None
         below = self.chain(chain)
-        if any(each not in self.chains or {DIFF, PARENT} & set(self.records[each].damaged) for each in below):
+        if not all(each in self.chains and self._is_sure(each) for each in below):
             return None
         return [*above, *(self.chains[each] for each in below)]
+
+    def _is_sure(self, chain: str) -> bool:
+        """Whether the record of an image layer tells what it stands on."""
+        return chain not in self.contradictory and not {DIFF, PARENT} & set(self.records[chain].damaged)
 
     def expected_lower(self, id: str) -> list[str] | None:
         """What a layer's file ``lower`` should have, by the records; None if they do not say.
@@ -228,7 +240,8 @@ class Root:
         """Whether the file ``lower`` of a layer names the image layers below a chain ID, or copies of them."""
         copies = {**self.copies, **find_copies(self.records, self.lowers, self._recorded, {chain: id})}
         below = self.chain(self.records[chain].parent)
-        expected = self._links_to([self.chains[each] for each in below]) if self.chains.keys() >= set(below) else None
+        is_known = all(each in self.chains and each not in self.contradictory for each in below)
+        expected = self._links_to([self.chains[each] for each in below]) if is_known else None
         return expected is not None and expected == self.without_copies(self.lowers.of[id], copies)
 
     def _links_to(self, ids: list[str]) -> list[str] | None:
@@ -263,11 +276,19 @@ class Root:
         return {self.lowers.ids[link] for lower in known for link in lower if link in self.lowers.ids}
 
     def short(self, id: str) -> str | None:
-        """The short name of a layer, by its file or, where that is lost, by its link; None if both are lost."""
-        if id in self._short_of:
-            return self._short_of[id]
-        self._short_of[id] = found = self.written_short(id) or self._short_of_link(id)
-        return found
+        """The short name of a layer, by its file, or where that is damaged, by its link.
+
+        None if both are lost; or if they contradict each other, since a wrong one would mount another layer.
+        """
+        if id not in self._short_of:
+            written, by_link = self.written_short(id), self._short_of_link(id)
+            links = _readable(self.links) or {}
+            if written is None or (written not in links and by_link is not None):
+                self._short_of[id] = by_link
+            else:
+                leads_here = links.get(written) in (None, f"../{id}/{layout.DIFF}")
+                self._short_of[id] = written if leads_here else None
+        return self._short_of[id]
 
     def written_short(self, id: str) -> str | None:
         """The short name in a layer's file ``link``; None if that is lost, or cannot be read."""
@@ -275,7 +296,8 @@ class Root:
 
     def _short_of_link(self, id: str) -> str | None:
         if self._shorts is None:
-            self._shorts = {target: name for name, target in self.links().items() if target is not None}
+            links = _readable(self.links) or {}
+            self._shorts = {target: name for name, target in links.items() if target is not None}
         return self._shorts.get(f"../{id}/{layout.DIFF}")
 
     def links(self) -> dict[str, str | None]:
@@ -319,9 +341,12 @@ class Root:
         ids = layer_ids(self.home)
         shorts = {id: self.short(id) for id in ids}
         lower = {id: _readable(Layer(self.home, id).written_lower) or [] for id in ids}
+        by_target = {f"../{id}/{layout.DIFF}": id for id in ids}
+        links = (_readable(self.links) or {}).items()
+        leading = {f"{layout.LINKS}/{name}": by_target[target] for name, target in links if target in by_target}
         return Lowers(
             lower,
-            {f"{layout.LINKS}/{short}": id for id, short in shorts.items() if short is not None},
+            leading | {f"{layout.LINKS}/{short}": id for id, short in shorts.items() if short is not None},
             {id for id in ids if self._has_lost(id, lower[id])},
         )
 
@@ -436,18 +461,35 @@ def _read_images(store: str) -> tuple[dict[str, list[str]], dict[str, tuple[str,
     return names, found
 
 
-def _read_containers(
-    directory: str, mounts: str
-) -> tuple[dict[str, tuple[str, str, str]], set[str], dict[str, tuple[str, ...]], set[str]]:
-    """Writable layer, init layer and parent chain by container; all layers that Docker knows; damage; what is leaving.
+class _Containers(NamedTuple):
+    """The containers of a data root.
 
-    The third are the names of records, by the container's id, of containers that are there; the last the layers of
-    containers that are being removed (``docker rm`` says so in the container's configuration before it begins).
+    Attributes:
+        containers: writable layer, init layer and parent chain, by name.
+        layers: all layers of containers that Docker knows.
+        damaged: the names of damaged records, by the container's id, of containers that are there.
+        leaving: the layers of containers that are being removed (``docker rm`` says so in the container's configuration
+            before it begins).
+        uncertain: the writable layers of containers of which the records do not say what they stand on.
     """
-    containers: dict[str, tuple[str, str, str]] = {}
-    known: set[str] = set()
-    damaged: dict[str, tuple[str, ...]] = {}
-    leaving: set[str] = set()
+
+    containers: dict[str, tuple[str, str, str]]
+    layers: set[str]
+    damaged: dict[str, tuple[str, ...]]
+    leaving: set[str]
+    uncertain: set[str]
+
+
+def _read_containers(directory: str, mounts: str, images: Mapping[str, tuple[str, ...]]) -> _Containers:
+    """The containers.
+
+    Args:
+        directory: the data root.
+        mounts: where the layer store has their records.
+        images: the diff IDs of each image, by its id.
+    """
+    found = _Containers({}, set(), {}, set(), set())
+    containers, known, damaged, leaving, uncertain = found
     there = set(names_in(os.path.join(directory, "containers")))
     for key in sorted(there | set(names_in(mounts))):
         where = os.path.join(mounts, key)
@@ -456,11 +498,17 @@ def _read_containers(
         wrong = [name for name in (MOUNT_ID, INIT_ID) if not ID.fullmatch(texts[name])]
         # A container on an image without layers has no parent.
         wrong += [PARENT] if parent and not DIGEST.fullmatch(parent) else []
+        config = _json(os.path.join(directory, "containers", key, "config.v2.json")) if key in there else {}
+        # moby v26.1.5, daemon/create.go: it stands on its image.
+        diff_ids = images.get(str(config.get("Image")))
+        top = chain_ids(diff_ids)[-1] if diff_ids else parent
+        wrong += [PARENT] if top and not parent else []
         if key in there and wrong:
             damaged[key] = tuple(wrong)
+        if wrong or parent != top:
+            uncertain.add(texts[MOUNT_ID])
         id, init, parent = ("" if name in wrong else texts[name] for name in (MOUNT_ID, INIT_ID, PARENT))
         known.update(each for each in (id, init) if each)
-        config = _json(os.path.join(directory, "containers", key, "config.v2.json")) if key in there else {}
         state = config.get("State")
         if isinstance(state, dict) and (state.get("RemovalInProgress") or state.get("Dead")):
             leaving.update((id, init))
@@ -469,7 +517,8 @@ def _read_containers(
             name = str(config.get("Name") or "").lstrip("/")
             # After a power cut two may have one name.
             containers[name if name and name not in containers else key[:12]] = (id, init, parent)
-    return containers, known, damaged, leaving - {""}
+    leaving.discard("")
+    return found
 
 
 def _read_builder(directory: str) -> tuple[frozenset[str], errors.OnlapError | None]:

@@ -58,6 +58,13 @@ class ChainRecord(NamedTuple):
         return os.path.join(self.directory, SPLIT)
 
 
+def contradicts(record: ChainRecord, chain: str) -> bool:
+    """Whether a layer's diff ID and parent, as far as they are there, make another chain ID than its record has."""
+    if not record.diff_id or PARENT in record.damaged:
+        return False
+    return (chain_ids((record.parent, record.diff_id))[-1] if record.parent else record.diff_id) != chain
+
+
 def cache_id(directory: str) -> str | None:
     """The driver's id in a record; None if the record has lost it, and empty if there is no record any more."""
     if not is_directory(directory):

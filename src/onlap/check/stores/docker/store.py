@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 
 from onlap import errors
@@ -81,13 +80,11 @@ class Docker:
 
     def _layers(self) -> Iterator[StoreLayer]:
         root, images = self._root, _repositories(self._root)
-        shared = Counter(root.chains.values())
         copies: dict[str, list[str]] = {}
         for id, copy in root.copies.items():
             copies.setdefault(copy.chain, []).append(id)
         for chain, record in sorted(root.records.items(), key=lambda item: (len(root.chain(item[0])), item[0])):
-            # Of a layer that has several records one cannot tell what it should be.
-            if not record.cache_id or shared[record.cache_id] > 1 or record.cache_id in root.container_layers:
+            if not record.cache_id or chain in root.contradictory:
                 continue
             known = self._layer(chain, record.cache_id)
             known = known._replace(
@@ -161,7 +158,7 @@ class Docker:
         home, short = self._root.home, self._root.short(id)
         if short is None:
             return None
-        if self._root.written_short(id) is None:
+        if self._root.written_short(id) != short:
             rewrite(os.path.join(home, id, layout.LINK), short.encode())
             return "written again, as its link is called"
         os.symlink(os.path.join("..", id, layout.DIFF), os.path.join(home, layout.LINKS, short))

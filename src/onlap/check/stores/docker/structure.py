@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from onlap.check.findings import Finding
 from onlap.check.stores.docker.data_root import BAD, BUILDER, ORPHAN, UNUSED, Root
-from onlap.check.stores.docker.records import CACHE_ID, DIGEST, PARENT, SPLIT, ChainRecord, json_of
+from onlap.check.stores.docker.records import CACHE_ID, DIGEST, SPLIT, ChainRecord, contradicts, json_of
 from onlap.errors import DataLoss, shown
 from onlap.graphdrivers import layout
 from onlap.graphdrivers.home import UNFINISHED
 from onlap.graphdrivers.layout import Layer
-from onlap.layers.stream.digests import PREFIX, chain_ids
+from onlap.layers.stream.digests import PREFIX
 from onlap.syscalls.files import exists, is_directory, names_in, open_file
 from onlap.trees.manifest import digest_of
 
@@ -112,17 +112,12 @@ def _chain(root: Root, chain: str, record: ChainRecord) -> Iterator[Finding]:
             yield Finding("split-damaged", record.cache_id, detail="it is missing or empty", users=users)
         else:
             yield Finding("record-damaged", chain, name, users=users)
-    if record.diff_id and PARENT not in record.damaged and chain_of(record) != chain:
+    if contradicts(record, chain):
         yield Finding("record-wrong", chain, detail="diff and parent make another chain ID", users=users)
     if record.parent and record.parent not in root.records:
         yield Finding("parent-missing", chain, detail=record.parent, users=users)
     if record.cache_id and not is_directory(os.path.join(root.home, record.cache_id)):
         yield Finding("tree-missing", record.cache_id, users=users)
-
-
-def chain_of(record: ChainRecord) -> str:
-    """The chain ID that a layer's records make."""
-    return chain_ids((record.parent, record.diff_id))[-1] if record.parent else record.diff_id
 
 
 def _containers(root: Root) -> Iterator[Finding]:
@@ -147,9 +142,14 @@ def _layer(root: Root, id: str) -> Iterator[Finding]:
     layer, users = Layer(root.home, id), root.users(id)
     if not is_directory(layer.diff):
         yield Finding("tree-missing", id, detail=f"it has no {layout.DIFF}/", users=users)
-    short = root.written_short(id)
-    if short is None:
+    written_short, short = root.written_short(id), root.short(id)
+    if written_short is None:
         yield Finding("link-missing", id, layout.LINK, users=users)
+    elif short is None:
+        detail = f"the link {layout.LINKS}/{written_short} leads to another layer"
+        yield Finding("record-wrong", id, layout.LINK, detail, users)
+    elif short != written_short:
+        yield Finding("link-missing", id, layout.LINK, f"the link to it is called {short}", users)
     elif not exists(os.path.join(root.home, layout.LINKS, short)):
         yield Finding("link-missing", id, f"../{layout.LINKS}/{short}", "Docker loses it in a crash, moby#46498", users)
     written, expected = root.lowers.of[id], root.expected_lower(id)

@@ -22,7 +22,11 @@ def is_mounted(layer: StoreLayer) -> bool:
         OSError: the mounts cannot be read.
     """
     sought = _Sought(layer)
-    return any(_Mounts(sought, Table(text)).use_it() for text in namespaces.tables())
+    tables = [_Mounts(sought, Table(text)) for text in namespaces.tables()]
+    # An overlay has one device number, whoever sees it. A container sees it as its root, in which its upperdir is not.
+    others = {device for each in tables for device in each.of_others()}
+    ours = {device for each in tables for device in each.of_ours()}
+    return any(each.use_it(others - ours) for each in tables)
 
 
 class _Sought:
@@ -54,12 +58,39 @@ class _Mounts:
         self._is_like_ours = table.place(b"/") == sought.own.place(b"/")
         self._names = list(self._homes())
 
-    def use_it(self) -> bool:
-        """Whether one of them has the layer in it."""
+    def use_it(self, others: set[bytes]) -> bool:
+        """Whether one of them has the layer in it.
+
+        Args:
+            others: the device numbers of overlays whose relative names are those of another store.
+        """
         return any(
-            self._is_used_by_overlay(entry) if entry.fstype == b"overlay" else self._is_bound(entry)
+            self._is_used_by_overlay(entry, others) if entry.fstype == b"overlay" else self._is_bound(entry)
             for entry in self._table.entries
         )
+
+    def of_ours(self) -> Iterator[bytes]:
+        """The device numbers of the overlays whose upperdir is in the home."""
+        for entry in self._table.entries:
+            uppers = upperdirs(entry.super_options) if entry.fstype == b"overlay" else []
+            if any(upper.startswith(b"/") and self._here(upper) is not None for upper in uppers):
+                yield entry.device
+
+    def of_others(self) -> Iterator[bytes]:
+        """The device numbers of the overlays with relative names of another store, which is there to be seen."""
+        for entry in self._table.entries:
+            relative = [path for path in lowerdirs(entry.super_options) if not path.startswith(b"/")]
+            if entry.fstype == b"overlay" and relative and self._is_elsewhere(entry, relative):
+                yield entry.device
+
+    def _is_elsewhere(self, entry: Entry, names: list[bytes]) -> bool:
+        absolute = [upper for upper in upperdirs(entry.super_options) if upper.startswith(b"/")]
+        for place in filter(None, map(self._table.place, absolute)):
+            upper = self._sought.own.path(place)
+            home = upper and os.path.dirname(os.path.dirname(upper))
+            if home and all(os.path.lexists(os.path.join(home, name)) for name in names):
+                return True
+        return False
 
     def _homes(self) -> Iterator[tuple[bytes, bytes]]:
         """Directories of this namespace that are the home, or in it; each with its path here."""
@@ -96,14 +127,14 @@ class _Mounts:
         rest = relative_to(entry.root, place.path)
         return rest is not None and self._sought.is_at(self._sought.home + rest)
 
-    def _is_used_by_overlay(self, entry: Entry) -> bool:
+    def _is_used_by_overlay(self, entry: Entry, others: set[bytes]) -> bool:
         """Whether it is a layer of an overlay.
 
         Many layers have names relative to the home (drivers call mount(2) there). Docker's and Podman's are random.
         containerd's are numbers, which every store has: its upperdir tells whose they are.
         """
         lowers, uppers = lowerdirs(entry.super_options), upperdirs(entry.super_options)
-        if self._is_of_another(lowers, uppers):
+        if entry.device in others:
             lowers = [path for path in lowers if path.startswith(b"/")]
         paths = [here for path in (*lowers, *uppers) if (here := self._here(path)) is not None]
         if any(map(self._sought.is_at, paths)):
@@ -111,15 +142,3 @@ class _Mounts:
         # Of a container that is here, a short link was lost (l/ABC); or Podman gave the kernel numbers of descriptors.
         is_ours = any(here is not None and os.path.lexists(here) for here in map(self._here, uppers))
         return is_ours and not all(map(os.path.lexists, filter(None, map(self._here, lowers))))
-
-    def _is_of_another(self, lowers: list[bytes], uppers: list[bytes]) -> bool:
-        """Whether the relative names of an overlay are those of another store, which is there to be seen."""
-        relative = [path for path in lowers if not path.startswith(b"/")]
-        if not relative or any(self._here(upper) is not None for upper in uppers):
-            return False
-        for place in filter(None, map(self._table.place, uppers)):
-            upper = self._sought.own.path(place)
-            home = upper and os.path.dirname(os.path.dirname(upper))
-            if home and all(os.path.lexists(os.path.join(home, path)) for path in relative):
-                return True
-        return False
