@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import check, growth, lib, readme
+from bench import check, lib, readme
 from bench.lib import plots
 from bench.lib.page import publish
 
@@ -63,6 +63,7 @@ def test_a_plot_in_words_has_all_bars_and_their_floor_once() -> None:
 
 
 def test_the_plot_of_growth_has_a_colour_for_each_line() -> None:
+    growth = importlib.import_module("bench.growth")
     point = dict.fromkeys(growth.CONSTANT, 1.0)
     runs: dict[str, list[lib.Result]] = {"operations 10": [point], "floor": [{"seconds": 1.0, "cycles": 10}]}
     assert 1 < len(growth.plot(runs, [10]).series) <= len(plots.COLORS)
