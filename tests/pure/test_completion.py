@@ -235,7 +235,7 @@ def test_workspaces_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert ask("ws", "rm", "--", "w1", "") == ["-w2", "w1"]
     assert ask("ws", "rollback", "w1", "") == ["base", "green $x", identifier]
     assert ask("ws", "diff", "w1", "base", "gr") == ["green $x"]
-    assert ask("ws", "fork", "w1", "--at=b") == ["--at=base"]
+    assert ask("ws", "fork", "w1", "--at=bas") == ["--at=base"]
     assert ask("ws", "fork", "--at", "") == []
     assert ask("ws", "checkpoint", "w1", "") == []
 

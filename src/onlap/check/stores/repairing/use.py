@@ -57,6 +57,7 @@ class _Mounts:
         self._table = table
         self._is_like_ours = table.place(b"/") == sought.own.place(b"/")
         self._names = list(self._homes())
+        self._overlays = {entry.device for entry in table.entries if entry.fstype == b"overlay"}
 
     def use_it(self, others: set[bytes]) -> bool:
         """Whether one of them has the layer in it.
@@ -77,18 +78,23 @@ class _Mounts:
                 yield entry.device
 
     def of_others(self) -> Iterator[bytes]:
-        """The device numbers of the overlays with relative names of another store, which is there to be seen."""
+        """The device numbers of the overlays with relative names of another store."""
         for entry in self._table.entries:
             relative = [path for path in lowerdirs(entry.super_options) if not path.startswith(b"/")]
             if entry.fstype == b"overlay" and relative and self._is_elsewhere(entry, relative):
                 yield entry.device
 
     def _is_elsewhere(self, entry: Entry, names: list[bytes]) -> bool:
-        absolute = [upper for upper in upperdirs(entry.super_options) if upper.startswith(b"/")]
-        for place in filter(None, map(self._table.place, absolute)):
+        uppers = [upper for upper in upperdirs(entry.super_options) if upper.startswith(b"/")]
+        if any(self._here(upper) is not None for upper in uppers):
+            return False
+        for place in filter(None, map(self._table.place, uppers)):
             upper = self._sought.own.path(place)
-            home = upper and os.path.dirname(os.path.dirname(upper))
-            if home and all(os.path.lexists(os.path.join(home, name)) for name in names):
+            if upper is None:
+                # On a filesystem that only that namespace has. In a container it may be the overlay itself.
+                return self._is_like_ours and place.device not in self._overlays
+            home = os.path.dirname(os.path.dirname(upper))
+            if all(os.path.lexists(os.path.join(home, name)) for name in names):
                 return True
         return False
 
