@@ -75,8 +75,8 @@ def tell(dockerd: GraphDockerd, place: Path, tool: Path) -> Seen:
     seen["built by buildx"] = tree(dockerd, "built:2")
     seen["layers"] = docker("image", "inspect", "--format", "{{len .RootFS.Layers}}", "built:1")
 
-    words = [word for change in CHANGES for word in (*change, "--")][:-1]
-    docker("run", *OFFLINE, "--name", "changer", "base:1", "/bin/tool", *words)
+    changes = [word for change in CHANGES for word in (*change, "--")][:-1]
+    docker("run", *OFFLINE, "--name", "changer", "base:1", "/bin/tool", *changes)
     seen["diff"] = sorted(docker("diff", "changer").splitlines())
     seen["size"] = re.sub(r" .*", "", docker("ps", "--all", "--size", "--format", "{{.Size}}"))
     docker("commit", "changer", "committed:1")
@@ -88,7 +88,12 @@ def tell(dockerd: GraphDockerd, place: Path, tool: Path) -> Seen:
     docker("rmi", "built:1", "committed:1")
     docker("load", "--input", archive)
     seen["loaded"] = [tree(dockerd, name) for name in ("built:1", "committed:1")]
-    seen["run"] = docker("run", "--rm", *OFFLINE, "committed:1", "/bin/tool", "cat", "/added/f", "--", "cat", "/three")
+    # Not attached: on a busy machine dockerd may end a client's stream before a short program's output is in it.
+    words = ("/bin/tool", "cat", "/added/f", "--", "cat", "/three")
+    docker("run", "--detach", *OFFLINE, "--name", "reader", "committed:1", *words)
+    docker("wait", "reader")
+    seen["run"] = docker("logs", "reader")
+    docker("rm", "reader")
     return seen
 
 
