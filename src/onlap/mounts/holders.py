@@ -38,7 +38,7 @@ def holders(target: str) -> list[str]:
     sees: dict[str, bool] = {name: True for name in (namespaces.name_of("self"),) if name is not None}
     for pid in namespaces.pids():
         held = [
-            *(f"{what} {shown(link)}" for what, link in _links(pid) if _below(link, prefix)),
+            *(f"{what} {shown(link)}" for what, link in _links(pid) if mountinfo.relative_to(link, prefix) is not None),
             *(f"maps {shown(name)}" for name in _mapped(pid, prefix)),
         ]
         if held and _sees(pid, place, sees):
@@ -102,10 +102,6 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def _below(path: bytes, prefix: bytes) -> bool:
-    return path == prefix or path.startswith(prefix + b"/")
-
-
 def _sees(pid: int, place: mountinfo.Place | None, known: dict[str, bool]) -> bool:
     """Whether the filesystem is mounted in a process's mount namespace."""
     name = namespaces.name_of(pid)
@@ -145,7 +141,7 @@ def _mapped(pid: int, prefix: bytes) -> list[bytes]:
     # "address perms offset device inode   path": only a newline is escaped in the path (fs/proc/task_mmu.c).
     paths = {part.lstrip(b" ") for line in text.split(b"\n") for part in line.split(b" ", 5)[5:]}
     escaped = prefix.replace(b"\n", b"\\012")
-    return sorted(path for path in paths if _below(path, escaped))
+    return sorted(path for path in paths if mountinfo.relative_to(path, escaped) is not None)
 
 
 def command(pid: int) -> str:

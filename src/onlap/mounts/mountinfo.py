@@ -9,6 +9,7 @@ Source: proc_pid_mountinfo(5).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -117,30 +118,30 @@ class Table:
     """
 
     def __init__(self, text: bytes) -> None:
-        self._text: bytes | None = text
-        self._on: dict[tuple[int, bytes], Entry] = {}
-        self._tops: dict[bytes, Entry] = {}
-        self._entries: list[Entry] = []
+        self._text = text
 
-    @property
+    @functools.cached_property
     def entries(self) -> list[Entry]:
         """The mounts."""
-        if self._text is not None:
-            self._read(self._text)
-            self._text = None
-        return self._entries
+        return list(parse(self._text))
 
-    def _read(self, text: bytes) -> None:
-        self._entries = entries = list(parse(text))
-        ids = {entry.id for entry in entries}
-        self._on = {(entry.parent, entry.mountpoint): entry for entry in entries if entry.parent != entry.id}
-        for entry in entries:
+    @functools.cached_property
+    def _on(self) -> dict[tuple[int, bytes], Entry]:
+        """What is mounted on a mount, by its id and the mount point."""
+        return {(entry.parent, entry.mountpoint): entry for entry in self.entries if entry.parent != entry.id}
+
+    @functools.cached_property
+    def _tops(self) -> dict[bytes, Entry]:
+        """The mounts that are on no other one of the table, by their mount points."""
+        ids = {entry.id for entry in self.entries}
+        tops: dict[bytes, Entry] = {}
+        for entry in self.entries:
             if entry.parent not in ids or entry.parent == entry.id:
-                self._tops.setdefault(entry.mountpoint, entry)
+                tops.setdefault(entry.mountpoint, entry)
+        return tops
 
     def place(self, path: bytes) -> Place | None:
         """Where an absolute path leads, ignoring symlinks; None if no mount in the table contains it."""
-        _ = self.entries
         points = [b"/", *(path[:end] for end in range(1, len(path)) if path[end] == _SLASH), path]
         mount = next((self._tops[point] for point in reversed(points) if point in self._tops), None)
         if mount is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from onlap.errors import shown
 from onlap.mounts import mountinfo, namespaces
 from onlap.mounts.holders import command
+from onlap.mounts.mountinfo import relative_to
 from onlap.mounts.plan import Mount
 from onlap.overlayfs.options import layer_paths, upperdirs
 from onlap.syscalls.files import exists
@@ -46,7 +47,7 @@ def mounts_of(tree: str, work: str, *, bound: bool, writable: bool) -> list[str]
                 uses = _has_upper(entry, table, tree, place)
             else:
                 at = place()
-                uses = at is not None and entry.device == at.device and _covers(entry.root, at.path)
+                uses = at is not None and entry.device == at.device and relative_to(entry.root, at.path) is not None
             if uses:
                 found.append(_text(entry, pid))
     return found
@@ -121,7 +122,3 @@ def _has_upper(
         path == os.fsencode(tree) or (place() is not None and table.place(path) == place())
         for path in upperdirs(entry.super_options)
     )
-
-
-def _covers(mounted: bytes, root: bytes) -> bool:
-    return mounted == root or mounted.startswith(root + b"/")

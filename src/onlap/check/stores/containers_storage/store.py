@@ -166,6 +166,8 @@ class ContainersStorage:
         # With force_mask all files have one mode, devices are files, and what they should be is in an xattr.
         masked = not found.missing and _has_xattr(f"{place}/diff", OVERRIDE_XATTR)
         comparable = plain and found.plain and not masked
+        # An ordinary user's tools leave devices out, and so whiteouts, also as root of their namespace.
+        partial = shifted or in_user_namespace() or row.by_contents
         split = f"{self._bases.layers.directory}/{name}{state.SPLIT_SUFFIX}"
         lowers = tuple(f"{overlay}/{below}/diff" for below in known.chain(name))
         return StoreLayer(
@@ -181,9 +183,8 @@ class ContainersStorage:
             users=known.users.get(name, ()),
             images=known.image_names.get(name, ()),
             shift=None if shifted or row.guessed else row.shift,
-            # An ordinary user's tools leave devices out, also as root of their namespace.
-            is_partial=shifted or in_user_namespace() or row.by_contents,
-            drops_whiteouts=shifted or in_user_namespace() or row.by_contents,
+            is_partial=partial,
+            drops_whiteouts=partial,
             top_mode=_top_mode(lowers),
         )
 

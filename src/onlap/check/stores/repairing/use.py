@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from onlap.check.stores.contract import StoreLayer
 from onlap.mounts import mountinfo, namespaces
@@ -45,6 +46,14 @@ class _Sought:
         return relative_to(self.resolve(path), self._tree) is not None
 
 
+class _Overlay(NamedTuple):
+    """An overlay: its device number, its lower layers, and what its upperdir may be, as they were given to mount(2)."""
+
+    device: bytes
+    lowers: list[bytes]
+    uppers: list[bytes]
+
+
 class _Mounts:
     """The mounts of one namespace.
 
@@ -57,7 +66,11 @@ class _Mounts:
         self._table = table
         self._is_like_ours = table.place(b"/") == sought.own.place(b"/")
         self._names = list(self._homes())
-        self._overlays = {entry.device for entry in table.entries if entry.fstype == b"overlay"}
+        self._overlays = [
+            _Overlay(entry.device, lowerdirs(entry.super_options), upperdirs(entry.super_options))
+            for entry in table.entries
+            if entry.fstype == b"overlay"
+        ]
 
     def use_it(self, others: set[bytes]) -> bool:
         """Whether one of them has the layer in it.
@@ -65,38 +78,34 @@ class _Mounts:
         Args:
             others: the device numbers of overlays whose relative names are those of another store.
         """
-        return any(
-            self._is_used_by_overlay(entry, others) if entry.fstype == b"overlay" else self._is_bound(entry)
-            for entry in self._table.entries
+        return any(self._is_bound(entry) for entry in self._table.entries if entry.fstype != b"overlay") or any(
+            self._is_used_by(overlay, others) for overlay in self._overlays
         )
 
     def of_ours(self) -> Iterator[bytes]:
         """The device numbers of the overlays whose upperdir is in the home."""
-        for entry in self._table.entries:
-            uppers = upperdirs(entry.super_options) if entry.fstype == b"overlay" else []
-            if any(upper.startswith(b"/") and self._here(upper) is not None for upper in uppers):
-                yield entry.device
+        for overlay in self._overlays:
+            if any(self._here(upper) is not None for upper in overlay.uppers if upper.startswith(b"/")):
+                yield overlay.device
 
     def of_others(self) -> Iterator[bytes]:
         """The device numbers of the overlays with relative names of another store."""
-        for entry in self._table.entries:
-            relative = [path for path in lowerdirs(entry.super_options) if not path.startswith(b"/")]
-            if entry.fstype == b"overlay" and relative and self._is_elsewhere(entry, relative):
-                yield entry.device
-
-    def _is_elsewhere(self, entry: Entry, names: list[bytes]) -> bool:
-        uppers = [upper for upper in upperdirs(entry.super_options) if upper.startswith(b"/")]
-        if any(self._here(upper) is not None for upper in uppers):
-            return False
-        for place in filter(None, map(self._table.place, uppers)):
-            upper = self._sought.own.path(place)
-            if upper is None:
-                # On a filesystem that only that namespace has. In a container it may be the overlay itself.
-                return self._is_like_ours and place.device not in self._overlays
-            home = os.path.dirname(os.path.dirname(upper))
-            if all(os.path.lexists(os.path.join(home, name)) for name in names):
-                return True
-        return False
+        devices = {overlay.device for overlay in self._overlays}
+        for overlay in self._overlays:
+            relative = [path for path in overlay.lowers if not path.startswith(b"/")]
+            uppers = [path for path in overlay.uppers if path.startswith(b"/")]
+            if not relative or any(self._here(upper) is not None for upper in uppers):
+                continue
+            for place in filter(None, map(self._table.place, uppers)):
+                upper = self._sought.own.path(place)
+                if upper is None:
+                    # On a filesystem that only that namespace has. In a container it may be the overlay itself.
+                    is_there = self._is_like_ours and place.device not in devices
+                else:
+                    home = os.path.dirname(os.path.dirname(upper))
+                    is_there = all(os.path.lexists(os.path.join(home, name)) for name in relative)
+                if is_there:
+                    yield overlay.device
 
     def _homes(self) -> Iterator[tuple[bytes, bytes]]:
         """Directories of this namespace that are the home, or in it; each with its path here."""
@@ -133,14 +142,14 @@ class _Mounts:
         rest = relative_to(entry.root, place.path)
         return rest is not None and self._sought.is_at(self._sought.home + rest)
 
-    def _is_used_by_overlay(self, entry: Entry, others: set[bytes]) -> bool:
+    def _is_used_by(self, overlay: _Overlay, others: set[bytes]) -> bool:
         """Whether it is a layer of an overlay.
 
         Many layers have names relative to the home (drivers call mount(2) there). Docker's and Podman's are random.
         containerd's are numbers, which every store has: its upperdir tells whose they are.
         """
-        lowers, uppers = lowerdirs(entry.super_options), upperdirs(entry.super_options)
-        if entry.device in others:
+        lowers, uppers = overlay.lowers, overlay.uppers
+        if overlay.device in others:
             lowers = [path for path in lowers if path.startswith(b"/")]
         paths = [here for path in (*lowers, *uppers) if (here := self._here(path)) is not None]
         if any(map(self._sought.is_at, paths)):
