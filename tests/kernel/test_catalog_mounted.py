@@ -14,6 +14,7 @@ import pytest
 
 import onlap
 from onlap import errors
+from onlap.errors import shown
 from onlap.mounts import kernel
 from onlap.store import Store
 
@@ -75,11 +76,19 @@ def detached_by_another_process(root: Path) -> Iterator[None]:
         process.communicate("\n")
 
 
-def refused(store: Store) -> None:
-    with pytest.raises(errors.FailedPrecondition, match="is mounted read-write"):
+def refused(store: Store) -> errors.OnlapError:
+    with pytest.raises(errors.FailedPrecondition, match="is mounted read-write") as caught:
         store.commit("name", "key")
     assert store.stat("key").kind == "active"
     assert "name" not in store
+    return caught.value
+
+
+def found(store: Store, tree: Path) -> None:
+    """A commit is refused since the mount is in mountinfo, and not only since its program has a lock."""
+    error = refused(store)
+    assert isinstance(error, errors.Busy)
+    assert list(error.holders) == [shown(os.fsencode(tree))]
 
 
 @pytest.mark.parametrize("parent", ["base", None], ids=["overlay", "bind"])
@@ -156,8 +165,8 @@ def _by(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
 
 def test_layers_given_by_proc_are_found(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     _by(monkeypatch, "proc")
-    with onlap.mounted(store.prepare("key", "base")):
-        refused(store)
+    with onlap.mounted(store.prepare("key", "base")) as tree:
+        found(store, tree)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +182,8 @@ def test_a_root_of_any_name(root: Path, monkeypatch: pytest.MonkeyPatch, way: st
     with onlap.open(root / name, snapshotter="overlay", sync="none") as store:
         store.prepare("first")
         store.commit("base", "first")
-        with onlap.mounted(store.prepare("key", "base")):
-            refused(store)
+        with onlap.mounted(store.prepare("key", "base")) as tree:
+            found(store, tree)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +200,7 @@ def test_a_root_below_a_symlink(tmp_path: Path, root: Path, parent: str | None) 
         store.commit("base", "first")
         with onlap.mounted(store.prepare("key", parent)) as tree:
             (tree / "new").write_text("new")
-            refused(store)
+            found(store, tree)
 
 
 @pytest.mark.needs("ext4")
