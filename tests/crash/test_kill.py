@@ -24,22 +24,21 @@ PATIENCE = 30.0
 # argv: the root, a seed, the number of the call to die at (0: never). Prints what it is about to do and, when that has
 # been acknowledged, "ok".
 _CYCLES = r"""
-import os, random, signal, sqlite3, sys
+import itertools, os, random, signal, sqlite3, sys
 import onlap
 from onlap.catalog.db import database
 
 root, seed, fatal = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rng = random.Random(seed)
-calls = 0
+calls = itertools.count(1)  # several threads call: with a number that each had to add to, one could be passed over
 
 def deadly(function, after):
     def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == fatal and not after:
+        number = next(calls)
+        if number == fatal and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         result = function(*args, **kwargs)
-        if calls == fatal and after:
+        if number == fatal and after:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return call
